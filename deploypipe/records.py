@@ -1,0 +1,337 @@
+"""Every value that crosses a stage boundary. Data only: no torch, no behaviour beyond arithmetic on own fields."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Literal, TypeAlias
+
+Side: TypeAlias = Literal["in", "out"]
+
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Event:
+    """One step of a long piece of work, for whoever shows progress."""
+
+    stage: str
+    done: int = 0
+    total: int = 0  # 0: length unknown
+    message: str = ""
+
+
+Progress: TypeAlias = Callable[[Event], None]
+
+
+def silent(event: Event) -> None:
+    """The default listener: shows nothing."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Interval:
+    """A confidence interval around a measured value, in the value's own unit."""
+
+    value: float
+    low: float
+    high: float
+    confidence: float = 0.95
+
+
+# --- what can be removed ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Member:
+    """One side of one module that a channel group shares.
+
+    `units[i]` are the module's own indices that belong to the group's unit i (several after a flatten).
+    """
+
+    module: str
+    side: Side
+    units: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChannelGroup:
+    """Channels that can only be removed together: producers, normalisations between, and all consumers."""
+
+    name: str  # the module that produces the channels, as in `named_modules()`
+    num_units: int
+    members: tuple[Member, ...]
+    params_per_unit: float  # saved by removing one unit from the dense network
+    macs_per_unit: float  # multiply-accumulates of one sample, likewise
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Block:
+    """A module whose input and output agree, so that it can be replaced by the identity."""
+
+    name: str
+    params: int
+    macs: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Frozen:
+    """A structure that cannot be removed, and why."""
+
+    name: str
+    kind: Literal["channels", "block"]
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Structures:
+    """What can be removed from one network, and what cannot."""
+
+    model_fingerprint: str
+    groups: tuple[ChannelGroup, ...]  # in execution order
+    blocks: tuple[Block, ...]  # in execution order, not nested in each other
+    frozen: tuple[Frozen, ...]
+    num_params: int
+    num_macs: int  # one sample
+
+
+# --- scores and plans -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoreTable:
+    """One finite score for every unit of every group; higher = keep. Comparable within a group only."""
+
+    scorer: str
+    channels: dict[str, tuple[float, ...]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Edit:
+    """Indices removed from one side of one module, in the dense module's numbering."""
+
+    module: str
+    side: Side
+    removed: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupCut:
+    """Units removed from one channel group."""
+
+    group: str
+    asked: int  # units asked for, before widths were brought to the target's steps
+    removed: tuple[int, ...]
+    num_units: int
+    reason: str = ""  # why `asked` and `removed` differ
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PruningPlan:
+    """All that is needed to turn the dense network into the pruned one again: pure data, no tracing, no weights."""
+
+    model_fingerprint: str
+    cuts: tuple[GroupCut, ...]
+    edits: tuple[Edit, ...]
+    blocks: tuple[str, ...]  # replaced by the identity
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PruneRow:
+    """Asked against realised for one structure."""
+
+    name: str
+    kind: Literal["channels", "block"]
+    width_before: int
+    asked: int  # width asked for
+    realised: int  # width in the new network
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PruneReport:
+    rows: tuple[PruneRow, ...]
+    params_before: int
+    params_after: int
+    macs_before: int
+    macs_after: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RepairRow:
+    """One consumer's relative squared error against the dense network, before and after its weights were solved."""
+
+    module: str
+    error_before: float
+    error_after: float
+    reason: str = ""  # why it was left as it was, when it was
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RepairReport:
+    rows: tuple[RepairRow, ...]
+    num_samples: int
+
+
+# --- search -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossCurve:
+    """Measured harm of cutting one structure alone: `kl[i]` nats when `kept[i]` units stay, after repair."""
+
+    name: str
+    kind: Literal["channels", "block"]
+    kept: tuple[int, ...]
+    kl: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Curves:
+    curves: tuple[LossCurve, ...]
+    num_samples: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidate:
+    """What one plan turned out to be, judged after repair and before fine-tuning."""
+
+    accuracy: float
+    latency_p50_ms: float
+    file_size_mib: float
+    num_params: int
+    num_macs: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trial:
+    number: int
+    knobs: dict[str, float]
+    candidate: Candidate
+    violations: dict[str, float]  # budget name -> relative excess; <= 0 meets the budget
+    feasible: bool
+    plan: PruningPlan
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SearchResult:
+    trials: tuple[Trial, ...]
+    best: int  # index into `trials`
+
+
+# --- training, files, measurements ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EpochLog:
+    epoch: int  # 0: before the first step
+    learning_rate: float
+    train_loss: float
+    val_accuracy: float
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainLog:
+    epochs: tuple[EpochLog, ...]
+    chosen_epoch: int  # best on val; 0 means the training was rolled back
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelFile:
+    path: str  # relative to the run folder
+    sha256: str
+    size_bytes: int
+    precision: str
+    opset: int
+    max_abs_error: float  # against eager, on real batches
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Environment:
+    """The machine and the software that a figure was taken on."""
+
+    cpu: str
+    cpu_features: tuple[str, ...]
+    num_cpus: int
+    governor: str  # "" where the platform does not tell
+    load_before: float  # one-minute load average
+    memory_gib: float
+    gpu: str
+    system: str
+    versions: dict[str, str]
+    device_fingerprint: str  # equal on machines whose latencies may be compared
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Latency:
+    """Timed runs of one file."""
+
+    batch_size: int
+    num_threads: int
+    samples_ms: tuple[float, ...]
+    p50_ms: Interval
+    p90_ms: float | None  # None below 64 samples
+    p99_ms: float | None  # None below 662 samples
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measurement:
+    """One model file on one target. None is 'not measured', which no gate lets pass."""
+
+    file: ModelFile
+    num_params: int
+    num_macs: int
+    latency: Latency | None
+    peak_memory_mib: float | None
+    per_sample_metric: tuple[float, ...]  # of the exported file, in test order; its mean is the accuracy
+    accuracy: Interval | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchmarkReport:
+    """Dense and compressed, timed interleaved in one process."""
+
+    dense: Measurement
+    compressed: Measurement
+    latency_ratio: Interval | None  # compressed / dense
+    accuracy_drop_pp: Interval | None  # paired: same samples, both files
+    environment: Environment
+    is_steady: bool
+    notes: tuple[str, ...] = ()
+
+
+class Status(StrEnum):
+    PASS = "PASS"
+    FAIL = "FAIL"
+    UNKNOWN = "UNKNOWN"
+
+
+class Verdict(StrEnum):
+    SHIP = "SHIP"
+    HOLD = "HOLD"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Check:
+    name: str
+    status: Status
+    measured: float | None
+    interval: Interval | None
+    limit: float | None  # in `unit`, relative budgets already turned absolute
+    unit: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GateDecision:
+    verdict: Verdict
+    checks: tuple[Check, ...]
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageTime:
+    stage: str
+    seconds: float
+    was_cached: bool

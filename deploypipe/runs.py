@@ -1,0 +1,192 @@
+"""The run folder: what a run has finished stays finished, whatever kills it.
+
+Each stage leaves `NN-stage-<key>.json` (the record, and the hashes of its files) beside a folder of the same name with
+its files. The key is a hash of everything the stage depends on. A record is written last and by rename, so it either
+exists whole or not at all; what fails its hash is computed again, loudly.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from deploypipe.errors import RunFolderError
+from deploypipe.jsonio import from_json, from_plain, to_json, to_plain
+from deploypipe.recipe import Recipe
+from deploypipe.records import (
+    BenchmarkReport,
+    Event,
+    GateDecision,
+    Progress,
+    PruneReport,
+    RepairReport,
+    SearchResult,
+    StageTime,
+    Structures,
+    TrainLog,
+    silent,
+)
+from deploypipe.target import Target
+
+T = TypeVar("T")
+
+RESULT = "result.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunResult:
+    """Everything a finished run has to tell; `result.json` in its folder."""
+
+    pipeline: str
+    metric: str
+    recipe: Recipe
+    target: Target
+    structures: Structures
+    search: SearchResult | None  # None: nothing had to be removed
+    prune: PruneReport | None
+    repair: RepairReport | None
+    training: TrainLog | None
+    benchmark: BenchmarkReport
+    decision: GateDecision
+    stages: tuple[StageTime, ...]
+
+
+def save_result(folder: Path, result: RunResult) -> None:
+    """Write `result.json` atomically."""
+    write_atomically(folder / RESULT, to_json(result).encode())
+
+
+def load_result(folder: Path) -> RunResult:
+    """Read `result.json`; RunFolderError where the run has not finished."""
+    path = folder / RESULT
+    if not path.is_file():
+        raise RunFolderError(f"{folder}: holds no finished run ({RESULT} is absent); finish it with `deploypipe run`")
+    return from_json(RunResult, path.read_bytes(), str(path))
+
+
+def digest(value: object) -> str:
+    """A short hash of any record or plain JSON value."""
+    plain = json.dumps(value, sort_keys=True, default=to_plain)
+    return hashlib.sha256(plain.encode()).hexdigest()[:16]
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write and flush beside `path`, then rename over it: readers see the old content or the new, never a part."""
+    part = path.with_name(f".{path.name}.part")
+    with part.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    part.replace(path)
+    _flush_folder(path.parent)
+
+
+def _flush_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@dataclass(slots=True)
+class RunFolder:
+    """An open, locked run folder. Use `open_run`."""
+
+    path: Path
+    notify: Progress = silent
+    stages: dict[str, str] = field(default_factory=dict)  # finished in this run: stage -> name of its record and folder
+    times: list[StageTime] = field(default_factory=list)
+
+    def remember(
+        self, stage: str, inputs: Mapping[str, object], compute: Callable[[Path], T], record_type: type[T]
+    ) -> T:
+        """The record of `stage` for these inputs: read if it is there and whole, else computed and stored.
+
+        `compute` is given a folder that outlives a kill, for checkpoints and for the stage's files, which are found
+        again with `files(stage)`. Only a success is stored. A stage's number is its place in this run.
+        """
+        hashes = {name: digest(value) for name, value in inputs.items()}
+        name = f"{len(self.stages) + 1:02d}-{stage}-{digest([stage, hashes])}"
+        self.notify(Event(stage=stage, message="start"))
+        stored = self._read(stage, name)
+        record, seconds = stored if stored else self._compute(name, hashes, compute)
+        self.stages[stage] = name
+        self.times.append(StageTime(stage=stage, seconds=seconds, was_cached=stored is not None))
+        self.notify(Event(stage=stage, message="cached" if stored else "done"))
+        return from_plain(record_type, record, name)
+
+    def files(self, stage: str) -> Path:
+        """The folder with the files of a stage finished in this run."""
+        return self.path / self.stages[stage]
+
+    def key(self, stage: str) -> str:
+        """The key of a stage finished in this run: equal keys, equal inputs."""
+        return self.stages[stage].rsplit("-", 1)[-1]
+
+    def _read(self, stage: str, name: str) -> tuple[object, float] | None:
+        path = self.path / f"{name}.json"
+        if not path.is_file():
+            return None
+        try:
+            stored = json.loads(path.read_bytes())
+            is_sound = stored["record_sha256"] == digest(stored["record"]) and all(
+                file_sha256(self.path / name / file) == sha256 for file, sha256 in stored["files"].items()
+            )
+            content = (stored["record"], float(stored["seconds"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            is_sound = False
+        if is_sound:
+            return content
+        self.notify(Event(stage=stage, message=f"WARNING: {path} or one of its files is damaged; computing it again"))
+        path.unlink()
+        shutil.rmtree(self.path / name, ignore_errors=True)
+        return None
+
+    def _compute(self, name: str, hashes: dict[str, str], compute: Callable[[Path], T]) -> tuple[object, float]:
+        work = self.path / f"{name}.part"
+        final = self.path / name
+        shutil.rmtree(final, ignore_errors=True)  # renamed by a run that was killed before it wrote the record
+        work.mkdir(exist_ok=True)
+        started = time.perf_counter()
+        record = to_plain(compute(work))
+        seconds = time.perf_counter() - started
+        files = {str(p.relative_to(work)): file_sha256(p) for p in sorted(work.rglob("*")) if p.is_file()}
+        work.replace(final)
+        stored = {
+            "inputs": hashes,
+            "seconds": seconds,
+            "files": files,
+            "record_sha256": digest(record),
+            "record": record,
+        }
+        write_atomically(self.path / f"{name}.json", json.dumps(stored).encode())
+        return record, seconds
+
+
+@contextmanager
+def open_run(path: Path, notify: Progress = silent) -> Iterator[RunFolder]:
+    """Open (or make) a run folder, locked against a second run for as long as the block lasts."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = (path / "run.lock").open("w")
+    except OSError as error:
+        raise RunFolderError(f"{path}: cannot be written ({error.strerror}); choose another folder with --out") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunFolderError(f"{path}: another run is at work here; wait for it or choose another --out") from None
+        yield RunFolder(path=path, notify=notify)
