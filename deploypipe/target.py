@@ -73,7 +73,7 @@ class Budget:
 class Target:
     """One device."""
 
-    runtime: Literal["onnxruntime", "eager", "tensorrt", "tensorrt-rtx"]
+    runtime: Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
     name: str = ""  # the file's stem, when it came from a file
     description: str = ""
     precisions: tuple[Literal["fp32"], ...] = ("fp32",)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 Batch: TypeAlias = tuple[Any, Any]  # (inputs, target); inputs: a tensor, a tuple of tensors or a dict of keyword tensors
@@ -44,3 +44,42 @@ def _is_correct(outputs: Tensor, target: Tensor) -> Tensor:
 def classification() -> Task:
     """Cross-entropy and top-1 accuracy, for logits (n, classes) and integer labels (n,)."""
     return Task(loss=F.cross_entropy, metric=_is_correct, name="top-1 accuracy")
+
+
+def forward(model: nn.Module, inputs: Any) -> Any:
+    """Call `model` with one batch of inputs, however they are packed."""
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    if isinstance(inputs, (tuple, list)):
+        return model(*inputs)
+    return model(inputs)
+
+
+def tensors(inputs: Any) -> list[Tensor]:
+    """The tensors of one batch of inputs, in order."""
+    if isinstance(inputs, dict):
+        return list(inputs.values())
+    return list(inputs) if isinstance(inputs, (tuple, list)) else [inputs]
+
+
+def num_samples(inputs: Any) -> int:
+    """The batch size."""
+    return len(tensors(inputs)[0])
+
+
+def take(inputs: Any, count: int) -> Any:
+    """The first `count` samples of a batch."""
+    if isinstance(inputs, dict):
+        return {name: tensor[:count] for name, tensor in inputs.items()}
+    return tuple(t[:count] for t in inputs) if isinstance(inputs, (tuple, list)) else inputs[:count]
+
+
+def take_batches(batches: Iterable[Batch], count: int) -> list[Batch]:
+    """The first `count` samples of a split, in its own batches; fewer where the split is smaller."""
+    taken: list[Batch] = []
+    for inputs, target in batches:
+        left = count - sum(num_samples(i) for i, _ in taken)
+        if left <= 0:
+            break
+        taken.append((take(inputs, left), take(target, left)))
+    return taken
