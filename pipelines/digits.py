@@ -1,0 +1,141 @@
+"""Handwritten digits: scikit-learn's 1,797 real 8x8 images and a residual network that is wider than they need.
+
+Trains its own dense network in seconds and keeps it in a cache folder: $DEPLOYPIPE_CACHE or ~/.cache/deploypipe.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deploypipe.data import TensorBatches, random_crop_flip
+from deploypipe.errors import DataError
+from deploypipe.recipe import Finetune, Recipe, Search
+from deploypipe.task import Splits, Task, classification
+
+SEED = 0
+NUM_EPOCHS = 16  # of the dense network
+WIDTH = 32  # of the first of three stages; the others have two and four times as much
+WEIGHTS = ""  # a safetensors file of the dense network; empty: train it, once
+
+# Sizes of the four splits, which are disjoint; what is left (797 images) is for training.
+NUM_TEST = 500
+NUM_VAL = 200
+NUM_CALIB = 300
+
+
+class Block(nn.Module):
+    """Two convolutions and a shortcut, which is the identity unless the shape changes."""
+
+    def __init__(self, num_in: int, num_out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(num_in, num_out, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(num_out)
+        self.conv2 = nn.Conv2d(num_out, num_out, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(num_out)
+        has_same_shape = num_in == num_out and stride == 1
+        self.shortcut = nn.Identity() if has_same_shape else nn.Conv2d(num_in, num_out, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+class DigitNet(nn.Module):
+    """Three stages of two blocks for images of 8x8."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, width, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.layer1 = nn.Sequential(Block(width, width, 1), Block(width, width, 1))
+        self.layer2 = nn.Sequential(Block(width, 2 * width, 2), Block(2 * width, 2 * width, 1))
+        self.layer3 = nn.Sequential(Block(2 * width, 4 * width, 2), Block(4 * width, 4 * width, 1))
+        self.linear = nn.Linear(4 * width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        logits: Tensor = self.linear(x.mean(dim=(2, 3)))
+        return logits
+
+
+def build_model() -> nn.Module:
+    model = DigitNet(WIDTH)
+    path = Path(WEIGHTS) if WEIGHTS else _cache() / f"digits-w{WIDTH}-e{NUM_EPOCHS}-s{SEED}.safetensors"
+    if WEIGHTS and not path.is_file():
+        raise DataError(f"{path}: there are no weights here; correct pipeline.WEIGHTS, or leave it empty to train them")
+    if not path.is_file():
+        state = _train()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}.part")
+        save_file(state, part)
+        part.replace(path)
+    model.load_state_dict(load_file(path))
+    return model.eval()
+
+
+def load_data() -> Splits:
+    images, labels = _images()
+    test, val, calib, train = _split(len(images))
+    return Splits(
+        calib=TensorBatches(images[calib], labels[calib], 100),
+        train=TensorBatches(
+            images[train], labels[train], 32, shuffle=True, augment=random_crop_flip(1, flip=False), seed=SEED
+        ),
+        val=TensorBatches(images[val], labels[val], 100),
+        test=TensorBatches(images[test], labels[test], 100),
+    )
+
+
+def task() -> Task:
+    return classification()
+
+
+def recipe() -> Recipe:
+    return Recipe(search=Search(num_trials=8, num_curve_samples=300), finetune=Finetune(num_epochs=8))
+
+
+def _images() -> tuple[Tensor, Tensor]:
+    """(1797, 1, 8, 8) float images, normalised, and their labels."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise DataError(
+            "scikit-learn, which carries the digits, is not installed; pip install 'deploypipe[demo]'"
+        ) from None
+    digits = load_digits()
+    images = torch.from_numpy(digits.images).to(torch.float32).div(16).sub(0.305).div(0.376)
+    return images[:, None], torch.from_numpy(digits.target).to(torch.int64)
+
+
+def _split(count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(SEED))
+    sizes = [NUM_TEST, NUM_VAL, NUM_CALIB]
+    test, val, calib, train = torch.tensor_split(order, [sum(sizes[: i + 1]) for i in range(len(sizes))])
+    return test, val, calib, train
+
+
+def _train() -> dict[str, Tensor]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        model = DigitNet(WIDTH).train()
+    train = load_data().train
+    assert isinstance(train, TensorBatches)
+    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, weight_decay=5e-4, nesterov=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=NUM_EPOCHS * len(train))
+    for epoch in range(NUM_EPOCHS):
+        train.set_epoch(epoch)
+        for inputs, target in train:
+            optimizer.zero_grad()
+            F.cross_entropy(model(inputs), target).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+    return {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("DEPLOYPIPE_CACHE") or Path.home() / ".cache" / "deploypipe")
