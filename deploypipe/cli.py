@@ -1,0 +1,353 @@
+"""The command line; the only module that prints. Exit codes: 0 SHIP, 1 HOLD, 2 error, 130 interrupted."""
+
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from deploypipe.errors import ConfigError, DeploypipeError
+from deploypipe.jsonio import load_toml, override, to_json
+from deploypipe.records import Event, GateDecision, Verdict
+from deploypipe.report.tables import before_after, check_cells, seconds
+from deploypipe.runs import RunResult, load_result
+from deploypipe.target import Target
+
+EXIT_HOLD, EXIT_ERROR, EXIT_INTERRUPTED = 1, 2, 130
+STAGES = (
+    "baseline",
+    "structures",
+    "observe",
+    "score",
+    "curves",
+    "search",
+    "finetune",
+    "export",
+    "benchmark",
+    "gate",
+)
+COLOURS = {"PASS": "green", "FAIL": "red", "UNKNOWN": "yellow", "ok": "green", "missing": "red", "limited": "yellow"}
+
+app = typer.Typer(
+    name="deploypipe",
+    help="Compress a trained PyTorch network for one device, measure it there, and decide: SHIP or HOLD.",
+    epilog="Exit codes: 0 SHIP, 1 HOLD, 2 error, 130 interrupted. Begin with: deploypipe run digits x86_cpu",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")]
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+@app.command(epilog="Example: deploypipe run digits x86_cpu --set search.num_trials=4 --set target.num_threads=2")
+def run(
+    pipeline: Annotated[str, typer.Argument(metavar="PIPELINE", help="A file, or the name of one in pipelines/.")],
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="A TOML file, or the name of one in targets/.")],
+    out: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/PIPELINE-TARGET.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Change one field: search.num_trials=4 (recipe), target.budget.latency_p50=0.5x (target), "
+            "pipeline.WEIGHTS=w.safetensors (constant of the pipeline module). May be repeated.",
+        ),
+    ] = None,
+) -> None:
+    """Compress PIPELINE's network for TARGET.
+
+    A run that was interrupted continues where it stopped, with the same command. Ends with SHIP (exit 0) or HOLD (1).
+    """
+    with _exit_codes():
+        settings = _split_settings(set_ or [])
+        device = override(load_target(target), settings["target"], "--set target")
+        from deploypipe.pipeline import compress  # late: brings torch, which `--help` need not wait for
+        from deploypipe.pipeline_module import load_pipeline
+
+        loaded = load_pipeline(pipeline, settings["pipeline"])
+        recipe = override(loaded.recipe(), settings["recipe"])
+        folder = out or Path("runs") / f"{loaded.name}-{device.name}"
+        task = loaded.task()
+        with _shown_stages() as notify, loaded.blame("the run"):
+            result = compress(
+                loaded.build_model(),
+                loaded.load_data(),
+                task,
+                recipe,
+                device,
+                folder,
+                source=loaded.source,
+                name=loaded.name,
+                notify=notify,
+            )
+        _show_result(result, folder)
+    _exit_by(result.decision)
+
+
+@app.command(epilog="Example: deploypipe gate runs/digits-x86_cpu --json")
+def gate(
+    run: RunArgument,
+    json: Annotated[bool, typer.Option("--json", help="Print the decision as JSON.")] = False,
+) -> None:
+    """Decide again, from the measurements of a finished run: exit 0 SHIP, 1 HOLD, 2 error."""
+    with _exit_codes():
+        from deploypipe.release.gate import decide
+
+        result = load_result(run)
+        decision = decide(result.benchmark, result.target.budget)
+        if json:
+            print(to_json(decision))
+        else:
+            _show_decision(decision)
+    _exit_by(decision)
+
+
+@app.command(epilog="Example: deploypipe report runs/digits-x86_cpu --out digits.html")
+def report(
+    run: RunArgument,
+    out: Annotated[Path | None, typer.Option(help="HTML file. Default: RUN/report.html.")] = None,
+) -> None:
+    """Write the report of a finished run: one HTML file that needs no network."""
+    with _exit_codes():
+        from deploypipe.report.html import write_report
+
+        path = out or run / "report.html"
+        write_report(load_result(run), path)
+        print(path)
+
+
+@app.command(epilog="Example: deploypipe doctor x86_cpu")
+def doctor(
+    target: Annotated[str | None, typer.Argument(metavar="[TARGET]", help="Look at this target's needs too.")] = None,
+) -> None:
+    """Say what this machine can do, what is missing, and how to get it."""
+    with _exit_codes():
+        from deploypipe.doctor import examine
+
+        findings = examine(load_target(target) if target else None)
+        rows = [(f.name, f.status, f.detail, f.remedy) for f in findings]
+        _show_table("This machine", ("what", "status", "found", "remedy"), rows)
+
+
+@app.command(epilog="Example: deploypipe init my_model && deploypipe run my_model my_model")
+def init(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the new pipeline, a Python identifier.")],
+) -> None:
+    """Write a commented pipeline (pipelines/NAME.py) and target (targets/NAME.toml) that run as they are."""
+    with _exit_codes():
+        if not name.isidentifier():
+            raise ConfigError("init", name, "is not a Python identifier", "use letters, digits and underscores")
+        texts = {
+            Path("pipelines") / f"{name}.py": _template("pipeline.py.txt"),
+            Path("targets") / f"{name}.toml": _template("target.toml"),
+        }
+        for path in texts:
+            if path.exists():
+                raise ConfigError(str(path), "", "is there already", "choose another name, or move the file away")
+        for path, text in texts.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+            print(path)
+        print(f"Put your network and data in, or try it as it is: deploypipe run {name} {name}")
+
+
+@app.command()
+def targets() -> None:
+    """List the targets that have a name: those in targets/."""
+    with _exit_codes():
+        rows = []
+        for name, path in sorted(_named_targets().items()):
+            device = load_target(str(path))
+            bounds = ", ".join(f"{key} {getattr(device.budget, key)}" for key in device.budget.limits())
+            rows.append((name, device.runtime, device.description, bounds, str(path)))
+        _show_table("Targets", ("name", "runtime", "description", "budget", "file"), rows)
+
+
+# --- what the user names ----------------------------------------------------------------------------------------------
+
+
+def load_target(name: str) -> Target:
+    """The target at a path, or of a bare name; it is named after its file unless it names itself."""
+    if name.endswith(".toml") or "/" in name:
+        path = Path(name)
+    elif found := _named_targets().get(name):
+        path = found
+    else:
+        known = ", ".join(sorted(_named_targets())) or "none is here"
+        raise ConfigError(name, "", "no target of this name", f"give a TOML file, or one of: {known}")
+    target = load_toml(Target, path)
+    return target if target.name else replace(target, name=path.stem)
+
+
+def _named_targets() -> dict[str, Path]:
+    """Bare name -> file. What lies in the working folder hides what lies beside the package."""
+    folders = (Path(__file__).parents[1] / "targets", Path("targets"))
+    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.toml"))}
+
+
+def _split_settings(texts: Sequence[str]) -> dict[str, dict[str, str]]:
+    """`--set` texts, by what they change: the target, the pipeline module's constants, or the recipe."""
+    settings: dict[str, dict[str, str]] = {"target": {}, "pipeline": {}, "recipe": {}}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise ConfigError("--set", text, "is not KEY=VALUE", "write it like --set search.num_trials=4")
+        owner, _, rest = key.partition(".")
+        if owner in ("target", "pipeline") and rest:
+            settings[owner][rest] = value
+        else:
+            settings["recipe"][key] = value
+    return settings
+
+
+def _template(name: str) -> str:
+    return (resources.files("deploypipe") / "templates" / name).read_text(encoding="utf-8")
+
+
+# --- what the user sees -----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _exit_codes() -> Iterator[None]:
+    """Every failure leaves with its own code: HOLD (1) is a decision and never an accident."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("interrupted; the same command resumes", file=sys.stderr)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    except DeploypipeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(EXIT_ERROR) from None
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename:
+            print(f"error: {error.filename}: {error.strerror}; check the path and its rights", file=sys.stderr)
+            raise typer.Exit(EXIT_ERROR) from None
+        traceback.print_exc()
+        print("error: this is a bug in deploypipe; please report it with the lines above", file=sys.stderr)
+        raise typer.Exit(EXIT_ERROR) from None
+
+
+def _exit_by(decision: GateDecision) -> None:
+    if decision.verdict is not Verdict.SHIP:
+        raise typer.Exit(EXIT_HOLD)
+
+
+@contextmanager
+def _shown_stages() -> "Iterator[_PlainStages | _LiveStages]":
+    """A listener for a run's events: a live list in a terminal, plain lines elsewhere."""
+    console = Console()
+    if not console.is_terminal:
+        yield _PlainStages()
+        return
+    columns = (
+        SpinnerColumn(finished_text="[green]✓[/]"),
+        TextColumn("{task.description:<11}"),
+        BarColumn(bar_width=30),
+        TextColumn("{task.fields[note]:>9}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        yield _LiveStages(progress)
+
+
+class _PlainStages:
+    """One line for each stage that ends, and a few while it lasts."""
+
+    def __init__(self) -> None:
+        self.started: dict[str, float] = {}
+        self.shown: dict[str, float] = {}
+
+    def __call__(self, event: Event) -> None:
+        now = time.monotonic()
+        begun = self.started.setdefault(event.stage, now)
+        if event.message.startswith("WARNING"):
+            print(event.message, file=sys.stderr, flush=True)
+        elif event.message == "cached":
+            print(f"{event.stage:<11} cached", flush=True)
+        elif event.message == "done":
+            print(f"{event.stage:<11} done in {seconds(now - begun)}", flush=True)
+        elif event.total and event.done and now - self.shown.get(event.stage, begun) > 10:
+            self.shown[event.stage] = now
+            left = (now - begun) / event.done * (event.total - event.done)
+            print(f"{event.stage:<11} {event.done} of {event.total}, about {seconds(left)} left", flush=True)
+
+
+class _LiveStages:
+    """All stages, with a bar for the one at work."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.tasks: dict[str, TaskID] = {stage: self._add(stage) for stage in STAGES}
+
+    def __call__(self, event: Event) -> None:
+        if event.stage not in self.tasks:
+            self.tasks[event.stage] = self._add(event.stage)
+        task = self.tasks[event.stage]
+        if event.message.startswith("WARNING"):
+            self.progress.console.print(f"[yellow]{escape(event.message)}[/]")
+        elif event.message == "start":
+            self.progress.start_task(task)
+        elif event.message in ("cached", "done"):
+            self.progress.update(task, total=1, completed=1, note=event.message)
+        elif event.total:
+            self.progress.update(task, total=event.total, completed=event.done, note=f"{event.done}/{event.total}")
+
+    def _add(self, stage: str) -> TaskID:
+        return self.progress.add_task(stage, total=None, start=False, note="")
+
+
+def _show_result(result: RunResult, folder: Path) -> None:
+    rows = [(row.name, row.dense, row.compressed, row.change) for row in before_after(result)]
+    _show_table(f"{result.pipeline} on {result.target.name}", ("", "dense", "compressed", "change"), rows)
+    for note in result.benchmark.notes:
+        print(f"note: {note}")
+    _show_decision(result.decision)
+    print(f"ONNX    {folder / result.benchmark.compressed.file.path}")
+    if (folder / "report.html").is_file():
+        print(f"report  {folder / 'report.html'}")
+    else:
+        print("report  none; pip install 'deploypipe[report]', then `deploypipe report` with this folder")
+
+
+def _show_decision(decision: GateDecision) -> None:
+    cells = [check_cells(check) for check in decision.checks]
+    _show_table("Gate", ("check", "status", "measured", "limit", "reason"), cells)
+    colour = "green" if decision.verdict is Verdict.SHIP else "red"
+    Console(soft_wrap=True).print(
+        f"[bold {colour}]{decision.verdict.value}[/] {escape(decision.reason)}", highlight=False
+    )
+
+
+def _show_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    console = Console()
+    if not console.is_terminal:
+        lines = [list(header), *map(list, rows)]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+        print(f"\n{title}")
+        for line in lines:
+            print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        print()
+        return
+    table = Table(title=title, title_justify="left")
+    for name in header:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*(f"[{COLOURS[c]}]{c}[/]" if c in COLOURS else escape(c) for c in row))
+    console.print(table)

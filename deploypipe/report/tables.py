@@ -1,0 +1,121 @@
+"""The figures of a run as text: the same rows for the terminal and for the report."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from deploypipe.records import Check, Interval, Measurement
+from deploypipe.runs import RunResult
+
+NOT_MEASURED = "not measured"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One figure of the dense and of the compressed model."""
+
+    name: str
+    dense: str
+    compressed: str
+    change: str
+
+
+def before_after(result: RunResult) -> tuple[Row, ...]:
+    """Dense against compressed, in the order in which one asks."""
+    report = result.benchmark
+    dense, compressed = report.dense, report.compressed
+    drop = report.accuracy_drop_pp
+    ratio = report.latency_ratio
+    return (
+        Row(
+            name=result.metric,
+            dense=_accuracy(dense),
+            compressed=_accuracy(compressed),
+            change="" if drop is None else f"{-drop.value:+.2f} pp ({-drop.high:+.2f} to {-drop.low:+.2f})",
+        ),
+        Row(
+            name="latency p50",
+            dense=_latency(dense),
+            compressed=_latency(compressed),
+            change="" if ratio is None else f"{ratio.value:.3f}x ({ratio.low:.3f} to {ratio.high:.3f})",
+        ),
+        _plain_row("peak memory", dense, compressed, lambda m: m.peak_memory_mib, lambda v: f"{v:.1f} MiB"),
+        _plain_row("file size", dense, compressed, lambda m: float(m.file.size_bytes), _bytes),
+        _plain_row("parameters", dense, compressed, lambda m: float(m.num_params), count),
+        _plain_row("MACs", dense, compressed, lambda m: float(m.num_macs), count),
+    )
+
+
+def check_cells(check: Check) -> tuple[str, str, str, str, str]:
+    """Name, status, measured, limit and reason of one gate check."""
+    return (
+        check.name.replace("_", " "),
+        str(check.status.value),
+        NOT_MEASURED if check.measured is None else with_interval(check.measured, check.interval, check.unit),
+        "" if check.limit is None else figure(check.limit, check.unit),
+        check.reason,
+    )
+
+
+def with_interval(value: float, interval: Interval | None, unit: str) -> str:
+    if interval is None:
+        return figure(value, unit)
+    return f"{figure(value, unit)} ({number(interval.low)} to {number(interval.high)})"
+
+
+def figure(value: float, unit: str) -> str:
+    """A number with its unit; large counts get a k, M or G."""
+    return f"{number(value)} {unit}".strip()
+
+
+def number(value: float) -> str:
+    """Four significant digits; thousands, millions and thousand millions shortened."""
+    if abs(value) >= 1e4:
+        return count(value)
+    return f"{value:.4g}"
+
+
+def count(value: float) -> str:
+    for factor, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= factor:
+            return f"{value / factor:.4g} {suffix}"
+    return f"{value:.4g}"
+
+
+def seconds(value: float) -> str:
+    if value < 60:
+        return f"{value:.1f} s"
+    return f"{int(value // 60)} min {value % 60:.0f} s"
+
+
+def _plain_row(
+    name: str,
+    dense: Measurement,
+    compressed: Measurement,
+    read: Callable[[Measurement], float | None],
+    show: Callable[[float], str],
+) -> Row:
+    before, after = read(dense), read(compressed)
+    return Row(
+        name=name,
+        dense=NOT_MEASURED if before is None else show(before),
+        compressed=NOT_MEASURED if after is None else show(after),
+        change=f"{after / before:.3f}x" if before and after is not None else "",
+    )
+
+
+def _accuracy(measurement: Measurement) -> str:
+    accuracy = measurement.accuracy
+    if accuracy is None:
+        return NOT_MEASURED
+    return f"{100 * accuracy.value:.2f} % (n = {len(measurement.per_sample_metric):,})"
+
+
+def _latency(measurement: Measurement) -> str:
+    if measurement.latency is None:
+        return NOT_MEASURED
+    p50 = measurement.latency.p50_ms
+    return f"{p50.value:.4g} ms ({p50.low:.4g} to {p50.high:.4g})"
+
+
+def _bytes(value: float) -> str:
+    return f"{value / 2**20:.2f} MiB" if value >= 2**20 else f"{value / 2**10:.1f} KiB"
