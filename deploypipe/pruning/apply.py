@@ -1,0 +1,78 @@
+"""Turn the dense network into the pruned one: no tracing, no example inputs, the same bits every time."""
+
+from copy import deepcopy
+from typing import Any
+
+from torch import nn
+
+from deploypipe.errors import PlanError
+from deploypipe.pruning.slicing import cut_, mask_, replace_by_identity_
+from deploypipe.pruning.structures import count_macs, model_fingerprint
+from deploypipe.records import Edit, PruneReport, PruneRow, PruningPlan
+
+
+def apply_plan(dense: nn.Module, plan: PruningPlan) -> nn.Module:
+    """A new, smaller network; `dense` is left as it was. Raises PlanError when the plan was made for another model."""
+    check_fingerprint(dense, plan)
+    return cut_out(dense, plan)
+
+
+def masked_dense(dense: nn.Module, plan: PruningPlan) -> nn.Module:
+    """The reference: a dense copy that ignores what `plan` removes, and so computes what the pruned network must."""
+    check_fingerprint(dense, plan)
+    model = deepcopy(dense)
+    replace_by_identity_(model, plan.blocks)
+    mask_(model, _outside_blocks(plan))
+    return model
+
+
+def cut_out(dense: nn.Module, plan: PruningPlan) -> nn.Module:
+    """`apply_plan` without the check that `dense` has the weights the plan was made from."""
+    model = deepcopy(dense)
+    replace_by_identity_(model, plan.blocks)
+    cut_(model, _outside_blocks(plan))
+    return model
+
+
+def check_fingerprint(dense: nn.Module, plan: PruningPlan, structure_only: bool = False) -> None:
+    """Raise PlanError, saying whether structure or weights differ, unless `plan` was made for this very model."""
+    seen, expected = model_fingerprint(dense), plan.model_fingerprint
+    if seen.partition("-")[0] != expected.partition("-")[0]:
+        raise PlanError(
+            f"the plan was made for a model of another structure (fingerprint {expected}, this one has {seen}); "
+            "names or shapes of its parameters differ: build the same network, or make a new plan"
+        )
+    if not structure_only and seen != expected:
+        raise PlanError(
+            f"the plan was made for this structure with other weights (fingerprint {expected}, this one has {seen}); "
+            "load the weights it was made from, or make a new plan"
+        )
+
+
+def describe(dense: nn.Module, pruned: nn.Module, plan: PruningPlan, inputs: Any) -> PruneReport:
+    """Asked against realised for every structure of the plan, and both networks' costs."""
+    rows = [
+        PruneRow(
+            name=cut.group,
+            kind="channels",
+            width_before=cut.num_units,
+            asked=cut.asked,
+            realised=cut.num_units - len(cut.removed),
+            reason=cut.reason,
+        )
+        for cut in plan.cuts
+    ]
+    rows += [PruneRow(name=name, kind="block", width_before=1, asked=0, realised=0) for name in plan.blocks]
+    params_before, macs_before = count_macs(dense, inputs)
+    params_after, macs_after = count_macs(pruned, inputs)
+    return PruneReport(
+        rows=tuple(rows),
+        params_before=params_before,
+        params_after=params_after,
+        macs_before=macs_before,
+        macs_after=macs_after,
+    )
+
+
+def _outside_blocks(plan: PruningPlan) -> list[Edit]:
+    return [e for e in plan.edits if not any(e.module == b or e.module.startswith(f"{b}.") for b in plan.blocks)]

@@ -1,0 +1,107 @@
+"""Blocks that can be replaced by the identity: modules that add their own input to what they compute."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.overrides import TorchFunctionMode
+
+from deploypipe.pruning.calls import Call, evaluating
+from deploypipe.records import Block, Frozen
+from deploypipe.task import forward
+
+_ADDITIONS = {"add", "add_", "__add__", "__iadd__", "__radd__"}
+
+
+def find_blocks(
+    model: nn.Module, inputs: Any, calls: Mapping[str, Call]
+) -> tuple[tuple[Block, ...], tuple[Frozen, ...]]:
+    """Removable blocks in execution order, and siblings of theirs (same class) that are not removable, with the reason.
+
+    A block is called once, with one tensor in and one of the same shape and dtype out, holds a convolution or linear
+    layer, and adds its unchanged input to something computed from it. Of nested ones the smallest are taken, so a stage
+    of residual blocks is not itself a block. `model` is a copy that may be changed in its requires_grad flags.
+    """
+    candidates = [name for name, call in calls.items() if call.keeps_kind and call.count == 1]
+    candidates = [name for name in candidates if name and _has_weights(model.get_submodule(name))]
+    residual = _residual(model, inputs, candidates)
+    smallest = [n for n in residual if not any(other.startswith(f"{n}.") for other in residual)]
+    smallest.sort(key=lambda name: calls[name].place)
+    blocks = tuple(_block(model, name, calls) for name in smallest)
+    classes = {type(model.get_submodule(name)) for name in smallest}
+    frozen = [
+        Frozen(name=name, kind="block", reason=_why_not(call))
+        for name, call in sorted(calls.items(), key=lambda item: item[1].place)
+        if name not in residual and type(model.get_submodule(name)) in classes - {nn.Sequential}
+    ]
+    return blocks, tuple(frozen)
+
+
+def _block(model: nn.Module, name: str, calls: Mapping[str, Call]) -> Block:
+    params = sum(p.numel() for p in model.get_submodule(name).parameters())
+    return Block(name=name, params=params, macs=sum(c.macs for n, c in calls.items() if n.startswith(f"{name}.")))
+
+
+def _has_weights(module: nn.Module) -> bool:
+    return any(isinstance(m, nn.Linear | _ConvNd) for m in module.modules() if m is not module)
+
+
+def _why_not(call: Call) -> str:
+    if call.count > 1:
+        return f"is called {call.count} times"
+    if call.shape_in is None or call.shape_out is None:
+        return "takes or gives more than one tensor"
+    if call.shape_in != call.shape_out:
+        return f"changes the shape from {call.shape_in} to {call.shape_out}"
+    return "does not add its input to its output"
+
+
+def _residual(model: nn.Module, inputs: Any, candidates: list[str]) -> list[str]:
+    """Candidates that add their input to a tensor computed from it. Each runs alone, on the input it really gets."""
+    seen: dict[str, Tensor] = {}
+    handles = [model.get_submodule(name).register_forward_pre_hook(_keep(seen, name)) for name in candidates]
+    model.requires_grad_(False)
+    with evaluating(model):
+        try:
+            with torch.no_grad():
+                forward(model, inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return [name for name in candidates if _adds_its_input(model.get_submodule(name), seen[name])]
+
+
+def _keep(seen: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        seen[name] = args[0].detach().clone()
+
+    return hook
+
+
+class _InputWatch(TorchFunctionMode):
+    """Notes whether `tensor` itself is added to another tensor of its shape that depends on it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__()
+        self.tensor = tensor
+        self.is_added = False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__name__", "") in _ADDITIONS and any(a is self.tensor for a in args):
+            others = [a for a in args if isinstance(a, Tensor) and a is not self.tensor]
+            self.is_added |= any(o.requires_grad and o.shape == self.tensor.shape for o in others)
+        return func(*args, **(kwargs or {}))
+
+
+def _adds_its_input(module: nn.Module, tensor: Tensor) -> bool:
+    """Parameters are frozen here, so a tensor requires a gradient exactly when it depends on the module's input."""
+    if not tensor.is_floating_point():
+        return False
+    watched = tensor.requires_grad_(True) * 1  # not a leaf: the module may work in place
+    with _InputWatch(watched) as watch:
+        module(watched)
+    return bool(watch.is_added)

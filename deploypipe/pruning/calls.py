@@ -1,0 +1,88 @@
+"""One watched forward pass: which modules are called, in which order, on which shapes, at what cost."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from deploypipe.task import forward, num_samples
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Call:
+    """How one module took part in the forward pass."""
+
+    place: int  # in execution order, by first call
+    count: int
+    macs: int  # of this module alone, one sample, all calls
+    shape_in: tuple[int, ...] | None  # without the batch; None unless every call was one tensor in, one tensor out
+    shape_out: tuple[int, ...] | None
+    keeps_kind: bool  # dtype and shape, batch included, are the same on both sides
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without fused attention kernels (which call no modules); every flag is given back afterwards."""
+    flags = {module: module.training for module in model.modules()}
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    model.eval()
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for module, flag in flags.items():
+            module.training = flag
+
+
+def record_calls(model: nn.Module, inputs: Any) -> dict[str, Call]:
+    """Run `model` once on `inputs` without gradients; the model is as before afterwards."""
+    calls: dict[str, Call] = {}
+    places: dict[str, int] = {}
+    samples = num_samples(inputs)
+
+    def enter(name: str) -> None:
+        places.setdefault(name, len(places))
+
+    def leave(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        before = calls.get(name)
+        is_plain = len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and isinstance(output, Tensor)
+        is_known = is_plain and (before is None or before.shape_in is not None)
+        calls[name] = Call(
+            place=places[name],
+            count=1 + (before.count if before else 0),
+            macs=_macs(module, args, output) // samples + (before.macs if before else 0),
+            shape_in=tuple(args[0].shape[1:]) if is_known else None,
+            shape_out=tuple(output.shape[1:]) if is_known else None,
+            keeps_kind=is_known and args[0].shape == output.shape and args[0].dtype == output.dtype,
+        )
+
+    handles = []
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(lambda m, a, name=name: enter(name)))
+        handles.append(
+            module.register_forward_hook(lambda m, a, k, o, name=name: leave(name, m, a, k, o), with_kwargs=True)
+        )
+    try:
+        with evaluating(model), torch.no_grad():
+            forward(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _macs(module: nn.Module, args: tuple[Any, ...], output: Any) -> int:
+    """Multiply-accumulates of one call of a convolution or linear layer; 0 for everything else."""
+    match module:
+        case _ConvTransposeNd():
+            return int(args[0].numel() * module.weight[0].numel())
+        case _ConvNd():
+            return int(output.numel() * module.weight[0].numel())
+        case nn.Linear():
+            return int(output.numel() * module.in_features)
+    return 0

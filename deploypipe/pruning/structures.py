@@ -1,0 +1,197 @@
+"""What can be removed from a network: channel groups and blocks, each tried out before it is offered."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deploypipe.errors import ModelError
+from deploypipe.pruning.blocks import find_blocks
+from deploypipe.pruning.calls import Call, evaluating, record_calls
+from deploypipe.pruning.coupling import Coupling, trace_groups
+from deploypipe.pruning.slicing import cut_, edits_by_module, mask_, replace_by_identity_, width
+from deploypipe.records import Block, ChannelGroup, Edit, Frozen, Structures
+from deploypipe.task import forward, num_samples, take
+
+_TOLERANCE = 1e-3  # of the largest output: float32 sums in another order differ by 1e-6, a wrong coupling by 1e-1
+
+
+def list_structures(model: nn.Module, inputs: Any, keep: Sequence[str] = ()) -> Structures:
+    """Everything removable in `model`, and everything that is not, with the reason.
+
+    inputs: one batch, as the model gets it. keep: glob patterns of module names; a structure that holds a match stays.
+    Every group is tried: some of its units are cut from a copy with shaken weights, whose outputs must equal those of
+    the copy in which the same units are masked; otherwise it is frozen. `model` is left as it was. Raises ModelError
+    when the model is frozen or nothing in it can be removed.
+    """
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ModelError("all parameters are frozen (requires_grad=False); call model.requires_grad_(True) first")
+    inputs = _pair(inputs)
+    calls = record_calls(model, inputs)
+    place = {name: call.place for name, call in calls.items()}
+    couplings, frozen_channels = trace_groups(model, inputs, place)
+    blocks, frozen_blocks = find_blocks(deepcopy(model), inputs, calls)
+    probe = _Probe(model, inputs)
+    reasons = {c.name: _kept((m.module for m in c.members), keep) or probe.try_channels(c) for c in couplings}
+    block_reasons = {b.name: _kept(_inside(model, b.name), keep) or probe.try_block(b) for b in blocks}
+    frozen = [
+        *frozen_channels,
+        *(Frozen(name=n, kind="channels", reason=r) for n, r in reasons.items() if r),
+        *frozen_blocks,
+        *(Frozen(name=n, kind="block", reason=r) for n, r in block_reasons.items() if r),
+    ]
+    frozen.sort(key=lambda row: place.get(row.name, -1))
+    groups = tuple(_group(model, c, calls) for c in couplings if not reasons[c.name])
+    removable = tuple(b for b in blocks if not block_reasons[b.name])
+    if not groups and not removable:
+        rows = (
+            "; ".join(f"{row.kind} {row.name!r}: {row.reason}" for row in frozen) or "it has no layers that are called"
+        )
+        raise ModelError(f"nothing in this network can be removed ({rows}); change the network or loosen recipe.keep")
+    return Structures(
+        model_fingerprint=model_fingerprint(model),
+        groups=groups,
+        blocks=removable,
+        frozen=tuple(frozen),
+        num_params=sum(p.numel() for p in model.parameters()),
+        num_macs=sum(call.macs for call in calls.values()),
+    )
+
+
+def count_macs(model: nn.Module, inputs: Any) -> tuple[int, int]:
+    """(parameters, multiply-accumulates of convolutions and linear layers for one sample); `model` is left as it was."""
+    calls = record_calls(model, inputs)
+    return sum(p.numel() for p in model.parameters()), sum(call.macs for call in calls.values())
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """ "<structure>-<weights>": two hashes over the state dict, of names, shapes and dtypes, and of the values."""
+    structure, weights = hashlib.sha256(), hashlib.sha256()
+    for name, value in model.state_dict().items():
+        if isinstance(value, Tensor):
+            structure.update(f"{name}:{tuple(value.shape)}:{value.dtype};".encode())
+            weights.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return f"{structure.hexdigest()[:32]}-{weights.hexdigest()[:32]}"
+
+
+def _pair(inputs: Any) -> Any:
+    """Two samples: enough to see shapes, and batch 1 would hide mistakes in the batch axis."""
+    if num_samples(inputs) >= 2:
+        return take(inputs, 2)
+    if isinstance(inputs, dict):
+        return {name: torch.cat([t, t]) for name, t in inputs.items()}
+    return (
+        tuple(torch.cat([t, t]) for t in inputs) if isinstance(inputs, (tuple, list)) else torch.cat([inputs, inputs])
+    )
+
+
+def _inside(model: nn.Module, name: str) -> list[str]:
+    return [f"{name}.{n}" if n else name for n, _ in model.get_submodule(name).named_modules()]
+
+
+def _kept(modules: Any, keep: Sequence[str]) -> str:
+    patterns = sorted({pattern for name in modules for pattern in keep if fnmatchcase(name, pattern)})
+    return f"kept by recipe.keep ({', '.join(patterns)})" if patterns else ""
+
+
+def _group(model: nn.Module, coupling: Coupling, calls: Mapping[str, Call]) -> ChannelGroup:
+    """The coupling with what one of its units costs, on average, in the dense network."""
+    edits = [Edit(module=m.module, side=m.side, removed=sum(m.units, ())) for m in coupling.members]
+    params = macs = 0.0
+    for name, sides in edits_by_module(edits).items():
+        module = model.get_submodule(name)
+        share = {side: len(gone) / coupling.num_units / (width(module, side) or 1) for side, gone in sides.items()}
+        both = 1 - (1 - share.get("in", 0.0)) * (1 - share.get("out", 0.0))
+        for key, parameter in module.named_parameters(recurse=False):
+            params += parameter.numel() * (share.get("out", 0.0) if key == "bias" else both)
+        macs += both * (calls[name].macs if name in calls else 0)
+    return ChannelGroup(
+        name=coupling.name,
+        num_units=coupling.num_units,
+        members=coupling.members,
+        params_per_unit=round(params, 6),
+        macs_per_unit=round(macs, 6),
+    )
+
+
+class _Probe:
+    """Tries removals on copies of one model whose weights are shaken, so that no zero hides a wrong coupling."""
+
+    def __init__(self, model: nn.Module, inputs: Any) -> None:
+        self.inputs = inputs
+        self.model = deepcopy(model).requires_grad_(False)
+        generator = torch.Generator().manual_seed(0)
+        for parameter in self.model.parameters():
+            if parameter.is_floating_point():
+                size = parameter.abs().mean().item() or 1.0
+                noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+                parameter.add_(noise, alpha=0.1 * size)
+        self.dense = self._run(self.model)
+
+    def try_channels(self, coupling: Coupling) -> str:
+        """Why the coupling cannot be trusted, or ""."""
+        units = range(coupling.num_units)
+        some = sorted({0, coupling.num_units - 1, *units[1::3]})[: coupling.num_units - 1]
+        edits = [Edit(module=m.module, side=m.side, removed=_union(m.units, some)) for m in coupling.members]
+        masked, cut = self._copy(edits), self._copy(edits)
+        mask_(masked, edits)
+        try:
+            cut_(cut, edits)
+            outputs = self._run(cut)
+        except Exception as error:  # whatever the user's forward() raises on widths it was not written for
+            return f"the network fails without these channels: {type(error).__name__}: {error}"
+        return _differ(self._run(masked), outputs, "the traced coupling is wrong (padding, strided slice or reshape?)")
+
+    def try_block(self, block: Block) -> str:
+        """Why the block cannot be replaced by the identity, or ""."""
+        copy = deepcopy(self.model)
+        replace_by_identity_(copy, [block.name])
+        try:
+            outputs = self._run(copy)
+        except Exception as error:  # as above
+            return f"the network fails without this block: {type(error).__name__}: {error}"
+        shapes = [tuple(t.shape) for t in outputs]
+        return "" if shapes == [tuple(t.shape) for t in self.dense] else f"without it the outputs have shapes {shapes}"
+
+    def _copy(self, edits: Sequence[Edit]) -> nn.Module:
+        """A copy that shares every parameter and buffer with the model but those of the edited modules."""
+        touched = {id(t) for e in edits for t in _own(self.model.get_submodule(e.module))}
+        shared = {id(t): t for m in self.model.modules() for t in _own(m) if id(t) not in touched}
+        return deepcopy(self.model, shared)
+
+    def _run(self, model: nn.Module) -> list[Tensor]:
+        with evaluating(model), torch.no_grad():
+            return _leaves(forward(model, deepcopy(self.inputs)))
+
+
+def _own(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+
+
+def _union(units: Sequence[Sequence[int]], some: Sequence[int]) -> tuple[int, ...]:
+    return tuple(sorted({i for u in some for i in units[u]}))
+
+
+def _leaves(outputs: Any) -> list[Tensor]:
+    if isinstance(outputs, Tensor):
+        return [outputs]
+    if isinstance(outputs, Mapping):
+        return [t for value in outputs.values() for t in _leaves(value)]
+    return [t for value in outputs for t in _leaves(value)] if isinstance(outputs, (tuple, list)) else []
+
+
+def _differ(expected: list[Tensor], seen: list[Tensor], cause: str) -> str:
+    for a, b in zip(expected, seen, strict=True):
+        if a.shape != b.shape:
+            return (
+                f"its channels are the network's output (shape {tuple(a.shape[1:])} would become {tuple(b.shape[1:])})"
+            )
+        scale = a.abs().max().item()
+        error = (a.double() - b.double()).abs().max().item()
+        if not error <= _TOLERANCE * scale:
+            return f"cutting differs from masking by {error / max(scale, 1e-30):.1g} of the output: {cause}"
+    return ""
