@@ -1,0 +1,148 @@
+"""The report's figures, as HTML fragments that share one copy of plotly.js."""
+
+from typing import Any
+
+import plotly.graph_objects as go
+
+from deploypipe.records import BenchmarkReport, Interval, PruneReport, RepairReport, SearchResult, StageTime, TrainLog
+from deploypipe.target import Target
+
+DENSE, COMPRESSED, MUTED, LIMIT = "#8a94a6", "#2563eb", "#cbd2dc", "#dc2626"
+CONFIG = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["lasso2d", "select2d"]}
+
+
+def widths(report: PruneReport) -> str:
+    """Width of each structure before and after."""
+    rows = [row for row in report.rows if row.kind == "channels"]
+    names = [row.name for row in rows]
+    figure = go.Figure()
+    figure.add_bar(y=names, x=[r.width_before for r in rows], name="dense", marker_color=MUTED, orientation="h")
+    figure.add_bar(y=names, x=[r.realised for r in rows], name="compressed", marker_color=COMPRESSED, orientation="h")
+    figure.update_layout(barmode="overlay", xaxis_title="channels", yaxis={"autorange": "reversed", "type": "category"})
+    return _html(figure, height=140 + 20 * len(names))
+
+
+def trials(search: SearchResult, dense_accuracy: float | None, dense_p50_ms: float | None, target: Target) -> str:
+    """Accuracy against latency of every trial, judged on the validation split after repair, before fine-tuning."""
+    best = search.trials[search.best]
+    figure = go.Figure()
+    for label, colour, is_feasible in (("over budget", MUTED, False), ("within budget", DENSE, True)):
+        shown = [t for t in search.trials if t.feasible is is_feasible and t.number != best.number]
+        _add_points(figure, shown, label, {"color": colour, "size": 9})
+    star = {"color": COMPRESSED, "size": 16, "symbol": "star"}
+    _add_points(figure, [best], "chosen", star)
+    if dense_accuracy is not None and dense_p50_ms is not None:
+        marker = {"color": "#111827", "size": 11, "symbol": "diamond"}
+        figure.add_scatter(
+            x=[dense_p50_ms],
+            y=[100 * dense_accuracy],
+            mode="markers",
+            name="dense (test)",
+            marker=marker,
+            hovertemplate="dense<br>%{x:.4g} ms<br>%{y:.2f} %<extra></extra>",
+        )
+    _add_budget_lines(figure, target, dense_accuracy, dense_p50_ms)
+    figure.update_layout(xaxis_title="latency p50, ms", yaxis_title="accuracy, %")
+    return _html(figure)
+
+
+def _add_points(figure: Any, shown: list[Any], label: str, marker: dict[str, object]) -> None:
+    figure.add_scatter(
+        x=[t.candidate.latency_p50_ms for t in shown],
+        y=[100 * t.candidate.accuracy for t in shown],
+        mode="markers",
+        name=label,
+        marker=marker,
+        text=[f"trial {t.number}<br>{t.candidate.num_macs:,} MACs<br>{t.candidate.num_params:,} params" for t in shown],
+        hovertemplate="%{text}<br>%{x:.4g} ms<br>%{y:.2f} %<extra></extra>",
+    )
+
+
+def _add_budget_lines(figure: Any, target: Target, accuracy: float | None, p50_ms: float | None) -> None:
+    line = {"line_color": LIMIT, "line_dash": "dash", "line_width": 1}
+    limit = target.budget.limits().get("latency_p50")
+    if limit is not None and (p50_ms is not None or not limit.is_relative):
+        figure.add_vline(x=limit.absolute(p50_ms or 0.0), annotation_text="latency budget", **line)
+    if accuracy is not None:
+        figure.add_hline(y=100 * accuracy - target.budget.accuracy_drop_pp, annotation_text="accuracy budget", **line)
+
+
+def latencies(report: BenchmarkReport) -> str:
+    """All timed runs of both files, taken in turns in one process."""
+    figure = go.Figure()
+    for measurement, label, colour in ((report.dense, "dense", DENSE), (report.compressed, "compressed", COMPRESSED)):
+        if measurement.latency is not None:
+            samples = sorted(measurement.latency.samples_ms)
+            shown = samples[: max(1, round(0.99 * len(samples)))]  # the slowest 1 % would squeeze the rest
+            figure.add_histogram(x=shown, name=label, marker_color=colour, opacity=0.75, nbinsx=60)
+            _mark_median(figure, measurement.latency.p50_ms, colour)
+    figure.update_layout(barmode="overlay", xaxis_title="latency, ms", yaxis_title="runs")
+    return _html(figure)
+
+
+def _mark_median(figure: Any, p50: Interval, colour: str) -> None:
+    figure.add_vline(x=p50.value, line_color=colour, line_width=2, annotation_text=f"p50 {p50.value:.4g} ms")
+
+
+def finetune(log: TrainLog) -> str:
+    """Validation accuracy after each epoch; epoch 0 is the repaired network before training."""
+    figure = go.Figure()
+    epochs = [e.epoch for e in log.epochs]
+    figure.add_scatter(
+        x=epochs,
+        y=[100 * e.val_accuracy for e in log.epochs],
+        mode="lines+markers",
+        name="validation accuracy",
+        line_color=COMPRESSED,
+    )
+    chosen = [e for e in log.epochs if e.epoch == log.chosen_epoch]
+    figure.add_scatter(
+        x=[e.epoch for e in chosen],
+        y=[100 * e.val_accuracy for e in chosen],
+        mode="markers",
+        name="chosen",
+        marker={"color": COMPRESSED, "size": 16, "symbol": "star"},
+    )
+    figure.update_layout(xaxis={"title": "epoch", "dtick": 1}, yaxis_title="accuracy on validation, %")
+    return _html(figure)
+
+
+def repair_errors(report: RepairReport) -> str:
+    """Relative squared error of each consumer's output, before and after its weights were solved."""
+    rows = [row for row in report.rows if not row.reason]
+    names = [row.module for row in rows]
+    figure = go.Figure()
+    figure.add_bar(x=names, y=[row.error_before for row in rows], name="cut", marker_color=MUTED)
+    figure.add_bar(x=names, y=[row.error_after for row in rows], name="repaired", marker_color=COMPRESSED)
+    figure.update_layout(yaxis_title="relative squared error", xaxis={"tickangle": -60, "type": "category"})
+    return _html(figure)
+
+
+def stage_times(stages: tuple[StageTime, ...]) -> str:
+    """Seconds of each stage; those read from an earlier run are pale."""
+    colours = [MUTED if stage.was_cached else COMPRESSED for stage in stages]
+    figure = go.Figure()
+    figure.add_bar(
+        y=[stage.stage for stage in stages],
+        x=[stage.seconds for stage in stages],
+        orientation="h",
+        marker_color=colours,
+        text=[f"{stage.seconds:.1f} s" + (" (cached)" if stage.was_cached else "") for stage in stages],
+        textposition="auto",
+    )
+    figure.update_layout(xaxis_title="seconds", yaxis={"autorange": "reversed"}, showlegend=False)
+    return _html(figure, height=120 + 26 * len(stages))
+
+
+def _html(figure: Any, height: int = 380) -> str:
+    figure.update_layout(
+        template="plotly_white",
+        height=height,
+        margin={"l": 10, "r": 10, "t": 30, "b": 10},
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+        font={"family": "system-ui, sans-serif", "size": 13},
+    )
+    figure.update_yaxes(automargin=True)
+    figure.update_xaxes(automargin=True)
+    text: str = figure.to_html(full_html=False, include_plotlyjs=False, config=CONFIG)
+    return text
