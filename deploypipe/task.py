@@ -83,3 +83,12 @@ def take_batches(batches: Iterable[Batch], count: int) -> list[Batch]:
             break
         taken.append((take(inputs, left), take(target, left)))
     return taken
+
+
+def stack_batches(inputs: list[Any]) -> Any:
+    """Several batches of inputs as one."""
+    if isinstance(inputs[0], dict):
+        return {name: torch.cat([i[name] for i in inputs]) for name in inputs[0]}
+    if isinstance(inputs[0], (tuple, list)):
+        return tuple(torch.cat(parts) for parts in zip(*inputs, strict=True))
+    return torch.cat(inputs)

@@ -1,0 +1,90 @@
+"""Ridge regression from second moments.
+
+Legend: n rows; X (n, p) regressors; Y (n, q) targets; all moments are means over rows, in float64.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_CHUNK = 4096  # rows multiplied at once in float32 before the sum goes on in float64
+
+
+def solve_towards(gram: Tensor, cross: Tensor, prior: Tensor, ridge: float) -> Tensor:
+    """argmin_B  mean ||X B - Y||^2 + r ||B - prior||^2, from moments alone.
+
+    gram = X'X / n (p, p); cross = X'Y / n (p, q); prior (p, q); r = ridge * mean(diag(gram)).
+    Shrinking towards the weights that are there, not towards zero, leaves what the data does not determine as it was.
+    float64; O(p^3 + p^2 q). A constant-zero X gives back the prior.
+    """
+    scale = gram.diagonal().mean()
+    if scale <= 0:
+        return prior.clone()
+    regular = gram + torch.eye(len(gram), dtype=gram.dtype) * (ridge * scale)
+    return prior + torch.cholesky_solve(cross - gram @ prior, torch.linalg.cholesky(regular))
+
+
+def sum_of_products(x: Tensor, y: Tensor) -> Tensor:
+    """x'y (p, q) in float64, multiplied in float32 by chunks of rows: a fraction of the time, 1e-6 of the error."""
+    total = torch.zeros(x.shape[1], y.shape[1], dtype=torch.float64)
+    for x_part, y_part in zip(x.split(_CHUNK), y.split(_CHUNK), strict=True):
+        total += x_part.T @ y_part
+    return total
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fit:
+    """A solved regression: Y ~ X coefficients + intercept."""
+
+    coefficients: Tensor  # (p, q)
+    intercept: Tensor  # (q,)
+    squared_error: float  # mean over rows, summed over outputs
+    product_mean: Tensor  # (q,) of X coefficients
+    product_variance: Tensor  # (q,)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CrossMoments:
+    """First and second moments of X and Y, centred."""
+
+    x_mean: Tensor  # (p,)
+    y_mean: Tensor  # (q,)
+    gram: Tensor  # (p, p)
+    cross: Tensor  # (p, q)
+    output_variance: Tensor  # (q,)
+
+    @classmethod
+    def of(cls, x: Tensor, y: Tensor) -> "CrossMoments":
+        x_mean, y_mean = x.mean(0, dtype=torch.float64), y.mean(0, dtype=torch.float64)
+        xc, yc = x - x_mean.to(x.dtype), y - y_mean.to(y.dtype)
+        return cls(
+            x_mean=x_mean,
+            y_mean=y_mean,
+            gram=sum_of_products(xc, xc) / len(x),
+            cross=sum_of_products(xc, yc) / len(x),
+            output_variance=yc.square().mean(0, dtype=torch.float64),
+        )
+
+    @property
+    def is_finite(self) -> bool:
+        return bool(torch.isfinite(self.gram).all() and torch.isfinite(self.output_variance).all())
+
+    def fit(self, prior: Tensor, ridge: float, *, has_intercept: bool) -> Fit:
+        """Regress Y on X, shrunk towards `prior` (p, q). Without an intercept the moments are taken about zero."""
+        x_mean, y_mean = self.x_mean, self.y_mean
+        gram, cross, variance = self.gram, self.cross, self.output_variance
+        if not has_intercept:
+            gram = gram + torch.outer(x_mean, x_mean)
+            cross = cross + torch.outer(x_mean, y_mean)
+            variance = variance + y_mean.square()
+        solution = solve_towards(gram, cross, prior, ridge)
+        explained = (solution * (2 * cross - gram @ solution)).sum()
+        product_mean = x_mean @ solution
+        return Fit(
+            coefficients=solution,
+            intercept=y_mean - product_mean if has_intercept else torch.zeros_like(y_mean),
+            squared_error=float((variance.sum() - explained).clamp_min(0)),
+            product_mean=product_mean,
+            product_variance=((self.gram @ solution) * solution).sum(0).clamp_min(0),
+        )

@@ -1,0 +1,74 @@
+"""What a convolution or linear layer reads and writes at sampled output positions, as rows of a matrix."""
+
+from collections.abc import Sequence
+from itertools import product
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Mixer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
+
+
+def is_mixer(module: nn.Module) -> bool:
+    """Whether the module mixes all its input channels linearly, so that its weights are a regression on its input."""
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+    return isinstance(module, nn.Linear)
+
+
+def num_taps(module: Mixer) -> int:
+    """Weights per (output, input) channel pair: 9 for a 3x3 convolution, 1 for a linear layer."""
+    return 1 if isinstance(module, nn.Linear) else module.weight[0, 0].numel()
+
+
+def _positions_shape(module: Mixer, output: Tensor) -> Sequence[int]:
+    return output.shape[1:-1] if isinstance(module, nn.Linear) else output.shape[2:]
+
+
+def sample_positions(module: Mixer, output: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Flat output positions, drawn with replacement for each sample: (n samples, at most `count`) int64."""
+    total = 1
+    for size in _positions_shape(module, output):
+        total *= size
+    if total <= count:
+        return torch.arange(total).expand(len(output), total)
+    return torch.randint(total, (len(output), count), generator=generator)
+
+
+def sample_inputs(module: Mixer, inputs: Tensor, output: Tensor, positions: Tensor) -> Tensor:
+    """The patches read at `positions`: (n * positions, channels * taps), columns in the order of `weight[o].flatten()`.
+
+    A patch reaching over the border holds the zeros the convolution pads with.
+    """
+    samples = torch.arange(len(inputs)).unsqueeze(1)
+    if isinstance(module, nn.Linear):
+        rows = inputs.reshape(len(inputs), -1, inputs.shape[-1])
+        return rows[samples, positions].flatten(0, 1)
+    padding = [int(p) for p in module.padding]
+    padded = F.pad(inputs, [p for size in reversed(padding) for p in (size, size)])
+    corner = torch.unravel_index(positions, output.shape[2:])
+    corner = [index * stride for index, stride in zip(corner, module.stride, strict=True)]
+    last = padded.movedim(1, -1)
+    taps = []
+    for offsets in product(*(range(size) for size in module.kernel_size)):
+        place = [c + o * d for c, o, d in zip(corner, offsets, module.dilation, strict=True)]
+        taps.append(last[(samples, *place)].flatten(0, 1))
+    return torch.stack(taps, dim=2).flatten(1)
+
+
+def sample_outputs(module: Mixer, output: Tensor, positions: Tensor) -> Tensor:
+    """The values at `positions` of a tensor shaped like the module's output: (n * positions, channels)."""
+    samples = torch.arange(len(output)).unsqueeze(1)
+    rows = output if isinstance(module, nn.Linear) else output.movedim(1, -1)
+    return rows.reshape(len(output), -1, rows.shape[-1])[samples, positions].flatten(0, 1)
+
+
+def weight_matrix(module: Mixer) -> Tensor:
+    """The weights as (outputs, channels * taps), so that `sample_inputs(...) @ weight_matrix(...).T` is the output."""
+    return module.weight.flatten(1)
+
+
+def columns(units: Sequence[int], taps: int) -> list[int]:
+    """The columns of `sample_inputs` that belong to the given input channels."""
+    return [unit * taps + tap for unit in units for tap in range(taps)]

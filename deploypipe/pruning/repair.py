@@ -1,0 +1,270 @@
+"""Sequential least-squares repair: no gradients, one forward pass.
+
+The pruned network runs over the calibration samples. Whenever a layer has computed its output, its weights are first
+solved so that, on the inputs it really gets in the pruned network, it gives what the dense network gives; then the run
+goes on with the corrected output. Where the output is added to a shortcut, the target is the dense sum minus the pruned
+shortcut, so that errors of the shortcut are corrected too and do not pile up with depth.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from deploypipe.errors import DataError
+from deploypipe.numerics.least_squares import CrossMoments, Fit
+from deploypipe.observe.moments import hooked
+from deploypipe.observe.patches import (
+    Mixer,
+    is_mixer,
+    sample_inputs,
+    sample_outputs,
+    sample_positions,
+    weight_matrix,
+)
+from deploypipe.recipe import Repair
+from deploypipe.records import Event, Progress, PruningPlan, RepairReport, RepairRow, silent
+from deploypipe.task import Batch, forward, num_samples, stack_batches, take_batches
+
+_ADDITIONS = {"add", "add_", "__add__", "__iadd__", "__radd__"}
+_NEGLIGIBLE = 1e-7  # relative squared error that float32 rounding alone can make
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+@dataclass(slots=True)
+class _Path:
+    """Where a layer's output stops being an affine function of its weights."""
+
+    layer: str
+    norm: str | None = None  # the batch norm that reads it
+    is_added: bool = False  # then it ends as an operand of an addition
+    num_calls: int = 0
+
+
+# finish(path, the layer's input, the value at the path's end, the addition's other operand) -> the value to go on with
+_Finish = Callable[[_Path, Tensor, Tensor, Tensor | None], Tensor]
+
+
+def repair(
+    dense: nn.Module,
+    pruned: nn.Module,
+    plan: PruningPlan,
+    batches: Sequence[Batch],
+    settings: Repair,
+    *,
+    seed: int = 0,
+    notify: Progress = silent,
+) -> tuple[nn.Module, RepairReport]:
+    """A copy of `pruned` whose layers' weights are solved to give the dense network's outputs again.
+
+    Cost: two forward passes over at most `settings.num_samples` samples (held in memory as one batch) and one solve a
+    layer. Every layer after the first change is solved, also those that were not cut: they correct what arrives wrong.
+    A solution that does not lower the layer's error is not written. Layers whose input was not cut and that feed no
+    addition are solved too. Labels are not used.
+    """
+    taken = take_batches(batches, settings.num_samples)
+    if not taken:
+        raise DataError("the calibration split is empty; return at least one batch as `calib` from load_data()")
+    inputs = stack_batches([batch for batch, _ in taken])
+    repaired = copy.deepcopy(pruned).eval()
+    teacher = copy.deepcopy(dense).eval()
+    kept_outputs = {e.module: set(e.removed) for e in plan.edits if e.side == "out"}
+    names = _layers_to_solve(repaired, plan)
+    paths = _find_paths(repaired, names, stack_batches([batch for batch, _ in take_batches(taken, 2)]))
+    sampler = _Sampler(settings.positions_per_sample, seed, teacher)
+    targets = _dense_targets(teacher, paths, sampler, kept_outputs, inputs)
+    rows: list[RepairRow] = []
+    modules = dict(repaired.named_modules())
+
+    def solve(path: _Path, layer_input: Tensor, value: Tensor, other: Tensor | None) -> Tensor:
+        layer, norm = modules[path.layer], modules[path.norm] if path.norm else None
+        positions = sampler.positions(path.layer, value, layer)
+        current = sample_outputs(layer, value, positions)
+        target = targets.pop(path.layer)
+        if other is not None:
+            target = target - sample_outputs(layer, other.expand_as(value), positions)
+        patches = sample_inputs(layer, layer_input, value, positions)
+        row, is_solved = _solve_layer_(path.layer, layer, norm, patches, target, current, settings.ridge)
+        rows.append(row)
+        notify(Event(stage="repair", done=len(rows), total=len(paths), message=path.layer))
+        if not is_solved:
+            return value
+        output = layer.forward(layer_input)
+        return output if norm is None else norm.forward(output)
+
+    with torch.no_grad(), _watching(repaired, paths, solve):
+        forward(repaired, inputs)
+    repaired.train(pruned.training)
+    return repaired, RepairReport(rows=tuple(rows), num_samples=num_samples(inputs))
+
+
+def _layers_to_solve(model: nn.Module, plan: PruningPlan) -> list[str]:
+    untouched = not plan.blocks and not plan.edits
+    return [] if untouched else [n for n, m in model.named_modules() if is_mixer(m)]
+
+
+def _find_paths(model: nn.Module, names: Sequence[str], inputs: Any) -> dict[str, _Path]:
+    """Follow each layer's output object through a batch norm into an addition, in one small forward pass."""
+    paths = {name: _Path(layer=name) for name in names}
+    carried: dict[int, tuple[_Path, Tensor]] = {}  # holding the tensor keeps its id unique
+
+    def layer_hook(name: str) -> Callable[..., None]:
+        def hook(_m: nn.Module, _i: tuple[Any, ...], output: Tensor) -> None:
+            paths[name].num_calls += 1
+            carried[id(output)] = (paths[name], output)
+
+        return hook
+
+    def norm_hook(name: str) -> Callable[..., None]:
+        def hook(_m: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            if id(args[0]) in carried:
+                path = carried[id(args[0])][0]
+                path.norm = name
+                carried[id(output)] = (path, output)
+
+        return hook
+
+    class FindAdditions(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if getattr(func, "__name__", "") in _ADDITIONS:
+                operands = [carried[id(a)][0] for a in args[:2] if id(a) in carried]
+                if operands:  # of two branches the one computed last absorbs the other's error
+                    max(operands, key=lambda path: order.index(path.layer)).is_added = True
+            return func(*args, **(kwargs or {}))
+
+    order = list(names)
+    hooks = [(n, layer_hook(n)) for n in names] + _norm_hooks(model, norm_hook)
+    with hooked(model, hooks), torch.no_grad(), FindAdditions():
+        forward(model, inputs)
+    return {name: path for name, path in paths.items() if path.num_calls == 1}
+
+
+def _norm_hooks(model: nn.Module, hook: Callable[[str], Callable[..., Any]]) -> list[tuple[str, Callable[..., Any]]]:
+    return [(name, hook(name)) for name, module in model.named_modules() if isinstance(module, _NORMS)]
+
+
+@contextmanager
+def _watching(model: nn.Module, paths: dict[str, _Path], finish: _Finish) -> Iterator[None]:
+    """Call `finish` at the end of each path while the block runs, and go on with what it returns."""
+    carried: dict[int, tuple[_Path, Tensor, Tensor]] = {}
+
+    def layer_hook(path: _Path) -> Callable[..., Tensor]:
+        def hook(_m: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            if path.norm is None and not path.is_added:
+                return finish(path, args[0], output, None)
+            carried[id(output)] = (path, args[0], output)
+            return output
+
+        return hook
+
+    def norm_hook(_name: str) -> Callable[..., Tensor]:
+        def hook(_m: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            if id(args[0]) not in carried:
+                return output
+            path, layer_input, _ = carried.pop(id(args[0]))
+            if not path.is_added:
+                return finish(path, layer_input, output, None)
+            carried[id(output)] = (path, layer_input, output)
+            return output
+
+        return hook
+
+    class AtAdditions(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if getattr(func, "__name__", "") in _ADDITIONS and len(args) > 1:
+                args = list(args)
+                for here, there in ((0, 1), (1, 0)):
+                    if id(args[here]) in carried:
+                        path, layer_input, value = carried.pop(id(args[here]))
+                        args[here] = finish(path, layer_input, value, args[there])
+            return func(*args, **(kwargs or {}))
+
+    hooks = [(name, layer_hook(path)) for name, path in paths.items()] + _norm_hooks(model, norm_hook)
+    with hooked(model, hooks), AtAdditions():
+        yield
+
+
+class _Sampler:
+    """The same output positions of a layer in the dense and in the pruned network."""
+
+    def __init__(self, count: int, seed: int, model: nn.Module) -> None:
+        self.count, self.seed = count, seed
+        self.order = {name: number for number, (name, _) in enumerate(model.named_modules())}
+
+    def positions(self, name: str, output: Tensor, layer: Mixer) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.order[name])
+        return sample_positions(layer, output, self.count, generator)
+
+
+def _dense_targets(
+    teacher: nn.Module, paths: dict[str, _Path], sampler: _Sampler, removed: dict[str, set[int]], inputs: Any
+) -> dict[str, Tensor]:
+    """What the dense network has at the end of each path: (rows, outputs kept), by layer."""
+    modules = dict(teacher.named_modules())
+    targets: dict[str, Tensor] = {}
+
+    def record(path: _Path, _input: Tensor, value: Tensor, other: Tensor | None) -> Tensor:
+        layer = modules[path.layer]
+        total = value if other is None else value + other
+        rows = sample_outputs(layer, total, sampler.positions(path.layer, value, layer))
+        kept = [i for i in range(rows.shape[1]) if i not in removed.get(path.layer, set())]
+        targets[path.layer] = rows[:, kept]
+        return value
+
+    with torch.no_grad(), _watching(teacher, paths, record):
+        forward(teacher, inputs)
+    return targets
+
+
+def _solve_layer_(
+    name: str, layer: Mixer, norm: nn.Module | None, patches: Tensor, target: Tensor, current: Tensor, ridge: float
+) -> tuple[RepairRow, bool]:
+    """Regress `target` on `patches` and write the solution into the layer (and its batch norm).
+
+    patches: (rows, inputs * taps), target and current: (rows, outputs). The regression has an intercept where there is
+    a bias or a batch norm to hold it. Errors are relative to the target's variance.
+    """
+    moments = CrossMoments.of(patches, target)
+    if not moments.is_finite:
+        raise DataError(f"{name}: activations are not finite on the calibration samples; check the data and the model")
+    variance = float(moments.output_variance.sum().clamp_min(1e-30))
+    before = float((target - current).square().sum(dtype=torch.float64)) / len(target) / variance
+    if before < _NEGLIGIBLE:
+        return RepairRow(module=name, error_before=before, error_after=before, reason="nothing to repair"), False
+    scale = _output_scale(norm)
+    prior = weight_matrix(layer).double().T * (1.0 if scale is None else scale)
+    has_intercept = norm is not None or layer.bias is not None
+    fit = moments.fit(prior, ridge, has_intercept=has_intercept)
+    after = fit.squared_error / variance
+    if not after < before:
+        return RepairRow(module=name, error_before=before, error_after=before, reason="no solution lowers it"), False
+    with torch.no_grad():
+        layer.weight.copy_(fit.coefficients.T.reshape(layer.weight.shape))
+        if norm is not None:
+            _hold_in_norm_(layer, norm, fit)
+        elif layer.bias is not None:
+            layer.bias.copy_(fit.intercept)
+    return RepairRow(module=name, error_before=before, error_after=after), True
+
+
+def _output_scale(norm: Any) -> Tensor | None:
+    if norm is None:
+        return None
+    gain = norm.weight if norm.weight is not None else torch.ones_like(norm.running_var)
+    return (gain.double() / (norm.running_var.double() + norm.eps).sqrt()).detach()
+
+
+def _hold_in_norm_(layer: Mixer, norm: Any, fit: Fit) -> None:
+    """Give the batch norm the true statistics of `layer(x)` and let it undo them, but for the intercept: so that the
+    network computes the same with batch statistics (training) as with running ones."""
+    if layer.bias is not None:
+        layer.bias.zero_()
+    norm.running_mean.copy_(fit.product_mean)
+    norm.running_var.copy_(fit.product_variance)
+    norm.weight.copy_((fit.product_variance + norm.eps).sqrt())
+    norm.bias.copy_(fit.product_mean + fit.intercept)
