@@ -52,7 +52,10 @@ class TensorBatches:
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[Batch]:
-        generator = torch.Generator().manual_seed((self.seed << 32) + self.epoch)
+        mixed = hashlib.sha256(f"{self.seed} {self.epoch}".encode()).digest()
+        generator = torch.Generator().manual_seed(
+            int.from_bytes(mixed[:4], "big")
+        )  # it reads 32 bits of a seed, no more
         count = len(self.inputs)
         order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
         for start in range(0, count, self.batch_size):

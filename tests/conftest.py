@@ -1,0 +1,40 @@
+"""Real data for the slow tests: from $DEPLOYPIPE_TEST_DATA, or from where it may stand beside the checkout."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+DATA = Path(os.environ.get("DEPLOYPIPE_TEST_DATA") or Path(__file__).parents[2] / "shared" / "data")
+
+
+@pytest.fixture(scope="session")
+def cifar10_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with CIFAR-10's binary version; skips where there is none."""
+    if folder := os.environ.get("CIFAR10_DIR"):
+        return Path(folder)
+    if (DATA / "cifar-10-batches-bin").is_dir():
+        return DATA / "cifar-10-batches-bin"
+    if not (DATA / "unpack_cifar10.py").is_file():
+        pytest.skip("CIFAR-10 is absent; set CIFAR10_DIR to its binary version")
+    pytest.importorskip("PIL", reason="pillow, which unpacks CIFAR-10, is not installed")
+    folder = tmp_path_factory.mktemp("cifar10")
+    subprocess.run([sys.executable, str(DATA / "unpack_cifar10.py"), str(folder)], check=True, capture_output=True)
+    return Path(folder) / "cifar-10-batches-bin"
+
+
+@pytest.fixture(scope="session")
+def resnet_weights() -> Callable[[int], Path]:
+    """Depth (20 or 56) -> safetensors of the trained network; skips where it is absent."""
+
+    def find(depth: int) -> Path:
+        named = os.environ.get(f"RESNET{depth}_WEIGHTS")
+        path = Path(named) if named else DATA / "weights" / f"cifar10_resnet{depth}_akamaster.safetensors"
+        if not path.is_file():
+            pytest.skip(f"weights of ResNet-{depth} are absent; set RESNET{depth}_WEIGHTS")
+        return path
+
+    return find

@@ -1,0 +1,67 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from deploypipe.errors import DataError
+from pipelines import cifar_resnet
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("depth", "num_blocks", "accuracy"), [(20, 3, 0.9173), (56, 9, 0.9339)])
+def test_published_accuracy(
+    depth: int, num_blocks: int, accuracy: float, cifar10_dir: Path, resnet_weights: Callable[[int], Path]
+) -> None:
+    model = cifar_resnet.load_network(num_blocks, str(resnet_weights(depth)), "W")
+    with torch.inference_mode():
+        test = cifar_resnet.load_cifar10(str(cifar10_dir)).test
+        num_correct = sum(int((model(x).argmax(dim=1) == y).sum()) for x, y in test)
+    assert num_correct / 10_000 == pytest.approx(accuracy, abs=2e-4)
+
+
+def write_cifar(root: Path, num_per_file: int) -> None:
+    root.mkdir()
+    for i, name in enumerate(cifar_resnet.TRAIN_FILES + cifar_resnet.TEST_FILES):
+        records = np.full((num_per_file, cifar_resnet.RECORD), 10 * i, dtype=np.uint8)
+        records[:, 0] = np.arange(num_per_file) % 10
+        records.tofile(root / name)
+
+
+def test_splits_are_disjoint_and_normalised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cifar_resnet, "NUM_VAL", 20)
+    monkeypatch.setattr(cifar_resnet, "NUM_CALIB", 20)
+    write_cifar(tmp_path / "cifar-10-batches-bin", 20)
+    splits = cifar_resnet.load_cifar10(str(tmp_path))  # the folder above serves too
+
+    def shades(split: object) -> set[int]:
+        """The grey level each file was filled with, undone from the normalised images."""
+        images = torch.cat([x for x, _ in split])  # type: ignore[attr-defined]
+        mean, std = cifar_resnet.MEAN[0], cifar_resnet.STD[0]
+        return {round(v) for v in ((images[:, 0, 16, 16] * std + mean) * 255).tolist()}
+
+    assert shades(splits.val) == {40} and shades(splits.calib) == {30} and shades(splits.test) == {50}
+    assert shades(splits.train) == {0, 10, 20}
+
+
+@pytest.mark.parametrize("folder", ["", "nowhere"])
+def test_absent_data_says_where_it_is_published(folder: str) -> None:
+    with pytest.raises(DataError, match=r"cs\.toronto\.edu.*cifar-10-batches-bin.*CIFAR10_DIR"):
+        cifar_resnet.load_cifar10(folder)
+
+
+def test_torn_file_is_named(tmp_path: Path) -> None:
+    write_cifar(tmp_path / "c", 3)
+    with (tmp_path / "c" / "data_batch_2.bin").open("ab") as stream:
+        stream.write(b"x")
+    with pytest.raises(DataError, match=r"data_batch_2\.bin"):
+        cifar_resnet.load_cifar10(str(tmp_path / "c"))
+
+
+def test_absent_or_foreign_weights_are_one_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="RESNET20_WEIGHTS"):
+        cifar_resnet.load_network(3, "", "RESNET20_WEIGHTS")
+    (tmp_path / "w.safetensors").write_bytes(b"no weights")
+    with pytest.raises(DataError, match=r"w\.safetensors"):
+        cifar_resnet.load_network(3, str(tmp_path / "w.safetensors"), "RESNET20_WEIGHTS")
