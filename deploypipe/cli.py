@@ -106,9 +106,9 @@ def gate(
 ) -> None:
     """Decide again, from the measurements of a finished run: exit 0 SHIP, 1 HOLD, 2 error."""
     with _exit_codes():
+        result = load_result(run)
         from deploypipe.release.gate import decide
 
-        result = load_result(run)
         decision = decide(result.benchmark, result.target.budget)
         if json:
             print(to_json(decision))
@@ -173,7 +173,8 @@ def targets() -> None:
         rows = []
         for name, path in sorted(_named_targets().items()):
             device = load_target(str(path))
-            bounds = ", ".join(f"{key} {getattr(device.budget, key)}" for key in device.budget.limits())
+            limits = [f"{key} {getattr(device.budget, key)}" for key in device.budget.limits()]
+            bounds = ", ".join([*limits, f"accuracy_drop_pp {device.budget.accuracy_drop_pp:g}"])
             rows.append((name, device.runtime, device.description, bounds, str(path)))
         _show_table("Targets", ("name", "runtime", "description", "budget", "file"), rows)
 

@@ -1,0 +1,182 @@
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from finished_runs import finished_run, untouched_run
+from typer.testing import CliRunner
+
+from deploypipe.cli import app
+from deploypipe.errors import BudgetError
+from deploypipe.records import Event
+from deploypipe.runs import save_result
+
+TOY = """
+from torch import nn
+from deploypipe.recipe import Recipe
+from deploypipe.task import Splits, classification
+WIDTH = 4
+def build_model(): return nn.Linear(2, WIDTH)
+def load_data(): return Splits(calib=[], train=[], val=[], test=[])
+def task(): return classification()
+def recipe(): return Recipe()
+"""
+TARGET = 'runtime = "onnxruntime"\n[budget]\nlatency_p50 = "0.7x"\n'
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with one pipeline and one target."""
+    (tmp_path / "toy.py").write_text(TOY, encoding="utf-8")
+    (tmp_path / "targets").mkdir()
+    (tmp_path / "targets" / "cpu.toml").write_text(TARGET, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """`compress` replaced: each call is kept; it shows two stages and returns `result`, or raises it."""
+    kept: list[dict[str, Any]] = []
+
+    def compress(*args: Any, notify: Any, **options: Any) -> Any:
+        kept.append({"args": args, **options})
+        for event in (
+            Event(stage="baseline", message="start"),
+            Event(stage="baseline", message="cached"),
+            Event(stage="search", message="start"),
+            Event(stage="search", done=1, total=4),
+            Event(stage="search", message="WARNING: [damaged] file"),
+            Event(stage="search", message="done"),
+        ):
+            notify(event)
+        outcome = stand_in.outcome
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    stand_in = SimpleNamespace(compress=compress, outcome=finished_run())
+    monkeypatch.setitem(sys.modules, "deploypipe.pipeline", stand_in)
+    return kept
+
+
+def invoke(*arguments: str) -> Any:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def test_run_passes_on_what_was_asked_and_ends_with_the_paths(home: Path, calls: list[dict[str, Any]]) -> None:
+    settings = ["search.num_trials=3", "pipeline.WIDTH=7", "target.num_threads=2", "target.budget.latency_p50=0.5x"]
+    flags = [part for setting in settings for part in ("--set", setting)]
+    done = invoke("run", "./toy.py", "cpu", *flags)
+    assert done.exit_code == 0, done.output
+    (call,) = calls
+    model, _, _, recipe, target, out = call["args"]
+    assert model.out_features == 7 and recipe.search.num_trials == 3
+    assert (target.name, target.num_threads, target.budget.latency_p50) == ("cpu", 2, "0.5x")
+    assert out == Path("runs/toy-cpu") and call["name"] == "toy" and "WIDTH = 7" in call["source"]
+    assert "baseline    cached" in done.output and "WARNING: [damaged] file" in done.output
+    assert "SHIP all checks passed" in done.output and "\x1b" not in done.output
+    assert str(Path("runs/toy-cpu/08-export-abc/model.onnx")) in done.output
+
+
+@pytest.mark.parametrize(
+    ("outcome", "code", "said"),
+    [
+        (untouched_run(), 1, "HOLD"),
+        (BudgetError("nearest miss: 0.52x; raise latency_p50"), 2, "error: nearest miss"),
+        (KeyboardInterrupt(), 130, "interrupted; the same command resumes"),
+        (PermissionError(13, "Permission denied", "runs"), 2, "error: runs: Permission denied"),
+        (RuntimeError("ours"), 2, "bug in deploypipe"),
+    ],
+)
+def test_outcome_decides_the_exit_code(
+    outcome: Any, code: int, said: str, home: Path, calls: list[dict[str, Any]]
+) -> None:
+    sys.modules["deploypipe.pipeline"].outcome = outcome  # type: ignore[attr-defined]
+    done = invoke("run", "./toy.py", "cpu")
+    assert done.exit_code == code and said in done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "./toy.py", "no_such"], ["no target of this name", "cpu"]),
+        (["run", "./toy.py", "no/such.toml"], ["cannot be read"]),
+        (["run", "no_such", "cpu"], ["no pipeline of this name", "digits"]),
+        (["run", "no/such.py", "cpu"], ["no such pipeline file"]),
+        (["run", "./toy.py", "cpu", "--set", "search.num_trails=3"], ["search.num_trails", "num_trials"]),
+        (["run", "./toy.py", "cpu", "--set", "search.num_trials=few"], ["search.num_trials", "few"]),
+        (["run", "./toy.py", "cpu", "--set", "search"], ["is not KEY=VALUE"]),
+        (["run", "./toy.py", "cpu", "--set", "target.bugdet.macs=0.5x"], ["bugdet"]),
+        (["run", "./toy.py", "cpu", "--set", "target.budget.macs=half"], ["'half' is not a number with a unit"]),
+        (["run", "./toy.py", "cpu", "--set", "pipeline.WITDH=3"], ["pipeline.WITDH", "WIDTH"]),
+        (["gate", "no_run"], ["no_run", "deploypipe run"]),
+        (["report", "no_run"], ["no_run", "deploypipe run"]),
+        (["doctor", "no_such"], ["no target of this name"]),
+        (["init", "not-a-name"], ["not a Python identifier"]),
+    ],
+)
+def test_bad_input_is_one_clear_line(
+    arguments: list[str], said: list[str], home: Path, calls: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "deploypipe.doctor", SimpleNamespace(examine=lambda target: ()))
+    before = sorted(path for path in home.rglob("*") if "__pycache__" not in path.parts)
+    done = invoke(*arguments)
+    assert done.exit_code == 2, done.output
+    (line,) = [line for line in done.output.splitlines() if line]
+    assert line.startswith("error: ") and all(text in line for text in said), line
+    assert calls == []
+    assert before == sorted(path for path in home.rglob("*") if "__pycache__" not in path.parts)
+
+
+def test_targets_file_with_a_misspelt_key_is_named(home: Path) -> None:
+    (home / "bad.toml").write_text(TARGET.replace("latency_p50", "latency"), encoding="utf-8")
+    done = invoke("run", "./toy.py", "./bad.toml")
+    assert done.exit_code == 2 and "bad.toml: budget.latency: unknown key" in done.output
+
+
+def test_gate_decides_anew_from_the_measurements(tmp_path: Path) -> None:
+    pytest.importorskip("deploypipe.release.gate")
+    held = replace(finished_run(), decision=untouched_run().decision)
+    for name, run, code, verdict in (("ship", held, 0, "SHIP"), ("hold", untouched_run(), 1, "HOLD")):
+        (tmp_path / name).mkdir()
+        save_result(tmp_path / name, run)
+        plain, as_json = invoke("gate", str(tmp_path / name)), invoke("gate", str(tmp_path / name), "--json")
+        assert plain.exit_code == as_json.exit_code == code, plain.output
+        assert verdict in plain.output and json.loads(as_json.output)["verdict"] == verdict
+
+
+def test_report_writes_beside_the_run_or_where_told(tmp_path: Path) -> None:
+    save_result(tmp_path, finished_run())
+    assert invoke("report", str(tmp_path)).output.strip() == str(tmp_path / "report.html")
+    assert invoke("report", str(tmp_path), "--out", str(tmp_path / "x.html")).exit_code == 0
+    assert "SHIP" in (tmp_path / "x.html").read_text(encoding="utf-8")
+
+
+def test_init_writes_what_loads_and_never_overwrites(home: Path) -> None:
+    from deploypipe.cli import load_target
+    from deploypipe.pipeline_module import load_pipeline
+
+    done = invoke("init", "fresh_one")
+    assert done.exit_code == 0 and "deploypipe run fresh_one fresh_one" in done.output
+    pipeline = load_pipeline("fresh_one", {"NUM_STEPS": "1"})
+    assert pipeline.build_model() is not None and pipeline.recipe() and pipeline.task()
+    assert len(list(pipeline.load_data().test)) == 10 and load_target("fresh_one").budget.latency_p50 == "0.8x"
+    (home / "pipelines" / "fresh_one.py").unlink()
+    again = invoke("init", "fresh_one")
+    assert again.exit_code == 2 and "is there already" in again.output
+    assert not (home / "pipelines" / "fresh_one.py").exists()  # nothing half-written
+
+
+def test_targets_lists_own_and_shipped_ones(home: Path) -> None:
+    done = invoke("targets")
+    assert done.exit_code == 0 and all(word in done.output for word in ("cpu", "x86_cpu", "latency_p50 0.7x"))
+
+
+def test_every_command_explains_itself() -> None:
+    assert "Exit codes" in invoke("--help").output
+    for command in ("run", "gate", "report", "doctor", "init"):
+        assert "Example" in invoke(command, "--help").output
