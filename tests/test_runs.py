@@ -1,0 +1,162 @@
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from finished_runs import finished_run
+
+from deploypipe import runs
+from deploypipe.errors import RunFolderError
+from deploypipe.records import Event, Interval
+from deploypipe.runs import load_result, open_run, save_result
+
+RECORD = Interval(value=1.0, low=0.5, high=1.5)
+
+
+class Work:
+    """A stage that counts how often it is computed, and leaves one file."""
+
+    def __init__(self, record: Interval = RECORD) -> None:
+        self.record, self.num_calls = record, 0
+
+    def __call__(self, folder: Path) -> Interval:
+        self.num_calls += 1
+        (folder / "sub").mkdir(exist_ok=True)
+        (folder / "sub" / "weights.bin").write_bytes(b"weights")
+        return self.record
+
+
+def once(path: Path, work: Callable[[Path], Interval], **inputs: object) -> tuple[Interval, list[str], Path]:
+    """Open the run, do one stage, close: its record, the messages, its files."""
+    messages: list[str] = []
+    with open_run(path, lambda event: messages.append(event.message)) as run:
+        record = run.remember("score", inputs, work, Interval)
+        assert run.times[0].was_cached is ("cached" in messages)
+        return record, messages, run.files("score")
+
+
+def test_a_finished_stage_is_read_not_computed(tmp_path: Path) -> None:
+    work = Work()
+    first, messages, files = once(tmp_path, work, seed=1)
+    assert first == RECORD and messages == ["start", "done"] and (files / "sub" / "weights.bin").is_file()
+    second, messages, again = once(tmp_path, work, seed=1)
+    assert second == RECORD and messages == ["start", "cached"] and again == files and work.num_calls == 1
+
+
+def test_other_inputs_are_another_stage(tmp_path: Path) -> None:
+    work = Work()
+    places = {once(tmp_path, work, seed=seed, recipe=finished_run().recipe)[2] for seed in (1, 2)}
+    assert work.num_calls == 2 and len(places) == 2
+    once(tmp_path, work, seed=1, recipe=finished_run().recipe)
+    assert work.num_calls == 2  # the first is still there
+
+
+def _tamper_record(path: Path) -> None:
+    stored = json.loads(path.read_text())
+    stored["record"]["value"] = 2.0
+    path.write_text(json.dumps(stored))
+
+
+DAMAGES: dict[str, Callable[[Path, Path], object]] = {
+    "record cut short": lambda record, files: record.write_bytes(record.read_bytes()[:-20]),
+    "record empty": lambda record, files: record.write_bytes(b""),
+    "record not ours": lambda record, files: record.write_bytes(b"[1]"),
+    "record changed": lambda record, files: _tamper_record(record),
+    "file changed": lambda record, files: (files / "sub" / "weights.bin").write_bytes(b"weightz"),
+    "file gone": lambda record, files: (files / "sub" / "weights.bin").unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_computed_again_loudly(damage: str, tmp_path: Path) -> None:
+    work = Work()
+    files = once(tmp_path, work, seed=1)[2]
+    DAMAGES[damage](files.with_name(f"{files.name}.json"), files)
+    record, messages, files = once(tmp_path, work, seed=1)
+    assert record == RECORD and work.num_calls == 2
+    assert any(message.startswith("WARNING") and "score" in message for message in messages)
+    assert (files / "sub" / "weights.bin").read_bytes() == b"weights"
+    assert once(tmp_path, work, seed=1)[1] == ["start", "cached"]
+
+
+def test_a_failure_is_not_kept_but_its_checkpoint_is(tmp_path: Path) -> None:
+    seen: list[bool] = []
+
+    def fail_once(folder: Path) -> Interval:
+        seen.append((folder / "checkpoint").is_file())
+        (folder / "checkpoint").write_bytes(b"half")
+        if len(seen) == 1:
+            raise RuntimeError("lost power")
+        return RECORD
+
+    with pytest.raises(RuntimeError, match="lost power"):
+        once(tmp_path, fail_once, seed=1)
+    assert not list(tmp_path.glob("*.json"))
+    assert once(tmp_path, fail_once, seed=1)[0] == RECORD
+    assert seen == [False, True]
+
+
+def test_a_kill_between_the_two_renames_is_harmless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files are in place, the record is not: what stands there is not trusted."""
+    work = Work()
+
+    def killed(path: Path, content: bytes) -> None:
+        path.with_name(f".{path.name}.part").write_bytes(content[:10])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "write_atomically", killed)
+        with pytest.raises(KeyboardInterrupt):
+            once(tmp_path, work, seed=1)
+    (stale,) = [path for path in tmp_path.iterdir() if path.is_dir()]
+    (stale / "stale.bin").write_bytes(b"stale")
+    record, _, files = once(tmp_path, work, seed=1)
+    assert record == RECORD and work.num_calls == 2 and not (files / "stale.bin").exists()
+    assert not [path.name for path in tmp_path.iterdir() if path.name.endswith(".part")]
+
+
+def test_a_second_run_in_the_folder_is_refused_and_the_lock_is_given_back(tmp_path: Path) -> None:
+    attempt = (
+        f"from pathlib import Path; from deploypipe.runs import open_run\nwith open_run(Path({str(tmp_path)!r})): pass"
+    )
+    command = [sys.executable, "-c", attempt]
+    root = Path(__file__).parents[1]
+    with open_run(tmp_path):
+        refused = subprocess.run(command, capture_output=True, text=True, cwd=root)
+        with pytest.raises(RunFolderError, match="another run is at work here"), open_run(tmp_path):
+            pass
+    assert refused.returncode and "another run is at work here" in refused.stderr
+    assert subprocess.run(command, capture_output=True, cwd=root).returncode == 0
+
+
+def test_an_unwritable_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(RunFolderError, match=r"cannot be written.*--out"), open_run(tmp_path / "file" / "run"):
+        pass
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_a_folder_without_rights_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(RunFolderError, match="cannot be written"), open_run(tmp_path / "run"):
+        pass
+
+
+def test_result_comes_back_and_its_absence_is_explained(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match=r"result\.json is absent"):
+        load_result(tmp_path)
+    save_result(tmp_path, finished_run())
+    assert load_result(tmp_path) == finished_run()
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_events_carry_the_stage(tmp_path: Path) -> None:
+    events: list[Event] = []
+    with open_run(tmp_path, events.append) as run:
+        run.remember("score", {}, Work(), Interval)
+        run.remember("search", {"score": run.key("score")}, Work(), Interval)
+        assert run.files("search").name.startswith("02-search-")
+    assert [(e.stage, e.message) for e in events][::2] == [("score", "start"), ("search", "start")]
