@@ -1,0 +1,32 @@
+"""Squared weights of a unit, over everything that produces or reads it (group L2, arXiv:2301.12900 section 3.3)."""
+
+import torch
+from torch import Tensor, nn
+
+from deploypipe.observe.moments import Moments
+from deploypipe.recipe import Magnitude
+from deploypipe.records import ChannelGroup, Member, Structures
+
+
+def score_magnitude(
+    model: nn.Module, structures: Structures, moments: Moments, config: Magnitude, seed: int
+) -> dict[str, tuple[float, ...]]:
+    """Sum of the squared weights of all members with a weight matrix, by unit."""
+    modules = dict(model.named_modules())
+    return {group.name: tuple(_group_energy(group, modules).tolist()) for group in structures.groups}
+
+
+def _group_energy(group: ChannelGroup, modules: dict[str, nn.Module]) -> Tensor:
+    energies = [_member_energy(modules[member.module], member) for member in group.members]
+    return torch.stack(energies).sum(0)
+
+
+def _member_energy(module: nn.Module, member: Member) -> Tensor:
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() < 2:  # norms scale what the convolutions already show
+        return torch.zeros(len(member.units), dtype=torch.float64)
+    transposed = isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
+    dim = 0 if (member.side == "out") != transposed else 1
+    dim = 0 if weight.shape[1] == 1 else dim  # depthwise: both sides are one
+    per_index = weight.detach().double().square().transpose(0, dim).flatten(1).sum(1)
+    return torch.stack([per_index[list(unit)].sum() for unit in member.units])

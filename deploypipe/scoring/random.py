@@ -1,0 +1,16 @@
+"""The control: what a comparison looks like when the score knows nothing."""
+
+import torch
+from torch import nn
+
+from deploypipe.observe.moments import Moments
+from deploypipe.recipe import Random
+from deploypipe.records import Structures
+
+
+def score_random(
+    model: nn.Module, structures: Structures, moments: Moments, config: Random, seed: int
+) -> dict[str, tuple[float, ...]]:
+    """Uniform in [0, 1)."""
+    generator = torch.Generator().manual_seed(seed)
+    return {g.name: tuple(torch.rand(g.num_units, generator=generator).tolist()) for g in structures.groups}

@@ -1,0 +1,160 @@
+"""Widths and blocks by a solver: the least summed loss under a cost bound."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
+
+from deploypipe.errors import BudgetError
+from deploypipe.records import Curves, LossCurve, Structures
+
+_TIME_LIMIT_S = 10.0
+_GAP = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Allocation:
+    widths: dict[str, int]
+    blocks: tuple[str, ...]
+
+
+def allocate(
+    structures: Structures, curves: Curves, saving: float, *, exponent: float = 1.0, block_weight: float = 1.0
+) -> Allocation:
+    """Choose one width for each group and the blocks to drop: minimise sum KL^exponent, save at least `saving` MACs.
+
+    A multiple-choice knapsack (HiGHS). Savings are taken one structure at a time: exact for groups that meet no other
+    group in a layer (all inside residual blocks), otherwise too high; `allocate_to` corrects for that. An exponent
+    below 1 counts small losses more, because together they do more harm than their sum (measured; see the README).
+    Raises BudgetError when even the largest saving is too small.
+    """
+    options = _options(structures, curves, exponent, block_weight)
+    benefit = np.array([o.saving for o in options])
+    most = _largest_saving(options)
+    if saving > most:
+        raise BudgetError(
+            f"at most {most / structures.num_macs:.0%} of the MACs can be removed from this network, "
+            f"{saving / structures.num_macs:.0%} are asked for; relax the budget"
+        )
+    constraints = [LinearConstraint(benefit[np.newaxis] / structures.num_macs, lb=saving / structures.num_macs)]
+    constraints += _one_of_each(options)
+    result = milp(
+        np.array([o.loss for o in options]),
+        integrality=np.ones(len(options)),
+        bounds=Bounds(0, 1),
+        constraints=constraints,
+        options={"time_limit": _TIME_LIMIT_S, "mip_rel_gap": _GAP},
+    )
+    chosen = [o for o, taken in zip(options, result.x, strict=True) if taken > 0.5]
+    return Allocation(
+        widths={o.name: o.kept for o in chosen if o.kind == "channels"},
+        blocks=tuple(o.name for o in chosen if o.kind == "block"),
+    )
+
+
+def allocate_to(
+    structures: Structures,
+    curves: Curves,
+    macs_kept: float,
+    count_macs: Callable[[Allocation], int],
+    *,
+    exponent: float = 1.0,
+    block_weight: float = 1.0,
+) -> Allocation:
+    """`allocate` with the bound moved until the network that really comes out keeps at most `macs_kept` of the MACs.
+
+    count_macs: the MACs of the pruned network. Ends within six corrections; raises BudgetError if the bound stays out
+    of reach.
+    """
+    limit = macs_kept * structures.num_macs
+    saving = structures.num_macs - limit
+    for _ in range(6):
+        allocation = allocate(structures, curves, saving, exponent=exponent, block_weight=block_weight)
+        excess = count_macs(allocation) - limit
+        if excess <= 0:
+            return allocation
+        saving += excess
+    raise BudgetError(f"no widths found that keep only {macs_kept:.0%} of the MACs; relax the budget")
+
+
+def uniform(structures: Structures, fraction: float, multiple: int) -> Allocation:
+    """The same fraction of every group kept, in steps of `multiple`; no block removed."""
+    widths = {g.name: max(multiple, round(g.num_units * fraction / multiple) * multiple) for g in structures.groups}
+    return Allocation(widths={g.name: min(widths[g.name], g.num_units) for g in structures.groups}, blocks=())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Option:
+    """One binary variable of the program."""
+
+    name: str
+    kind: str
+    kept: int
+    loss: float
+    saving: float
+    block: str  # the droppable block it lies in ("" outside)
+
+
+def _options(structures: Structures, curves: Curves, exponent: float, block_weight: float) -> list[_Option]:
+    per_unit = {g.name: (g.num_units, g.macs_per_unit) for g in structures.groups}
+    macs = {b.name: float(b.macs) for b in structures.blocks}
+    droppable = [c.name for c in curves.curves if c.kind == "block"]
+    options: list[_Option] = []
+    for curve in curves.curves:
+        if curve.kind == "block":
+            loss = block_weight * curve.kl[0] ** exponent
+            name = curve.name
+            options.append(_Option(name=name, kind="block", kept=0, loss=loss, saving=macs[name], block=name))
+            continue
+        width, saved = per_unit[curve.name]
+        home = next((b for b in droppable if curve.name.startswith(f"{b}.")), "")
+        for kept, kl in zip(curve.kept, _rising(curve), strict=True):
+            saving = (width - kept) * saved
+            options.append(
+                _Option(
+                    name=curve.name, kind="channels", kept=kept, loss=kl**exponent, saving=saving, block=home
+                )
+            )
+    return options
+
+
+def _rising(curve: LossCurve) -> list[float]:
+    """The losses made monotone: keeping less never counts as better, whatever the noise says."""
+    losses: list[float] = []
+    for kl in reversed(curve.kl):
+        losses.append(max(kl, losses[-1]) if losses else kl)
+    return losses[::-1]
+
+
+def _largest_saving(options: list[_Option]) -> float:
+    groups: dict[str, float] = {}
+    inside: dict[str, float] = {}
+    for option in options:
+        if option.kind == "channels":
+            groups[option.name] = max(groups.get(option.name, 0.0), option.saving)
+    homes = {o.name: o.block for o in options if o.kind == "channels"}
+    for name, saving in groups.items():
+        inside[homes[name]] = inside.get(homes[name], 0.0) + saving
+    blocks = {o.name: o.saving for o in options if o.kind == "block"}
+    return sum(max(blocks.get(home, 0.0), saving) for home, saving in inside.items()) + sum(
+        saving for name, saving in blocks.items() if name not in inside
+    )
+
+
+def _one_of_each(options: list[_Option]) -> list[LinearConstraint]:
+    """For each group: exactly one width, or its block is dropped."""
+    names = sorted({o.name for o in options if o.kind == "channels"})
+    rows, cols = [], []
+    blocks = {o.name: i for i, o in enumerate(options) if o.kind == "block"}
+    for row, name in enumerate(names):
+        own = [i for i, o in enumerate(options) if o.kind == "channels" and o.name == name]
+        home = options[own[0]].block
+        own += [blocks[home]] if home else []
+        rows += [row] * len(own)
+        cols += own
+    if not names:
+        return []
+    matrix = csr_array((np.ones(len(rows)), (rows, cols)), shape=(len(names), len(options)))
+    return [LinearConstraint(matrix, lb=1, ub=1)]

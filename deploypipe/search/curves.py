@@ -1,0 +1,203 @@
+"""Measured loss curves: what cutting one structure alone does to the network's answers.
+
+Summed scores allocate worse than uniform widths; the measured KL divergence of the logits allocates far better. Scores
+say which units of a group go, these curves say how many.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deploypipe.errors import DataError
+from deploypipe.numerics.least_squares import solve_towards
+from deploypipe.observe.moments import InputMoments, Moments, hooked
+from deploypipe.observe.patches import columns, num_taps, weight_matrix
+from deploypipe.recipe import Search
+from deploypipe.records import ChannelGroup, Curves, Event, LossCurve, Progress, ScoreTable, Structures, silent
+from deploypipe.task import Batch, forward, num_samples, stack_batches, take_batches
+
+_RIDGE = 1e-3
+
+
+def measure_curves(
+    dense: nn.Module,
+    structures: Structures,
+    scores: ScoreTable,
+    moments: Moments,
+    batches: Sequence[Batch],
+    settings: Search,
+    *,
+    channel_multiple: int = 1,
+    notify: Progress = silent,
+) -> Curves:
+    """KL(dense || cut), in nats a sample, of each group at several widths and of each block without it.
+
+    The cut is simulated on the dense network (removed inputs of the consumers set to zero, which is what surgery does),
+    with the consumers' weights repaired in closed form from `moments`. Cost: a forward pass a point; blocks that ran
+    before the structure are not run again.
+    """
+    taken = take_batches(batches, settings.num_curve_samples)
+    if not taken:
+        raise DataError("the calibration split is empty; return at least one batch as `calib` from load_data()")
+    inputs = stack_batches([batch for batch, _ in taken])
+    probe = _Probe(dense, structures, inputs)
+    curves: list[LossCurve] = []
+    jobs: list[Callable[[], LossCurve]] = [
+        lambda g=group: _group_curve(probe, g, scores, moments, settings.num_levels, channel_multiple)
+        for group in structures.groups
+    ]
+    if settings.prune_blocks:
+        jobs += [
+            lambda b=block.name: LossCurve(name=b, kind="block", kept=(0,), kl=(probe.loss_without(b),))
+            for block in structures.blocks
+        ]
+    for number, job in enumerate(jobs, start=1):
+        curves.append(job())
+        notify(Event(stage="curves", done=number, total=len(jobs), message=curves[-1].name))
+    return Curves(curves=tuple(curves), num_samples=num_samples(inputs))
+
+
+def _group_curve(
+    probe: "_Probe", group: ChannelGroup, scores: ScoreTable, moments: Moments, num_levels: int, multiple: int
+) -> LossCurve:
+    ranked = sorted(range(group.num_units), key=lambda i: (-scores.channels[group.name][i], i))
+    widths = width_levels(group.num_units, num_levels, multiple)
+    losses = [probe.loss_at(group, ranked[:width], moments) for width in widths]
+    return LossCurve(name=group.name, kind="channels", kept=(*widths, group.num_units), kl=(*losses, 0.0))
+
+
+def width_levels(num_units: int, count: int, multiple: int) -> list[int]:
+    """At most `count` widths below `num_units`, evenly spread multiples of `multiple`, ascending."""
+    steps = list(range(multiple, num_units, multiple))
+    if len(steps) <= count:
+        return steps
+    return sorted({steps[round(i * (len(steps) - 1) / (count - 1))] for i in range(count)})
+
+
+class _Probe:
+    """Runs the dense network with one structure cut and compares its answers."""
+
+    def __init__(self, dense: nn.Module, structures: Structures, inputs: Any) -> None:
+        self.model = dense
+        self.inputs = inputs
+        self.modules = dict(dense.named_modules())
+        self.order = [block.name for block in structures.blocks]
+        self.block_outputs: dict[str, Tensor] = {}
+        hooks = [(name, self._keep_output(name)) for name in self.order]
+        with _quiet(dense), hooked(dense, hooks):
+            self.dense_logits = self._log_probabilities()
+
+    def loss_at(self, group: ChannelGroup, kept: Sequence[int], moments: Moments) -> float:
+        """KL with only the units `kept` of a group."""
+        readers = [m for m in group.members if m.side == "in"]
+        with _quiet(self.model), ExitStack() as stack:
+            self._skip_before(min(self._position(m.module) for m in group.members), stack)
+            for member in readers:
+                layer = self.modules[member.module]
+                taps = num_taps(layer) if member.module in moments.inputs else 1
+                units = sorted(i for u in kept for i in member.units[u])
+                if member.module in moments.inputs:
+                    stack.enter_context(_repaired(layer, columns(units, taps), moments.inputs[member.module]))
+                else:
+                    stack.enter_context(_sliced(layer, units))
+            return self._loss()
+
+    def loss_without(self, block: str) -> float:
+        """KL with a block replaced by the identity."""
+        with _quiet(self.model), ExitStack() as stack:
+            self._skip_before(self.order.index(block), stack)
+            stack.enter_context(_forward_as(self.modules[block], lambda x: x))
+            return self._loss()
+
+    def _keep_output(self, name: str) -> Callable[..., None]:
+        def hook(_m: nn.Module, _a: tuple[Any, ...], output: Tensor) -> None:
+            self.block_outputs[name] = output
+
+        return hook
+
+    def _position(self, module: str) -> int:
+        """How many blocks are finished when `module` runs: what is inside block i needs blocks 0 .. i-1."""
+        inside = [i for i, name in enumerate(self.order) if module.startswith(f"{name}.")]
+        return inside[0] if inside else 0
+
+    def _skip_before(self, count: int, stack: ExitStack) -> None:
+        for name in self.order[:count]:
+            output = self.block_outputs[name]
+            stack.enter_context(_forward_as(self.modules[name], lambda *_a, o=output: o))
+
+    def _log_probabilities(self) -> Tensor:
+        outputs = forward(self.model, self.inputs)
+        if not isinstance(outputs, Tensor):
+            raise DataError("the loss curves need a network with one output tensor of logits")
+        if not torch.isfinite(outputs).all():
+            raise DataError("the network's outputs are not finite on the calibration samples; check data and model")
+        return outputs.double().flatten(0, -2).log_softmax(dim=-1)
+
+    def _loss(self) -> float:
+        difference = self.dense_logits - self._log_probabilities()
+        return max(float((self.dense_logits.exp() * difference).sum(-1).mean()), 0.0)
+
+
+@contextmanager
+def _quiet(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def _forward_as(module: nn.Module, function: Callable[..., Tensor]) -> Iterator[None]:
+    module.forward = function
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+@contextmanager
+def _sliced(layer: Any, kept: Sequence[int]) -> Iterator[None]:
+    """Only the input channels `kept` have weight."""
+    weight = torch.zeros_like(layer.weight)
+    weight[:, list(kept)] = layer.weight[:, list(kept)]
+    with _weights(layer, weight):
+        yield
+
+
+@contextmanager
+def _repaired(layer: Any, kept: Sequence[int], moments: InputMoments) -> Iterator[None]:
+    """Only the input columns `kept` have weight, solved to predict the dense output from them."""
+    dense = weight_matrix(layer).double()
+    index = torch.tensor(list(kept))
+    covariance = moments.covariance
+    cross = covariance[index] @ dense.T
+    solution = solve_towards(covariance[index][:, index], cross, dense[:, index].T, _RIDGE).T
+    weight = torch.zeros_like(dense)
+    weight[:, index] = solution
+    shift = (dense - weight) @ moments.mean
+    shaped = shift.to(layer.weight.dtype)
+    if not isinstance(layer, nn.Linear):
+        shaped = shaped.reshape(-1, *[1] * (layer.weight.dim() - 2))
+    handle = layer.register_forward_hook(lambda _m, _i, output: output + shaped)
+    try:
+        with _weights(layer, weight.reshape(layer.weight.shape).to(layer.weight.dtype)):
+            yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _weights(layer: Any, weight: Tensor) -> Iterator[None]:
+    dense = layer.weight.data
+    layer.weight.data = weight
+    try:
+        yield
+    finally:
+        layer.weight.data = dense

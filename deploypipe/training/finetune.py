@@ -1,0 +1,243 @@
+"""A short training of the repaired network, taught by the dense one. One loop, readable from top to bottom."""
+
+import copy
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deploypipe.errors import DataError
+from deploypipe.jsonio import from_json, to_json
+from deploypipe.recipe import Finetune
+from deploypipe.records import EpochLog, Event, Progress, TrainLog, silent
+from deploypipe.task import Splits, Task, forward
+
+
+def finetune(
+    pruned: nn.Module,
+    dense: nn.Module,
+    splits: Splits,
+    task: Task,
+    settings: Finetune,
+    *,
+    checkpoint: Path | None = None,
+    seed: int = 0,
+    notify: Progress = silent,
+) -> tuple[nn.Module, TrainLog]:
+    """Train a copy of `pruned` on `splits.train`; the epoch with the best metric on `splits.val` is returned.
+
+    Loss: (1 - w) * task.loss + w * T^2 * KL(teacher || student) at temperature T, the teacher being `dense`. SGD with
+    Nesterov momentum, linear warm-up from zero and cosine decay: a repaired network is destroyed by a large first step.
+    The weights that are judged and returned are an exponential moving average. When no epoch beats the start, the start
+    is returned and the log says so. With a `checkpoint` folder the work resumes after a kill at the last whole epoch.
+    """
+    fabric = Fabric(accelerator="auto", devices=1, precision="bf16-mixed" if settings.precision == "bf16" else "32-true")
+    student = copy.deepcopy(pruned)
+    state = _State(best=_weights(student), average=_weights(student))
+    steps = _count_batches(splits)
+    if settings.num_epochs == 0:
+        return student, TrainLog(epochs=(), chosen_epoch=0, reason="no epochs asked for")
+    student = _in_channels_last(student)
+    teacher = fabric.to_device(_in_channels_last(copy.deepcopy(dense)).eval())
+    optimizer = torch.optim.SGD(
+        student.parameters(), lr=0.0, momentum=settings.momentum, weight_decay=settings.weight_decay, nesterov=True
+    )
+    model, optimizer = fabric.setup(student, optimizer)
+    if checkpoint is not None:
+        _restore_(state, student, optimizer, checkpoint)
+    if not state.log:
+        started = time.perf_counter()
+        state.best_metric = _validate(fabric, model, splits, task)
+        state.log.append(_epoch(0, 0.0, math.nan, state.best_metric, started))
+    for epoch in range(len(state.log), settings.num_epochs + 1):
+        started = time.perf_counter()
+        losses = []
+        with _seeded(seed * 1_000 + epoch):
+            _tell_epoch(splits.train, epoch)
+            model.train()
+            for step, (inputs, target) in enumerate(splits.train):
+                done = (epoch - 1) * steps + step
+                rate = learning_rate(settings, done, settings.num_epochs * steps)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                loss = _distilled_loss(fabric, model, teacher, task, inputs, target, settings)
+                optimizer.zero_grad(set_to_none=True)
+                fabric.backward(loss)
+                optimizer.step()
+                _average_(state.average, student, min(settings.average_decay, (done + 1) / (done + 10)))
+                losses.append(float(loss.detach()))
+                notify(Event(stage="finetune", done=done + 1, total=settings.num_epochs * steps, message=f"epoch {epoch}"))
+        with _holding(student, state.average):
+            metric = _validate(fabric, model, splits, task)
+        if metric > state.best_metric:
+            state.best_metric, state.best = metric, {n: t.clone() for n, t in state.average.items()}
+            state.best_epoch = epoch
+        state.log.append(_epoch(epoch, rate, sum(losses) / len(losses), metric, started))
+        if checkpoint is not None:
+            _store(state, student, optimizer, checkpoint)
+    tuned = copy.deepcopy(pruned)
+    tuned.load_state_dict(state.best)
+    reason = "" if state.best_epoch else "no epoch was better on val than the start; the start is kept"
+    return tuned, TrainLog(epochs=tuple(state.log), chosen_epoch=state.best_epoch, reason=reason)
+
+
+def learning_rate(settings: Finetune, step: int, num_steps: int) -> float:
+    """Linear from zero to the peak over the warm-up, then half a cosine to zero."""
+    warmup = max(1, round(num_steps * settings.warmup_share))
+    if step < warmup:
+        return settings.learning_rate * (step + 1) / warmup
+    share = (step - warmup) / max(1, num_steps - warmup)
+    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def _distilled_loss(
+    fabric: Fabric, model: nn.Module, teacher: nn.Module, task: Task, inputs: Any, target: Any, settings: Finetune
+) -> Tensor:
+    inputs, target = fabric.to_device(inputs), fabric.to_device(target)
+    outputs = forward(model, _images_last(inputs))
+    loss = task.loss(outputs, target)
+    weight, temperature = settings.distil_weight, settings.distil_temperature
+    if weight == 0:
+        return loss
+    with torch.no_grad(), fabric.autocast():
+        taught = forward(teacher, _images_last(inputs))
+    soft = F.kl_div(
+        (outputs.float() / temperature).flatten(0, -2).log_softmax(-1),
+        (taught.float() / temperature).flatten(0, -2).log_softmax(-1),
+        log_target=True,
+        reduction="batchmean",
+    )
+    return (1 - weight) * loss + weight * temperature**2 * soft
+
+
+def _validate(fabric: Fabric, model: nn.Module, splits: Splits, task: Task) -> float:
+    model.eval()
+    with torch.no_grad():
+        parts = [
+            task.metric(forward(model, _images_last(fabric.to_device(inputs))), fabric.to_device(target)).cpu()
+            for inputs, target in splits.val
+        ]
+    if not parts:
+        raise DataError("the val split is empty; return at least one batch as `val` from load_data()")
+    return float(torch.cat(parts).double().mean())
+
+
+# --- weights, averages, checkpoints -----------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _State:
+    """What a resumed training needs beside the model and the optimizer."""
+
+    best: dict[str, Tensor]
+    average: dict[str, Tensor]
+    best_metric: float = -math.inf
+    best_epoch: int = 0
+    log: list[EpochLog] = field(default_factory=list)
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def _average_(average: dict[str, Tensor], model: nn.Module, decay: float) -> None:
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            average[name].lerp_(tensor.detach().to(average[name].device), 1 - decay)
+        else:
+            average[name].copy_(tensor)
+
+
+@contextmanager
+def _holding(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
+    """The model with other weights, for as long as the block lasts."""
+    own = _weights(model)
+    model.load_state_dict(weights)
+    try:
+        yield
+    finally:
+        model.load_state_dict(own)
+
+
+def _store(state: _State, model: nn.Module, optimizer: Any, folder: Path) -> None:
+    """One checkpoint file per epoch, written whole or not at all; the older ones go."""
+    epoch = len(state.log) - 1
+    flat = {f"model/{n}": t for n, t in _weights(model).items()}
+    flat |= {f"best/{n}": t for n, t in state.best.items()} | {f"average/{n}": t for n, t in state.average.items()}
+    momenta = optimizer.state_dict()["state"]
+    flat |= {f"momentum/{i}": s["momentum_buffer"] for i, s in momenta.items()}
+    log = TrainLog(epochs=tuple(state.log), chosen_epoch=state.best_epoch, reason=repr(state.best_metric))
+    part = folder / f".epoch-{epoch}.part"
+    save_file({n: t.contiguous().clone() for n, t in flat.items()}, part, metadata={"log": to_json(log)})
+    part.replace(folder / f"epoch-{epoch}.safetensors")
+    for older in folder.glob("epoch-*.safetensors"):
+        if older.name != f"epoch-{epoch}.safetensors":
+            older.unlink()
+
+
+def _restore_(state: _State, model: nn.Module, optimizer: Any, folder: Path) -> None:
+    """Go on from the newest whole checkpoint in `folder`, if there is one."""
+    files = sorted(folder.glob("epoch-*.safetensors"), key=lambda p: int(p.stem.removeprefix("epoch-")))
+    if not files:
+        return
+    with safe_open(files[-1], framework="pt") as stored:
+        log = from_json(TrainLog, stored.metadata()["log"], str(files[-1]))
+        flat = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 (a file, not a mapping)
+
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {k.removeprefix(prefix): t for k, t in flat.items() if k.startswith(prefix)}
+
+    state.log, state.best_epoch, state.best_metric = list(log.epochs), log.chosen_epoch, float(log.reason)
+    state.best, state.average = part("best/"), part("average/")
+    model.load_state_dict(part("model/"))
+    plain = optimizer.state_dict()
+    plain["state"] = {int(i): {"momentum_buffer": t} for i, t in part("momentum/").items()}
+    optimizer.load_state_dict(plain)
+
+
+def _epoch(number: int, rate: float, loss: float, metric: float, started: float) -> EpochLog:
+    seconds = time.perf_counter() - started
+    return EpochLog(epoch=number, learning_rate=rate, train_loss=loss, val_accuracy=metric, seconds=seconds)
+
+
+def _count_batches(splits: Splits) -> int:
+    count = sum(1 for _ in splits.train) if not hasattr(splits.train, "__len__") else len(splits.train)
+    if count == 0:
+        raise DataError("the train split is empty; return at least one batch as `train` from load_data()")
+    return count
+
+
+def _tell_epoch(batches: Any, epoch: int) -> None:
+    """Loaders with `set_epoch` (ours, DistributedSampler's) draw an order that depends on the epoch alone."""
+    owner = next((o for o in (batches, getattr(batches, "sampler", None)) if hasattr(o, "set_epoch")), None)
+    if owner is not None:
+        owner.set_epoch(epoch)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Shuffling and dropout inside depend on the seed alone; the caller's generator is given back."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def _in_channels_last(model: nn.Module) -> nn.Module:
+    return model.to(memory_format=torch.channels_last)  # a no-op but for 4-D weights
+
+
+def _images_last(inputs: Any) -> Any:
+    """A single batch of images in channels_last, which CPUs and tensor cores want; everything else as it is."""
+    if isinstance(inputs, Tensor) and inputs.dim() == 4:
+        return inputs.contiguous(memory_format=torch.channels_last)
+    return inputs
