@@ -1,0 +1,166 @@
+"""What a model file costs and what it is worth on the target: latency, memory and accuracy, with their evidence."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deploypipe.benchmark.accuracy import evaluate_file
+from deploypipe.benchmark.environment import describe_environment
+from deploypipe.benchmark.latency import BLOCK, find_unsteadiness, summarise, time_interleaved
+from deploypipe.benchmark.memory import measure_peak_memory
+from deploypipe.errors import DataError, RuntimeUnavailableError
+from deploypipe.numerics.intervals import interval_of_drop_pp, interval_of_mean, interval_of_median_ratio
+from deploypipe.records import BenchmarkReport, Event, Measurement, ModelFile, Progress, silent
+from deploypipe.runtimes import Array, Runtime, find_runtime
+from deploypipe.runtimes.packing import feed
+from deploypipe.target import Target
+from deploypipe.task import Batch, Task, tensors
+
+Counts: TypeAlias = tuple[int, int]  # parameters, multiply-accumulates of one sample
+
+_STAGE = "benchmark"
+
+
+def benchmark(
+    dense: ModelFile,
+    compressed: ModelFile,
+    *,
+    folder: Path,
+    test_batches: Iterable[Batch],
+    task: Task,
+    target: Target,
+    counts: tuple[Counts, Counts],
+    notify: Progress = silent,
+) -> BenchmarkReport:
+    """Measure both files, timed interleaved; `counts` are (dense, compressed), the files' paths relative to `folder`.
+
+    Where the target's runtime cannot be had on this machine, every figure that needs it is None and a note says why.
+    Raises DataError for an empty split or one that does not fit the files, ModelError for a file that does not load.
+    """
+    environment = describe_environment(target.num_threads)
+    files = (dense, compressed)
+    try:
+        runtime = find_runtime(target)
+    except RuntimeUnavailableError as error:
+        return BenchmarkReport(
+            dense=_unmeasured(dense, counts[0]),
+            compressed=_unmeasured(compressed, counts[1]),
+            latency_ratio=None,
+            accuracy_drop_pp=None,
+            environment=environment,
+            is_steady=False,
+            notes=(f"nothing was measured: {error}",),
+        )
+    measured, samples, notes = _measure_all(
+        files,
+        folder=folder,
+        batches=test_batches,
+        task=task,
+        target=target,
+        counts=counts,
+        runtime=runtime,
+        notify=notify,
+    )
+    names = ("dense", "compressed")
+    unsteady = [f"{name}: {r}" for name, s in zip(names, samples, strict=True) if (r := find_unsteadiness(s))]
+    if environment.load_before > environment.num_cpus:
+        notes.append(f"the load average was {environment.load_before:.1f} on {environment.num_cpus} processors before")
+    before, after = measured
+    return BenchmarkReport(
+        dense=before,
+        compressed=after,
+        latency_ratio=interval_of_median_ratio(samples[1], samples[0], block=BLOCK),
+        accuracy_drop_pp=interval_of_drop_pp(before.per_sample_metric, after.per_sample_metric),
+        environment=environment,
+        is_steady=not unsteady,
+        notes=(*unsteady, *notes),
+    )
+
+
+def measure(
+    file: ModelFile,
+    *,
+    folder: Path,
+    batches: Iterable[Batch],
+    task: Task,
+    target: Target,
+    counts: Counts,
+    notify: Progress = silent,
+) -> Measurement:
+    """One file, by the method of `benchmark`. Raises as it does, and RuntimeUnavailableError without the runtime."""
+    measured, _, _ = _measure_all(
+        (file,),
+        folder=folder,
+        batches=batches,
+        task=task,
+        target=target,
+        counts=(counts,),
+        runtime=find_runtime(target),
+        notify=notify,
+    )
+    return measured[0]
+
+
+def first_batch(batches: Iterable[Batch], input_names: Iterable[str], batch_size: int) -> dict[str, Array]:
+    """The inputs that latency and memory are measured with: the first `batch_size` samples of the first batch,
+    repeated where it holds fewer. DataError for an empty split."""
+    for inputs, _ in batches:
+        if any(len(tensor) == 0 for tensor in tensors(inputs)):
+            break
+        arrays = feed(inputs, tuple(input_names))
+        return {name: np.resize(a, (batch_size, *a.shape[1:])) for name, a in arrays.items()}
+    raise DataError("the split is empty; load_data() must return batches that can be read repeatedly")
+
+
+def _measure_all(
+    files: tuple[ModelFile, ...],
+    *,
+    folder: Path,
+    batches: Iterable[Batch],
+    task: Task,
+    target: Target,
+    counts: tuple[Counts, ...],
+    runtime: Runtime,
+    notify: Progress,
+) -> tuple[list[Measurement], list[NDArray[np.float64]], list[str]]:
+    """Measurements and latency samples in the order of `files`, and notes. Memory first: it leaves the caches cold."""
+    paths = [folder / file.path for file in files]
+    inputs = first_batch(batches, files[0].input_names, target.batch_size)
+    notify(Event(stage=_STAGE, message="memory"))
+    peaks = [measure_peak_memory(path, inputs, target) for path in paths]
+    notify(Event(stage=_STAGE, message="accuracy"))
+    metrics = [evaluate_file(path, batches, task, runtime, target.num_threads) for path in paths]
+    if len(metrics[0]) < 2:
+        raise DataError("the split has one sample, which tells nothing of the spread; give two or more")
+    notify(Event(stage=_STAGE, message="latency"))
+    samples = time_interleaved(paths, inputs, runtime, target, notify)
+    measured = [
+        Measurement(
+            file=file,
+            num_params=num_params,
+            num_macs=num_macs,
+            latency=summarise(times, target),
+            peak_memory_mib=peak,
+            per_sample_metric=tuple(metric.tolist()),
+            accuracy=interval_of_mean(metric),
+        )
+        for file, (num_params, num_macs), times, (peak, _), metric in zip(
+            files, counts, samples, peaks, metrics, strict=True
+        )
+    ]
+    return measured, samples, sorted({reason for _, reason in peaks if reason})
+
+
+def _unmeasured(file: ModelFile, counts: Counts) -> Measurement:
+    return Measurement(
+        file=file,
+        num_params=counts[0],
+        num_macs=counts[1],
+        latency=None,
+        peak_memory_mib=None,
+        per_sample_metric=(),
+        accuracy=None,
+    )

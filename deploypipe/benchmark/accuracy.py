@@ -1,0 +1,70 @@
+"""The task's metric, sample by sample, of a network and of an exported file: the same batches, the same code."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from deploypipe.errors import DataError
+from deploypipe.runtimes import Runtime
+from deploypipe.runtimes.packing import feed, name_outputs, repack
+from deploypipe.task import Batch, Task, forward, num_samples
+
+
+def evaluate_module(model: nn.Module, batches: Iterable[Batch], task: Task) -> NDArray[np.float64]:
+    """(samples,) metric of a network in eval mode, on the device its batches are on; the mode is put back.
+
+    Raises DataError for an empty split, for outputs that are not finite and for a metric that does not give one finite
+    value per sample.
+    """
+    with _eval_mode(model), torch.no_grad():
+        return _evaluate(lambda inputs: forward(model, inputs), batches, task, type(model).__name__)
+
+
+def evaluate_file(
+    path: Path, batches: Iterable[Batch], task: Task, runtime: Runtime, num_threads: int
+) -> NDArray[np.float64]:
+    """(samples,) metric of an exported file; raises as `evaluate_module` does, and what `runtime.open` raises."""
+    with runtime.open(path, num_threads=num_threads) as session:
+
+        def call(inputs: Any) -> Any:
+            return repack(session.output_names, session.run(feed(inputs, session.input_names)))
+
+        return _evaluate(call, batches, task, path.name)
+
+
+def _evaluate(call: Callable[[Any], Any], batches: Iterable[Batch], task: Task, who: str) -> NDArray[np.float64]:
+    values = []
+    for number, (inputs, target) in enumerate(batches):
+        outputs = call(inputs)
+        for name, tensor in name_outputs(outputs).items():
+            if not torch.isfinite(tensor).all():
+                raise DataError(f"{who}: output {name!r} holds NaN or infinity on batch {number}; check the inputs")
+        metric = task.metric(outputs, target).detach().cpu().to(torch.float64)
+        if metric.shape != (num_samples(inputs),):
+            raise DataError(
+                f"the metric {task.name!r} gives shape {list(metric.shape)} for {num_samples(inputs)} samples; "
+                "return one value per sample"
+            )
+        if not torch.isfinite(metric).all():
+            raise DataError(f"{who}: the metric {task.name!r} is NaN or infinite on batch {number}; check the targets")
+        values.append(metric.numpy())
+    if not values or sum(map(len, values)) == 0:
+        raise DataError(f"{who}: the split has no samples; load_data() must return batches that can be read repeatedly")
+    return np.concatenate(values)
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, was_training in before:
+            module.training = was_training

@@ -1,0 +1,42 @@
+"""The process whose memory is measured: `memory_child.py RUNTIME MODEL INPUTS.npz NUM_THREADS` writes KiB to stdout.
+
+Started by its path and importing no torch, so that the runtime is all that is resident before the model is loaded.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from deploypipe.runtimes import RUNTIMES
+
+_NUM_RUNS = 3  # the arena may still grow in the second
+
+
+def main(runtime: str, model: str, inputs: str, num_threads: str) -> int:
+    """KiB of resident memory that loading and running `model` adds at its peak."""
+    with np.load(inputs) as archive:
+        batch = {name: archive[name] for name in archive.files}
+    _reset_peak()
+    before = _status("VmRSS")
+    with RUNTIMES[runtime].open(Path(model), num_threads=int(num_threads)) as session:
+        for _ in range(_NUM_RUNS):
+            session.run(batch)
+        return max(0, _status("VmHWM") - before)
+
+
+def _reset_peak() -> None:
+    """Bring VmHWM down to the memory held now (proc(5), clear_refs)."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _status(key: str) -> int:
+    """A field of /proc/self/status, in KiB."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1])
+    raise OSError(f"/proc/self/status has no {key}")
+
+
+if __name__ == "__main__":
+    sys.stdout.write(f"{main(*sys.argv[1:])}\n")

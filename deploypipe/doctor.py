@@ -1,0 +1,144 @@
+"""What this machine can do, and what to install for the rest. Looks only; prints and changes nothing."""
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from deploypipe.benchmark.environment import describe_environment
+from deploypipe.errors import RuntimeUnavailableError
+from deploypipe.records import Environment
+from deploypipe.runtimes import RUNTIMES, find_runtime, is_installed
+from deploypipe.target import Target
+
+_SPEED_FEATURES = ("avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "neon", "i8mm")
+
+# extra -> the modules that must all be there, by alternative names, and what it is for
+_EXTRAS: dict[str, tuple[tuple[tuple[str, ...], ...], str]] = {
+    "report": ((("plotly",), ("jinja2",)), "the HTML report"),
+    "demo": ((("sklearn",),), "the demonstration pipeline"),
+    "mlflow": ((("mlflow",),), "publishing to an MLflow registry"),
+    "postgres": ((("psycopg",), ("sqlalchemy",)), "one search on several machines"),
+    "tensorrt": ((("tensorrt",),), "TensorRT targets, in a later version"),
+    "tensorrt-rtx": ((("tensorrt_rtx", "tensorrt_rtx_bindings"),), "TensorRT-RTX targets, in a later version"),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """One thing that was looked at. `remedy` is empty where nothing has to be done."""
+
+    name: str
+    status: Literal["ok", "missing", "limited"]
+    detail: str
+    remedy: str = ""
+
+
+def examine(target: Target | None) -> tuple[Finding, ...]:
+    """Runtimes, packages, processor, GPU and extras; given a target, whether this machine can measure for it."""
+    environment = describe_environment(target.num_threads if target else 1)
+    findings = [
+        _packages(environment),
+        Finding(name="runtimes", status="ok", detail=", ".join(sorted(RUNTIMES))),
+        _processor(environment),
+        _clock(environment),
+        _load(environment),
+        _gpu(environment),
+        *(_extra(name) for name in _EXTRAS),
+    ]
+    if target is not None:
+        findings += [_target_runtime(target), _target_threads(target, environment)]
+    return tuple(findings)
+
+
+def _packages(environment: Environment) -> Finding:
+    listed = ", ".join(f"{name} {version}" for name, version in environment.versions.items())
+    return Finding(name="packages", status="ok", detail=listed)
+
+
+def _processor(environment: Environment) -> Finding:
+    features = ", ".join(environment.cpu_features)
+    detail = f"{environment.cpu}, {environment.num_cpus} usable, {environment.memory_gib:.1f} GiB: {features or '?'}"
+    if any(feature in environment.cpu_features for feature in _SPEED_FEATURES):
+        return Finding(name="processor", status="ok", detail=detail)
+    return Finding(
+        name="processor",
+        status="limited",
+        detail=f"{detail}; none of {', '.join(_SPEED_FEATURES)} was found",
+        remedy="measure on the device that will run the model; its latencies will differ from those seen here",
+    )
+
+
+def _clock(environment: Environment) -> Finding:
+    if environment.governor in ("", "performance"):
+        detail = environment.governor or "the system does not tell"
+        return Finding(name="clock governor", status="ok", detail=detail)
+    return Finding(
+        name="clock governor",
+        status="limited",
+        detail=f"{environment.governor}: the clock follows the load, and timings follow the clock",
+        remedy="sudo cpupower frequency-set -g performance",
+    )
+
+
+def _load(environment: Environment) -> Finding:
+    detail = f"load average {environment.load_before:.2f} on {environment.num_cpus} processors"
+    if environment.load_before <= 0.5 * environment.num_cpus:
+        return Finding(name="load", status="ok", detail=detail)
+    return Finding(name="load", status="limited", detail=detail, remedy="stop other work before latencies are measured")
+
+
+def _gpu(environment: Environment) -> Finding:
+    if environment.gpu:
+        return Finding(name="gpu", status="ok", detail=f"{environment.gpu}, for fine-tuning")
+    kind = "built for the CPU" if torch.version.cuda is None else "built for CUDA, but no GPU is usable"
+    return Finding(
+        name="gpu",
+        status="limited",
+        detail=f"torch {torch.__version__} is {kind}: fine-tuning runs on the processor",
+        remedy="for faster fine-tuning, use a machine with a GPU and a CUDA build of torch",
+    )
+
+
+def _extra(extra: str) -> Finding:
+    needed, purpose = _EXTRAS[extra]
+    absent = [names[0] for names in needed if not is_installed(*names)]
+    if not absent:
+        return Finding(name=f"extra {extra}", status="ok", detail=purpose)
+    return Finding(
+        name=f"extra {extra}",
+        status="missing",
+        detail=f"{purpose}: {', '.join(absent)} not installed",
+        remedy=f"pip install 'deploypipe[{extra}]'",
+    )
+
+
+def _target_runtime(target: Target) -> Finding:
+    name = f"target {target.name or target.runtime}"
+    try:
+        find_runtime(target)
+    except RuntimeUnavailableError as error:
+        problem, _, remedy = str(error).partition("; ")
+        return Finding(
+            name=name,
+            status="missing",
+            detail=f"this machine can export an ONNX file for it, and cannot run or measure it: {problem}",
+            remedy=remedy,
+        )
+    return Finding(
+        name=name, status="ok", detail=f"this machine runs {target.runtime}; figures hold for machines like it"
+    )
+
+
+def _target_threads(target: Target, environment: Environment) -> Finding:
+    available = environment.num_cpus
+    detail = f"{target.num_threads} asked for, {available} usable of {os.cpu_count()}"
+    if target.num_threads <= available:
+        return Finding(name="target threads", status="ok", detail=detail)
+    return Finding(
+        name="target threads",
+        status="limited",
+        detail=f"{detail}: threads would wait for each other",
+        remedy=f"set num_threads = {available} or less, or measure on a larger machine",
+    )

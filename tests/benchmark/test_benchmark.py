@@ -1,0 +1,165 @@
+"""Figures come from the files themselves, in the order the samples came, and say when they cannot be had."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from deploypipe.benchmark import benchmark, first_batch, measure
+from deploypipe.benchmark.accuracy import evaluate_file, evaluate_module
+from deploypipe.benchmark.environment import describe_environment
+from deploypipe.benchmark.latency import BLOCK, find_unsteadiness, summarise, time_file
+from deploypipe.benchmark.memory import measure_peak_memory
+from deploypipe.errors import DataError, ModelError
+from deploypipe.export.onnx_file import export_onnx
+from deploypipe.jsonio import from_json, to_json
+from deploypipe.recipe import Export
+from deploypipe.records import BenchmarkReport, ModelFile
+from deploypipe.runtimes.onnxruntime import OnnxRuntime
+from deploypipe.target import Target
+from deploypipe.task import Batch, classification
+
+TARGET = Target(runtime="onnxruntime", batch_size=2, num_latency_samples=205)
+
+
+def mlp(width: int) -> nn.Sequential:
+    torch.manual_seed(width)
+    return nn.Sequential(
+        nn.Linear(16, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, 4096), nn.Linear(4096, 4)
+    )
+
+
+def batches() -> list[Batch]:
+    generator = torch.Generator().manual_seed(0)
+    return [(torch.randn(n, 16, generator=generator), torch.arange(n) % 4) for n in (5, 1, 3)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("files")
+
+
+@pytest.fixture(scope="module")
+def large(folder: Path) -> ModelFile:
+    return export_onnx(mlp(2048), batches(), folder / "large.onnx", Export())
+
+
+@pytest.fixture(scope="module")
+def small(folder: Path) -> ModelFile:
+    return export_onnx(mlp(64), batches(), folder / "small.onnx", Export())
+
+
+def test_report(folder: Path, large: ModelFile, small: ModelFile) -> None:
+    report = benchmark(
+        large,
+        small,
+        folder=folder,
+        test_batches=batches(),
+        task=classification(),
+        target=TARGET,
+        counts=((100, 1000), (10, 50)),
+    )
+    assert from_json(BenchmarkReport, to_json(report), "report") == report
+    for measured, model, counts in ((report.dense, mlp(2048), (100, 1000)), (report.compressed, mlp(64), (10, 50))):
+        assert (measured.num_params, measured.num_macs) == counts
+        assert measured.latency is not None
+        assert len(measured.latency.samples_ms) == 210  # whole blocks
+        assert measured.latency.p90_ms is not None
+        assert measured.latency.p99_ms is None
+        np.testing.assert_array_equal(measured.per_sample_metric, evaluate_module(model, batches(), classification()))
+    assert report.latency_ratio is not None
+    assert 0 < report.latency_ratio.low <= report.latency_ratio.value <= report.latency_ratio.high
+    assert report.accuracy_drop_pp is not None
+    assert report.dense.peak_memory_mib is not None
+    assert report.compressed.peak_memory_mib is not None
+    weights_mib = (large.size_bytes - small.size_bytes) / 2**20  # about 32 MiB
+    assert report.dense.peak_memory_mib - report.compressed.peak_memory_mib > 0.9 * weights_mib
+
+
+def test_runtime_that_is_absent_measures_nothing(folder: Path, large: ModelFile, small: ModelFile) -> None:
+    report = benchmark(
+        large,
+        small,
+        folder=folder,
+        test_batches=batches(),
+        task=classification(),
+        target=replace(TARGET, runtime="tensorrt"),
+        counts=((1, 1), (1, 1)),
+    )
+    assert (report.latency_ratio, report.accuracy_drop_pp, report.dense.accuracy) == (None, None, None)
+    assert (report.compressed.latency, report.compressed.peak_memory_mib) == (None, None)
+    assert "tensorrt" in report.notes[0]
+
+
+def test_memory_that_cannot_be_told(folder: Path, small: ModelFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, inputs = folder / small.path, {"input": np.zeros((1, 16), dtype=np.float32)}
+    with pytest.raises(ModelError, match=r"absent\.onnx.*a process that runs it failed"):
+        measure_peak_memory(folder / "absent.onnx", inputs, TARGET)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert measure_peak_memory(path, inputs, TARGET) == (
+        None,
+        "peak memory is read from /proc, which darwin does not have",
+    )
+
+
+def test_evaluation_gives_the_mode_back_and_refuses_bad_data(folder: Path, small: ModelFile) -> None:
+    model = mlp(64).train()
+    model[1].eval()
+    running = model[1].running_mean
+    values = evaluate_module(model, batches(), classification())
+    assert values.shape == (9,)
+    assert (model.training, model[0].training, model[1].training) == (True, True, False)
+    assert model[1].running_mean is running
+    path = folder / small.path
+    for bad, message in (
+        ([], "no samples"),
+        ([(torch.full((2, 16), torch.nan), torch.zeros(2))], "NaN or infinity on batch 0"),
+    ):
+        with pytest.raises(DataError, match=message):
+            evaluate_module(model, bad, classification())
+        with pytest.raises(DataError, match=message):
+            evaluate_file(path, bad, classification(), OnnxRuntime(), 1)
+    assert model.training
+    scalar = replace(classification(), metric=lambda outputs, target: outputs.mean())
+    with pytest.raises(DataError, match="one value per sample"):
+        evaluate_module(model, batches(), scalar)
+    with pytest.raises(DataError, match="empty"):
+        measure(small, folder=folder, batches=[], task=classification(), target=TARGET, counts=(1, 1))
+
+
+def test_latency_input_has_the_targets_batch_size() -> None:
+    x = torch.arange(3.0).reshape(3, 1)
+    assert first_batch([(x, None)], ["x"], 2)["x"].ravel().tolist() == [0, 1]
+    assert first_batch([(x, None)], ["x"], 5)["x"].ravel().tolist() == [0, 1, 2, 0, 1]
+
+
+def test_percentiles_need_their_samples(folder: Path, small: ModelFile) -> None:
+    samples = np.linspace(1, 2, 662)
+    assert summarise(samples, TARGET).p99_ms == pytest.approx(1.99, abs=0.01)
+    assert summarise(samples[:661], TARGET).p99_ms is None
+    assert summarise(samples[:63], TARGET).p90_ms is None
+    inputs = {"input": np.zeros((1, 16), dtype=np.float32)}
+    assert time_file(folder / small.path, inputs, OnnxRuntime(), TARGET, num_samples=13).shape == (13,)
+
+
+def test_steadiness_verdict() -> None:
+    generator = np.random.default_rng(0)
+    calm = 5 + generator.normal(scale=0.1, size=40 * BLOCK)
+    assert find_unsteadiness(calm) == ""
+    assert "drifted by +18%" in find_unsteadiness(calm * np.repeat([1.0, 1.1, 1.2], [130, 140, 130]))
+    assert "spreads over" in find_unsteadiness(calm * np.tile([1.0, 1.5], 20 * BLOCK))
+    calm[::50] *= 10  # rare interruptions do not matter to a median
+    assert find_unsteadiness(calm) == ""
+
+
+def test_environment_fingerprint_is_stable_and_depends_on_threads() -> None:
+    one = describe_environment(1)
+    assert one.device_fingerprint == describe_environment(1).device_fingerprint
+    assert one.device_fingerprint != describe_environment(2).device_fingerprint
+    assert one.cpu
+    assert one.num_cpus >= 1
+    assert {"python", "torch", "onnxruntime"} <= one.versions.keys()

@@ -1,0 +1,149 @@
+"""The gate's truth table: passed, failed, unknown, for every kind of limit."""
+
+from dataclasses import replace
+
+import pytest
+
+from deploypipe.records import (
+    BenchmarkReport,
+    Environment,
+    Interval,
+    Latency,
+    Measurement,
+    ModelFile,
+    Status,
+    Verdict,
+)
+from deploypipe.release.gate import decide
+from deploypipe.target import Budget
+
+
+def interval(low: float, value: float, high: float) -> Interval:
+    return Interval(value=value, low=low, high=high)
+
+
+def measurement(*, size_mib: float, memory: float, params: int, macs: int, p50: Interval) -> Measurement:
+    return Measurement(
+        file=ModelFile(
+            path="m.onnx",
+            sha256="0",
+            size_bytes=int(size_mib * 2**20),
+            precision="fp32",
+            opset=20,
+            max_abs_error=0.0,
+            input_names=("x",),
+            output_names=("output",),
+        ),
+        num_params=params,
+        num_macs=macs,
+        latency=Latency(batch_size=1, num_threads=1, samples_ms=(), p50_ms=p50, p90_ms=None, p99_ms=None),
+        peak_memory_mib=memory,
+        per_sample_metric=(),
+        accuracy=None,
+    )
+
+
+REPORT = BenchmarkReport(
+    dense=measurement(size_mib=8, memory=40, params=2_000_000, macs=100_000_000, p50=interval(9.9, 10, 10.1)),
+    compressed=measurement(size_mib=4, memory=30, params=1_000_000, macs=50_000_000, p50=interval(4.7, 4.8, 4.9)),
+    latency_ratio=interval(0.47, 0.48, 0.5),
+    accuracy_drop_pp=interval(-0.1, 0.4, 0.9),
+    environment=Environment(
+        cpu="",
+        cpu_features=(),
+        num_cpus=1,
+        governor="",
+        load_before=0,
+        memory_gib=1,
+        gpu="",
+        system="",
+        versions={},
+        device_fingerprint="",
+    ),
+    is_steady=True,
+)
+UNTIMED = replace(
+    REPORT,
+    dense=replace(REPORT.dense, latency=None, peak_memory_mib=None),
+    compressed=replace(REPORT.compressed, latency=None, peak_memory_mib=None),
+    latency_ratio=None,
+    accuracy_drop_pp=None,
+    is_steady=False,
+    notes=("the runtime is absent",),
+)
+
+
+@pytest.mark.parametrize(
+    ("budget", "name", "passes"),
+    [
+        (Budget(latency_p50="0.5x"), "latency_p50", True),  # a tie with the upper end
+        (Budget(latency_p50="0.49x"), "latency_p50", False),  # the value would pass, the upper end does not
+        (Budget(latency_p50="4.9 ms"), "latency_p50", True),
+        (Budget(latency_p50="4850 us"), "latency_p50", False),
+        (Budget(peak_memory="0.75x"), "peak_memory", True),
+        (Budget(peak_memory="29 MiB"), "peak_memory", False),
+        (Budget(file_size="4 MiB"), "file_size", True),
+        (Budget(file_size="0.4x"), "file_size", False),
+        (Budget(params="1 M"), "params", True),
+        (Budget(params="999 k"), "params", False),
+        (Budget(macs="0.5x"), "macs", True),
+        (Budget(macs="49 M"), "macs", False),
+        (Budget(accuracy_drop_pp=0.9), "accuracy_drop", True),
+        (Budget(accuracy_drop_pp=0.5), "accuracy_drop", False),  # the value would pass
+    ],
+)
+def test_every_limit(budget: Budget, name: str, passes: bool) -> None:
+    decision = decide(REPORT, budget)
+    check = next(c for c in decision.checks if c.name == name)
+    assert check.status is (Status.PASS if passes else Status.FAIL)
+    assert decision.verdict is (Verdict.SHIP if passes else Verdict.HOLD)
+    assert check.limit is not None
+    assert check.measured is not None
+    if not passes:
+        assert decision.reason.startswith(f"Hold: {name} failed (")
+        assert decision.reason.count("failed") == 1
+
+
+def test_relative_latency_is_told_in_milliseconds() -> None:
+    check = decide(REPORT, Budget(latency_p50="0.5x")).checks[0]
+    assert check.unit == "ms"
+    assert check.limit == pytest.approx(5.0)
+    assert check.interval is not None
+    assert check.measured == pytest.approx(4.8)
+    assert check.interval.high == pytest.approx(5.0)
+
+
+@pytest.mark.parametrize(
+    ("budget", "name"),
+    [
+        (Budget(latency_p50="0.5x"), "latency_p50"),
+        (Budget(latency_p50="100 ms"), "latency_p50"),
+        (Budget(peak_memory="0.5x"), "peak_memory"),
+        (Budget(peak_memory="9 GiB"), "peak_memory"),
+        (Budget(), "accuracy_drop"),
+    ],
+)
+def test_unmeasured_never_passes(budget: Budget, name: str) -> None:
+    decision = decide(UNTIMED, budget)
+    check = next(c for c in decision.checks if c.name == name)
+    assert check.status is Status.UNKNOWN
+    assert check.measured is None
+    assert decision.verdict is Verdict.HOLD
+    assert f"{name} is unknown (it was not measured; the runtime is absent)" in decision.reason
+
+
+def test_unsteady_timings_hold_the_latency_alone() -> None:
+    shaky = replace(REPORT, is_steady=False, notes=("dense: the median drifted by +30%",))
+    decision = decide(shaky, Budget(latency_p50="0.9x", params="0.9x"))
+    assert [c.status for c in decision.checks] == [Status.UNKNOWN, Status.PASS, Status.PASS]
+    assert decision.reason == (
+        "Hold: latency_p50 is unknown (the timings were not steady: dense: the median drifted by +30%)."
+    )
+    assert decide(shaky, Budget(params="0.9x")).verdict is Verdict.SHIP
+
+
+def test_nan_is_unknown_and_all_blocking_checks_are_named() -> None:
+    broken = replace(REPORT, accuracy_drop_pp=interval(0, float("nan"), float("nan")))
+    decision = decide(broken, Budget(params="1 k", file_size="1 KiB"))
+    assert [c.status for c in decision.checks] == [Status.FAIL, Status.FAIL, Status.UNKNOWN]
+    assert all(c.name in decision.reason for c in decision.checks)
