@@ -135,13 +135,16 @@ def report(
 def doctor(
     target: Annotated[str | None, typer.Argument(metavar="[TARGET]", help="Look at this target's needs too.")] = None,
 ) -> None:
-    """Say what this machine can do, what is missing, and how to get it."""
+    """Say what this machine can do, what is missing, and how to get it. Exit 2 where it cannot run TARGET."""
     with _exit_codes():
         from deploypipe.doctor import examine
 
         findings = examine(load_target(target) if target else None)
         rows = [(f.name, f.status, f.detail, f.remedy) for f in findings]
         _show_table("This machine", ("what", "status", "found", "remedy"), rows)
+        can_run = not any(f.name.startswith("target ") and f.status == "missing" for f in findings)
+    if not can_run:
+        raise typer.Exit(EXIT_ERROR)
 
 
 @app.command(epilog="Example: deploypipe init my_model && deploypipe run my_model my_model")

@@ -180,3 +180,13 @@ def test_every_command_explains_itself() -> None:
     assert "Exit codes" in invoke("--help").output
     for command in ("run", "gate", "report", "doctor", "init"):
         assert "Example" in invoke(command, "--help").output
+
+
+@pytest.mark.parametrize(("name", "code"), [("target cpu", 2), ("extra mlflow", 0)])
+def test_doctor_fails_only_for_the_target_asked_about(
+    name: str, code: int, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finding = SimpleNamespace(name=name, status="missing", detail="not installed", remedy="pip install it")
+    monkeypatch.setitem(sys.modules, "deploypipe.doctor", SimpleNamespace(examine=lambda target: (finding,)))
+    done = invoke("doctor", "cpu")
+    assert done.exit_code == code and "pip install it" in done.output
