@@ -81,17 +81,24 @@ def _keep(seen: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Any,
 
 
 class _InputWatch(TorchFunctionMode):
-    """Notes whether `tensor` itself is added to another tensor of its shape that depends on it."""
+    """Notes whether `tensor` itself is added to another tensor of its shape that depends on it.
+
+    Additions inside a child that holds layers of its own (`depth` > 0) are that child's shortcut, not the module's.
+    """
 
     def __init__(self, tensor: Tensor) -> None:
         super().__init__()
         self.tensor = tensor
         self.is_added = False
+        self.depth = 0
+
+    def step(self, by: int) -> None:
+        self.depth += by
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if getattr(func, "__name__", "") in _ADDITIONS and any(a is self.tensor for a in args):
+        if not self.depth and getattr(func, "__name__", "") in _ADDITIONS and any(a is self.tensor for a in args):
             others = [a for a in args if isinstance(a, Tensor) and a is not self.tensor]
             self.is_added |= any(o.requires_grad and o.shape == self.tensor.shape for o in others)
         return func(*args, **(kwargs or {}))
@@ -102,6 +109,16 @@ def _adds_its_input(module: nn.Module, tensor: Tensor) -> bool:
     if not tensor.is_floating_point():
         return False
     watched = tensor.requires_grad_(True) * 1  # not a leaf: the module may work in place
-    with _InputWatch(watched) as watch:
-        module(watched)
-    return bool(watch.is_added)
+    watch = _InputWatch(watched)
+    handles = []
+    for child in module.modules():
+        if child is not module and _has_weights(child):
+            handles.append(child.register_forward_pre_hook(lambda *_: watch.step(1)))
+            handles.append(child.register_forward_hook(lambda *_: watch.step(-1)))
+    try:
+        with watch:
+            module(watched)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return watch.is_added

@@ -8,7 +8,7 @@ channels a gate or a split ties together become one unit, and it ends, because e
 import ctypes
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -73,6 +73,17 @@ def trace_groups(
         settled |= {m.module for c in trace.couplings for m in c.members if m.side == "out"}
         trace.frozen += [Frozen(name=n, kind="channels", reason=failure) for n in producers if n not in settled]
     return tuple(trace.couplings), tuple(trace.frozen)
+
+
+def freeze(coupling: Coupling, reason: str, producers: Collection[str]) -> list[Frozen]:
+    """A row for every producer of a coupling that must stay."""
+    names = dict.fromkeys([coupling.name, *(m.module for m in coupling.members if m.side == "out")])
+    because = f"shares its channels with {coupling.name!r}, which stays"
+    return [
+        Frozen(name=name, kind="channels", reason=reason if name == coupling.name else because)
+        for name in names
+        if name in producers
+    ]
 
 
 def _floating(outputs: Any) -> list[Tensor]:
@@ -141,10 +152,11 @@ def _collect(
         blocker = blocker or (f"shares channels with {', '.join(others)}" if others else "")
         for index in indices:
             owners.setdefault(index, name)
+        coupling = Coupling(name=name, num_units=len(units), members=members)
         if blocker:
-            trace.frozen.append(Frozen(name=name, kind="channels", reason=blocker))
+            trace.frozen += freeze(coupling, blocker, producers)
         else:
-            trace.couplings.append(Coupling(name=name, num_units=len(units), members=members))
+            trace.couplings.append(coupling)
 
 
 def _walk(graph: Any, names: Mapping[nn.Module, str], root: nn.Module) -> tuple[_Touched, str]:

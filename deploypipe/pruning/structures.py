@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from deploypipe.errors import ModelError
 from deploypipe.pruning.blocks import find_blocks
 from deploypipe.pruning.calls import Call, evaluating, record_calls
-from deploypipe.pruning.coupling import Coupling, trace_groups
-from deploypipe.pruning.slicing import cut_, edits_by_module, mask_, replace_by_identity_, width
+from deploypipe.pruning.coupling import Coupling, freeze, trace_groups
+from deploypipe.pruning.slicing import cut_, edits_by_module, has_two_sides, mask_, replace_by_identity_, width
 from deploypipe.records import Block, ChannelGroup, Edit, Frozen, Structures
 from deploypipe.task import forward, num_samples, take
 
@@ -30,7 +30,7 @@ def list_structures(model: nn.Module, inputs: Any, keep: Sequence[str] = ()) -> 
     """
     if not any(p.requires_grad for p in model.parameters()):
         raise ModelError("all parameters are frozen (requires_grad=False); call model.requires_grad_(True) first")
-    inputs = _pair(inputs)
+    inputs = pair_of(inputs)
     calls = record_calls(model, inputs)
     place = {name: call.place for name, call in calls.items()}
     couplings, frozen_channels = trace_groups(model, inputs, place)
@@ -38,20 +38,16 @@ def list_structures(model: nn.Module, inputs: Any, keep: Sequence[str] = ()) -> 
     probe = _Probe(model, inputs)
     reasons = {c.name: _kept((m.module for m in c.members), keep) or probe.try_channels(c) for c in couplings}
     block_reasons = {b.name: _kept(_inside(model, b.name), keep) or probe.try_block(b) for b in blocks}
-    frozen = [
-        *frozen_channels,
-        *(Frozen(name=n, kind="channels", reason=r) for n, r in reasons.items() if r),
-        *frozen_blocks,
-        *(Frozen(name=n, kind="block", reason=r) for n, r in block_reasons.items() if r),
-    ]
-    frozen.sort(key=lambda row: place.get(row.name, -1))
+    producers = {name for name, module in model.named_modules() if has_two_sides(module)}
+    rows = [row for c in couplings if reasons[c.name] for row in freeze(c, reasons[c.name], producers)]
+    rows += [Frozen(name=n, kind="block", reason=r) for n, r in block_reasons.items() if r]
+    unique = {(row.name, row.kind): row for row in (*rows, *frozen_channels, *frozen_blocks)}
+    frozen = sorted(unique.values(), key=lambda row: place.get(row.name, -1))
     groups = tuple(_group(model, c, calls) for c in couplings if not reasons[c.name])
     removable = tuple(b for b in blocks if not block_reasons[b.name])
     if not groups and not removable:
-        rows = (
-            "; ".join(f"{row.kind} {row.name!r}: {row.reason}" for row in frozen) or "it has no layers that are called"
-        )
-        raise ModelError(f"nothing in this network can be removed ({rows}); change the network or loosen recipe.keep")
+        why = "; ".join(f"{row.kind} {row.name!r}: {row.reason}" for row in frozen) or "it calls no layers"
+        raise ModelError(f"nothing in this network can be removed ({why}); change the network or loosen recipe.keep")
     return Structures(
         model_fingerprint=model_fingerprint(model),
         groups=groups,
@@ -63,7 +59,7 @@ def list_structures(model: nn.Module, inputs: Any, keep: Sequence[str] = ()) -> 
 
 
 def count_macs(model: nn.Module, inputs: Any) -> tuple[int, int]:
-    """(parameters, multiply-accumulates of convolutions and linear layers for one sample); `model` is left as it was."""
+    """(parameters, multiply-accumulates of convolutions and linear layers for one sample); changes nothing in it."""
     calls = record_calls(model, inputs)
     return sum(p.numel() for p in model.parameters()), sum(call.macs for call in calls.values())
 
@@ -78,7 +74,7 @@ def model_fingerprint(model: nn.Module) -> str:
     return f"{structure.hexdigest()[:32]}-{weights.hexdigest()[:32]}"
 
 
-def _pair(inputs: Any) -> Any:
+def pair_of(inputs: Any) -> Any:
     """Two samples: enough to see shapes, and batch 1 would hide mistakes in the batch axis."""
     if num_samples(inputs) >= 2:
         return take(inputs, 2)

@@ -1,0 +1,107 @@
+"""A pruned network on disk, without pickle: the plan and its weights, and a program that needs no class."""
+
+import json
+from collections.abc import Callable
+from copy import deepcopy
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from deploypipe.errors import ModelError, PlanError
+from deploypipe.jsonio import from_json, to_json
+from deploypipe.pruning.apply import check_fingerprint, cut_out
+from deploypipe.pruning.structures import pair_of
+from deploypipe.records import PruningPlan
+from deploypipe.runs import file_sha256, write_atomically
+
+PLAN, WEIGHTS, PROGRAM, HASHES = "plan.json", "weights.safetensors", "model.pt2", "hashes.json"
+
+
+def save_pruned(model: nn.Module, plan: PruningPlan, inputs: Any, folder: Path) -> None:
+    """Write plan.json, weights.safetensors, model.pt2 (any batch size, evaluation mode) and the hashes of all three.
+
+    inputs: one batch, of which only shapes and dtypes are used; no sample gets into a file. hashes.json comes last, so
+    a folder without it was not finished. Raises ModelError when the network cannot be exported.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / HASHES).unlink(missing_ok=True)
+    weights = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
+    write_atomically(folder / PLAN, to_json(plan).encode())
+    write_atomically(folder / WEIGHTS, save(weights))
+    write_atomically(folder / PROGRAM, _program(model, inputs))
+    hashes = {name: file_sha256(folder / name) for name in (PLAN, WEIGHTS, PROGRAM)}
+    write_atomically(folder / HASHES, json.dumps(hashes, indent=2, sort_keys=True).encode())
+
+
+def load_pruned(folder: Path, build_model: Callable[[], nn.Module] | None = None) -> nn.Module:
+    """The pruned network. With `build_model`: an ordinary module in evaluation mode, cut by the plan, to train further.
+
+    Without it: the exported program, which can only be run. The dense network needs the structure the plan was made
+    for; its weights are replaced, so they do not matter. Files that differ from hashes.json are refused before use.
+    """
+    _check_hashes(folder)
+    if build_model is None:
+        return torch.export.load(folder / PROGRAM).module()
+    plan = from_json(PruningPlan, (folder / PLAN).read_bytes(), str(folder / PLAN))
+    dense = build_model()
+    check_fingerprint(dense, plan, structure_only=True)
+    model = cut_out(dense, plan)
+    try:
+        model.load_state_dict(load_file(folder / WEIGHTS), strict=True)
+    except RuntimeError as error:
+        raise PlanError(f"{folder / WEIGHTS} does not fit the network cut by {PLAN}: {error}; save it again") from error
+    return model.eval()
+
+
+def _program(model: nn.Module, inputs: Any) -> bytes:
+    """The exported program, without example values and without the source paths torch records."""
+    batch = torch.export.Dim("batch", min=1)
+    zeros = _zeros(pair_of(inputs))
+    is_named = isinstance(zeros, dict)
+    values = list(zeros.values()) if is_named else list(zeros) if isinstance(zeros, tuple) else [zeros]
+    axes = [{0: batch} for _ in values]
+    try:
+        program = torch.export.export(
+            deepcopy(model).eval(),
+            args=() if is_named else tuple(values),
+            kwargs=zeros if is_named else None,
+            dynamic_shapes=dict(zip(zeros, axes, strict=True)) if is_named else tuple(axes),
+        )
+    except Exception as error:  # torch.export raises many classes on code it cannot follow
+        raise ModelError(
+            f"torch.export cannot export the network with a free batch size ({type(error).__name__}: {error}); "
+            "take data-dependent branches and fixed batch sizes out of forward()"
+        ) from error
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)
+    program.example_inputs = None  # would be stored as a pickle
+    buffer = BytesIO()
+    torch.export.save(program, buffer)
+    return buffer.getvalue()
+
+
+def _zeros(inputs: Any) -> Any:
+    if isinstance(inputs, Tensor):
+        return torch.zeros_like(inputs)
+    if isinstance(inputs, dict):
+        return {name: torch.zeros_like(value) for name, value in inputs.items()}
+    return tuple(torch.zeros_like(value) for value in inputs)
+
+
+def _check_hashes(folder: Path) -> None:
+    try:
+        expected = json.loads((folder / HASHES).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder} holds no finished pruned network ({HASHES}: {error}); save it again") from error
+    for name in (PLAN, WEIGHTS, PROGRAM):
+        path = folder / name
+        if not path.is_file():
+            raise ModelError(f"{path} is absent; save the network again")
+        if file_sha256(path) != expected.get(name):
+            raise ModelError(
+                f"{path} was changed after it was saved (its sha256 is not the one in {HASHES}); save again"
+            )

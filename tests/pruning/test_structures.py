@@ -1,0 +1,213 @@
+"""What is offered for removal, what is not, and what the user is told."""
+
+import time
+from collections.abc import Callable
+
+import networks
+import pytest
+import torch
+import torch_pruning
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deploypipe.errors import ModelError
+from deploypipe.pruning.apply import apply_plan, describe, masked_dense
+from deploypipe.pruning.calls import record_calls
+from deploypipe.pruning.coupling import trace_groups
+from deploypipe.pruning.plan import make_plan
+from deploypipe.pruning.structures import count_macs, list_structures, model_fingerprint
+from deploypipe.records import PruningPlan, ScoreTable, Structures
+
+
+def names(structures: Structures) -> list[str]:
+    return [group.name for group in structures.groups]
+
+
+def reason(structures: Structures, name: str) -> str:
+    return next(row.reason for row in structures.frozen if row.name == name)
+
+
+def test_option_a_resnet_offers_inner_channels_and_identity_blocks_only() -> None:
+    structures = list_structures(*networks.build("pad_resnet"))
+    assert names(structures) == [f"stages.{s}.{b}.conv1" for s in range(3) for b in range(2)]
+    assert [b.name for b in structures.blocks] == ["stages.0.0", "stages.0.1", "stages.1.1", "stages.2.1"]
+    assert reason(structures, "stages.1.0") == "changes the shape from (8, 8, 8) to (16, 4, 4)"
+    assert reason(structures, "conv1")
+    assert "output" in reason(structures, "fc")
+
+
+def test_projection_shortcuts_let_the_stream_shrink() -> None:
+    structures = list_structures(*networks.build("bottleneck"))
+    stream = next(g for g in structures.groups if g.name == "layer1.0.conv3")
+    assert {"layer1.0.shortcut.0", "layer1.1.conv3", "layer2.0.conv1"} <= {m.module for m in stream.members}
+    assert [b.name for b in structures.blocks] == ["layer1.1", "layer2.1"]
+
+
+def test_units_follow_gates_groups_flattens_and_concatenations() -> None:
+    def units(network: str, group: str, module: str, side: str) -> tuple[tuple[int, ...], ...]:
+        found = next(g for g in list_structures(*networks.build(network)).groups if g.name == group)
+        return next(m.units for m in found.members if (m.module, m.side) == (module, side))
+
+    assert units("gated", "conv1", "conv1", "out") == tuple((i, i + 8) for i in range(8))
+    assert units("resnext", "layer1.0.conv1", "layer1.0.conv2", "in") == tuple((i, i + 4) for i in range(4))
+    assert units("flattened", "conv2", "fc1", "in")[1] == tuple(range(16, 32))
+    assert units("dense", "layers.1", "fc", "in") == ((10,), (11,), (12,), (13,))
+
+
+def test_statistics_over_channels_forbid_the_removal() -> None:
+    structures = list_structures(*networks.build("normalised"))
+    assert names(structures) == ["conv2"]
+    assert "statistics" in reason(structures, "conv1")
+
+
+def test_keep_freezes_every_structure_with_a_match() -> None:
+    structures = list_structures(*networks.build("pad_resnet"), keep=["stages.0.*", "stages.1.1.bn1"])
+    assert names(structures) == ["stages.1.0.conv1", "stages.2.0.conv1", "stages.2.1.conv1"]
+    assert [b.name for b in structures.blocks] == ["stages.2.1"]
+    assert reason(structures, "stages.1.1.conv1") == "kept by recipe.keep (stages.1.1.bn1)"
+
+
+def test_frozen_network_is_refused_with_the_remedy() -> None:
+    model, inputs = networks.build("mlp")
+    with pytest.raises(ModelError, match=r"requires_grad_\(True\)"):
+        list_structures(model.requires_grad_(False), inputs)
+
+
+def test_network_without_anything_to_remove_is_refused_with_reasons() -> None:
+    with pytest.raises(ModelError, match=r"channels '0': its channels are the network's output"):
+        list_structures(nn.Sequential(nn.Linear(3, 4)), torch.randn(2, 3))
+
+
+class Odd(nn.Module):
+    """A hidden layer whose reading is given as a function of (network, hidden)."""
+
+    def __init__(self, read: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+        self.read = read
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.relu(self.second(self.read(self, F.relu(self.first(x))))))
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda net, h: h.softmax(dim=1),
+        lambda net, h: h - h.mean(dim=1, keepdim=True),
+        lambda net, h: F.normalize(h, dim=1),
+        lambda net, h: h.view(-1, 8),
+        lambda net, h: h.flip(1),
+        lambda net, h: h + torch.arange(8.0),
+        lambda net, h: torch.cumsum(h, dim=1),
+    ],
+    ids=["softmax", "centre", "normalize", "constant-view", "flip", "constant-add", "cumsum"],
+)
+def test_functions_that_mix_channels_are_found_out(read: Callable[[nn.Module, Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    structures = list_structures(Odd(read), torch.randn(4, 6))
+    assert names(structures) == ["second"]
+    assert reason(structures, "first")
+
+
+def test_zero_weights_do_not_hide_a_wrong_coupling() -> None:
+    model = Odd(lambda net, h: h.softmax(dim=1))
+    nn.init.zeros_(model.second.weight)
+    assert "first" not in names(list_structures(model, torch.randn(4, 6)))
+
+
+def test_tied_and_computed_weights_are_left_alone() -> None:
+    tied = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 3))
+    tied[2].weight = tied[0].weight
+    structures = list_structures(tied, torch.randn(2, 8))
+    assert names(structures) == ["4"]
+    assert "shares a parameter" in reason(structures, "0")
+    computed = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3))
+    nn.utils.parametrizations.weight_norm(computed[0])
+    assert "parametrization" in reason(list_structures(computed, torch.randn(2, 6)), "0")
+
+
+@pytest.mark.parametrize("pack", ["tuple", "dict", "one sample"])
+def test_inputs_in_any_packing(pack: str) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.out = nn.Linear(4, 8), nn.Linear(5, 8), nn.Linear(8, 2)
+
+        def forward(self, left: Tensor, right: Tensor) -> dict[str, Tensor]:
+            return {"logits": self.out(self.a(left) * self.b(right))}
+
+    count = 1 if pack == "one sample" else 3
+    both = {"left": torch.randn(count, 4), "right": torch.randn(count, 5)}
+    structures = list_structures(Two(), both if pack == "dict" else tuple(both.values()))
+    assert [m.module for m in structures.groups[0].members] == ["a", "b", "out"]
+    assert structures.num_macs == 4 * 8 + 5 * 8 + 8 * 2
+
+
+def test_tracing_that_hangs_is_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hang(self: object, *args: object, **kwargs: object) -> None:
+        while True:
+            try:
+                sum(range(1000))
+            except Exception:  # what hangs may also swallow
+                continue
+
+    monkeypatch.setattr(torch_pruning.DependencyGraph, "build_dependency", hang)
+    model, inputs = networks.build("mlp")
+    place = {name: call.place for name, call in record_calls(model, inputs).items()}
+    start = time.monotonic()
+    couplings, frozen = trace_groups(model, inputs, place, time_limit_s=0.2)
+    assert time.monotonic() - start < 5
+    assert couplings == ()
+    assert [(row.name, row.reason) for row in frozen] == [
+        (name, "tracing did not finish within 0.2 s") for name in ("0", "2", "5")
+    ]
+
+
+def test_tracing_that_fails_leaves_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: object, *args: object, **kwargs: object) -> None:
+        raise ZeroDivisionError("integer modulo by zero")
+
+    monkeypatch.setattr(torch_pruning.DependencyGraph, "build_dependency", fail)
+    structures = list_structures(*networks.build("pad_resnet"))
+    assert structures.groups == ()
+    assert len(structures.blocks) == 4
+    assert reason(structures, "conv1") == "could not be traced: ZeroDivisionError: integer modulo by zero"
+
+
+def test_counts_are_those_of_the_definition() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, groups=8), nn.ConvTranspose2d(8, 4, 2, 2))
+    params, macs = count_macs(model, torch.randn(5, 3, 6, 6))
+    assert params == (27 * 8 + 8) + (9 * 8 + 8) + (8 * 4 * 4 + 4)
+    assert macs == 27 * 8 * 36 + 9 * 8 * 16 + 8 * 16 * 4 * 4
+
+
+def test_fingerprint_tells_structure_from_weights() -> None:
+    def parts(model: nn.Module) -> tuple[str, ...]:
+        return tuple(model_fingerprint(model).split("-"))
+
+    torch.manual_seed(0)
+    one, other, wider = nn.Linear(3, 4), nn.Linear(3, 4), nn.Linear(3, 5)
+    assert parts(one)[0] == parts(other)[0] != parts(wider)[0]
+    assert parts(one)[1] != parts(other)[1]
+    other.load_state_dict(one.state_dict())
+    assert parts(one) == parts(other)
+    assert parts(one)[0] != parts(nn.Linear(3, 4).to(torch.bfloat16))[0]
+
+
+def test_transformer_layers_called_with_keywords_are_no_blocks() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)
+    model = nn.Sequential(nn.TransformerEncoder(layer, 2), nn.Linear(8, 3))
+    structures = list_structures(model, torch.randn(2, 5, 8))
+    assert structures.blocks == ()
+    assert names(structures) == ["0.layers.0.linear1", "0.layers.1.linear1"]
+
+
+def test_stem_is_cut_with_the_convolution_that_reads_it() -> None:
+    model, inputs = networks.build("bottleneck")
+    structures = list_structures(model, inputs)
+    scores = {"stem": tuple(float(i) for i in range(8))}
+    plan: PruningPlan = make_plan(structures, ScoreTable(scorer="index", channels=scores), {"stem": 3})
+    assert apply_plan(model, plan).layer1[0].conv1.in_channels == 3
+    row = describe(model, masked_dense(model, plan), plan, inputs).rows[0]
+    assert (row.name, row.width_before, row.asked, row.realised) == ("stem", 8, 3, 3)
