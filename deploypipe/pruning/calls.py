@@ -39,6 +39,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
+@contextmanager
+def one_thread_if_small(macs: int) -> Iterator[None]:
+    """One CPU thread for passes of less than a billion MACs, which on a busy machine only wait for their threads."""
+    before = torch.get_num_threads()
+    if macs < 1_000_000_000:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def record_calls(model: nn.Module, inputs: Any) -> dict[str, Call]:
     """Run `model` once on `inputs` without gradients; the model is as before afterwards."""
     calls: dict[str, Call] = {}

@@ -46,7 +46,7 @@ class _TimeUpError(BaseException):
 
 
 def trace_groups(
-    model: nn.Module, inputs: Any, order: Mapping[str, int], time_limit_s: float = 60.0
+    model: nn.Module, inputs: Any, order: Mapping[str, int], time_limit_s: float = 120.0
 ) -> tuple[tuple[Coupling, ...], tuple[Frozen, ...]]:
     """Couplings of all producers in execution order, and the producers that cannot shrink, with the reason.
 

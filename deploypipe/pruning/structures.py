@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from deploypipe.errors import ModelError
 from deploypipe.pruning.blocks import find_blocks
-from deploypipe.pruning.calls import Call, evaluating, record_calls
+from deploypipe.pruning.calls import Call, evaluating, one_thread_if_small, record_calls
 from deploypipe.pruning.coupling import Coupling, freeze, trace_groups
 from deploypipe.pruning.slicing import cut_, edits_by_module, has_two_sides, mask_, replace_by_identity_, width
 from deploypipe.records import Block, ChannelGroup, Edit, Frozen, Structures
@@ -33,11 +33,12 @@ def list_structures(model: nn.Module, inputs: Any, keep: Sequence[str] = ()) -> 
     inputs = pair_of(inputs)
     calls = record_calls(model, inputs)
     place = {name: call.place for name, call in calls.items()}
-    couplings, frozen_channels = trace_groups(model, inputs, place)
-    blocks, frozen_blocks = find_blocks(deepcopy(model), inputs, calls)
-    probe = _Probe(model, inputs)
-    reasons = {c.name: _kept((m.module for m in c.members), keep) or probe.try_channels(c) for c in couplings}
-    block_reasons = {b.name: _kept(_inside(model, b.name), keep) or probe.try_block(b) for b in blocks}
+    with one_thread_if_small(num_samples(inputs) * sum(call.macs for call in calls.values())):
+        couplings, frozen_channels = trace_groups(model, inputs, place)
+        blocks, frozen_blocks = find_blocks(deepcopy(model), inputs, calls)
+        probe = _Probe(model, inputs)
+        reasons = {c.name: _kept((m.module for m in c.members), keep) or probe.try_channels(c) for c in couplings}
+        block_reasons = {b.name: _kept(_inside(model, b.name), keep) or probe.try_block(b) for b in blocks}
     producers = {name for name, module in model.named_modules() if has_two_sides(module)}
     rows = [row for c in couplings if reasons[c.name] for row in freeze(c, reasons[c.name], producers)]
     rows += [Frozen(name=n, kind="block", reason=r) for n, r in block_reasons.items() if r]
@@ -60,7 +61,8 @@ def list_structures(model: nn.Module, inputs: Any, keep: Sequence[str] = ()) -> 
 
 def count_macs(model: nn.Module, inputs: Any) -> tuple[int, int]:
     """(parameters, multiply-accumulates of convolutions and linear layers for one sample); changes nothing in it."""
-    calls = record_calls(model, inputs)
+    with one_thread_if_small(0):  # one sample is small work for any network
+        calls = record_calls(model, take(inputs, 1))
     return sum(p.numel() for p in model.parameters()), sum(call.macs for call in calls.values())
 
 
