@@ -1,0 +1,57 @@
+"""Compress a trained network for one device, measure what is shipped, and decide whether to ship it.
+
+    from deploypipe import compress
+    result = compress(model, splits, task, recipe, target, "runs/mine")
+
+Each stage can be called alone under the names below. They are loaded when first used, because they bring torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from deploypipe.benchmark import benchmark
+    from deploypipe.export.onnx_file import export_onnx
+    from deploypipe.observe.moments import observe
+    from deploypipe.pipeline import compress
+    from deploypipe.pruning.apply import apply_plan
+    from deploypipe.pruning.plan import make_plan
+    from deploypipe.pruning.repair import repair
+    from deploypipe.pruning.structures import list_structures
+    from deploypipe.release.gate import decide
+    from deploypipe.scoring import score
+    from deploypipe.training.finetune import finetune
+
+_HOMES = {
+    "compress": "pipeline",
+    "list_structures": "pruning.structures",
+    "observe": "observe.moments",
+    "score": "scoring",
+    "make_plan": "pruning.plan",
+    "apply_plan": "pruning.apply",
+    "repair": "pruning.repair",
+    "finetune": "training.finetune",
+    "export_onnx": "export.onnx_file",
+    "benchmark": "benchmark",
+    "decide": "release.gate",
+}
+
+__all__ = [
+    "apply_plan",
+    "benchmark",
+    "compress",
+    "decide",
+    "export_onnx",
+    "finetune",
+    "list_structures",
+    "make_plan",
+    "observe",
+    "repair",
+    "score",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'deploypipe' has no attribute {name!r}")
+    return getattr(import_module(f"deploypipe.{_HOMES[name]}"), name)

@@ -42,8 +42,9 @@ class Search:
     """Which widths and blocks go."""
 
     num_trials: int = 12
-    num_curve_samples: int = 384  # images the loss curves are measured on
-    num_levels: int = 7  # widths tried per channel group
+    num_curve_samples: int = 256  # images the loss curves are measured on
+    num_levels: int = 6  # widths tried per channel group
+    num_repair_samples: int = 512  # for judging a trial; the winner is repaired with all of `repair.num_samples`
     prune_blocks: bool = True
 
 
@@ -51,8 +52,8 @@ class Search:
 class Repair:
     """Sequential least squares after surgery."""
 
-    num_samples: int = 1024
-    positions_per_sample: int = 32
+    num_samples: int = 2048  # at most; held in memory as one batch
+    positions_per_sample: int = 16
     ridge: float = 1e-3  # added to the normal matrix, as a share of its mean diagonal
 
 

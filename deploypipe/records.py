@@ -170,6 +170,24 @@ class RepairReport:
     num_samples: int
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PruneOutcome:
+    """Surgery and repair of the chosen plan."""
+
+    prune: PruneReport
+    repair: RepairReport
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Observation:
+    """What `observe` saw, beside the moments it keeps as tensors."""
+
+    num_samples: int
+    skipped: dict[str, str]  # consumers without moments, and why
+    block_names: tuple[str, ...]
+    block_cka: tuple[tuple[float, ...], ...]  # unbiased linear CKA between block outputs
+
+
 # --- search -----------------------------------------------------------------------------------------------------------
 
 
@@ -195,6 +213,7 @@ class Candidate:
 
     accuracy: float
     latency_p50_ms: float
+    peak_memory_mib: float | None  # None: no budget asks for it
     file_size_mib: float
     num_params: int
     num_macs: int

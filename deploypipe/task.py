@@ -92,3 +92,10 @@ def stack_batches(inputs: list[Any]) -> Any:
     if isinstance(inputs[0], (tuple, list)):
         return tuple(torch.cat(parts) for parts in zip(*inputs, strict=True))
     return torch.cat(inputs)
+
+
+def channels_last(inputs: Any) -> Any:
+    """A batch of images in the memory order that CPUs and tensor cores want; everything else as it is."""
+    if isinstance(inputs, Tensor) and inputs.dim() == 4:
+        return inputs.contiguous(memory_format=torch.channels_last)
+    return inputs

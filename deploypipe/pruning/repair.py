@@ -29,7 +29,7 @@ from deploypipe.observe.patches import (
 )
 from deploypipe.recipe import Repair
 from deploypipe.records import Event, Progress, PruningPlan, RepairReport, RepairRow, silent
-from deploypipe.task import Batch, forward, num_samples, stack_batches, take_batches
+from deploypipe.task import Batch, channels_last, forward, num_samples, stack_batches, take_batches
 
 _ADDITIONS = {"add", "add_", "__add__", "__iadd__", "__radd__"}
 _NEGLIGIBLE = 1e-7  # relative squared error that float32 rounding alone can make
@@ -70,7 +70,7 @@ def repair(
     taken = take_batches(batches, settings.num_samples)
     if not taken:
         raise DataError("the calibration split is empty; return at least one batch as `calib` from load_data()")
-    inputs = stack_batches([batch for batch, _ in taken])
+    inputs = channels_last(stack_batches([batch for batch, _ in taken]))
     repaired = copy.deepcopy(pruned).eval()
     teacher = copy.deepcopy(dense).eval()
     kept_outputs = {e.module: set(e.removed) for e in plan.edits if e.side == "out"}

@@ -4,6 +4,8 @@ A unit is a group of regressors (its taps) of every layer that reads it; the sco
 layers' outputs that is lost when it goes, after all units of lower score are already gone.
 """
 
+import heapq
+
 import torch
 from torch import nn
 
@@ -13,6 +15,9 @@ from deploypipe.observe.patches import columns, num_taps, weight_matrix
 from deploypipe.recipe import Mipp
 from deploypipe.records import ChannelGroup, Structures
 from deploypipe.scoring.magnitude import score_magnitude
+
+_REFRESH = 16  # removals between two computations of all losses
+_STEP = 1e-9  # keeps the order of removal where nothing is lost
 
 
 def score_mipp(
@@ -43,16 +48,37 @@ def _removal_order(
             problems.append(SequentialRemoval(covariance, weights, regressors, noise=config.noise))
     if not problems:
         return ()
-    scores = torch.zeros(group.num_units, dtype=torch.float64)
-    gone = torch.zeros(group.num_units, dtype=torch.bool)
-    lost = 0.0
-    for step in range(group.num_units):
-        losses = torch.stack([problem.losses() for problem in problems]).sum(0).nan_to_num(nan=0.0)
-        losses[gone] = torch.inf
-        unit = int(losses.argmin())
-        lost += max(float(losses[unit]), 0.0)
-        scores[unit] = lost + step * 1e-9  # keeps the order where nothing is lost
-        gone[unit] = True
+    return _greedy(problems, group.num_units)
+
+
+def _greedy(problems: list[SequentialRemoval], num_units: int) -> tuple[float, ...]:
+    """Remove the unit of least loss, again and again; the score is what was lost by then.
+
+    Losses mostly grow as others go, so those of the last refresh are lower bounds, and only the seemingly smallest has
+    to be computed anew (lazy greedy). Every `_REFRESH` removals all of them are, for those that shrank.
+    """
+    scores, lost = [0.0] * num_units, 0.0
+    remaining = set(range(num_units))
+    bounds: list[tuple[float, int]] = []
+    for step in range(num_units):
+        if step % _REFRESH == 0:
+            order = sorted(remaining)
+            bounds = list(zip(_losses(problems, order), order, strict=True))
+            heapq.heapify(bounds)
+        loss, unit = heapq.heappop(bounds)
+        while step % _REFRESH and bounds:
+            loss = _losses(problems, [unit])[0]
+            if loss <= bounds[0][0]:
+                break
+            loss, unit = heapq.heapreplace(bounds, (loss, unit))
+        lost += max(loss, 0.0)
+        scores[unit] = lost + step * _STEP
+        remaining.remove(unit)
         for problem in problems:
             problem.remove_(unit)
-    return tuple(scores.tolist())
+    return tuple(scores)
+
+
+def _losses(problems: list[SequentialRemoval], units: list[int]) -> list[float]:
+    total = torch.stack([problem.losses(units) for problem in problems]).sum(0)
+    return [float(x) for x in total.nan_to_num(nan=0.0)]

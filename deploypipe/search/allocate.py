@@ -7,7 +7,6 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
-from deploypipe.errors import BudgetError
 from deploypipe.records import Curves, LossCurve, Structures
 
 _TIME_LIMIT_S = 10.0
@@ -28,16 +27,11 @@ def allocate(
     A multiple-choice knapsack (HiGHS). Savings are taken one structure at a time: exact for groups that meet no other
     group in a layer (all inside residual blocks), otherwise too high; `allocate_to` corrects for that. An exponent
     below 1 counts small losses more, because together they do more harm than their sum (measured; see the README).
-    Raises BudgetError when even the largest saving is too small.
+    A saving out of reach gives the largest there is.
     """
     options = _options(structures, curves, exponent, block_weight)
     benefit = np.array([o.saving for o in options])
-    most = _largest_saving(options)
-    if saving > most:
-        raise BudgetError(
-            f"at most {most / structures.num_macs:.0%} of the MACs can be removed from this network, "
-            f"{saving / structures.num_macs:.0%} are asked for; relax the budget"
-        )
+    saving = min(saving, _largest_saving(options) * (1 - _GAP))
     constraints = [LinearConstraint(benefit[np.newaxis] / structures.num_macs, lb=saving / structures.num_macs)]
     constraints += _one_of_each(options)
     result = milp(
@@ -65,18 +59,23 @@ def allocate_to(
 ) -> Allocation:
     """`allocate` with the bound moved until the network that really comes out keeps at most `macs_kept` of the MACs.
 
-    count_macs: the MACs of the pruned network. Ends within six corrections; raises BudgetError if the bound stays out
-    of reach.
+    count_macs: the MACs of the pruned network. Ends within eight corrections, and then with the smallest network found:
+    a bound out of reach is for the budget's check to refuse.
     """
     limit = macs_kept * structures.num_macs
     saving = structures.num_macs - limit
-    for _ in range(6):
+    for _ in range(8):
         allocation = allocate(structures, curves, saving, exponent=exponent, block_weight=block_weight)
         excess = count_macs(allocation) - limit
         if excess <= 0:
             return allocation
         saving += excess
-    raise BudgetError(f"no widths found that keep only {macs_kept:.0%} of the MACs; relax the budget")
+    return allocation
+
+
+def least_macs(structures: Structures, curves: Curves) -> float:
+    """The smallest share of the dense MACs that any choice of widths and blocks can reach (estimated)."""
+    return max(0.0, 1 - _largest_saving(_options(structures, curves, 1.0, 1.0)) / structures.num_macs)
 
 
 def uniform(structures: Structures, fraction: float, multiple: int) -> Allocation:

@@ -17,7 +17,7 @@ from deploypipe.observe.moments import InputMoments, Moments, hooked
 from deploypipe.observe.patches import columns, num_taps, weight_matrix
 from deploypipe.recipe import Search
 from deploypipe.records import ChannelGroup, Curves, Event, LossCurve, Progress, ScoreTable, Structures, silent
-from deploypipe.task import Batch, forward, num_samples, stack_batches, take_batches
+from deploypipe.task import Batch, channels_last, forward, num_samples, stack_batches, take_batches
 
 _RIDGE = 1e-3
 
@@ -42,7 +42,7 @@ def measure_curves(
     taken = take_batches(batches, settings.num_curve_samples)
     if not taken:
         raise DataError("the calibration split is empty; return at least one batch as `calib` from load_data()")
-    inputs = stack_batches([batch for batch, _ in taken])
+    inputs = channels_last(stack_batches([batch for batch, _ in taken]))
     probe = _Probe(dense, structures, inputs)
     curves: list[LossCurve] = []
     jobs: list[Callable[[], LossCurve]] = [

@@ -87,12 +87,17 @@ def violations(candidate: Candidate, dense: Candidate, limits: Mapping[str, Limi
     """Relative excess over each limit a search can judge; zero or less meets it."""
     figures = {
         "latency_p50": (candidate.latency_p50_ms, dense.latency_p50_ms),
+        "peak_memory": (candidate.peak_memory_mib, dense.peak_memory_mib),
         "file_size": (candidate.file_size_mib, dense.file_size_mib),
         "params": (float(candidate.num_params), float(dense.num_params)),
         "macs": (float(candidate.num_macs), float(dense.num_macs)),
     }
-    judged = {name: limit for name, limit in limits.items() if name in figures}
-    return {name: figures[name][0] / limit.absolute(figures[name][1]) - 1 for name, limit in judged.items()}
+    excess = {}
+    for name, limit in limits.items():
+        measured, reference = figures[name]
+        if measured is not None and reference is not None:  # memory cannot be measured everywhere: the gate says so
+            excess[name] = measured / limit.absolute(reference) - 1
+    return excess
 
 
 def _judge(
@@ -139,7 +144,7 @@ def _records(study: optuna.Study) -> list[Trial]:
 def _conclude(trials: list[Trial], limits: Mapping[str, Limit]) -> SearchResult:
     feasible = [t for t in trials if t.feasible]
     if not feasible:
-        nearest = min(trials, key=lambda t: max(t.violations.values()))
+        nearest = min(trials, key=lambda t: max(t.violations.values(), default=0.0))
         name = max(nearest.violations, key=lambda n: nearest.violations[n])
         raise BudgetError(
             f"none of {len(trials)} candidates meets the budget; the nearest (trial {nearest.number}) is "

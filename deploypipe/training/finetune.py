@@ -20,7 +20,7 @@ from deploypipe.errors import DataError
 from deploypipe.jsonio import from_json, to_json
 from deploypipe.recipe import Finetune
 from deploypipe.records import EpochLog, Event, Progress, TrainLog, silent
-from deploypipe.task import Splits, Task, forward
+from deploypipe.task import Splits, Task, channels_last, forward
 
 
 def finetune(
@@ -104,13 +104,13 @@ def _distilled_loss(
     fabric: Fabric, model: nn.Module, teacher: nn.Module, task: Task, inputs: Any, target: Any, settings: Finetune
 ) -> Tensor:
     inputs, target = fabric.to_device(inputs), fabric.to_device(target)
-    outputs = forward(model, _images_last(inputs))
+    outputs = forward(model, channels_last(inputs))
     loss = task.loss(outputs, target)
     weight, temperature = settings.distil_weight, settings.distil_temperature
     if weight == 0:
         return loss
     with torch.no_grad(), fabric.autocast():
-        taught = forward(teacher, _images_last(inputs))
+        taught = forward(teacher, channels_last(inputs))
     soft = F.kl_div(
         (outputs.float() / temperature).flatten(0, -2).log_softmax(-1),
         (taught.float() / temperature).flatten(0, -2).log_softmax(-1),
@@ -124,7 +124,7 @@ def _validate(fabric: Fabric, model: nn.Module, splits: Splits, task: Task) -> f
     model.eval()
     with torch.no_grad():
         parts = [
-            task.metric(forward(model, _images_last(fabric.to_device(inputs))), fabric.to_device(target)).cpu()
+            task.metric(forward(model, channels_last(fabric.to_device(inputs))), fabric.to_device(target)).cpu()
             for inputs, target in splits.val
         ]
     if not parts:
@@ -234,10 +234,3 @@ def _seeded(seed: int) -> Iterator[None]:
 
 def _in_channels_last(model: nn.Module) -> nn.Module:
     return model.to(memory_format=torch.channels_last)  # a no-op but for 4-D weights
-
-
-def _images_last(inputs: Any) -> Any:
-    """A single batch of images in channels_last, which CPUs and tensor cores want; everything else as it is."""
-    if isinstance(inputs, Tensor) and inputs.dim() == 4:
-        return inputs.contiguous(memory_format=torch.channels_last)
-    return inputs

@@ -1,0 +1,103 @@
+"""What a search is told of one plan: surgery, repair, accuracy on val, and the exported file on the target's runtime."""
+
+import hashlib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import onnx
+from torch import nn
+
+from deploypipe.benchmark import first_batch
+from deploypipe.benchmark.accuracy import evaluate_module
+from deploypipe.benchmark.environment import describe_environment
+from deploypipe.benchmark.latency import time_interleaved
+from deploypipe.benchmark.memory import measure_peak_memory
+from deploypipe.export.onnx_file import export_onnx
+from deploypipe.numerics.intervals import interval_of_median_ratio
+from deploypipe.pruning.apply import apply_plan
+from deploypipe.pruning.repair import repair
+from deploypipe.pruning.structures import count_macs
+from deploypipe.recipe import Recipe
+from deploypipe.records import Candidate, PruningPlan
+from deploypipe.runs import digest, write_atomically
+from deploypipe.runtimes import Array, find_runtime
+from deploypipe.target import Target
+from deploypipe.task import Batch, Task, channels_last, take, take_batches
+
+_NUM_LATENCY_SAMPLES = 200
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Judge:
+    """An `Evaluate` for `search`: call it with a plan."""
+
+    dense: nn.Module
+    dense_file: Path
+    dense_p50_ms: float
+    calib: list[Batch]
+    val: Iterable[Batch]
+    task: Task
+    recipe: Recipe
+    target: Target
+    work: Path
+
+    def __call__(self, plan: PruningPlan) -> Candidate:
+        pruned = apply_plan(self.dense, plan)
+        num_params, num_macs = count_macs(pruned, take(self.calib[0][0], 2))
+        quick = replace(self.recipe.repair, num_samples=self.recipe.search.num_repair_samples)
+        network, _ = repair(self.dense, pruned, plan, self.calib, quick, seed=self.recipe.seed)
+        val = [(channels_last(inputs), target) for inputs, target in self.val]
+        accuracy = float(np.mean(evaluate_module(network, val, self.task)))
+        with TemporaryDirectory(dir=self.work, prefix=".candidate.") as folder:
+            file = Path(folder) / "candidate.onnx"
+            size = export_onnx(network, take_batches(self.calib, 2), file, self.recipe.export).size_bytes
+            return Candidate(
+                accuracy=accuracy,
+                latency_p50_ms=self.dense_p50_ms * self._latency_ratio(file),
+                peak_memory_mib=self._peak_memory(file),
+                file_size_mib=size / 2**20,
+                num_params=num_params,
+                num_macs=num_macs,
+            )
+
+    def _latency_ratio(self, file: Path) -> float:
+        """Candidate / dense, timed interleaved so that a drifting clock cancels; measured once for a shape and device."""
+        device = describe_environment(self.target.num_threads).device_fingerprint
+        key = digest([device, self.target.batch_size, shape_signature(self.dense_file), shape_signature(file)])
+        known = cache_folder() / "latency" / key
+        if known.is_file():
+            return float(known.read_text())
+        target = replace(self.target, num_latency_samples=_NUM_LATENCY_SAMPLES)
+        runtime = find_runtime(target)
+        ratio = interval_of_median_ratio(*time_interleaved((file, self.dense_file), self._feed(file), runtime, target)[:2])
+        known.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(known, repr(ratio.value).encode())
+        return ratio.value
+
+    def _peak_memory(self, file: Path) -> float | None:
+        if "peak_memory" not in self.target.budget.limits():
+            return None
+        return measure_peak_memory(file, self._feed(file), self.target)[0]
+
+    def _feed(self, file: Path) -> dict[str, Array]:
+        with find_runtime(self.target).open(file, num_threads=1) as session:
+            return first_batch(self.calib, session.input_names, self.target.batch_size)
+
+
+def shape_signature(path: Path) -> str:
+    """What decides a file's latency: operators, attributes, edges and weight shapes, but not the weights' values."""
+    graph = onnx.load(path).graph
+    for initializer in graph.initializer:
+        if initializer.data_type == onnx.TensorProto.FLOAT:  # integers are shapes and axes
+            initializer.ClearField("raw_data")
+            initializer.ClearField("float_data")
+    return hashlib.sha256(graph.SerializeToString(deterministic=True)).hexdigest()[:16]
+
+
+def cache_folder() -> Path:
+    """Where measurements outlive a run: `DEPLOYPIPE_CACHE`, or ~/.cache/deploypipe."""
+    return Path(os.environ.get("DEPLOYPIPE_CACHE", Path.home() / ".cache" / "deploypipe"))
