@@ -1,0 +1,219 @@
+"""What each step is worth: CIFAR-10 ResNets at 2.1x fewer MACs.
+
+    python benchmarks/compression.py resnet56_cifar10 --out runs/bench-resnet56 [--epochs 5] [--scorer magnitude]
+
+needs the environment variables of the pipeline (CIFAR10_DIR, RESNET56_WEIGHTS). For one network and one seed it takes
+
+  * uniform widths and widths allocated by measured KL, sliced only and repaired, no training at all;
+  * the repaired, allocated network after a short fine-tune; and beside it uniform magnitude slicing without repair,
+    given the very same fine-tune;
+  * ONNX Runtime latency of both against the dense file, interleaved, and the accuracy of the exported files;
+
+all on the 10,000 test images, and the time of each stage. Every choice (scores, widths, epoch) is made on training
+images. Prints a Markdown table; a run that was killed goes on where it stopped.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from deploypipe.benchmark import benchmark
+from deploypipe.benchmark.accuracy import evaluate_module
+from deploypipe.cli import load_target
+from deploypipe.export.onnx_file import export_onnx
+from deploypipe.numerics.intervals import interval_of_mean
+from deploypipe.observe.moments import Moments, observe
+from deploypipe.pipeline_module import load_pipeline
+from deploypipe.pruning.apply import apply_plan
+from deploypipe.pruning.plan import make_plan
+from deploypipe.pruning.repair import repair
+from deploypipe.pruning.structures import count_macs, list_structures
+from deploypipe.recipe import Magnitude, Mipp, Recipe
+from deploypipe.records import BenchmarkReport, PruningPlan, TrainLog
+from deploypipe.runs import RunFolder, open_run
+from deploypipe.scoring import score
+from deploypipe.search.allocate import Allocation, allocate_to, uniform
+from deploypipe.search.curves import measure_curves
+from deploypipe.task import Splits, Task, channels_last, forward, take, take_batches
+from deploypipe.training.finetune import finetune
+
+SCORERS = {"mipp": Mipp(), "magnitude": Magnitude()}
+EXPONENT = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Accuracy:
+    """On the test split."""
+
+    percent: float
+    low: float
+    high: float
+    count: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plans:
+    plain: PruningPlan  # uniform widths
+    allocated: PruningPlan  # by measured KL
+    macs_dense: int
+    macs_plain: int
+    macs_allocated: int
+    seconds: dict[str, float]
+    observe_ratio: float  # observe against a plain forward over the same samples
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pipeline")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--speedup", type=float, default=2.1)
+    parser.add_argument("--scorer", choices=SCORERS, default="magnitude")
+    options = parser.parse_args()
+    loaded = load_pipeline(options.pipeline)
+    recipe = loaded.recipe()
+    recipe = replace(
+        recipe, score=SCORERS[options.scorer], finetune=replace(recipe.finetune, num_epochs=options.epochs)
+    )
+    with open_run(options.out) as run:
+        Comparison(run, loaded.build_model().eval(), loaded.load_data(), loaded.task(), recipe, options.speedup).print_()
+
+
+class Comparison:
+    def __init__(
+        self, run: RunFolder, dense: nn.Module, splits: Splits, task: Task, recipe: Recipe, speedup: float
+    ) -> None:
+        self.run, self.dense, self.splits, self.task = run, dense, splits, task
+        self.recipe, self.speedup = recipe, speedup
+        self.calib = take_batches(splits.calib, 2048)
+        self.inputs = take(self.calib[0][0], 2)
+        self.key = {"recipe": recipe, "speedup": speedup}
+
+    def print_(self) -> None:
+        plans = self.run.remember("plans", self.key, lambda _: self.plans(), Plans)
+        rows = [("dense", 1.0, self.accuracy("dense", lambda: self.dense))]
+        for name, plan, macs in (
+            ("plain", plans.plain, plans.macs_plain),
+            ("allocated", plans.allocated, plans.macs_allocated),
+        ):
+            speedup = plans.macs_dense / macs
+            label = "uniform widths" if name == "plain" else "widths by measured KL"
+            sliced = self.accuracy(f"{name}-sliced", lambda p=plan: apply_plan(self.dense, p))
+            rows.append((f"{label}, sliced only", speedup, sliced))
+            rows.append((f"{label}, repaired", speedup, self.accuracy(f"{name}-repaired", lambda p=plan: self.mended(p))))
+        logs = []
+        for name, plan, start, label in (
+            ("ours", plans.allocated, lambda: self.mended(plans.allocated), "widths by measured KL, repaired, fine-tuned"),
+            ("slicing", plans.plain, lambda: apply_plan(self.dense, plans.plain), "uniform, sliced, same fine-tune"),
+        ):
+            log = self.run.remember(f"{name}-tune", self.key, lambda w, s=start: self.tuned(w, s()), TrainLog)
+            report = self.run.remember(f"{name}-bench", self.key, lambda w, n=name, p=plan: self.bench(w, n, p), BenchmarkReport)
+            logs.append((label, log, report))
+        self._show(plans, rows, logs)
+
+    def plans(self) -> Plans:
+        seconds: dict[str, float] = {}
+
+        def timed(name: str, work: Callable[[], object]) -> object:
+            started = time.perf_counter()
+            result = work()
+            seconds[name] = time.perf_counter() - started
+            return result
+
+        structures = list_structures(self.dense, self.inputs)
+        samples = take_batches(self.calib, self.recipe.observe.num_samples)
+        timed("warm-up", lambda: [self._plain(b) for b, _ in samples[:1]])
+        timed("plain forward", lambda: [self._plain(b) for b, _ in samples])
+        moments: Moments = timed("observe", lambda: observe(self.dense, structures, samples, self.recipe.observe))  # type: ignore[assignment]
+        scores = timed("score", lambda: score(self.dense, structures, moments, self.recipe.score))
+        curves = timed(
+            "curves",
+            lambda: measure_curves(self.dense, structures, scores, moments, self.calib, self.recipe.search),  # type: ignore[arg-type]
+        )
+
+        def plan_of(allocation: Allocation) -> PruningPlan:
+            return make_plan(structures, scores, allocation.widths, allocation.blocks)  # type: ignore[arg-type]
+
+        def macs_of(allocation: Allocation) -> int:
+            return count_macs(apply_plan(self.dense, plan_of(allocation)), self.inputs)[1]
+
+        allocated = timed(
+            "allocate",
+            lambda: allocate_to(structures, curves, 1 / self.speedup, macs_of, exponent=EXPONENT),  # type: ignore[arg-type]
+        )
+        shares = [share / 400 for share in range(400, 0, -1)]
+        plain = next(u for u in (uniform(structures, s, 1) for s in shares) if macs_of(u) * self.speedup <= structures.num_macs)
+        return Plans(
+            plain=plan_of(plain),
+            allocated=plan_of(allocated),  # type: ignore[arg-type]
+            macs_dense=structures.num_macs,
+            macs_plain=macs_of(plain),
+            macs_allocated=macs_of(allocated),  # type: ignore[arg-type]
+            seconds=seconds,
+            observe_ratio=seconds["observe"] / seconds["plain forward"],
+        )
+
+    def _plain(self, batch: object) -> None:
+        with torch.no_grad():
+            forward(self.dense, batch)
+
+    def mended(self, plan: PruningPlan) -> nn.Module:
+        pruned = apply_plan(self.dense, plan)
+        return repair(self.dense, pruned, plan, self.calib, self.recipe.repair, seed=self.recipe.seed)[0]
+
+    def accuracy(self, stage: str, model: Callable[[], nn.Module]) -> Accuracy:
+        def compute(_: Path) -> Accuracy:
+            network = model().to(memory_format=torch.channels_last)
+            batches = ((channels_last(inputs), target) for inputs, target in self.splits.test)
+            hits = evaluate_module(network, batches, self.task)
+            seen = interval_of_mean(hits)
+            return Accuracy(percent=seen.value * 100, low=seen.low * 100, high=seen.high * 100, count=len(hits))
+
+        return self.run.remember(stage, self.key, compute, Accuracy)
+
+    def tuned(self, work: Path, start: nn.Module) -> TrainLog:
+        tuned, log = finetune(
+            start, self.dense, self.splits, self.task, self.recipe.finetune, checkpoint=work, seed=self.recipe.seed,
+            notify=lambda e: print(f"\r{e.message}: {e.done}/{e.total}", end="", flush=True) if e.done % 50 == 0 else None,
+        )  # fmt: skip
+        for file in work.glob("epoch-*"):
+            file.unlink()
+        save_file(tuned.state_dict(), work / "weights.safetensors")
+        return log
+
+    def bench(self, work: Path, name: str, plan: PruningPlan) -> BenchmarkReport:
+        tuned = apply_plan(self.dense, plan)
+        tuned.load_state_dict(load_file(self.run.files(f"{name}-tune") / "weights.safetensors"))
+        batches = take_batches(self.calib, 64)
+        dense_file = export_onnx(self.dense, batches, work / "dense.onnx", self.recipe.export)
+        file = export_onnx(tuned, batches, work / "compressed.onnx", self.recipe.export)
+        return benchmark(
+            dense_file, file, folder=work, test_batches=self.splits.test, task=self.task,
+            target=load_target("x86_cpu"),
+            counts=(count_macs(self.dense, self.inputs), count_macs(tuned, self.inputs)),
+        )  # fmt: skip
+
+    def _show(self, plans: Plans, rows: list[tuple[str, float, Accuracy]], logs: list[tuple[str, TrainLog, BenchmarkReport]]) -> None:
+        print("\n\n| network | MACs | test accuracy, % (95 %) | latency, dense = 1 (95 %) |\n|---|---|---|---|")
+        for label, speedup, seen in rows:
+            print(f"| {label} | 1/{speedup:.2f} | {seen.percent:.2f} ({seen.low:.2f} to {seen.high:.2f}) | |")
+        for label, log, report in logs:
+            speedup = report.dense.num_macs / report.compressed.num_macs
+            seen, ratio = report.compressed.accuracy, report.latency_ratio
+            assert seen is not None and ratio is not None
+            accuracy = f"{seen.value * 100:.2f} ({seen.low * 100:.2f} to {seen.high * 100:.2f})"
+            print(f"| {label} ({log.chosen_epoch} epochs) | 1/{speedup:.2f} | {accuracy} | {ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f}) |")
+            print(f"<!-- val by epoch: {[round(e.val_accuracy * 100, 2) for e in log.epochs]}, {sum(e.seconds for e in log.epochs):.0f} s, steady: {report.is_steady} -->")
+        print(f"\nobserve / plain forward over the same samples: {plans.observe_ratio:.2f}x")
+        print("seconds:", {name: round(value, 1) for name, value in plans.seconds.items()})
+        print("by stage:", {t.stage: round(t.seconds, 1) for t in self.run.times})
+
+
+if __name__ == "__main__":
+    main()
