@@ -31,11 +31,13 @@ STAGES = (
     "score",
     "curves",
     "search",
+    "prune",
     "finetune",
     "export",
     "benchmark",
     "gate",
 )
+_QUIET_SECONDS = 10.0  # between two lines about the same stage, where there is no live list
 COLOURS = {"PASS": "green", "FAIL": "red", "UNKNOWN": "yellow", "ok": "green", "missing": "red", "limited": "yellow"}
 
 app = typer.Typer(
@@ -262,35 +264,46 @@ def _shown_stages() -> "Iterator[_PlainStages | _LiveStages]":
         SpinnerColumn(finished_text="[green]✓[/]"),
         TextColumn("{task.description:<11}"),
         BarColumn(bar_width=30),
-        TextColumn("{task.fields[note]:>9}"),
+        TextColumn("{task.fields[note]:>13}"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as progress:
-        yield _LiveStages(progress)
+        stages = _LiveStages(progress)
+        yield stages
+        stages.end()
 
 
 class _PlainStages:
-    """One line for each stage that ends, and a few while it lasts."""
+    """One line for each stage that ends, and a few while it lasts.
+
+    Work inside a stage (one trial's repair, the timed runs) has events under its own name: it moves the stage's line
+    on, but it is no measure of the time that the stage has left.
+    """
 
     def __init__(self) -> None:
-        self.started: dict[str, float] = {}
-        self.shown: dict[str, float] = {}
+        self.stage, self.begun, self.shown = "", 0.0, 0.0
 
     def __call__(self, event: Event) -> None:
         now = time.monotonic()
-        begun = self.started.setdefault(event.stage, now)
         if event.message.startswith("WARNING"):
             print(event.message, file=sys.stderr, flush=True)
+        elif event.message == "start":
+            self.stage, self.begun, self.shown = event.stage, now, now
         elif event.message == "cached":
             print(f"{event.stage:<11} cached", flush=True)
         elif event.message == "done":
-            print(f"{event.stage:<11} done in {seconds(now - begun)}", flush=True)
-        elif event.total and event.done and now - self.shown.get(event.stage, begun) > 10:
-            self.shown[event.stage] = now
-            left = (now - begun) / event.done * (event.total - event.done)
-            print(f"{event.stage:<11} {event.done} of {event.total}, about {seconds(left)} left", flush=True)
+            print(f"{event.stage:<11} done in {seconds(now - self.begun)}", flush=True)
+        elif event.total and event.done and now - self.shown > _QUIET_SECONDS:
+            self.shown = now
+            text = f"{event.done} of {event.total}"
+            if event.stage == self.stage:
+                left = (now - self.begun) / event.done * (event.total - event.done)
+                text += f", about {seconds(left)} left"
+            else:
+                text = f"{event.stage} {text}"
+            print(f"{self.stage:<11} {text}", flush=True)
 
 
 class _LiveStages:
@@ -299,19 +312,32 @@ class _LiveStages:
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
         self.tasks: dict[str, TaskID] = {stage: self._add(stage) for stage in STAGES}
+        self.stage = ""
 
     def __call__(self, event: Event) -> None:
-        if event.stage not in self.tasks:
-            self.tasks[event.stage] = self._add(event.stage)
-        task = self.tasks[event.stage]
         if event.message.startswith("WARNING"):
             self.progress.console.print(f"[yellow]{escape(event.message)}[/]")
-        elif event.message == "start":
-            self.progress.start_task(task)
-        elif event.message in ("cached", "done"):
+            return
+        if event.message == "start":
+            self.stage = event.stage
+            if event.stage not in self.tasks:
+                self.tasks[event.stage] = self._add(event.stage)
+            self.progress.start_task(self.tasks[event.stage])
+        task = self.tasks.get(self.stage)
+        if task is None:
+            return
+        if event.message in ("cached", "done"):
             self.progress.update(task, total=1, completed=1, note=event.message)
-        elif event.total:
+        elif event.total and event.stage == self.stage:
             self.progress.update(task, total=event.total, completed=event.done, note=f"{event.done}/{event.total}")
+        elif event.total:  # work inside the stage
+            self.progress.update(task, note=f"{event.stage} {event.done}/{event.total}")
+
+    def end(self) -> None:
+        """Stages that were not needed leave the list."""
+        for task in self.progress.tasks:
+            if not task.started:
+                self.progress.remove_task(task.id)
 
     def _add(self, stage: str) -> TaskID:
         return self.progress.add_task(stage, total=None, start=False, note="")
@@ -323,7 +349,7 @@ def _show_result(result: RunResult, folder: Path) -> None:
     for note in result.benchmark.notes:
         print(f"note: {note}")
     _show_decision(result.decision)
-    print(f"ONNX    {folder / result.benchmark.compressed.file.path}")
+    print(f"ONNX    {folder / 'model.onnx'}")
     if (folder / "report.html").is_file():
         print(f"report  {folder / 'report.html'}")
     else:
@@ -335,7 +361,7 @@ def _show_decision(decision: GateDecision) -> None:
     _show_table("Gate", ("check", "status", "measured", "limit", "reason"), cells)
     colour = "green" if decision.verdict is Verdict.SHIP else "red"
     Console(soft_wrap=True).print(
-        f"[bold {colour}]{decision.verdict.value}[/] {escape(decision.reason)}", highlight=False
+        f"[bold {colour}]{decision.verdict.value}[/]: {escape(decision.reason)}", highlight=False
     )
 
 

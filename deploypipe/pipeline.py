@@ -1,5 +1,6 @@
 """`compress`: the stages in order. Each is remembered in the run folder and can be called alone."""
 
+import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import version
@@ -11,10 +12,10 @@ from torch import nn
 
 from deploypipe.benchmark import benchmark, measure
 from deploypipe.benchmark.environment import describe_environment
+from deploypipe.checks import check_inputs
 from deploypipe.data import fingerprint
-from deploypipe.errors import DataError, DeploypipeError
+from deploypipe.errors import DeploypipeError
 from deploypipe.export.onnx_file import export_onnx
-from deploypipe.judge import Judge
 from deploypipe.observe.moments import Moments, load_moments, observe, save_moments
 from deploypipe.pruning.apply import apply_plan, describe
 from deploypipe.pruning.plan import make_plan
@@ -40,15 +41,17 @@ from deploypipe.records import (
     silent,
 )
 from deploypipe.release.gate import decide
-from deploypipe.runs import RunFolder, RunResult, open_run, save_result
+from deploypipe.runs import RunFolder, RunResult, open_run, place_file, save_result, start_afresh
 from deploypipe.scoring import score
 from deploypipe.search.allocate import Allocation, allocate_to, least_macs, uniform
 from deploypipe.search.curves import measure_curves
+from deploypipe.search.judge import Judge
 from deploypipe.search.study import search, violations
 from deploypipe.target import Limit, Target
 from deploypipe.task import Splits, Task, take, take_batches
 from deploypipe.training.finetune import finetune
 
+MODEL, REPORT = "model.onnx", "report.html"
 PACKAGES = ("torch", "torch-pruning", "optuna", "onnx", "onnxruntime", "onnxscript", "numpy", "scipy")
 _NUM_PARITY_SAMPLES = 64
 # A search that fills the whole latency budget leaves the gate's interval nothing to lie in.
@@ -72,14 +75,20 @@ def compress(
 
     The same call resumes an interrupted run in the folder `out`. `source` is the text of the code that made model and
     data: when it changes, everything is computed again. The model is left as it is. Raises DeploypipeError for all that
-    a user can get wrong, BudgetError when no candidate meets the target's budget.
+    a user can get wrong, BudgetError when no candidate meets the target's budget. Where the dense model is within the
+    budget as it is, nothing is removed: `search` is None, and it is the dense model that the gate decides on.
+
+    A finished run leaves `model.onnx`, `report.html` and, written last, `result.json` in `out`.
     """
+    check_inputs(model, splits, task, recipe, target)
     torch.manual_seed(recipe.seed)
     with open_run(Path(out), notify) as run:
+        start_afresh(run.path, (MODEL, REPORT))
         job = _Job(model, splits, task, recipe, target, run, source)
         result = _run_stages(job, name)
-        save_result(run.path, result)
+        place_file(run.path / result.benchmark.compressed.file.path, run.path / MODEL)
         _write_report(result, run.path, notify)
+        save_result(run.path, result)
         return result
 
 
@@ -89,7 +98,7 @@ def _run_stages(job: "_Job", name: str) -> RunResult:
     limits = job.target.budget.limits()
     found, outcome, log, file = None, None, None, dense.file
     counts = (dense.num_params, dense.num_macs)
-    if _is_over_budget(dense, limits):
+    if _is_over_budget(dense, _with_margin(limits)):
         moments = job.observe(structures)
         scores = job.score(structures, moments)
         curves = job.curves(structures, scores, moments)
@@ -125,11 +134,9 @@ class _Job:
     def __init__(
         self, model: nn.Module, splits: Splits, task: Task, recipe: Recipe, target: Target, run: RunFolder, source: str
     ) -> None:
-        self.model, self.splits, self.task = model.cpu(), splits, task
+        self.model, self.splits, self.task = copy.deepcopy(model).cpu().eval(), splits, task
         self.recipe, self.target, self.run = recipe, target, run
         self.calib = take_batches(splits.calib, max(recipe.observe.num_samples, recipe.repair.num_samples))
-        if not self.calib:
-            raise DataError("the calibration split is empty; return at least one batch as `calib` from load_data()")
         self.parity_batches = take_batches(self.calib, _NUM_PARITY_SAMPLES)
         self.inputs = take(self.calib[0][0], 2)
         self.device = {
@@ -403,6 +410,6 @@ def _write_report(result: RunResult, folder: Path, notify: Progress) -> None:
     try:
         from deploypipe.report.html import write_report
 
-        write_report(result, folder / "report.html")
+        write_report(result, folder / REPORT)
     except DeploypipeError as error:
         notify(Event(stage="report", message=f"WARNING: no report: {error}"))

@@ -8,7 +8,6 @@ from typing import Literal, TypeAlias
 Side: TypeAlias = Literal["in", "out"]
 
 
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Event:
     """One step of a long piece of work, for whoever shows progress."""

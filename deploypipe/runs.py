@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,6 +69,23 @@ def load_result(folder: Path) -> RunResult:
     if not path.is_file():
         raise RunFolderError(f"{folder}: holds no finished run ({RESULT} is absent); finish it with `deploypipe run`")
     return from_json(RunResult, path.read_bytes(), str(path))
+
+
+def start_afresh(folder: Path, names: Sequence[str]) -> None:
+    """Remove the end products of an earlier run, so that nobody takes them for those of one that fails."""
+    for name in (RESULT, *names):
+        (folder / name).unlink(missing_ok=True)
+
+
+def place_file(source: Path, path: Path) -> None:
+    """A second, stable name for a file: a hard link where the file system has them, else a copy; atomic."""
+    part = path.with_name(f".{path.name}.part")
+    part.unlink(missing_ok=True)
+    try:
+        os.link(source, part)
+    except OSError:
+        shutil.copyfile(source, part)
+    part.replace(path)
 
 
 def digest(value: object) -> str:
@@ -183,7 +200,8 @@ def open_run(path: Path, notify: Progress = silent) -> Iterator[RunFolder]:
         path.mkdir(parents=True, exist_ok=True)
         lock = (path / "run.lock").open("w")
     except OSError as error:
-        raise RunFolderError(f"{path}: cannot be written ({error.strerror}); choose another folder with --out") from None
+        problem = "is a file" if path.is_file() else f"cannot be written ({error.strerror})"
+        raise RunFolderError(f"{path}: {problem}; choose another folder with --out") from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

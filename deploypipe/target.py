@@ -84,6 +84,7 @@ class Target:
     budget: Budget = field(default_factory=Budget)
 
     def __post_init__(self) -> None:
-        for key, least in (("batch_size", 1), ("num_threads", 1), ("channel_multiple", 1), ("num_latency_samples", 200)):
+        least_values = {"batch_size": 1, "num_threads": 1, "channel_multiple": 1, "num_latency_samples": 200}
+        for key, least in least_values.items():
             if getattr(self, key) < least:
                 raise ValueError(f"{key} = {getattr(self, key)} is too small; write {least} or more")

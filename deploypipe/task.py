@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Batch: TypeAlias = tuple[Any, Any]  # (inputs, target); inputs: a tensor, a tuple of tensors or a dict of keyword tensors
+Batch: TypeAlias = tuple[Any, Any]  # (inputs, target); inputs: a tensor, a tuple or a dict of tensors
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -16,7 +16,7 @@ def measurement(name: str, scale: float) -> r.Measurement:
     return r.Measurement(
         file=r.ModelFile(
             path=f"08-export-abc/{name}.onnx",
-            sha256="0" * 64,
+            sha256=name.ljust(64, "0"),
             size_bytes=int(2_000_000 * scale),
             precision="fp32",
             opset=20,
@@ -42,7 +42,12 @@ def measurement(name: str, scale: float) -> r.Measurement:
 
 def trial(number: int, latency_p50_ms: float, is_feasible: bool) -> r.Trial:
     candidate = r.Candidate(
-        accuracy=0.95, latency_p50_ms=latency_p50_ms, file_size_mib=1.0, num_params=400_000, num_macs=3_000_000
+        accuracy=0.95,
+        latency_p50_ms=latency_p50_ms,
+        peak_memory_mib=None,
+        file_size_mib=1.0,
+        num_params=400_000,
+        num_macs=3_000_000,
     )
     plan = r.PruningPlan(model_fingerprint="m", cuts=(), edits=(), blocks=("layer1.1",))
     return r.Trial(

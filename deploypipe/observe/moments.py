@@ -1,4 +1,4 @@
-"""One streaming pass over the calibration samples: all that the scores and the loss curves need, no stored activations."""
+"""One streaming pass over the calibration samples: all that scores and loss curves need, nothing stored."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from deploypipe.errors import DataError
 from deploypipe.numerics.cka import HsicAccumulator
 from deploypipe.numerics.least_squares import sum_of_products
-from deploypipe.observe.patches import is_mixer, num_taps, sample_inputs, sample_positions
+from deploypipe.observe.patches import Mixer, is_mixer, num_taps, sample_inputs, sample_positions
 from deploypipe.recipe import Observe
 from deploypipe.records import Event, Progress, Structures, silent
 from deploypipe.task import Batch, forward, num_samples, take_batches
@@ -70,7 +70,7 @@ def observe(
     generator = torch.Generator().manual_seed(seed)
 
     def read_input(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        def hook(module: Mixer, args: tuple[Any, ...], output: Tensor) -> None:
             positions = sample_positions(module, output, settings.positions_per_sample, generator)
             sums[name].add_(sample_inputs(module, args[0], output, positions), name)
 
@@ -78,7 +78,7 @@ def observe(
 
     def read_output(name: str) -> Callable[..., None]:
         def hook(_m: nn.Module, _a: tuple[Any, ...], output: Tensor) -> None:
-            outputs[name] = output[:_CKA_SAMPLES].flatten(1)
+            outputs[name] = output[:_CKA_SAMPLES].flatten(1).clone()  # the next module may work in place
 
         return hook
 
@@ -117,9 +117,7 @@ def load_moments(path: Path) -> Moments:
     names = [key.removeprefix("mean:") for key in flat if key.startswith("mean:")]
     return Moments(
         inputs={
-            n: InputMoments(
-                mean=flat[f"mean:{n}"], covariance=flat[f"covariance:{n}"], num_rows=int(flat[f"rows:{n}"])
-            )
+            n: InputMoments(mean=flat[f"mean:{n}"], covariance=flat[f"covariance:{n}"], num_rows=int(flat[f"rows:{n}"]))
             for n in names
         },
         skipped={k.removeprefix("skipped:"): v for k, v in meta.items() if k.startswith("skipped:")},
@@ -146,7 +144,7 @@ class _Sum:
         self.second = self.second + sum_of_products(centred, centred)
         self.count += len(rows)
         if not torch.isfinite(self.first).all():
-            raise DataError(f"{name}: reads values that are not finite on the calibration samples; check data and model")
+            raise DataError(f"{name}: reads NaN or infinity on the calibration samples; check data and weights")
 
     def moments(self) -> InputMoments:
         assert self.shift is not None

@@ -47,8 +47,8 @@ def sample_inputs(module: Mixer, inputs: Tensor, output: Tensor, positions: Tens
         return rows[samples, positions].flatten(0, 1)
     padding = [int(p) for p in module.padding]
     padded = F.pad(inputs, [p for size in reversed(padding) for p in (size, size)])
-    corner = torch.unravel_index(positions, output.shape[2:])
-    corner = [index * stride for index, stride in zip(corner, module.stride, strict=True)]
+    places = torch.unravel_index(positions, output.shape[2:])
+    corner = [index * stride for index, stride in zip(places, module.stride, strict=True)]
     last = padded.movedim(1, -1)
     taps = []
     for offsets in product(*(range(size) for size in module.kernel_size)):

@@ -75,7 +75,8 @@ def repair(
     teacher = copy.deepcopy(dense).eval()
     kept_outputs = {e.module: set(e.removed) for e in plan.edits if e.side == "out"}
     names = _layers_to_solve(repaired, plan)
-    paths = _find_paths(repaired, names, stack_batches([batch for batch, _ in take_batches(taken, 2)]))
+    few = stack_batches([batch for batch, _ in take_batches(taken, 2)])
+    paths = _common(_find_paths(repaired, names, few), _find_paths(teacher, names, few))
     sampler = _Sampler(settings.positions_per_sample, seed, teacher)
     targets = _dense_targets(teacher, paths, sampler, kept_outputs, inputs)
     rows: list[RepairRow] = []
@@ -94,12 +95,15 @@ def repair(
         notify(Event(stage="repair", done=len(rows), total=len(paths), message=path.layer))
         if not is_solved:
             return value
-        output = layer.forward(layer_input)
-        return output if norm is None else norm.forward(output)
+        output: Tensor = layer.forward(layer_input)
+        if norm is not None:
+            output = norm.forward(output)
+        return output
 
     with torch.no_grad(), _watching(repaired, paths, solve):
         forward(repaired, inputs)
-    repaired.train(pruned.training)
+    for module, original in zip(repaired.modules(), pruned.modules(), strict=True):
+        module.training = original.training
     return repaired, RepairReport(rows=tuple(rows), num_samples=num_samples(inputs))
 
 
@@ -111,21 +115,22 @@ def _layers_to_solve(model: nn.Module, plan: PruningPlan) -> list[str]:
 def _find_paths(model: nn.Module, names: Sequence[str], inputs: Any) -> dict[str, _Path]:
     """Follow each layer's output object through a batch norm into an addition, in one small forward pass."""
     paths = {name: _Path(layer=name) for name in names}
-    carried: dict[int, tuple[_Path, Tensor]] = {}  # holding the tensor keeps its id unique
+    order = list(names)
+    carried: dict[int, _Carried] = {}
 
     def layer_hook(name: str) -> Callable[..., None]:
         def hook(_m: nn.Module, _i: tuple[Any, ...], output: Tensor) -> None:
             paths[name].num_calls += 1
-            carried[id(output)] = (paths[name], output)
+            carried[id(output)] = _Carried(paths[name], output)
 
         return hook
 
     def norm_hook(name: str) -> Callable[..., None]:
         def hook(_m: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            if id(args[0]) in carried:
-                path = carried[id(args[0])][0]
-                path.norm = name
-                carried[id(output)] = (path, output)
+            before = _find(carried, args[0])
+            if before is not None and before.num_uses == 1:
+                before.path.norm = name
+                carried[id(output)] = _Carried(before.path, output)
 
         return hook
 
@@ -174,19 +179,26 @@ def _watching(model: nn.Module, paths: dict[str, _Path], finish: _Finish) -> Ite
 
         return hook
 
-    class AtAdditions(TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if getattr(func, "__name__", "") in _ADDITIONS and len(args) > 1:
-                args = list(args)
-                for here, there in ((0, 1), (1, 0)):
-                    if id(args[here]) in carried:
-                        path, layer_input, value = carried.pop(id(args[here]))
-                        args[here] = finish(path, layer_input, value, args[there])
-            return func(*args, **(kwargs or {}))
-
     hooks = [(name, layer_hook(path)) for name, path in paths.items()] + _norm_hooks(model, norm_hook)
-    with hooked(model, hooks), AtAdditions():
+    with hooked(model, hooks), _AtAdditions(carried, finish):
         yield
+
+
+class _AtAdditions(TorchFunctionMode):
+    """Ends the paths whose output is added to something."""
+
+    def __init__(self, carried: dict[int, tuple["_Path", Tensor, Tensor]], finish: "_Finish") -> None:
+        super().__init__()
+        self.carried, self.finish = carried, finish
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in _ADDITIONS and len(args) > 1:
+            args = list(args)
+            for here, there in ((0, 1), (1, 0)):
+                if id(args[here]) in self.carried:
+                    path, layer_input, value = self.carried.pop(id(args[here]))
+                    args[here] = self.finish(path, layer_input, value, args[there])
+        return func(*args, **(kwargs or {}))
 
 
 class _Sampler:
@@ -256,7 +268,8 @@ def _output_scale(norm: Any) -> Tensor | None:
     if norm is None:
         return None
     gain = norm.weight if norm.weight is not None else torch.ones_like(norm.running_var)
-    return (gain.double() / (norm.running_var.double() + norm.eps).sqrt()).detach()
+    scale: Tensor = gain.double() / (norm.running_var.double() + norm.eps).sqrt()
+    return scale.detach()
 
 
 def _hold_in_norm_(layer: Mixer, norm: Any, fit: Fit) -> None:

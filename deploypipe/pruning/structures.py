@@ -28,8 +28,7 @@ def list_structures(model: nn.Module, inputs: Any, keep: Sequence[str] = ()) -> 
     the copy in which the same units are masked; otherwise it is frozen. `model` is left as it was. Raises ModelError
     when the model is frozen or nothing in it can be removed.
     """
-    if not any(p.requires_grad for p in model.parameters()):
-        raise ModelError("all parameters are frozen (requires_grad=False); call model.requires_grad_(True) first")
+    require_trainable(model)
     inputs = pair_of(inputs)
     calls = record_calls(model, inputs)
     place = {name: call.place for name, call in calls.items()}
@@ -57,6 +56,12 @@ def list_structures(model: nn.Module, inputs: Any, keep: Sequence[str] = ()) -> 
         num_params=sum(p.numel() for p in model.parameters()),
         num_macs=sum(call.macs for call in calls.values()),
     )
+
+
+def require_trainable(model: nn.Module) -> None:
+    """ModelError for a network without a parameter that may change: neither surgery nor training could."""
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ModelError("all parameters are frozen (requires_grad=False); call model.requires_grad_(True) first")
 
 
 def count_macs(model: nn.Module, inputs: Any) -> tuple[int, int]:

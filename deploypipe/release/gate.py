@@ -21,12 +21,14 @@ def decide(report: BenchmarkReport, budget: Budget) -> GateDecision:
         for name, limit in budget.limits().items()
     )
     checks += (_check_accuracy(report, budget.accuracy_drop_pp),)
+    is_dense = report.dense.file.sha256 == report.compressed.file.sha256
+    unchanged = "the dense model is within the budget as it is, nothing was removed; " if is_dense else ""
     blocking = [check for check in checks if check.status is not Status.PASS]
     if not blocking:
-        reason = f"Ship: all {len(checks)} checks passed." if len(checks) > 1 else "Ship: the only check passed."
-        return GateDecision(verdict=Verdict.SHIP, checks=checks, reason=reason)
+        passed = f"all {len(checks)} checks passed" if len(checks) > 1 else "the only check passed"
+        return GateDecision(verdict=Verdict.SHIP, checks=checks, reason=unchanged + passed)
     told = "; ".join(f"{check.name} {_VERBS[check.status]} ({check.reason})" for check in blocking)
-    return GateDecision(verdict=Verdict.HOLD, checks=checks, reason=f"Hold: {told}.")
+    return GateDecision(verdict=Verdict.HOLD, checks=checks, reason=unchanged + told)
 
 
 _VERBS = {Status.FAIL: "failed", Status.UNKNOWN: "is unknown"}

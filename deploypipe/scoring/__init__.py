@@ -21,9 +21,7 @@ SCORERS: dict[type[Scorer], ScoreFunction] = {
 }
 
 
-def score(
-    model: nn.Module, structures: Structures, moments: Moments, scorer: Scorer, *, seed: int = 0
-) -> ScoreTable:
+def score(model: nn.Module, structures: Structures, moments: Moments, scorer: Scorer, *, seed: int = 0) -> ScoreTable:
     """One finite score for every unit of every group; higher = keep."""
     channels = SCORERS[type(scorer)](model, structures, moments, scorer, seed)
     return ScoreTable(scorer=scorer.kind, channels=channels)

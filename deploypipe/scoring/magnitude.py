@@ -25,8 +25,12 @@ def _member_energy(module: nn.Module, member: Member) -> Tensor:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() < 2:  # norms scale what the convolutions already show
         return torch.zeros(len(member.units), dtype=torch.float64)
-    transposed = isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
-    dim = 0 if (member.side == "out") != transposed else 1
-    dim = 0 if weight.shape[1] == 1 else dim  # depthwise: both sides are one
-    per_index = weight.detach().double().square().transpose(0, dim).flatten(1).sum(1)
+    square = weight.detach().double().square()
+    is_transposed = isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
+    is_first_axis = (member.side == "out") != is_transposed and not isinstance(module, nn.Embedding)
+    if is_first_axis or weight.shape[1] == 1:  # depthwise: both sides are one
+        per_index = square.flatten(1).sum(1)
+    else:  # the second axis counts within each group of a grouped convolution
+        grouped = square.reshape(getattr(module, "groups", 1), -1, *square.shape[1:])
+        per_index = grouped.transpose(1, 2).flatten(2).sum(2).flatten()
     return torch.stack([per_index[list(unit)].sum() for unit in member.units])

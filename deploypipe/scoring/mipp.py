@@ -5,6 +5,7 @@ layers' outputs that is lost when it goes, after all units of lower score are al
 """
 
 import heapq
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from torch import nn
 from deploypipe.numerics.gaussian_mi import SequentialRemoval
 from deploypipe.observe.moments import Moments
 from deploypipe.observe.patches import columns, num_taps, weight_matrix
-from deploypipe.recipe import Mipp
+from deploypipe.recipe import Magnitude, Mipp
 from deploypipe.records import ChannelGroup, Structures
 from deploypipe.scoring.magnitude import score_magnitude
 
@@ -28,7 +29,7 @@ def score_mipp(
     Groups none of whose consumers could be observed are scored by magnitude.
     """
     modules = dict(model.named_modules())
-    by_magnitude = score_magnitude(model, structures, moments, config, seed)  # type: ignore[arg-type]
+    by_magnitude = score_magnitude(model, structures, moments, Magnitude(), seed)
     return {
         group.name: _removal_order(group, modules, moments, config) or by_magnitude[group.name]
         for group in structures.groups
@@ -41,7 +42,7 @@ def _removal_order(
     problems = []
     for member in group.members:
         if member.side == "in" and member.module in moments.inputs:
-            layer = modules[member.module]
+            layer: Any = modules[member.module]
             regressors = [columns(unit, num_taps(layer)) for unit in member.units]
             covariance = moments.inputs[member.module].covariance
             weights = weight_matrix(layer).detach().double().T.contiguous()

@@ -7,6 +7,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
+from deploypipe.errors import DeploypipeError
 from deploypipe.records import Curves, LossCurve, Structures
 
 _TIME_LIMIT_S = 10.0
@@ -36,11 +37,15 @@ def allocate(
     constraints += _one_of_each(options)
     result = milp(
         np.array([o.loss for o in options]),
-        integrality=np.ones(len(options)),
+        integrality=np.ones(len(options), dtype=np.int64),
         bounds=Bounds(0, 1),
         constraints=constraints,
         options={"time_limit": _TIME_LIMIT_S, "mip_rel_gap": _GAP},
     )
+    if result.x is None:  # the saving is within reach: only the time limit can end here
+        raise DeploypipeError(
+            f"no allocation was found in {_TIME_LIMIT_S:g} s ({result.message}); lower search.num_levels"
+        )
     chosen = [o for o, taken in zip(options, result.x, strict=True) if taken > 0.5]
     return Allocation(
         widths={o.name: o.kept for o in chosen if o.kind == "channels"},
@@ -64,13 +69,15 @@ def allocate_to(
     """
     limit = macs_kept * structures.num_macs
     saving = structures.num_macs - limit
+    found: list[tuple[float, Allocation]] = []
     for _ in range(8):
         allocation = allocate(structures, curves, saving, exponent=exponent, block_weight=block_weight)
         excess = count_macs(allocation) - limit
         if excess <= 0:
             return allocation
+        found.append((excess, allocation))
         saving += excess
-    return allocation
+    return min(found, key=lambda pair: pair[0])[1]
 
 
 def least_macs(structures: Structures, curves: Curves) -> float:
@@ -112,9 +119,7 @@ def _options(structures: Structures, curves: Curves, exponent: float, block_weig
         for kept, kl in zip(curve.kept, _rising(curve), strict=True):
             saving = (width - kept) * saved
             options.append(
-                _Option(
-                    name=curve.name, kind="channels", kept=kept, loss=kl**exponent, saving=saving, block=home
-                )
+                _Option(name=curve.name, kind="channels", kept=kept, loss=kl**exponent, saving=saving, block=home)
             )
     return options
 

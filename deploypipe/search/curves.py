@@ -6,6 +6,7 @@ say which units of a group go, these curves say how many.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from deploypipe.errors import DataError
 from deploypipe.numerics.least_squares import solve_towards
 from deploypipe.observe.moments import InputMoments, Moments, hooked
 from deploypipe.observe.patches import columns, num_taps, weight_matrix
+from deploypipe.pruning.slicing import mask_
 from deploypipe.recipe import Search
-from deploypipe.records import ChannelGroup, Curves, Event, LossCurve, Progress, ScoreTable, Structures, silent
+from deploypipe.records import ChannelGroup, Curves, Edit, Event, LossCurve, Progress, ScoreTable, Structures, silent
 from deploypipe.task import Batch, channels_last, forward, num_samples, stack_batches, take_batches
 
 _RIDGE = 1e-3
@@ -46,18 +48,19 @@ def measure_curves(
     probe = _Probe(dense, structures, inputs)
     curves: list[LossCurve] = []
     jobs: list[Callable[[], LossCurve]] = [
-        lambda g=group: _group_curve(probe, g, scores, moments, settings.num_levels, channel_multiple)
+        partial(_group_curve, probe, group, scores, moments, settings.num_levels, channel_multiple)
         for group in structures.groups
     ]
     if settings.prune_blocks:
-        jobs += [
-            lambda b=block.name: LossCurve(name=b, kind="block", kept=(0,), kl=(probe.loss_without(b),))
-            for block in structures.blocks
-        ]
+        jobs += [partial(_block_curve, probe, block.name) for block in structures.blocks]
     for number, job in enumerate(jobs, start=1):
         curves.append(job())
         notify(Event(stage="curves", done=number, total=len(jobs), message=curves[-1].name))
     return Curves(curves=tuple(curves), num_samples=num_samples(inputs))
+
+
+def _block_curve(probe: "_Probe", name: str) -> LossCurve:
+    return LossCurve(name=name, kind="block", kept=(0,), kl=(probe.loss_without(name),))
 
 
 def _group_curve(
@@ -74,7 +77,7 @@ def width_levels(num_units: int, count: int, multiple: int) -> list[int]:
     steps = list(range(multiple, num_units, multiple))
     if len(steps) <= count:
         return steps
-    return sorted({steps[round(i * (len(steps) - 1) / (count - 1))] for i in range(count)})
+    return sorted({steps[round(i * (len(steps) - 1) / max(count - 1, 1))] for i in range(count)})
 
 
 class _Probe:
@@ -97,12 +100,14 @@ class _Probe:
             self._skip_before(min(self._position(m.module) for m in group.members), stack)
             for member in readers:
                 layer = self.modules[member.module]
-                taps = num_taps(layer) if member.module in moments.inputs else 1
-                units = sorted(i for u in kept for i in member.units[u])
-                if member.module in moments.inputs:
-                    stack.enter_context(_repaired(layer, columns(units, taps), moments.inputs[member.module]))
-                else:
-                    stack.enter_context(_sliced(layer, units))
+                seen = moments.inputs.get(member.module)
+                if seen is not None:
+                    units = sorted(i for u in kept for i in member.units[u])
+                    stack.enter_context(_repaired(layer, columns(units, num_taps(layer)), seen))
+                    continue
+                stack.enter_context(_weights(layer, layer.weight.detach().clone()))
+                gone = tuple(i for u in set(range(group.num_units)) - set(kept) for i in member.units[u])
+                mask_(self.model, [Edit(module=member.module, side="in", removed=gone)])
             return self._loss()
 
     def loss_without(self, block: str) -> float:
@@ -114,7 +119,7 @@ class _Probe:
 
     def _keep_output(self, name: str) -> Callable[..., None]:
         def hook(_m: nn.Module, _a: tuple[Any, ...], output: Tensor) -> None:
-            self.block_outputs[name] = output
+            self.block_outputs[name] = output.clone()  # the next module may work in place
 
         return hook
 
@@ -126,7 +131,7 @@ class _Probe:
     def _skip_before(self, count: int, stack: ExitStack) -> None:
         for name in self.order[:count]:
             output = self.block_outputs[name]
-            stack.enter_context(_forward_as(self.modules[name], lambda *_a, o=output: o))
+            stack.enter_context(_forward_as(self.modules[name], lambda *_a, o=output: o.clone()))
 
     def _log_probabilities(self) -> Tensor:
         outputs = forward(self.model, self.inputs)
@@ -155,20 +160,14 @@ def _quiet(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _forward_as(module: nn.Module, function: Callable[..., Tensor]) -> Iterator[None]:
+    own = vars(module).get("forward")  # patched networks have one of their own
     module.forward = function
     try:
         yield
     finally:
         del module.forward
-
-
-@contextmanager
-def _sliced(layer: Any, kept: Sequence[int]) -> Iterator[None]:
-    """Only the input channels `kept` have weight."""
-    weight = torch.zeros_like(layer.weight)
-    weight[:, list(kept)] = layer.weight[:, list(kept)]
-    with _weights(layer, weight):
-        yield
+        if own is not None:
+            module.forward = own
 
 
 @contextmanager

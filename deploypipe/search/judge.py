@@ -1,4 +1,4 @@
-"""What a search is told of one plan: surgery, repair, accuracy on val, and the exported file on the target's runtime."""
+"""What a search is told of one plan: surgery, repair, accuracy on val, the exported file on the target's runtime."""
 
 import hashlib
 import os
@@ -65,7 +65,7 @@ class Judge:
             )
 
     def _latency_ratio(self, file: Path) -> float:
-        """Candidate / dense, timed interleaved so that a drifting clock cancels; measured once for a shape and device."""
+        """Candidate / dense, interleaved so that a drifting clock cancels; measured once for a shape and device."""
         device = describe_environment(self.target.num_threads).device_fingerprint
         key = digest([device, self.target.batch_size, shape_signature(self.dense_file), shape_signature(file)])
         known = cache_folder() / "latency" / key
@@ -73,7 +73,8 @@ class Judge:
             return float(known.read_text())
         target = replace(self.target, num_latency_samples=_NUM_LATENCY_SAMPLES)
         runtime = find_runtime(target)
-        ratio = interval_of_median_ratio(*time_interleaved((file, self.dense_file), self._feed(file), runtime, target)[:2])
+        samples = time_interleaved((file, self.dense_file), self._feed(file), runtime, target)
+        ratio = interval_of_median_ratio(samples[0], samples[1])
         known.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(known, repr(ratio.value).encode())
         return ratio.value

@@ -3,7 +3,7 @@
 import copy
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,8 @@ from deploypipe.jsonio import from_json, to_json
 from deploypipe.recipe import Finetune
 from deploypipe.records import EpochLog, Event, Progress, TrainLog, silent
 from deploypipe.task import Splits, Task, channels_last, forward
+
+_PRECISIONS: dict[str, Any] = {"bf16": "bf16-mixed", "fp32": "32-true"}
 
 
 def finetune(
@@ -41,7 +43,7 @@ def finetune(
     The weights that are judged and returned are an exponential moving average. When no epoch beats the start, the start
     is returned and the log says so. With a `checkpoint` folder the work resumes after a kill at the last whole epoch.
     """
-    fabric = Fabric(accelerator="auto", devices=1, precision="bf16-mixed" if settings.precision == "bf16" else "32-true")
+    fabric = Fabric(accelerator="auto", devices=1, precision=_PRECISIONS[settings.precision])
     student = copy.deepcopy(pruned)
     state = _State(best=_weights(student), average=_weights(student))
     steps = _count_batches(splits)
@@ -76,7 +78,9 @@ def finetune(
                 optimizer.step()
                 _average_(state.average, student, min(settings.average_decay, (done + 1) / (done + 10)))
                 losses.append(float(loss.detach()))
-                notify(Event(stage="finetune", done=done + 1, total=settings.num_epochs * steps, message=f"epoch {epoch}"))
+                notify(
+                    Event(stage="finetune", done=done + 1, total=settings.num_epochs * steps, message=f"epoch {epoch}")
+                )
         with _holding(student, state.average):
             metric = _validate(fabric, model, splits, task)
         if metric > state.best_metric:
@@ -85,6 +89,10 @@ def finetune(
         state.log.append(_epoch(epoch, rate, sum(losses) / len(losses), metric, started))
         if checkpoint is not None:
             _store(state, student, optimizer, checkpoint)
+    return _best_of(state, pruned)
+
+
+def _best_of(state: "_State", pruned: nn.Module) -> tuple[nn.Module, TrainLog]:
     tuned = copy.deepcopy(pruned)
     tuned.load_state_dict(state.best)
     reason = "" if state.best_epoch else "no epoch was better on val than the start; the start is kept"
@@ -211,7 +219,7 @@ def _epoch(number: int, rate: float, loss: float, metric: float, started: float)
 
 
 def _count_batches(splits: Splits) -> int:
-    count = sum(1 for _ in splits.train) if not hasattr(splits.train, "__len__") else len(splits.train)
+    count = len(splits.train) if isinstance(splits.train, Sized) else sum(1 for _ in splits.train)
     if count == 0:
         raise DataError("the train split is empty; return at least one batch as `train` from load_data()")
     return count
@@ -233,4 +241,5 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def _in_channels_last(model: nn.Module) -> nn.Module:
-    return model.to(memory_format=torch.channels_last)  # a no-op but for 4-D weights
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
+    return model

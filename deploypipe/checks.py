@@ -1,0 +1,77 @@
+"""What can be told of a run before any work is done: the first mistake found ends it, and nothing is written."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deploypipe.benchmark.accuracy import evaluate_module
+from deploypipe.errors import DataError, ModelError
+from deploypipe.pruning.structures import require_trainable
+from deploypipe.recipe import Recipe
+from deploypipe.runtimes import find_runtime
+from deploypipe.runtimes.packing import name_outputs
+from deploypipe.target import Target
+from deploypipe.task import Batch, Splits, Task, forward, num_samples, take, tensors
+
+
+def check_inputs(model: nn.Module, splits: Splits, task: Task, recipe: Recipe, target: Target) -> None:
+    """Raise the DeploypipeError that names what is wrong with these inputs; costs one small forward pass."""
+    find_runtime(target)
+    require_trainable(model)
+    for name, value in model.state_dict().items():
+        if isinstance(value, Tensor) and value.is_floating_point() and not torch.isfinite(value).all():
+            raise ModelError(f"weight {name!r} holds NaN or infinity; load or train the network again")
+    for name in ("calib", "val", "test", *(["train"] if recipe.finetune.num_epochs else [])):
+        inputs, labels = _first(getattr(splits, name), name)
+        if name == "calib":
+            _check_outputs(_try(model, take(inputs, 2)))
+        if name == "val":
+            evaluate_module(model, [(take(inputs, 2), take(labels, 2))], task)
+
+
+def _first(split: Iterable[Batch], name: str) -> Batch:
+    for batch in split:
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise DataError(f"the {name} split gives a {type(batch).__name__}; each batch is a pair (inputs, target)")
+        inputs, target = batch
+        if not tensors(inputs) or not all(isinstance(t, Tensor) for t in tensors(inputs)):
+            raise DataError(f"the {name} split gives inputs of type {type(inputs).__name__}; give tensors")
+        if num_samples(inputs):
+            return inputs, target
+    raise DataError(f"the {name} split is empty; return at least one batch as `{name}` from load_data()")
+
+
+def _try(model: nn.Module, inputs: Any) -> Any:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            return forward(model, inputs)
+    except Exception as error:  # the user's own network on the user's own data: whatever it is, it is not ours
+        shapes = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in tensors(inputs))
+        said = str(error).strip().splitlines()
+        raise ModelError(
+            f"{type(model).__name__} fails on two samples of the calib split ({shapes}): {type(error).__name__}"
+            f"{': ' + said[0] if said else ''}; make build_model() and load_data() fit each other"
+        ) from error
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _check_outputs(outputs: Any) -> None:
+    named = name_outputs(outputs)
+    if len(named) > 1 or not isinstance(outputs, Tensor):
+        raise ModelError(
+            f"the network returns a {type(outputs).__name__} of {len(named)} ({', '.join(named)}); loss curves and "
+            "distillation read one tensor of logits: wrap the network so that forward() returns that alone"
+        )
+    if outputs.dim() < 2 or outputs.shape[-1] < 2:
+        raise ModelError(
+            f"the network's output has shape {['n', *outputs.shape[1:]]}; loss curves and distillation read logits, "
+            "shape [n, ..., classes] with two classes or more: for one logit z, return [0, z]"
+        )
+    if not torch.isfinite(outputs).all():
+        raise DataError("the network's output holds NaN or infinity on the calib split; check its weights and its data")
