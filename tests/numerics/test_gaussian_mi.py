@@ -1,0 +1,84 @@
+"""Sequential removal equals what explicit conditional covariances say, removed group by removed group."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from deploypipe.numerics.gaussian_mi import SequentialRemoval
+
+NOISE = 1e-2
+
+
+def random_problem(p: int, m: int, seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    root = torch.randn(p, p + 3, generator=generator, dtype=torch.float64)
+    return root @ root.T / p, torch.randn(p, m, generator=generator, dtype=torch.float64)
+
+
+def unexplained(covariance: Tensor, weights: Tensor, kept: list[int]) -> float:
+    """logdet of the noise floor plus Cov(Y | kept regressors)."""
+    output = weights.T @ covariance @ weights
+    floor = torch.eye(len(output), dtype=torch.float64) * NOISE * output.diagonal().mean()
+    if kept:
+        cross = weights.T @ covariance[:, kept]
+        output = output - cross @ torch.linalg.solve(covariance[kept][:, kept], cross.T)
+        return float(torch.logdet(output + floor))
+    return float(torch.logdet(output + floor))
+
+
+@pytest.mark.parametrize(("size", "m", "seed"), [(1, 5, 0), (1, 20, 1), (3, 4, 2), (4, 1, 3)])
+def test_losses_equal_explicit_conditional_covariances_after_every_removal(size: int, m: int, seed: int) -> None:
+    covariance, weights = random_problem(12, m, seed)
+    shuffled = torch.randperm(12, generator=torch.Generator().manual_seed(seed)).tolist()
+    groups = [shuffled[i : i + size] for i in range(0, 12, size)]
+    removal = SequentialRemoval(covariance, weights, groups, noise=NOISE, ridge=0.0)
+    left = list(range(len(groups)))
+    while left:
+        kept = [i for g in left for i in groups[g]]
+        now = unexplained(covariance, weights, kept)
+        expected = []
+        for group in left:
+            rest = [i for i in kept if i not in groups[group]]
+            expected.append(0.5 * (unexplained(covariance, weights, rest) - now))
+        torch.testing.assert_close(
+            removal.losses(left), torch.tensor(expected, dtype=torch.float64), atol=1e-8, rtol=1e-8
+        )
+        assert torch.isfinite(removal.losses()).all()
+        removal.remove_(left.pop(seed % len(left)))
+
+
+def test_arguments_are_left_as_they_were() -> None:
+    covariance, weights = random_problem(6, 3, 0)
+    before = covariance.clone(), weights.clone()
+    removal = SequentialRemoval(covariance, weights, [[i] for i in range(6)], noise=NOISE)
+    removal.remove_(2)
+    assert torch.equal(covariance, before[0])
+    assert torch.equal(weights, before[1])
+
+
+def test_one_of_two_duplicates_is_free_and_then_the_other_is_not() -> None:
+    covariance, weights = random_problem(6, 4, 4)
+    twice = [0, 1, 2, 3, 4, 5, 2]
+    removal = SequentialRemoval(covariance[twice][:, twice], weights[twice], [[i] for i in range(7)], noise=NOISE)
+    losses = removal.losses()
+    assert losses[2] < 1e-3
+    assert losses[6] < 1e-3
+    removal.remove_(6)
+    assert removal.losses()[2] > 0.1
+
+
+@pytest.mark.parametrize("rank", [0, 1, 4])
+def test_singular_covariances_give_finite_losses_that_are_not_negative(rank: int) -> None:
+    root = torch.randn(10, rank, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    weights = torch.randn(10, 3, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    removal = SequentialRemoval(root @ root.T, weights, [[i, i + 1] for i in range(0, 10, 2)], noise=NOISE)
+    for group in range(5):
+        losses = removal.losses(range(group, 5))
+        assert torch.isfinite(losses).all()
+        assert (losses > -1e-6).all()
+        removal.remove_(group)
+
+
+def test_groups_of_different_sizes_are_refused() -> None:
+    with pytest.raises(ValueError, match="same size"):
+        SequentialRemoval(*random_problem(3, 2, 0), [[0], [1, 2]], noise=NOISE)

@@ -1,0 +1,149 @@
+"""Moments equal numpy's; the observed network does not notice."""
+
+from pathlib import Path
+
+import networks
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deploypipe.errors import DataError
+from deploypipe.observe.moments import load_moments, observe, save_moments
+from deploypipe.pruning.structures import list_structures
+from deploypipe.recipe import Observe
+from deploypipe.records import Structures
+from deploypipe.task import Batch
+
+EVERYWHERE = Observe(num_samples=1000, positions_per_sample=10_000)
+
+
+def prepared(name: str, num_batches: int = 3) -> tuple[nn.Module, Structures, list[Batch]]:
+    model, inputs = networks.build(name)
+    make = networks.NETWORKS[name][1]
+    return model, list_structures(model, inputs), [(make(), torch.zeros(4)) for _ in range(num_batches)]
+
+
+def test_equal_numpy_when_all_positions_are_taken() -> None:
+    model, structures, batches = prepared("pad_resnet")
+    batches = [(inputs + 50, target) for inputs, target in batches]  # a mean far above the deviation
+    moments = observe(model, structures, batches, EVERYWHERE)
+    read: dict[str, list[Tensor]] = {name: [] for name in moments.inputs}
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(lambda _m, args, name=name: read[name].append(args[0]))
+        for name in read
+    ]
+    model.eval()
+    with torch.no_grad():
+        for inputs, _ in batches:
+            model(inputs)
+    for handle in handles:
+        handle.remove()
+    assert "stages.1.0.conv2" in read
+    for name, seen in moments.inputs.items():
+        layer, x = model.get_submodule(name), torch.cat(read[name])
+        if isinstance(layer, nn.Conv2d):
+            x = F.unfold(x, layer.kernel_size, padding=layer.padding, stride=layer.stride).movedim(1, -1)
+        rows = x.reshape(-1, layer.weight[0].numel()).double().numpy()
+        assert seen.num_rows == len(rows)
+        scale = np.abs(rows).max()
+        np.testing.assert_allclose(seen.mean.numpy() / scale, rows.mean(0) / scale, atol=1e-6)
+        np.testing.assert_allclose(
+            seen.covariance.numpy() / scale**2,
+            np.cov(rows.T, bias=True).reshape(seen.covariance.shape) / scale**2,
+            atol=1e-6,
+        )
+
+
+@pytest.mark.parametrize("name", sorted(networks.NETWORKS))
+def test_network_does_not_notice(name: str) -> None:
+    model, structures, batches = prepared(name)
+    model.train()
+    next(model.children()).eval()
+    flags = [m.training for m in model.modules()]
+    values = {key: value.clone() for key, value in model.state_dict().items()}
+    moments = observe(model, structures, batches, Observe(num_samples=10))
+    assert moments.num_samples == 10
+    assert moments.block_cka.shape == (len(structures.blocks),) * 2
+    assert all(torch.isfinite(seen.covariance).all() for seen in moments.inputs.values())
+    assert flags == [m.training for m in model.modules()]
+    assert all(torch.equal(value, values[key]) for key, value in model.state_dict().items())
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_same_seed_same_moments_and_another_seed_others() -> None:
+    model, structures, batches = prepared("pad_resnet")
+    first, again, other = (observe(model, structures, batches, Observe(), seed=s) for s in (0, 0, 1))
+    for name, seen in first.inputs.items():
+        assert torch.equal(seen.covariance, again.inputs[name].covariance)
+    assert not torch.equal(first.inputs["stages.0.0.conv2"].mean, other.inputs["stages.0.0.conv2"].mean)
+
+
+def test_nan_names_the_layer_and_hooks_are_removed() -> None:
+    model, structures, batches = prepared("flattened")
+    with torch.no_grad():
+        model.conv1.bias[0] = float("nan")
+    model.train()
+    with pytest.raises(DataError, match="conv2"):
+        observe(model, structures, batches, Observe())
+    assert model.training
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_hooks_are_removed_when_the_network_raises() -> None:
+    model, structures, _ = prepared("flattened")
+    with pytest.raises(RuntimeError):
+        observe(model, structures, [(torch.randn(4, 5, 8, 8), torch.zeros(4))], Observe())
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_empty_split_is_refused() -> None:
+    model, structures, _ = prepared("mlp")
+    with pytest.raises(DataError, match="calib"):
+        observe(model, structures, [], Observe())
+
+
+@pytest.mark.parametrize("name", ["pad_resnet", "mlp"])  # with and without blocks
+def test_saved_and_loaded_are_the_same(name: str, tmp_path: Path) -> None:
+    model, structures, batches = prepared(name)
+    moments = observe(model, structures, batches, Observe())
+    save_moments(moments, tmp_path / "moments.safetensors")
+    loaded = load_moments(tmp_path / "moments.safetensors")
+    assert loaded.skipped == moments.skipped
+    assert loaded.block_names == moments.block_names
+    assert loaded.num_samples == moments.num_samples
+    assert torch.equal(loaded.block_cka, moments.block_cka)
+    assert loaded.inputs.keys() == moments.inputs.keys()
+    for key, seen in moments.inputs.items():
+        assert torch.equal(loaded.inputs[key].mean, seen.mean)
+        assert torch.equal(loaded.inputs[key].covariance, seen.covariance)
+        assert loaded.inputs[key].num_rows == seen.num_rows
+
+
+def test_work_in_place_after_a_block_does_not_reach_its_similarity() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 3, 1, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.conv(x)
+
+    class Net(nn.Module):
+        def __init__(self, inplace: bool) -> None:
+            super().__init__()
+            self.stem, self.one, self.two = nn.Conv2d(3, 4, 3, 1, 1), Block(), Block()
+            self.relu, self.fc = nn.ReLU(inplace=inplace), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.relu(self.two(self.relu(self.one(self.stem(x))))).mean((2, 3)))
+
+    batches = [(torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(0)), torch.zeros(8))]
+    seen = []
+    for inplace in (True, False):
+        torch.manual_seed(0)
+        model = Net(inplace)
+        seen.append(observe(model, list_structures(model, batches[0][0]), batches, Observe()))
+    assert seen[0].block_names == ("one", "two")
+    assert torch.equal(seen[0].block_cka, seen[1].block_cka)
