@@ -31,7 +31,7 @@ class Mipp:
     """Mutual-information-preserving pruning, closed Gaussian form (arXiv:2411.00147; sequential downdates)."""
 
     kind: Literal["mipp"] = "mipp"
-    noise: float = 1e-2  # noise floor added to both covariances, as a share of their mean variance
+    noise: float = 1.0  # noise floor, as a share of the outputs' mean variance; small floors rank worse (LOG.md)
 
 
 Scorer: TypeAlias = Magnitude | Random | Mipp

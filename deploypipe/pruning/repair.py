@@ -7,6 +7,7 @@ shortcut, so that errors of the shortcut are corrected too and do not pile up wi
 """
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -115,42 +116,107 @@ def _layers_to_solve(model: nn.Module, plan: PruningPlan) -> list[str]:
 def _find_paths(model: nn.Module, names: Sequence[str], inputs: Any) -> dict[str, _Path]:
     """Follow each layer's output object through a batch norm into an addition, in one small forward pass."""
     paths = {name: _Path(layer=name) for name in names}
-    order = list(names)
-    carried: dict[int, _Carried] = {}
+    norm_calls: Counter[str] = Counter()
+    trace = _FindAdditions(list(names))
 
     def layer_hook(name: str) -> Callable[..., None]:
         def hook(_m: nn.Module, _i: tuple[Any, ...], output: Tensor) -> None:
             paths[name].num_calls += 1
-            carried[id(output)] = _Carried(paths[name], output)
+            trace.follow(paths[name], output)
 
         return hook
 
     def norm_hook(name: str) -> Callable[..., None]:
         def hook(_m: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            before = _find(carried, args[0])
-            if before is not None and before.num_uses == 1:
+            norm_calls[name] += 1
+            before = trace.find(args[0])
+            if before is not None and before.path.norm is None and _is_per_output(model, before.path, output):
                 before.path.norm = name
-                carried[id(output)] = _Carried(before.path, output)
+                trace.follow(before.path, output)
 
         return hook
 
-    class FindAdditions(TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if getattr(func, "__name__", "") in _ADDITIONS:
-                operands = [carried[id(a)][0] for a in args[:2] if id(a) in carried]
-                if operands:  # of two branches the one computed last absorbs the other's error
-                    max(operands, key=lambda path: order.index(path.layer)).is_added = True
-            return func(*args, **(kwargs or {}))
-
-    order = list(names)
     hooks = [(n, layer_hook(n)) for n in names] + _norm_hooks(model, norm_hook)
-    with hooked(model, hooks), torch.no_grad(), FindAdditions():
+    with hooked(model, hooks), torch.no_grad(), trace:
         forward(model, inputs)
+    for step in trace.steps:  # whoever else reads a tensor must find in it what was there before
+        if step.num_uses > 1:
+            step.path.is_added = False
+            step.path.norm = step.path.norm if step.is_after_norm else None
+    for path in paths.values():
+        if path.norm is not None and norm_calls[path.norm] > 1:
+            path.norm, path.is_added = None, False
     return {name: path for name, path in paths.items() if path.num_calls == 1}
 
 
+def _common(paths: dict[str, _Path], others: dict[str, _Path]) -> dict[str, _Path]:
+    """Paths as far as they are the same in both networks: without a removed block, others may begin."""
+    for name, path in paths.items():
+        other = others.get(name, _Path(layer=name))
+        if path.norm != other.norm:
+            path.norm, path.is_added = None, False
+        path.is_added = path.is_added and other.is_added
+    return {name: path for name, path in paths.items() if name in others}
+
+
+@dataclass(slots=True)
+class _Step:
+    """A tensor on a path; holding it keeps its id unique, its version tells whether it was changed in place since."""
+
+    path: _Path
+    tensor: Tensor
+    is_after_norm: bool
+    version: int
+    num_uses: int = 0
+
+
+class _FindAdditions(TorchFunctionMode):
+    """Marks the paths that end in an addition, and counts who reads the tensors on them."""
+
+    def __init__(self, order: list[str]) -> None:
+        super().__init__()
+        self.order = order
+        self.steps: list[_Step] = []
+        self.by_id: dict[int, _Step] = {}
+
+    def follow(self, path: _Path, tensor: Tensor) -> None:
+        step = _Step(path, tensor, path.norm is not None, tensor._version)
+        self.steps.append(step)
+        self.by_id[id(tensor)] = step
+
+    def find(self, tensor: Any) -> _Step | None:
+        step = self.by_id.get(id(tensor))
+        return step if step is not None and tensor._version == step.version else None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [*args, *(kwargs or {}).values()]
+        given += [a for each in given if isinstance(each, (list, tuple)) for a in each]
+        read = [(a, step) for a in given if (step := self.find(a)) is not None]
+        if read and _is_plain_sum(func, args, kwargs):
+            # Of two branches the one computed last absorbs the other's error.
+            max((step.path for _, step in read), key=lambda path: self.order.index(path.layer)).is_added = True
+        result = func(*args, **(kwargs or {}))
+        for tensor, step in read:
+            step.num_uses += result is not tensor and isinstance(result, (Tensor, list, tuple))
+        return result
+
+
+def _is_plain_sum(func: Any, args: Any, kwargs: Any) -> bool:
+    """Two tensors of one shape, without a factor."""
+    if getattr(func, "__name__", "") not in _ADDITIONS or kwargs or len(args) != 2:
+        return False
+    return all(isinstance(a, Tensor) for a in args) and args[0].shape == args[1].shape
+
+
+def _is_per_output(model: nn.Module, path: _Path, output: Tensor) -> bool:
+    """Whether the axis that a batch norm works on is the layer's outputs."""
+    return output.dim() == 2 or not isinstance(model.get_submodule(path.layer), nn.Linear)
+
+
 def _norm_hooks(model: nn.Module, hook: Callable[[str], Callable[..., Any]]) -> list[tuple[str, Callable[..., Any]]]:
-    return [(name, hook(name)) for name, module in model.named_modules() if isinstance(module, _NORMS)]
+    """On the batch norms that can hold a solution."""
+    norms = {name: module for name, module in model.named_modules() if isinstance(module, _NORMS)}
+    return [(name, hook(name)) for name, m in norms.items() if m.affine and m.running_mean is not None]
 
 
 @contextmanager
@@ -167,9 +233,9 @@ def _watching(model: nn.Module, paths: dict[str, _Path], finish: _Finish) -> Ite
 
         return hook
 
-    def norm_hook(_name: str) -> Callable[..., Tensor]:
+    def norm_hook(name: str) -> Callable[..., Tensor]:
         def hook(_m: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            if id(args[0]) not in carried:
+            if id(args[0]) not in carried or carried[id(args[0])][0].norm != name:
                 return output
             path, layer_input, _ = carried.pop(id(args[0]))
             if not path.is_added:
@@ -192,7 +258,7 @@ class _AtAdditions(TorchFunctionMode):
         self.carried, self.finish = carried, finish
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in _ADDITIONS and len(args) > 1:
+        if _is_plain_sum(func, args, kwargs):
             args = list(args)
             for here, there in ((0, 1), (1, 0)):
                 if id(args[here]) in self.carried:

@@ -1,6 +1,7 @@
 """A short training of the repaired network, taught by the dense one. One loop, readable from top to bottom."""
 
 import copy
+import logging
 import math
 import time
 from collections.abc import Iterator, Sized
@@ -43,7 +44,7 @@ def finetune(
     The weights that are judged and returned are an exponential moving average. When no epoch beats the start, the start
     is returned and the log says so. With a `checkpoint` folder the work resumes after a kill at the last whole epoch.
     """
-    fabric = Fabric(accelerator="auto", devices=1, precision=_PRECISIONS[settings.precision])
+    fabric = _quiet_fabric(_PRECISIONS[settings.precision])
     student = copy.deepcopy(pruned)
     state = _State(best=_weights(student), average=_weights(student))
     steps = _count_batches(splits)
@@ -52,7 +53,11 @@ def finetune(
     student = _in_channels_last(student)
     teacher = fabric.to_device(_in_channels_last(copy.deepcopy(dense)).eval())
     optimizer = torch.optim.SGD(
-        student.parameters(), lr=0.0, momentum=settings.momentum, weight_decay=settings.weight_decay, nesterov=True
+        student.parameters(),
+        lr=0.0,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+        nesterov=settings.momentum > 0,
     )
     model, optimizer = fabric.setup(student, optimizer)
     if checkpoint is not None:
@@ -83,7 +88,7 @@ def finetune(
                 )
         with _holding(student, state.average):
             metric = _validate(fabric, model, splits, task)
-        if metric > state.best_metric:
+        if metric > state.best_metric and _are_finite(state.average):  # NaN logits can be right by chance
             state.best_metric, state.best = metric, {n: t.clone() for n, t in state.average.items()}
             state.best_epoch = epoch
         state.log.append(_epoch(epoch, rate, sum(losses) / len(losses), metric, started))
@@ -154,6 +159,21 @@ class _State:
     log: list[EpochLog] = field(default_factory=list)
 
 
+def _quiet_fabric(precision: Any) -> Fabric:
+    """Fabric on the one device there is, without its notice of the precision that the recipe asked for."""
+    logger = logging.getLogger("lightning_fabric.utilities.rank_zero")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        return Fabric(accelerator="auto", devices=1, precision=precision)
+    finally:
+        logger.setLevel(level)
+
+
+def _are_finite(weights: dict[str, Tensor]) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in weights.values())
+
+
 def _weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
@@ -183,7 +203,7 @@ def _store(state: _State, model: nn.Module, optimizer: Any, folder: Path) -> Non
     flat = {f"model/{n}": t for n, t in _weights(model).items()}
     flat |= {f"best/{n}": t for n, t in state.best.items()} | {f"average/{n}": t for n, t in state.average.items()}
     momenta = optimizer.state_dict()["state"]
-    flat |= {f"momentum/{i}": s["momentum_buffer"] for i, s in momenta.items()}
+    flat |= {f"momentum/{i}": s["momentum_buffer"] for i, s in momenta.items() if s.get("momentum_buffer") is not None}
     log = TrainLog(epochs=tuple(state.log), chosen_epoch=state.best_epoch, reason=repr(state.best_metric))
     part = folder / f".epoch-{epoch}.part"
     save_file({n: t.contiguous().clone() for n, t in flat.items()}, part, metadata={"log": to_json(log)})
