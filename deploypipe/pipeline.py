@@ -6,7 +6,6 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -81,7 +80,6 @@ def compress(
     A finished run leaves `model.onnx`, `report.html` and, written last, `result.json` in `out`.
     """
     check_inputs(model, splits, task, recipe, target)
-    torch.manual_seed(recipe.seed)
     with open_run(Path(out), notify) as run:
         start_afresh(run.path, (MODEL, REPORT))
         job = _Job(model, splits, task, recipe, target, run, source)

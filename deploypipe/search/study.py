@@ -36,7 +36,7 @@ def knobs(macs_bounds: tuple[float, float]) -> dict[str, BaseDistribution]:
     return {
         "macs_kept": FloatDistribution(low, high),
         "exponent": FloatDistribution(0.4, 1.0),
-        "block_weight": FloatDistribution(0.5, 4.0, log=True),
+        "block_weight": FloatDistribution(0.1, 4.0, log=True),
         "measured": CategoricalDistribution((1.0, 0.0)),  # 0: uniform widths, the control
     }
 
@@ -120,12 +120,17 @@ def _judge(
 
 
 def _warm_starts(bounds: tuple[float, float]) -> list[dict[str, Any]]:
-    """The solver's plain solution at several sizes, and uniform widths as the control."""
+    """The solver's plain solution at several sizes, one that prefers dropping blocks, and uniform widths as control."""
     low, high = bounds
-    shares = (0.5,) if high - low < 1e-6 else (0.9, 0.6, 0.3, 0.0)
-    plain = {"exponent": 0.5, "block_weight": 1.0}
-    starts = [{"macs_kept": low + share * (high - low), "measured": 1.0, **plain} for share in shares]
-    return [*starts, {"macs_kept": low + 0.5 * (high - low), "measured": 0.0, **plain}]
+
+    def start(share: float, exponent: float = 1.0, block_weight: float = 1.0, measured: float = 1.0) -> dict[str, Any]:
+        kept = low + share * (high - low)
+        return {"macs_kept": kept, "exponent": exponent, "block_weight": block_weight, "measured": measured}
+
+    if high - low < 1e-6:
+        return [start(0.0), start(0.0, exponent=0.5), start(0.0, measured=0.0)]
+    sizes = [start(0.9), start(0.6), start(0.3, exponent=0.5), start(0.0, exponent=0.5)]
+    return [*sizes, start(0.5, block_weight=0.25), start(0.5, measured=0.0)]
 
 
 def _end_unfinished(study: optuna.Study) -> None:
