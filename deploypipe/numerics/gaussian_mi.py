@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from deploypipe.numerics.least_squares import regular_cholesky
+
 
 class SequentialRemoval:
     """Remove groups of regressors one after another; what is left keeps predicting Y as well as it can.
@@ -27,9 +29,8 @@ class SequentialRemoval:
         if any(len(group) != size for group in groups):
             raise ValueError("all groups of regressors must have the same size")
         scale = covariance.diagonal().mean().clamp_min(1e-12)
-        regular = covariance + torch.eye(len(covariance), dtype=torch.float64) * (ridge * scale)
         self.groups = torch.tensor([list(group) for group in groups])  # (groups, size)
-        self.precision = torch.cholesky_inverse(torch.linalg.cholesky(regular))
+        self.precision = torch.cholesky_inverse(regular_cholesky(covariance, ridge * float(scale)))
         self.weights = weights.clone()
         output = weights.T @ covariance @ weights
         floor = noise * output.diagonal().mean().clamp_min(1e-12)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 _CHUNK = 4096  # rows multiplied at once in float32 before the sum goes on in float64
+_RIDGE_STEPS = 12
 
 
 def solve_towards(gram: Tensor, cross: Tensor, prior: Tensor, ridge: float) -> Tensor:
@@ -21,8 +22,21 @@ def solve_towards(gram: Tensor, cross: Tensor, prior: Tensor, ridge: float) -> T
     scale = gram.diagonal().mean()
     if scale <= 0:
         return prior.clone()
-    regular = gram + torch.eye(len(gram), dtype=gram.dtype) * (ridge * scale)
-    return prior + torch.cholesky_solve(cross - gram @ prior, torch.linalg.cholesky(regular))
+    return prior + torch.cholesky_solve(cross - gram @ prior, regular_cholesky(gram, ridge * float(scale)))
+
+
+def regular_cholesky(gram: Tensor, ridge: float) -> Tensor:
+    """The Cholesky factor of gram + ridge I. Moments of few samples, summed in float32, can be less than singular: then
+    the ridge grows tenfold until there is a factor. Raises LinAlgError where it never is (NaN)."""
+    identity = torch.eye(len(gram), dtype=gram.dtype)
+    for _ in range(_RIDGE_STEPS):
+        tried = torch.linalg.cholesky_ex(gram + ridge * identity)
+        factor: Tensor = tried.L
+        if int(tried.info) == 0:
+            return factor
+        ridge = 10 * max(ridge, 1e-12 * float(gram.diagonal().mean()))
+    factor = torch.linalg.cholesky(gram + ridge * identity)
+    return factor
 
 
 def sum_of_products(x: Tensor, y: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ from deploypipe.recipe import Magnitude, Mipp
 from deploypipe.records import ChannelGroup, Structures
 from deploypipe.scoring.magnitude import score_magnitude
 
-_REFRESH = 16  # removals between two computations of all losses
+_EXACT = 128  # units up to which all losses are computed at every removal: being lazy saves nothing there
+_REFRESH = 16  # removals between two computations of all losses in wider groups
 _STEP = 1e-9  # keeps the order of removal where nothing is lost
 
 
@@ -55,19 +56,20 @@ def _removal_order(
 def _greedy(problems: list[SequentialRemoval], num_units: int) -> tuple[float, ...]:
     """Remove the unit of least loss, again and again; the score is what was lost by then.
 
-    Losses mostly grow as others go, so those of the last refresh are lower bounds, and only the seemingly smallest has
-    to be computed anew (lazy greedy). Every `_REFRESH` removals all of them are, for those that shrank.
+    In wide groups only the seemingly smallest loss is computed anew (lazy greedy): losses mostly grow as others go, so
+    those of the last refresh are lower bounds. They can shrink, too, where few outputs are read; hence the refresh.
     """
+    refresh = 1 if num_units <= _EXACT else _REFRESH
     scores, lost = [0.0] * num_units, 0.0
     remaining = set(range(num_units))
     bounds: list[tuple[float, int]] = []
     for step in range(num_units):
-        if step % _REFRESH == 0:
+        if step % refresh == 0:
             order = sorted(remaining)
             bounds = list(zip(_losses(problems, order), order, strict=True))
             heapq.heapify(bounds)
         loss, unit = heapq.heappop(bounds)
-        while step % _REFRESH and bounds:
+        while step % refresh and bounds:
             loss = _losses(problems, [unit])[0]
             if loss <= bounds[0][0]:
                 break

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deploypipe.numerics.least_squares import CrossMoments, solve_towards, sum_of_products
+from deploypipe.numerics.least_squares import CrossMoments, regular_cholesky, solve_towards, sum_of_products
 
 
 def data(seed: int = 0, n: int = 300) -> tuple[Tensor, Tensor]:
@@ -68,3 +68,11 @@ def test_chunked_products_in_float32_are_close_to_float64() -> None:
     y = torch.randn(10_000, 3, generator=torch.Generator().manual_seed(3))
     expected = x.double().T @ y.double()
     torch.testing.assert_close(sum_of_products(x, y), expected, atol=1e-2, rtol=1e-5)
+
+
+def test_moments_less_than_singular_are_solved_and_nan_is_not() -> None:
+    gram = torch.diag(torch.tensor([1.0, 0.0, -1e-6], dtype=torch.float64))
+    factor = regular_cholesky(gram, 1e-9)
+    torch.testing.assert_close(factor @ factor.T, gram, atol=1e-4, rtol=0)
+    with pytest.raises(torch.linalg.LinAlgError):
+        regular_cholesky(gram * float("nan"), 1e-9)
