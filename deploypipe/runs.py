@@ -133,7 +133,8 @@ class RunFolder:
         """The record of `stage` for these inputs: read if it is there and whole, else computed and stored.
 
         `compute` is given a folder that outlives a kill, for checkpoints and for the stage's files, which are found
-        again with `files(stage)`. Only a success is stored. A stage's number is its place in this run.
+        again with `files(stage)`; what is hidden in it does not outlive one. Only a success is stored. A stage's
+        number is its place in this run.
         """
         hashes = {name: digest(value) for name, value in inputs.items()}
         name = f"{len(self.stages) + 1:02d}-{stage}-{digest([stage, hashes])}"
@@ -177,6 +178,7 @@ class RunFolder:
         final = self.path / name
         shutil.rmtree(final, ignore_errors=True)  # renamed by a run that was killed before it wrote the record
         work.mkdir(exist_ok=True)
+        _remove_scratch(work)
         started = time.perf_counter()
         record = to_plain(compute(work))
         seconds = time.perf_counter() - started
@@ -191,6 +193,15 @@ class RunFolder:
         }
         write_atomically(self.path / f"{name}.json", json.dumps(stored).encode())
         return record, seconds
+
+
+def _remove_scratch(work: Path) -> None:
+    """Hidden files and folders that a killed run left at work."""
+    for path in work.glob(".*"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 @contextmanager
