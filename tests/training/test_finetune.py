@@ -1,0 +1,162 @@
+"""Fine-tuning gains or changes nothing, and a killed one goes on as if it had not been."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from deploypipe.errors import DataError
+from deploypipe.recipe import Finetune
+from deploypipe.task import Batch, Splits, classification
+from deploypipe.training.finetune import finetune, learning_rate
+
+SETTINGS = Finetune(num_epochs=3, learning_rate=0.1, precision="fp32", average_decay=0.5, distil_weight=0.3)
+
+
+def network(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Dropout(0.1), nn.Linear(24, 3)
+    )
+
+
+def samples(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    target = torch.randint(0, 3, (count,), generator=generator)
+    patterns = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(99))
+    return patterns[target] + 0.7 * torch.randn(count, 1, 4, 4, generator=generator), target
+
+
+def batches(count: int, seed: int) -> list[Batch]:
+    inputs, target = samples(count, seed)
+    return list(zip(inputs.split(16), target.split(16), strict=True))
+
+
+class Shuffled:
+    """Another order every epoch, from torch's own generator, like a DataLoader's; may break down once."""
+
+    def __init__(self, fail_in: int = -1, fail_at: int = 3) -> None:
+        self.data, self.pass_number, self.fail_in, self.fail_at = samples(96, 0), 0, fail_in, fail_at
+
+    def __len__(self) -> int:
+        return 6
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.pass_number += 1
+        order = torch.randperm(96)
+        for number, rows in enumerate(order.split(16)):
+            if self.pass_number == self.fail_in and number == self.fail_at:
+                raise OSError("the disk is gone")
+            yield self.data[0][rows], self.data[1][rows]
+
+
+def splits(train: Any = None, val: Any = None) -> Splits:
+    val = batches(64, 1) if val is None else val
+    return Splits(calib=[], train=batches(96, 0) if train is None else train, val=val, test=[])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_loss_falls_and_the_best_epoch_is_returned(precision: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    start, teacher = network(0), network(1).train()
+    before = {k: v.clone() for m, part in (("s", start), ("t", teacher)) for k, v in named(m, part)}
+    tuned, log = finetune(start, teacher, splits(), classification(), replace(SETTINGS, precision=precision))
+    assert log.epochs[-1].train_loss < log.epochs[1].train_loss
+    accuracies = [epoch.val_accuracy for epoch in log.epochs]
+    assert [epoch.epoch for epoch in log.epochs] == [0, 1, 2, 3]
+    assert log.chosen_epoch == accuracies.index(max(accuracies)) > 0
+    assert log.reason == ""
+    assert accuracy(tuned) == pytest.approx(max(accuracies), abs=0.05 if precision == "bf16" else 1e-6)
+    assert teacher.training
+    assert all(torch.equal(v, before[k]) for m, part in (("s", start), ("t", teacher)) for k, v in named(m, part))
+    assert all(p.grad is None for p in teacher.parameters())
+    assert "Precision" not in capfd.readouterr().err
+
+
+def named(prefix: str, model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [(f"{prefix}.{key}", value) for key, value in model.state_dict().items()]
+
+
+def accuracy(model: nn.Module) -> float:
+    inputs, target = samples(64, 1)
+    with torch.no_grad():
+        return float((model.eval()(inputs).argmax(1) == target).float().mean())
+
+
+@pytest.mark.parametrize("rate", [50.0, 1e30])  # worse, and not a number
+def test_harmful_training_is_rolled_back(rate: float) -> None:
+    good, _ = finetune(network(0), network(1), splits(), classification(), SETTINGS)
+    settings = replace(SETTINGS, learning_rate=rate, distil_weight=0.0)
+    inputs, target = samples(64, 1)
+    val = [(inputs[target > 0], target[target > 0])]
+    if rate > 1e20:  # logits that are not a number are "right" where the label is 0
+        val = [(inputs[target == 0], target[target == 0])]
+        with torch.no_grad():
+            good[-1].bias[0] -= 100
+    kept, log = finetune(good, good, splits(val=val), classification(), settings)
+    assert log.chosen_epoch == 0
+    assert "start is kept" in log.reason
+    assert all(torch.equal(value, good.state_dict()[key]) for key, value in kept.state_dict().items())
+
+
+@pytest.mark.parametrize(("fail_in", "momentum"), [(2, 0.9), (3, 0.9), (2, 0.0)])
+def test_resumed_training_ends_bit_for_bit_where_an_undisturbed_one_does(
+    fail_in: int, momentum: float, tmp_path: Path
+) -> None:
+    settings = replace(SETTINGS, momentum=momentum)
+
+    def train(data: Shuffled) -> Any:
+        return finetune(network(0), network(1), splits(data), classification(), settings, checkpoint=tmp_path, seed=5)
+
+    with pytest.raises(OSError, match="disk"):
+        train(Shuffled(fail_in=fail_in))
+    torch.manual_seed(12345)  # another process, another global generator
+    data = Shuffled()
+    resumed, log = train(data)
+    assert data.pass_number == 3 - (fail_in - 1)
+    whole, expected = finetune(network(0), network(1), splits(Shuffled()), classification(), settings, seed=5)
+    assert all(torch.equal(value, whole.state_dict()[key]) for key, value in resumed.state_dict().items())
+    assert log.chosen_epoch == expected.chosen_epoch
+    assert [e.val_accuracy for e in log.epochs] == [e.val_accuracy for e in expected.epochs]
+    assert [e.train_loss for e in log.epochs[1:]] == [e.train_loss for e in expected.epochs[1:]]
+    assert [path.name for path in tmp_path.iterdir()] == ["epoch-3.safetensors"]
+    again, _ = train(Shuffled(fail_in=1, fail_at=0))  # done: nothing is trained any more
+    assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in again.state_dict().items())
+
+
+def test_callers_random_numbers_are_not_drawn() -> None:
+    start, teacher = network(0), network(1)
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    finetune(start, teacher, splits(Shuffled()), classification(), replace(SETTINGS, num_epochs=1))
+    assert torch.equal(torch.rand(2), expected)
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.1, 0.5])
+def test_learning_rate_rises_to_its_peak_and_ends_at_zero(warmup: float) -> None:
+    settings = replace(SETTINGS, warmup_share=warmup, learning_rate=0.2)
+    rates = [learning_rate(settings, step, 100) for step in range(101)]
+    peak = rates.index(max(rates))
+    assert max(rates) == pytest.approx(0.2)
+    assert rates[: peak + 1] == sorted(rates[: peak + 1])
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert peak == pytest.approx(100 * warmup, abs=1)
+    assert 0 < rates[99] < 1e-3
+    assert rates[100] == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize(("train", "val", "name"), [([], None, "train"), (None, [], "val")])
+def test_empty_split_is_refused(train: Any, val: Any, name: str) -> None:
+    with pytest.raises(DataError, match=f"the {name} split is empty"):
+        finetune(network(0), network(1), splits(train, val), classification(), SETTINGS)
+
+
+def test_no_epochs_is_the_start() -> None:
+    start = network(0)
+    same, log = finetune(start, network(1), splits(), classification(), replace(SETTINGS, num_epochs=0))
+    assert log.epochs == ()
+    assert all(torch.equal(value, start.state_dict()[key]) for key, value in same.state_dict().items())
