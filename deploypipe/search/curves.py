@@ -100,13 +100,13 @@ class _Probe:
             self._skip_before(min(self._position(m.module) for m in group.members), stack)
             for member in readers:
                 layer = self.modules[member.module]
+                gone = tuple(i for u in set(range(group.num_units)) - set(kept) for i in member.units[u])
                 seen = moments.inputs.get(member.module)
-                if seen is not None:
-                    units = sorted(i for u in kept for i in member.units[u])
+                if seen is not None:  # it may read other groups' channels too (concatenation): they all stay
+                    units = sorted(set(range(layer.weight.shape[1])) - set(gone))
                     stack.enter_context(_repaired(layer, columns(units, num_taps(layer)), seen))
                     continue
                 stack.enter_context(_weights(layer, layer.weight.detach().clone()))
-                gone = tuple(i for u in set(range(group.num_units)) - set(kept) for i in member.units[u])
                 mask_(self.model, [Edit(module=member.module, side="in", removed=gone)])
             return self._loss()
 
