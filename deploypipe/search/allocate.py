@@ -76,8 +76,15 @@ def allocate_to(
         if excess <= 0:
             return allocation
         found.append((excess, allocation))
-        saving += excess
+        saving = max(saving + excess, _promised(structures, allocation) + _GAP * structures.num_macs)  # never the same
     return min(found, key=lambda pair: pair[0])[1]
+
+
+def _promised(structures: Structures, allocation: Allocation) -> float:
+    """What `allocate` counted as saved."""
+    groups = {g.name: g for g in structures.groups}
+    channels = sum((groups[n].num_units - kept) * groups[n].macs_per_unit for n, kept in allocation.widths.items())
+    return channels + sum(block.macs for block in structures.blocks if block.name in allocation.blocks)
 
 
 def least_macs(structures: Structures, curves: Curves) -> float:
