@@ -6,7 +6,9 @@
 Each stage can be called alone under the names below. They are loaded when first used, because they bring torch.
 """
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -55,3 +57,14 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'deploypipe' has no attribute {name!r}")
     return getattr(import_module(f"deploypipe.{_HOMES[name]}"), name)
+
+
+class _Package(ModuleType):
+    """Two stages share their name with the subpackage that they live in: under that name, here, is the stage."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):  # else: the import system, binding the subpackage
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

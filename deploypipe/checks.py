@@ -17,7 +17,7 @@ from deploypipe.task import Batch, Splits, Task, forward, num_samples, take, ten
 
 
 def check_inputs(model: nn.Module, splits: Splits, task: Task, recipe: Recipe, target: Target) -> None:
-    """Raise the DeploypipeError that names what is wrong with these inputs; costs one small forward pass."""
+    """Raise the DeploypipeError that names what is wrong with these inputs; costs four small forward passes."""
     find_runtime(target)
     require_trainable(model)
     for name, value in model.state_dict().items():
@@ -25,8 +25,9 @@ def check_inputs(model: nn.Module, splits: Splits, task: Task, recipe: Recipe, t
             raise ModelError(f"weight {name!r} holds NaN or infinity; load or train the network again")
     for name in ("calib", "val", "test", *(["train"] if recipe.finetune.num_epochs else [])):
         inputs, labels = _first(getattr(splits, name), name)
+        outputs = _try(model, take(inputs, 2), name)
         if name == "calib":
-            _check_outputs(_try(model, take(inputs, 2)))
+            _check_outputs(outputs)
         if name == "val":
             evaluate_module(model, [(take(inputs, 2), take(labels, 2))], task)
 
@@ -43,7 +44,7 @@ def _first(split: Iterable[Batch], name: str) -> Batch:
     raise DataError(f"the {name} split is empty; return at least one batch as `{name}` from load_data()")
 
 
-def _try(model: nn.Module, inputs: Any) -> Any:
+def _try(model: nn.Module, inputs: Any, name: str) -> Any:
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -53,7 +54,7 @@ def _try(model: nn.Module, inputs: Any) -> Any:
         shapes = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in tensors(inputs))
         said = str(error).strip().splitlines()
         raise ModelError(
-            f"{type(model).__name__} fails on two samples of the calib split ({shapes}): {type(error).__name__}"
+            f"{type(model).__name__} fails on two samples of the {name} split ({shapes}): {type(error).__name__}"
             f"{': ' + said[0] if said else ''}; make build_model() and load_data() fit each other"
         ) from error
     finally:

@@ -4,12 +4,22 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 
+def _require_least(record: object, **least: float) -> None:
+    """ValueError for the first field that lies below its least value."""
+    for name, bound in least.items():
+        if getattr(record, name) < bound:
+            raise ValueError(f"{name} = {getattr(record, name)} is too small; write {bound} or more")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Observe:
     """The streaming pass over the calibration split."""
 
     num_samples: int = 1024  # at most; samples of the calibration split
     positions_per_sample: int = 4  # spatial positions (or tokens) drawn from each sample
+
+    def __post_init__(self) -> None:
+        _require_least(self, num_samples=2, positions_per_sample=1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +57,9 @@ class Search:
     num_repair_samples: int = 512  # for judging a trial; the winner is repaired with all of `repair.num_samples`
     prune_blocks: bool = True
 
+    def __post_init__(self) -> None:
+        _require_least(self, num_trials=1, num_curve_samples=1, num_levels=2, num_repair_samples=1)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Repair:
@@ -55,6 +68,9 @@ class Repair:
     num_samples: int = 2048  # at most; held in memory as one batch
     positions_per_sample: int = 16
     ridge: float = 1e-3  # added to the normal matrix, as a share of its mean diagonal
+
+    def __post_init__(self) -> None:
+        _require_least(self, num_samples=1, positions_per_sample=1, ridge=0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,6 +86,9 @@ class Finetune:
     distil_temperature: float = 4.0
     average_decay: float = 0.99  # exponential moving average of the weights, per step; 0: off
     precision: Literal["bf16", "fp32"] = "bf16"
+
+    def __post_init__(self) -> None:
+        _require_least(self, num_epochs=0, learning_rate=0, warmup_share=0, weight_decay=0, distil_weight=0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,0 +1,125 @@
+"""`compress` from end to end, on a network that takes seconds."""
+
+import importlib
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+import deploypipe
+from deploypipe.jsonio import to_json
+from deploypipe.pipeline import compress
+from deploypipe.records import Event, Verdict
+from deploypipe.runs import RunResult, file_sha256, load_result
+from deploypipe.target import Budget
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Latencies are measured once for all runs of this file, with one thread, on a machine that others use too."""
+    before, threads = os.environ.get("DEPLOYPIPE_CACHE"), torch.get_num_threads()
+    os.environ["DEPLOYPIPE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    os.environ.pop("DEPLOYPIPE_CACHE")
+    if before is not None:
+        os.environ["DEPLOYPIPE_CACHE"] = before
+
+
+@pytest.fixture(scope="module")
+def dense() -> nn.Module:
+    return tiny.build_model()
+
+
+TARGET = tiny.target(latency_p50="4x")  # latency is looked at, and no clock can fail it
+
+
+def run(dense: nn.Module, folder: Path, **changes: object) -> RunResult:
+    recipe = replace(tiny.recipe(), **changes)  # type: ignore[arg-type]
+    return compress(dense, tiny.load_data(), tiny.task(), recipe, TARGET, folder, source="tiny")
+
+
+@pytest.fixture(scope="module")
+def first(dense: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunResult, bool]:
+    """A finished run: its folder, its result, and whether the dense network came out of it as it went in."""
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    before = {name: value.clone() for name, value in dense.state_dict().items()}
+    dense.train()
+    result = run(dense, folder)
+    same = all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
+    return folder, result, same and all(module.training for module in dense.modules())
+
+
+def plans(result: RunResult) -> list[object]:
+    assert result.search
+    return [(t.plan, t.knobs, t.candidate.accuracy) for t in result.search.trials] + [result.search.best]
+
+
+def test_a_run_ends_in_a_decision(first: tuple[Path, RunResult, bool]) -> None:
+    folder, result, is_untouched = first
+    assert result.decision.verdict in (Verdict.SHIP, Verdict.HOLD)
+    checks = {check.name: check.status.value for check in result.decision.checks}
+    assert checks["macs"] == "PASS" and checks["accuracy_drop"] == "PASS"
+    assert is_untouched
+    report = result.benchmark
+    assert report.compressed.num_macs <= 0.5 * report.dense.num_macs
+    assert to_json(load_result(folder)) == to_json(result)
+    assert file_sha256(folder / "model.onnx") == report.compressed.file.sha256
+    assert (folder / "report.html").stat().st_size > 100_000
+
+
+def test_the_same_call_again_computes_nothing(dense: nn.Module, first: tuple[Path, RunResult, bool]) -> None:
+    folder, result, _ = first
+    events: list[Event] = []
+    again = compress(
+        dense, tiny.load_data(), tiny.task(), tiny.recipe(), TARGET, folder, source="tiny", notify=events.append
+    )
+    assert all(stage.was_cached for stage in again.stages) and len(again.stages) == 10
+    assert to_json(replace(again, stages=result.stages)) == to_json(result)
+    assert {event.message for event in events if event.stage != "gate"} == {"start", "cached"}
+
+
+def test_same_seed_same_plan_in_another_folder(
+    dense: nn.Module, first: tuple[Path, RunResult, bool], tmp_path: Path
+) -> None:
+    torch.manual_seed(12345)  # whatever the caller's generator does
+    other = run(dense, tmp_path / "other")
+    assert plans(other) == plans(first[1])
+    assert other.prune == first[1].prune and other.repair == first[1].repair
+    assert other.benchmark.compressed.file.sha256 == first[1].benchmark.compressed.file.sha256
+
+
+def test_a_changed_recipe_computes_only_what_depends_on_it(
+    dense: nn.Module, first: tuple[Path, RunResult, bool]
+) -> None:
+    changed = run(dense, first[0], finetune=replace(tiny.recipe().finetune, num_epochs=1))
+    cached = {stage.stage for stage in changed.stages if stage.was_cached}
+    cached.discard("benchmark")  # the very same file may come out
+    assert cached == {"baseline", "structures", "observe", "score", "curves", "search", "prune"}
+    assert changed.training and len(changed.training.epochs) == 2
+    assert to_json(load_result(first[0])) == to_json(changed)
+
+
+def test_a_dense_model_within_its_budget_ships_as_it_is(dense: nn.Module, tmp_path: Path) -> None:
+    target = replace(TARGET, budget=Budget(params="1 M", file_size="10 MiB", accuracy_drop_pp=1.0))
+    result = compress(dense, tiny.load_data(), tiny.task(), tiny.recipe(), target, tmp_path / "run")
+    assert result.search is None and result.prune is None and result.training is None
+    assert result.decision.verdict is Verdict.SHIP
+    assert "the dense model is within the budget as it is, nothing was removed" in result.decision.reason
+    assert file_sha256(tmp_path / "run" / "model.onnx") == result.benchmark.dense.file.sha256
+    assert "nothing was removed" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+
+
+def test_every_public_name_can_be_imported() -> None:
+    module = importlib.import_module("deploypipe")
+    for name in deploypipe.__all__:
+        assert callable(getattr(module, name)), name
+    assert deploypipe.compress is compress
+    with pytest.raises(AttributeError, match="no attribute 'compres'"):
+        _ = deploypipe.compres  # type: ignore[attr-defined]
