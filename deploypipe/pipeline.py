@@ -6,6 +6,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -17,6 +18,7 @@ from deploypipe.errors import DeploypipeError
 from deploypipe.export.onnx_file import export_onnx
 from deploypipe.observe.moments import Moments, load_moments, observe, save_moments
 from deploypipe.pruning.apply import apply_plan, describe
+from deploypipe.pruning.calls import one_thread_if_small
 from deploypipe.pruning.plan import make_plan
 from deploypipe.pruning.repair import repair
 from deploypipe.pruning.saved import save_pruned
@@ -47,7 +49,7 @@ from deploypipe.search.curves import measure_curves
 from deploypipe.search.judge import Judge
 from deploypipe.search.study import search, violations
 from deploypipe.target import Limit, Target
-from deploypipe.task import Splits, Task, take, take_batches
+from deploypipe.task import Splits, Task, num_samples, take, take_batches
 from deploypipe.training.finetune import finetune
 
 MODEL, REPORT = "model.onnx", "report.html"
@@ -195,11 +197,15 @@ class _Job:
         return load_moments(self.run.files("observe") / "moments.safetensors")
 
     def score(self, structures: Structures, moments: Moments) -> ScoreTable:
+        def compute(_: Path) -> ScoreTable:
+            with one_thread_if_small(0):  # thousands of small products
+                return score(self.model, structures, moments, self.recipe.score, seed=self.recipe.seed)
+
         inputs = {"observe": self.run.key("observe"), "score": self.recipe.score}
         return self.run.remember(
             "score",
             inputs,
-            lambda _: score(self.model, structures, moments, self.recipe.score, seed=self.recipe.seed),
+            compute,
             ScoreTable,
         )
 
@@ -310,16 +316,17 @@ class _Job:
         def compute(work: Path) -> TrainLog:
             checkpoints = work / "checkpoints"
             checkpoints.mkdir(exist_ok=True)
-            tuned, log = finetune(
-                self.restored(plan, "prune"),
-                self.model,
-                self.splits,
-                self.task,
-                self.recipe.finetune,
-                checkpoint=checkpoints,
-                seed=self.recipe.seed,
-                notify=self.run.notify,
-            )
+            with one_thread_if_small(self._batch_macs()):
+                tuned, log = finetune(
+                    self.restored(plan, "prune"),
+                    self.model,
+                    self.splits,
+                    self.task,
+                    self.recipe.finetune,
+                    checkpoint=checkpoints,
+                    seed=self.recipe.seed,
+                    notify=self.run.notify,
+                )
             save_pruned(tuned, plan, self.inputs, work)
             for file in checkpoints.iterdir():
                 file.unlink()
@@ -356,6 +363,12 @@ class _Job:
 
         inputs = {"dense": dense_file.sha256, "compressed": compressed.sha256, "device": self.device, **self.origin}
         return self.run.remember("benchmark", inputs, compute, BenchmarkReport)
+
+    def _batch_macs(self) -> int:
+        """Multiply-accumulates of the dense network on one batch of the training split."""
+        with torch.random.fork_rng(devices=[]):
+            batch = next(iter(self.splits.train), None)
+        return num_samples(batch[0]) * count_macs(self.model, self.inputs)[1] if batch else 0
 
     def restored(self, plan: PruningPlan, stage: str) -> nn.Module:
         """The pruned network with the weights a stage left."""

@@ -52,8 +52,8 @@ class Search:
     """Which widths and blocks go."""
 
     num_trials: int = 12
-    num_curve_samples: int = 256  # images the loss curves are measured on
-    num_levels: int = 6  # widths tried per channel group
+    num_curve_samples: int = 512  # images the loss curves are measured on
+    num_levels: int = 8  # widths tried per channel group
     num_repair_samples: int = 512  # for judging a trial; the winner is repaired with all of `repair.num_samples`
     prune_blocks: bool = True
 

@@ -22,6 +22,9 @@ from deploypipe.records import ChannelGroup, Curves, Edit, Event, LossCurve, Pro
 from deploypipe.task import Batch, channels_last, forward, num_samples, stack_batches, take_batches
 
 _RIDGE = 1e-3
+# On images a network has memorised its answers are saturated, and the KL at temperature 1 hangs on a few of them. At a
+# higher one every image tells something: better widths from the same number of images (pipelines/LOG.md).
+TEMPERATURE = 4.0
 
 
 def measure_curves(
@@ -35,7 +38,7 @@ def measure_curves(
     channel_multiple: int = 1,
     notify: Progress = silent,
 ) -> Curves:
-    """KL(dense || cut), in nats a sample, of each group at several widths and of each block without it.
+    """KL(dense || cut) at `TEMPERATURE` (times its square, in nats a sample) of each group at several widths and of each block without it.
 
     The cut is simulated on the dense network (removed inputs of the consumers set to zero, which is what surgery does),
     with the consumers' weights repaired in closed form from `moments`. Cost: a forward pass a point; blocks that ran
@@ -139,11 +142,11 @@ class _Probe:
             raise DataError("the loss curves need a network with one output tensor of logits")
         if not torch.isfinite(outputs).all():
             raise DataError("the network's outputs are not finite on the calibration samples; check data and model")
-        return outputs.double().flatten(0, -2).log_softmax(dim=-1)
+        return (outputs.double() / TEMPERATURE).flatten(0, -2).log_softmax(dim=-1)
 
     def _loss(self) -> float:
         difference = self.dense_logits - self._log_probabilities()
-        return max(float((self.dense_logits.exp() * difference).sum(-1).mean()), 0.0)
+        return max(float((self.dense_logits.exp() * difference).sum(-1).mean()), 0.0) * TEMPERATURE**2
 
 
 @contextmanager

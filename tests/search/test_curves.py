@@ -17,7 +17,7 @@ from deploypipe.pruning.structures import list_structures
 from deploypipe.recipe import Observe, Random, Search
 from deploypipe.records import Curves, LossCurve, ScoreTable, Structures
 from deploypipe.scoring import score
-from deploypipe.search.curves import measure_curves, width_levels
+from deploypipe.search.curves import TEMPERATURE, measure_curves, width_levels
 
 SETTINGS = Search(num_curve_samples=40, num_levels=2)
 NOTHING = Moments(inputs={}, skipped={}, block_names=(), block_cka=torch.zeros(0, 0), num_samples=0)
@@ -33,8 +33,8 @@ def prepared(name: str, count: int = 40) -> tuple[nn.Module, Tensor, Structures,
 
 def kl(dense: nn.Module, other: nn.Module, inputs: Tensor) -> float:
     with torch.no_grad():
-        p, q = (m.eval()(inputs).double().flatten(0, -2).log_softmax(-1) for m in (dense, other))
-    return float((p.exp() * (p - q)).sum(-1).mean())
+        p, q = (m.eval()(inputs).double().div(TEMPERATURE).flatten(0, -2).log_softmax(-1) for m in (dense, other))
+    return TEMPERATURE**2 * float((p.exp() * (p - q)).sum(-1).mean())
 
 
 def points(curves: Curves) -> list[tuple[LossCurve, int, float]]:

@@ -1,0 +1,47 @@
+"""Whole programs as children: an interrupted run, and what `init` writes."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+TARGET = 'runtime = "onnxruntime"\nnum_latency_samples = 200\n[budget]\nmacs = "0.5x"\naccuracy_drop_pp = 10.0\n'
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(HERE),
+        "DEPLOYPIPE_CACHE": str(folder / "cache"),
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", "deploypipe", *arguments],
+        cwd=folder,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def test_control_c_says_how_to_go_on(tmp_path: Path) -> None:
+    (tmp_path / "pipe.py").write_text("from tiny import *\n", encoding="utf-8")
+    (tmp_path / "cpu.toml").write_text(TARGET, encoding="utf-8")
+    child = start(tmp_path, "run", "./pipe.py", "./cpu.toml", "--out", "out")
+    assert child.stdout and child.stdout.readline().startswith("baseline")
+    child.send_signal(signal.SIGINT)
+    _, said = child.communicate(timeout=60)
+    assert child.returncode == 130 and said.strip() == "interrupted; the same command resumes"
+    assert not (tmp_path / "out" / "result.json").exists()
+
+
+def test_what_init_writes_runs_as_it_is(tmp_path: Path) -> None:
+    assert start(tmp_path, "init", "mine").wait(60) == 0
+    settings = ("search.num_trials=2", "finetune.num_epochs=1", "search.num_levels=3")
+    flags = [part for setting in settings for part in ("--set", setting)]
+    child = start(tmp_path, "run", "mine", "mine", *flags)
+    said, errors = child.communicate(timeout=300)
+    assert child.returncode in (0, 1), errors  # HOLD on a machine too busy to be steady
+    assert "runs/mine-mine/model.onnx" in said and (tmp_path / "runs" / "mine-mine" / "model.onnx").is_file()
