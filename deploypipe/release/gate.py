@@ -80,7 +80,9 @@ def _judged(name: str, unit: str, limit: float, measured: float, interval: Inter
     decisive = interval.high if interval else measured
     if not (math.isfinite(decisive) and math.isfinite(limit)):
         return _unknown(name, unit, None, "the measurement is not a finite number")
-    end = "the upper end of its interval, " if interval else ""
+    said = _amount(decisive, unit)
+    if interval:
+        said = f"the upper end of its interval, {said},"
     relation = "is within" if is_met else "is above"
     return Check(
         name=name,
@@ -89,7 +91,7 @@ def _judged(name: str, unit: str, limit: float, measured: float, interval: Inter
         interval=interval,
         limit=limit,
         unit=unit,
-        reason=f"{end}{_amount(decisive, unit)}, {relation} the limit of {_amount(limit, unit)}",
+        reason=f"{said} {relation} the limit of {_amount(limit, unit)}",
     )
 
 

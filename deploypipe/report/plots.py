@@ -8,7 +8,7 @@ from deploypipe.records import BenchmarkReport, Interval, PruneReport, RepairRep
 from deploypipe.target import Target
 
 DENSE, COMPRESSED, MUTED, LIMIT = "#8a94a6", "#2563eb", "#cbd2dc", "#dc2626"
-CONFIG = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["lasso2d", "select2d"]}
+CONFIG = {"displayModeBar": False, "responsive": True}  # its buttons would lie over the legend
 
 
 def widths(report: PruneReport) -> str:
