@@ -35,7 +35,7 @@ from deploypipe.pruning.plan import make_plan
 from deploypipe.pruning.repair import repair
 from deploypipe.pruning.structures import count_macs, list_structures
 from deploypipe.recipe import Magnitude, Mipp, Recipe
-from deploypipe.records import BenchmarkReport, PruningPlan, TrainLog
+from deploypipe.records import BenchmarkReport, Event, PruningPlan, TrainLog
 from deploypipe.runs import RunFolder, open_run
 from deploypipe.scoring import score
 from deploypipe.search.allocate import Allocation, allocate_to, uniform
@@ -82,7 +82,9 @@ def main() -> None:
         recipe, score=SCORERS[options.scorer], finetune=replace(recipe.finetune, num_epochs=options.epochs)
     )
     with open_run(options.out) as run:
-        Comparison(run, loaded.build_model().eval(), loaded.load_data(), loaded.task(), recipe, options.speedup).print_()
+        Comparison(
+            run, loaded.build_model().eval(), loaded.load_data(), loaded.task(), recipe, options.speedup
+        ).print_()
 
 
 class Comparison:
@@ -106,14 +108,23 @@ class Comparison:
             label = "uniform widths" if name == "plain" else "widths by measured KL"
             sliced = self.accuracy(f"{name}-sliced", lambda p=plan: apply_plan(self.dense, p))
             rows.append((f"{label}, sliced only", speedup, sliced))
-            rows.append((f"{label}, repaired", speedup, self.accuracy(f"{name}-repaired", lambda p=plan: self.mended(p))))
+            rows.append(
+                (f"{label}, repaired", speedup, self.accuracy(f"{name}-repaired", lambda p=plan: self.mended(p)))
+            )
         logs = []
         for name, plan, start, label in (
-            ("ours", plans.allocated, lambda: self.mended(plans.allocated), "widths by measured KL, repaired, fine-tuned"),
+            (
+                "ours",
+                plans.allocated,
+                lambda: self.mended(plans.allocated),
+                "widths by measured KL, repaired, fine-tuned",
+            ),
             ("slicing", plans.plain, lambda: apply_plan(self.dense, plans.plain), "uniform, sliced, same fine-tune"),
         ):
             log = self.run.remember(f"{name}-tune", self.key, lambda w, s=start: self.tuned(w, s()), TrainLog)
-            report = self.run.remember(f"{name}-bench", self.key, lambda w, n=name, p=plan: self.bench(w, n, p), BenchmarkReport)
+            report = self.run.remember(
+                f"{name}-bench", self.key, lambda w, n=name, p=plan: self.bench(w, n, p), BenchmarkReport
+            )
             logs.append((label, log, report))
         self._show(plans, rows, logs)
 
@@ -148,7 +159,9 @@ class Comparison:
             lambda: allocate_to(structures, curves, 1 / self.speedup, macs_of, exponent=EXPONENT),  # type: ignore[arg-type]
         )
         shares = [share / 400 for share in range(400, 0, -1)]
-        plain = next(u for u in (uniform(structures, s, 1) for s in shares) if macs_of(u) * self.speedup <= structures.num_macs)
+        plain = next(
+            u for u in (uniform(structures, s, 1) for s in shares) if macs_of(u) * self.speedup <= structures.num_macs
+        )
         return Plans(
             plain=plan_of(plain),
             allocated=plan_of(allocated),  # type: ignore[arg-type]
@@ -178,10 +191,14 @@ class Comparison:
         return self.run.remember(stage, self.key, compute, Accuracy)
 
     def tuned(self, work: Path, start: nn.Module) -> TrainLog:
+        def show(event: Event) -> None:
+            if event.done % 50 == 0:
+                print(f"\r{event.message}: {event.done}/{event.total}", end="", flush=True)
+
+        settings, seed = self.recipe.finetune, self.recipe.seed
         tuned, log = finetune(
-            start, self.dense, self.splits, self.task, self.recipe.finetune, checkpoint=work, seed=self.recipe.seed,
-            notify=lambda e: print(f"\r{e.message}: {e.done}/{e.total}", end="", flush=True) if e.done % 50 == 0 else None,
-        )  # fmt: skip
+            start, self.dense, self.splits, self.task, settings, checkpoint=work, seed=seed, notify=show
+        )
         for file in work.glob("epoch-*"):
             file.unlink()
         save_file(tuned.state_dict(), work / "weights.safetensors")
@@ -199,7 +216,12 @@ class Comparison:
             counts=(count_macs(self.dense, self.inputs), count_macs(tuned, self.inputs)),
         )  # fmt: skip
 
-    def _show(self, plans: Plans, rows: list[tuple[str, float, Accuracy]], logs: list[tuple[str, TrainLog, BenchmarkReport]]) -> None:
+    def _show(
+        self,
+        plans: Plans,
+        rows: list[tuple[str, float, Accuracy]],
+        logs: list[tuple[str, TrainLog, BenchmarkReport]],
+    ) -> None:
         print("\n\n| network | MACs | test accuracy, % (95 %) | latency, dense = 1 (95 %) |\n|---|---|---|---|")
         for label, speedup, seen in rows:
             print(f"| {label} | 1/{speedup:.2f} | {seen.percent:.2f} ({seen.low:.2f} to {seen.high:.2f}) | |")
@@ -208,8 +230,12 @@ class Comparison:
             seen, ratio = report.compressed.accuracy, report.latency_ratio
             assert seen is not None and ratio is not None
             accuracy = f"{seen.value * 100:.2f} ({seen.low * 100:.2f} to {seen.high * 100:.2f})"
-            print(f"| {label} ({log.chosen_epoch} epochs) | 1/{speedup:.2f} | {accuracy} | {ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f}) |")
-            print(f"<!-- val by epoch: {[round(e.val_accuracy * 100, 2) for e in log.epochs]}, {sum(e.seconds for e in log.epochs):.0f} s, steady: {report.is_steady} -->")
+            latency = f"{ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f})"
+            print(f"| {label} ({log.chosen_epoch} epochs) | 1/{speedup:.2f} | {accuracy} | {latency} |")
+        for label, log, report in logs:
+            by_epoch = [round(epoch.val_accuracy * 100, 2) for epoch in log.epochs]
+            seconds = sum(epoch.seconds for epoch in log.epochs)
+            print(f"\n{label}: val by epoch {by_epoch}, {seconds:.0f} s; steady timing: {report.is_steady}")
         print(f"\nobserve / plain forward over the same samples: {plans.observe_ratio:.2f}x")
         print("seconds:", {name: round(value, 1) for name, value in plans.seconds.items()})
         print("by stage:", {t.stage: round(t.seconds, 1) for t in self.run.times})

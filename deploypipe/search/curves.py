@@ -38,7 +38,9 @@ def measure_curves(
     channel_multiple: int = 1,
     notify: Progress = silent,
 ) -> Curves:
-    """KL(dense || cut) at `TEMPERATURE` (times its square, in nats a sample) of each group at several widths and of each block without it.
+    """KL(dense || cut) of each group at several widths, and of each block without it.
+
+    In nats a sample, at `TEMPERATURE` and times its square.
 
     The cut is simulated on the dense network (removed inputs of the consumers set to zero, which is what surgery does),
     with the consumers' weights repaired in closed form from `moments`. Cost: a forward pass a point; blocks that ran
