@@ -28,6 +28,7 @@ class Evaluate(Protocol):
 Propose = Callable[[Mapping[str, float]], PruningPlan]
 
 _RECORD = "record"
+_LOCK_TIMEOUT_S = 60
 
 
 def knobs(macs_bounds: tuple[float, float]) -> dict[str, BaseDistribution]:
@@ -60,7 +61,7 @@ def search(
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(
-        storage=f"sqlite:///{storage}", study_name="search", direction="maximize", load_if_exists=True
+        storage=_open_storage(storage), study_name="search", direction="maximize", load_if_exists=True
     )
     _end_unfinished(study)
     space = knobs(macs_bounds)
@@ -131,6 +132,18 @@ def _warm_starts(bounds: tuple[float, float]) -> list[dict[str, Any]]:
         return [start(0.0), start(0.0, exponent=0.5), start(0.0, measured=0.0)]
     sizes = [start(0.9), start(0.6), start(0.3, exponent=0.5), start(0.0, exponent=0.5)]
     return [*sizes, start(0.5, block_weight=0.25), start(0.5, measured=0.0)]
+
+
+def _open_storage(path: Path) -> optuna.storages.RDBStorage:
+    """The study's file, made under another name first: whoever finds it finds all its tables."""
+    if not path.exists():
+        part = path.with_name(f".{path.name}.part")
+        part.unlink(missing_ok=True)
+        optuna.storages.RDBStorage(f"sqlite:///{part}").engine.dispose()
+        part.replace(path)
+    # A process killed a moment ago may still hold the lock while the kernel takes it down.
+    waiting = {"connect_args": {"timeout": _LOCK_TIMEOUT_S}}
+    return optuna.storages.RDBStorage(f"sqlite:///{path}", engine_kwargs=waiting)
 
 
 def _end_unfinished(study: optuna.Study) -> None:
