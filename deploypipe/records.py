@@ -230,6 +230,7 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SearchResult:
+    dense: Candidate  # what the trials are compared with, judged on the same split
     trials: tuple[Trial, ...]
     best: int  # index into `trials`
 

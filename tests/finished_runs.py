@@ -82,7 +82,11 @@ def finished_run() -> RunResult:
             num_params=800_000,
             num_macs=7_000_000,
         ),
-        search=r.SearchResult(trials=(trial(0, 0.12, True), trial(1, 0.18, False), trial(2, 0.13, True)), best=0),
+        search=r.SearchResult(
+            dense=trial(0, 0.2, True).candidate,
+            trials=(trial(0, 0.12, True), trial(1, 0.18, False), trial(2, 0.13, True)),
+            best=0,
+        ),
         prune=r.PruneReport(
             rows=rows, params_before=800_000, params_after=400_000, macs_before=7_000_000, macs_after=3_000_000
         ),

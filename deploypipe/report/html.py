@@ -52,14 +52,11 @@ def _removed_blocks(report: PruneReport | None) -> list[str]:
 def _figures(result: RunResult) -> dict[str, Any]:
     from deploypipe.report import plots
 
-    dense = result.benchmark.dense
-    accuracy = dense.accuracy.value if dense.accuracy else None
-    p50_ms = dense.latency.p50_ms.value if dense.latency else None
     figures: dict[str, Any] = {"stages": plots.stage_times(result.stages)}
-    if dense.latency or result.benchmark.compressed.latency:
+    if result.benchmark.dense.latency or result.benchmark.compressed.latency:
         figures["latencies"] = plots.latencies(result.benchmark)
     if result.search:
-        figures["trials"] = plots.trials(result.search, accuracy, p50_ms, result.target)
+        figures["trials"] = plots.trials(result.search, result.target)
     if result.prune and any(row.kind == "channels" for row in result.prune.rows):
         figures["widths"] = plots.widths(result.prune)
     if result.training and result.training.epochs:

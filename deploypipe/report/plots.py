@@ -22,7 +22,7 @@ def widths(report: PruneReport) -> str:
     return _html(figure, height=140 + 20 * len(names))
 
 
-def trials(search: SearchResult, dense_accuracy: float | None, dense_p50_ms: float | None, target: Target) -> str:
+def trials(search: SearchResult, target: Target) -> str:
     """Accuracy against latency of every trial, judged on the validation split after repair, before fine-tuning."""
     best = search.trials[search.best]
     figure = go.Figure()
@@ -31,18 +31,17 @@ def trials(search: SearchResult, dense_accuracy: float | None, dense_p50_ms: flo
         _add_points(figure, shown, label, {"color": colour, "size": 9})
     star = {"color": COMPRESSED, "size": 16, "symbol": "star"}
     _add_points(figure, [best], "chosen", star)
-    if dense_accuracy is not None and dense_p50_ms is not None:
-        marker = {"color": "#111827", "size": 11, "symbol": "diamond"}
-        figure.add_scatter(
-            x=[dense_p50_ms],
-            y=[100 * dense_accuracy],
-            mode="markers",
-            name="dense (test)",
-            marker=marker,
-            hovertemplate="dense<br>%{x:.4g} ms<br>%{y:.2f} %<extra></extra>",
-        )
-    _add_budget_lines(figure, target, dense_accuracy, dense_p50_ms)
-    figure.update_layout(xaxis_title="latency p50, ms", yaxis_title="accuracy, %")
+    dense = search.dense
+    figure.add_scatter(
+        x=[dense.latency_p50_ms],
+        y=[100 * dense.accuracy],
+        mode="markers",
+        name="dense",
+        marker={"color": "#111827", "size": 11, "symbol": "diamond"},
+        hovertemplate="dense<br>%{x:.4g} ms<br>%{y:.2f} %<extra></extra>",
+    )
+    _add_budget_lines(figure, target, dense.accuracy, dense.latency_p50_ms)
+    figure.update_layout(xaxis_title="latency p50, ms", yaxis_title="accuracy on val, %")
     return _html(figure)
 
 
@@ -58,13 +57,12 @@ def _add_points(figure: Any, shown: list[Any], label: str, marker: dict[str, obj
     )
 
 
-def _add_budget_lines(figure: Any, target: Target, accuracy: float | None, p50_ms: float | None) -> None:
+def _add_budget_lines(figure: Any, target: Target, accuracy: float, p50_ms: float) -> None:
     line = {"line_color": LIMIT, "line_dash": "dash", "line_width": 1}
     limit = target.budget.limits().get("latency_p50")
-    if limit is not None and (p50_ms is not None or not limit.is_relative):
-        figure.add_vline(x=limit.absolute(p50_ms or 0.0), annotation_text="latency budget", **line)
-    if accuracy is not None:
-        figure.add_hline(y=100 * accuracy - target.budget.accuracy_drop_pp, annotation_text="accuracy budget", **line)
+    if limit is not None:
+        figure.add_vline(x=limit.absolute(p50_ms), annotation_text="latency budget", **line)
+    figure.add_hline(y=100 * accuracy - target.budget.accuracy_drop_pp, annotation_text="accuracy budget", **line)
 
 
 def latencies(report: BenchmarkReport) -> str:

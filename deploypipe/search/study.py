@@ -81,7 +81,7 @@ def search(
         study.tell(asked, trial.candidate.accuracy)
         finished.append(trial)
         notify(Event(stage="search", done=len(finished), total=settings.num_trials, message=_summary(trial)))
-    return _conclude(finished, limits)
+    return _conclude(finished, dense)
 
 
 def violations(candidate: Candidate, dense: Candidate, limits: Mapping[str, Limit]) -> dict[str, float]:
@@ -159,7 +159,7 @@ def _records(study: optuna.Study) -> list[Trial]:
     return [from_json(Trial, trial.user_attrs[_RECORD], "the study") for trial in complete]
 
 
-def _conclude(trials: list[Trial], limits: Mapping[str, Limit]) -> SearchResult:
+def _conclude(trials: list[Trial], dense: Candidate) -> SearchResult:
     feasible = [t for t in trials if t.feasible]
     if not feasible:
         nearest = min(trials, key=lambda t: max(t.violations.values(), default=0.0))
@@ -170,7 +170,7 @@ def _conclude(trials: list[Trial], limits: Mapping[str, Limit]) -> SearchResult:
             f"relax budget.{name} in the target, or raise search.num_trials"
         )
     best = max(feasible, key=lambda t: (t.candidate.accuracy, -t.candidate.latency_p50_ms, -t.number))
-    return SearchResult(trials=tuple(trials), best=best.number)
+    return SearchResult(dense=dense, trials=tuple(trials), best=best.number)
 
 
 def _summary(trial: Trial) -> str:
