@@ -14,6 +14,7 @@ images. Prints a Markdown table; a run that was killed goes on where it stopped.
 """
 
 import argparse
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -33,6 +34,7 @@ from deploypipe.pipeline_module import load_pipeline
 from deploypipe.pruning.apply import apply_plan
 from deploypipe.pruning.plan import make_plan
 from deploypipe.pruning.repair import repair
+from deploypipe.pruning.saved import own_weights
 from deploypipe.pruning.structures import count_macs, list_structures
 from deploypipe.recipe import Magnitude, Mipp, Recipe
 from deploypipe.records import BenchmarkReport, Event, PruningPlan, TrainLog
@@ -182,7 +184,7 @@ class Comparison:
 
     def accuracy(self, stage: str, model: Callable[[], nn.Module]) -> Accuracy:
         def compute(_: Path) -> Accuracy:
-            network = model().to(memory_format=torch.channels_last)
+            network = copy.deepcopy(model()).to(memory_format=torch.channels_last)
             batches = ((channels_last(inputs), target) for inputs, target in self.splits.test)
             hits = evaluate_module(network, batches, self.task)
             seen = interval_of_mean(hits)
@@ -199,9 +201,9 @@ class Comparison:
         tuned, log = finetune(
             start, self.dense, self.splits, self.task, settings, checkpoint=work, seed=seed, notify=show
         )
+        save_file(own_weights(tuned), work / "weights.safetensors")
         for file in work.glob("epoch-*"):
             file.unlink()
-        save_file(tuned.state_dict(), work / "weights.safetensors")
         return log
 
     def bench(self, work: Path, name: str, plan: PruningPlan) -> BenchmarkReport:

@@ -21,7 +21,7 @@ from deploypipe.pruning.apply import apply_plan, describe
 from deploypipe.pruning.calls import one_thread_if_small
 from deploypipe.pruning.plan import make_plan
 from deploypipe.pruning.repair import repair
-from deploypipe.pruning.saved import save_pruned
+from deploypipe.pruning.saved import own_weights, save_pruned
 from deploypipe.pruning.structures import count_macs, list_structures, model_fingerprint
 from deploypipe.recipe import Recipe
 from deploypipe.records import (
@@ -306,7 +306,7 @@ class _Job:
                 seed=self.recipe.seed,
                 notify=lambda e: self.run.notify(Event(stage="prune", done=e.done, total=e.total, message=e.message)),
             )
-            save_file(repaired.state_dict(), work / "weights.safetensors")
+            save_file(own_weights(repaired), work / "weights.safetensors")
             return PruneOutcome(prune=report, repair=repairs)
 
         inputs = {**self.origin, "plan": plan, "calib": self.run.key("observe"), "repair": self.recipe.repair}

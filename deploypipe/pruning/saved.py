@@ -29,12 +29,16 @@ def save_pruned(model: nn.Module, plan: PruningPlan, inputs: Any, folder: Path) 
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / HASHES).unlink(missing_ok=True)
-    weights = {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
     write_atomically(folder / PLAN, to_json(plan).encode())
-    write_atomically(folder / WEIGHTS, save(weights))
+    write_atomically(folder / WEIGHTS, save(own_weights(model)))
     write_atomically(folder / PROGRAM, _program(model, inputs))
     hashes = {name: file_sha256(folder / name) for name in (PLAN, WEIGHTS, PROGRAM)}
     write_atomically(folder / HASHES, json.dumps(hashes, indent=2, sort_keys=True).encode())
+
+
+def own_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict as safetensors takes it: on the CPU, contiguous whatever the memory format, nothing shared."""
+    return {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
 
 
 def load_pruned(folder: Path, build_model: Callable[[], nn.Module] | None = None) -> nn.Module:
