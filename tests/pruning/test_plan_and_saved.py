@@ -165,3 +165,11 @@ def test_keyword_inputs_are_saved_too(tmp_path: Path) -> None:
     plan = empty_plan(list_structures(model, inputs))
     save_pruned(model, plan, inputs, tmp_path)
     torch.testing.assert_close(load_pruned(tmp_path)(**inputs), model(**inputs))
+
+
+def test_a_network_in_channels_last_is_saved_as_it_is(tmp_path: Path) -> None:
+    model, inputs = networks.build("pad_resnet")
+    plan = empty_plan(list_structures(model, inputs))
+    save_pruned(model.eval().to(memory_format=torch.channels_last), plan, inputs, tmp_path / "saved")
+    loaded = load_pruned(tmp_path / "saved", lambda: networks.build("pad_resnet")[0])
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
