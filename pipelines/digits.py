@@ -96,7 +96,9 @@ def task() -> Task:
 
 
 def recipe() -> Recipe:
-    return Recipe(search=Search(num_trials=8, num_curve_samples=300), finetune=Finetune(num_epochs=8, learning_rate=0.01))
+    return Recipe(
+        search=Search(num_trials=8, num_curve_samples=300), finetune=Finetune(num_epochs=8, learning_rate=0.01)
+    )
 
 
 def _images() -> tuple[Tensor, Tensor]:
