@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from deploypipe.benchmark.accuracy import evaluate_module
 from deploypipe.cli import app
+from deploypipe.jsonio import to_json
 from deploypipe.observe.moments import observe
 from deploypipe.pruning.apply import apply_plan
 from deploypipe.pruning.plan import make_plan
@@ -91,4 +92,4 @@ def test_resnet20_runs_through_all_stages_and_resumes(
     again = CliRunner().invoke(app, command)
     assert again.exit_code == done.exit_code
     cached = replace(load_result(tmp_path / "run"), stages=())
-    assert cached == replace(result, stages=())
+    assert to_json(cached) == to_json(replace(result, stages=()))  # as text: the loss before the first epoch is NaN

@@ -169,7 +169,8 @@ def _conclude(trials: list[Trial], dense: Candidate) -> SearchResult:
             f"{nearest.violations[name]:+.1%} over {name} at {nearest.candidate.accuracy:.2%} accuracy on val: "
             f"relax budget.{name} in the target, or raise search.num_trials"
         )
-    best = max(feasible, key=lambda t: (t.candidate.accuracy, -t.candidate.latency_p50_ms, -t.number))
+    # Of equals on val the one that uses more of the budget: it has more left to lose on other data.
+    best = max(feasible, key=lambda t: (t.candidate.accuracy, t.candidate.latency_p50_ms, -t.number))
     return SearchResult(dense=dense, trials=tuple(trials), best=best.number)
 
 
