@@ -139,7 +139,6 @@ def test_targets_file_with_a_misspelt_key_is_named(home: Path) -> None:
 
 
 def test_gate_decides_anew_from_the_measurements(tmp_path: Path) -> None:
-    pytest.importorskip("deploypipe.release.gate")
     held = replace(finished_run(), decision=untouched_run().decision)
     for name, run, code, verdict in (("ship", held, 0, "SHIP"), ("hold", untouched_run(), 1, "HOLD")):
         (tmp_path / name).mkdir()

@@ -1,7 +1,6 @@
 """The task's metric, sample by sample, of a network and of an exported file: the same batches, the same code."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import nn
 from deploypipe.errors import DataError
 from deploypipe.runtimes import Runtime
 from deploypipe.runtimes.packing import feed, name_outputs, repack
-from deploypipe.task import Batch, Task, forward, num_samples
+from deploypipe.task import Batch, Task, evaluating, forward, num_samples
 
 
 def evaluate_module(model: nn.Module, batches: Iterable[Batch], task: Task) -> NDArray[np.float64]:
@@ -22,7 +21,7 @@ def evaluate_module(model: nn.Module, batches: Iterable[Batch], task: Task) -> N
     Raises DataError for an empty split, for outputs that are not finite and for a metric that does not give one finite
     value per sample.
     """
-    with _eval_mode(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         return _evaluate(lambda inputs: forward(model, inputs), batches, task, type(model).__name__)
 
 
@@ -57,14 +56,3 @@ def _evaluate(call: Callable[[Any], Any], batches: Iterable[Batch], task: Task, 
     if not values or sum(map(len, values)) == 0:
         raise DataError(f"{who}: the split has no samples; load_data() must return batches that can be read repeatedly")
     return np.concatenate(values)
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    before = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, was_training in before:
-            module.training = was_training

@@ -16,7 +16,7 @@ from deploypipe.numerics.least_squares import sum_of_products
 from deploypipe.observe.patches import Mixer, is_mixer, num_taps, sample_inputs, sample_positions
 from deploypipe.recipe import Observe
 from deploypipe.records import Event, Progress, Structures, silent
-from deploypipe.task import Batch, forward, num_samples, take_batches
+from deploypipe.task import Batch, evaluating, forward, num_samples, take_batches
 
 MAX_COLUMNS = 6144  # a layer that reads more (channels x taps) would need a moment matrix above 300 MiB
 _CKA_SAMPLES = 64  # of each batch; the estimate does not depend on it in expectation
@@ -83,7 +83,7 @@ def observe(
         return hook
 
     hooks = [(n, read_input(n)) for n in sums] + [(n, read_output(n)) for n in blocks]
-    with hooked(model, hooks), _evaluating(model), torch.no_grad():
+    with hooked(model, hooks), evaluating(model), torch.no_grad():
         for number, (inputs, _) in enumerate(taken, start=1):
             forward(model, inputs)
             if blocks:
@@ -175,14 +175,3 @@ def hooked(model: nn.Module, hooks: Sequence[tuple[str, Callable[..., Any]]]) ->
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

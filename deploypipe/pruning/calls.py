@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from deploypipe import task
 from deploypipe.task import forward, num_samples
 
 
@@ -27,16 +28,13 @@ class Call:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without fused attention kernels (which call no modules); every flag is given back afterwards."""
-    flags = {module: module.training for module in model.modules()}
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    model.eval()
     try:
-        yield
+        with task.evaluating(model):
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        for module, flag in flags.items():
-            module.training = flag
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from deploypipe.observe.patches import columns, num_taps, weight_matrix
 from deploypipe.pruning.slicing import mask_
 from deploypipe.recipe import Search
 from deploypipe.records import ChannelGroup, Curves, Edit, Event, LossCurve, Progress, ScoreTable, Structures, silent
-from deploypipe.task import Batch, channels_last, forward, num_samples, stack_batches, take_batches
+from deploypipe.task import Batch, channels_last, evaluating, forward, num_samples, stack_batches, take_batches
 
 _RIDGE = 1e-3
 # On images a network has memorised its answers are saturated, and the KL at temperature 1 hangs on a few of them. At a
@@ -95,13 +95,13 @@ class _Probe:
         self.order = [block.name for block in structures.blocks]
         self.block_outputs: dict[str, Tensor] = {}
         hooks = [(name, self._keep_output(name)) for name in self.order]
-        with _quiet(dense), hooked(dense, hooks):
+        with evaluating(dense), torch.no_grad(), hooked(dense, hooks):
             self.dense_logits = self._log_probabilities()
 
     def loss_at(self, group: ChannelGroup, kept: Sequence[int], moments: Moments) -> float:
         """KL with only the units `kept` of a group."""
         readers = [m for m in group.members if m.side == "in"]
-        with _quiet(self.model), ExitStack() as stack:
+        with evaluating(self.model), torch.no_grad(), ExitStack() as stack:
             self._skip_before(min(self._position(m.module) for m in group.members), stack)
             for member in readers:
                 layer = self.modules[member.module]
@@ -117,7 +117,7 @@ class _Probe:
 
     def loss_without(self, block: str) -> float:
         """KL with a block replaced by the identity."""
-        with _quiet(self.model), ExitStack() as stack:
+        with evaluating(self.model), torch.no_grad(), ExitStack() as stack:
             self._skip_before(self.order.index(block), stack)
             stack.enter_context(_forward_as(self.modules[block], lambda x: x))
             return self._loss()
@@ -149,18 +149,6 @@ class _Probe:
     def _loss(self) -> float:
         difference = self.dense_logits - self._log_probabilities()
         return max(float((self.dense_logits.exp() * difference).sum(-1).mean()), 0.0) * TEMPERATURE**2
-
-
-@contextmanager
-def _quiet(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextmanager
