@@ -35,10 +35,11 @@ def parse_limit(name: str, text: str) -> Limit:
     match = _LIMIT.fullmatch(text)
     if not match or match[2] not in {RELATIVE, *units}:
         example = f"'0.5x' of the dense model or '4 {next(iter(units))}'"
-        raise ValueError(f"{text!r} is not a number with a unit; write {example} (units: x, {', '.join(units)})")
+        problem = f"{name} = {text!r} is not a number with a unit"
+        raise ValueError(f"{problem}; write {example} (units: x, {', '.join(units)})")
     number = float(match[1])
     if number <= 0:
-        raise ValueError(f"{text!r} allows nothing; a budget is above zero")
+        raise ValueError(f"{name} = {text!r} allows nothing; a budget is above zero")
     if match[2] == RELATIVE:
         return Limit(value=number, is_relative=True)
     return Limit(value=number * units[match[2]], is_relative=False)
