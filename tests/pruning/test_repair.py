@@ -171,6 +171,21 @@ def test_batch_statistics_are_the_running_ones(name: str) -> None:
     assert float((before - run(pruned, inputs)).abs().max()) > 0.2 * scale
 
 
+def test_weights_behind_a_norm_keep_their_length() -> None:
+    """It is the size of a training step there: where it follows the solution, a fine-tune forgets the repair."""
+    dense, inputs = networks.build("pad_resnet")
+    for norm in (m for m in dense.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.weight.data.uniform_(0.05, 5)
+    pruned, model, report = repaired(dense, plan_of(list_structures(dense, inputs), 0.5), calibration("pad_resnet"))
+    solved = [model.get_submodule(row.module) for row in report.rows if not row.reason]
+    convolutions = [layer for layer in solved if isinstance(layer, nn.Conv2d)]
+    assert len(convolutions) > 2
+    names = {module: name for name, module in model.named_modules()}
+    for layer in convolutions:
+        before = pruned.get_submodule(names[layer]).get_parameter("weight").flatten(1).norm(dim=1)
+        torch.testing.assert_close(layer.weight.flatten(1).norm(dim=1), before, rtol=1e-4, atol=1e-6)
+
+
 class PreActivation(nn.Module):
     """The stem is read by a norm and by the shortcut; every sum by the next block's norm; sums are made in place."""
 
