@@ -42,7 +42,7 @@ from deploypipe.runs import RunFolder, open_run
 from deploypipe.scoring import score
 from deploypipe.search.allocate import Allocation, allocate_to, uniform
 from deploypipe.search.curves import measure_curves
-from deploypipe.task import Splits, Task, channels_last, forward, take, take_batches
+from deploypipe.task import Splits, Task, channels_last, forward, take, take_calib
 from deploypipe.training.finetune import finetune
 
 SCORERS = {"mipp": Mipp(), "magnitude": Magnitude()}
@@ -95,7 +95,7 @@ class Comparison:
     ) -> None:
         self.run, self.dense, self.splits, self.task = run, dense, splits, task
         self.recipe, self.speedup = recipe, speedup
-        self.calib = take_batches(splits.calib, 2048)
+        self.calib = take_calib(splits.calib, 2048)
         self.inputs = take(self.calib[0][0], 2)
         self.key = {"recipe": recipe, "speedup": speedup}
 
@@ -140,7 +140,7 @@ class Comparison:
             return result
 
         structures = list_structures(self.dense, self.inputs)
-        samples = take_batches(self.calib, self.recipe.observe.num_samples)
+        samples = take_calib(self.calib, self.recipe.observe.num_samples)
         timed("warm-up", lambda: [self._plain(b) for b, _ in samples[:1]])
         timed("plain forward", lambda: [self._plain(b) for b, _ in samples])
         moments: Moments = timed("observe", lambda: observe(self.dense, structures, samples, self.recipe.observe))  # type: ignore[assignment]
@@ -209,7 +209,7 @@ class Comparison:
     def bench(self, work: Path, name: str, plan: PruningPlan) -> BenchmarkReport:
         tuned = apply_plan(self.dense, plan)
         tuned.load_state_dict(load_file(self.run.files(f"{name}-tune") / "weights.safetensors"))
-        batches = take_batches(self.calib, 64)
+        batches = take_calib(self.calib, 64)
         dense_file = export_onnx(self.dense, batches, work / "dense.onnx", self.recipe.export)
         file = export_onnx(tuned, batches, work / "compressed.onnx", self.recipe.export)
         return benchmark(

@@ -15,7 +15,7 @@ from deploypipe.numerics.intervals import interval_of_median_ratio
 from deploypipe.observe.moments import observe
 from deploypipe.pipeline_module import load_pipeline
 from deploypipe.pruning.structures import list_structures
-from deploypipe.task import forward, num_samples, take, take_batches
+from deploypipe.task import forward, num_samples, take, take_calib
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
     options = parser.parse_args()
     loaded = load_pipeline(options.pipeline)
     model, settings = loaded.build_model().eval(), loaded.recipe().observe
-    batches = take_batches(loaded.load_data().calib, settings.num_samples)
+    batches = take_calib(loaded.load_data().calib, settings.num_samples)
     structures = list_structures(model, take(batches[0][0], 2))
 
     def plain() -> None:

@@ -49,7 +49,7 @@ from deploypipe.search.curves import measure_curves
 from deploypipe.search.judge import Judge
 from deploypipe.search.study import search, violations
 from deploypipe.target import Limit, Target
-from deploypipe.task import Splits, Task, num_samples, take, take_batches
+from deploypipe.task import Splits, Task, num_samples, take, take_calib
 from deploypipe.training.finetune import finetune
 
 MODEL, REPORT = "model.onnx", "report.html"
@@ -136,8 +136,8 @@ class _Job:
     ) -> None:
         self.model, self.splits, self.task = copy.deepcopy(model).cpu().eval(), splits, task
         self.recipe, self.target, self.run = recipe, target, run
-        self.calib = take_batches(splits.calib, max(recipe.observe.num_samples, recipe.repair.num_samples))
-        self.parity_batches = take_batches(self.calib, _NUM_PARITY_SAMPLES)
+        self.calib = take_calib(splits.calib, max(recipe.observe.num_samples, recipe.repair.num_samples))
+        self.parity_batches = take_calib(self.calib, _NUM_PARITY_SAMPLES)
         self.inputs = take(self.calib[0][0], 2)
         self.device = {
             "fingerprint": describe_environment(target.num_threads).device_fingerprint,

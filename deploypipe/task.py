@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from deploypipe.errors import DataError
+
 Batch: TypeAlias = tuple[Any, Any]  # (inputs, target); inputs: a tensor, a tuple or a dict of tensors
 
 
@@ -75,14 +77,19 @@ def take(inputs: Any, count: int) -> Any:
     return tuple(t[:count] for t in inputs) if isinstance(inputs, (tuple, list)) else inputs[:count]
 
 
-def take_batches(batches: Iterable[Batch], count: int) -> list[Batch]:
-    """The first `count` samples of a split, in its own batches; fewer where the split is smaller."""
+def take_calib(batches: Iterable[Batch], count: int) -> list[Batch]:
+    """The first `count` samples of the calibration split, in its own batches; fewer where it is smaller.
+
+    DataError where it has none.
+    """
     taken: list[Batch] = []
     for inputs, target in batches:
         left = count - sum(num_samples(i) for i, _ in taken)
         if left <= 0:
             break
         taken.append((take(inputs, left), take(target, left)))
+    if not taken:
+        raise DataError("the calibration split is empty; return at least one batch as `calib` from load_data()")
     return taken
 
 

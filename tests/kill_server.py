@@ -19,7 +19,7 @@ from deploypipe.benchmark import memory
 from deploypipe.export.onnx_file import export_onnx
 from deploypipe.pipeline import compress
 from deploypipe.pruning.structures import list_structures
-from deploypipe.task import take_batches
+from deploypipe.task import take_calib
 
 
 def run(model: torch.nn.Module, folder: str) -> None:
@@ -37,7 +37,7 @@ def main() -> None:
     model = tiny.Network()
     model.load_state_dict(load_file(sys.argv[1]))
     model.eval()
-    calib = take_batches(tiny.load_data().calib, 64)
+    calib = take_calib(tiny.load_data().calib, 64)
     list_structures(model, calib[0][0])
     with TemporaryDirectory() as folder:  # brings in all that an export imports
         export_onnx(model, calib, Path(folder) / "m.onnx", tiny.recipe().export)

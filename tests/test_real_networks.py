@@ -22,7 +22,7 @@ from deploypipe.runs import load_result
 from deploypipe.scoring import score
 from deploypipe.search.allocate import Allocation, allocate_to, uniform
 from deploypipe.search.curves import measure_curves
-from deploypipe.task import channels_last, classification, take, take_batches
+from deploypipe.task import channels_last, classification, take, take_calib
 from pipelines import cifar_resnet
 
 pytestmark = pytest.mark.slow
@@ -48,7 +48,7 @@ def test_resnet56_repaired_without_training(
     """2.1x fewer MACs, not one gradient step, 10,000 test images (dense: 93.39 %)."""
     dense = cifar_resnet.load_network(9, str(resnet_weights(56)), "W")
     splits = cifar_resnet.load_cifar10(str(cifar10_dir))
-    calib = take_batches(splits.calib, 2048)
+    calib = take_calib(splits.calib, 2048)
     inputs = take(calib[0][0], 2)
     structures = list_structures(dense, inputs)
     moments = observe(dense, structures, calib, Observe())

@@ -16,7 +16,7 @@ from deploypipe.numerics.least_squares import sum_of_products
 from deploypipe.observe.patches import Mixer, is_mixer, num_taps, sample_inputs, sample_positions
 from deploypipe.recipe import Observe
 from deploypipe.records import Event, Progress, Structures, silent
-from deploypipe.task import Batch, evaluating, forward, num_samples, take_batches
+from deploypipe.task import Batch, evaluating, forward, num_samples, take_calib
 
 MAX_COLUMNS = 6144  # a layer that reads more (channels x taps) would need a moment matrix above 300 MiB
 _CKA_SAMPLES = 64  # of each batch; the estimate does not depend on it in expectation
@@ -57,9 +57,7 @@ def observe(
     comes back as it was: hooks removed, training flag restored, buffers untouched (eval mode). Raises DataError for an
     empty split and for activations that are not finite, naming the layer.
     """
-    taken = take_batches(batches, settings.num_samples)
-    if not taken:
-        raise DataError("the calibration split is empty; return at least one batch as `calib` from load_data()")
+    taken = take_calib(batches, settings.num_samples)
     modules = dict(model.named_modules())
     names = _consumers(structures, modules)
     too_wide = {n for n in names if _columns(modules[n]) > MAX_COLUMNS}

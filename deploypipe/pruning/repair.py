@@ -30,7 +30,7 @@ from deploypipe.observe.patches import (
 )
 from deploypipe.recipe import Repair
 from deploypipe.records import Event, Progress, PruningPlan, RepairReport, RepairRow, silent
-from deploypipe.task import Batch, channels_last, forward, num_samples, stack_batches, take_batches
+from deploypipe.task import Batch, channels_last, forward, num_samples, stack_batches, take_calib
 
 _ADDITIONS = {"add", "add_", "__add__", "__iadd__", "__radd__"}
 _NEGLIGIBLE = 1e-7  # relative squared error that float32 rounding alone can make
@@ -68,15 +68,13 @@ def repair(
     A solution that does not lower the layer's error is not written. Layers whose input was not cut and that feed no
     addition are solved too. Labels are not used.
     """
-    taken = take_batches(batches, settings.num_samples)
-    if not taken:
-        raise DataError("the calibration split is empty; return at least one batch as `calib` from load_data()")
+    taken = take_calib(batches, settings.num_samples)
     inputs = channels_last(stack_batches([batch for batch, _ in taken]))
     repaired = copy.deepcopy(pruned).eval()
     teacher = copy.deepcopy(dense).eval()
     kept_outputs = {e.module: set(e.removed) for e in plan.edits if e.side == "out"}
     names = _layers_to_solve(repaired, plan)
-    few = stack_batches([batch for batch, _ in take_batches(taken, 2)])
+    few = stack_batches([batch for batch, _ in take_calib(taken, 2)])
     paths = _common(_find_paths(repaired, names, few), _find_paths(teacher, names, few))
     sampler = _Sampler(settings.positions_per_sample, seed, teacher)
     targets = _dense_targets(teacher, paths, sampler, kept_outputs, inputs)

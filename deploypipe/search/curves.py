@@ -19,7 +19,7 @@ from deploypipe.observe.patches import columns, num_taps, weight_matrix
 from deploypipe.pruning.slicing import mask_
 from deploypipe.recipe import Search
 from deploypipe.records import ChannelGroup, Curves, Edit, Event, LossCurve, Progress, ScoreTable, Structures, silent
-from deploypipe.task import Batch, channels_last, evaluating, forward, num_samples, stack_batches, take_batches
+from deploypipe.task import Batch, channels_last, evaluating, forward, num_samples, stack_batches, take_calib
 
 _RIDGE = 1e-3
 # On images a network has memorised its answers are saturated, and the KL at temperature 1 hangs on a few of them. At a
@@ -46,9 +46,7 @@ def measure_curves(
     with the consumers' weights repaired in closed form from `moments`. Cost: a forward pass a point; blocks that ran
     before the structure are not run again.
     """
-    taken = take_batches(batches, settings.num_curve_samples)
-    if not taken:
-        raise DataError("the calibration split is empty; return at least one batch as `calib` from load_data()")
+    taken = take_calib(batches, settings.num_curve_samples)
     inputs = channels_last(stack_batches([batch for batch, _ in taken]))
     probe = _Probe(dense, structures, inputs)
     curves: list[LossCurve] = []

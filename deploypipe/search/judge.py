@@ -26,7 +26,7 @@ from deploypipe.records import Candidate, PruningPlan
 from deploypipe.runs import digest, write_atomically
 from deploypipe.runtimes import Array, find_runtime
 from deploypipe.target import Target
-from deploypipe.task import Batch, Task, channels_last, take, take_batches
+from deploypipe.task import Batch, Task, channels_last, take, take_calib
 
 _NUM_LATENCY_SAMPLES = 200
 
@@ -54,7 +54,7 @@ class Judge:
         accuracy = float(np.mean(evaluate_module(network, val, self.task)))
         with TemporaryDirectory(dir=self.work, prefix=".candidate.") as folder:
             file = Path(folder) / "candidate.onnx"
-            size = export_onnx(network, take_batches(self.calib, 2), file, self.recipe.export).size_bytes
+            size = export_onnx(network, take_calib(self.calib, 2), file, self.recipe.export).size_bytes
             return Candidate(
                 accuracy=accuracy,
                 latency_p50_ms=self.dense_p50_ms * self._latency_ratio(file),
