@@ -29,7 +29,8 @@ from deploypipe.benchmark.accuracy import evaluate_module
 from deploypipe.cli import load_target
 from deploypipe.export.onnx_file import export_onnx
 from deploypipe.numerics.intervals import interval_of_mean
-from deploypipe.observe.moments import Moments, observe
+from deploypipe.observe.moments import Moments
+from deploypipe.observe.stream import observe
 from deploypipe.pipeline_module import load_pipeline
 from deploypipe.pruning.apply import apply_plan
 from deploypipe.pruning.plan import make_plan

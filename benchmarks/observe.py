@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from deploypipe.numerics.intervals import interval_of_median_ratio
-from deploypipe.observe.moments import observe
+from deploypipe.observe.stream import observe
 from deploypipe.pipeline_module import load_pipeline
 from deploypipe.pruning.structures import list_structures
 from deploypipe.task import forward, num_samples, take, take_calib

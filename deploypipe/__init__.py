@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from deploypipe.benchmark import benchmark
     from deploypipe.export.onnx_file import export_onnx
-    from deploypipe.observe.moments import observe
+    from deploypipe.observe.stream import observe
     from deploypipe.pipeline import compress
     from deploypipe.pruning.apply import apply_plan
     from deploypipe.pruning.plan import make_plan
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "compress": "pipeline",
     "list_structures": "pruning.structures",
-    "observe": "observe.moments",
+    "observe": "observe.stream",
     "score": "scoring",
     "make_plan": "pruning.plan",
     "apply_plan": "pruning.apply",

@@ -16,7 +16,8 @@ from deploypipe.checks import check_inputs
 from deploypipe.data import fingerprint
 from deploypipe.errors import DeploypipeError
 from deploypipe.export.onnx_file import export_onnx
-from deploypipe.observe.moments import Moments, load_moments, observe, save_moments
+from deploypipe.observe.moments import Moments, load_moments, save_moments
+from deploypipe.observe.stream import observe
 from deploypipe.pruning.apply import apply_plan, describe
 from deploypipe.pruning.calls import one_thread_if_small
 from deploypipe.pruning.plan import make_plan

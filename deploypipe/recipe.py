@@ -11,6 +11,12 @@ def _require_least(record: object, **least: float) -> None:
             raise ValueError(f"{name} = {getattr(record, name)} is too small; write {bound} or more")
 
 
+def _require_share(record: object, name: str) -> None:
+    value = getattr(record, name)
+    if not 0 < value <= 1:
+        raise ValueError(f"{name} = {value} is no share; write a number above 0 and up to 1")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Observe:
     """The streaming pass over the calibration split."""
@@ -24,9 +30,10 @@ class Observe:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Magnitude:
-    """L2 norm of the weights that produce and read a channel."""
+    """Sum of the absolute or squared weights that produce and read a unit."""
 
     kind: Literal["magnitude"] = "magnitude"
+    power: Literal[1, 2] = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,14 +44,86 @@ class Random:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class BatchNormScale:
+    """Size of the batch norm's gain on a unit (Liu et al., arXiv:1708.06519)."""
+
+    kind: Literal["batch_norm_scale"] = "batch_norm_scale"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fpgm:
+    """Distance of a unit's weights from all others of its group (He et al., arXiv:1811.00250)."""
+
+    kind: Literal["fpgm"] = "fpgm"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Taylor:
+    """Mean squared derivative of the loss by a gate on the unit (Molchanov et al., arXiv:1906.10771). Needs labels."""
+
+    kind: Literal["taylor"] = "taylor"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Mipp:
     """Mutual-information-preserving pruning, closed Gaussian form (arXiv:2411.00147; sequential downdates)."""
 
     kind: Literal["mipp"] = "mipp"
     noise: float = 1.0  # noise floor, as a share of the outputs' mean variance; small floors rank worse (LOG.md)
+    keep: float = 1.0  # share of each layer above that counts as kept, and so as a target, when the one below is scored
+    confidence: float | None = None  # as in the paper: suggest the width at which no loss of information is this sure
+
+    def __post_init__(self) -> None:
+        _require_least(self, noise=0)
+        _require_share(self, "keep")
+        if self.confidence is not None:
+            _require_share(self, "confidence")
 
 
-Scorer: TypeAlias = Magnitude | Random | Mipp
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerwiseMi:
+    """Information about the kept units of the layer above (Fan et al., arXiv:2108.12594)."""
+
+    kind: Literal["layerwise_mi"] = "layerwise_mi"
+    joint: bool = True  # units chosen one by one, given those chosen before; False: each unit by itself
+    noise: float = 1e-3  # noise floor, as a share of the outputs' mean variance
+    keep: float = 0.5  # share of each layer above that counts as kept, and so as a target
+
+    def __post_init__(self) -> None:
+        _require_least(self, noise=0)
+        _require_share(self, "keep")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OutputError:
+    """Squared error of the readers' outputs after the best repair, units removed one by one."""
+
+    kind: Literal["output_error"] = "output_error"
+    fisher: bool = False  # weigh each output by the loss's squared derivative by it; needs labels
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LabelMi:
+    """Information of one unit about the label: quantile bins, Miller-Madow correction. Needs labels."""
+
+    kind: Literal["label_mi"] = "label_mi"
+    num_bins: int = 8
+
+    def __post_init__(self) -> None:
+        _require_least(self, num_bins=2)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConditionalMi:
+    """Information of a unit about the label given the units chosen before (Vu-Van et al., arXiv:2411.18578, in Gaussian
+    form), and the width at which the Scree test sees no more of it. Needs labels."""
+
+    kind: Literal["conditional_mi"] = "conditional_mi"
+
+
+Scorer: TypeAlias = (
+    Magnitude | Random | BatchNormScale | Fpgm | Taylor | Mipp | LayerwiseMi | OutputError | LabelMi | ConditionalMi
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,7 +1,7 @@
 """Every value that crosses a stage boundary. Data only: no torch, no behaviour beyond arithmetic on own fields."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal, TypeAlias
 
@@ -100,6 +100,8 @@ class ScoreTable:
 
     scorer: str
     channels: dict[str, tuple[float, ...]]
+    suggested: dict[str, int] = field(default_factory=dict)  # widths that the method itself would leave, if it has any
+    reasons: dict[str, str] = field(default_factory=dict)  # groups that another method had to score, and why
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -70,11 +70,11 @@ def num_samples(inputs: Any) -> int:
     return len(tensors(inputs)[0])
 
 
-def take(inputs: Any, count: int) -> Any:
-    """The first `count` samples of a batch."""
+def take(inputs: Any, end: int, start: int = 0) -> Any:
+    """The samples from `start` to before `end` of a batch."""
     if isinstance(inputs, dict):
-        return {name: tensor[:count] for name, tensor in inputs.items()}
-    return tuple(t[:count] for t in inputs) if isinstance(inputs, (tuple, list)) else inputs[:count]
+        return {name: tensor[start:end] for name, tensor in inputs.items()}
+    return tuple(t[start:end] for t in inputs) if isinstance(inputs, (tuple, list)) else inputs[start:end]
 
 
 def take_calib(batches: Iterable[Batch], count: int) -> list[Batch]:

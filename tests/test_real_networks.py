@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from deploypipe.benchmark.accuracy import evaluate_module
 from deploypipe.cli import app
 from deploypipe.jsonio import to_json
-from deploypipe.observe.moments import observe
+from deploypipe.observe.stream import observe
 from deploypipe.pruning.apply import apply_plan
 from deploypipe.pruning.plan import make_plan
 from deploypipe.pruning.repair import repair

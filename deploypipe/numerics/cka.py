@@ -35,8 +35,9 @@ class HsicAccumulator:
         grams = torch.stack([centred_gram(r).flatten() for r in representations])
         self.total += grams @ grams.T / (n * (n - 3))
 
-    def cka(self) -> Tensor:
-        """(count, count) float64; 0 where a self term is not positive (a constant representation)."""
-        scale = self.total.diagonal().clamp_min(0).sqrt()
-        product = torch.outer(scale, scale)
-        return torch.where(product > 0, self.total / product.clamp_min(1e-300), torch.zeros_like(product))
+
+def cka(hsic: Tensor) -> Tensor:
+    """CKA (count, count) float64 from all pairs of HSIC; 0 where a self term is not positive (a constant one)."""
+    scale = hsic.diagonal().clamp_min(0).sqrt()
+    product = torch.outer(scale, scale)
+    return torch.where(product > 0, hsic / product.clamp_min(1e-300), torch.zeros_like(product))

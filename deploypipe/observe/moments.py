@@ -1,25 +1,13 @@
-"""One streaming pass over the calibration samples: all that scores and loss curves need, nothing stored."""
+"""What a pass over the calibration samples leaves behind: enough for every score, nothing that grows with the data."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from deploypipe.errors import DataError
-from deploypipe.numerics.cka import HsicAccumulator
-from deploypipe.numerics.least_squares import sum_of_products
-from deploypipe.observe.patches import Mixer, is_mixer, num_taps, sample_inputs, sample_positions
-from deploypipe.recipe import Observe
-from deploypipe.records import Event, Progress, Structures, silent
-from deploypipe.task import Batch, evaluating, forward, num_samples, take_calib
-
-MAX_COLUMNS = 6144  # a layer that reads more (channels x taps) would need a moment matrix above 300 MiB
-_CKA_SAMPLES = 64  # of each batch; the estimate does not depend on it in expectation
+from deploypipe.numerics.cka import cka
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,146 +18,105 @@ class InputMoments:
     covariance: Tensor
     num_rows: int
 
+    def merged(self, other: "InputMoments") -> "InputMoments":
+        """The moments of both sets of rows together."""
+        total = self.num_rows + other.num_rows
+        share, apart = other.num_rows / total, other.mean - self.mean
+        spread = torch.outer(apart, apart).mul_(share * (1 - share))
+        return InputMoments(
+            mean=self.mean + share * apart,
+            covariance=spread.add_(self.covariance, alpha=1 - share).add_(other.covariance, alpha=share),
+            num_rows=total,
+        )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Moments:
-    """The outcome of `observe`."""
+    """The outcome of `observe`. Tensors by name; the names are those of `Structures`."""
 
-    inputs: dict[str, InputMoments]  # by consumer module
-    skipped: dict[str, str]  # consumers without moments, and why
-    block_names: tuple[str, ...]
-    block_cka: Tensor  # (blocks, blocks) unbiased linear CKA of the block outputs
     num_samples: int
+    skipped: dict[str, str]  # consumers without moments, and why
+    inputs: dict[str, InputMoments]  # by consumer
+    units: dict[str, Tensor]  # by group: (n, units) float32, each unit's mean over positions as its reader sees it
+    labels: Tensor | None  # (n,) int64, the class of each row of `units`; None where a sample has no one class
+    block_hsic: Tensor  # (blocks, blocks) unbiased HSIC of the block outputs, up to a common factor
+    block_inputs: dict[str, Tensor]  # by block: (n, channels) float32, at the same positions in all blocks of one size
+    block_outputs: dict[str, Tensor]
+    # Only where `observe` was given a loss:
+    gates: dict[str, Tensor]  # by group: (units,) mean over samples of the squared derivative by a gate on the unit
+    output_fisher: dict[str, Tensor]  # by consumer: (outputs,) mean squared derivative of the loss by its outputs
+
+    @property
+    def block_names(self) -> tuple[str, ...]:
+        return tuple(self.block_outputs)
+
+    @property
+    def block_cka(self) -> Tensor:
+        """(blocks, blocks) unbiased linear CKA of the block outputs."""
+        return cka(self.block_hsic)
 
 
-def observe(
-    model: nn.Module,
-    structures: Structures,
-    batches: Sequence[Batch],
-    settings: Observe,
-    *,
-    seed: int = 0,
-    notify: Progress = silent,
-) -> Moments:
-    """Second moments of what every consumer of a prunable group reads, and CKA between block outputs.
-
-    One forward pass over at most `settings.num_samples` samples; memory does not grow with their number. The model
-    comes back as it was: hooks removed, training flag restored, buffers untouched (eval mode). Raises DataError for an
-    empty split and for activations that are not finite, naming the layer.
-    """
-    taken = take_calib(batches, settings.num_samples)
-    modules = dict(model.named_modules())
-    names = _consumers(structures, modules)
-    too_wide = {n for n in names if _columns(modules[n]) > MAX_COLUMNS}
-    sums = {n: _Sum() for n in names if n not in too_wide}
-    blocks = [block.name for block in structures.blocks]
-    similarity = HsicAccumulator(len(blocks))
-    outputs: dict[str, Tensor] = {}
-    generator = torch.Generator().manual_seed(seed)
-
-    def read_input(name: str) -> Callable[..., None]:
-        def hook(module: Mixer, args: tuple[Any, ...], output: Tensor) -> None:
-            positions = sample_positions(module, output, settings.positions_per_sample, generator)
-            sums[name].add_(sample_inputs(module, args[0], output, positions), name)
-
-        return hook
-
-    def read_output(name: str) -> Callable[..., None]:
-        def hook(_m: nn.Module, _a: tuple[Any, ...], output: Tensor) -> None:
-            outputs[name] = output[:_CKA_SAMPLES].flatten(1).clone()  # the next module may work in place
-
-        return hook
-
-    hooks = [(n, read_input(n)) for n in sums] + [(n, read_output(n)) for n in blocks]
-    with hooked(model, hooks), evaluating(model), torch.no_grad():
-        for number, (inputs, _) in enumerate(taken, start=1):
-            forward(model, inputs)
-            if blocks:
-                similarity.add_([outputs[name] for name in blocks])
-            notify(Event(stage="observe", done=number, total=len(taken)))
+def merge(first: Moments, second: Moments) -> Moments:
+    """The moments of two passes over different samples together, as one pass would have them."""
+    share = second.num_samples / (first.num_samples + second.num_samples)
+    labels = None
+    if first.labels is not None and second.labels is not None:
+        labels = torch.cat([first.labels, second.labels])
     return Moments(
-        inputs={name: total.moments() for name, total in sums.items() if total.count},
-        skipped={n: f"reads {_columns(modules[n])} values a position; more than {MAX_COLUMNS}" for n in too_wide},
-        block_names=tuple(blocks),
-        block_cka=similarity.cka(),
-        num_samples=sum(num_samples(inputs) for inputs, _ in taken),
+        num_samples=first.num_samples + second.num_samples,
+        skipped=first.skipped,
+        inputs={name: seen.merged(second.inputs[name]) for name, seen in first.inputs.items()},
+        units={name: torch.cat([rows, second.units[name]]) for name, rows in first.units.items()},
+        labels=labels,
+        block_hsic=first.block_hsic + second.block_hsic,
+        block_inputs={n: torch.cat([rows, second.block_inputs[n]]) for n, rows in first.block_inputs.items()},
+        block_outputs={n: torch.cat([rows, second.block_outputs[n]]) for n, rows in first.block_outputs.items()},
+        gates={name: torch.lerp(value, second.gates[name], share) for name, value in first.gates.items()},
+        output_fisher={n: torch.lerp(f, second.output_fisher[n], share) for n, f in first.output_fisher.items()},
     )
 
 
+_BY_NAME = ("units", "block_inputs", "block_outputs", "gates", "output_fisher")
+
+
 def save_moments(moments: Moments, path: Path) -> None:
-    """The tensors of `moments` as one safetensors file."""
-    flat = {"block_cka": moments.block_cka}
+    """`moments` as one safetensors file."""
+    flat = {"block_hsic": moments.block_hsic, "num_samples": torch.tensor(moments.num_samples)}
+    if moments.labels is not None:
+        flat["labels"] = moments.labels
     for name, one in moments.inputs.items():
-        flat |= {f"mean:{name}": one.mean, f"covariance:{name}": one.covariance}
-        flat[f"rows:{name}"] = torch.tensor(one.num_rows)
-    meta = {f"skipped:{n}": reason for n, reason in moments.skipped.items()}
-    meta |= {"blocks": "\n".join(moments.block_names), "num_samples": str(moments.num_samples)}
-    flat |= {f"meta:{key}": torch.tensor(list(text.encode()), dtype=torch.uint8) for key, text in meta.items()}
-    save_file(flat, path)
+        parts = {"mean": one.mean, "covariance": one.covariance, "num_rows": torch.tensor(one.num_rows)}
+        flat |= {f"{part}:{name}": value for part, value in parts.items()}
+    for kind in _BY_NAME:
+        flat |= {f"{kind}:{name}": value for name, value in getattr(moments, kind).items()}
+    # The file sorts its keys; the order of blocks and groups is theirs in the network.
+    orders = {kind: "\n".join(getattr(moments, kind)) for kind in ("inputs", *_BY_NAME)}
+    reasons = {f"skipped:{name}": reason for name, reason in moments.skipped.items()}
+    texts = {f"text:{key}": text for key, text in {**orders, **reasons}.items()}
+    flat |= {key: torch.tensor(list(text.encode()), dtype=torch.uint8) for key, text in texts.items()}
+    save_file({key: value.contiguous() for key, value in flat.items()}, path)
 
 
 def load_moments(path: Path) -> Moments:
     """The inverse of `save_moments`."""
     flat = load_file(path)
-    meta = {k.removeprefix("meta:"): bytes(v.tolist()).decode() for k, v in flat.items() if k.startswith("meta:")}
-    names = [key.removeprefix("mean:") for key in flat if key.startswith("mean:")]
+    texts = {k.removeprefix("text:"): bytes(v.tolist()).decode() for k, v in flat.items() if k.startswith("text:")}
+
+    def names(kind: str) -> list[str]:
+        return texts[kind].split("\n") if texts[kind] else []
+
     return Moments(
+        num_samples=int(flat["num_samples"]),
+        skipped={k.removeprefix("skipped:"): v for k, v in texts.items() if k.startswith("skipped:")},
         inputs={
-            n: InputMoments(mean=flat[f"mean:{n}"], covariance=flat[f"covariance:{n}"], num_rows=int(flat[f"rows:{n}"]))
-            for n in names
+            name: InputMoments(
+                mean=flat[f"mean:{name}"],
+                covariance=flat[f"covariance:{name}"],
+                num_rows=int(flat[f"num_rows:{name}"]),
+            )
+            for name in names("inputs")
         },
-        skipped={k.removeprefix("skipped:"): v for k, v in meta.items() if k.startswith("skipped:")},
-        block_names=tuple(meta["blocks"].split("\n")) if meta["blocks"] else (),
-        block_cka=flat["block_cka"],
-        num_samples=int(meta["num_samples"]),
+        labels=flat.get("labels"),
+        block_hsic=flat["block_hsic"],
+        **{kind: {name: flat[f"{kind}:{name}"] for name in names(kind)} for kind in _BY_NAME},
     )
-
-
-@dataclass(slots=True)
-class _Sum:
-    """Running sums about a shift (the first batch's mean), so that no digits are lost to a large mean."""
-
-    count: int = 0
-    shift: Tensor | None = None
-    first: Tensor = field(default_factory=lambda: torch.zeros(()))
-    second: Tensor = field(default_factory=lambda: torch.zeros(()))
-
-    def add_(self, rows: Tensor, name: str) -> None:
-        if self.shift is None:
-            self.shift = rows.mean(0)
-        centred = rows - self.shift
-        self.first = self.first + centred.sum(0, dtype=torch.float64)
-        self.second = self.second + sum_of_products(centred, centred)
-        self.count += len(rows)
-        if not torch.isfinite(self.first).all():
-            raise DataError(f"{name}: reads NaN or infinity on the calibration samples; check data and weights")
-
-    def moments(self) -> InputMoments:
-        assert self.shift is not None
-        mean = self.first / self.count
-        return InputMoments(
-            mean=mean + self.shift,
-            covariance=self.second / self.count - torch.outer(mean, mean),
-            num_rows=self.count,
-        )
-
-
-def _consumers(structures: Structures, modules: dict[str, nn.Module]) -> list[str]:
-    names = {m.module for group in structures.groups for m in group.members if m.side == "in"}
-    return [name for name, module in modules.items() if name in names and is_mixer(module)]
-
-
-def _columns(module: Any) -> int:
-    return int(module.weight.shape[1]) * num_taps(module)
-
-
-@contextmanager
-def hooked(model: nn.Module, hooks: Sequence[tuple[str, Callable[..., Any]]]) -> Iterator[None]:
-    """Forward hooks on the named modules, removed when the block ends."""
-    modules = dict(model.named_modules())
-    handles = [modules[name].register_forward_hook(hook) for name, hook in hooks]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

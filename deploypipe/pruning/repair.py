@@ -19,7 +19,6 @@ from torch.overrides import TorchFunctionMode
 
 from deploypipe.errors import DataError
 from deploypipe.numerics.least_squares import CrossMoments, Fit
-from deploypipe.observe.moments import hooked
 from deploypipe.observe.patches import (
     Mixer,
     is_mixer,
@@ -28,6 +27,7 @@ from deploypipe.observe.patches import (
     sample_positions,
     weight_matrix,
 )
+from deploypipe.observe.stream import hooked
 from deploypipe.recipe import Repair
 from deploypipe.records import Event, Progress, PruningPlan, RepairReport, RepairRow, silent
 from deploypipe.task import Batch, channels_last, forward, num_samples, stack_batches, take_calib

@@ -12,7 +12,7 @@ from deploypipe.scoring.magnitude import score_magnitude
 from deploypipe.scoring.mipp import score_mipp
 from deploypipe.scoring.random import score_random
 
-ScoreFunction = Callable[[nn.Module, Structures, Moments, Any, int], dict[str, tuple[float, ...]]]
+ScoreFunction = Callable[[nn.Module, Structures, Moments, Any, int], ScoreTable]
 
 SCORERS: dict[type[Scorer], ScoreFunction] = {
     Magnitude: score_magnitude,
@@ -23,5 +23,4 @@ SCORERS: dict[type[Scorer], ScoreFunction] = {
 
 def score(model: nn.Module, structures: Structures, moments: Moments, scorer: Scorer, *, seed: int = 0) -> ScoreTable:
     """One finite score for every unit of every group; higher = keep."""
-    channels = SCORERS[type(scorer)](model, structures, moments, scorer, seed)
-    return ScoreTable(scorer=scorer.kind, channels=channels)
+    return SCORERS[type(scorer)](model, structures, moments, scorer, seed)

@@ -5,15 +5,16 @@ from torch import Tensor, nn
 
 from deploypipe.observe.moments import Moments
 from deploypipe.recipe import Magnitude
-from deploypipe.records import ChannelGroup, Member, Structures
+from deploypipe.records import ChannelGroup, Member, ScoreTable, Structures
 
 
 def score_magnitude(
     model: nn.Module, structures: Structures, moments: Moments, config: Magnitude, seed: int
-) -> dict[str, tuple[float, ...]]:
+) -> ScoreTable:
     """Sum of the squared weights of all members with a weight matrix, by unit."""
     modules = dict(model.named_modules())
-    return {group.name: tuple(_group_energy(group, modules).tolist()) for group in structures.groups}
+    channels = {group.name: tuple(_group_energy(group, modules).tolist()) for group in structures.groups}
+    return ScoreTable(scorer=config.kind, channels=channels)
 
 
 def _group_energy(group: ChannelGroup, modules: dict[str, nn.Module]) -> Tensor:

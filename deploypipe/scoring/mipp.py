@@ -14,27 +14,28 @@ from deploypipe.numerics.gaussian_mi import SequentialRemoval
 from deploypipe.observe.moments import Moments
 from deploypipe.observe.patches import columns, num_taps, weight_matrix
 from deploypipe.recipe import Magnitude, Mipp
-from deploypipe.records import ChannelGroup, Structures
+from deploypipe.records import ChannelGroup, ScoreTable, Structures
 from deploypipe.scoring.magnitude import score_magnitude
 
+UNOBSERVED = "none of its consumers could be observed; scored by magnitude"
 _EXACT = 128  # units up to which all losses are computed at every removal: being lazy saves nothing there
 _REFRESH = 16  # removals between two computations of all losses in wider groups
 _STEP = 1e-9  # keeps the order of removal where nothing is lost
 
 
-def score_mipp(
-    model: nn.Module, structures: Structures, moments: Moments, config: Mipp, seed: int
-) -> dict[str, tuple[float, ...]]:
+def score_mipp(model: nn.Module, structures: Structures, moments: Moments, config: Mipp, seed: int) -> ScoreTable:
     """Cumulative nats lost when a unit is removed in greedy order: the last one standing has the highest score.
 
     Groups none of whose consumers could be observed are scored by magnitude.
     """
     modules = dict(model.named_modules())
-    by_magnitude = score_magnitude(model, structures, moments, Magnitude(), seed)
-    return {
-        group.name: _removal_order(group, modules, moments, config) or by_magnitude[group.name]
-        for group in structures.groups
-    }
+    by_magnitude = score_magnitude(model, structures, moments, Magnitude(), seed).channels
+    orders = {group.name: _removal_order(group, modules, moments, config) for group in structures.groups}
+    return ScoreTable(
+        scorer=config.kind,
+        channels={name: order or by_magnitude[name] for name, order in orders.items()},
+        reasons={name: UNOBSERVED for name, order in orders.items() if not order},
+    )
 
 
 def _removal_order(

@@ -5,12 +5,11 @@ from torch import nn
 
 from deploypipe.observe.moments import Moments
 from deploypipe.recipe import Random
-from deploypipe.records import Structures
+from deploypipe.records import ScoreTable, Structures
 
 
-def score_random(
-    model: nn.Module, structures: Structures, moments: Moments, config: Random, seed: int
-) -> dict[str, tuple[float, ...]]:
+def score_random(model: nn.Module, structures: Structures, moments: Moments, config: Random, seed: int) -> ScoreTable:
     """Uniform in [0, 1)."""
     generator = torch.Generator().manual_seed(seed)
-    return {g.name: tuple(torch.rand(g.num_units, generator=generator).tolist()) for g in structures.groups}
+    channels = {g.name: tuple(torch.rand(g.num_units, generator=generator).tolist()) for g in structures.groups}
+    return ScoreTable(scorer=config.kind, channels=channels)

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from deploypipe.errors import DataError
 from deploypipe.numerics.least_squares import solve_towards
-from deploypipe.observe.moments import InputMoments, Moments, hooked
+from deploypipe.observe.moments import InputMoments, Moments
 from deploypipe.observe.patches import columns, num_taps, weight_matrix
+from deploypipe.observe.stream import hooked
 from deploypipe.pruning.slicing import mask_
 from deploypipe.recipe import Search
 from deploypipe.records import ChannelGroup, Curves, Edit, Event, LossCurve, Progress, ScoreTable, Structures, silent

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deploypipe.errors import DataError
-from deploypipe.observe.moments import load_moments, observe, save_moments
+from deploypipe.observe.collectors import MAX_ROWS
+from deploypipe.observe.moments import load_moments, save_moments
+from deploypipe.observe.stream import observe, observe_halves
 from deploypipe.pruning.structures import list_structures
 from deploypipe.recipe import Observe
 from deploypipe.records import Structures
@@ -147,3 +149,78 @@ def test_work_in_place_after_a_block_does_not_reach_its_similarity() -> None:
         seen.append(observe(model, list_structures(model, batches[0][0]), batches, Observe()))
     assert seen[0].block_names == ("one", "two")
     assert torch.equal(seen[0].block_cka, seen[1].block_cka)
+
+
+def with_labels(batches: list[Batch], classes: int) -> list[Batch]:
+    generator = torch.Generator().manual_seed(0)
+    return [(inputs, torch.randint(classes, (len(inputs),), generator=generator)) for inputs, _ in batches]
+
+
+def test_one_pass_in_two_halves_is_one_pass() -> None:
+    model, structures, batches = prepared("pad_resnet", num_batches=5)
+    batches = with_labels(batches, 10)
+    loss = F.cross_entropy
+    whole = observe(model, structures, batches[::2] + batches[1::2], EVERYWHERE, loss=loss)
+    odd, even, merged = observe_halves(model, structures, batches, EVERYWHERE, loss=loss)
+    assert (odd.num_samples, even.num_samples, merged.num_samples) == (12, 8, 20)
+    for name, seen in whole.inputs.items():
+        assert merged.inputs[name].num_rows == seen.num_rows
+        torch.testing.assert_close(merged.inputs[name].mean, seen.mean, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(merged.inputs[name].covariance, seen.covariance, rtol=1e-4, atol=1e-5)
+    for kind in ("units", "gates", "output_fisher"):
+        for name, value in getattr(whole, kind).items():
+            torch.testing.assert_close(getattr(merged, kind)[name], value, rtol=1e-4, atol=1e-8)
+    assert whole.labels is not None
+    assert merged.labels is not None
+    assert torch.equal(merged.labels, whole.labels)
+    torch.testing.assert_close(merged.block_hsic, whole.block_hsic, rtol=1e-4, atol=1e-5)
+
+
+def test_lone_batch_is_cut_in_two_and_a_lone_sample_refused() -> None:
+    model, structures, batches = prepared("mlp", num_batches=1)
+    odd, even, both = observe_halves(model, structures, batches, EVERYWHERE)
+    assert (odd.num_samples, even.num_samples, both.num_samples) == (2, 2, 4)
+    with pytest.raises(DataError, match="two or more"):
+        observe_halves(model, structures, [(batches[0][0][:1], batches[0][1][:1])], EVERYWHERE)
+
+
+def test_gates_are_derivatives_of_a_factor_on_each_unit() -> None:
+    """A factor in front of the reader, differentiated by hand, sample by sample."""
+    model, structures, batches = prepared("flattened", num_batches=2)
+    batches = with_labels(batches, 3)
+    gates = observe(model, structures, batches, EVERYWHERE, loss=F.cross_entropy).gates
+    group = next(g for g in structures.groups if any(m.module == "conv2" and m.side == "in" for m in g.members))
+    reader = model.get_submodule("conv2")
+    total = torch.zeros(group.num_units, dtype=torch.float64)
+    for inputs, target in batches:
+        for sample, label in zip(inputs, target, strict=True):
+            gate = torch.ones(group.num_units, requires_grad=True)
+            handle = reader.register_forward_pre_hook(lambda _m, a, gate=gate: (a[0] * gate[:, None, None],))
+            model.eval()
+            F.cross_entropy(model(sample[None]), label[None]).backward()
+            handle.remove()
+            assert gate.grad is not None
+            total += gate.grad.double().square()
+    torch.testing.assert_close(gates[group.name], total / sum(len(t) for _, t in batches), rtol=1e-4, atol=1e-10)
+
+
+def test_derivatives_leave_no_trace() -> None:
+    model, structures, batches = prepared("pad_resnet")
+    frozen = next(model.parameters()).requires_grad_(False)
+    kept = list(model.parameters())[-1]
+    kept.grad = torch.ones_like(kept)
+    observe(model, structures, with_labels(batches, 10), EVERYWHERE, loss=F.cross_entropy)
+    assert not frozen.requires_grad
+    assert frozen.grad is None
+    assert torch.equal(kept.grad, torch.ones_like(kept))
+    assert all(p.requires_grad for p in list(model.parameters())[1:])
+
+
+def test_rows_are_kept_up_to_a_bound() -> None:
+    model, structures, _ = prepared("pad_resnet")
+    batches = [(torch.randn(600, 3, 8, 8), torch.zeros(600, dtype=torch.long)) for _ in range(2)]
+    moments = observe(model, structures, batches, Observe(num_samples=1200))
+    assert moments.labels is not None
+    assert len(moments.labels) == MAX_ROWS
+    assert {len(rows) for rows in [*moments.units.values(), *moments.block_outputs.values()]} == {MAX_ROWS}
+    assert moments.num_samples == 1200

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from deploypipe.numerics.gaussian_mi import SequentialRemoval
-from deploypipe.observe.moments import Moments, observe
+from deploypipe.observe.moments import Moments
+from deploypipe.observe.stream import observe
 from deploypipe.pruning.structures import list_structures
 from deploypipe.recipe import Magnitude, Mipp, Observe, Random
 from deploypipe.records import ChannelGroup, Structures

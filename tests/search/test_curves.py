@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from deploypipe.errors import DataError
 from deploypipe.numerics.least_squares import CrossMoments
-from deploypipe.observe.moments import Moments, observe
+from deploypipe.observe.moments import Moments
 from deploypipe.observe.patches import is_mixer
+from deploypipe.observe.stream import observe
 from deploypipe.pruning.apply import apply_plan
 from deploypipe.pruning.plan import make_plan
 from deploypipe.pruning.structures import list_structures
@@ -20,7 +21,18 @@ from deploypipe.scoring import score
 from deploypipe.search.curves import TEMPERATURE, measure_curves, width_levels
 
 SETTINGS = Search(num_curve_samples=40, num_levels=2)
-NOTHING = Moments(inputs={}, skipped={}, block_names=(), block_cka=torch.zeros(0, 0), num_samples=0)
+NOTHING = Moments(
+    num_samples=0,
+    skipped={},
+    inputs={},
+    units={},
+    labels=None,
+    block_hsic=torch.zeros(0, 0),
+    block_inputs={},
+    block_outputs={},
+    gates={},
+    output_fisher={},
+)
 
 
 def prepared(name: str, count: int = 40) -> tuple[nn.Module, Tensor, Structures, ScoreTable]:

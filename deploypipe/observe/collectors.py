@@ -1,0 +1,234 @@
+"""What is gathered during one pass: each collector hooks modules, and sums up when a batch has gone through."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deploypipe.errors import DataError
+from deploypipe.numerics.cka import HsicAccumulator
+from deploypipe.numerics.least_squares import sum_of_products
+from deploypipe.observe.moments import InputMoments
+from deploypipe.observe.patches import Mixer, is_mixer, num_taps, sample_inputs, sample_positions
+from deploypipe.records import ChannelGroup, Structures
+
+Hook = tuple[str, Callable[..., None]]  # the module's name, and what runs after its forward
+MAX_COLUMNS = 6144  # a layer that reads more (channels x taps) would need a moment matrix above 300 MiB
+MAX_ROWS = 1024  # samples kept one by one, of what is small: memory does not grow with the data
+_CKA_SAMPLES = 64  # of each batch; the estimate does not depend on it in expectation
+
+
+class InputCollector:
+    """Moments of what every consumer of a prunable group reads, at sampled positions."""
+
+    def __init__(self, structures: Structures, modules: dict[str, nn.Module], count: int, seed: int) -> None:
+        names = {m.module for group in structures.groups for m in group.members if m.side == "in"}
+        consumers: dict[str, Any] = {n: m for n, m in modules.items() if n in names and is_mixer(m)}
+        widths = {name: int(m.weight.shape[1]) * num_taps(m) for name, m in consumers.items()}
+        self.skipped = {
+            n: f"reads {width} values a position; more than {MAX_COLUMNS}"
+            for n, width in widths.items()
+            if width > MAX_COLUMNS
+        }
+        self.sums = {name: _Sum() for name in consumers if name not in self.skipped}
+        self.count, self.generator = count, torch.Generator().manual_seed(seed)
+
+    def hooks(self) -> list[Hook]:
+        return [(name, self._reader(name)) for name in self.sums]
+
+    def _reader(self, name: str) -> Callable[..., None]:
+        def read(module: Mixer, args: tuple[Any, ...], output: Tensor) -> None:
+            positions = sample_positions(module, output, self.count, self.generator)
+            self.sums[name].add_(sample_inputs(module, args[0].detach(), output, positions), name)
+
+        return read
+
+    def moments(self) -> dict[str, InputMoments]:
+        return {name: total.moments() for name, total in self.sums.items() if total.count}
+
+
+class UnitCollector:
+    """Each unit's mean over positions, sample by sample, as the group's first reader sees it."""
+
+    def __init__(self, structures: Structures, modules: dict[str, nn.Module]) -> None:
+        self.readers = first_readers(structures, modules)
+        self.rows: dict[str, list[Tensor]] = {group: [] for group in self.readers}
+        self.labels: list[Tensor | None] = []
+
+    def hooks(self) -> list[Hook]:
+        return [(module, self._reader(group, units)) for group, (module, units) in self.readers.items()]
+
+    def _reader(self, group: str, units: Tensor) -> Callable[..., None]:
+        def read(module: Mixer, args: tuple[Any, ...], output: Tensor) -> None:
+            room = MAX_ROWS - sum(map(len, self.rows[group]))
+            if room > 0:
+                self.rows[group].append(pooled(module, args[0].detach()[:room])[:, units].mean(2).float())
+
+        return read
+
+    def end_batch_(self, target: Any) -> None:
+        is_class = isinstance(target, Tensor) and target.dim() == 1 and not target.is_floating_point()
+        self.labels.append(target.cpu().long() if is_class else None)
+
+    def units(self) -> dict[str, Tensor]:
+        return {group: torch.cat(rows) for group, rows in self.rows.items() if rows}
+
+    def all_labels(self) -> Tensor | None:
+        classes = [label for label in self.labels if label is not None]
+        return torch.cat(classes)[:MAX_ROWS] if len(classes) == len(self.labels) else None
+
+
+class BlockCollector:
+    """HSIC between all block outputs, and rows of what each block reads and writes."""
+
+    def __init__(self, structures: Structures) -> None:
+        self.names = [block.name for block in structures.blocks]
+        self.hsic = HsicAccumulator(len(self.names))
+        self.flat: dict[str, Tensor] = {}
+        self.inputs: dict[str, list[Tensor]] = {name: [] for name in self.names}
+        self.outputs: dict[str, list[Tensor]] = {name: [] for name in self.names}
+        self.seen = 0
+
+    def hooks(self) -> list[Hook]:
+        return [(name, self._reader(name)) for name in self.names]
+
+    def _reader(self, name: str) -> Callable[..., None]:
+        def read(_m: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            self.flat[name] = output.detach()[:_CKA_SAMPLES].flatten(1).clone()  # the next module may work in place
+            # What the block read may have been overwritten by now, where it works in place: its rows are taken before.
+            self.outputs[name].append(self._rows(output.detach()))
+
+        return read
+
+    def pre_hooks(self) -> list[Hook]:
+        def reader(name: str) -> Callable[..., None]:
+            return lambda _m, args: self.inputs[name].append(self._rows(args[0].detach()))
+
+        return [(name, reader(name)) for name in self.names]
+
+    def _rows(self, value: Tensor) -> Tensor:
+        """One position of each sample, the same in all tensors of one size: (samples with room, channels) float32."""
+        room = max(0, MAX_ROWS - self.seen)
+        rows = value[:room].movedim(1, -1) if value.dim() > 3 else value[:room]
+        rows = rows.reshape(len(rows), -1, rows.shape[-1])
+        places = torch.randint(rows.shape[1], (len(rows),), generator=torch.Generator().manual_seed(self.seen))
+        return rows[torch.arange(len(rows)), places].float()
+
+    def end_batch_(self, count: int) -> None:
+        if self.names:
+            self.hsic.add_([self.flat[name] for name in self.names])
+        self.seen += count
+
+    def block_inputs(self) -> dict[str, Tensor]:
+        return {name: torch.cat(self.inputs[name]) for name in self.names}
+
+    def block_outputs(self) -> dict[str, Tensor]:
+        return {name: torch.cat(self.outputs[name]) for name in self.names}
+
+
+class GradientCollector:
+    """Squared derivatives of each sample's loss: by a gate on every unit, and by every consumer's outputs.
+
+    The gate's is Molchanov et al., arXiv:1906.10771 eq. 8, with the sum over all readers of a unit inside the square.
+    """
+
+    def __init__(self, structures: Structures, modules: dict[str, nn.Module]) -> None:
+        self.groups = structures.groups
+        names = {m.module for group in structures.groups for m in group.members if m.side == "in"}
+        self.consumers = [n for n, m in modules.items() if n in names and is_mixer(m)]
+        self.products: dict[str, Tensor] = {}  # (n, input channels) of the batch at hand
+        self.gates = {g.name: torch.zeros(g.num_units, dtype=torch.float64) for g in structures.groups}
+        self.fisher: dict[str, Tensor] = {}
+        self.seen: set[str] = set()
+
+    def hooks(self) -> list[Hook]:
+        return [(name, self._reader(name)) for name in self.consumers]
+
+    def _reader(self, name: str) -> Callable[..., None]:
+        def read(module: Mixer, args: tuple[Any, ...], output: Tensor) -> None:
+            values = args[0].detach().clone()  # later modules may overwrite it before the derivatives come
+            channel = -1 if isinstance(module, nn.Linear) else 1
+
+            def by_input(gradient: Tensor) -> None:
+                product = (gradient * values).movedim(channel, -1)
+                self.products[name] = product.reshape(len(product), -1, product.shape[-1]).double().sum(1)
+
+            def by_output(gradient: Tensor) -> None:
+                rows = gradient.movedim(channel, -1)
+                squares = rows.reshape(len(rows), -1, rows.shape[-1]).double().square().mean(1).sum(0)
+                self.fisher[name] = self.fisher.get(name, 0) + squares
+
+            if args[0].requires_grad:
+                args[0].register_hook(by_input)
+            output.register_hook(by_output)  # type: ignore[no-untyped-call]
+
+        return read
+
+    def end_batch_(self) -> None:
+        for group in self.groups:
+            total: Tensor | None = None
+            for member in group.members:
+                if member.side == "in" and member.module in self.products:
+                    product = self.products[member.module]
+                    unit = torch.stack([product[:, list(indices)].sum(1) for indices in member.units], dim=1)
+                    total = unit if total is None else total + unit
+            if total is not None:
+                self.gates[group.name] += total.square().sum(0)
+                self.seen.add(group.name)
+        self.products.clear()
+
+    def mean_gates(self, count: int) -> dict[str, Tensor]:
+        return {name: total / count for name, total in self.gates.items() if name in self.seen}
+
+    def mean_fisher(self, count: int) -> dict[str, Tensor]:
+        return {name: total / count for name, total in self.fisher.items()}
+
+
+def first_readers(structures: Structures, modules: dict[str, nn.Module]) -> dict[str, tuple[str, Tensor]]:
+    """By group: its first consumer that mixes channels, and the consumer's indices of each unit, (units, width)."""
+
+    def of(group: ChannelGroup) -> tuple[str, Tensor] | None:
+        for member in group.members:
+            if member.side == "in" and is_mixer(modules[member.module]):
+                return member.module, torch.tensor(member.units)
+        return None
+
+    found = {group.name: of(group) for group in structures.groups}
+    return {name: reader for name, reader in found.items() if reader is not None}
+
+
+def pooled(module: Mixer, inputs: Tensor) -> Tensor:
+    """What the module reads, averaged over positions: (n samples, channels)."""
+    rows = inputs if isinstance(module, nn.Linear) else inputs.movedim(1, -1)
+    return rows.reshape(len(rows), -1, rows.shape[-1]).mean(1)
+
+
+@dataclass(slots=True)
+class _Sum:
+    """Running sums about a shift (the first batch's mean), so that no digits are lost to a large mean."""
+
+    count: int = 0
+    shift: Tensor | None = None
+    first: Tensor = field(default_factory=lambda: torch.zeros(()))
+    second: Tensor = field(default_factory=lambda: torch.zeros(()))
+
+    def add_(self, rows: Tensor, name: str) -> None:
+        if self.shift is None:
+            self.shift = rows.mean(0)
+        centred = rows - self.shift
+        self.first = self.first + centred.sum(0, dtype=torch.float64)
+        self.second = self.second + sum_of_products(centred, centred)
+        self.count += len(rows)
+        if not torch.isfinite(self.first).all():
+            raise DataError(f"{name}: reads NaN or infinity on the calibration samples; check data and weights")
+
+    def moments(self) -> InputMoments:
+        assert self.shift is not None
+        mean = self.first / self.count
+        return InputMoments(
+            mean=mean + self.shift,
+            covariance=self.second / self.count - torch.outer(mean, mean),
+            num_rows=self.count,
+        )
