@@ -163,11 +163,14 @@ class Finetune:
     weight_decay: float = 5e-4
     distil_weight: float = 0.7  # the rest weighs the labels
     distil_temperature: float = 4.0
+    mix_share: float = 0.5  # mixup: at most this share of another sample is mixed into each; 0: off. Not for token ids
     average_decay: float = 0.99  # exponential moving average of the weights, per step; 0: off
     precision: Literal["bf16", "fp32"] = "bf16"
 
     def __post_init__(self) -> None:
-        _require_least(self, num_epochs=0, learning_rate=0, warmup_share=0, weight_decay=0, distil_weight=0)
+        _require_least(
+            self, num_epochs=0, learning_rate=0, warmup_share=0, weight_decay=0, distil_weight=0, mix_share=0
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

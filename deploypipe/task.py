@@ -65,6 +65,13 @@ def tensors(inputs: Any) -> list[Tensor]:
     return list(inputs) if isinstance(inputs, (tuple, list)) else [inputs]
 
 
+def map_tensors(function: Callable[[Tensor], Tensor], inputs: Any) -> Any:
+    """The same batch of inputs (or targets) with `function` applied to each of its tensors."""
+    if isinstance(inputs, dict):
+        return {name: function(tensor) for name, tensor in inputs.items()}
+    return tuple(map(function, inputs)) if isinstance(inputs, (tuple, list)) else function(inputs)
+
+
 def num_samples(inputs: Any) -> int:
     """The batch size."""
     return len(tensors(inputs)[0])
@@ -72,9 +79,7 @@ def num_samples(inputs: Any) -> int:
 
 def take(inputs: Any, end: int, start: int = 0) -> Any:
     """The samples from `start` to before `end` of a batch."""
-    if isinstance(inputs, dict):
-        return {name: tensor[start:end] for name, tensor in inputs.items()}
-    return tuple(t[start:end] for t in inputs) if isinstance(inputs, (tuple, list)) else inputs[start:end]
+    return map_tensors(lambda tensor: tensor[start:end], inputs)
 
 
 def take_calib(batches: Iterable[Batch], count: int) -> list[Batch]:

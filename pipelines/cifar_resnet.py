@@ -17,7 +17,7 @@ from deploypipe.errors import DataError
 from deploypipe.task import Splits
 
 NUM_VAL = 5000  # the last of the training images
-NUM_CALIB = 2048  # those before
+NUM_CALIB = 2048  # those before; also trained on, for nothing is chosen on them
 BATCH_SIZE = 128
 TRAIN_FILES = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
 TEST_FILES = ("test_batch.bin",)
@@ -96,8 +96,8 @@ def load_cifar10(folder: str, seed: int = 0) -> Splits:
     return Splits(
         calib=TensorBatches(images[first_calib:first_val], labels[first_calib:first_val], BATCH_SIZE),
         train=TensorBatches(
-            images[:first_calib],
-            labels[:first_calib],
+            images[:first_val],
+            labels[:first_val],
             BATCH_SIZE,
             shuffle=True,
             augment=random_crop_flip(4),

@@ -21,7 +21,7 @@ from deploypipe.errors import DataError
 from deploypipe.jsonio import from_json, to_json
 from deploypipe.recipe import Finetune
 from deploypipe.records import EpochLog, Event, Progress, TrainLog, silent
-from deploypipe.task import Splits, Task, channels_last, forward
+from deploypipe.task import Splits, Task, channels_last, forward, map_tensors, tensors
 
 _PRECISIONS: dict[str, Any] = {"bf16": "bf16-mixed", "fp32": "32-true"}
 
@@ -39,10 +39,11 @@ def finetune(
 ) -> tuple[nn.Module, TrainLog]:
     """Train a copy of `pruned` on `splits.train`; the epoch with the best metric on `splits.val` is returned.
 
-    Loss: (1 - w) * task.loss + w * T^2 * KL(teacher || student) at temperature T, the teacher being `dense`. SGD with
-    Nesterov momentum, linear warm-up from zero and cosine decay: a repaired network is destroyed by a large first step.
-    The weights that are judged and returned are an exponential moving average. When no epoch beats the start, the start
-    is returned and the log says so. With a `checkpoint` folder the work resumes after a kill at the last whole epoch.
+    Loss: (1 - w) * task.loss + w * T^2 * KL(teacher || student) at temperature T, the teacher being `dense`; samples
+    are mixed in pairs, so `task.loss` has to be a mean over the batch. SGD with Nesterov momentum, warm-up from zero
+    and cosine decay: a repaired network is destroyed by a large first step. The weights that are judged and returned
+    are an exponential moving average. When no epoch beats the start, the start is returned and the log says so. With a
+    `checkpoint` folder the work resumes after a kill at the last whole epoch.
     """
     fabric = _quiet_fabric(_PRECISIONS[settings.precision])
     student = copy.deepcopy(pruned)
@@ -116,9 +117,12 @@ def learning_rate(settings: Finetune, step: int, num_steps: int) -> float:
 def _distilled_loss(
     fabric: Fabric, model: nn.Module, teacher: nn.Module, task: Task, inputs: Any, target: Any, settings: Finetune
 ) -> Tensor:
-    inputs, target = fabric.to_device(inputs), fabric.to_device(target)
+    inputs, share = _mixed(fabric.to_device(inputs), settings.mix_share)
+    target = fabric.to_device(target)
     outputs = forward(model, channels_last(inputs))
     loss = task.loss(outputs, target)
+    if share:
+        loss = (1 - share) * loss + share * task.loss(outputs, map_tensors(_reversed, target))
     weight, temperature = settings.distil_weight, settings.distil_temperature
     if weight == 0:
         return loss
@@ -131,6 +135,22 @@ def _distilled_loss(
         reduction="batchmean",
     )
     return (1 - weight) * loss + weight * temperature**2 * soft
+
+
+def _mixed(inputs: Any, largest: float) -> tuple[Any, float]:
+    """Each sample with a share of the one at its mirror place in the batch (mixup, arXiv:1710.09412), and the share.
+
+    The dense network remembers the training samples and says little more about them than their labels; about mixed ones
+    it has to say what it sees (arXiv:2106.05237).
+    """
+    if not largest or not all(tensor.is_floating_point() for tensor in tensors(inputs)):
+        return inputs, 0.0
+    share = largest * float(torch.rand(()))
+    return map_tensors(lambda tensor: torch.lerp(tensor, _reversed(tensor), share), inputs), share
+
+
+def _reversed(tensor: Tensor) -> Tensor:
+    return tensor.flip(0)
 
 
 def _validate(fabric: Fabric, model: nn.Module, splits: Splits, task: Task) -> float:

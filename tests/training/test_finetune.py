@@ -127,6 +127,37 @@ def test_resumed_training_ends_bit_for_bit_where_an_undisturbed_one_does(
     assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in again.state_dict().items())
 
 
+class FromTokens(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float())
+
+
+@pytest.mark.parametrize("is_float", [True, False])
+def test_samples_and_labels_are_mixed_in_equal_shares_but_never_token_ids(is_float: bool) -> None:
+    inputs = torch.eye(4) if is_float else torch.eye(4).long()
+    target = torch.tensor([0, 1, 2, 0])
+    asked: list[tuple[float, Tensor]] = []
+
+    def loss(outputs: Tensor, labels: Tensor) -> Tensor:
+        value = nn.functional.cross_entropy(outputs, labels)
+        asked.append((float(value.detach()), labels))
+        return value
+
+    task = replace(classification(), loss=loss)
+    settings = replace(SETTINGS, num_epochs=1, distil_weight=0.0, mix_share=0.5, momentum=0.0)
+    model, batch = FromTokens(4, 3), (inputs, target)
+    log = finetune(model, model, splits([batch], [batch]), task, settings)[1]
+    seen = log.epochs[1].train_loss
+    if is_float:
+        (first, labels), (second, mirrored) = asked
+        assert torch.equal(mirrored, labels.flip(0))
+        share = (seen - first) / (second - first)
+        assert 0 < share <= 0.5
+    else:
+        assert len(asked) == 1
+        assert seen == pytest.approx(asked[0][0])
+
+
 def test_callers_random_numbers_are_not_drawn() -> None:
     start, teacher = network(0), network(1)
     torch.manual_seed(3)
