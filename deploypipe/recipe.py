@@ -153,6 +153,52 @@ class Repair:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Mpruner:
+    """Similarity (CKA) to the block before; removal in clusters, guarded by accuracy (Hu et al., arXiv:2408.13482)."""
+
+    kind: Literal["mpruner"] = "mpruner"
+    threshold: float = 0.98  # least CKA with a cluster's first block
+    stride: int = 1  # of every cluster, all members but the first go; 2: every other one; 3: every third
+    max_stride: int = 3  # where the guard gives up
+    max_drop_pp: float = 4.0  # of accuracy, against the dense network
+
+    def __post_init__(self) -> None:
+        _require_share(self, "threshold")
+        _require_least(self, stride=1, max_stride=self.stride, max_drop_pp=0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockMi:
+    """Information that a block's input holds about its output (MI-PRUN, arXiv:2601.07212, in Gaussian form)."""
+
+    kind: Literal["block_mi"] = "block_mi"
+    noise: float = 1e-3  # noise floor, as a share of the outputs' mean variance
+    num_exact: int = 8  # runs of each length whose own information is computed, when several blocks are chosen
+
+    def __post_init__(self) -> None:
+        _require_share(self, "noise")
+        _require_least(self, num_exact=1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogitDivergence:
+    """KL divergence of the network's answers without the block from those of the dense network."""
+
+    kind: Literal["logit_divergence"] = "logit_divergence"
+    num_samples: int = 512  # of the calibration split
+    temperature: float = 4.0  # answers to memorised samples are saturated at 1, and a few samples decide
+    repair: Repair | None = None  # repair the network without the block before it answers
+
+    def __post_init__(self) -> None:
+        _require_least(self, num_samples=1)
+        if self.temperature <= 0:
+            raise ValueError(f"temperature = {self.temperature} is no temperature; write a number above 0")
+
+
+BlockScorer: TypeAlias = Mpruner | BlockMi | LogitDivergence
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Finetune:
     """A short training of the repaired network, taught by the dense one."""
 

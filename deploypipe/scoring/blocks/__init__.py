@@ -1,0 +1,35 @@
+"""Which blocks go first. One file a method, one line in `BLOCK_SCORERS`."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+
+from deploypipe.observe.moments import Moments
+from deploypipe.recipe import BlockMi, BlockScorer, LogitDivergence, Mpruner
+from deploypipe.records import BlockRanking, Structures
+from deploypipe.scoring.blocks.block_mi import rank_by_information
+from deploypipe.scoring.blocks.logit_divergence import rank_by_divergence
+from deploypipe.scoring.blocks.mpruner import rank_by_similarity
+from deploypipe.task import Batch
+
+RankFunction = Callable[[nn.Module, Structures, Moments, Iterable[Batch], Any, int], BlockRanking]
+
+BLOCK_SCORERS: dict[type[BlockScorer], RankFunction] = {
+    Mpruner: rank_by_similarity,
+    BlockMi: rank_by_information,
+    LogitDivergence: rank_by_divergence,
+}
+
+
+def rank_blocks(
+    model: nn.Module,
+    structures: Structures,
+    moments: Moments,
+    batches: Iterable[Batch],
+    scorer: BlockScorer,
+    *,
+    seed: int = 0,
+) -> BlockRanking:
+    """One finite importance for every removable block; higher = keep. `batches`: of the calibration split."""
+    return BLOCK_SCORERS[type(scorer)](model, structures, moments, batches, scorer, seed)

@@ -1,0 +1,118 @@
+"""MPruner's loop: remove, train, compare with the dense network's accuracy; keep what holds, else remove less."""
+
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
+from typing import TypeVar
+
+from torch import nn
+
+from deploypipe.benchmark.accuracy import evaluate_module
+from deploypipe.observe.stream import observe
+from deploypipe.pruning.apply import apply_plan
+from deploypipe.pruning.plan import empty_plan
+from deploypipe.pruning.repair import repair
+from deploypipe.pruning.structures import model_fingerprint
+from deploypipe.recipe import Mpruner, Recipe
+from deploypipe.records import DepthLog, DepthRow, Event, Names, Progress, Structures, silent
+from deploypipe.scoring.blocks.mpruner import cluster_blocks, mpruner_candidates
+from deploypipe.task import Splits, Task, take_calib
+
+Network = TypeVar("Network")
+_ROUNDING = 1e-9  # percentage points that a difference of two accuracies may be off
+
+
+def prune_depth(
+    dense: nn.Module,
+    structures: Structures,
+    splits: Splits,
+    task: Task,
+    settings: Mpruner,
+    recipe: Recipe,
+    *,
+    train: Callable[[nn.Module], nn.Module] | None = None,
+    notify: Progress = silent,
+) -> tuple[nn.Module, DepthLog]:
+    """The shallowest network found whose accuracy on val is at most `settings.max_drop_pp` below the dense one's.
+
+    train: gives a trained copy of a repaired network (`training.finetune`, usually); None: repair alone. `dense` is
+    left as it was. Cost of an iteration: a pass over calib, a repair, the training, and a pass over val.
+    """
+    calib = take_calib(splits.calib, max(recipe.observe.num_samples, recipe.repair.num_samples))
+
+    def left(model: nn.Module) -> Structures:
+        """The blocks that are still there. Channel groups are left out, so that `observe` skips them."""
+        blocks = tuple(b for b in structures.blocks if not isinstance(model.get_submodule(b.name), nn.Identity))
+        return replace(structures, model_fingerprint=model_fingerprint(model), groups=(), blocks=blocks)
+
+    def analyse(model: nn.Module) -> tuple[Names, ...]:
+        blocks = left(model)
+        moments = observe(model, blocks, calib, recipe.observe, seed=recipe.seed, notify=notify)
+        return cluster_blocks(blocks, moments, settings.threshold)
+
+    def remove_and_train(model: nn.Module, names: Names) -> nn.Module:
+        # Repaired towards the network that is cut, not the dense one: what earlier training has gained stays.
+        plan = replace(empty_plan(left(model)), blocks=names)
+        pruned, _ = repair(model, apply_plan(model, plan), plan, calib, recipe.repair, seed=recipe.seed, notify=notify)
+        return train(pruned) if train else pruned
+
+    def evaluate(model: nn.Module) -> float:
+        return float(evaluate_module(model, splits.val, task).mean())
+
+    return mpruner(deepcopy(dense), settings, analyse, remove_and_train, evaluate, notify=notify)
+
+
+def mpruner(
+    dense: Network,
+    settings: Mpruner,
+    analyse: Callable[[Network], tuple[Names, ...]],
+    remove_and_train: Callable[[Network, Names], Network],
+    evaluate: Callable[[Network], float],
+    *,
+    notify: Progress = silent,
+) -> tuple[Network, DepthLog]:
+    """The loop itself; none of the three functions may change its argument, so rolling back is keeping the best.
+
+    What holds is analysed again at the same stride; what does not is tried again at the next one, unless that would
+    remove the same blocks. Ends when no cluster has a second member or `max_stride` was refused.
+    """
+    best, stride = dense, settings.stride
+    dense_accuracy = best_accuracy = evaluate(dense)
+    found = analyse(dense)
+    rows: list[DepthRow] = []
+    removed: Names = ()
+    refused: Names = ()
+    while stride <= settings.max_stride and any(len(cluster) > 1 for cluster in found):
+        names = mpruner_candidates(found, stride)
+        accuracy, accepted, reason = None, False, "the same blocks as at the stride before"
+        if names != refused:
+            tried = remove_and_train(best, names)
+            accuracy = evaluate(tried)
+            drop_pp = 100 * (dense_accuracy - accuracy)
+            accepted = drop_pp <= settings.max_drop_pp + _ROUNDING
+            reason = f"accuracy falls by {drop_pp:.2f} pp; {settings.max_drop_pp:g} are allowed"
+        rows.append(
+            DepthRow(
+                iteration=len(rows) + 1,
+                stride=stride,
+                clusters=found,
+                removed=names,
+                accuracy=accuracy,
+                accepted=accepted,
+                reason=reason,
+            )
+        )
+        notify(Event(stage="depth", done=len(rows), message=reason))
+        if accepted and accuracy is not None:
+            best, best_accuracy, removed = tried, accuracy, removed + names
+            found = analyse(best)
+        else:
+            refused, stride = names, stride + 1
+    is_refused = stride > settings.max_stride
+    return best, DepthLog(
+        rows=tuple(rows),
+        dense_accuracy=dense_accuracy,
+        accuracy=best_accuracy,
+        removed=removed,
+        reason=f"refused at stride {settings.max_stride}" if is_refused else "no block is like one before it",
+    )

@@ -1,0 +1,64 @@
+"""What the network answers without a block: the confirmation that similarity of hidden outputs cannot give."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deploypipe.errors import DataError
+from deploypipe.observe.moments import Moments
+from deploypipe.pruning.apply import check_fingerprint, cut_out
+from deploypipe.pruning.plan import empty_plan
+from deploypipe.pruning.repair import repair
+from deploypipe.recipe import LogitDivergence
+from deploypipe.records import BlockRanking, Structures
+from deploypipe.task import Batch, evaluating, forward, take_calib
+
+
+def rank_by_divergence(
+    model: nn.Module,
+    structures: Structures,
+    moments: Moments,
+    batches: Iterable[Batch],
+    config: LogitDivergence,
+    seed: int,
+) -> BlockRanking:
+    """KL(dense || without the block), each block alone, in nats a sample times the square of the temperature.
+
+    Cost: two forward passes a block over `config.num_samples` samples, one batch at a time, and the repair if asked.
+    """
+    untouched = empty_plan(structures)
+    check_fingerprint(model, untouched)  # once, not for every block
+    taken = take_calib(batches, config.num_samples)
+    importance = {}
+    for block in structures.blocks:
+        plan = replace(untouched, blocks=(block.name,))
+        without = cut_out(model, plan)
+        if config.repair is not None:
+            without, _ = repair(model, without, plan, taken, config.repair, seed=seed)
+        importance[block.name] = divergence(model, without, taken, config.temperature)
+    return BlockRanking(scorer=config.kind, importance=importance)
+
+
+def divergence(dense: nn.Module, other: nn.Module, batches: Iterable[Batch], temperature: float = 1.0) -> float:
+    """Mean over samples (and positions) of KL(dense || other) of the softened answers, times temperature^2. float64."""
+    total, count = 0.0, 0
+    with evaluating(dense), evaluating(other), torch.no_grad():
+        for inputs, _ in batches:
+            expected = _log_probabilities(dense, inputs, temperature)
+            seen = _log_probabilities(other, inputs, temperature)
+            total += float((expected.exp() * (expected - seen)).sum())
+            count += len(expected)
+    return max(total / count, 0.0) * temperature**2
+
+
+def _log_probabilities(model: nn.Module, inputs: Any, temperature: float) -> Tensor:
+    """(samples * positions, classes) float64."""
+    outputs = forward(model, inputs)
+    if not isinstance(outputs, Tensor):
+        raise DataError("the divergence of answers needs a network with one output tensor of logits")
+    if not torch.isfinite(outputs).all():
+        raise DataError("the network's outputs are not finite on the calibration samples; check data and model")
+    return (outputs.double() / temperature).flatten(0, -2).log_softmax(dim=-1)

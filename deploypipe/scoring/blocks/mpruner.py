@@ -1,0 +1,61 @@
+"""MPruner (arXiv:2408.13482): blocks whose outputs are alike form clusters, of which the first block stays.
+
+Unlike the published code this uses unbiased CKA, on the calibration split, so that a threshold of 0.98 lies far above
+what unrelated outputs reach. CKA sees large directions only: whether a block may really go, accuracy must tell
+(`depth`), or the divergence of the answers (`logit_divergence`).
+"""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from deploypipe.observe.moments import Moments
+from deploypipe.recipe import Mpruner
+from deploypipe.records import BlockRanking, Names, Structures
+from deploypipe.scoring.blocks.families import families
+from deploypipe.task import Batch
+
+
+def clusters(cka: Tensor, threshold: float) -> tuple[tuple[int, ...], ...]:
+    """One scan from left to right over cka (n, n): who is like a cluster's first member joins, the next begins anew."""
+    found: list[list[int]] = []
+    for index in range(len(cka)):
+        if found and cka[found[-1][0], index] >= threshold:
+            found[-1].append(index)
+        else:
+            found.append([index])
+    return tuple(map(tuple, found))
+
+
+def cluster_blocks(structures: Structures, moments: Moments, threshold: float) -> tuple[Names, ...]:
+    """The clusters of each family by itself, as names."""
+    cka, place = moments.block_cka, {name: i for i, name in enumerate(moments.block_names)}
+    found: list[Names] = []
+    for names in families(structures, moments):
+        index = torch.tensor([place[name] for name in names])
+        found += [tuple(names[i] for i in cluster) for cluster in clusters(cka[index][:, index], threshold)]
+    return tuple(found)
+
+
+def mpruner_candidates(found: Sequence[Names], stride: int) -> Names:
+    """The blocks to remove: every `stride`-th member of each cluster, beginning with the second."""
+    return tuple(name for cluster in found for name in cluster[1::stride])
+
+
+def rank_by_similarity(
+    model: nn.Module, structures: Structures, moments: Moments, batches: Iterable[Batch], config: Mpruner, seed: int
+) -> BlockRanking:
+    """1 - CKA with the block before, whose output the identity would put in this one's place.
+
+    The first block of a cluster has 1 more, because it stays; the first of a family is like none.
+    """
+    cka, place = moments.block_cka, {name: i for i, name in enumerate(moments.block_names)}
+    found = cluster_blocks(structures, moments, config.threshold)
+    firsts = {cluster[0] for cluster in found}
+    importance = {}
+    for names in families(structures, moments):
+        for before, name in zip((None, *names), names, strict=False):
+            similarity = float(cka[place[before], place[name]]) if before else 0.0
+            importance[name] = 1 - similarity + (name in firsts)
+    return BlockRanking(scorer=config.kind, importance=importance, clusters=found)
