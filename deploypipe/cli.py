@@ -19,7 +19,7 @@ from rich.table import Table
 from deploypipe.errors import ConfigError, DeploypipeError
 from deploypipe.jsonio import load_toml, override, to_json
 from deploypipe.records import Event, GateDecision, Verdict
-from deploypipe.report.tables import before_after, check_cells, seconds
+from deploypipe.report.tables import before_after, check_cells, score_notes, score_table, seconds
 from deploypipe.runs import RunResult, load_result
 from deploypipe.target import Target
 
@@ -49,6 +49,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")]
+PipelineArgument = Annotated[str, typer.Argument(metavar="PIPELINE", help="A file, or the name of one in pipelines/.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change one field: search.num_trials=4 (recipe), target.budget.latency_p50=0.5x (target), "
+        "pipeline.WEIGHTS=w.safetensors (constant of the pipeline module). May be repeated.",
+    ),
+]
 
 
 def main() -> None:
@@ -58,18 +68,10 @@ def main() -> None:
 
 @app.command(epilog="Example: deploypipe run digits x86_cpu --set search.num_trials=4 --set target.num_threads=2")
 def run(
-    pipeline: Annotated[str, typer.Argument(metavar="PIPELINE", help="A file, or the name of one in pipelines/.")],
+    pipeline: PipelineArgument,
     target: Annotated[str, typer.Argument(metavar="TARGET", help="A TOML file, or the name of one in targets/.")],
     out: Annotated[Path | None, typer.Option(help="Run folder. Default: runs/PIPELINE-TARGET.")] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Change one field: search.num_trials=4 (recipe), target.budget.latency_p50=0.5x (target), "
-            "pipeline.WEIGHTS=w.safetensors (constant of the pipeline module). May be repeated.",
-        ),
-    ] = None,
+    set_: SetOption = None,
 ) -> None:
     """Compress PIPELINE's network for TARGET.
 
@@ -99,6 +101,40 @@ def run(
             )
         _show_result(result, folder)
     _exit_by(result.decision)
+
+
+@app.command(epilog="Example: deploypipe score digits --set score.kind=output_error")
+def score(
+    pipeline: PipelineArgument,
+    out: Annotated[Path | None, typer.Option(help="HTML file. Default: runs/PIPELINE-scores.html.")] = None,
+    set_: SetOption = None,
+) -> None:
+    """Show how much of PIPELINE's network is redundant, layer by layer, and which of its blocks do alike.
+
+    Takes one pass over the calibration samples; nothing is removed. The scorer is the recipe's: change it with
+    --set score.kind=..., one of magnitude, random, batch_norm_scale, fpgm, taylor, mipp, layerwise_mi, output_error,
+    label_mi, conditional_mi.
+    """
+    with _exit_codes():
+        settings = _split_settings(set_ or [], targets=False)
+        from deploypipe.pipeline import summarise_scores
+        from deploypipe.pipeline_module import load_pipeline
+
+        loaded = load_pipeline(pipeline, settings["pipeline"])
+        recipe = override(loaded.recipe(), settings["recipe"])
+        with _shown_stages() as notify, loaded.blame("the scoring"):
+            summary = summarise_scores(loaded.build_model(), loaded.load_data(), loaded.task(), recipe, notify=notify)
+        _show_table(f"Redundant units in {loaded.name}, by {summary.scorer}", *score_table(summary))
+        for cluster in summary.clusters:
+            if len(cluster) > 1:
+                print(f"alike   {', '.join(cluster)}")
+        for note in score_notes(summary):
+            print(f"note    {note}")
+        from deploypipe.report.html import write_scores
+
+        path = out or Path("runs") / f"{loaded.name}-scores.html"
+        write_scores(loaded.name, summary, path)
+        print(f"figures {path}")
 
 
 @app.command(epilog="Example: deploypipe gate runs/digits-x86_cpu --json")
@@ -206,14 +242,16 @@ def _named_targets() -> dict[str, Path]:
     return {path.stem: path for folder in folders for path in sorted(folder.glob("*.toml"))}
 
 
-def _split_settings(texts: Sequence[str]) -> dict[str, dict[str, str]]:
-    """`--set` texts, by what they change: the target, the pipeline module's constants, or the recipe."""
+def _split_settings(texts: Sequence[str], *, targets: bool = True) -> dict[str, dict[str, str]]:
+    """`--set` texts, by what they change: the target (where there is one), the module's constants, or the recipe."""
     settings: dict[str, dict[str, str]] = {"target": {}, "pipeline": {}, "recipe": {}}
     for text in texts:
         key, equals, value = text.partition("=")
         if not equals or not key:
             raise ConfigError("--set", text, "is not KEY=VALUE", "write it like --set search.num_trials=4")
         owner, _, rest = key.partition(".")
+        if owner == "target" and not targets:
+            raise ConfigError("--set", key, "there is no target here", "leave it out, or give it to `deploypipe run`")
         if owner in ("target", "pipeline") and rest:
             settings[owner][rest] = value
         else:

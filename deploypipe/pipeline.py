@@ -16,8 +16,8 @@ from deploypipe.checks import check_inputs
 from deploypipe.data import fingerprint
 from deploypipe.errors import DeploypipeError
 from deploypipe.export.onnx_file import export_onnx
-from deploypipe.observe.moments import Moments, load_moments, save_moments
-from deploypipe.observe.stream import observe
+from deploypipe.observe.moments import Moments, load_moments, merge, save_moments
+from deploypipe.observe.stream import observe_halves
 from deploypipe.pruning.apply import apply_plan, describe
 from deploypipe.pruning.calls import one_thread_if_small
 from deploypipe.pruning.plan import make_plan
@@ -36,6 +36,7 @@ from deploypipe.records import (
     Progress,
     PruneOutcome,
     PruningPlan,
+    ScoreSummary,
     ScoreTable,
     SearchResult,
     Structures,
@@ -44,7 +45,8 @@ from deploypipe.records import (
 )
 from deploypipe.release.gate import decide
 from deploypipe.runs import RunFolder, RunResult, open_run, place_file, save_result, start_afresh
-from deploypipe.scoring import score
+from deploypipe.scoring import needs_derivatives, score_halves
+from deploypipe.scoring.summary import summarise
 from deploypipe.search.allocate import Allocation, allocate_to, least_macs, uniform
 from deploypipe.search.curves import measure_curves
 from deploypipe.search.judge import Judge
@@ -56,6 +58,7 @@ from deploypipe.training.finetune import finetune
 MODEL, REPORT = "model.onnx", "report.html"
 PACKAGES = ("torch", "torch-pruning", "optuna", "onnx", "onnxruntime", "onnxscript", "numpy", "scipy")
 _NUM_PARITY_SAMPLES = 64
+_HALVES = ("first.safetensors", "second.safetensors")  # of the calibration samples
 # A search that fills the whole latency budget leaves the gate's interval nothing to lie in.
 _LATENCY_MARGIN = 0.03
 _SMALLEST_SHARE = 0.1  # of the dense MACs; below, no candidate was ever worth repairing
@@ -93,15 +96,38 @@ def compress(
         return result
 
 
+def summarise_scores(
+    model: nn.Module, splits: Splits, task: Task, recipe: Recipe, *, notify: Progress = silent
+) -> ScoreSummary:
+    """What `recipe.score` says about a network, from one pass over the calibration samples; nothing is removed.
+
+    Raises DeploypipeError for what a user can get wrong.
+    """
+    calib = take_calib(splits.calib, recipe.observe.num_samples)
+    model = copy.deepcopy(model).cpu().eval()
+    structures = list_structures(model, take(calib[0][0], 2), recipe.keep)
+    loss = task.loss if needs_derivatives(recipe.score) else None
+    notify(Event(stage="observe", message="start"))
+    halves = observe_halves(model, structures, calib, recipe.observe, loss=loss, seed=recipe.seed, notify=notify)
+    notify(Event(stage="observe", message="done"))
+    moments = merge(*halves)
+    notify(Event(stage="score", message="start"))
+    table = score_halves(model, structures, halves, moments, recipe.score, seed=recipe.seed)
+    notify(Event(stage="score", message="done"))
+    return summarise(structures, table, moments)
+
+
 def _run_stages(job: "_Job", name: str) -> RunResult:
     dense = job.baseline()
     structures = job.structures()
     limits = job.target.budget.limits()
-    found, outcome, log, file = None, None, None, dense.file
+    summary, found, outcome, log, file = None, None, None, None, dense.file
     counts = (dense.num_params, dense.num_macs)
     if _is_over_budget(dense, _with_margin(limits)):
-        moments = job.observe(structures)
-        scores = job.score(structures, moments)
+        halves = job.observe(structures)
+        moments = merge(*halves)
+        scores = job.score(structures, halves, moments)
+        summary = summarise(structures, scores, moments)
         curves = job.curves(structures, scores, moments)
         found = job.search(structures, scores, curves, dense, limits)
         plan = found.trials[found.best].plan
@@ -119,6 +145,7 @@ def _run_stages(job: "_Job", name: str) -> RunResult:
         recipe=job.recipe,
         target=job.target,
         structures=structures,
+        scores=summary,
         search=found,
         prune=outcome.prune if outcome else None,
         repair=outcome.repair if outcome else None,
@@ -180,27 +207,32 @@ class _Job:
             "structures", inputs, lambda _: list_structures(self.model, self.inputs, self.recipe.keep), Structures
         )
 
-    def observe(self, structures: Structures) -> Moments:
+    def observe(self, structures: Structures) -> tuple[Moments, Moments]:
+        loss = self.task.loss if needs_derivatives(self.recipe.score) else None
+
         def compute(work: Path) -> Observation:
-            moments = observe(
-                self.model, structures, self.calib, self.recipe.observe, seed=self.recipe.seed, notify=self.run.notify
+            settings, seed = self.recipe.observe, self.recipe.seed
+            halves = observe_halves(
+                self.model, structures, self.calib, settings, loss=loss, seed=seed, notify=self.run.notify
             )
-            save_moments(moments, work / "moments.safetensors")
-            return Observation(
-                num_samples=moments.num_samples,
-                skipped=moments.skipped,
-                block_names=moments.block_names,
-                block_cka=tuple(tuple(row) for row in moments.block_cka.tolist()),
-            )
+            for name, half in zip(_HALVES, halves, strict=True):
+                save_moments(half, work / name)
+            return Observation(num_samples=sum(half.num_samples for half in halves), skipped=halves[0].skipped)
 
-        inputs = {**self.origin, "structures": structures, "observe": self.recipe.observe}
+        inputs = {
+            **self.origin,
+            "structures": structures,
+            "observe": self.recipe.observe,
+            "derivatives": loss is not None,
+        }
         self.run.remember("observe", inputs, compute, Observation)
-        return load_moments(self.run.files("observe") / "moments.safetensors")
+        first, second = (load_moments(self.run.files("observe") / name) for name in _HALVES)
+        return first, second
 
-    def score(self, structures: Structures, moments: Moments) -> ScoreTable:
+    def score(self, structures: Structures, halves: tuple[Moments, Moments], moments: Moments) -> ScoreTable:
         def compute(_: Path) -> ScoreTable:
             with one_thread_if_small(0):  # thousands of small products
-                return score(self.model, structures, moments, self.recipe.score, seed=self.recipe.seed)
+                return score_halves(self.model, structures, halves, moments, self.recipe.score, seed=self.recipe.seed)
 
         inputs = {"observe": self.run.key("observe"), "score": self.recipe.score}
         return self.run.remember(

@@ -203,7 +203,7 @@ class Finetune:
     """A short training of the repaired network, taught by the dense one."""
 
     num_epochs: int = 5
-    learning_rate: float = 0.003  # peak; low, because a large step destroys the repair (pipelines/LOG.md)
+    learning_rate: float = 0.006  # peak; low, because a large step destroys the repair (pipelines/LOG.md)
     warmup_share: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4

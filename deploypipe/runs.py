@@ -27,6 +27,7 @@ from deploypipe.records import (
     Progress,
     PruneReport,
     RepairReport,
+    ScoreSummary,
     SearchResult,
     StageTime,
     Structures,
@@ -49,7 +50,8 @@ class RunResult:
     recipe: Recipe
     target: Target
     structures: Structures
-    search: SearchResult | None  # None: nothing had to be removed
+    scores: ScoreSummary | None  # None, like the next four: nothing had to be removed
+    search: SearchResult | None
     prune: PruneReport | None
     repair: RepairReport | None
     training: TrainLog | None

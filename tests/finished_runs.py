@@ -60,6 +60,41 @@ def trial(number: int, latency_p50_ms: float, is_feasible: bool) -> r.Trial:
     )
 
 
+def score_summary() -> r.ScoreSummary:
+    kept = (0.0, 0.6, 0.96, 1.0)
+    groups = (
+        r.GroupSummary(
+            name="layer1.0.conv1",
+            num_units=3,
+            kept_information=kept,
+            redundant=(1, 1, 0),
+            suggested=2,
+            stability=0.95,
+            reason="",
+        ),
+        r.GroupSummary(
+            name="layer1.1.conv1",
+            num_units=3,
+            kept_information=kept,
+            redundant=(1, 1, 0),
+            suggested=None,
+            stability=0.41,
+            reason="nothing of it <could> be observed",
+        ),
+    )
+    return r.ScoreSummary(
+        scorer="mipp",
+        num_samples=512,
+        shares=(0.9, 0.95, 0.99),
+        groups=groups,
+        shaky=("layer1.1.conv1",),
+        samples_wanted=3000,
+        block_names=("layer1.0", "layer1.1"),
+        block_cka=((1.0, 0.99), (0.99, 1.0)),
+        clusters=(("layer1.0", "layer1.1"),),
+    )
+
+
 def finished_run() -> RunResult:
     rows = (
         r.PruneRow(name="layer1.0.conv1", kind="channels", width_before=32, asked=17, realised=16, reason="steps of 8"),
@@ -82,6 +117,7 @@ def finished_run() -> RunResult:
             num_params=800_000,
             num_macs=7_000_000,
         ),
+        scores=score_summary(),
         search=r.SearchResult(
             dense=trial(0, 0.2, True).candidate,
             trials=(trial(0, 0.12, True), trial(1, 0.18, False), trial(2, 0.13, True)),
@@ -149,4 +185,6 @@ def untouched_run() -> RunResult:
         reason="was not measured",
     )
     decision = r.GateDecision(verdict=r.Verdict.HOLD, checks=(unknown,), reason="latency_p50 is UNKNOWN")
-    return replace(result, search=None, prune=None, repair=None, training=None, benchmark=benchmark, decision=decision)
+    return replace(
+        result, scores=None, search=None, prune=None, repair=None, training=None, benchmark=benchmark, decision=decision
+    )

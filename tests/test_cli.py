@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny
 from finished_runs import finished_run, untouched_run
 from typer.testing import CliRunner
 
@@ -153,6 +154,22 @@ def test_report_writes_beside_the_run_or_where_told(tmp_path: Path) -> None:
     assert invoke("report", str(tmp_path)).output.strip() == str(tmp_path / "report.html")
     assert invoke("report", str(tmp_path), "--out", str(tmp_path / "x.html")).exit_code == 0
     assert "SHIP" in (tmp_path / "x.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("kind", ["mipp", "taylor", "label_mi"])  # from moments, derivatives and labels
+def test_score_shows_a_table_and_writes_the_figures(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = invoke("score", tiny.__file__, "--set", f"score.kind={kind}")
+    assert done.exit_code == 0, done.output
+    assert f"Redundant units in tiny, by {kind}" in done.output and "blocks.0.conv1" in done.output
+    assert "figures runs/tiny-scores.html" in done.output
+    assert kind in (tmp_path / "runs" / "tiny-scores.html").read_text(encoding="utf-8")
+
+
+def test_score_has_no_target(home: Path) -> None:
+    done = invoke("score", "./toy.py", "--set", "target.num_threads=2")
+    assert done.exit_code == 2
+    assert done.output.startswith("error: --set: target.num_threads: there is no target here")
 
 
 def test_init_writes_what_loads_and_never_overwrites(home: Path) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from deploypipe.errors import DataError
 from deploypipe.observe.collectors import BlockCollector, GradientCollector, InputCollector, UnitCollector
-from deploypipe.observe.moments import Moments, merge
+from deploypipe.observe.moments import Moments
 from deploypipe.recipe import Observe
 from deploypipe.records import Event, Progress, Structures, silent
 from deploypipe.task import Batch, evaluating, forward, num_samples, take, take_calib
@@ -76,8 +76,8 @@ def observe_halves(
     loss: Callable[[Any, Any], Tensor] | None = None,
     seed: int = 0,
     notify: Progress = silent,
-) -> tuple[Moments, Moments, Moments]:
-    """One pass in two parts: the moments of the odd batches, of the even ones, and of all.
+) -> tuple[Moments, Moments]:
+    """One pass in two parts: the moments of the odd batches and of the even ones; `merge` makes those of all.
 
     How much a score changes from one half to the other is its stability. A lone batch is cut in two.
     """
@@ -92,7 +92,7 @@ def observe_halves(
 
         half = taken[number::2]
         halves.append(observe(model, structures, half, settings, loss=loss, seed=2 * seed + number, notify=tell))
-    return halves[0], halves[1], merge(*halves)
+    return halves[0], halves[1]
 
 
 @contextmanager

@@ -1,26 +1,49 @@
 """The report: one HTML file that tells the decision first and needs no network."""
 
-from importlib import resources
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from deploypipe.errors import DeploypipeError
-from deploypipe.records import PruneReport
-from deploypipe.report.tables import before_after, check_cells, count, seconds
+from deploypipe.records import PruneReport, ScoreSummary
+from deploypipe.report.tables import (
+    before_after,
+    check_cells,
+    count,
+    score_notes,
+    score_table,
+    seconds,
+)
 from deploypipe.runs import RunResult, write_atomically
-
-TEMPLATE = "report.html.j2"
 
 
 def write_report(result: RunResult, path: Path) -> None:
     """Write the report of a run. DeploypipeError where plotly or jinja2 are not installed."""
-    content = render_report(result).encode()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, content)
+    _write(path, render_report(result))
+
+
+def write_scores(name: str, summary: ScoreSummary, path: Path) -> None:
+    """Write what a scorer says about the network `name`. DeploypipeError where plotly or jinja2 are not installed."""
+    _write(path, _render("scores.html.j2", lambda: _score_figures(summary), name=name, open=True, **_about(summary)))
 
 
 def render_report(result: RunResult) -> str:
     """The report of a run as HTML."""
+    return _render(
+        "report.html.j2",
+        lambda: _figures(result),
+        result=result,
+        rows=before_after(result),
+        checks=[check_cells(check) for check in result.decision.checks],
+        removed_blocks=_removed_blocks(result.prune),
+        remarks=[row for row in result.prune.rows if row.reason] if result.prune else [],
+        total_seconds=sum(stage.seconds for stage in result.stages),
+        open=False,
+        **_about(result.scores),
+    )
+
+
+def _render(template: str, figures: Callable[[], dict[str, str]], **values: Any) -> str:
     try:
         import jinja2
         import plotly.offline
@@ -28,20 +51,32 @@ def render_report(result: RunResult) -> str:
         raise DeploypipeError(
             f"the report needs {error.name}, which is not installed; pip install 'deploypipe[report]'"
         ) from None
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters.update(count=count, seconds=seconds)
-    text = (resources.files("deploypipe.report") / TEMPLATE).read_text(encoding="utf-8")
-    rendered: str = environment.from_string(text).render(
-        result=result,
-        rows=before_after(result),
-        checks=[check_cells(check) for check in result.decision.checks],
-        removed_blocks=_removed_blocks(result.prune),
-        remarks=[row for row in result.prune.rows if row.reason] if result.prune else [],
-        total_seconds=sum(stage.seconds for stage in result.stages),
-        figures=_figures(result),
-        plotly_js=plotly.offline.get_plotlyjs(),
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("deploypipe", "report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
     )
-    return rendered
+    environment.filters.update(count=count, seconds=seconds)
+    page = environment.get_template(template)
+    return page.render(figures=figures(), plotly_js=plotly.offline.get_plotlyjs(), **values)
+
+
+def _write(path: Path, page: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, page.encode())
+
+
+def _about(summary: ScoreSummary | None) -> dict[str, Any]:
+    if summary is None:
+        return {"scores": None}
+    heads, rows = score_table(summary)
+    return {
+        "scores": summary,
+        "score_columns": heads,
+        "score_rows": rows,
+        "notes": score_notes(summary),
+    }
 
 
 def _removed_blocks(report: PruneReport | None) -> list[str]:
@@ -49,10 +84,10 @@ def _removed_blocks(report: PruneReport | None) -> list[str]:
     return [row.name for row in rows if row.kind == "block" and row.realised < row.width_before]
 
 
-def _figures(result: RunResult) -> dict[str, Any]:
+def _figures(result: RunResult) -> dict[str, str]:
     from deploypipe.report import plots
 
-    figures: dict[str, Any] = {"stages": plots.stage_times(result.stages)}
+    figures: dict[str, str] = {"stages": plots.stage_times(result.stages)}
     if result.benchmark.dense.latency or result.benchmark.compressed.latency:
         figures["latencies"] = plots.latencies(result.benchmark)
     if result.search:
@@ -63,4 +98,15 @@ def _figures(result: RunResult) -> dict[str, Any]:
         figures["finetune"] = plots.finetune(result.training)
     if result.repair and any(not row.reason for row in result.repair.rows):
         figures["repair"] = plots.repair_errors(result.repair)
+    return figures | _score_figures(result.scores)
+
+
+def _score_figures(summary: ScoreSummary | None) -> dict[str, str]:
+    from deploypipe.report import plots
+
+    if summary is None or not summary.groups:
+        return {}
+    figures = {"kept_information": plots.kept_information(summary)}
+    if len(summary.block_names) > 1:
+        figures["block_similarity"] = plots.block_similarity(summary)
     return figures

@@ -4,7 +4,16 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from deploypipe.records import BenchmarkReport, Interval, PruneReport, RepairReport, SearchResult, StageTime, TrainLog
+from deploypipe.records import (
+    BenchmarkReport,
+    Interval,
+    PruneReport,
+    RepairReport,
+    ScoreSummary,
+    SearchResult,
+    StageTime,
+    TrainLog,
+)
 from deploypipe.target import Target
 
 DENSE, COMPRESSED, MUTED, LIMIT = "#8a94a6", "#2563eb", "#cbd2dc", "#dc2626"
@@ -20,6 +29,45 @@ def widths(report: PruneReport) -> str:
     figure.add_bar(y=names, x=[r.realised for r in rows], name="compressed", marker_color=COMPRESSED, orientation="h")
     figure.update_layout(barmode="overlay", xaxis_title="channels", yaxis={"autorange": "reversed", "type": "category"})
     return _html(figure, height=140 + 20 * len(names))
+
+
+def kept_information(summary: ScoreSummary) -> str:
+    """What share of its information each group keeps, by the share of its units that stay."""
+    figure = go.Figure()
+    last = max(1, len(summary.groups) - 1)
+    for number, group in enumerate(summary.groups):
+        figure.add_scatter(
+            x=[100 * width / group.num_units for width in range(group.num_units + 1)],
+            y=[100 * share for share in group.kept_information],
+            mode="lines",
+            name=group.name,
+            line={"width": 1.5, "color": f"hsl({220 - 220 * number / last:.0f}, 75%, 45%)"},  # blue: near the input
+            hovertemplate=f"{group.name}<br>%{{x:.0f}} % of {group.num_units} units<br>%{{y:.1f}} %<extra></extra>",
+        )
+    figure.update_layout(xaxis_title="units kept, %", yaxis_title="information kept, %", showlegend=last < 12)
+    return _html(figure)
+
+
+def block_similarity(summary: ScoreSummary) -> str:
+    """CKA between block outputs, the clusters drawn on it."""
+    names = list(summary.block_names)
+    figure = go.Figure()
+    figure.add_heatmap(
+        z=summary.block_cka,
+        x=names,
+        y=names,
+        zmin=0,
+        zmax=1,
+        colorscale="Blues",
+        colorbar={"title": "CKA"},
+        hovertemplate="%{x}<br>%{y}<br>CKA %{z:.3f}<extra></extra>",
+    )
+    for cluster in summary.clusters:
+        if len(cluster) > 1:
+            low, high = names.index(cluster[0]) - 0.5, names.index(cluster[-1]) + 0.5
+            figure.add_shape(type="rect", x0=low, x1=high, y0=low, y1=high, line={"color": LIMIT, "width": 2})
+    figure.update_layout(xaxis={"type": "category"}, yaxis={"autorange": "reversed", "type": "category"})
+    return _html(figure, height=max(380, 160 + 16 * len(names)))
 
 
 def trials(search: SearchResult, target: Target) -> str:

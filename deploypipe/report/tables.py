@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from deploypipe.records import Check, Interval, Measurement
+from deploypipe.records import Check, Interval, Measurement, ScoreSummary
 from deploypipe.runs import RunResult
 
 NOT_MEASURED = "not measured"
@@ -54,6 +54,40 @@ def check_cells(check: Check) -> tuple[str, str, str, str, str]:
         "" if check.limit is None else figure(check.limit, check.unit),
         check.reason,
     )
+
+
+def score_table(summary: ScoreSummary) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Heads and rows, by group: how many units could go at each share of kept information, and how sure that is.
+
+    Columns that would be empty are left out.
+    """
+    heads = ("group", "units", *(f"at {100 * s:g} %" for s in summary.shares), "suggested", "stability", "remark")
+    rows = [
+        (
+            group.name,
+            str(group.num_units),
+            *map(str, group.redundant),
+            "" if group.suggested is None else str(group.suggested),
+            "" if group.stability is None else f"{group.stability:.2f}",
+            group.reason,
+        )
+        for group in summary.groups
+    ]
+    shown = [column for column in range(len(heads)) if any(row[column] for row in rows)]
+    return tuple(heads[c] for c in shown), [tuple(row[c] for c in shown) for row in rows]
+
+
+def score_notes(summary: ScoreSummary) -> list[str]:
+    """What a reader of the scores should be warned of."""
+    if not summary.shaky:
+        return []
+    lowest = min(group.stability for group in summary.groups if group.stability is not None)
+    wanted = summary.samples_wanted
+    remedy = f"about {wanted} samples would settle them" if wanted else "far more samples, or another scorer, may help"
+    return [
+        f"{len(summary.shaky)} of {len(summary.groups)} rankings change between halves of the samples (lowest rank "
+        f"correlation {lowest:.2f}); {remedy} (observe.num_samples)."
+    ]
 
 
 def with_interval(value: float, interval: Interval | None, unit: str) -> str:

@@ -1,26 +1,74 @@
 """Which units of a group go first. One file a method, one line in `SCORERS`."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from deploypipe.observe.moments import Moments
-from deploypipe.recipe import Magnitude, Mipp, Random, Scorer
+from deploypipe.recipe import (
+    BatchNormScale,
+    ConditionalMi,
+    Fpgm,
+    LabelMi,
+    LayerwiseMi,
+    Magnitude,
+    Mipp,
+    OutputError,
+    Random,
+    Scorer,
+    Taylor,
+)
 from deploypipe.records import ScoreTable, Structures
+from deploypipe.scoring.batch_norm_scale import score_batch_norm_scale
+from deploypipe.scoring.conditional_mi import score_conditional_mi
+from deploypipe.scoring.fpgm import score_fpgm
+from deploypipe.scoring.label_mi import score_label_mi
+from deploypipe.scoring.layerwise_mi import score_layerwise_mi
 from deploypipe.scoring.magnitude import score_magnitude
 from deploypipe.scoring.mipp import score_mipp
+from deploypipe.scoring.output_error import score_output_error
 from deploypipe.scoring.random import score_random
+from deploypipe.scoring.stability import stability
+from deploypipe.scoring.taylor import score_taylor
 
 ScoreFunction = Callable[[nn.Module, Structures, Moments, Any, int], ScoreTable]
 
 SCORERS: dict[type[Scorer], ScoreFunction] = {
     Magnitude: score_magnitude,
     Random: score_random,
+    BatchNormScale: score_batch_norm_scale,
+    Fpgm: score_fpgm,
+    Taylor: score_taylor,
     Mipp: score_mipp,
+    LayerwiseMi: score_layerwise_mi,
+    OutputError: score_output_error,
+    LabelMi: score_label_mi,
+    ConditionalMi: score_conditional_mi,
 }
 
 
 def score(model: nn.Module, structures: Structures, moments: Moments, scorer: Scorer, *, seed: int = 0) -> ScoreTable:
     """One finite score for every unit of every group; higher = keep."""
     return SCORERS[type(scorer)](model, structures, moments, scorer, seed)
+
+
+def score_halves(
+    model: nn.Module,
+    structures: Structures,
+    halves: tuple[Moments, Moments],
+    whole: Moments,
+    scorer: Scorer,
+    *,
+    seed: int = 0,
+) -> ScoreTable:
+    """The scores by all samples, and how well those by each half of the samples agree (see `observe_halves`)."""
+    first, second = (score(model, structures, half, scorer, seed=seed) for half in halves)
+    table = score(model, structures, whole, scorer, seed=seed)
+    return replace(table, stability=stability(first, second))
+
+
+def needs_derivatives(scorer: Scorer) -> bool:
+    """Whether `observe` has to be given the loss."""
+    return isinstance(scorer, Taylor) or (isinstance(scorer, OutputError) and scorer.fisher)

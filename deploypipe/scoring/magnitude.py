@@ -1,4 +1,7 @@
-"""Squared weights of a unit, over everything that produces or reads it (group L2, arXiv:2301.12900 section 3.3)."""
+"""Size of a unit's weights, over everything that produces or reads it (group norm, arXiv:2301.12900 section 3.3)."""
+
+from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -11,27 +14,51 @@ from deploypipe.records import ChannelGroup, Member, ScoreTable, Structures
 def score_magnitude(
     model: nn.Module, structures: Structures, moments: Moments, config: Magnitude, seed: int
 ) -> ScoreTable:
-    """Sum of the squared weights of all members with a weight matrix, by unit."""
+    """Sum of |w| or w^2 (`config.power`) over all members with a weight matrix, by unit; float64."""
     modules = dict(model.named_modules())
-    channels = {group.name: tuple(_group_energy(group, modules).tolist()) for group in structures.groups}
+    channels = {group.name: _group_size(group, modules, config.power) for group in structures.groups}
     return ScoreTable(scorer=config.kind, channels=channels)
 
 
-def _group_energy(group: ChannelGroup, modules: dict[str, nn.Module]) -> Tensor:
-    energies = [_member_energy(modules[member.module], member) for member in group.members]
-    return torch.stack(energies).sum(0)
+def completed_by_magnitude(
+    model: nn.Module, structures: Structures, table: ScoreTable, reasons: Mapping[str, str]
+) -> ScoreTable:
+    """`table` with the groups named in `reasons`, which its method cannot score, scored by squared weights."""
+    modules = dict(model.named_modules())
+    missing = [group for group in structures.groups if group.name in reasons]
+    return replace(
+        table,
+        channels=table.channels | {group.name: _group_size(group, modules, 2) for group in missing},
+        reasons=table.reasons | {group.name: reasons[group.name] for group in missing},
+    )
 
 
-def _member_energy(module: nn.Module, member: Member) -> Tensor:
+def weight_rows(module: nn.Module, member: Member) -> Tensor | None:
+    """The weights of each of the module's indices on the member's side, (indices, weights); None without a matrix.
+
+    Norms have none: they scale what the convolutions already show.
+    """
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() < 2:  # norms scale what the convolutions already show
-        return torch.zeros(len(member.units), dtype=torch.float64)
-    square = weight.detach().double().square()
+    if not isinstance(weight, Tensor) or weight.dim() < 2:
+        return None
+    weight = weight.detach()
     is_transposed = isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
     is_first_axis = (member.side == "out") != is_transposed and not isinstance(module, nn.Embedding)
     if is_first_axis or weight.shape[1] == 1:  # depthwise: both sides are one
-        per_index = square.flatten(1).sum(1)
-    else:  # the second axis counts within each group of a grouped convolution
-        grouped = square.reshape(getattr(module, "groups", 1), -1, *square.shape[1:])
-        per_index = grouped.transpose(1, 2).flatten(2).sum(2).flatten()
+        return weight.flatten(1)
+    # The second axis counts within each group of a grouped convolution.
+    grouped = weight.reshape(getattr(module, "groups", 1), -1, *weight.shape[1:])
+    return grouped.transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def _group_size(group: ChannelGroup, modules: Mapping[str, nn.Module], power: int) -> tuple[float, ...]:
+    total = torch.stack([_member_size(modules[member.module], member, power) for member in group.members]).sum(0)
+    return tuple(total.tolist())
+
+
+def _member_size(module: nn.Module, member: Member, power: int) -> Tensor:
+    rows = weight_rows(module, member)
+    if rows is None:
+        return torch.zeros(len(member.units), dtype=torch.float64)
+    per_index = rows.double().abs().pow(power).sum(1)
     return torch.stack([per_index[list(unit)].sum() for unit in member.units])

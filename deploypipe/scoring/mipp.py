@@ -1,88 +1,50 @@
 """Mutual-information-preserving pruning in closed Gaussian form (arXiv:2411.00147; derivation in `numerics`).
 
 A unit is a group of regressors (its taps) of every layer that reads it; the score is the information about those
-layers' outputs that is lost when it goes, after all units of lower score are already gone.
+layers' kept outputs that is lost when it goes, after all units of lower score are already gone.
 """
 
-import heapq
-from typing import Any
+from collections.abc import Sequence
 
-import torch
+from scipy.stats import chi2
 from torch import nn
 
 from deploypipe.numerics.gaussian_mi import SequentialRemoval
 from deploypipe.observe.moments import Moments
-from deploypipe.observe.patches import columns, num_taps, weight_matrix
-from deploypipe.recipe import Magnitude, Mipp
-from deploypipe.records import ChannelGroup, ScoreTable, Structures
-from deploypipe.scoring.magnitude import score_magnitude
-
-UNOBSERVED = "none of its consumers could be observed; scored by magnitude"
-_EXACT = 128  # units up to which all losses are computed at every removal: being lazy saves nothing there
-_REFRESH = 16  # removals between two computations of all losses in wider groups
-_STEP = 1e-9  # keeps the order of removal where nothing is lost
+from deploypipe.recipe import Mipp
+from deploypipe.records import ScoreTable, Structures
+from deploypipe.scoring.top_down import Ranking, Reader, cumulative, remove_one_by_one, score_top_down
 
 
 def score_mipp(model: nn.Module, structures: Structures, moments: Moments, config: Mipp, seed: int) -> ScoreTable:
     """Cumulative nats lost when a unit is removed in greedy order: the last one standing has the highest score.
 
-    Groups none of whose consumers could be observed are scored by magnitude.
+    With a `confidence`, every group also gets the width at which the method stops (see `_width`), and exactly the units
+    of that width are targets of the layers below. Groups none of whose consumers could be observed are scored by
+    magnitude, and suggest nothing.
     """
-    modules = dict(model.named_modules())
-    by_magnitude = score_magnitude(model, structures, moments, Magnitude(), seed).channels
-    orders = {group.name: _removal_order(group, modules, moments, config) for group in structures.groups}
-    return ScoreTable(
-        scorer=config.kind,
-        channels={name: order or by_magnitude[name] for name, order in orders.items()},
-        reasons={name: UNOBSERVED for name, order in orders.items() if not order},
-    )
+
+    def rank(readers: list[Reader]) -> Ranking:
+        problems = [SequentialRemoval(r.covariance, r.weights, r.regressors, noise=config.noise) for r in readers]
+        order, losses = remove_one_by_one(problems, len(readers[0].regressors))
+        width = None if config.confidence is None else _width(losses, readers, moments.num_samples, config.confidence)
+        return Ranking(scores=cumulative(order, losses), suggested=width)
+
+    return score_top_down(model, structures, moments, rank, scorer=config.kind, is_cumulative=True, keep=config.keep)
 
 
-def _removal_order(
-    group: ChannelGroup, modules: dict[str, nn.Module], moments: Moments, config: Mipp
-) -> tuple[float, ...]:
-    problems = []
-    for member in group.members:
-        if member.side == "in" and member.module in moments.inputs:
-            layer: Any = modules[member.module]
-            regressors = [columns(unit, num_taps(layer)) for unit in member.units]
-            covariance = moments.inputs[member.module].covariance
-            weights = weight_matrix(layer).detach().double().T.contiguous()
-            problems.append(SequentialRemoval(covariance, weights, regressors, noise=config.noise))
-    if not problems:
-        return ()
-    return _greedy(problems, group.num_units)
+def _width(losses: Sequence[float], readers: Sequence[Reader], num_samples: int, confidence: float) -> int:
+    """How many units stay when removal, in greedy order, stops at the first one that costs significant information.
 
-
-def _greedy(problems: list[SequentialRemoval], num_units: int) -> tuple[float, ...]:
-    """Remove the unit of least loss, again and again; the score is what was lost by then.
-
-    In wide groups only the seemingly smallest loss is computed anew (lazy greedy): losses mostly grow as others go, so
-    those of the last refresh are lower bounds. They can shrink, too, where few outputs are read; hence the refresh.
+    The closed analogue of the paper's test (keep a node only if it is more than x % sure that it transfers entropy, by
+    five estimates): removing a unit loses I(unit; outputs | units left) nats; 2 N times that is the likelihood ratio
+    statistic of the hypothesis that the outputs do not depend on the unit, given the others. It is compared with the
+    chi-square quantile at `confidence`; degrees of freedom are the unit's weights: taps x kept outputs, summed over the
+    readers. N counts samples, not positions, which are not independent. As in the paper, a higher confidence prunes
+    harder, for the same targets never less; 1 leaves one unit. The outputs are exact and the noise only the floor, so
+    this is the power of the test at that noise, not an error rate.
     """
-    refresh = 1 if num_units <= _EXACT else _REFRESH
-    scores, lost = [0.0] * num_units, 0.0
-    remaining = set(range(num_units))
-    bounds: list[tuple[float, int]] = []
-    for step in range(num_units):
-        if step % refresh == 0:
-            order = sorted(remaining)
-            bounds = list(zip(_losses(problems, order), order, strict=True))
-            heapq.heapify(bounds)
-        loss, unit = heapq.heappop(bounds)
-        while step % refresh and bounds:
-            loss = _losses(problems, [unit])[0]
-            if loss <= bounds[0][0]:
-                break
-            loss, unit = heapq.heapreplace(bounds, (loss, unit))
-        lost += max(loss, 0.0)
-        scores[unit] = lost + step * _STEP
-        remaining.remove(unit)
-        for problem in problems:
-            problem.remove_(unit)
-    return tuple(scores)
-
-
-def _losses(problems: list[SequentialRemoval], units: list[int]) -> list[float]:
-    total = torch.stack([problem.losses(units) for problem in problems]).sum(0)
-    return [float(x) for x in total.nan_to_num(nan=0.0)]
+    weights = sum(len(reader.regressors[0]) * reader.weights.shape[1] for reader in readers)
+    limit = float(chi2.ppf(confidence, weights))
+    significant = [step for step, loss in enumerate(losses) if not 2 * num_samples * loss < limit]
+    return max(1, len(losses) - significant[0]) if significant else 1

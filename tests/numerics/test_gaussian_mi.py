@@ -1,10 +1,10 @@
-"""Sequential removal equals what explicit conditional covariances say, removed group by removed group."""
+"""Sequential removal and selection equal what explicit covariances say, group by group."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from deploypipe.numerics.gaussian_mi import SequentialRemoval
+from deploypipe.numerics.gaussian_mi import SequentialRemoval, SequentialSelection
 
 NOISE = 1e-2
 
@@ -82,3 +82,79 @@ def test_singular_covariances_give_finite_losses_that_are_not_negative(rank: int
 def test_groups_of_different_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match="same size"):
         SequentialRemoval(*random_problem(3, 2, 0), [[0], [1, 2]], noise=NOISE)
+
+
+def information(covariance: Tensor, weights: Tensor, chosen: list[int]) -> float:
+    """I(chosen regressors; Y) from the joint covariance of both."""
+    output = weights.T @ covariance @ weights
+    output = output + torch.eye(len(output), dtype=torch.float64) * NOISE * output.diagonal().mean()
+    own, cross = covariance[chosen][:, chosen], covariance[chosen] @ weights
+    joint = torch.cat([torch.cat([own, cross], dim=1), torch.cat([cross.T, output], dim=1)])
+    return 0.5 * float(torch.logdet(own) + torch.logdet(output) - torch.logdet(joint))
+
+
+@pytest.mark.parametrize(("size", "m", "seed"), [(1, 5, 0), (1, 20, 1), (3, 4, 2), (4, 1, 3)])
+def test_gains_equal_explicit_joint_covariances_after_every_choice(size: int, m: int, seed: int) -> None:
+    """Also where a regressor belongs to no group: it is then part of the unknown."""
+    covariance, weights = random_problem(13, m, seed)
+    shuffled = torch.randperm(13, generator=torch.Generator().manual_seed(seed)).tolist()
+    groups = [shuffled[i : i + size] for i in range(0, 12, size)]
+    selection = SequentialSelection(covariance, weights, groups, noise=NOISE, ridge=0.0)
+    left, chosen = list(range(len(groups))), []
+    while left:
+        before = information(covariance, weights, chosen) if chosen else 0.0
+        expected = [information(covariance, weights, chosen + groups[group]) - before for group in left]
+        gains = selection.gains(left)
+        torch.testing.assert_close(gains, torch.tensor(expected, dtype=torch.float64), atol=1e-8, rtol=1e-8)
+        best = left.pop(int(gains.argmax()))
+        selection.choose_(best)
+        chosen += groups[best]
+
+
+@pytest.mark.parametrize(("number", "size"), [(150, 1), (60, 3)])
+def test_delayed_changes_equal_explicit_ones_across_panels(number: int, size: int) -> None:
+    """More removals than one panel holds; the regressors in no group stay."""
+    p = number * size + 5
+    covariance, weights = random_problem(p, 7, 0)
+    covariance += torch.eye(p, dtype=torch.float64)
+    groups = [list(range(i, i + size)) for i in range(0, number * size, size)]
+    removal = SequentialRemoval(covariance, weights, groups, noise=NOISE, ridge=0.0)
+    selection = SequentialSelection(covariance, weights, groups, noise=NOISE, ridge=0.0)
+    order = torch.randperm(number, generator=torch.Generator().manual_seed(0)).tolist()
+    gone: list[int] = []
+    for step, group in enumerate(order):
+        if step % 29 == 28:
+            kept = [i for i in range(p) if i not in gone]
+            rest = [i for i in kept if i not in groups[group]]
+            loss = 0.5 * (unexplained(covariance, weights, rest) - unexplained(covariance, weights, kept))
+            gain = information(covariance, weights, gone + groups[group]) - information(covariance, weights, gone)
+            assert float(removal.losses([group])) == pytest.approx(loss, rel=1e-8)
+            assert float(selection.gains([group])) == pytest.approx(gain, rel=1e-8)
+        removal.remove_(group)
+        selection.choose_(group)
+        gone += groups[group]
+    assert torch.isfinite(removal.losses()).all()
+
+
+def test_of_two_duplicates_one_is_chosen_early_and_the_other_last() -> None:
+    covariance, weights = random_problem(6, 4, 4)
+    twice = [0, 1, 2, 3, 4, 5, 2]
+    selection = SequentialSelection(covariance[twice][:, twice], weights[twice], [[i] for i in range(7)], noise=NOISE)
+    assert float(selection.gains([2])) == pytest.approx(float(selection.gains([6])))
+    selection.choose_(6)
+    gains = selection.gains(range(6))
+    assert int(gains.argmin()) == 2
+    assert 0 <= float(gains[2]) < 1e-3
+
+
+@pytest.mark.parametrize("rank", [0, 1, 4])
+@pytest.mark.parametrize("noise", [0.0, 1e-3])
+def test_singular_covariances_give_finite_gains_that_are_not_negative(rank: int, noise: float) -> None:
+    root = torch.randn(10, rank, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    weights = torch.randn(10, 3, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    selection = SequentialSelection(root @ root.T, weights, [[i, i + 1] for i in range(0, 10, 2)], noise=noise)
+    for group in range(5):
+        gains = selection.gains(range(group, 5))
+        assert torch.isfinite(gains).all()
+        assert (gains > -1e-6).all()
+        selection.choose_(group)

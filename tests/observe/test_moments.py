@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from deploypipe.errors import DataError
 from deploypipe.observe.collectors import MAX_ROWS
-from deploypipe.observe.moments import load_moments, save_moments
+from deploypipe.observe.moments import load_moments, merge, save_moments
 from deploypipe.observe.stream import observe, observe_halves
 from deploypipe.pruning.structures import list_structures
 from deploypipe.recipe import Observe
@@ -161,7 +161,8 @@ def test_one_pass_in_two_halves_is_one_pass() -> None:
     batches = with_labels(batches, 10)
     loss = F.cross_entropy
     whole = observe(model, structures, batches[::2] + batches[1::2], EVERYWHERE, loss=loss)
-    odd, even, merged = observe_halves(model, structures, batches, EVERYWHERE, loss=loss)
+    odd, even = observe_halves(model, structures, batches, EVERYWHERE, loss=loss)
+    merged = merge(odd, even)
     assert (odd.num_samples, even.num_samples, merged.num_samples) == (12, 8, 20)
     for name, seen in whole.inputs.items():
         assert merged.inputs[name].num_rows == seen.num_rows
@@ -178,8 +179,8 @@ def test_one_pass_in_two_halves_is_one_pass() -> None:
 
 def test_lone_batch_is_cut_in_two_and_a_lone_sample_refused() -> None:
     model, structures, batches = prepared("mlp", num_batches=1)
-    odd, even, both = observe_halves(model, structures, batches, EVERYWHERE)
-    assert (odd.num_samples, even.num_samples, both.num_samples) == (2, 2, 4)
+    odd, even = observe_halves(model, structures, batches, EVERYWHERE)
+    assert (odd.num_samples, even.num_samples) == (2, 2)
     with pytest.raises(DataError, match="two or more"):
         observe_halves(model, structures, [(batches[0][0][:1], batches[0][1][:1])], EVERYWHERE)
 

@@ -5,10 +5,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from finished_runs import finished_run, untouched_run
+from finished_runs import finished_run, score_summary, untouched_run
 
 from deploypipe.errors import DeploypipeError
-from deploypipe.report.html import render_report, write_report
+from deploypipe.report.html import render_report, write_report, write_scores
 from deploypipe.report.tables import before_after, count, seconds
 
 FETCHING = {"src", "href", "action", "data", "poster", "srcset"}
@@ -55,15 +55,39 @@ def test_report_leads_with_the_decision_and_fetches_nothing(tmp_path: Path) -> N
 
 def test_report_shows_every_part_of_a_run() -> None:
     html = render_report(finished_run())
-    for part in ("What was tried", "Latency", "What was removed", "Repair", "Fine-tuning", "Environment", "steps of 8"):
+    for part in (
+        "What was tried",
+        "Latency",
+        "What was removed",
+        "How much is redundant",
+        "Which blocks do alike",
+        "Repair",
+        "Fine-tuning",
+        "Environment",
+        "steps of 8",
+    ):
         assert part in html, part
-    assert len(re.findall(r'class="plotly-graph-div"', html)) == 6
+    assert len(re.findall(r'class="plotly-graph-div"', html)) == 8
     assert "&lt;outputs&gt;" in html  # a reason is text, never markup
 
 
 def test_report_of_an_untouched_unmeasured_model() -> None:
     html = render_report(untouched_run())
     assert "HOLD" in html and "not measured" in html and "Nothing was removed" in html
+
+
+def test_scores_have_a_page_of_their_own(tmp_path: Path) -> None:
+    write_scores("digits", score_summary(), tmp_path / "scores.html")
+    html = (tmp_path / "scores.html").read_text(encoding="utf-8")
+    page = read(html)
+    assert page.fetched == []
+    assert len(re.findall(r'class="plotly-graph-div"', html)) == 2
+    assert "1 of 2 rankings change" in " ".join(page.text)
+    assert "3000 samples" in html
+    assert "&lt;could&gt;" in html
+    alone = replace(score_summary(), block_names=("one",), block_cka=((1.0,),), clusters=(("one",),))
+    write_scores("digits", alone, tmp_path / "scores.html")
+    assert "Which blocks do alike" not in (tmp_path / "scores.html").read_text(encoding="utf-8")
 
 
 def test_report_survives_a_search_without_measured_latency() -> None:

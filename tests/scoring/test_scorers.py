@@ -13,19 +13,21 @@ from deploypipe.numerics.gaussian_mi import SequentialRemoval
 from deploypipe.observe.moments import Moments
 from deploypipe.observe.stream import observe
 from deploypipe.pruning.structures import list_structures
-from deploypipe.recipe import Magnitude, Mipp, Observe, Random
+from deploypipe.recipe import LayerwiseMi, Magnitude, Mipp, Observe, OutputError, Random
 from deploypipe.records import ChannelGroup, Structures
 from deploypipe.scoring import SCORERS, score
-from deploypipe.scoring.mipp import _greedy
+from deploypipe.scoring.top_down import cumulative, remove_one_by_one
 
-EVERY_SCORER = pytest.mark.parametrize("scorer", [kind() for kind in SCORERS], ids=lambda s: s.kind)
+VARIANTS = (Magnitude(power=1), Mipp(keep=0.5, confidence=0.9), LayerwiseMi(joint=False), OutputError(fisher=True))
+EVERY_SCORER = pytest.mark.parametrize("scorer", [*(kind() for kind in SCORERS), *VARIANTS], ids=str)
 
 
 def prepared(name: str) -> tuple[nn.Module, Structures, Moments]:
     model, inputs = networks.build(name)
     structures = list_structures(model, inputs)
-    batches = [(networks.NETWORKS[name][1](), None) for _ in range(4)]
-    return model, structures, observe(model, structures, [(x, torch.zeros(4)) for x, _ in batches], Observe())
+    batches = [(networks.NETWORKS[name][1](), torch.tensor([0, 1, 1, 0])) for _ in range(10)]
+    loss = lambda outputs, target: outputs.square().mean()  # noqa: E731  # any derivative will do
+    return model, structures, observe(model, structures, batches, Observe(), loss=loss)
 
 
 @EVERY_SCORER
@@ -39,6 +41,8 @@ def test_contract(name: str, scorer: Any) -> None:
     assert table.scorer == scorer.kind
     assert {g.name: g.num_units for g in structures.groups} == {n: len(row) for n, row in table.channels.items()}
     assert all(math.isfinite(value) for row in table.channels.values() for value in row)
+    assert set(table.suggested) <= set(table.channels) >= set(table.reasons)
+    assert all(1 <= width <= len(table.channels[group]) for group, width in table.suggested.items())
     assert table == score(model, structures, moments, scorer, seed=3)
     assert model.training
     assert all(torch.equal(value, values[key]) for key, value in model.state_dict().items())
@@ -142,13 +146,13 @@ def greedy_order(full: SequentialRemoval, num_units: int) -> list[int]:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_narrow_groups_go_in_exactly_greedy_order(seed: int) -> None:
-    scores = _greedy([problem(24, 5, seed)], 24)
+    scores = cumulative(*remove_one_by_one([problem(24, 5, seed)], 24))
     assert all(a < b for a, b in pairwise(sorted(scores)))  # no ties: an order
     assert sorted(range(24), key=lambda unit: scores[unit]) == greedy_order(problem(24, 5, seed), 24)
 
 
 def test_wide_groups_lose_hardly_more_than_in_greedy_order() -> None:
-    lost = sorted(_greedy([problem(160, 60, 0)], 160))[80]
+    lost = sorted(cumulative(*remove_one_by_one([problem(160, 60, 0)], 160)))[80]
     full, exact = problem(160, 60, 0), 0.0
     for unit in greedy_order(problem(160, 60, 0), 160)[:81]:
         exact += float(full.losses([unit]))

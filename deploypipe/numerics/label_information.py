@@ -1,0 +1,141 @@
+"""Mutual information, in nats, between the units of a layer and the class of a sample.
+
+Legend: n samples; p units; x (n, p) one value a unit and sample; y (n,) int64, classes 0 .. C - 1; B bins.
+    counts (p, B, C) float64: samples of each class in each bin of each unit
+"""
+
+import torch
+from torch import Tensor
+
+_LEAST_SHRINKAGE = 1e-3  # share of a unit's variance taken for noise; without any, duplicates make covariances singular
+_CONSTANT = 1e-6  # spread, relative to the largest value, below which float32 cannot tell a unit from a constant
+
+
+# --- one unit at a time, any dependence -------------------------------------------------------------------------------
+
+
+def quantile_bins(x: Tensor, num_bins: int) -> Tensor:
+    """The bin (n, p) int64 of every value: its rank among its unit's, cut into equal parts. O(p n log n).
+
+    Equal values share their middle rank, and so a bin: the zeros of a rectifier fill one, and the bins that they would
+    have filled stay empty.
+    """
+    values = x.T.contiguous()
+    ordered = values.sort(dim=1).values
+    below = torch.searchsorted(ordered, values)
+    up_to = torch.searchsorted(ordered, values, right=True)
+    return ((below + up_to - 1) * num_bins // (2 * len(x))).T
+
+
+def joint_counts(bins: Tensor, y: Tensor, num_bins: int, num_classes: int) -> Tensor:
+    """counts of `bins` (n, p) and y. One histogram over (unit, bin, class): O(n p), where a one-hot GEMM is n p B C."""
+    num_units = bins.shape[1]
+    cells = (torch.arange(num_units) * num_bins + bins) * num_classes + y.unsqueeze(1)
+    counts = torch.bincount(cells.flatten(), minlength=num_units * num_bins * num_classes)
+    return counts.double().reshape(num_units, num_bins, num_classes)
+
+
+def plug_in_information(counts: Tensor) -> Tensor:
+    """H(bin) + H(class) - H(bin, class) of the observed shares, (p,). Biased up, see below."""
+    shares = counts / counts.sum((1, 2), keepdim=True)
+    return _entropy(shares.sum(2)) + _entropy(shares.sum(1)) - _entropy(shares.flatten(1))
+
+
+def miller_madow_information(counts: Tensor) -> Tensor:
+    """The plug-in estimate less its bias to first order in 1 / n (Miller, in Quastler 1955), (p,).
+
+    Each entropy is raised by (its occupied cells - 1) / (2 n). Zero for a constant; below zero where nothing is known,
+    as often as above. What remains of the bias on independent data, 8 bins, 10 or 100 classes, in nats: 0.25 with one
+    sample for each (bin, class), 0.065 with two, 0.005 with five.
+    """
+    joint = _occupied(counts.flatten(1))
+    margins = _occupied(counts.sum(2)) + _occupied(counts.sum(1))
+    return plug_in_information(counts) + (margins - joint - 1) / (2 * counts.sum((1, 2)))
+
+
+def _entropy(shares: Tensor) -> Tensor:
+    each: Tensor = torch.special.entr(shares)
+    return each.sum(1)
+
+
+def _occupied(counts: Tensor) -> Tensor:
+    return (counts > 0).sum(1)
+
+
+# --- several units at once, Gaussian within each class ----------------------------------------------------------------
+
+
+def class_covariances(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, float]:
+    """(total, within, a): covariances (p, p) float64 of units scaled to spread 1 within classes, and their shrinkage.
+
+    within = (1 - a) W + a I, total = within + between: scaled so, shrinkage leaves what one unit knows as it is, and no
+    conditional variance falls below a, which is as if every unit were measured with a little noise. Constant units have
+    none but that. a: Ledoit-Wolf, and never less than `_LEAST_SHRINKAGE`. O(n p^2).
+    """
+    x = x.double()
+    centred = x - x.mean(0)
+    members = torch.nn.functional.one_hot(y).double()  # (n, C)
+    means = (members.T @ centred) / members.sum(0).clamp_min(1).unsqueeze(1)
+    residuals = centred - means[y]
+    spread = centred.square().mean(0).sqrt()
+    is_constant = spread <= _CONSTANT * x.abs().amax(0)
+    # A unit that is constant within each class would know the label infinitely well.
+    scale = torch.maximum(residuals.square().mean(0).sqrt(), _LEAST_SHRINKAGE**0.5 * spread)
+    weight = torch.where(is_constant, 0, 1 / scale.masked_fill(is_constant, 1))
+    residuals, between = residuals * weight, means[y] * weight
+    within = residuals.T @ residuals / len(x)
+    shrinkage = max(_LEAST_SHRINKAGE, ledoit_wolf_intensity(residuals, within))
+    within = (1 - shrinkage) * within + shrinkage * torch.eye(len(within), dtype=torch.float64)
+    return within + between.T @ between / len(x), within, shrinkage
+
+
+def ledoit_wolf_intensity(rows: Tensor, covariance: Tensor) -> float:
+    """How far to shrink `covariance` S = rows' rows / n towards I: min(b^2, d^2) / d^2.
+
+    Ledoit and Wolf, J. Multivariate Analysis 88:365, 2004, section 3, with I itself for the target:
+    d^2 = |S - I|^2, b^2 = 1/n^2 sum_k |x_k x_k' - S|^2 (Frobenius). 1 with S = I. O(n p + p^2).
+    """
+    distance = float((covariance - torch.eye(len(covariance), dtype=covariance.dtype)).square().sum())
+    fourth = float(rows.square().sum(1).square().mean())
+    error = (fourth - float(covariance.square().sum())) / len(rows)
+    return 1.0 if error >= distance else error / distance
+
+
+def forward_selection(x: Tensor, y: Tensor) -> tuple[list[int], Tensor]:
+    """All units in the order of I(unit; y | units chosen before), greatest first, and these gains (p,), never negative.
+
+    I(y; S) = 1/2 [logdet total_SS - logdet within_SS] (`class_covariances`): what a linear discriminant sees; exact
+    where units are Gaussian with one covariance in all classes, and Gaussian overall. Given S, a unit adds
+    1/2 log(its total / its within variance given S); these Schur complements come from two pivoted Cholesky factors
+    that grow by a row at each choice. float64; O(n p^2 + p^3), 3 s for p = 2048 on one core. Biased up by about
+    (C - 1) / (2 n) a unit; n < p is fine. A duplicate of a chosen unit seems to add up to about a / 4, for two noisy
+    readings know more than one; a smaller a orders units worse out of sample (simulated factor models, n = p / 8 to
+    16 p).
+    """
+    *pair, least = class_covariances(x, y)
+    covariances = torch.stack(pair)  # (2, p, p)
+    variances = covariances.diagonal(dim1=1, dim2=2).clone()  # (2, p), given the chosen ones
+    factor = torch.zeros_like(covariances)  # row k of each: what choice k explains of every unit
+    is_chosen = torch.zeros(x.shape[1], dtype=torch.bool)
+    order, gains = [], []
+    for step in range(x.shape[1]):
+        gain = 0.5 * (variances[0] / variances[1]).log().masked_fill(is_chosen, -torch.inf)
+        unit = int(gain.argmax())
+        explained = factor[:, None, :step, unit] @ factor[:, :step]
+        row = covariances[:, unit] - explained.squeeze(1)
+        factor[:, step] = row / variances[:, unit].sqrt().unsqueeze(1)
+        variances = (variances - factor[:, step].square()).clamp_min(least)
+        is_chosen[unit] = True
+        order.append(unit)
+        gains.append(gain[unit].clamp_min(0))
+    return order, torch.stack(gains)
+
+
+def scree_width(gains: Tensor, floor: float) -> int:
+    """After how many choices the slope of the remaining information drops most: argmax gain_k / gain_k+1, at least 1.
+
+    The ratio is that of Vu-Van et al. (arXiv:2411.18578; their code never asks it of the first choice). Gains below
+    `floor`, which ignorance gives too, count as `floor`; else the last, tiny ones would have the greatest ratios.
+    """
+    slopes = gains.clamp_min(floor)
+    return 1 + int((slopes[:-1] / slopes[1:]).argmax()) if len(gains) > 1 else 1

@@ -1,0 +1,49 @@
+"""Squared error of the readers' outputs after the best linear repair, units removed one by one (derivation in
+`numerics`)."""
+
+import torch
+from torch import Tensor, nn
+
+from deploypipe.errors import DataError
+from deploypipe.numerics.output_error import SequentialErrorRemoval
+from deploypipe.observe.moments import Moments
+from deploypipe.recipe import OutputError
+from deploypipe.records import ScoreTable, Structures
+from deploypipe.scoring.top_down import Ranking, Reader, cumulative, remove_one_by_one, score_top_down
+
+_STILL = 1e-6  # share of a layer's mean output variance below which a variance is not trusted to divide by
+
+
+def score_output_error(
+    model: nn.Module, structures: Structures, moments: Moments, config: OutputError, seed: int
+) -> ScoreTable:
+    """Share of the readers' weighted output variance that is lost by the time a unit goes, in greedy order.
+
+    An output weighs 1 / its variance: as a batch norm behind it does, that makes all outputs count alike, whatever the
+    scale of a channel or a reader. With `fisher` it weighs the mean squared derivative of the loss by it at a position,
+    which makes the error the loss it costs, to second order and up to a factor; outputs that the loss does not reach
+    weigh nothing. Groups none of whose consumers could be observed are scored by magnitude.
+    """
+    if config.fisher and not moments.output_fisher:
+        raise DataError(
+            "output_error with fisher=true needs labels: return class targets with calib in load_data(), or set "
+            "fisher=false"
+        )
+
+    def weigh(reader: Reader, variance: Tensor) -> Tensor:
+        if not config.fisher:
+            return 1 / variance.clamp_min(max(_STILL * float(variance.mean()), 1e-12))
+        fisher = moments.output_fisher.get(reader.module)
+        return torch.zeros_like(variance) if fisher is None else fisher[reader.outputs].double()
+
+    def rank(readers: list[Reader]) -> Ranking:
+        variances = [((reader.covariance @ reader.weights) * reader.weights).sum(0) for reader in readers]
+        weights = [weigh(reader, variance) for reader, variance in zip(readers, variances, strict=True)]
+        total = sum(float(w @ v) for w, v in zip(weights, variances, strict=True)) or 1.0
+        problems = [
+            SequentialErrorRemoval(r.covariance, r.weights, r.regressors, output_weights=w / total)
+            for r, w in zip(readers, weights, strict=True)
+        ]
+        return Ranking(scores=cumulative(*remove_one_by_one(problems, len(readers[0].regressors))))
+
+    return score_top_down(model, structures, moments, rank, scorer=config.kind, is_cumulative=True)
