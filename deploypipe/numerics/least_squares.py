@@ -41,7 +41,11 @@ def regular_cholesky(gram: Tensor, ridge: float) -> Tensor:
 
 def sum_of_products(x: Tensor, y: Tensor) -> Tensor:
     """x'y (p, q) in float64, multiplied in float32 by chunks of rows: a fraction of the time, 1e-6 of the error."""
-    total = torch.zeros(x.shape[1], y.shape[1], dtype=torch.float64)
+    return add_products_(torch.zeros(x.shape[1], y.shape[1], dtype=torch.float64), x, y)
+
+
+def add_products_(total: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """`sum_of_products`, added to `total`."""
     for x_part, y_part in zip(torch.split(x, _CHUNK), torch.split(y, _CHUNK), strict=True):
         total += x_part.T @ y_part
     return total

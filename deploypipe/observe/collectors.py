@@ -1,5 +1,6 @@
 """What is gathered during one pass: each collector hooks modules, and sums up when a batch has gone through."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from deploypipe.errors import DataError
 from deploypipe.numerics.cka import HsicAccumulator
-from deploypipe.numerics.least_squares import sum_of_products
+from deploypipe.numerics.least_squares import add_products_
 from deploypipe.observe.moments import InputMoments
 from deploypipe.observe.patches import Mixer, is_mixer, num_taps, sample_inputs, sample_positions
 from deploypipe.records import ChannelGroup, Structures
@@ -111,10 +112,13 @@ class BlockCollector:
     def _rows(self, value: Tensor) -> Tensor:
         """One position of each sample, the same in all tensors of one size: (samples with room, channels) float32."""
         room = max(0, MAX_ROWS - self.seen)
-        rows = value[:room].movedim(1, -1) if value.dim() > 3 else value[:room]
-        rows = rows.reshape(len(rows), -1, rows.shape[-1])
-        places = torch.randint(rows.shape[1], (len(rows),), generator=torch.Generator().manual_seed(self.seen))
-        return rows[torch.arange(len(rows)), places].float()
+        value = value[:room]
+        samples, is_map = torch.arange(len(value)), value.dim() > 3  # (n, channels, ...); else (n, ..., channels)
+        sizes = value.shape[2:] if is_map else value.shape[1:-1]
+        generator = torch.Generator().manual_seed(self.seen)
+        places = torch.randint(math.prod(sizes), (len(value),), generator=generator)
+        index: Any = torch.unravel_index(places, sizes) if sizes else ()
+        return (value[(samples, slice(None), *index)] if is_map else value[(samples, *index)]).float()
 
     def end_batch_(self, count: int) -> None:
         if self.names:
@@ -201,8 +205,9 @@ def first_readers(structures: Structures, modules: dict[str, nn.Module]) -> dict
 
 def pooled(module: Mixer, inputs: Tensor) -> Tensor:
     """What the module reads, averaged over positions: (n samples, channels)."""
-    rows = inputs if isinstance(module, nn.Linear) else inputs.movedim(1, -1)
-    return rows.reshape(len(rows), -1, rows.shape[-1]).mean(1)
+    if isinstance(module, nn.Linear):
+        return inputs.reshape(len(inputs), -1, inputs.shape[-1]).mean(1)
+    return inputs.flatten(2).mean(2)
 
 
 @dataclass(slots=True)
@@ -217,9 +222,11 @@ class _Sum:
     def add_(self, rows: Tensor, name: str) -> None:
         if self.shift is None:
             self.shift = rows.mean(0)
+            self.first = torch.zeros(rows.shape[1], dtype=torch.float64)
+            self.second = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
         centred = rows - self.shift
-        self.first = self.first + centred.sum(0, dtype=torch.float64)
-        self.second = self.second + sum_of_products(centred, centred)
+        self.first += centred.sum(0, dtype=torch.float64)
+        add_products_(self.second, centred, centred)
         self.count += len(rows)
         if not torch.isfinite(self.first).all():
             raise DataError(f"{name}: reads NaN or infinity on the calibration samples; check data and weights")

@@ -5,7 +5,6 @@ from itertools import product
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 Mixer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
 
@@ -39,22 +38,25 @@ def sample_positions(module: Mixer, output: Tensor, count: int, generator: torch
 def sample_inputs(module: Mixer, inputs: Tensor, output: Tensor, positions: Tensor) -> Tensor:
     """The patches read at `positions`: (n * positions, channels * taps), columns in the order of `weight[o].flatten()`.
 
-    A patch reaching over the border holds the zeros the convolution pads with.
+    A patch reaching over the border holds the zeros the convolution pads with. The input is not padded for it: copying
+    a whole activation costs more than reading a few patches.
     """
     samples = torch.arange(len(inputs)).unsqueeze(1)
     if isinstance(module, nn.Linear):
         rows = inputs.reshape(len(inputs), -1, inputs.shape[-1])
         return rows[samples, positions].flatten(0, 1)
-    padding = [int(p) for p in module.padding]
-    padded = F.pad(inputs, [p for size in reversed(padding) for p in (size, size)])
-    places = torch.unravel_index(positions, output.shape[2:])
-    corner = [index * stride for index, stride in zip(places, module.stride, strict=True)]
-    last = padded.movedim(1, -1)
-    taps = []
-    for offsets in product(*(range(size) for size in module.kernel_size)):
-        place = [c + o * d for c, o, d in zip(corner, offsets, module.dilation, strict=True)]
-        taps.append(last[(samples, *place)].flatten(0, 1))
-    return torch.stack(taps, dim=2).flatten(1)
+    sizes, places = inputs.shape[2:], torch.unravel_index(positions, output.shape[2:])
+    taps = torch.tensor(list(product(*(range(size) for size in module.kernel_size))))  # (taps, dimensions)
+    inside, index = torch.ones((), dtype=torch.bool), [samples.unsqueeze(2)]
+    for dimension, (size, place) in enumerate(zip(sizes, places, strict=True)):
+        corner = place * module.stride[dimension] - int(module.padding[dimension])
+        reached = corner.unsqueeze(2) + taps[:, dimension] * module.dilation[dimension]  # (n, positions, taps)
+        inside = inside & (reached >= 0) & (reached < size)
+        index.append(reached.clamp(0, size - 1))
+    patches = inputs.movedim(1, -1)[tuple(index)].masked_fill_(
+        ~inside.unsqueeze(3), 0
+    )  # (n, positions, taps, channels)
+    return patches.masked_fill_(~inside.unsqueeze(3), 0).transpose(2, 3).flatten(2).flatten(0, 1)
 
 
 def sample_outputs(module: Mixer, output: Tensor, positions: Tensor) -> Tensor:

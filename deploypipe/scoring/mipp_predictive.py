@@ -1,8 +1,7 @@
 """MIPP as the paper runs it, with a small trained network in place of a closed form (arXiv:2411.00147 v1).
 
 A slow reference for tests and benchmarks: one training a unit. What the paper leaves open is fixed here: the network's
-size, its steps, the noise, and a fair comparison: with and without the unit are tuned alike, and judged on held-out
-samples.
+size, its steps, the noise, and that networks with and without the unit are tuned alike and judged on held-out samples.
 
 Legend: n samples; X (n, p) what a layer reads; Y (n, m) what it writes; R repeats, each with its own split and network.
     networks    R small networks trained side by side, as a list of weights with a leading axis R
@@ -20,9 +19,8 @@ _TRAIN_STEPS = 400
 _TUNE_STEPS = 100
 _LEARNING_RATE = 0.01
 _HELD_OUT = 0.3  # share of the samples
-_NOISE = (
-    0.1  # added to the standardised Y: a layer is deterministic, and any imperfect tuning would count as information
-)
+# Added to the standardised Y: a layer is deterministic, and all that an imperfect tuning misses would be information.
+_NOISE = 0.1
 
 _Networks = list[Tensor]
 
