@@ -46,6 +46,7 @@ from deploypipe.records import (
 from deploypipe.release.gate import decide
 from deploypipe.runs import RunFolder, RunResult, open_run, place_file, save_result, start_afresh
 from deploypipe.scoring import needs_derivatives, score_halves
+from deploypipe.scoring.null import null_shares
 from deploypipe.scoring.summary import summarise
 from deploypipe.search.allocate import Allocation, allocate_to, least_macs, uniform
 from deploypipe.search.curves import measure_curves
@@ -108,13 +109,15 @@ def summarise_scores(
     structures = list_structures(model, take(calib[0][0], 2), recipe.keep)
     loss = task.loss if needs_derivatives(recipe.score) else None
     notify(Event(stage="observe", message="start"))
-    halves = observe_halves(model, structures, calib, recipe.observe, loss=loss, seed=recipe.seed, notify=notify)
+    settings, seed = recipe.observe, recipe.seed
+    halves = observe_halves(model, structures, calib, settings, loss=loss, shuffled=True, seed=seed, notify=notify)
     notify(Event(stage="observe", message="done"))
     moments = merge(*halves)
     notify(Event(stage="score", message="start"))
-    table = score_halves(model, structures, halves, moments, recipe.score, seed=recipe.seed)
+    table = score_halves(model, structures, halves, moments, recipe.score, seed=seed)
+    nulls = null_shares(model, structures, moments, recipe.score)
     notify(Event(stage="score", message="done"))
-    return summarise(structures, table, moments)
+    return summarise(structures, table, moments, nulls)
 
 
 def _run_stages(job: "_Job", name: str) -> RunResult:

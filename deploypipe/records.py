@@ -231,6 +231,7 @@ class GroupSummary:
     redundant: tuple[int, ...]  # units that can go while each of the summary's `shares` stays
     suggested: int | None
     stability: float | None
+    null: float | None  # information found in shuffled data, as a share of that in the data
     reason: str
 
 

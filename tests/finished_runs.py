@@ -70,6 +70,7 @@ def score_summary() -> r.ScoreSummary:
             redundant=(1, 1, 0),
             suggested=2,
             stability=0.95,
+            null=0.03,
             reason="",
         ),
         r.GroupSummary(
@@ -79,6 +80,7 @@ def score_summary() -> r.ScoreSummary:
             redundant=(1, 1, 0),
             suggested=None,
             stability=0.41,
+            null=None,
             reason="nothing of it <could> be observed",
         ),
     )

@@ -73,6 +73,19 @@ class SequentialSelection:
         self._pair.eliminate_(group)
 
 
+def total_information(covariance: Tensor, cross: Tensor, outputs: Tensor, *, noise: float) -> float:
+    """I(X; Y + noise) in nats from Cov(X) (p, p), Cov(X, Y) (p, m) and Cov(Y) (m, m); the floor is that of the classes.
+
+    For a linear map cross = S B; for what is independent of X it is sampling error alone, and the information, about
+    p m / (2 rows) nats, is what an estimate of it says when there is nothing to know.
+    """
+    factor = ridged_cholesky(covariance, 1e-6)
+    image = torch.linalg.solve_triangular(factor, cross, upper=False)
+    floor = max(noise, _LEAST_NOISE) * outputs.diagonal().mean().clamp_min(1e-12)
+    noisy = outputs + floor * torch.eye(len(outputs), dtype=outputs.dtype)
+    return 0.5 * float(torch.logdet(noisy) - torch.logdet(noisy - image.T @ image))
+
+
 class _InformationPair:
     """Two positive definite matrices, larger - smaller semidefinite; eliminating a group conditions both on it.
 

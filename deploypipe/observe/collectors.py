@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from deploypipe.errors import DataError
 from deploypipe.numerics.cka import HsicAccumulator
-from deploypipe.numerics.least_squares import add_products_
+from deploypipe.numerics.least_squares import add_products_, sum_of_products
 from deploypipe.observe.moments import InputMoments
-from deploypipe.observe.patches import Mixer, is_mixer, num_taps, sample_inputs, sample_positions
+from deploypipe.observe.patches import Mixer, is_mixer, num_taps, sample_inputs, sample_positions, weight_matrix
 from deploypipe.records import ChannelGroup, Structures
 
 Hook = tuple[str, Callable[..., None]]  # the module's name, and what runs after its forward
@@ -24,7 +24,9 @@ _CKA_SAMPLES = 64  # of each batch; the estimate does not depend on it in expect
 class InputCollector:
     """Moments of what every consumer of a prunable group reads, at sampled positions."""
 
-    def __init__(self, structures: Structures, modules: dict[str, nn.Module], count: int, seed: int) -> None:
+    def __init__(
+        self, structures: Structures, modules: dict[str, nn.Module], count: int, seed: int, *, shuffled: bool
+    ) -> None:
         names = {m.module for group in structures.groups for m in group.members if m.side == "in"}
         consumers: dict[str, Any] = {n: m for n, m in modules.items() if n in names and is_mixer(m)}
         widths = {name: int(m.weight.shape[1]) * num_taps(m) for name, m in consumers.items()}
@@ -34,6 +36,7 @@ class InputCollector:
             if width > MAX_COLUMNS
         }
         self.sums = {name: _Sum() for name in consumers if name not in self.skipped}
+        self.crosses = {name: _Cross() for name in self.sums} if shuffled else {}
         self.count, self.generator = count, torch.Generator().manual_seed(seed)
 
     def hooks(self) -> list[Hook]:
@@ -42,12 +45,19 @@ class InputCollector:
     def _reader(self, name: str) -> Callable[..., None]:
         def read(module: Mixer, args: tuple[Any, ...], output: Tensor) -> None:
             positions = sample_positions(module, output, self.count, self.generator)
-            self.sums[name].add_(sample_inputs(module, args[0].detach(), output, positions), name)
+            rows = sample_inputs(module, args[0].detach(), output, positions)
+            self.sums[name].add_(rows, name)
+            if name in self.crosses and len(output) > 1:
+                others = (rows @ weight_matrix(module).detach().T).roll(positions.shape[1], 0)  # the next sample's
+                self.crosses[name].add_(rows, others)
 
         return read
 
     def moments(self) -> dict[str, InputMoments]:
         return {name: total.moments() for name, total in self.sums.items() if total.count}
+
+    def shuffled(self) -> dict[str, Tensor]:
+        return {name: cross.covariance() for name, cross in self.crosses.items() if cross.count}
 
 
 class UnitCollector:
@@ -239,3 +249,18 @@ class _Sum:
             covariance=self.second / self.count - torch.outer(mean, mean),
             num_rows=self.count,
         )
+
+
+@dataclass(slots=True)
+class _Cross:
+    """Running covariance between rows of two kinds, each batch about its own means."""
+
+    count: int = 0
+    total: Tensor = field(default_factory=lambda: torch.zeros(()))
+
+    def add_(self, x: Tensor, y: Tensor) -> None:
+        self.total = self.total + sum_of_products(x - x.mean(0), y - y.mean(0))
+        self.count += len(x)
+
+    def covariance(self) -> Tensor:
+        return self.total / self.count

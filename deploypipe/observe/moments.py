@@ -42,6 +42,9 @@ class Moments:
     block_hsic: Tensor  # (blocks, blocks) unbiased HSIC of the block outputs, up to a common factor
     block_inputs: dict[str, Tensor]  # by block: (n, channels) float32, at the same positions in all blocks of one size
     block_outputs: dict[str, Tensor]
+    # Only where `observe` was asked for it: by consumer, (inputs * taps, outputs) float64, the covariance of what it
+    # reads from one sample with what it writes for another. All that a score finds in it is chance.
+    shuffled: dict[str, Tensor]
     # Only where `observe` was given a loss:
     gates: dict[str, Tensor]  # by group: (units,) mean over samples of the squared derivative by a gate on the unit
     output_fisher: dict[str, Tensor]  # by consumer: (outputs,) mean squared derivative of the loss by its outputs
@@ -71,12 +74,13 @@ def merge(first: Moments, second: Moments) -> Moments:
         block_hsic=first.block_hsic + second.block_hsic,
         block_inputs={n: torch.cat([rows, second.block_inputs[n]]) for n, rows in first.block_inputs.items()},
         block_outputs={n: torch.cat([rows, second.block_outputs[n]]) for n, rows in first.block_outputs.items()},
+        shuffled={name: torch.lerp(cross, second.shuffled[name], share) for name, cross in first.shuffled.items()},
         gates={name: torch.lerp(value, second.gates[name], share) for name, value in first.gates.items()},
         output_fisher={n: torch.lerp(f, second.output_fisher[n], share) for n, f in first.output_fisher.items()},
     )
 
 
-_BY_NAME = ("units", "block_inputs", "block_outputs", "gates", "output_fisher")
+_BY_NAME = ("units", "block_inputs", "block_outputs", "shuffled", "gates", "output_fisher")
 
 
 def save_moments(moments: Moments, path: Path) -> None:

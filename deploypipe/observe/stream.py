@@ -22,19 +22,21 @@ def observe(
     settings: Observe,
     *,
     loss: Callable[[Any, Any], Tensor] | None = None,
+    shuffled: bool = False,
     seed: int = 0,
     notify: Progress = silent,
 ) -> Moments:
     """Second moments of what every consumer of a prunable group reads, and what blocks and units do.
 
     One forward pass over at most `settings.num_samples` samples, and with a `loss(outputs, target)` (a mean over the
-    batch) a backward pass for the scores that need derivatives; memory does not grow with the number of samples. The
+    batch) a backward pass for the scores that need derivatives. `shuffled` also pairs what a layer reads with what it
+    writes for another sample, for the null of a score. Memory does not grow with the number of samples. The
     model comes back as it was: hooks removed, training flag restored, buffers untouched (eval mode). Raises DataError
     for an empty split and for activations that are not finite, naming the layer.
     """
     taken = take_calib(batches, settings.num_samples)
     modules = dict(model.named_modules())
-    inputs = InputCollector(structures, modules, settings.positions_per_sample, seed)
+    inputs = InputCollector(structures, modules, settings.positions_per_sample, seed, shuffled=shuffled)
     units, blocks = UnitCollector(structures, modules), BlockCollector(structures)
     gradients = GradientCollector(structures, modules) if loss is not None else None
     hooks = inputs.hooks() + units.hooks() + blocks.hooks() + (gradients.hooks() if gradients else [])
@@ -62,6 +64,7 @@ def observe(
         block_hsic=blocks.hsic.total,
         block_inputs=blocks.block_inputs(),
         block_outputs=blocks.block_outputs(),
+        shuffled=inputs.shuffled(),
         gates=gradients.mean_gates(count) if gradients else {},
         output_fisher=gradients.mean_fisher(count) if gradients else {},
     )
@@ -74,6 +77,7 @@ def observe_halves(
     settings: Observe,
     *,
     loss: Callable[[Any, Any], Tensor] | None = None,
+    shuffled: bool = False,
     seed: int = 0,
     notify: Progress = silent,
 ) -> tuple[Moments, Moments]:
@@ -91,7 +95,11 @@ def observe_halves(
             notify(Event(stage=event.stage, done=event.done + first * len(taken[::2]), total=len(taken)))
 
         half = taken[number::2]
-        halves.append(observe(model, structures, half, settings, loss=loss, seed=2 * seed + number, notify=tell))
+        halves.append(
+            observe(
+                model, structures, half, settings, loss=loss, shuffled=shuffled, seed=2 * seed + number, notify=tell
+            )
+        )
     return halves[0], halves[1]
 
 

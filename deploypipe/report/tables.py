@@ -61,7 +61,15 @@ def score_table(summary: ScoreSummary) -> tuple[tuple[str, ...], list[tuple[str,
 
     Columns that would be empty are left out.
     """
-    heads = ("group", "units", *(f"at {100 * s:g} %" for s in summary.shares), "suggested", "stability", "remark")
+    heads = (
+        "group",
+        "units",
+        *(f"at {100 * s:g} %" for s in summary.shares),
+        "suggested",
+        "stability",
+        "by chance",
+        "remark",
+    )
     rows = [
         (
             group.name,
@@ -69,6 +77,7 @@ def score_table(summary: ScoreSummary) -> tuple[tuple[str, ...], list[tuple[str,
             *map(str, group.redundant),
             "" if group.suggested is None else str(group.suggested),
             "" if group.stability is None else f"{group.stability:.2f}",
+            "" if group.null is None else f"{100 * group.null:.0f} %",
             group.reason,
         )
         for group in summary.groups

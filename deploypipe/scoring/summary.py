@@ -1,6 +1,6 @@
 """What a score table says about a network: how much is redundant, how sure that is, and which blocks do alike."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 
 from deploypipe.observe.moments import Moments
@@ -13,14 +13,16 @@ SHARES = (0.90, 0.95, 0.99)  # of the information, at which redundancy is shown
 LOW_STABILITY = 0.8  # rank correlation between halves below which a ranking is mostly chance
 
 
-def summarise(structures: Structures, table: ScoreTable, moments: Moments) -> ScoreSummary:
-    """The table for a person, by group and block."""
+def summarise(
+    structures: Structures, table: ScoreTable, moments: Moments, nulls: Mapping[str, float] | None = None
+) -> ScoreSummary:
+    """The table for a person, by group and block; with `null_shares` where they were asked for."""
     shaky = {name: rho for name, rho in table.stability.items() if rho < LOW_STABILITY}
     return ScoreSummary(
         scorer=table.scorer,
         num_samples=moments.num_samples,
         shares=SHARES,
-        groups=tuple(_summarise_group(group, table) for group in structures.groups),
+        groups=tuple(_summarise_group(group, table, nulls or {}) for group in structures.groups),
         shaky=tuple(shaky),
         samples_wanted=recommended_samples(min(shaky.values()), moments.num_samples) if shaky else None,
         block_names=moments.block_names,
@@ -29,7 +31,7 @@ def summarise(structures: Structures, table: ScoreTable, moments: Moments) -> Sc
     )
 
 
-def _summarise_group(group: ChannelGroup, table: ScoreTable) -> GroupSummary:
+def _summarise_group(group: ChannelGroup, table: ScoreTable, nulls: Mapping[str, float]) -> GroupSummary:
     is_cumulative = table.is_cumulative and group.name not in table.reasons
     kept = kept_information(table.channels[group.name], is_cumulative=is_cumulative)
     return GroupSummary(
@@ -39,6 +41,7 @@ def _summarise_group(group: ChannelGroup, table: ScoreTable) -> GroupSummary:
         redundant=tuple(num_redundant(kept, share) for share in SHARES),
         suggested=table.suggested.get(group.name),
         stability=table.stability.get(group.name),
+        null=nulls.get(group.name),
         reason=table.reasons.get(group.name, ""),
     )
 

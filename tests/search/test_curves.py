@@ -30,6 +30,7 @@ NOTHING = Moments(
     block_hsic=torch.zeros(0, 0),
     block_inputs={},
     block_outputs={},
+    shuffled={},
     gates={},
     output_fisher={},
 )
