@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from deploypipe.errors import DataError
 from deploypipe.numerics.cka import HsicAccumulator
-from deploypipe.numerics.least_squares import add_products_, sum_of_products
+from deploypipe.numerics.least_squares import add_gram_, mirrored, sum_of_products
 from deploypipe.observe.moments import InputMoments
 from deploypipe.observe.patches import Mixer, is_mixer, num_taps, sample_inputs, sample_positions, weight_matrix
 from deploypipe.records import ChannelGroup, Structures
@@ -227,7 +227,7 @@ class _Sum:
     count: int = 0
     shift: Tensor | None = None
     first: Tensor = field(default_factory=lambda: torch.zeros(()))
-    second: Tensor = field(default_factory=lambda: torch.zeros(()))
+    second: Tensor = field(default_factory=lambda: torch.zeros(()))  # its lower triangle
 
     def add_(self, rows: Tensor, name: str) -> None:
         if self.shift is None:
@@ -236,7 +236,7 @@ class _Sum:
             self.second = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
         centred = rows - self.shift
         self.first += centred.sum(0, dtype=torch.float64)
-        add_products_(self.second, centred, centred)
+        add_gram_(self.second, centred)
         self.count += len(rows)
         if not torch.isfinite(self.first).all():
             raise DataError(f"{name}: reads NaN or infinity on the calibration samples; check data and weights")
@@ -246,7 +246,7 @@ class _Sum:
         mean = self.first / self.count
         return InputMoments(
             mean=mean + self.shift,
-            covariance=self.second / self.count - torch.outer(mean, mean),
+            covariance=mirrored(self.second) / self.count - torch.outer(mean, mean),
             num_rows=self.count,
         )
 

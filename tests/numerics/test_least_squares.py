@@ -5,7 +5,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from deploypipe.numerics.least_squares import CrossMoments, regular_cholesky, solve_towards, sum_of_products
+from deploypipe.numerics.least_squares import (
+    CrossMoments,
+    add_gram_,
+    mirrored,
+    regular_cholesky,
+    solve_towards,
+    sum_of_products,
+)
 
 
 def data(seed: int = 0, n: int = 300) -> tuple[Tensor, Tensor]:
@@ -76,3 +83,13 @@ def test_moments_less_than_singular_are_solved_and_nan_is_not() -> None:
     torch.testing.assert_close(factor @ factor.T, gram, atol=1e-4, rtol=0)
     with pytest.raises(torch.linalg.LinAlgError):
         regular_cholesky(gram * float("nan"), 1e-9)
+
+
+@pytest.mark.parametrize("width", [1, 191, 192, 500])
+def test_gram_of_blocks_is_the_gram(width: int) -> None:
+    x = torch.randn(70, width, generator=torch.Generator().manual_seed(0))
+    lower = torch.zeros(width, width, dtype=torch.float64)
+    for part in (x[:30], x[30:]):
+        add_gram_(lower, part)
+    expected = x.double().T @ x.double()
+    torch.testing.assert_close(mirrored(lower), expected, rtol=0, atol=1e-4)
