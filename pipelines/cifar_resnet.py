@@ -70,15 +70,21 @@ def _stage(num_in: int, num_out: int, num_blocks: int, stride: int) -> nn.Sequen
 
 
 def load_network(num_blocks: int, weights: str, variable: str) -> nn.Module:
-    """The trained network; DataError where `weights` (a path) is empty, absent or of another network."""
+    """The trained network; see `with_weights`."""
+    return with_weights(ResNet(num_blocks), weights, variable, "https://github.com/akamaster/pytorch_resnet_cifar10")
+
+
+def with_weights(model: nn.Module, weights: str, variable: str, source: str) -> nn.Module:
+    """The model with the weights of a safetensors file; DataError where it is not given, absent or of another network.
+
+    variable: the environment variable that names the file; source: where the weights are published.
+    """
     if not weights or not Path(weights).is_file():
         seen = f"{weights!r} is not a file" if weights else "no path was given"
         raise DataError(
-            f"the network's weights are missing ({seen}); convert those of "
-            "https://github.com/akamaster/pytorch_resnet_cifar10 to safetensors, then set the environment variable "
-            f"{variable} or --set pipeline.WEIGHTS=PATH"
+            f"the network's weights are missing ({seen}); convert those of {source} to safetensors, then set the "
+            f"environment variable {variable} or --set pipeline.WEIGHTS=PATH"
         )
-    model = ResNet(num_blocks)
     try:
         model.load_state_dict(load_file(weights))
     except Exception as error:
@@ -86,11 +92,11 @@ def load_network(num_blocks: int, weights: str, variable: str) -> nn.Module:
     return model.eval()
 
 
-def load_cifar10(folder: str, seed: int = 0) -> Splits:
+def load_cifar10(folder: str, seed: int = 0, *, mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD) -> Splits:
     """CIFAR-10's binary version, normalised once. `folder` is `cifar-10-batches-bin` or the folder that holds it."""
     root = _find(folder)
-    images, labels = _read(root, TRAIN_FILES)
-    test_images, test_labels = _read(root, TEST_FILES)
+    images, labels = _read(root, TRAIN_FILES, mean, std)
+    test_images, test_labels = _read(root, TEST_FILES, mean, std)
     first_val = len(images) - NUM_VAL
     first_calib = first_val - NUM_CALIB
     return Splits(
@@ -121,13 +127,13 @@ def _find(folder: str) -> Path:
     )
 
 
-def _read(root: Path, names: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+def _read(root: Path, names: tuple[str, ...], mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor, Tensor]:
     """(n, 3, 32, 32) normalised images and (n,) labels."""
     records = np.concatenate([_records(root / name) for name in names])
     labels = torch.from_numpy(records[:, 0].astype(np.int64))
     images = torch.from_numpy(records[:, 1:]).reshape(-1, 3, 32, 32).to(torch.float32).div_(255)
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
-    return images.sub_(mean).div_(std), labels
+    shift, scale = (torch.tensor(values).view(1, 3, 1, 1) for values in (mean, std))
+    return images.sub_(shift).div_(scale), labels
 
 
 def _records(path: Path) -> "np.ndarray[tuple[int, int], np.dtype[np.uint8]]":

@@ -28,11 +28,15 @@ def cifar10_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def resnet_weights() -> Callable[[int], Path]:
-    """Depth (20 or 56) -> safetensors of the trained network; skips where it is absent."""
+    """Depth (8, 20 or 56) -> safetensors of the trained network; skips where it is absent."""
 
     def find(depth: int) -> Path:
         named = os.environ.get(f"RESNET{depth}_WEIGHTS")
-        path = Path(named) if named else DATA / "weights" / f"cifar10_resnet{depth}_akamaster.safetensors"
+        path = (
+            Path(named)
+            if named
+            else DATA / "weights" / f"cifar10_resnet{depth}_{'mlperftiny' if depth == 8 else 'akamaster'}.safetensors"
+        )
         if not path.is_file():
             pytest.skip(f"weights of ResNet-{depth} are absent; set RESNET{depth}_WEIGHTS")
         return path

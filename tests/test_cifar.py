@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from deploypipe.errors import DataError
-from pipelines import cifar_resnet
+from pipelines import cifar_resnet, resnet8_cifar10
 
 
 @pytest.mark.slow
@@ -19,6 +19,18 @@ def test_published_accuracy(
         test = cifar_resnet.load_cifar10(str(cifar10_dir)).test
         num_correct = sum(int((model(x).argmax(dim=1) == y).sum()) for x, y in test)
     assert num_correct / 10_000 == pytest.approx(accuracy, abs=2e-4)
+
+
+@pytest.mark.slow
+def test_published_accuracy_of_resnet8(
+    cifar10_dir: Path, resnet_weights: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resnet8_cifar10, "CIFAR10_DIR", str(cifar10_dir))
+    monkeypatch.setattr(resnet8_cifar10, "WEIGHTS", str(resnet_weights(8)))
+    model, test = resnet8_cifar10.build_model(), resnet8_cifar10.load_data().test
+    with torch.inference_mode():
+        num_correct = sum(int((model(x).argmax(dim=1) == y).sum()) for x, y in test)
+    assert num_correct / 10_000 == pytest.approx(0.8721, abs=2e-4)
 
 
 def write_cifar(root: Path, num_per_file: int) -> None:
