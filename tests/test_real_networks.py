@@ -89,6 +89,7 @@ def test_resnet20_runs_through_all_stages_and_resumes(
     result = load_result(tmp_path / "run")
     assert result.benchmark.dense.num_macs / result.benchmark.compressed.num_macs >= 2.1
     assert len(result.benchmark.compressed.per_sample_metric) == 10_000
+    assert result.training is not None and result.training.chosen_epoch == 1  # a repaired network gains by training
     again = CliRunner().invoke(app, command)
     assert again.exit_code == done.exit_code
     cached = replace(load_result(tmp_path / "run"), stages=())
