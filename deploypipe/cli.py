@@ -111,9 +111,9 @@ def score(
 ) -> None:
     """Show how much of PIPELINE's network is redundant, layer by layer, and which of its blocks do alike.
 
-    Takes one pass over the calibration samples; nothing is removed. The scorer is the recipe's: change it with
-    --set score.kind=..., one of magnitude, random, batch_norm_scale, fpgm, taylor, mipp, layerwise_mi, output_error,
-    label_mi, conditional_mi.
+    Takes one pass over the calibration samples; nothing is removed. The scorer is the recipe's. To try another: --set
+    score.kind=KIND with magnitude, mipp, layerwise_mi, output_error, conditional_mi, label_mi, taylor, fpgm,
+    batch_norm_scale or random.
     """
     with _exit_codes():
         settings = _split_settings(set_ or [], targets=False)

@@ -87,6 +87,9 @@ def _explain(error: ValidationError, source: str, record_type: type[object]) -> 
         siblings = _keys_beside(record_type, problem["loc"])
         remedy = f"the keys here are: {', '.join(siblings)}" if siblings else "remove it or check the spelling"
         return ConfigError(source, key, "unknown key", remedy)
+    if problem["type"] == "literal_error" and problem["loc"][-1] == "kind":
+        kinds = [p["ctx"]["expected"] for p in error.errors(include_url=False) if p["loc"][-1] == "kind"]
+        return ConfigError(source, key, f"there is no {problem['input']!r}", f"write one of {', '.join(kinds)}")
     message = problem["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
     if problem["type"] == "value_error":
         problem_text, _, remedy = message.partition("; ")

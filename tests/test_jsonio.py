@@ -185,3 +185,8 @@ def test_unknown_key_in_json_is_refused() -> None:
     plain["search"]["more"] = 1
     with pytest.raises(ConfigError, match=r"r\.json: search\.more: unknown key"):
         from_plain(Recipe, plain, "r.json")
+
+
+def test_unknown_variant_lists_those_there_are() -> None:
+    with pytest.raises(ConfigError, match=r"score\.kind: there is no 'foo'; write one of 'magnitude', .*'label_mi'"):
+        override(Recipe(), {"score.kind": "foo"})

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from deploypipe.errors import DataError
 from deploypipe.observe.moments import Moments
 from deploypipe.recipe import (
     BatchNormScale,
@@ -63,9 +64,15 @@ def score_halves(
     *,
     seed: int = 0,
 ) -> ScoreTable:
-    """The scores by all samples, and how well those by each half of the samples agree (see `observe_halves`)."""
-    first, second = (score(model, structures, half, scorer, seed=seed) for half in halves)
+    """The scores by all samples, and how well those by each half of the samples agree (see `observe_halves`).
+
+    Without stability where the samples are enough for the scorer and a half of them is not.
+    """
     table = score(model, structures, whole, scorer, seed=seed)
+    try:
+        first, second = (score(model, structures, half, scorer, seed=seed) for half in halves)
+    except DataError:
+        return table
     return replace(table, stability=stability(first, second))
 
 

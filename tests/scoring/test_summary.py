@@ -4,10 +4,11 @@ import networks
 import pytest
 import torch
 
+from deploypipe.errors import DataError
 from deploypipe.observe.moments import merge
 from deploypipe.observe.stream import observe_halves
 from deploypipe.pruning.structures import list_structures
-from deploypipe.recipe import Magnitude, Mipp, Observe, Random
+from deploypipe.recipe import LabelMi, Magnitude, Mipp, Observe, Random
 from deploypipe.records import ScoreTable
 from deploypipe.scoring import score_halves
 from deploypipe.scoring.summary import kept_information, num_redundant, summarise
@@ -40,6 +41,18 @@ def test_summary_of_a_network() -> None:
     assert all(a >= b >= c for a, b, c in (group.redundant for group in summary.groups))
     assert summary.num_samples == 64
     assert sum(map(len, summary.clusters)) == len(structures.blocks)
+
+
+def test_half_of_just_enough_samples_costs_the_stability_and_not_the_scores() -> None:
+    model, inputs = networks.build("pad_resnet")
+    structures = list_structures(model, inputs)
+    batches = [(torch.randn(20, *inputs.shape[1:]), torch.arange(20) % 2) for _ in range(2)]
+    halves = observe_halves(model, structures, batches, Observe())
+    table = score_halves(model, structures, halves, merge(*halves), LabelMi())
+    assert table.channels
+    assert table.stability == {}
+    with pytest.raises(DataError, match="20 were kept"):
+        score_halves(model, structures, halves, halves[0], LabelMi())
 
 
 def test_unstable_rankings_are_named_with_the_samples_they_want() -> None:
