@@ -171,7 +171,7 @@ class GradientCollector:
 
             def by_output(gradient: Tensor) -> None:
                 rows = gradient.movedim(channel, -1)
-                squares = rows.reshape(len(rows), -1, rows.shape[-1]).double().square().mean(1).sum(0)
+                squares = rows.reshape(-1, rows.shape[-1]).double().square().sum(0)
                 self.fisher[name] = self.fisher.get(name, 0) + squares
 
             if args[0].requires_grad:

@@ -47,7 +47,7 @@ class Moments:
     shuffled: dict[str, Tensor]
     # Only where `observe` was given a loss:
     gates: dict[str, Tensor]  # by group: (units,) mean over samples of the squared derivative by a gate on the unit
-    output_fisher: dict[str, Tensor]  # by consumer: (outputs,) mean squared derivative of the loss by its outputs
+    output_fisher: dict[str, Tensor]  # by consumer: (outputs,) the same by an output, summed over positions
 
     @property
     def block_names(self) -> tuple[str, ...]:

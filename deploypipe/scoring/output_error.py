@@ -20,9 +20,9 @@ def score_output_error(
     """Share of the readers' weighted output variance that is lost by the time a unit goes, in greedy order.
 
     An output weighs 1 / its variance: as a batch norm behind it does, that makes all outputs count alike, whatever the
-    scale of a channel or a reader. With `fisher` it weighs the mean squared derivative of the loss by it at a position,
-    which makes the error the loss it costs, to second order and up to a factor; outputs that the loss does not reach
-    weigh nothing. Groups none of whose consumers could be observed are scored by magnitude.
+    scale of a channel or a reader. With `fisher` it weighs the squared derivative of a sample's loss by it, summed over
+    positions, which makes the error the loss it costs, to second order and up to a factor; outputs that the loss does
+    not reach weigh nothing. Groups none of whose consumers could be observed are scored by magnitude.
     """
     if config.fisher and not moments.output_fisher:
         raise DataError(
