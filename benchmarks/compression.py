@@ -14,18 +14,17 @@ images. Prints a Markdown table; a run that was killed goes on where it stopped.
 """
 
 import argparse
-import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from judging import test_hits
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from deploypipe.benchmark import benchmark
-from deploypipe.benchmark.accuracy import evaluate_module
 from deploypipe.cli import load_target
 from deploypipe.export.onnx_file import export_onnx
 from deploypipe.numerics.intervals import interval_of_mean
@@ -43,7 +42,7 @@ from deploypipe.runs import RunFolder, open_run
 from deploypipe.scoring import score
 from deploypipe.search.allocate import Allocation, allocate_to, uniform
 from deploypipe.search.curves import measure_curves
-from deploypipe.task import Splits, Task, channels_last, forward, take, take_calib
+from deploypipe.task import Splits, Task, forward, take, take_calib
 from deploypipe.training.finetune import finetune
 
 SCORERS = {"mipp": Mipp(), "magnitude": Magnitude()}
@@ -185,9 +184,7 @@ class Comparison:
 
     def accuracy(self, stage: str, model: Callable[[], nn.Module]) -> Accuracy:
         def compute(_: Path) -> Accuracy:
-            network = copy.deepcopy(model()).to(memory_format=torch.channels_last)
-            batches = ((channels_last(inputs), target) for inputs, target in self.splits.test)
-            hits = evaluate_module(network, batches, self.task)
+            hits = test_hits(model(), self.splits, self.task)
             seen = interval_of_mean(hits)
             return Accuracy(percent=seen.value * 100, low=seen.low * 100, high=seen.high * 100, count=len(hits))
 

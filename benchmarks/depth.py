@@ -8,7 +8,6 @@ was killed goes on where it stopped.
 """
 
 import argparse
-import copy
 import random
 import time
 from collections.abc import Callable
@@ -16,10 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
+from judging import test_hits
 from torch import nn
 
-from deploypipe.benchmark.accuracy import evaluate_module
 from deploypipe.observe.moments import Moments
 from deploypipe.observe.stream import observe
 from deploypipe.pipeline_module import Pipeline, load_pipeline
@@ -32,7 +30,7 @@ from deploypipe.records import Names
 from deploypipe.runs import RunFolder, open_run
 from deploypipe.scoring.blocks import rank_blocks
 from deploypipe.scoring.blocks.block_mi import choose_blocks
-from deploypipe.task import channels_last, take, take_calib
+from deploypipe.task import take, take_calib
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,9 +109,7 @@ class Comparison:
         return self.run.remember(stage, {**self.key(), "blocks": blocks}, compute, Accuracies)
 
     def accuracy(self, model: nn.Module) -> float:
-        network = copy.deepcopy(model).to(memory_format=torch.channels_last)
-        batches = ((channels_last(inputs), target) for inputs, target in self.splits.test)
-        return 100 * float(np.mean(evaluate_module(network, batches, self.task)))
+        return 100 * float(np.mean(test_hits(model, self.splits, self.task)))
 
     def key(self) -> dict[str, object]:
         return {"structures": self.structures, "recipe": self.recipe, "counts": self.counts}

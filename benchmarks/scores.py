@@ -9,7 +9,6 @@ table of means over the draws with the interval that the draws span; a run that 
 """
 
 import argparse
-import copy
 import time
 from dataclasses import dataclass, replace
 from functools import cache
@@ -17,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from judging import test_hits
 from torch import nn
 
-from deploypipe.benchmark.accuracy import evaluate_module
 from deploypipe.observe.moments import Moments
 from deploypipe.observe.stream import observe
 from deploypipe.pipeline_module import Pipeline, load_pipeline
@@ -43,7 +42,7 @@ from deploypipe.recipe import (
 from deploypipe.runs import RunFolder, open_run
 from deploypipe.scoring import score
 from deploypipe.search.allocate import uniform
-from deploypipe.task import Batch, channels_last, stack_batches, take, take_calib
+from deploypipe.task import Batch, stack_batches, take, take_calib
 
 ENTRANTS: dict[str, Scorer] = {
     "magnitude L2": Magnitude(),
@@ -142,9 +141,7 @@ class Comparison:
         return Outcome(seconds=seconds, macs_kept=macs, sliced=sliced, repaired=repaired)
 
     def accuracy(self, model: nn.Module) -> float:
-        network = copy.deepcopy(model).to(memory_format=torch.channels_last)
-        batches = ((channels_last(inputs), target) for inputs, target in self.splits.test)
-        return 100 * float(np.mean(evaluate_module(network, batches, self.task)))
+        return 100 * float(np.mean(test_hits(model, self.splits, self.task)))
 
 
 def show(outcomes: dict[str, list[Outcome]], widths: list[float]) -> None:

@@ -1,14 +1,28 @@
-"""Real data for the slow tests: from $DEPLOYPIPE_TEST_DATA, or from where it may stand beside the checkout."""
+"""One thread for tests of small networks; real data for slow ones ($DEPLOYPIPE_TEST_DATA, or beside the checkout)."""
 
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 DATA = Path(os.environ.get("DEPLOYPIPE_TEST_DATA") or Path(__file__).parents[2] / "shared" / "data")
+
+
+SMALL = ("numerics", "observe", "pruning", "scoring", "search", "training")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Networks as small as those in these folders lose more to waiting threads than they gain."""
+    before = torch.get_num_threads()
+    if request.path.parent.name in SMALL:
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

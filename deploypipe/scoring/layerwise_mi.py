@@ -1,13 +1,13 @@
 """Layer-wise pruning by mutual information with the kept units above (Fan et al., arXiv:2108.12594), Gaussian form."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from deploypipe.numerics.gaussian_mi import SequentialSelection
 from deploypipe.observe.moments import Moments
 from deploypipe.recipe import LayerwiseMi
 from deploypipe.records import ScoreTable, Structures
-from deploypipe.scoring.top_down import Ranking, Reader, cumulative, score_top_down
+from deploypipe.scoring.top_down import Ranking, Reader, cumulative, score_top_down, take_one_by_one
 
 
 def score_layerwise_mi(
@@ -23,31 +23,21 @@ def score_layerwise_mi(
 
     def rank(readers: list[Reader]) -> Ranking:
         problems = [SequentialSelection(r.covariance, r.weights, r.regressors, noise=config.noise) for r in readers]
+
+        def choose_(unit: int) -> None:
+            for problem in problems:
+                problem.choose_(unit)
+
         if config.joint:
-            order, gains = _choose_one_by_one(problems, len(readers[0].regressors))
+            order, gains = take_one_by_one(lambda: _gains(problems), choose_, len(readers[0].regressors), greatest=True)
             return Ranking(scores=cumulative(order[::-1], gains[::-1]))
-        return Ranking(scores=tuple(_gains(problems).tolist()))
+        alone = torch.stack(_gains(problems)).sum(0).nan_to_num(nan=0.0)
+        return Ranking(scores=tuple(alone.tolist()))
 
     return score_top_down(
         model, structures, moments, rank, scorer=config.kind, is_cumulative=config.joint, keep=config.keep
     )
 
 
-def _choose_one_by_one(problems: list[SequentialSelection], num_units: int) -> tuple[list[int], list[float]]:
-    """Choose the unit of greatest gain, again and again: (order, gains when chosen)."""
-    order: list[int] = []
-    gains: list[float] = []
-    chosen = torch.zeros(num_units, dtype=torch.float64)
-    for _ in range(num_units):
-        now = _gains(problems) - chosen
-        unit = int(now.argmax())
-        order.append(unit)
-        gains.append(max(float(now[unit]), 0.0))
-        chosen[unit] = torch.inf
-        for problem in problems:
-            problem.choose_(unit)
-    return order, gains
-
-
-def _gains(problems: list[SequentialSelection]) -> torch.Tensor:
-    return torch.stack([problem.gains() for problem in problems]).sum(0).nan_to_num(nan=0.0)
+def _gains(problems: list[SequentialSelection]) -> list[Tensor]:
+    return [problem.gains() for problem in problems]

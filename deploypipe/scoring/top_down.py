@@ -113,18 +113,30 @@ def _readers(
 
 def remove_one_by_one(problems: Sequence[Removal], num_units: int) -> tuple[list[int], list[float]]:
     """Remove the unit whose loss, summed over all problems, is least, again and again: (order, losses on removal)."""
-    order: list[int] = []
-    losses: list[float] = []
-    gone = torch.zeros(num_units, dtype=torch.float64)
-    for _ in range(num_units):
-        now = torch.stack([problem.losses() for problem in problems]).sum(0).nan_to_num(nan=0.0) + gone
-        unit = int(now.argmin())
-        order.append(unit)
-        losses.append(max(float(now[unit]), 0.0))
-        gone[unit] = torch.inf
+
+    def remove_(unit: int) -> None:
         for problem in problems:
             problem.remove_(unit)
-    return order, losses
+
+    return take_one_by_one(lambda: [problem.losses() for problem in problems], remove_, num_units)
+
+
+def take_one_by_one(
+    amounts: Callable[[], list[Tensor]], take_: Callable[[int], None], num_units: int, *, greatest: bool = False
+) -> tuple[list[int], list[float]]:
+    """Take the unit of least (or greatest) summed amount, again and again: (order, amounts when taken)."""
+    order: list[int] = []
+    taken: list[float] = []
+    sign = -1.0 if greatest else 1.0
+    gone = torch.zeros(num_units, dtype=torch.float64)
+    for _ in range(num_units):
+        now = torch.stack(amounts()).sum(0).nan_to_num(nan=0.0)
+        unit = int((sign * now + gone).argmin())
+        order.append(unit)
+        taken.append(max(float(now[unit]), 0.0))
+        gone[unit] = torch.inf
+        take_(unit)
+    return order, taken
 
 
 def cumulative(order: Sequence[int], amounts: Sequence[float]) -> tuple[float, ...]:
