@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal, TypeAlias
 
-Side: TypeAlias = Literal["in", "out"]
+# "in" or "out" of a layer; "pos_embed.2", an axis of one of a module's tensors; "@num_heads", an attribute that counts.
+Side: TypeAlias = str
+GroupKind: TypeAlias = Literal["channels", "heads", "head_dims"]
 Names: TypeAlias = tuple[str, ...]  # of blocks, in execution order
 
 
@@ -55,11 +57,16 @@ class Member:
 class ChannelGroup:
     """Channels that can only be removed together: producers, normalisations between, and all consumers."""
 
-    name: str  # the module that produces the channels, as in `named_modules()`
+    name: str  # the module that produces the channels, as in `named_modules()`; "MODULE:heads" for attention heads
     num_units: int
     members: tuple[Member, ...]
     params_per_unit: float  # saved by removing one unit from the dense network
     macs_per_unit: float  # multiply-accumulates of one sample, likewise
+    kind: GroupKind = "channels"
+
+    def step(self, channel_multiple: int) -> int:
+        """Units that widths come in multiples of: a target asks for multiples of channels, not of heads."""
+        return channel_multiple if self.kind == "channels" else 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +83,7 @@ class Frozen:
     """A structure that cannot be removed, and why."""
 
     name: str
-    kind: Literal["channels", "block"]
+    kind: GroupKind | Literal["block"]
     reason: str
 
 
@@ -142,7 +149,7 @@ class PruneRow:
     """Asked against realised for one structure."""
 
     name: str
-    kind: Literal["channels", "block"]
+    kind: GroupKind | Literal["block"]
     width_before: int
     asked: int  # width asked for
     realised: int  # width in the new network

@@ -45,14 +45,20 @@ def resnet_weights() -> Callable[[int], Path]:
     """Depth (8, 20 or 56) -> safetensors of the trained network; skips where it is absent."""
 
     def find(depth: int) -> Path:
-        named = os.environ.get(f"RESNET{depth}_WEIGHTS")
-        path = (
-            Path(named)
-            if named
-            else DATA / "weights" / f"cifar10_resnet{depth}_{'mlperftiny' if depth == 8 else 'akamaster'}.safetensors"
-        )
-        if not path.is_file():
-            pytest.skip(f"weights of ResNet-{depth} are absent; set RESNET{depth}_WEIGHTS")
-        return path
+        origin = "mlperftiny" if depth == 8 else "akamaster"
+        return _find_weights(f"RESNET{depth}_WEIGHTS", f"cifar10_resnet{depth}_{origin}.safetensors")
 
     return find
+
+
+@pytest.fixture(scope="session")
+def vit_weights() -> Path:
+    """Safetensors of the trained vision transformer; skips where it is absent."""
+    return _find_weights("VIT_WEIGHTS", "cifar10_vit_postnorm_smmk47.safetensors")
+
+
+def _find_weights(variable: str, name: str) -> Path:
+    path = Path(os.environ.get(variable) or DATA / "weights" / name)
+    if not path.is_file():
+        pytest.skip(f"trained weights are absent ({path}); set {variable}")
+    return path

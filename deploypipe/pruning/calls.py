@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from deploypipe import task
+from deploypipe.pruning.attention import SlimAttention
 from deploypipe.task import forward, num_samples
 
 
@@ -87,7 +88,7 @@ def record_calls(model: nn.Module, inputs: Any) -> dict[str, Call]:
 
 
 def _macs(module: nn.Module, args: tuple[Any, ...], output: Any) -> int:
-    """Multiply-accumulates of one call of a convolution or linear layer; 0 for everything else."""
+    """Multiply-accumulates of one call of a layer with weights; products of activations count nothing."""
     match module:
         case _ConvTransposeNd():
             return int(args[0].numel() * module.weight[0].numel())
@@ -95,4 +96,10 @@ def _macs(module: nn.Module, args: tuple[Any, ...], output: Any) -> int:
             return int(output.numel() * module.weight[0].numel())
         case nn.Linear():
             return int(output.numel() * module.in_features)
+        case nn.MultiheadAttention() | SlimAttention():
+            projections: nn.Linear = module.out_proj
+            size = sum(p.numel() for p in module._parameters.values() if p is not None and p.dim() == 2)
+            if isinstance(module, nn.MultiheadAttention):  # which does not call its output projection
+                size += projections.weight.numel()
+            return int(output[0].numel() // projections.out_features * size)
     return 0

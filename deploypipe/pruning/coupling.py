@@ -1,95 +1,96 @@
-"""Which channels can only be removed together, traced once. The only importer of torch_pruning.
+"""Which channels, heads and features can only be removed together."""
 
-torch-pruning's graph says which layers touch, and its index mappings say how indices travel through concatenations,
-splits and flattens. The walk over that graph is our own: it keeps every (index, root index) pair apart, so that
-channels a gate or a split ties together become one unit, and it ends, because each pair is visited once.
-"""
-
-import ctypes
-import threading
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch_pruning
+import numpy as np
+import torch
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
-from torch_pruning._helpers import _HybridIndex
 
-from deploypipe.pruning.slicing import filters_per_group, has_two_sides, width
-from deploypipe.records import Frozen, Member, Side
+from deploypipe.pruning.calls import evaluating
+from deploypipe.pruning.indices import Atoms, Grid
+from deploypipe.pruning.propagation import Propagation
+from deploypipe.pruning.slicing import has_two_sides, is_depthwise, out_tensor
+from deploypipe.records import Frozen, GroupKind, Member, Side
 from deploypipe.task import forward
 
-_Pair = tuple[int, int]  # (index of the module, index of the root)
-_Touched = dict[tuple[str, Side], set[_Pair]]
+_Place = tuple[str, Side]  # (module, side)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Coupling:
-    """The channels of one producer and everything that must shrink with them."""
+    """The units of one producer and everything that must shrink with them."""
 
     name: str
+    kind: GroupKind
     num_units: int
     members: tuple[Member, ...]
 
 
-@dataclass(slots=True)
-class _Trace:
-    couplings: list[Coupling] = field(default_factory=list)
-    frozen: list[Frozen] = field(default_factory=list)
-
-
-class _TimeUpError(BaseException):
-    """Thrown into the tracing thread; not an Exception, so that no `except Exception` on its way can hold it up."""
-
-
 def trace_groups(
-    model: nn.Module, inputs: Any, order: Mapping[str, int], time_limit_s: float = 120.0
-) -> tuple[tuple[Coupling, ...], tuple[Frozen, ...]]:
-    """Couplings of all producers in execution order, and the producers that cannot shrink, with the reason.
+    model: nn.Module, inputs: Any, order: Mapping[str, int]
+) -> tuple[tuple[Coupling, ...], tuple[Coupling, ...], tuple[Frozen, ...]]:
+    """Couplings in execution order, others to try where one of them fails, and producers that cannot shrink, with why.
 
     order: module name -> place in the execution order; modules absent from it are never called. Works on a copy of
-    `model`. Whatever torch-pruning fails on, or does not finish within the limit, is a Frozen row, never an exception.
+    `model`. The others differ where a view splits an axis in two that can both shrink: couplings take the first of
+    them (whole heads), the others the last (dimensions of every head).
     """
-    copy = deepcopy(model).requires_grad_(True)
-    producers = {
-        name: module
-        for name, module in sorted(copy.named_modules(), key=lambda item: order.get(item[0], -1))
-        if name in order and has_two_sides(module)
-    }
-    trace = _Trace()
-
-    def work() -> None:
-        graph = torch_pruning.DependencyGraph().build_dependency(
-            copy, inputs, forward_fn=forward, output_transform=_floating, verbose=False
-        )
-        _collect(graph, copy, producers, order, trace)
-
-    failure = _within(time_limit_s, work)
-    if failure:
-        settled = {c.name for c in trace.couplings} | {f.name for f in trace.frozen}
-        settled |= {m.module for c in trace.couplings for m in c.members if m.side == "out"}
-        trace.frozen += [Frozen(name=n, kind="channels", reason=failure) for n in producers if n not in settled]
-    return tuple(trace.couplings), tuple(trace.frozen)
+    try:
+        trace = _propagate(model, inputs)
+    except Exception as error:  # a forward() that cannot run in inference mode may raise anything
+        reason = f"could not be traced: {type(error).__name__}: {error}"
+        layers = [name for name in order if has_two_sides(model.get_submodule(name))]
+        return (), (), tuple(Frozen(name=name, kind="channels", reason=reason) for name in layers)
+    classes = _Classes(trace)
+    places = _places(trace, classes)
+    first = _Finder(classes, places, trace.modules, order, take_last=False)
+    last = _Finder(classes, places, trace.modules, order, take_last=True)
+    couplings, others = first.couplings(), last.couplings()
+    known = {c.members for c in couplings}
+    covered = {(m.module, i) for c in couplings for m in c.members if m.side == "out" for unit in m.units for i in unit}
+    frozen = [
+        Frozen(name=name, kind="channels", reason=first.why_not(name))
+        for name in sorted(trace.modules, key=lambda n: order.get(n, len(order)))
+        if name in order
+        and has_two_sides(trace.modules[name])
+        and not any((name, i) in covered for i in range(_num_outputs(trace.modules[name])))
+    ]
+    return couplings, tuple(c for c in others if c.members not in known), tuple(frozen)
 
 
 def freeze(coupling: Coupling, reason: str, producers: Collection[str]) -> list[Frozen]:
     """A row for every producer of a coupling that must stay."""
-    names = dict.fromkeys([coupling.name, *(m.module for m in coupling.members if m.side == "out")])
+    names = dict.fromkeys(m.module for m in coupling.members if m.side == "out" and m.module in producers)
     because = f"shares its channels with {coupling.name!r}, which stays"
-    return [
-        Frozen(name=name, kind="channels", reason=reason if name == coupling.name else because)
-        for name in names
-        if name in producers
-    ]
+    rows = [Frozen(name=name, kind="channels", reason=because) for name in names if name != coupling.name]
+    return [Frozen(name=coupling.name, kind=coupling.kind, reason=reason), *rows]
+
+
+def _propagate(model: nn.Module, inputs: Any) -> Propagation:
+    copy = deepcopy(model)
+    with torch.inference_mode():
+        trace = Propagation(copy, inputs)
+        for name, module in copy.named_modules():
+            module.register_forward_pre_hook(lambda _m, _a, name=name: trace.enter(name))
+            module.register_forward_hook(lambda *_: trace.leave())
+        with evaluating(copy), trace:
+            outputs = forward(copy, inputs)
+    for tensor in _floating(outputs):
+        for axis in trace.of(tensor):
+            trace.indices.keep(axis, "its channels are the network's output")
+    return trace
 
 
 def _floating(outputs: Any) -> list[Tensor]:
-    """The output tensors that autograd can follow back, however they are nested."""
+    """The output tensors, however they are nested."""
     if isinstance(outputs, Tensor):
-        return [outputs] if outputs.grad_fn is not None else []
+        return [outputs]
     if isinstance(outputs, Mapping):
         return [t for value in outputs.values() for t in _floating(value)]
     if isinstance(outputs, Iterable) and not isinstance(outputs, str):
@@ -97,164 +98,231 @@ def _floating(outputs: Any) -> list[Tensor]:
     return []
 
 
-def _within(limit_s: float, work: Callable[[], None]) -> str:
-    """Run `work` in a thread that is interrupted at the limit. Returns why it failed, or "".
-
-    An exception set on the thread stops loops in Python code, which is where torch-pruning hangs (swin_t, maxvit_t); it
-    needs neither the main thread, as signals do, nor a model that can be pickled, as a child process does.
-    """
-    failures: list[str] = []
-
-    def guarded() -> None:
-        try:
-            work()
-        except _TimeUpError:
-            failures.append(f"tracing did not finish within {limit_s:g} s")
-        except (
-            Exception
-        ) as error:  # torch-pruning raises anything (ZeroDivisionError, TypeError, ...) on what it cannot trace
-            failures.append(f"could not be traced: {type(error).__name__}: {error}")
-
-    thread = threading.Thread(target=guarded, name="trace-couplings", daemon=True)
-    thread.start()
-    thread.join(limit_s)
-    if thread.is_alive():
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(_TimeUpError))
-        thread.join(limit_s)
-        if not failures:
-            failures.append(f"tracing did not finish within {limit_s:g} s")
-    return failures[0] if failures else ""
+def _num_outputs(module: Any) -> int:
+    return int(module.out_features if isinstance(module, nn.Linear) else module.out_channels)
 
 
-def _collect(
-    graph: Any, model: nn.Module, producers: Mapping[str, nn.Module], order: Mapping[str, int], trace: _Trace
-) -> None:
-    names = {module: name for name, module in model.named_modules()}
-    owners: dict[tuple[str, Side, int], str] = {}  # which coupling an index of a module belongs to
-    for name, module in producers.items():
-        total = width(module, "out") or 0
-        claimed = {owners[name, "out", i] for i in range(total) if (name, "out", i) in owners}
-        if claimed:
-            if any((name, "out", i) not in owners for i in range(total)):
-                reason = f"only some of its channels are coupled with {', '.join(sorted(claimed))}"
-                trace.frozen.append(Frozen(name=name, kind="channels", reason=reason))
-            continue
-        if module not in graph.module2node:
-            reason = "its output does not reach the network's output in a way that can be traced"
-            trace.frozen.append(Frozen(name=name, kind="channels", reason=reason))
-            continue
-        touched, blocker = _walk(graph, names, module)
-        units = _units(total, touched, model)
-        members = _members(units, touched, order)
-        blocker = blocker or _unfit(model, members, len(units))
-        indices = {(m.module, m.side, i) for m in members for unit in m.units for i in unit}
-        others = sorted({owners[index] for index in indices if index in owners})
-        blocker = blocker or (f"shares channels with {', '.join(others)}" if others else "")
-        for index in indices:
-            owners.setdefault(index, name)
-        coupling = Coupling(name=name, num_units=len(units), members=members)
-        if blocker:
-            trace.frozen += freeze(coupling, blocker, producers)
-        else:
-            trace.couplings.append(coupling)
+class _Classes:
+    """Atoms that are equal, as numbers of their class; what must stay, and why; and the grids between classes."""
+
+    def __init__(self, trace: Propagation) -> None:
+        ledger = trace.indices
+        left = np.concatenate([a for a, _ in ledger.equal] or [np.zeros(0, dtype=np.int64)])
+        right = np.concatenate([b for _, b in ledger.equal] or [np.zeros(0, dtype=np.int64)])
+        size = max(ledger.num_atoms, 1)
+        edges = coo_matrix((np.ones(len(left), dtype=np.int8), (left, right)), (size, size))
+        self.of: Atoms = connected_components(edges, directed=False)[1].astype(np.int64)
+        self.kept: dict[int, str] = {}
+        for atoms, why in ledger.kept:
+            for c in self.of[atoms].tolist():
+                self.kept.setdefault(c, why)
+        self.grids = [_ClassGrid(grid, self.of) for grid in ledger.grids]
+        self.as_cell: dict[int, list[tuple[_ClassGrid, int]]] = defaultdict(list)
+        self.as_factor: dict[int, list[tuple[_ClassGrid, int, int]]] = defaultdict(list)
+        for grid in self.grids:
+            for cell, c in enumerate(grid.cells.reshape(-1).tolist()):
+                self.as_cell[c].append((grid, cell))
+            for axis, factor in enumerate(grid.factors):
+                for place, c in enumerate(factor or ()):
+                    self.as_factor[c].append((grid, axis, place))
+        self.groups = self._all(trace.convolution_groups)
+        self.heads = self._all(atoms for seen in trace.attention.values() for atoms in seen.heads)
+        self.head_dims = self._all(atoms for seen in trace.attention.values() for atoms in seen.head_dims)
+        self.attention = {
+            c: name for name, seen in trace.attention.items() for atoms in seen.heads for c in self.of[atoms].tolist()
+        }
+
+    def _all(self, arrays: Iterable[Atoms]) -> set[int]:
+        return {c for atoms in arrays for c in self.of[atoms].tolist()}
 
 
-def _walk(graph: Any, names: Mapping[nn.Module, str], root: nn.Module) -> tuple[_Touched, str]:
-    """All (module, side) reached from the root's output channels, with index pairs; and what forbids the removal."""
-    start = graph.get_pruner_of_module(root).prune_out_channels
-    node = graph.module2node[root]
-    pairs = [_HybridIndex(idx=i, root_idx=i) for i in range(width(root, "out") or 0)]
-    seen: dict[tuple[int, Any], set[Any]] = defaultdict(set)
-    seen[id(node), start] = set(pairs)
-    touched: _Touched = defaultdict(set)
-    touched[names[root], "out"].update(pairs)
-    blocker = ""
-    todo = [(node, start, pairs)]
-    while todo:
-        node, handler, pairs = todo.pop()
-        for dep in node.dependencies:
-            if not dep.is_triggered_by(handler):
+class _ClassGrid:
+    def __init__(self, grid: Grid, classes: Atoms) -> None:
+        self.cells = classes[grid.cells].reshape([factor.size for factor in grid.factors])
+        self.factors = [None if f.atoms is None else classes[f.atoms].tolist() for f in grid.factors]
+
+    def slab(self, axis: int, place: int) -> list[int]:
+        """All cells that go with one index of one factor."""
+        return self.cells.take(place, axis=axis).reshape(-1).tolist()
+
+
+def _places(trace: Propagation, classes: _Classes) -> dict[_Place, list[int]]:
+    """The class of every index of everything that can be cut: sides of layers, axes of tensors, sizes in attributes."""
+    places: dict[_Place, list[int]] = {}
+
+    def add(module: str, side: Side, atoms: Atoms | None) -> None:
+        if atoms is not None:
+            places.setdefault((module, side), classes.of[atoms].tolist())
+
+    for name, module in trace.modules.items():
+        covered = out_tensor(module)
+        for side, atoms in _tensor_sides(trace, module, covered):
+            add(name, side, atoms)
+        if covered and has_two_sides(module):
+            add(name, "in", trace.reads.get(name))
+        if name in trace.normalises and not is_depthwise(module):
+            add(name, "out", trace.normalises[name])
+    for (name, attribute), atoms in trace.sized.items():
+        module = trace.modules[name]
+        is_ours = isinstance(module, nn.MultiheadAttention)  # becomes a SlimAttention, which counts its heads alone
+        if out_tensor(module) is None and (not is_ours or attribute == "num_heads"):
+            add(name, f"@{attribute}", atoms)
+    return places
+
+
+def _tensor_sides(
+    trace: Propagation, module: nn.Module, covered: tuple[str, int] | None
+) -> Iterator[tuple[Side, Atoms | None]]:
+    """The axes of a module's own tensors; of a known layer its outputs stand for all of them."""
+    for local, tensor in [*module._parameters.items(), *module._buffers.items()]:
+        for number, axis in enumerate(trace.of(tensor) if tensor is not None else ()):
+            atoms = axis[0].atoms if axis else None
+            if covered == (local, number):
+                yield "out", atoms
+            elif not covered or (isinstance(module, nn.Embedding) and number == 0):
+                yield f"{local}.{number}", atoms
+
+
+@dataclass(slots=True)
+class _Unit:
+    classes: set[int] = field(default_factory=set)
+    why_not: str = ""
+
+
+class _Finder:
+    """Collects units: the least sets of classes that can go without anything else."""
+
+    def __init__(
+        self,
+        classes: _Classes,
+        places: Mapping[_Place, list[int]],
+        modules: Mapping[str, nn.Module],
+        order: Mapping[str, int],
+        *,
+        take_last: bool,
+    ) -> None:
+        self.modules = modules
+        self.classes, self.places, self.order, self.take_last = classes, places, order, take_last
+        self.where: dict[int, list[tuple[_Place, int]]] = defaultdict(list)
+        for place, found in sorted(places.items(), key=lambda item: (order.get(item[0][0], len(order)), item[0])):
+            for index, c in enumerate(found):
+                self.where[c].append((place, index))
+        self.unit_of: dict[int, _Unit] = {}
+        self.units = list(self._units())
+
+    def _units(self) -> Iterator[_Unit]:
+        for place, found in sorted(
+            self.places.items(), key=lambda item: (self.order.get(item[0][0], len(self.order)), item[0])
+        ):
+            if place[1] == "in" or place[1].startswith("@"):
                 continue
-            indices = pairs
-            for mapping in dep.index_mapping:
-                indices = mapping(indices) if mapping is not None else indices
-            known = seen[id(dep.target), dep.handler]
-            fresh = [pair for pair in indices if pair not in known]
-            if not fresh:
+            for c in found:
+                if c not in self.unit_of:
+                    unit = self._closure(c)
+                    for each in unit.classes:
+                        self.unit_of.setdefault(each, unit)
+                    yield unit
+
+    def _closure(self, start: int) -> _Unit:
+        """All that goes when one class does."""
+        unit = _Unit({start})
+        todo = [start]
+        while todo and not unit.why_not:
+            c = todo.pop()
+            unit.why_not = self.classes.kept.get(c, "")
+            fresh: list[int] = []
+            for grid, axis, place in self.classes.as_factor.get(c, ()):
+                fresh += grid.slab(axis, place)
+            for grid, cell in self.classes.as_cell.get(c, ()):
+                chosen = self._choose(grid, cell, unit)
+                if chosen is None:
+                    unit.why_not = unit.why_not or self._why_neither(grid, cell)
+                else:
+                    fresh.append(chosen)
+            for other in fresh:
+                if other not in unit.classes:
+                    unit.classes.add(other)
+                    todo.append(other)
+        return unit
+
+    def _options(self, grid: _ClassGrid, cell: int) -> list[int]:
+        index = np.unravel_index(cell, grid.cells.shape)
+        return [factor[int(i)] for factor, i in zip(grid.factors, index, strict=True) if factor]
+
+    def _choose(self, grid: _ClassGrid, cell: int, unit: _Unit) -> int | None:
+        """A cell cannot go alone: the factor's index that goes with it, one that is gone already if there is one."""
+        options = [c for c in self._options(grid, cell) if c not in self.classes.kept]
+        gone = [c for c in options if c in unit.classes]
+        options.sort(key=lambda c: c in self.classes.groups)  # a filter of every group rather than a whole group
+        options = gone or (options[::-1] if self.take_last else options)
+        return options[0] if options else None
+
+    def _why_neither(self, grid: _ClassGrid, cell: int) -> str:
+        reasons = [self.classes.kept[c] for c in self._options(grid, cell) if c in self.classes.kept]
+        return reasons[0] if reasons else "is a part of an axis that a view splits in fixed parts"
+
+    def couplings(self) -> tuple[Coupling, ...]:
+        """Units that touch the same places, together."""
+        alike: dict[tuple[_Place, ...], list[dict[_Place, set[int]]]] = defaultdict(list)
+        kinds: dict[tuple[_Place, ...], tuple[GroupKind, str]] = {}
+        for unit in self.units:
+            if unit.why_not:
                 continue
-            known.update(fresh)
-            todo.append((dep.target, dep.handler, fresh))
-            target = dep.target.module
-            blocker = blocker or _forbidden(graph, target, names)
-            if target in names and width(target, "out") is not None:
-                reads = has_two_sides(target) and graph.is_in_channel_pruning_fn(dep.handler)
-                side: Side = "in" if reads else "out"
-                touched[names[target], side].update((pair.idx, pair.root_idx) for pair in fresh)
-    return touched, blocker
+            touched: dict[_Place, set[int]] = defaultdict(set)
+            for c in unit.classes:
+                for place, index in self.where.get(c, ()):
+                    touched[place].add(index)
+            key = tuple(sorted(touched))
+            alike[key].append(touched)
+            kinds.setdefault(key, self._kind(unit))
+        found: list[Coupling] = []
+        names: set[str] = set()
+        for key, units in alike.items():
+            if len(units) < 2 or not any(map(self._is_reader, key)):
+                continue
+            coupling = self._coupling(units, *kinds[key])
+            while coupling.name in names:
+                coupling = Coupling(
+                    name=f"{coupling.name}+",
+                    kind=coupling.kind,
+                    num_units=coupling.num_units,
+                    members=coupling.members,
+                )
+            names.add(coupling.name)
+            found.append(coupling)
+        return tuple(found)
 
+    def _is_reader(self, place: _Place) -> bool:
+        name, side = place
+        tensor = getattr(self.modules[name], side.rpartition(".")[0], None)
+        return side == "in" or (isinstance(tensor, Tensor) and tensor.dim() > 1)
 
-def _forbidden(graph: Any, target: Any, names: Mapping[nn.Module, str]) -> str:
-    if isinstance(target, nn.Parameter):
-        return f"reaches the parameter {graph._param_to_name.get(target, '?')!r}, whose channels are not a layer's"
-    if target in names and width(target, "out") is None and next(target.parameters(), None) is not None:
-        return f"reaches {names[target]!r}, a {type(target).__name__}, which cannot be cut"
-    return ""
+    def _kind(self, unit: _Unit) -> tuple[GroupKind, str]:
+        if unit.classes & self.classes.heads:
+            return "heads", self.classes.attention[min(unit.classes & self.classes.heads)]
+        if unit.classes & self.classes.head_dims:
+            return "head_dims", ""
+        return "channels", ""
 
+    def _coupling(self, units: Sequence[Mapping[_Place, set[int]]], kind: GroupKind, module: str) -> Coupling:
+        places = sorted(
+            {place for unit in units for place in unit}, key=lambda p: (self.order.get(p[0], len(self.order)), p)
+        )
+        members = tuple(
+            Member(module=name, side=side, units=tuple(tuple(sorted(unit[name, side])) for unit in units))
+            for name, side in places
+        )
+        producer = next((m.module for m in members if m.side == "out"), members[0].module)
+        name = f"{module or producer}:{kind}" if kind != "channels" else producer
+        return Coupling(name=name, kind=kind, num_units=len(units), members=members)
 
-def _units(total: int, touched: _Touched, model: nn.Module) -> list[tuple[int, ...]]:
-    """Root indices that must go together: those that meet in one index of a module, or in one place of its groups."""
-    parent = list(range(total))
-
-    def find(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-
-    for (name, side), pairs in touched.items():
-        per_group = filters_per_group(model.get_submodule(name), side)
-        first: dict[int, int] = {}
-        for index, root in pairs:
-            place = index if per_group is None else index % per_group
-            a, b = find(root), find(first.setdefault(place, root))
-            parent[max(a, b)] = min(a, b)
-    units: dict[int, list[int]] = defaultdict(list)
-    for i in range(total):
-        units[find(i)].append(i)
-    return [tuple(unit) for _, unit in sorted(units.items())]
-
-
-def _members(units: list[tuple[int, ...]], touched: _Touched, order: Mapping[str, int]) -> tuple[Member, ...]:
-    unit_of = {root: number for number, unit in enumerate(units) for root in unit}
-    members = []
-    for (name, side), pairs in sorted(touched.items(), key=lambda item: (order.get(item[0][0], -1), item[0])):
-        indices: list[set[int]] = [set() for _ in units]
-        for index, root in pairs:
-            indices[unit_of[root]].add(index)
-        members.append(Member(module=name, side=side, units=tuple(tuple(sorted(i)) for i in indices)))
-    return tuple(members)
-
-
-def _unfit(model: nn.Module, members: tuple[Member, ...], num_units: int) -> str:
-    """Why the members' own layers forbid the removal, or ""."""
-    if num_units < 2:
-        return "all its channels are coupled with each other"
-    uses: dict[int, list[str]] = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        uses[id(parameter)].append(name)
-    for member in members:
-        module = model.get_submodule(member.module)
-        if isinstance(module, nn.GroupNorm) and module.num_groups != module.num_channels:
-            return f"{member.module!r} normalises over groups of channels, whose statistics would change"
-        if isinstance(module, nn.LayerNorm):
-            return f"{member.module!r} normalises over the channels, whose statistics would change"
-        if isinstance(module, nn.Linear | _ConvNd | nn.Embedding) and "weight" not in module._parameters:
-            return f"the weight of {member.module!r} is computed (a parametrization); remove it first"
-        for parameter in module.parameters(recurse=False):
-            shared = [n for n in uses[id(parameter)] if n.rpartition(".")[0] != member.module]
-            if shared:
-                return f"{member.module!r} shares a parameter with {shared[0]!r}"
-        total = width(module, member.side) or 0
-        if any(index >= total for unit in member.units for index in unit):
-            return f"{member.module!r} has {total} channels, fewer than it is coupled with (padding or slicing between)"
-    return ""
+    def why_not(self, producer: str) -> str:
+        """Why no unit of this producer can go."""
+        found = self.places.get((producer, "out"))
+        if found is None:  # the weight is computed from others, which lie below
+            below = (f"{producer}.parametrizations", producer)
+            found = [c for (name, _), classes in self.places.items() if name.startswith(below) for c in classes]
+        reasons = [self.unit_of[c].why_not for c in found if c in self.unit_of and self.unit_of[c].why_not]
+        if reasons:
+            return reasons[0]
+        return "all its channels are coupled with each other" if found else "it has a single channel"

@@ -18,8 +18,8 @@ def make_plan(
     """Keep the best-scored `widths[name]` units of each named group, and remove the named blocks.
 
     Widths are brought to the nearest multiple of `channel_multiple` (halves go up), at least one multiple, never above
-    the dense width; a group narrower than one multiple stays whole. Equal scores: the lower index stays. Groups that
-    lie wholly in removed blocks are left out. Group names absent from `widths` stay whole.
+    the dense width; a group narrower than one multiple stays whole; heads come in any number. Equal scores: the lower
+    index stays. Groups that lie wholly in removed blocks are left out. Group names absent from `widths` stay whole.
     """
     groups = {group.name: group for group in structures.groups}
     _check(structures, groups, scores, widths, blocks)
@@ -30,7 +30,7 @@ def make_plan(
         if group.name not in widths or not outside:
             continue
         asked = widths[group.name]
-        width, reason = _realised(asked, group.num_units, channel_multiple)
+        width, reason = _realised(asked, group.num_units, group.step(channel_multiple))
         ranked = sorted(range(group.num_units), key=lambda i: (-scores.channels[group.name][i], i))
         removed = tuple(sorted(ranked[width:]))
         if not removed and asked == group.num_units:

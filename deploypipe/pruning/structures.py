@@ -13,7 +13,7 @@ from deploypipe.errors import ModelError
 from deploypipe.pruning.blocks import find_blocks
 from deploypipe.pruning.calls import Call, evaluating, one_thread_if_small, record_calls
 from deploypipe.pruning.coupling import Coupling, freeze, trace_groups
-from deploypipe.pruning.slicing import cut_, edits_by_module, has_two_sides, mask_, replace_by_identity_, width
+from deploypipe.pruning.slicing import cut_, has_two_sides, mask_, replace_by_identity_, sizes_after
 from deploypipe.records import Block, ChannelGroup, Edit, Frozen, Structures
 from deploypipe.task import forward, num_samples, take
 
@@ -33,17 +33,24 @@ def list_structures(model: nn.Module, inputs: Any, keep: Sequence[str] = ()) -> 
     calls = record_calls(model, inputs)
     place = {name: call.place for name, call in calls.items()}
     with one_thread_if_small(num_samples(inputs) * sum(call.macs for call in calls.values())):
-        couplings, frozen_channels = trace_groups(model, inputs, place)
+        couplings, others, frozen_channels = trace_groups(model, inputs, place)
         blocks, frozen_blocks = find_blocks(deepcopy(model), inputs, calls)
         probe = _Probe(model, inputs)
-        reasons = {c.name: _kept((m.module for m in c.members), keep) or probe.try_channels(c) for c in couplings}
-        block_reasons = {b.name: _kept(_inside(model, b.name), keep) or probe.try_block(b) for b in blocks}
+        reasons = {c.name: _kept((m.module for m in c.members), keep) for c in couplings}
+        accepted, failures = probe.channels([c for c in couplings if not reasons[c.name]])
+        more, _ = probe.channels([c for c in others if not _overlaps(c, accepted) and not _is_kept(c, keep)], accepted)
+        block_reasons = {b.name: _kept(_inside(model, b.name), keep) for b in blocks}
+        block_reasons |= probe.blocks([b for b in blocks if not block_reasons[b.name]])
+    reasons |= failures
+    chosen = sorted((*accepted, *more), key=lambda c: min(place.get(m.module, len(place)) for m in c.members))
+    groups = tuple(_group(model, c, calls) for c in chosen)
+    settled = {m.module for c in chosen for m in c.members if m.side == "out"}
     producers = {name for name, module in model.named_modules() if has_two_sides(module)}
     rows = [row for c in couplings if reasons[c.name] for row in freeze(c, reasons[c.name], producers)]
-    rows += [Frozen(name=n, kind="block", reason=r) for n, r in block_reasons.items() if r]
-    unique = {(row.name, row.kind): row for row in (*rows, *frozen_channels, *frozen_blocks)}
-    frozen = sorted(unique.values(), key=lambda row: place.get(row.name, -1))
-    groups = tuple(_group(model, c, calls) for c in couplings if not reasons[c.name])
+    rows = [row for row in (*frozen_channels, *rows) if row.name not in settled]
+    rows += [*frozen_blocks, *(Frozen(name=n, kind="block", reason=r) for n, r in block_reasons.items() if r)]
+    unique = {(row.name, row.kind): row for row in rows}
+    frozen = sorted(unique.values(), key=lambda row: place.get(row.name.partition(":")[0], -1))
     removable = tuple(b for b in blocks if not block_reasons[b.name])
     if not groups and not removable:
         why = "; ".join(f"{row.kind} {row.name!r}: {row.reason}" for row in frozen) or "it calls no layers"
@@ -96,27 +103,35 @@ def _inside(model: nn.Module, name: str) -> list[str]:
     return [f"{name}.{n}" if n else name for n, _ in model.get_submodule(name).named_modules()]
 
 
+def _is_kept(coupling: Coupling, keep: Sequence[str]) -> bool:
+    return bool(_kept((m.module for m in coupling.members), keep))
+
+
 def _kept(modules: Any, keep: Sequence[str]) -> str:
     patterns = sorted({pattern for name in modules for pattern in keep if fnmatchcase(name, pattern)})
     return f"kept by recipe.keep ({', '.join(patterns)})" if patterns else ""
 
 
+def _touched(coupling: Coupling) -> set[tuple[str, str, int]]:
+    return {(m.module, m.side, i) for m in coupling.members if m.side[0] != "@" for unit in m.units for i in unit}
+
+
+def _overlaps(coupling: Coupling, others: Sequence[Coupling]) -> bool:
+    mine = _touched(coupling)
+    return any(mine & _touched(other) for other in others)
+
+
 def _group(model: nn.Module, coupling: Coupling, calls: Mapping[str, Call]) -> ChannelGroup:
-    """The coupling with what one of its units costs, on average, in the dense network."""
-    edits = [Edit(module=m.module, side=m.side, removed=sum(m.units, ())) for m in coupling.members]
-    params = macs = 0.0
-    for name, sides in edits_by_module(edits).items():
-        module = model.get_submodule(name)
-        share = {side: len(gone) / coupling.num_units / (width(module, side) or 1) for side, gone in sides.items()}
-        both = 1 - (1 - share.get("in", 0.0)) * (1 - share.get("out", 0.0))
-        for key, parameter in module.named_parameters(recurse=False):
-            params += parameter.numel() * (share.get("out", 0.0) if key == "bias" else both)
-        macs += both * (calls[name].macs if name in calls else 0)
+    """The coupling with what its first unit costs in the dense network."""
+    edits = [Edit(module=m.module, side=m.side, removed=m.units[0]) for m in coupling.members]
+    params, shares = sizes_after(model, edits)
+    macs = sum((1 - share) * calls[name].macs for name, share in shares.items() if name in calls)
     return ChannelGroup(
         name=coupling.name,
+        kind=coupling.kind,
         num_units=coupling.num_units,
         members=coupling.members,
-        params_per_unit=round(params, 6),
+        params_per_unit=sum(p.numel() for p in model.parameters()) - params,
         macs_per_unit=round(macs, 6),
     )
 
@@ -130,29 +145,57 @@ class _Probe:
         generator = torch.Generator().manual_seed(0)
         for parameter in self.model.parameters():
             if parameter.is_floating_point():
-                size = parameter.abs().mean().item() or 1.0
+                size = parameter.abs().mean().item()
+                size = size if size > 0.01 or parameter.dim() > 1 else 1.0  # a layer scale of 1e-6 would hide the layer
                 noise = torch.randn(parameter.shape, generator=generator).to(parameter)
-                parameter.add_(noise, alpha=0.1 * size)
+                parameter.add_(noise, alpha=0.1 * size or 0.1)
         self.dense = self._run(self.model)
 
-    def try_channels(self, coupling: Coupling) -> str:
-        """Why the coupling cannot be trusted, or ""."""
-        units = range(coupling.num_units)
-        some = sorted({0, coupling.num_units - 1, *units[1::3]})[: coupling.num_units - 1]
-        edits = [Edit(module=m.module, side=m.side, removed=_union(m.units, some)) for m in coupling.members]
+    def channels(
+        self, couplings: Sequence[Coupling], base: Sequence[Coupling] = ()
+    ) -> tuple[list[Coupling], dict[str, str]]:
+        """Those that can be trusted all together (with `base`), and why each of the others cannot.
+
+        Tried at once, and by halves where that fails: a few failures among many cost a few trials each.
+        """
+        reason = self._try_channels([*base, *couplings]) if couplings else ""
+        if not reason:
+            return list(couplings), {}
+        if len(couplings) == 1:
+            return [], {couplings[0].name: reason}
+        half = len(couplings) // 2
+        first, failures = self.channels(couplings[:half], base)
+        second, others = self.channels(couplings[half:], [*base, *first])
+        return [*first, *second], {**failures, **others}
+
+    def _try_channels(self, couplings: Sequence[Coupling]) -> str:
+        edits = []
+        for coupling in couplings:
+            units = range(coupling.num_units)
+            some = sorted({0, coupling.num_units - 1, *units[1::3]})[: coupling.num_units - 1]
+            edits += [Edit(module=m.module, side=m.side, removed=_union(m.units, some)) for m in coupling.members]
         masked, cut = self._copy(edits), self._copy(edits)
-        mask_(masked, edits)
         try:
+            mask_(masked, edits)
             cut_(cut, edits)
             outputs = self._run(cut)
         except Exception as error:  # whatever the user's forward() raises on widths it was not written for
             return f"the network fails without these channels: {type(error).__name__}: {error}"
-        return _differ(self._run(masked), outputs, "the traced coupling is wrong (padding, strided slice or reshape?)")
+        return _differ(self._run(masked), outputs, "the traced coupling is wrong (sizes written into the code?)")
 
-    def try_block(self, block: Block) -> str:
-        """Why the block cannot be replaced by the identity, or ""."""
+    def blocks(self, blocks: Sequence[Block]) -> dict[str, str]:
+        """Why blocks cannot be replaced by the identity, for each that cannot."""
+        reason = self._try_blocks(blocks) if blocks else ""
+        if not reason:
+            return {}
+        if len(blocks) == 1:
+            return {blocks[0].name: reason}
+        half = len(blocks) // 2
+        return {**self.blocks(blocks[:half]), **self.blocks(blocks[half:])}
+
+    def _try_blocks(self, blocks: Sequence[Block]) -> str:
         copy = deepcopy(self.model)
-        replace_by_identity_(copy, [block.name])
+        replace_by_identity_(copy, [block.name for block in blocks])
         try:
             outputs = self._run(copy)
         except Exception as error:  # as above

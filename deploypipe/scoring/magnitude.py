@@ -38,6 +38,12 @@ def weight_rows(module: nn.Module, member: Member) -> Tensor | None:
 
     Norms have none: they scale what the convolutions already show.
     """
+    if member.side not in ("in", "out"):  # an axis of one tensor, or a count
+        name, _, axis = member.side.rpartition(".")
+        tensor = getattr(module, name, None)
+        if not isinstance(tensor, nn.Parameter) or tensor.dim() < 2:
+            return None
+        return tensor.detach().movedim(int(axis), 0).flatten(1)
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.dim() < 2:
         return None

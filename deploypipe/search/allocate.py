@@ -93,9 +93,12 @@ def least_macs(structures: Structures, curves: Curves) -> float:
 
 
 def uniform(structures: Structures, fraction: float, multiple: int) -> Allocation:
-    """The same fraction of every group kept, in steps of `multiple`; no block removed."""
-    widths = {g.name: max(multiple, round(g.num_units * fraction / multiple) * multiple) for g in structures.groups}
-    return Allocation(widths={g.name: min(widths[g.name], g.num_units) for g in structures.groups}, blocks=())
+    """The same fraction of every group kept, in steps of `multiple` channels; no block removed."""
+    widths = {}
+    for group in structures.groups:
+        step = group.step(multiple)
+        widths[group.name] = min(max(step, round(group.num_units * fraction / step) * step), group.num_units)
+    return Allocation(widths=widths, blocks=())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

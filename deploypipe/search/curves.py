@@ -6,6 +6,7 @@ say which units of a group go, these curves say how many.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ from deploypipe.numerics.least_squares import solve_towards
 from deploypipe.observe.moments import InputMoments, Moments
 from deploypipe.observe.patches import columns, num_taps, weight_matrix
 from deploypipe.observe.stream import hooked
-from deploypipe.pruning.slicing import mask_
+from deploypipe.pruning.slicing import cut_, looks_across, mask_
 from deploypipe.recipe import Search
 from deploypipe.records import ChannelGroup, Curves, Edit, Event, LossCurve, Progress, ScoreTable, Structures, silent
 from deploypipe.task import Batch, channels_last, evaluating, forward, num_samples, stack_batches, take_calib
@@ -71,7 +72,7 @@ def _group_curve(
     probe: "_Probe", group: ChannelGroup, scores: ScoreTable, moments: Moments, num_levels: int, multiple: int
 ) -> LossCurve:
     ranked = sorted(range(group.num_units), key=lambda i: (-scores.channels[group.name][i], i))
-    widths = width_levels(group.num_units, num_levels, multiple)
+    widths = width_levels(group.num_units, num_levels, group.step(multiple))
     losses = [probe.loss_at(group, ranked[:width], moments) for width in widths]
     return LossCurve(name=group.name, kind="channels", kept=(*widths, group.num_units), kl=(*losses, 0.0))
 
@@ -95,11 +96,13 @@ class _Probe:
         self.block_outputs: dict[str, Tensor] = {}
         hooks = [(name, self._keep_output(name)) for name in self.order]
         with evaluating(dense), torch.no_grad(), hooked(dense, hooks):
-            self.dense_logits = self._log_probabilities()
+            self.dense_logits = self._log_probabilities(dense)
 
     def loss_at(self, group: ChannelGroup, kept: Sequence[int], moments: Moments) -> float:
         """KL with only the units `kept` of a group."""
         readers = [m for m in group.members if m.side == "in"]
+        if not readers or any(looks_across(self.modules[m.module]) for m in group.members):
+            return self._loss_cut(group, kept)
         with evaluating(self.model), torch.no_grad(), ExitStack() as stack:
             self._skip_before(min(self._position(m.module) for m in group.members), stack)
             for member in readers:
@@ -112,14 +115,23 @@ class _Probe:
                     continue
                 stack.enter_context(_weights(layer, layer.weight.detach().clone()))
                 mask_(self.model, [Edit(module=member.module, side="in", removed=gone)])
-            return self._loss()
+            return self._loss(self.model)
+
+    def _loss_cut(self, group: ChannelGroup, kept: Sequence[int]) -> float:
+        """Where masking the readers is not the same as surgery, as between layer norms: surgery, without repair."""
+        gone = set(range(group.num_units)) - set(kept)
+        smaller = deepcopy(self.model)
+        edits = [(m.module, m.side, {i for u in gone for i in m.units[u]}) for m in group.members]
+        cut_(smaller, [Edit(module=name, side=side, removed=tuple(sorted(ids))) for name, side, ids in edits])
+        with evaluating(smaller), torch.no_grad():
+            return self._loss(smaller)
 
     def loss_without(self, block: str) -> float:
         """KL with a block replaced by the identity."""
         with evaluating(self.model), torch.no_grad(), ExitStack() as stack:
             self._skip_before(self.order.index(block), stack)
             stack.enter_context(_forward_as(self.modules[block], lambda x: x))
-            return self._loss()
+            return self._loss(self.model)
 
     def _keep_output(self, name: str) -> Callable[..., None]:
         def hook(_m: nn.Module, _a: tuple[Any, ...], output: Tensor) -> None:
@@ -137,16 +149,16 @@ class _Probe:
             output = self.block_outputs[name]
             stack.enter_context(_forward_as(self.modules[name], lambda *_a, o=output: o.clone()))
 
-    def _log_probabilities(self) -> Tensor:
-        outputs = forward(self.model, self.inputs)
+    def _log_probabilities(self, model: nn.Module) -> Tensor:
+        outputs = forward(model, self.inputs)
         if not isinstance(outputs, Tensor):
             raise DataError("the loss curves need a network with one output tensor of logits")
         if not torch.isfinite(outputs).all():
             raise DataError("the network's outputs are not finite on the calibration samples; check data and model")
         return (outputs.double() / TEMPERATURE).flatten(0, -2).log_softmax(dim=-1)
 
-    def _loss(self) -> float:
-        difference = self.dense_logits - self._log_probabilities()
+    def _loss(self, model: nn.Module) -> float:
+        difference = self.dense_logits - self._log_probabilities(model)
         return max(float((self.dense_logits.exp() * difference).sum(-1).mean()), 0.0) * TEMPERATURE**2
 
 

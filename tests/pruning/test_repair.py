@@ -71,9 +71,10 @@ def make_redundant_(dense: nn.Module, structures: Structures) -> None:
 @pytest.mark.parametrize("name", ["mlp", "pad_resnet", "bottleneck", "flattened", "encoder", "separable"])
 def test_network_without_its_duplicates_gives_the_dense_outputs_again(name: str) -> None:
     dense, inputs = networks.build(name)
-    structures = list_structures(dense, inputs, keep=("embed",))
+    keep = ("embed", "*.self_attn")  # a norm over fewer features gives something else, and two heads are never alike
+    structures = list_structures(dense, inputs, keep)
     make_redundant_(dense, structures)
-    structures = list_structures(dense, inputs, keep=("embed",))
+    structures = list_structures(dense, inputs, keep)
     plan = plan_of(structures, 0.5)
     inputs = calibration(name)
     pruned, model, _ = repaired(dense, plan, inputs)

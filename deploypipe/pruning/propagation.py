@@ -1,0 +1,200 @@
+"""Follows indices of axes through every tensor operation of one forward pass.
+
+The pass runs in inference mode, where PyTorch shows the operations as the network's author wrote them (linear, matmul,
+layer_norm, scaled_dot_product_attention), not what they are made of. Each has a rule that says which axes of its
+operands are the same and what its result's axes are. An operation without a rule is taken apart by PyTorch; what cannot
+be taken apart keeps the indices that reach it, with the reason. So every trace ends, and nothing is assumed.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from deploypipe.pruning.indices import Atoms, Axes, Axis, Factor, Indices, fixed, has_atoms
+from deploypipe.pruning.rules import RULES, all_tensors, pointwise
+from deploypipe.task import tensors
+
+Side = tuple[str, str]  # (module, side)
+
+
+@dataclass(slots=True)
+class Attention:
+    """Atoms that index the heads of one module's attention, and those inside each head."""
+
+    heads: list[Atoms] = field(default_factory=list)
+    head_dims: list[Atoms] = field(default_factory=list)
+
+
+class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """`with Propagation(model, inputs) as trace: forward(model, inputs)`, in inference mode; then read the trace."""
+
+    def __init__(self, model: nn.Module, inputs: Any) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.indices = Indices()
+        self.model = model
+        self.modules = dict(model.named_modules())
+        self.running: list[str] = [""]  # names of the modules whose forward is on, innermost last
+        self.axes: Any = WeakIdKeyDictionary()  # tensor -> Axes
+        self.owners: dict[int, tuple[str, str]] = {}  # id of a parameter -> (module, its name there)
+        self.reads: dict[str, Atoms] = {}  # convolution or linear layer -> atoms of what it reads
+        self.normalises: dict[str, Atoms] = {}  # norm without weights -> atoms of its channels
+        self.sized: dict[tuple[str, str], Atoms] = {}  # (module, attribute) -> atoms that its value counts
+        self.attention: dict[str, Attention] = {}
+        self.convolution_groups: list[Atoms] = []
+        self.label_weights_()
+        for tensor in tensors(inputs):
+            self.axes[tensor] = tuple(fixed(size) for size in tensor.shape)
+
+    def label_weights_(self) -> None:
+        for name, module in self.modules.items():
+            for local, tensor in [*module._parameters.items(), *module._buffers.items()]:
+                if tensor is None:
+                    continue
+                self.owners.setdefault(id(tensor), (name, local))
+                if tensor not in self.axes:
+                    is_data = not tensor.is_floating_point()  # positions, masks, counters
+                    self.axes[tensor] = tuple(fixed(n) if is_data else self.indices.new(n) for n in tensor.shape)
+
+    def enter(self, module: str) -> None:
+        self.running.append(module)
+
+    def leave(self) -> None:
+        self.running.pop()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        operands = all_tensors([*args, *kwargs.values()])
+        name = func.overloadpacket._qualified_op_name.split("::")[1]
+        rule = RULES.get(name) or RULES.get(name.rstrip("_"))
+        if rule is None and torch.Tag.pointwise in func.tags:
+            rule = pointwise
+        if rule is None and func.namespace == "aten" and any(self.can_shrink(t) for t in operands):
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        result = func(*args, **kwargs)
+        results = all_tensors([result])
+        if not operands:
+            axes: Any = [tuple(fixed(size, is_free=True) for size in t.shape) for t in results]
+        elif rule is None or any(0 in t.shape for t in (*operands, *results)):
+            axes = self.give_up(name, operands, results)
+        else:
+            arguments = {a.name: a.default_value for a in func._schema.arguments if a.has_default_value()}
+            arguments |= {a.name: v for a, v in zip(func._schema.arguments, args, strict=False)} | kwargs
+            axes = rule(self, arguments, result)
+        axes = [axes] if isinstance(result, Tensor) and isinstance(axes, tuple) else list(axes)
+        for tensor, each in zip(results, axes, strict=True):
+            self.axes[tensor] = each
+        return result
+
+    def of(self, tensor: Tensor) -> Axes:
+        """Axes of a tensor; nothing can be removed from one that the code took from elsewhere."""
+        if tensor not in self.axes:
+            self.axes[tensor] = tuple(fixed(size) for size in tensor.shape)
+        return self.axes[tensor]  # type: ignore[no-any-return]
+
+    def can_shrink(self, tensor: Tensor) -> bool:
+        return any(map(has_atoms, self.of(tensor)))
+
+    def give_up(self, name: str, operands: Sequence[Tensor], results: Sequence[Tensor]) -> list[Axes]:
+        for operand in operands:
+            for axis in self.of(operand):
+                self.keep(axis, f"reaches {name}(), through which channels cannot be followed")
+        return [tuple(fixed(size) for size in t.shape) for t in results]
+
+    def keep(self, axis: Axis, why: str) -> None:
+        where = self.running[-1]
+        self.indices.keep(axis, f"{why} (in {where!r})" if where else why)
+
+    def equate(self, a: Axis, b: Axis, what: str = "an axis of fixed size") -> Axis:
+        return self.indices.equate(a, b, f"meets {what} in {self.running[-1]!r}")
+
+    def mix(self, axis: Axis, name: str) -> None:
+        """An operation computes one number from all along the axis: fewer of them give another number."""
+        where = self.running[-1]
+        if not _is_norm(self.modules[where]):  # a norm over fewer channels is what is wanted of it
+            self.keep(axis, f"{name}() is taken over these channels")
+
+    def count(self, axes: Axes) -> None:
+        """Attributes of the running module that hold the size of one of these axes shrink with it."""
+        shrinking = [i for i, axis in enumerate(axes) if has_atoms(axis)]
+        for i in shrinking:
+            is_outer = i != shrinking[-1]
+            is_joint = len([f for f in axes[i] if f.atoms is not None]) > 1
+            for factor in axes[i]:
+                if factor.atoms is not None and not is_joint:
+                    self.count_factor(factor, is_outer, len(shrinking) > 1)
+            if len(axes[i]) > 1:
+                self.count_factor(self.indices.joined(axes[i]), is_outer, True)
+
+    def count_factor(self, factor: Factor, is_outer: bool, is_certain: bool) -> None:
+        where = self.running[-1]
+        for name, value in vars(self.modules[where]).items():
+            if _as_int(value) != factor.size or factor.atoms is None or not _names_a_width(name):
+                continue
+            if not is_certain or _names_a_count(name) == is_outer:
+                self.sized.setdefault((where, name), factor.atoms)
+
+    def note_attention(self, batch: Sequence[Axis], inner: Axis) -> None:
+        """A product of two activations: it runs over heads, and sums up what is inside of one."""
+        seen = self.attention.setdefault(self.running[-1], Attention())
+        seen.heads += [f.atoms for axis in batch for f in axis if f.atoms is not None]
+        seen.head_dims += [f.atoms for f in inner if f.atoms is not None]
+
+
+def _as_int(value: Any) -> int | None:
+    if isinstance(value, tuple) and len(value) == 1:
+        value = value[0]
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+_WIDTHS = {"head", "heads", "dim", "dims", "size", "channels", "features", "width", "embed", "hidden", "nhead", "inner"}
+_WIDTHS |= {"planes", "filters", "nf", "shape", "groups", "model", "k", "v", "kv"}
+_OTHERS = {
+    "window",
+    "patch",
+    "kernel",
+    "image",
+    "img",
+    "pool",
+    "stride",
+    "seq",
+    "max",
+    "layers",
+    "vocab",
+    "grid",
+    "shift",
+}
+_OTHERS |= {"scale", "position", "positions", "idx", "index", "step", "steps", "chunk", "num_key_value_groups"}
+
+
+def _names_a_width(name: str) -> bool:
+    words = set(re.split(r"[_\d]+", name.lower()))
+    return bool(words & _WIDTHS) and not words & _OTHERS and name not in _OTHERS
+
+
+def _names_a_count(name: str) -> bool:
+    words = re.split(r"_+", name.lower())
+    return ("heads" in words or "nhead" in words or "groups" in words or words[0] in ("num", "n")) and not (
+        {"dim", "size", "channels"} & set(words)
+    )
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """A layer with channelwise weights alone, that looks at all channels: LayerNorm, RMSNorm, by whatever name."""
+    is_leaf = next(module.children(), None) is None
+    return is_leaf and not isinstance(module, nn.Linear | nn.Embedding) and _is_channelwise(module)
+
+
+def _is_channelwise(module: nn.Module) -> bool:
+    own = list(module.parameters(recurse=False))
+    return isinstance(module, nn.LayerNorm | nn.GroupNorm | nn.RMSNorm) or (
+        bool(own) and all(max(p.shape, default=1) == p.numel() for p in own)
+    )
