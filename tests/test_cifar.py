@@ -4,9 +4,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from deploypipe.errors import DataError
-from pipelines import cifar_resnet, resnet8_cifar10
+from deploypipe.task import Splits
+from pipelines import cifar_resnet, resnet8_cifar10, vit_cifar10
+
+
+def accuracy_on_test(model: nn.Module, splits: Splits) -> float:
+    with torch.inference_mode():
+        return sum(int((model(x).argmax(dim=1) == y).sum()) for x, y in splits.test) / 10_000
 
 
 @pytest.mark.slow
@@ -15,10 +22,8 @@ def test_published_accuracy(
     depth: int, num_blocks: int, accuracy: float, cifar10_dir: Path, resnet_weights: Callable[[int], Path]
 ) -> None:
     model = cifar_resnet.load_network(num_blocks, str(resnet_weights(depth)), "W")
-    with torch.inference_mode():
-        test = cifar_resnet.load_cifar10(str(cifar10_dir)).test
-        num_correct = sum(int((model(x).argmax(dim=1) == y).sum()) for x, y in test)
-    assert num_correct / 10_000 == pytest.approx(accuracy, abs=2e-4)
+    splits = cifar_resnet.load_cifar10(str(cifar10_dir))
+    assert accuracy_on_test(model, splits) == pytest.approx(accuracy, abs=2e-4)
 
 
 @pytest.mark.slow
@@ -27,10 +32,18 @@ def test_published_accuracy_of_resnet8(
 ) -> None:
     monkeypatch.setattr(resnet8_cifar10, "CIFAR10_DIR", str(cifar10_dir))
     monkeypatch.setattr(resnet8_cifar10, "WEIGHTS", str(resnet_weights(8)))
-    model, test = resnet8_cifar10.build_model(), resnet8_cifar10.load_data().test
-    with torch.inference_mode():
-        num_correct = sum(int((model(x).argmax(dim=1) == y).sum()) for x, y in test)
-    assert num_correct / 10_000 == pytest.approx(0.8721, abs=2e-4)
+    model, splits = resnet8_cifar10.build_model(), resnet8_cifar10.load_data()
+    assert accuracy_on_test(model, splits) == pytest.approx(0.8721, abs=2e-4)
+
+
+@pytest.mark.slow
+def test_published_accuracy_of_the_vision_transformer(
+    cifar10_dir: Path, vit_weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vit_cifar10, "CIFAR10_DIR", str(cifar10_dir))
+    monkeypatch.setattr(vit_cifar10, "WEIGHTS", str(vit_weights))
+    model, splits = vit_cifar10.build_model(), vit_cifar10.load_data()
+    assert accuracy_on_test(model, splits) == pytest.approx(0.7373, abs=2e-4)
 
 
 def write_cifar(root: Path, num_per_file: int) -> None:

@@ -2,7 +2,8 @@
 
 Legend: X (p,) regressors with covariance S; Y = X B + noise, B (p, m), noise covariance s^2 I (the noise floor: without
 it the information of a deterministic map is infinite). P = S^-1; Q = P + B B' / s^2, the X-block of the inverse of the
-covariance of (X, Y) together; C = Q^-1 = Cov(X | Y). G: one group of regressors. All float64.
+covariance of (X, Y) together; C = Q^-1 = Cov(X | Y). G: one group of regressors. All float64. (*): leading dimensions,
+if any, are problems of one shape and with the same groups, solved side by side; of each another group goes.
 """
 
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from deploypipe.numerics.least_squares import regular_cholesky
+from deploypipe.numerics.least_squares import regular_cholesky, regularised
 
 _PANELS = 16  # parts in which a matrix is worked off: fewer mean less copying and more work on columns
 _LEAST_PANEL = 64  # columns of change put off until they are multiplied out: enough for a fast matrix product
@@ -31,16 +32,17 @@ class SequentialRemoval:
         self, covariance: Tensor, weights: Tensor, groups: Sequence[Sequence[int]], *, noise: float, ridge: float = 1e-6
     ) -> None:
         rows = grouped_rows(groups)
-        precision = torch.cholesky_inverse(ridged_cholesky(covariance, ridge))[rows][:, rows]
-        spread = weights[rows] / _noise_floor(covariance, weights, noise).sqrt()
-        self._pair = _InformationPair(precision + spread @ spread.T, precision, len(groups[0]))
+        precision = between(torch.cholesky_inverse(ridged_cholesky(covariance, ridge)), rows)
+        spread = weights[..., rows, :] / _noise_floor(covariance, weights, noise).sqrt()
+        self._pair = _InformationPair((spread @ spread.mT).add_(precision), precision, len(groups[0]))
 
     def losses(self, some: Sequence[int] | None = None) -> Tensor:
-        """Nats that removing each group (or each of `some`) alone, now, would lose. Meaningless for removed groups."""
+        """Nats (*, groups) that removing each group (or each of `some`) alone, now, would lose. Meaningless for removed
+        groups."""
         return self._pair.nats(some)
 
-    def remove_(self, group: int) -> None:
-        """Take a group out for good."""
+    def remove_(self, group: int | Tensor) -> None:
+        """Take a group, or of each problem its own (*), out for good."""
         self._pair.eliminate_(group)
 
 
@@ -56,20 +58,20 @@ class SequentialSelection:
         self, covariance: Tensor, weights: Tensor, groups: Sequence[Sequence[int]], *, noise: float, ridge: float = 1e-6
     ) -> None:
         rows = grouped_rows(groups)
-        factor = ridged_cholesky(covariance, ridge)
-        image = factor.T @ weights  # (p, m), so that Cov(Y) = image' image + s^2 I
-        floor = _noise_floor(covariance, weights, noise)
-        output_factor = torch.linalg.cholesky(image.T @ image + floor * torch.eye(image.shape[1], dtype=image.dtype))
-        explained = torch.linalg.solve_triangular(output_factor, (factor[rows] @ image).T, upper=False)
-        own = factor[rows] @ factor[rows].T
-        self._pair = _InformationPair(own, own - explained.T @ explained, len(groups[0]))
+        unknown = regularised(covariance, ridge * _mean_variance(covariance))
+        cross = unknown @ weights  # (*, p, m)
+        outputs = weights.mT @ cross
+        outputs.diagonal(dim1=-2, dim2=-1).add_(_noise_floor(covariance, weights, noise).squeeze(-1))
+        explained = torch.linalg.solve_triangular(torch.linalg.cholesky(outputs), cross[..., rows, :].mT, upper=False)
+        own = between(unknown, rows)
+        self._pair = _InformationPair(own, own - explained.mT @ explained, len(groups[0]))
 
     def gains(self, some: Sequence[int] | None = None) -> Tensor:
-        """Nats that each group (or each of `some`) would add to the chosen. Meaningless for chosen groups."""
+        """Nats (*, groups) that each group (or each of `some`) would add to the chosen. Meaningless for those."""
         return self._pair.nats(some)
 
-    def choose_(self, group: int) -> None:
-        """Count a group among the chosen."""
+    def choose_(self, group: int | Tensor) -> None:
+        """Count a group, or of each problem its own (*), among the chosen."""
         self._pair.eliminate_(group)
 
 
@@ -94,93 +96,114 @@ class _InformationPair:
     """
 
     def __init__(self, larger: Tensor, smaller: Tensor, size: int) -> None:
-        self.larger, self.smaller = DelayedMatrix(larger, size), DelayedMatrix(smaller, size)
+        self.both = DelayedMatrix(torch.stack([larger, smaller]), size)
 
     def nats(self, some: Sequence[int] | None) -> Tensor:
-        nats = 0.5 * (_logdets(self.larger.blocks) - _logdets(self.smaller.blocks))
-        return self.larger.by_group(nats, some)
+        logdets = self.both.by_group(_logdets(self.both.blocks), some)
+        return 0.5 * (logdets[0] - logdets[1])
 
-    def eliminate_(self, group: int) -> None:
-        for matrix in (self.larger, self.smaller):
-            panel = pivot_columns(matrix, group)[0]
-            matrix.remove_(group, panel, panel)
+    def eliminate_(self, group: int | Tensor) -> None:
+        panel = pivot_rows(self.both, group)[0]
+        self.both.remove_(group, panel, panel)
 
 
 class DelayedMatrix:
-    """A symmetric matrix that loses low-rank products and groups of rows, one after another.
+    """Symmetric matrices (*) that lose low-rank products and groups of rows, one after another.
 
-    M (groups * s, groups * s), ordered by group. What is read between two removals is one group's columns and the
-    diagonal blocks (always up to date). So the products L R' are put off until a whole panel of their columns has come
-    together, and are then subtracted at once, from the rows that remain: one matrix product instead of many passes over
-    memory. Every product must have the same number of columns.
+    M (*, groups * s, groups * s), ordered by group, which is overwritten; the leading dimensions are flattened to one.
+    What is read between two removals is one group's rows and the diagonal blocks (always up to date). So the products
+    L'R are put off until a whole panel of their rows has come together, and are then subtracted at once: one matrix
+    product instead of many passes over memory. The last groups then move into the places of those removed, which keeps
+    what is worked on small and nothing is copied. Every product must have the same number of rows.
     """
 
     def __init__(self, matrix: Tensor, size: int) -> None:
-        self.matrix, self.size = matrix, size
-        self.num_groups = len(matrix) // size
-        self.groups = torch.arange(self.num_groups)  # those that have rows here, ascending
-        self.blocks = _diagonal_blocks(matrix, size)  # (groups, s, s)
-        self.removed: list[int] = []  # since the products were last subtracted; these still have rows
-        self.delay = -(-max(len(matrix) // _PANELS, _LEAST_PANEL) // size)  # removals
-        self.left = self.right = matrix.new_empty(len(matrix), 0)  # panels
-        self.used = 0  # columns of them
+        self.shape, self.size = matrix.shape[:-2], size
+        self.matrix = matrix.reshape(-1, *matrix.shape[-2:])
+        number, width = self.matrix.shape[:2]
+        self.num_groups = width // size
+        self.each = torch.arange(number).unsqueeze(1)
+        self.groups = torch.arange(self.num_groups).repeat(number, 1)  # those that have rows here, in this order
+        self.blocks = _diagonal_blocks(self.matrix, size)  # (number, groups, s, s)
+        self.removed: list[Tensor] = []  # (number, 1) each, since the products were last subtracted; still have rows
+        self.delay = -(-max(width // _PANELS, _LEAST_PANEL) // size)  # removals
+        self.left = self.right = matrix.new_empty(number, 0, width)  # panels
+        self.used = 0  # rows of them
 
-    def columns(self, group: int) -> Tensor:
-        """(rows, s), up to date."""
-        rows = self.rows(group)
-        return torch.addmm(self.matrix[:, rows], self.left[:, : self.used], self.right[rows, : self.used].T, alpha=-1)
+    def rows(self, group: int | Tensor) -> Tensor:
+        """(number, s, width), up to date."""
+        rows = self._places(group) * self.size + torch.arange(self.size)
+        of_right = self.right[:, : self.used].mT[self.each, rows]  # (number, s, used)
+        return torch.baddbmm(self.matrix[self.each, rows], of_right, self.left[:, : self.used], alpha=-1)
 
-    def rows(self, group: int) -> slice:
-        """Where a group's rows lie now."""
-        start = int(torch.searchsorted(self.groups, group)) * self.size
-        return slice(start, start + self.size)
+    def block(self, group: int | Tensor) -> Tensor:
+        """(number, s, s), up to date."""
+        return self.blocks[self.each, self._places(group)].squeeze(1)
 
-    def remove_(self, group: int, left: Tensor, right: Tensor) -> None:
-        """M <- M - left right', both (rows, k), and then without the group."""
+    def remove_(self, group: int | Tensor, left: Tensor, right: Tensor) -> None:
+        """M <- M - left' right, both (number, k, width), and then without the group."""
         if not self.removed:
-            self.left = left.new_empty(len(left), self.delay * left.shape[1])
+            self.left = left.new_empty(len(left), self.delay * left.shape[1], left.shape[2])
             self.right = self.left if left is right else torch.empty_like(self.left)
         added = slice(self.used, self.used + left.shape[1])
         self.left[:, added], self.right[:, added], self.used = left, right, added.stop
-        self.removed.append(group)
-        by_group = [side.reshape(-1, self.size, side.shape[1]) for side in (left, right)]
-        self.blocks.baddbmm_(by_group[0], by_group[1].transpose(1, 2), alpha=-1)
-        place = self.rows(group).start // self.size
-        self.blocks[place] = torch.eye(self.size, dtype=left.dtype)  # keeps batched determinants and solves finite
+        by_group = [side.view(*side.shape[:2], -1, self.size) for side in (left, right)]  # (number, k, groups, s)
+        self.blocks -= torch.einsum("nkgs,nkgt->ngst", *by_group)
+        places = self._places(group)
+        self.blocks[self.each, places] = torch.eye(self.size, dtype=left.dtype)  # keeps determinants and solves finite
+        self.removed.append(self.groups.gather(1, places))
         if len(self.removed) == self.delay:
             self._subtract_()
 
     def by_group(self, values: Tensor, some: Sequence[int] | None) -> Tensor:
-        """Values in the order of `blocks`, as a vector over all groups there ever were (or over `some`)."""
-        full = values.new_zeros(self.num_groups)
-        full[self.groups] = values
-        return full if some is None else full[list(some)]
+        """Values (number, groups) in the order of `blocks`, as (*, all groups there ever were) (or `some`)."""
+        full = values.new_zeros(len(values), self.num_groups).scatter_(1, self.groups, values)
+        full = full.reshape(*self.shape, self.num_groups)
+        return full if some is None else full[..., list(some)]
+
+    def _places(self, group: int | Tensor) -> Tensor:
+        """Which of the groups that have rows here it is, (number, 1)."""
+        wanted = torch.as_tensor(group).expand(self.shape).reshape(-1, 1)
+        return (self.groups == wanted).byte().argmax(1, keepdim=True)
 
     def _subtract_(self) -> None:
-        stay = ~torch.isin(self.groups, torch.tensor(self.removed))
-        rows = stay.repeat_interleave(self.size).nonzero().flatten()
-        self.matrix = self.matrix[rows.unsqueeze(1), rows].addmm_(self.left[rows], self.right[rows].T, alpha=-1)
-        self.groups, self.blocks = self.groups[stay], self.blocks[stay]
+        self.matrix.baddbmm_(self.left.mT, self.right, alpha=-1)
+        stays = (self.groups.unsqueeze(2) != torch.cat(self.removed, dim=1).unsqueeze(1)).all(2)
+        rest = stays.shape[1] - len(self.removed)
+        each, place = (~stays[:, :rest]).nonzero().T
+        last = rest + stays[:, rest:].nonzero()[:, 1]  # as many of each matrix
+        by_group = _by_group(self.matrix, self.size)
+        by_group[each, place] = by_group[each, last]
+        by_group[each, :, :, place] = by_group[each, :, :, last]
+        for values in (self.groups, self.blocks):
+            values[each, place] = values[each, last]
+        self.groups, self.blocks = self.groups[:, :rest], self.blocks[:, :rest]
+        width = rest * self.size
+        self.matrix = self.matrix[:, :width, :width]
         self.removed, self.used = [], 0
-        self.left = self.right = self.matrix.new_empty(len(rows), 0)
+        self.left = self.right = self.matrix.new_empty(len(stays), 0, width)
 
 
-def pivot_columns(matrix: DelayedMatrix, group: int) -> tuple[Tensor, Tensor]:
-    """(U, L): L the Cholesky factor of the group's block, U = M_.G L^-T (rows, s); M - U U' is the Schur complement."""
-    columns = matrix.columns(group)
-    factor = regular_cholesky(columns[matrix.rows(group)], 0.0)
-    return divide(columns, factor), factor
+def pivot_rows(matrix: DelayedMatrix, group: int | Tensor) -> tuple[Tensor, Tensor]:
+    """(U, L): L the Cholesky factor of the group's block, U = L^-1 M_G. (number, s, width); M - U'U is the Schur
+    complement."""
+    factor = regular_cholesky(matrix.block(group), 0.0)
+    return divide(matrix.rows(group), factor), factor
 
 
-def divide(columns: Tensor, factor: Tensor) -> Tensor:
-    """columns L^-T for a lower triangular L."""
-    quotient: Tensor = torch.linalg.solve_triangular(factor.T, columns, upper=True, left=False)
+def divide(rows: Tensor, factor: Tensor) -> Tensor:
+    """L^-1 rows for a lower triangular L."""
+    quotient: Tensor = torch.linalg.solve_triangular(factor, rows, upper=False)
     return quotient
 
 
 def ridged_cholesky(covariance: Tensor, ridge: float) -> Tensor:
     """The Cholesky factor of S + ridge * mean variance * I."""
-    return regular_cholesky(covariance, ridge * float(covariance.diagonal().mean().clamp_min(1e-12)))
+    return regular_cholesky(covariance, ridge * _mean_variance(covariance))
+
+
+def _mean_variance(covariance: Tensor) -> Tensor:
+    return covariance.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-12)
 
 
 def grouped_rows(groups: Sequence[Sequence[int]]) -> Tensor:
@@ -190,20 +213,32 @@ def grouped_rows(groups: Sequence[Sequence[int]]) -> Tensor:
     return torch.tensor([row for group in groups for row in group])
 
 
+def between(matrix: Tensor, rows: Tensor) -> Tensor:
+    """The part (*, rows, rows) of a matrix, without a copy where that is all of it."""
+    if torch.equal(rows, torch.arange(matrix.shape[-1])):
+        return matrix
+    return matrix.index_select(-2, rows).index_select(-1, rows)
+
+
 def _noise_floor(covariance: Tensor, weights: Tensor, noise: float) -> Tensor:
-    """s^2: a share of the outputs' mean variance."""
-    variance = ((covariance @ weights) * weights).sum(0).mean()
+    """s^2 (*, 1, 1): a share of the outputs' mean variance."""
+    variance = ((covariance @ weights) * weights).sum(-2, keepdim=True).mean(-1, keepdim=True)
     return max(noise, _LEAST_NOISE) * variance.clamp_min(1e-12)
 
 
+def _by_group(matrix: Tensor, size: int) -> Tensor:
+    """(number, groups, s, groups, s), a view."""
+    groups = matrix.shape[2] // size
+    return matrix.view(len(matrix), groups, size, groups, size)
+
+
 def _diagonal_blocks(matrix: Tensor, size: int) -> Tensor:
-    number = len(matrix) // size
-    by_group = matrix.reshape(number, size, number, size)
-    return by_group.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+    """(number, groups, s, s)"""
+    return _by_group(matrix, size).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).contiguous()
 
 
 def _logdets(blocks: Tensor) -> Tensor:
-    if blocks.shape[1] == 1:  # most linear layers; the factorisation would take most of the time
-        return blocks.flatten().log()
+    if blocks.shape[-1] == 1:  # most linear layers; the factorisation would take most of the time
+        return blocks.flatten(-3).log()
     logdets: Tensor = torch.logdet(blocks)
     return logdets

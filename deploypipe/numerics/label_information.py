@@ -20,11 +20,15 @@ def quantile_bins(x: Tensor, num_bins: int) -> Tensor:
     Equal values share their middle rank, and so a bin: the zeros of a rectifier fill one, and the bins that they would
     have filled stay empty.
     """
-    values = x.T.contiguous()
-    ordered = values.sort(dim=1).values
-    below = torch.searchsorted(ordered, values)
-    up_to = torch.searchsorted(ordered, values, right=True)
-    return ((below + up_to - 1) * num_bins // (2 * len(x))).T
+    ordered, order = x.T.sort(dim=1)
+    places = torch.arange(len(x)).expand_as(order)
+    is_new = ordered[:, 1:] != ordered[:, :-1]
+    first, last = places.clone(), places.clone()  # places of those equal to each
+    first[:, 1:].masked_fill_(~is_new, 0)
+    last[:, :-1].masked_fill_(~is_new, len(x))
+    first, last = first.cummax(dim=1).values, last.flip(1).cummin(dim=1).values.flip(1)
+    bins = (first + last) * num_bins // (2 * len(x))
+    return torch.empty_like(bins).scatter_(1, order, bins).T
 
 
 def joint_counts(bins: Tensor, y: Tensor, num_bins: int, num_classes: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 _CHUNK = 4096  # rows multiplied at once in float32 before the sum goes on in float64
-_BLOCK = 192  # columns of a Gram matrix computed together; each block leaves out what lies above it
+_BLOCK = 96  # columns of a Gram matrix computed together; each block leaves out what lies above it
 _RIDGE_STEPS = 12
 
 
@@ -26,18 +26,30 @@ def solve_towards(gram: Tensor, cross: Tensor, prior: Tensor, ridge: float) -> T
     return prior + torch.cholesky_solve(cross - gram @ prior, regular_cholesky(gram, ridge * float(scale)))
 
 
-def regular_cholesky(gram: Tensor, ridge: float) -> Tensor:
-    """The Cholesky factor of gram + ridge I. Moments of few samples, summed in float32, can be less than singular: then
-    the ridge grows tenfold until there is a factor. Raises LinAlgError where it never is (NaN)."""
-    identity = torch.eye(len(gram), dtype=gram.dtype)
+def regular_cholesky(gram: Tensor, ridge: float | Tensor) -> Tensor:
+    """The Cholesky factor of `regularised(gram, ridge)`."""
+    return _with_factor(gram, ridge)[1]
+
+
+def regularised(gram: Tensor, ridge: float | Tensor) -> Tensor:
+    """gram + ridge I, for matrices (*, p, p) and ridges (*). Moments of few samples, summed in float32, can be less
+    than singular: then the ridge grows tenfold until there is a Cholesky factor. Raises LinAlgError where there never
+    is one (NaN)."""
+    return _with_factor(gram, ridge)[0]
+
+
+def _with_factor(gram: Tensor, ridge: float | Tensor) -> tuple[Tensor, Tensor]:
+    ridge = torch.as_tensor(ridge, dtype=gram.dtype).expand(gram.shape[:-2])
     for _ in range(_RIDGE_STEPS):
-        tried = torch.linalg.cholesky_ex(gram + ridge * identity)
-        factor: Tensor = tried.L
-        if int(tried.info) == 0:
-            return factor
-        ridge = 10 * max(ridge, 1e-12 * float(gram.diagonal().mean()))
-    factor = torch.linalg.cholesky(gram + ridge * identity)
-    return factor
+        shifted = gram.clone()
+        shifted.diagonal(dim1=-2, dim2=-1).add_(ridge.unsqueeze(-1))
+        tried = torch.linalg.cholesky_ex(shifted)
+        has_failed = tried.info != 0
+        if not has_failed.any():
+            return shifted, tried.L
+        least = 1e-12 * gram.diagonal(dim1=-2, dim2=-1).mean(-1)
+        ridge = torch.where(has_failed, 10 * torch.maximum(ridge, least), ridge)
+    return shifted, torch.linalg.cholesky(shifted)
 
 
 def sum_of_products(x: Tensor, y: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Squared error of linear outputs when their regressors go one group after another and the rest is fitted anew.
 
 Legend: X (p,) regressors with covariance S; Y = X B, B (p, m); W = diag(output_weights). P = S^-1; C = B W B' (p, p).
-G: one group of regressors, R: all others. All float64.
+G: one group of regressors, R: all others. All float64. (*): problems side by side, as in `gaussian_mi`.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from deploypipe.numerics.gaussian_mi import DelayedMatrix, divide, grouped_rows, pivot_columns, ridged_cholesky
+from deploypipe.numerics.gaussian_mi import DelayedMatrix, between, divide, grouped_rows, pivot_rows, ridged_cholesky
 
 
 class SequentialErrorRemoval:
@@ -33,23 +33,24 @@ class SequentialErrorRemoval:
     ) -> None:
         rows, size = grouped_rows(groups), len(groups[0])
         precision = torch.cholesky_inverse(ridged_cholesky(covariance, ridge))
-        self._precision = DelayedMatrix(precision[rows][:, rows], size)
-        self._coefficients = DelayedMatrix((weights[rows] * output_weights) @ weights[rows].T, size)
+        own = weights[..., rows, :]
+        self._precision = DelayedMatrix(between(precision, rows), size)
+        self._coefficients = DelayedMatrix((own * output_weights.unsqueeze(-2)) @ own.mT, size)
 
     def losses(self, some: Sequence[int] | None = None) -> Tensor:
-        """Error that removing each group (or each of `some`) alone, now, would add. Meaningless for removed groups."""
+        """Error (*, groups) that removing each group (or each of `some`) alone, now, would add. Meaningless for removed
+        groups."""
         solved = torch.linalg.solve(self._precision.blocks, self._coefficients.blocks)
-        return self._precision.by_group(solved.diagonal(dim1=1, dim2=2).sum(1), some)
+        return self._precision.by_group(solved.diagonal(dim1=-2, dim2=-1).sum(-1), some)
 
-    def remove_(self, group: int) -> None:
-        """Take a group out for good.
+    def remove_(self, group: int | Tensor) -> None:
+        """Take a group, or of each problem its own (*), out for good.
 
-        With P_GG = L L', U = P_.G L^-T, V = C_.G L^-T - U K / 2 and K = L^-1 C_GG L^-T, the changed B gives
-        P <- P - U U' and C <- C - U V' - V U'.
+        With P_GG = L L', U = L^-1 P_G., K = L^-1 C_GG L^-T and V = L^-1 C_G. - K U / 2, the changed B gives
+        P <- P - U'U and C <- C - U'V - V'U.
         """
-        panel, factor = pivot_columns(self._precision, group)
-        scaled = divide(self._coefficients.columns(group), factor)
-        own = divide(scaled[self._coefficients.rows(group)].T, factor)
-        rest = scaled - 0.5 * panel @ own
+        panel, factor = pivot_rows(self._precision, group)
+        own = divide(divide(self._coefficients.block(group), factor).mT, factor)
+        rest = divide(self._coefficients.rows(group), factor) - 0.5 * own @ panel
         self._precision.remove_(group, panel, panel)
         self._coefficients.remove_(group, torch.cat([panel, rest], dim=1), torch.cat([rest, panel], dim=1))

@@ -1,6 +1,5 @@
 """What is gathered during one pass: each collector hooks modules, and sums up when a batch has gone through."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from deploypipe.errors import DataError
-from deploypipe.numerics.cka import HsicAccumulator
+from deploypipe.numerics.cka import HsicAccumulator, centred_gram
 from deploypipe.numerics.least_squares import add_gram_, mirrored, sum_of_products
 from deploypipe.observe.moments import InputMoments
 from deploypipe.observe.patches import Mixer, is_mixer, num_taps, sample_inputs, sample_positions, weight_matrix
@@ -97,7 +96,7 @@ class BlockCollector:
     def __init__(self, structures: Structures) -> None:
         self.names = [block.name for block in structures.blocks]
         self.hsic = HsicAccumulator(len(self.names))
-        self.flat: dict[str, Tensor] = {}
+        self.grams: dict[str, Tensor] = {}  # of the batch at hand
         self.inputs: dict[str, list[Tensor]] = {name: [] for name in self.names}
         self.outputs: dict[str, list[Tensor]] = {name: [] for name in self.names}
         self.seen = 0
@@ -107,7 +106,7 @@ class BlockCollector:
 
     def _reader(self, name: str) -> Callable[..., None]:
         def read(_m: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            self.flat[name] = output.detach()[:_CKA_SAMPLES].flatten(1).clone()  # the next module may work in place
+            self.grams[name] = centred_gram(output.detach()[:_CKA_SAMPLES].flatten(1))
             # What the block read may have been overwritten by now, where it works in place: its rows are taken before.
             self.outputs[name].append(self._rows(output.detach()))
 
@@ -121,18 +120,16 @@ class BlockCollector:
 
     def _rows(self, value: Tensor) -> Tensor:
         """One position of each sample, the same in all tensors of one size: (samples with room, channels) float32."""
-        room = max(0, MAX_ROWS - self.seen)
-        value = value[:room]
-        samples, is_map = torch.arange(len(value)), value.dim() > 3  # (n, channels, ...); else (n, ..., channels)
-        sizes = value.shape[2:] if is_map else value.shape[1:-1]
+        value = value[: max(0, MAX_ROWS - self.seen)]
+        is_map = value.dim() > 3  # (n, channels, ...); else (n, ..., channels)
+        rows = value.flatten(2) if is_map else value.reshape(len(value), -1, value.shape[-1]).transpose(1, 2)
         generator = torch.Generator().manual_seed(self.seen)
-        places = torch.randint(math.prod(sizes), (len(value),), generator=generator)
-        index: Any = torch.unravel_index(places, sizes) if sizes else ()
-        return (value[(samples, slice(None), *index)] if is_map else value[(samples, *index)]).float()
+        places = torch.randint(rows.shape[2], (len(rows),), generator=generator)
+        return rows[torch.arange(len(rows)), :, places].float()
 
     def end_batch_(self, count: int) -> None:
         if self.names:
-            self.hsic.add_([self.flat[name] for name in self.names])
+            self.hsic.add_([self.grams[name] for name in self.names])
         self.seen += count
 
     def block_inputs(self) -> dict[str, Tensor]:

@@ -41,22 +41,23 @@ def sample_inputs(module: Mixer, inputs: Tensor, output: Tensor, positions: Tens
     A patch reaching over the border holds the zeros the convolution pads with. The input is not padded for it: copying
     a whole activation costs more than reading a few patches.
     """
-    samples = torch.arange(len(inputs)).unsqueeze(1)
     if isinstance(module, nn.Linear):
         rows = inputs.reshape(len(inputs), -1, inputs.shape[-1])
-        return rows[samples, positions].flatten(0, 1)
-    sizes, places = inputs.shape[2:], torch.unravel_index(positions, output.shape[2:])
+        return rows[torch.arange(len(inputs)).unsqueeze(1), positions].flatten(0, 1)
     taps = torch.tensor(list(product(*(range(size) for size in module.kernel_size))))  # (taps, dimensions)
-    inside, index = torch.ones((), dtype=torch.bool), [samples.unsqueeze(2)]
-    for dimension, (size, place) in enumerate(zip(sizes, places, strict=True)):
-        corner = place * module.stride[dimension] - int(module.padding[dimension])
-        reached = corner.unsqueeze(2) + taps[:, dimension] * module.dilation[dimension]  # (n, positions, taps)
-        inside = inside & (reached >= 0) & (reached < size)
-        index.append(reached.clamp(0, size - 1))
-    patches = inputs.movedim(1, -1)[tuple(index)].masked_fill_(
-        ~inside.unsqueeze(3), 0
-    )  # (n, positions, taps, channels)
-    return patches.masked_fill_(~inside.unsqueeze(3), 0).transpose(2, 3).flatten(2).flatten(0, 1)
+    index = torch.zeros((), dtype=torch.int64)  # into the flattened dimensions, (n, positions, taps)
+    outside = torch.zeros((), dtype=torch.bool)
+    step = 1
+    for dimension in reversed(range(taps.shape[1])):  # the last one runs fastest
+        size, num_places = inputs.shape[2 + dimension], output.shape[2 + dimension]
+        corner = positions % num_places * module.stride[dimension] - int(module.padding[dimension])
+        reached = corner.unsqueeze(2) + taps[:, dimension] * module.dilation[dimension]
+        outside = outside | (reached < 0) | (reached >= size)
+        index = index + reached.clamp(0, size - 1) * step
+        positions, step = positions // num_places, step * size
+    read = index.flatten(1).unsqueeze(1).expand(-1, inputs.shape[1], -1)
+    patches = inputs.flatten(2).gather(2, read).view(*inputs.shape[:2], *index.shape[1:])
+    return patches.masked_fill_(outside.unsqueeze(1), 0).transpose(1, 2).flatten(2).flatten(0, 1)
 
 
 def sample_outputs(module: Mixer, output: Tensor, positions: Tensor) -> Tensor:

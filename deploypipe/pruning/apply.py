@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from deploypipe.errors import PlanError
-from deploypipe.pruning.slicing import cut_, mask_, replace_by_identity_
+from deploypipe.pruning.slicing import cut_, forget_caches_, mask_, replace_by_identity_
 from deploypipe.pruning.structures import count_macs, model_fingerprint
 from deploypipe.records import Edit, PruneReport, PruneRow, PruningPlan
 
@@ -21,6 +21,7 @@ def masked_dense(dense: nn.Module, plan: PruningPlan) -> nn.Module:
     """The reference: a dense copy that ignores what `plan` removes, and so computes what the pruned network must."""
     check_fingerprint(dense, plan)
     model = deepcopy(dense)
+    forget_caches_(model)
     replace_by_identity_(model, plan.blocks)
     mask_(model, _outside_blocks(plan))
     return model
@@ -29,6 +30,7 @@ def masked_dense(dense: nn.Module, plan: PruningPlan) -> nn.Module:
 def cut_out(dense: nn.Module, plan: PruningPlan) -> nn.Module:
     """`apply_plan` without the check that `dense` has the weights the plan was made from."""
     model = deepcopy(dense)
+    forget_caches_(model)
     replace_by_identity_(model, plan.blocks)
     cut_(model, _outside_blocks(plan))
     return model

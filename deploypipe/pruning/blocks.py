@@ -1,6 +1,7 @@
 """Blocks that can be replaced by the identity: modules that add their own input to what they compute."""
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from deploypipe.pruning.calls import Call, evaluating
 from deploypipe.records import Block, Frozen
 from deploypipe.task import forward
 
+_Given = tuple[Tensor, tuple[Any, ...], dict[str, Any]]  # a module's input, and what comes with it
 _ADDITIONS = {"add", "add_", "__add__", "__iadd__", "__radd__"}
 
 
@@ -20,13 +22,15 @@ def find_blocks(
 ) -> tuple[tuple[Block, ...], tuple[Frozen, ...]]:
     """Removable blocks in execution order, and siblings of theirs (same class) that are not removable, with the reason.
 
-    A block is called once, with one tensor in and one of the same shape and dtype out, holds a convolution or linear
-    layer, and adds its unchanged input to something computed from it. Of nested ones the smallest are taken, so a stage
-    of residual blocks is not itself a block. `model` is a copy that may be changed in its requires_grad flags.
+    A block is called once, with a tensor in (masks and the like may follow) and one of the same shape and dtype out,
+    and holds a convolution or linear layer. It adds its unchanged input to something computed from it, or it is one of
+    the layers of a network that keeps them in a list. Of nested ones the smallest are taken, so a stage of residual
+    blocks is not itself a block. `model` is a copy that may be changed in its requires_grad flags.
     """
     candidates = [name for name, call in calls.items() if call.keeps_kind and call.count == 1]
     candidates = [name for name in candidates if name and _has_weights(model.get_submodule(name))]
     residual = _residual(model, inputs, candidates)
+    residual += [name for name in _repeated(model, candidates) if name not in residual]
     smallest = [n for n in residual if not any(other.startswith(f"{n}.") for other in residual)]
     smallest.sort(key=lambda name: calls[name].place)
     blocks = tuple(_block(model, name, calls) for name in smallest)
@@ -37,6 +41,17 @@ def find_blocks(
         if name not in residual and type(model.get_submodule(name)) in classes - {nn.Sequential}
     ]
     return blocks, tuple(frozen)
+
+
+def _repeated(model: nn.Module, candidates: Sequence[str]) -> list[str]:
+    """Candidates that stand in one `nn.ModuleList` with others of their class, as the layers of a transformer do."""
+    lists = {name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    kinds = Counter((name.rpartition(".")[0], type(model.get_submodule(name))) for name in candidates)
+    return [
+        name
+        for name in candidates
+        if (home := name.rpartition(".")[0]) in lists and kinds[home, type(model.get_submodule(name))] > 1
+    ]
 
 
 def _block(model: nn.Module, name: str, calls: Mapping[str, Call]) -> Block:
@@ -52,7 +67,7 @@ def _why_not(call: Call) -> str:
     if call.count > 1:
         return f"is called {call.count} times"
     if call.shape_in is None or call.shape_out is None:
-        return "takes or gives more than one tensor"
+        return "takes no tensor first, or gives more than one"
     if call.shape_in != call.shape_out:
         return f"changes the shape from {call.shape_in} to {call.shape_out}"
     return "does not add its input to its output"
@@ -60,8 +75,10 @@ def _why_not(call: Call) -> str:
 
 def _residual(model: nn.Module, inputs: Any, candidates: list[str]) -> list[str]:
     """Candidates that add their input to a tensor computed from it. Each runs alone, on the input it really gets."""
-    seen: dict[str, Tensor] = {}
-    handles = [model.get_submodule(name).register_forward_pre_hook(_keep(seen, name)) for name in candidates]
+    seen: dict[str, _Given] = {}
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(_keep(seen, name), with_kwargs=True) for name in candidates
+    ]
     model.requires_grad_(False)
     with evaluating(model):
         try:
@@ -70,12 +87,12 @@ def _residual(model: nn.Module, inputs: Any, candidates: list[str]) -> list[str]
         finally:
             for handle in handles:
                 handle.remove()
-        return [name for name in candidates if _adds_its_input(model.get_submodule(name), seen[name])]
+        return [name for name in candidates if _adds_its_input(model.get_submodule(name), *seen[name])]
 
 
-def _keep(seen: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        seen[name] = args[0].detach().clone()
+def _keep(seen: dict[str, "_Given"], name: str) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen[name] = args[0].detach().clone(), args[1:], kwargs
 
     return hook
 
@@ -104,7 +121,7 @@ class _InputWatch(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _adds_its_input(module: nn.Module, tensor: Tensor) -> bool:
+def _adds_its_input(module: nn.Module, tensor: Tensor, others: tuple[Any, ...], named: dict[str, Any]) -> bool:
     """Parameters are frozen here, so a tensor requires a gradient exactly when it depends on the module's input."""
     if not tensor.is_floating_point():
         return False
@@ -117,7 +134,7 @@ def _adds_its_input(module: nn.Module, tensor: Tensor) -> bool:
             handles.append(child.register_forward_hook(lambda *_: watch.step(-1)))
     try:
         with watch:
-            module(watched)
+            module(watched, *others, **named)
     finally:
         for handle in handles:
             handle.remove()

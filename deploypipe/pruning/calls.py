@@ -21,7 +21,7 @@ class Call:
     place: int  # in execution order, by first call
     count: int
     macs: int  # of this module alone, one sample, all calls
-    shape_in: tuple[int, ...] | None  # without the batch; None unless every call was one tensor in, one tensor out
+    shape_in: tuple[int, ...] | None  # without the batch; None unless a tensor came first and one tensor out
     shape_out: tuple[int, ...] | None
     keeps_kind: bool  # dtype and shape, batch included, are the same on both sides
 
@@ -59,9 +59,9 @@ def record_calls(model: nn.Module, inputs: Any) -> dict[str, Call]:
     def enter(name: str) -> None:
         places.setdefault(name, len(places))
 
-    def leave(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def leave(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         before = calls.get(name)
-        is_plain = len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and isinstance(output, Tensor)
+        is_plain = bool(args) and isinstance(args[0], Tensor) and isinstance(output, Tensor)  # masks may follow it
         is_known = is_plain and (before is None or before.shape_in is not None)
         calls[name] = Call(
             place=places[name],
@@ -75,9 +75,7 @@ def record_calls(model: nn.Module, inputs: Any) -> dict[str, Call]:
     handles = []
     for name, module in model.named_modules():
         handles.append(module.register_forward_pre_hook(lambda m, a, name=name: enter(name)))
-        handles.append(
-            module.register_forward_hook(lambda m, a, k, o, name=name: leave(name, m, a, k, o), with_kwargs=True)
-        )
+        handles.append(module.register_forward_hook(lambda m, a, o, name=name: leave(name, m, a, o)))
     try:
         with evaluating(model), torch.no_grad():
             forward(model, inputs)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from deploypipe.pruning.calls import evaluating
 from deploypipe.pruning.indices import Atoms, Grid
 from deploypipe.pruning.propagation import Propagation
-from deploypipe.pruning.slicing import has_two_sides, is_depthwise, out_tensor
+from deploypipe.pruning.slicing import forget_caches_, has_two_sides, is_depthwise, out_tensor, with_plain_weights_
 from deploypipe.records import Frozen, GroupKind, Member, Side
 from deploypipe.task import forward
 
@@ -74,6 +74,8 @@ def freeze(coupling: Coupling, reason: str, producers: Collection[str]) -> list[
 
 def _propagate(model: nn.Module, inputs: Any) -> Propagation:
     copy = deepcopy(model)
+    forget_caches_(copy)
+    with_plain_weights_(copy, [name for name, _ in copy.named_modules()])
     with torch.inference_mode():
         trace = Propagation(copy, inputs)
         for name, module in copy.named_modules():
@@ -81,9 +83,10 @@ def _propagate(model: nn.Module, inputs: Any) -> Propagation:
             module.register_forward_hook(lambda *_: trace.leave())
         with evaluating(copy), trace:
             outputs = forward(copy, inputs)
-    for tensor in _floating(outputs):
-        for axis in trace.of(tensor):
-            trace.indices.keep(axis, "its channels are the network's output")
+    written = [axis for tensor in _floating(outputs) for axis in trace.of(tensor)]
+    trace.indices.kept[:0] = [
+        (f.atoms, "its channels are the network's output") for axis in written for f in axis if f.atoms is not None
+    ]
     return trace
 
 
@@ -163,9 +166,7 @@ def _places(trace: Propagation, classes: _Classes) -> dict[_Place, list[int]]:
         if name in trace.normalises and not is_depthwise(module):
             add(name, "out", trace.normalises[name])
     for (name, attribute), atoms in trace.sized.items():
-        module = trace.modules[name]
-        is_ours = isinstance(module, nn.MultiheadAttention)  # becomes a SlimAttention, which counts its heads alone
-        if out_tensor(module) is None and (not is_ours or attribute == "num_heads"):
+        if out_tensor(trace.modules[name]) is None:  # known layers count by themselves
             add(name, f"@{attribute}", atoms)
     return places
 
@@ -211,17 +212,22 @@ class _Finder:
         self.units = list(self._units())
 
     def _units(self) -> Iterator[_Unit]:
-        for place, found in sorted(
-            self.places.items(), key=lambda item: (self.order.get(item[0][0], len(self.order)), item[0])
-        ):
-            if place[1] == "in" or place[1].startswith("@"):
-                continue
-            for c in found:
+        for place in self._starts():
+            for c in self.places[place]:
                 if c not in self.unit_of:
                     unit = self._closure(c)
                     for each in unit.classes:
                         self.unit_of.setdefault(each, unit)
                     yield unit
+
+    def _starts(self) -> list[_Place]:
+        """Where units are looked for, in execution order: first what layers write, then the axes of all tensors.
+
+        A table that is added inside of every head (rotary frequencies) would find head dimensions before the heads.
+        """
+        places = [place for place in self.places if place[1] != "in" and not place[1].startswith("@")]
+        writes = {place: place[1] == "out" and has_two_sides(self.modules[place[0]]) for place in places}
+        return sorted(places, key=lambda p: (not writes[p], self.order.get(p[0], len(self.order)), p))
 
     def _closure(self, start: int) -> _Unit:
         """All that goes when one class does."""
@@ -277,7 +283,8 @@ class _Finder:
             kinds.setdefault(key, self._kind(unit))
         found: list[Coupling] = []
         names: set[str] = set()
-        for key, units in alike.items():
+        for key, parts in alike.items():
+            units = _disjoint(parts)
             if len(units) < 2 or not any(map(self._is_reader, key)):
                 continue
             coupling = self._coupling(units, *kinds[key])
@@ -295,7 +302,7 @@ class _Finder:
     def _is_reader(self, place: _Place) -> bool:
         name, side = place
         tensor = getattr(self.modules[name], side.rpartition(".")[0], None)
-        return side == "in" or (isinstance(tensor, Tensor) and tensor.dim() > 1)
+        return side == "in" or (side != "out" and isinstance(tensor, Tensor) and tensor.dim() > 1)
 
     def _kind(self, unit: _Unit) -> tuple[GroupKind, str]:
         if unit.classes & self.classes.heads:
@@ -318,11 +325,26 @@ class _Finder:
 
     def why_not(self, producer: str) -> str:
         """Why no unit of this producer can go."""
-        found = self.places.get((producer, "out"))
-        if found is None:  # the weight is computed from others, which lie below
-            below = (f"{producer}.parametrizations", producer)
-            found = [c for (name, _), classes in self.places.items() if name.startswith(below) for c in classes]
+        found = self.places.get((producer, "out"), [])
         reasons = [self.unit_of[c].why_not for c in found if c in self.unit_of and self.unit_of[c].why_not]
         if reasons:
             return reasons[0]
-        return "all its channels are coupled with each other" if found else "it has a single channel"
+        if not found:
+            return "it has a single channel"
+        unit = self.unit_of.get(found[0])
+        is_read = unit is not None and any(self._is_reader(place) for c in unit.classes for place, _ in self.where[c])
+        return "all its channels are coupled with each other" if is_read else "nothing reads its channels"
+
+
+def _disjoint(units: Sequence[dict[_Place, set[int]]]) -> list[dict[_Place, set[int]]]:
+    """Units that share an index become one: through a chain of shuffles one can need a part of another."""
+    found: list[dict[_Place, set[int]]] = []
+    holder: dict[tuple[_Place, int], dict[_Place, set[int]]] = {}
+    for unit in units:
+        met = {id(holder[p, i]): holder[p, i] for p, ids in unit.items() for i in ids if (p, i) in holder}
+        for other in met.values():
+            unit = {place: unit[place] | other[place] for place in unit}
+            found = [each for each in found if each is not other]
+        found.append(unit)
+        holder.update({(p, i): unit for p, ids in unit.items() for i in ids})
+    return found

@@ -47,6 +47,7 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.sized: dict[tuple[str, str], Atoms] = {}  # (module, attribute) -> atoms that its value counts
         self.attention: dict[str, Attention] = {}
         self.convolution_groups: list[Atoms] = []
+        self.picked: Any = WeakIdKeyDictionary()  # tensor -> the axis it is one index of
         self.label_weights_()
         for tensor in tensors(inputs):
             self.axes[tensor] = tuple(fixed(size) for size in tensor.shape)
@@ -70,6 +71,9 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         operands = all_tensors([*args, *kwargs.values()])
+        for operand in operands:
+            if operand in self.picked:  # some only want its shape
+                self.keep(self.picked.pop(operand), "is picked out by the code")
         name = func.overloadpacket._qualified_op_name.split("::")[1]
         rule = RULES.get(name) or RULES.get(name.rstrip("_"))
         if rule is None and torch.Tag.pointwise in func.tags:
@@ -136,23 +140,31 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def count_factor(self, factor: Factor, is_outer: bool, is_certain: bool) -> None:
         where = self.running[-1]
+        # PyTorch's own becomes a SlimAttention when it is cut, which counts nothing but its heads.
+        is_own = isinstance(self.modules[where], nn.MultiheadAttention)
         for name, value in vars(self.modules[where]).items():
-            if _as_int(value) != factor.size or factor.atoms is None or not _names_a_width(name):
+            if is_own and name != "num_heads":
                 continue
-            if not is_certain or _names_a_count(name) == is_outer:
-                self.sized.setdefault((where, name), factor.atoms)
+            is_size = value == factor.size and isinstance(value, int) and _names_a_width(name)
+            if is_size and factor.atoms is not None and (not is_certain or _names_a_count(name) == is_outer):
+                # One number for two axes (the head dimension of keys and of values): they shrink together.
+                other = self.sized.setdefault((where, name), factor.atoms)
+                self.indices.equal.append((factor.atoms, other))
+
+    def count_pieces(self, sizes: Sequence[int], pieces: Sequence[Axis]) -> None:
+        """A list of the running module that holds the sizes of the parts of a split shrinks with the parts."""
+        where = self.running[-1]
+        for name, value in vars(self.modules[where]).items():
+            if isinstance(value, list | tuple) and list(value) == list(sizes):
+                for number, piece in enumerate(pieces):
+                    if len(piece) == 1 and piece[0].atoms is not None:
+                        self.sized.setdefault((where, f"{name}.{number}"), piece[0].atoms)
 
     def note_attention(self, batch: Sequence[Axis], inner: Axis) -> None:
         """A product of two activations: it runs over heads, and sums up what is inside of one."""
         seen = self.attention.setdefault(self.running[-1], Attention())
         seen.heads += [f.atoms for axis in batch for f in axis if f.atoms is not None]
         seen.head_dims += [f.atoms for f in inner if f.atoms is not None]
-
-
-def _as_int(value: Any) -> int | None:
-    if isinstance(value, tuple) and len(value) == 1:
-        value = value[0]
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 _WIDTHS = {"head", "heads", "dim", "dims", "size", "channels", "features", "width", "embed", "hidden", "nhead", "inner"}

@@ -85,7 +85,12 @@ def _along(name: str) -> Rule:
 
 
 def _reshape(t: "Propagation", a: Arguments, result: Tensor) -> Axes:
-    axes = t.indices.reshape(t.of(a["self"]), result.shape, f"is cut in an odd place by a view in {t.running[-1]!r}")
+    return t.indices.reshape(t.of(a["self"]), result.shape, f"is cut in an odd place by a view in {t.running[-1]!r}")
+
+
+def _view(t: "Propagation", a: Arguments, result: Tensor) -> Axes:
+    """With the sizes that the code gave, perhaps from attributes."""
+    axes = _reshape(t, a, result)
     t.count(axes)
     return axes
 
@@ -157,6 +162,7 @@ def _pieces(t: "Propagation", a: Arguments, result: Any) -> list[Axes]:
         found.append((*axes[:dim], piece, *axes[dim + 1 :]))
         t.count((piece,))
         start += size
+    t.count_pieces([part.shape[dim] for part in result], [each[dim] for each in found])
     return found
 
 
@@ -171,7 +177,8 @@ def _slice(t: "Propagation", a: Arguments, result: Tensor) -> Axes:
 def _select(t: "Propagation", a: Arguments, result: Any) -> Any:
     axes = t.of(a["self"])
     dim = a["dim"] % len(axes)
-    t.keep(axes[dim], "is picked out by the code")
+    for each in all_tensors([result]):
+        t.picked[each] = axes[dim]
     return [(*axes[:dim], *axes[dim + 1 :]) for _ in all_tensors([result])]
 
 
@@ -396,6 +403,9 @@ def _attention(t: "Propagation", a: Arguments, result: Tensor) -> Axes:
 
 def _batch_norm(t: "Propagation", a: Arguments, result: Tensor) -> Axes:
     axes = list(t.of(a["input"]))
+    if a.get("training"):
+        for d in (0, *range(2, len(axes))):
+            t.keep(axes[d], "has its statistics taken along it")
     axes[1] = _with_weights(t, axes[1], [a.get(k) for k in ("weight", "bias", "running_mean", "running_var")])
     return tuple(axes)
 
@@ -417,7 +427,7 @@ def _layer_norm(t: "Propagation", a: Arguments, result: Tensor) -> Axes:
         t.keep(axis, "is normalised together with other axes")
     if len(a["normalized_shape"]) == 1:
         last = _with_weights(t, last, [a["weight"], a.get("bias")])
-        t.count((last,))
+        t.count_pieces(a["normalized_shape"], [last])
     return (*lead, last)
 
 
@@ -468,9 +478,8 @@ RULES: Mapping[str, Rule] = {
     **_named("mean sum amax amin max min var std var_mean std_mean prod any all logsumexp", _reduce),
     **_named("argmax argmin norm linalg_vector_norm median nanmean", _reduce),
     **_named("softmax _softmax log_softmax _log_softmax cumsum cumprod sort argsort", _along),
-    **_each(
-        "view reshape _unsafe_view _reshape_alias flatten unflatten view_as reshape_as squeeze unsqueeze", _reshape
-    ),
+    **_each("view reshape _unsafe_view _reshape_alias unflatten", _view),
+    **_each("flatten view_as reshape_as squeeze unsqueeze", _reshape),
     **_each("permute transpose swapaxes swapdims t numpy_T", _permute),
     **_each("movedim moveaxis", _movedim),
     **_each("expand expand_as broadcast_to", _expand),

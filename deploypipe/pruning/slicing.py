@@ -2,13 +2,15 @@
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
+from copy import deepcopy
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.parametrize import is_parametrized
 
 from deploypipe.errors import PlanError
 from deploypipe.pruning.attention import SlimAttention
@@ -92,6 +94,7 @@ def cut_(model: nn.Module, edits: Iterable[Edit]) -> None:
     features, groups, num_heads, ...) say what is left.
     """
     by_module = {name: sides for name, sides in edits_by_module(edits).items() if any(sides.values())}
+    with_plain_weights_(model, by_module)
     for name in by_module:
         if type(_find(model, name)) is nn.MultiheadAttention:
             _replace_(model, name, SlimAttention.of(model.get_submodule(name)))  # type: ignore[arg-type]
@@ -134,7 +137,9 @@ def mask_(model: nn.Module, edits: Iterable[Edit]) -> None:
 
     A norm that looks at all channels then looks at those that stay.
     """
-    for name, sides in edits_by_module(edits).items():
+    by_module = edits_by_module(edits)
+    with_plain_weights_(model, by_module)
+    for name, sides in by_module.items():
         module = _find(model, name)
         if looks_across(module):
             _narrow_(name, module, sides)
@@ -144,11 +149,50 @@ def mask_(model: nn.Module, edits: Iterable[Edit]) -> None:
                 tensor.data.index_fill_(axis, torch.tensor(gone, device=tensor.device), 0)
 
 
+def forget_caches_(model: nn.Module) -> None:
+    """Turning to training and back is where networks drop what they computed from their weights for evaluation."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.train()
+    for module, flag in flags:
+        module.training = flag
+
+
+def with_plain_weights_(model: nn.Module, names: Iterable[str]) -> None:
+    """Put the values of computed weights (a parametrization such as weight norm) in the place of the computation."""
+    for module in [_find(model, name) for name in names]:
+        if not is_parametrized(module):
+            continue
+        values = {tensor: getattr(module, tensor).detach() for tensor in module.parametrizations}  # type: ignore
+        # Not torch's remove_parametrizations(): it changes the module's class, which copies of the module share.
+        module.__class__ = type(module).__bases__[0]
+        del module.parametrizations
+        for tensor, value in values.items():
+            module.register_parameter(tensor, nn.Parameter(value))
+
+
+class Bypass(nn.Identity):
+    """What is left of a removed block: gives its input back, whatever masks come with it."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        vars(self).update(_facts(block))
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        """`x`, unchanged."""
+        return x
+
+
+def _facts(block: nn.Module) -> dict[str, Any]:
+    """Plain values a caller may ask the block for, such as `self_attn.batch_first` or the kind of mask it wants."""
+    plain = {name: value for name, value in vars(block).items() if isinstance(value, str | int | float)}
+    facts = {name: value for name, value in plain.items() if not name.startswith("_") and name != "training"}
+    return facts | {name: SimpleNamespace(**_facts(child)) for name, child in block.named_children()}
+
+
 def replace_by_identity_(model: nn.Module, names: Iterable[str]) -> None:
-    """Put `nn.Identity` where the named modules were."""
+    """Let the named modules' inputs pass."""
     for name in names:
-        _find(model, name)
-        _replace_(model, name, nn.Identity())
+        _replace_(model, name, Bypass(_find(model, name)))
 
 
 def _replace_(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -267,9 +311,13 @@ def _count_(module: nn.Module, sides: Sides) -> None:
 def _count_attributes_(module: nn.Module, sides: Sides) -> None:
     for side, removed in sides.items():
         if side.startswith(_ATTRIBUTE):
-            name = side.removeprefix(_ATTRIBUTE)
+            name, _, place = side.removeprefix(_ATTRIBUTE).partition(".")
             old = getattr(module, name)
-            setattr(module, name, (old[0] - len(removed),) if isinstance(old, tuple) else old - len(removed))
+            if place:  # one of a list of sizes
+                sizes = [size - len(removed) * (str(i) == place) for i, size in enumerate(old)]
+                setattr(module, name, type(old)(sizes))
+            else:
+                setattr(module, name, old - len(removed))
 
 
 def _count_convolution_(module: _ConvNd, sides: Sides) -> None:
@@ -293,8 +341,6 @@ def _masked_parts(
         per_group = filters_per_group(module, side) or 1
         parts = [(groups[g], 1, columns) for g, columns in _by_group(removed, per_group).items()]
         return parts + ([(module.bias, 0, sorted(removed))] if module.bias is not None and side == "out" else [])
-    if isinstance(module, ParametrizationList):  # a direction of zeros has no norm to divide by; its readers are masked
-        return []
     return [cut for cut in _tensor_cuts(name, module, side, removed) if isinstance(cut[0], nn.Parameter)]
 
 
@@ -304,7 +350,8 @@ def looks_across(module: nn.Module) -> bool:
         return module.num_groups == 1
     is_leaf = next(module.children(), None) is None
     known = nn.Linear | _ConvNd | _NormBase | nn.Embedding | nn.PReLU | nn.MultiheadAttention
-    return is_leaf and not isinstance(module, known) and all(p.dim() == 1 for p in module.parameters())
+    own = list(module.parameters())
+    return is_leaf and not isinstance(module, known) and bool(own) and all(max(p.shape) == p.numel() for p in own)
 
 
 def _narrow_(name: str, module: nn.Module, sides: Sides) -> None:
@@ -312,18 +359,20 @@ def _narrow_(name: str, module: nn.Module, sides: Sides) -> None:
     side, removed = next((s, gone) for s, gone in sides.items() if not s.startswith(_ATTRIBUTE))
     total = width(module, side)
     assert total is not None
-    cut_(nn.ModuleDict({"norm": module}), [Edit(module="norm", side=s, removed=gone) for s, gone in sides.items()])
+    small = deepcopy(module)
+    cut_(nn.ModuleDict({"norm": small}), [Edit(module="norm", side=s, removed=gone) for s, gone in sides.items()])
     keep = torch.tensor([i for i in range(total) if i not in set(removed)])
 
-    def before(_m: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        x, *rest = args
-        axis = 1 if isinstance(module, nn.GroupNorm) or x.shape[-1] != total else -1
-        return (x.index_select(axis, keep.to(x.device)), *rest)
+    def narrowed(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        index = keep.to(x.device)
+        for axis in (x.dim() - 1, 1):  # channels last or first: the layer knows which it takes
+            if x.shape[axis] == total:
+                try:
+                    output: Tensor = small(x.index_select(axis, index), *args, **kwargs)
+                except RuntimeError:
+                    continue
+                return output.new_zeros(x.shape).index_copy(axis, index, output)
+        raise PlanError(f"{name!r} does not take {total} channels on its first or last axis; make a new plan")
 
-    def after(_m: nn.Module, _a: tuple[Any, ...], output: Tensor) -> Tensor:
-        axis = 1 if isinstance(module, nn.GroupNorm) or output.shape[-1] != len(keep) else output.dim() - 1
-        shape = [*output.shape[:axis], total, *output.shape[axis + 1 :]]
-        return output.new_zeros(shape).index_copy(axis, keep.to(output.device), output)
-
-    module.register_forward_pre_hook(before)
-    module.register_forward_hook(after)
+    module.forward = narrowed
+    module.register_forward_hook(lambda *_: None)  # keeps PyTorch's transformer layers from reading its weights instead

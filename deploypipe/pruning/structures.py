@@ -13,7 +13,7 @@ from deploypipe.errors import ModelError
 from deploypipe.pruning.blocks import find_blocks
 from deploypipe.pruning.calls import Call, evaluating, one_thread_if_small, record_calls
 from deploypipe.pruning.coupling import Coupling, freeze, trace_groups
-from deploypipe.pruning.slicing import cut_, has_two_sides, mask_, replace_by_identity_, sizes_after
+from deploypipe.pruning.slicing import cut_, forget_caches_, has_two_sides, mask_, replace_by_identity_, sizes_after
 from deploypipe.records import Block, ChannelGroup, Edit, Frozen, Structures
 from deploypipe.task import forward, num_samples, take
 
@@ -46,7 +46,9 @@ def list_structures(model: nn.Module, inputs: Any, keep: Sequence[str] = ()) -> 
     groups = tuple(_group(model, c, calls) for c in chosen)
     settled = {m.module for c in chosen for m in c.members if m.side == "out"}
     producers = {name for name, module in model.named_modules() if has_two_sides(module)}
-    rows = [row for c in couplings if reasons[c.name] for row in freeze(c, reasons[c.name], producers)]
+    # Where heads can go, it does not matter that dimensions inside of them cannot, and the other way round.
+    failed = [c for c in couplings if reasons[c.name] and not _overlaps(c, chosen)]
+    rows = [row for c in failed for row in freeze(c, reasons[c.name], producers)]
     rows = [row for row in (*frozen_channels, *rows) if row.name not in settled]
     rows += [*frozen_blocks, *(Frozen(name=n, kind="block", reason=r) for n, r in block_reasons.items() if r)]
     unique = {(row.name, row.kind): row for row in rows}
@@ -207,7 +209,9 @@ class _Probe:
         """A copy that shares every parameter and buffer with the model but those of the edited modules."""
         touched = {id(t) for e in edits for t in _own(self.model.get_submodule(e.module))}
         shared = {id(t): t for m in self.model.modules() for t in _own(m) if id(t) not in touched}
-        return deepcopy(self.model, shared)
+        copy = deepcopy(self.model, shared)
+        forget_caches_(copy)
+        return copy
 
     def _run(self, model: nn.Module) -> list[Tensor]:
         with evaluating(model), torch.no_grad():

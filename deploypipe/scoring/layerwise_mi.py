@@ -7,7 +7,7 @@ from deploypipe.numerics.gaussian_mi import SequentialSelection
 from deploypipe.observe.moments import Moments
 from deploypipe.recipe import LayerwiseMi
 from deploypipe.records import ScoreTable, Structures
-from deploypipe.scoring.top_down import Ranking, Reader, cumulative, score_top_down, take_one_by_one
+from deploypipe.scoring.top_down import Ranking, Reader, cumulative, rankings_of, score_top_down, take_one_by_one
 
 
 def score_layerwise_mi(
@@ -21,18 +21,17 @@ def score_layerwise_mi(
     finite. Groups none of whose consumers could be observed are scored by magnitude.
     """
 
-    def rank(readers: list[Reader]) -> Ranking:
+    def rank(readers: list[Reader]) -> list[Ranking]:
         problems = [SequentialSelection(r.covariance, r.weights, r.regressors, noise=config.noise) for r in readers]
 
-        def choose_(unit: int) -> None:
+        def choose_(unit: Tensor) -> None:
             for problem in problems:
                 problem.choose_(unit)
 
         if config.joint:
             order, gains = take_one_by_one(lambda: _gains(problems), choose_, len(readers[0].regressors), greatest=True)
-            return Ranking(scores=cumulative(order[::-1], gains[::-1]))
-        alone = torch.stack(_gains(problems)).sum(0).nan_to_num(nan=0.0)
-        return Ranking(scores=tuple(alone.tolist()))
+            return rankings_of(cumulative(order.flip(-1), gains.flip(-1)))
+        return rankings_of(torch.stack(_gains(problems)).sum(0).nan_to_num(nan=0.0))
 
     return score_top_down(
         model, structures, moments, rank, scorer=config.kind, is_cumulative=config.joint, keep=config.keep

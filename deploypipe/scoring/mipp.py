@@ -5,6 +5,7 @@ layers' kept outputs that is lost when it goes, after all units of lower score a
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from scipy.stats import chi2
 from torch import nn
@@ -13,7 +14,7 @@ from deploypipe.numerics.gaussian_mi import SequentialRemoval
 from deploypipe.observe.moments import Moments
 from deploypipe.recipe import Mipp
 from deploypipe.records import ScoreTable, Structures
-from deploypipe.scoring.top_down import Ranking, Reader, cumulative, remove_one_by_one, score_top_down
+from deploypipe.scoring.top_down import Ranking, Reader, cumulative, rankings_of, remove_one_by_one, score_top_down
 
 
 def score_mipp(model: nn.Module, structures: Structures, moments: Moments, config: Mipp, seed: int) -> ScoreTable:
@@ -24,11 +25,14 @@ def score_mipp(model: nn.Module, structures: Structures, moments: Moments, confi
     magnitude, and suggest nothing.
     """
 
-    def rank(readers: list[Reader]) -> Ranking:
+    def rank(readers: list[Reader]) -> list[Ranking]:
         problems = [SequentialRemoval(r.covariance, r.weights, r.regressors, noise=config.noise) for r in readers]
         order, losses = remove_one_by_one(problems, len(readers[0].regressors))
-        width = None if config.confidence is None else _width(losses, readers, moments.num_samples, config.confidence)
-        return Ranking(scores=cumulative(order, losses), suggested=width)
+        rankings = rankings_of(cumulative(order, losses))
+        if config.confidence is None:
+            return rankings
+        widths = [_width(row, readers, moments.num_samples, config.confidence) for row in losses.tolist()]
+        return [replace(ranking, suggested=width) for ranking, width in zip(rankings, widths, strict=True)]
 
     return score_top_down(model, structures, moments, rank, scorer=config.kind, is_cumulative=True, keep=config.keep)
 
@@ -44,7 +48,7 @@ def _width(losses: Sequence[float], readers: Sequence[Reader], num_samples: int,
     harder, for the same targets never less; 1 leaves one unit. The outputs are exact and the noise only the floor, so
     this is the power of the test at that noise, not an error rate.
     """
-    weights = sum(len(reader.regressors[0]) * reader.weights.shape[1] for reader in readers)
+    weights = sum(len(reader.regressors[0]) * reader.weights.shape[2] for reader in readers)
     limit = float(chi2.ppf(confidence, weights))
     significant = [step for step, loss in enumerate(losses) if not 2 * num_samples * loss < limit]
     return max(1, len(losses) - significant[0]) if significant else 1

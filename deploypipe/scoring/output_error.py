@@ -9,7 +9,7 @@ from deploypipe.numerics.output_error import SequentialErrorRemoval
 from deploypipe.observe.moments import Moments
 from deploypipe.recipe import OutputError
 from deploypipe.records import ScoreTable, Structures
-from deploypipe.scoring.top_down import Ranking, Reader, cumulative, remove_one_by_one, score_top_down
+from deploypipe.scoring.top_down import Ranking, Reader, cumulative, rankings_of, remove_one_by_one, score_top_down
 
 _STILL = 1e-6  # share of a layer's mean output variance below which a variance is not trusted to divide by
 
@@ -32,18 +32,27 @@ def score_output_error(
 
     def weigh(reader: Reader, variance: Tensor) -> Tensor:
         if not config.fisher:
-            return 1 / variance.clamp_min(max(_STILL * float(variance.mean()), 1e-12))
-        fisher = moments.output_fisher.get(reader.module)
-        return torch.zeros_like(variance) if fisher is None else fisher[reader.outputs].double()
+            least = (_STILL * variance.mean(-1, keepdim=True)).clamp_min(1e-12)
+            return 1 / torch.maximum(variance, least)
+        found = [moments.output_fisher.get(module) for module in reader.modules]
+        return torch.stack(
+            [
+                torch.zeros_like(variance[0]) if fisher is None else fisher[outputs].double()
+                for fisher, outputs in zip(found, reader.outputs, strict=True)
+            ]
+        )
 
-    def rank(readers: list[Reader]) -> Ranking:
-        variances = [((reader.covariance @ reader.weights) * reader.weights).sum(0) for reader in readers]
+    def rank(readers: list[Reader]) -> list[Ranking]:
+        variances = [((reader.covariance @ reader.weights) * reader.weights).sum(1) for reader in readers]  # (b, m)
         weights = [weigh(reader, variance) for reader, variance in zip(readers, variances, strict=True)]
-        total = sum(float(w @ v) for w, v in zip(weights, variances, strict=True)) or 1.0
+        products = [(w * v).sum(1, keepdim=True) for w, v in zip(weights, variances, strict=True)]
+        total = torch.stack(products).sum(0)  # (b, 1)
         problems = [
-            SequentialErrorRemoval(r.covariance, r.weights, r.regressors, output_weights=w / total)
+            SequentialErrorRemoval(
+                r.covariance, r.weights, r.regressors, output_weights=w / total.where(total != 0, 1.0)
+            )
             for r, w in zip(readers, weights, strict=True)
         ]
-        return Ranking(scores=cumulative(*remove_one_by_one(problems, len(readers[0].regressors))))
+        return rankings_of(cumulative(*remove_one_by_one(problems, len(readers[0].regressors))))
 
     return score_top_down(model, structures, moments, rank, scorer=config.kind, is_cumulative=True)

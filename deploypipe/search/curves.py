@@ -130,7 +130,7 @@ class _Probe:
         """KL with a block replaced by the identity."""
         with evaluating(self.model), torch.no_grad(), ExitStack() as stack:
             self._skip_before(self.order.index(block), stack)
-            stack.enter_context(_forward_as(self.modules[block], lambda x: x))
+            stack.enter_context(_forward_as(self.modules[block], lambda x, *_a, **_k: x))
             return self._loss(self.model)
 
     def _keep_output(self, name: str) -> Callable[..., None]:
@@ -147,7 +147,7 @@ class _Probe:
     def _skip_before(self, count: int, stack: ExitStack) -> None:
         for name in self.order[:count]:
             output = self.block_outputs[name]
-            stack.enter_context(_forward_as(self.modules[name], lambda *_a, o=output: o.clone()))
+            stack.enter_context(_forward_as(self.modules[name], lambda *_a, o=output, **_k: o.clone()))
 
     def _log_probabilities(self, model: nn.Module) -> Tensor:
         outputs = forward(model, self.inputs)

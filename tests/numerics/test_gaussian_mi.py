@@ -158,3 +158,27 @@ def test_singular_covariances_give_finite_gains_that_are_not_negative(rank: int,
         assert torch.isfinite(gains).all()
         assert (gains > -1e-6).all()
         selection.choose_(group)
+
+
+@pytest.mark.parametrize(("number", "size"), [(150, 1), (30, 3)])
+def test_problems_side_by_side_are_each_as_if_alone(number: int, size: int) -> None:
+    """Each loses groups in an order of its own, over more than one panel; one of them is singular."""
+    p = number * size + 2
+    problems = [random_problem(p, 5, seed) for seed in range(3)]
+    problems[1][0][0] = problems[1][0][:, 0] = 0.0
+    covariance, weights = (torch.stack(parts) for parts in zip(*problems, strict=True))
+    groups = [list(range(i, i + size)) for i in range(2, p, size)]
+    orders = torch.stack([torch.randperm(number, generator=torch.Generator().manual_seed(s)) for s in range(3)])
+    for kind, step_name, amounts_name in (
+        (SequentialRemoval, "remove_", "losses"),
+        (SequentialSelection, "choose_", "gains"),
+    ):
+        together = kind(covariance, weights, groups, noise=NOISE)
+        alone = [kind(*problem, groups, noise=NOISE) for problem in problems]
+        for step in range(number - 1):
+            getattr(together, step_name)(orders[:, step])
+            for problem, unit in zip(alone, orders[:, step].tolist(), strict=True):
+                getattr(problem, step_name)(unit)
+            if step % 20 == 0:
+                expected = torch.stack([getattr(problem, amounts_name)() for problem in alone])
+                torch.testing.assert_close(getattr(together, amounts_name)(), expected)

@@ -80,3 +80,25 @@ def test_it_is_the_limit_of_information_under_loud_noise() -> None:
         torch.testing.assert_close(2 * floor * nats.losses(left), error.losses(left), rtol=1e-3, atol=1e-3)
         error.remove_(group)
         nats.remove_(group)
+
+
+def test_problems_side_by_side_are_each_as_if_alone() -> None:
+    parts = [random_rows(300, 90, 4, seed) for seed in range(3)]
+    covariances = [rows.T @ rows / len(rows) for rows, _, _ in parts]
+    groups = [[i] for i in range(90)]
+    together = SequentialErrorRemoval(
+        torch.stack(covariances),
+        torch.stack([weights for _, weights, _ in parts]),
+        groups,
+        output_weights=torch.stack([output_weights for _, _, output_weights in parts]),
+    )
+    alone = [
+        SequentialErrorRemoval(covariance, weights, groups, output_weights=output_weights)
+        for covariance, (_, weights, output_weights) in zip(covariances, parts, strict=True)
+    ]
+    for step in range(80):
+        units = torch.tensor([step, 89 - step, (7 * step) % 90])
+        together.remove_(units)
+        for problem, unit in zip(alone, units.tolist(), strict=True):
+            problem.remove_(unit)
+    torch.testing.assert_close(together.losses(), torch.stack([problem.losses() for problem in alone]))

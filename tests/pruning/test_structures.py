@@ -146,7 +146,7 @@ def test_a_weight_tied_to_the_input_stays() -> None:
     assert "inputs of fixed size" in reason(structures, "0")
 
 
-def test_computed_weights_are_cut_where_they_are_computed_from() -> None:
+def test_computed_weights_become_plain_ones_where_they_are_cut() -> None:
     computed = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3))
     nn.utils.parametrizations.weight_norm(computed[0])
     inputs = torch.randn(2, 6)
@@ -154,7 +154,9 @@ def test_computed_weights_are_cut_where_they_are_computed_from() -> None:
     group = structures.groups[0]
     plan = make_plan(structures, ScoreTable(scorer="flat", channels={group.name: (0.0,) * 8}), {group.name: 5})
     assert computed[0].weight.shape == (8, 6)
-    assert apply_plan(computed, plan)[0].weight.shape == (5, 6)
+    pruned = apply_plan(computed, plan)
+    assert pruned[0].weight.shape == (5, 6)
+    torch.testing.assert_close(pruned(inputs), masked_dense(computed, plan)(inputs))
 
 
 @pytest.mark.parametrize("pack", ["tuple", "dict", "one sample"])
@@ -215,11 +217,11 @@ def test_fingerprint_tells_structure_from_weights() -> None:
     assert parts(one)[0] != parts(nn.Linear(3, 4).to(torch.bfloat16))[0]
 
 
-def test_transformer_layers_called_with_keywords_are_no_blocks() -> None:
+def test_transformer_layers_called_with_masks_are_blocks() -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)
     model = nn.Sequential(nn.TransformerEncoder(layer, 2), nn.Linear(8, 3))
     structures = list_structures(model, torch.randn(2, 5, 8))
-    assert structures.blocks == ()
+    assert [b.name for b in structures.blocks] == ["0.layers.0", "0.layers.1"]
     assert names(structures) == [f"0.layers.{i}.{n}" for i in (0, 1) for n in ("self_attn:heads", "linear1")]
 
 

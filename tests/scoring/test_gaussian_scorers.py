@@ -18,6 +18,7 @@ from deploypipe.observe.stream import observe
 from deploypipe.pruning.structures import list_structures
 from deploypipe.recipe import LayerwiseMi, Mipp, Observe, OutputError
 from deploypipe.records import ScoreTable, Structures
+from deploypipe.scoring import top_down
 from deploypipe.scoring.layerwise_mi import score_layerwise_mi
 from deploypipe.scoring.mipp import score_mipp
 from deploypipe.scoring.output_error import score_output_error
@@ -194,3 +195,18 @@ def test_fisher_counts_only_outputs_that_the_loss_needs() -> None:
     unlabelled = observe(model, structures, [(torch.randn(8, 8), torch.zeros(8))], Observe())
     with pytest.raises(DataError, match="needs labels: return class targets with calib"):
         table((model, structures, unlabelled), OutputError(fisher=True))
+
+
+@EVERY_CONFIG
+def test_groups_ranked_side_by_side_are_each_as_if_alone(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(networks.PadBlock(8, 8, 1) for _ in range(4)), nn.Flatten(), nn.Linear(8 * 16, 3))
+    seen = watched(model, torch.randn(64, 8, 4, 4))
+    runs = list(top_down._runs(seen[1]))
+    assert max(map(len, runs)) >= 4  # else nothing is ranked together here
+    together = table(seen, config)
+    monkeypatch.setattr(top_down, "_MOST_VALUES", 1)
+    alone = table(seen, config)
+    assert together.suggested == alone.suggested
+    for name, scores in alone.channels.items():
+        assert together.channels[name] == pytest.approx(scores, rel=1e-9, abs=1e-12)

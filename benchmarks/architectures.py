@@ -1,0 +1,438 @@
+"""Which networks can be pruned? Every one of `zoo.py`, and raw Torch-Pruning on the same beside it.
+
+    pip install -e '.[zoo]' && pip install --no-deps pytorchcv
+    python benchmarks/architectures.py --out runs/architectures.jsonl [--markdown table.md] [--only NAME ...] [--jobs 2]
+
+(pytorchcv asks for torchvision, which none of the networks here needs.) Each network is judged in a child process of
+120 s, on one thread: traced; half of the units of every group removed at random; what is left compared with the dense
+network in which the same units are masked; trained for a step; replayed from the plan on the network built again; saved
+and loaded; exported. Where the dense network cannot be trained or exported either, the cell says so. Weights are the
+package's own initialisation, shaken so that no zero or one hides an error.
+
+Torch-Pruning gets a child of 120 s too: its BasePruner, magnitudes, ratio 0.5, the last layer ignored.
+
+A run that was killed goes on where it stopped: networks in the --out file are not judged again.
+"""
+
+import argparse
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
+from copy import deepcopy
+from datetime import date
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_leaves
+from zoo import NETWORKS, Inputs, Network
+
+from deploypipe.export.onnx_file import export_onnx
+from deploypipe.jsonio import from_json, to_json
+from deploypipe.pruning.apply import apply_plan, masked_dense
+from deploypipe.pruning.plan import empty_plan, make_plan
+from deploypipe.pruning.saved import load_pruned, save_pruned
+from deploypipe.pruning.structures import list_structures, model_fingerprint
+from deploypipe.recipe import Export
+from deploypipe.records import Frozen, PruningPlan, ScoreTable, Structures
+from deploypipe.task import evaluating, forward
+
+Facts: TypeAlias = dict[str, Any]  # what is known of one network: a verdict for each of CHECKS, and figures
+
+LIMIT_S = 120
+TOLERANCE = 1e-3  # of the largest output
+YES, NO, DENSE_TOO = "yes", "no", "dense fails too"
+NOT_ASKED = "n/a"
+CHECKS = {  # in the order they are made
+    "built": "built",
+    "traced": "traced",
+    "equal": "equals masked dense",
+    "trains": "trains a step",
+    "replay": "replay identical",
+    "intact": "dense intact",
+    "exported": "exported (torch.export)",
+    "reload": "reload identical",
+    "parity": "ONNX file, parity",
+}
+INSTALL = "pip install -e '.[zoo]' && pip install --no-deps pytorchcv"
+PACKAGES = {"transformers": "transformers", "pytorchcv": "pytorchcv", "monai": "monai", "einops": "monai"}  # and whose
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=NETWORKS, default=list(NETWORKS), metavar="NAME")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="one line of JSON for every network")
+    parser.add_argument("--markdown", type=Path, help="the table; without it, it is printed")
+    parser.add_argument("--judge", choices=NETWORKS, help=argparse.SUPPRESS)
+    parser.add_argument("--raw", choices=NETWORKS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if name := options.judge or options.raw:
+        torch.set_num_threads(1)
+        return tell((judge if options.judge else judge_raw)(NETWORKS[name]))
+    require_packages({NETWORKS[name].source for name in options.only})
+    known = read(options.out) if options.out and options.out.exists() else {}
+    todo = [name for name in options.only if name not in known]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for name, facts in zip(todo, pool.map(in_children, todo), strict=True):
+            known[name] = facts
+            print(f"{name}: {'; '.join(complaints(facts)) or 'green'} ({facts['seconds']} s)", flush=True)
+            if options.out:
+                with options.out.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(facts) + "\n")
+    table = show([known[name] for name in options.only])
+    if options.markdown:
+        options.markdown.write_text(table, encoding="utf-8")
+    else:
+        print(f"\n{table}")
+    return None
+
+
+def require_packages(sources: set[str]) -> None:
+    absent = [name for name, source in PACKAGES.items() if source in sources and find_spec(name) is None]
+    if absent:
+        sys.exit(f"{', '.join(absent)}: not installed; {INSTALL}, or choose other networks with --only")
+
+
+def read(path: Path) -> dict[str, Facts]:
+    return {facts["name"]: facts for facts in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
+
+
+# --- in the child -----------------------------------------------------------------------------------------------------
+
+
+def tell(facts: Iterator[tuple[str, Any]]) -> None:
+    """Print each fact as soon as it is known: a child that is stopped has then told what it knew."""
+    answers = sys.stdout
+    with redirect_stdout(sys.stderr):  # whatever the packages print
+        try:
+            for key, value in facts:
+                print(json.dumps([key, value]), file=answers, flush=True)
+        except Exception as error:
+            print(json.dumps(["error", _explain(error)]), file=answers, flush=True)
+
+
+def built(network: Network) -> tuple[nn.Module, Inputs]:
+    """The network in evaluation mode, the same every time; weights shaken, running statistics near real ones."""
+    random.seed(0)
+    np.random.seed(0)  # some of the packages draw from it
+    torch.manual_seed(0)
+    model, inputs = network.build()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            size = parameter.abs().mean().item() or 1.0
+            parameter.add_(torch.randn_like(parameter), alpha=0.1 * size)
+        norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.momentum is not None]
+        momenta = [norm.momentum for norm in norms]
+        if norms:
+            for norm in norms:
+                norm.momentum = 0.9  # not 1: a channel that happens to be constant would be divided by nothing
+            forward(model.train(), inputs)
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+    return model.eval(), inputs
+
+
+def judge(network: Network, with_onnx: bool = True) -> Iterator[tuple[str, Any]]:
+    """All facts about one network, cheap ones first. An exception ends them: the checks that follow are not made."""
+    dense, inputs = built(network)
+    before = model_fingerprint(dense)
+    yield "built", YES
+    started = time.perf_counter()
+    structures = list_structures(dense, inputs)
+    yield "trace_seconds", round(time.perf_counter() - started, 2)
+    yield "traced", YES
+    yield "groups", len(structures.groups)
+    yield "blocks", len(structures.blocks)
+    yield "frozen", [[row.kind, row.name, row.reason] for row in structures.frozen]
+    yield "quarantined", [[row.name, row.reason] for row in quarantined(structures.frozen)]
+    plan = from_json(PruningPlan, to_json(halved(structures)), "the plan")
+    pruned = apply_plan(dense, plan)
+    yield "params_before", structures.num_params
+    yield "params_after", sum(p.numel() for p in pruned.parameters())
+    yield from compare(dense, masked_dense(dense, plan), pruned, inputs)
+    yield "trains", attempt(lambda: train_step(pruned, inputs), lambda: train_step(dense, inputs))
+    again = apply_plan(built(network)[0], plan)
+    yield "replay", YES if are_identical(again, pruned, inputs) else f"{NO}: other weights or outputs"
+    yield "intact", YES if model_fingerprint(dense) == before else f"{NO}: pruning changed the dense network"
+    with TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        exported = attempt(
+            lambda: require_program(pruned, plan, inputs, folder / "pruned"),
+            lambda: require_program(dense, empty_plan(structures), inputs, folder / "dense"),
+        )
+        yield "exported", exported
+        if exported == YES:
+            loaded = load_pruned(folder / "pruned", lambda: network.build()[0])
+            yield "reload", YES if are_identical(loaded, pruned, inputs) else f"{NO}: other weights or outputs"
+        else:
+            yield "reload", exported
+        if with_onnx:
+            yield (
+                "parity",
+                attempt(
+                    lambda: export_onnx(pruned, [(inputs, None)], folder / "pruned.onnx", Export()),
+                    lambda: export_onnx(dense, [(inputs, None)], folder / "dense.onnx", Export()),
+                ),
+            )
+
+
+def compare(dense: nn.Module, masked: nn.Module, pruned: nn.Module, inputs: Inputs) -> Iterator[tuple[str, Any]]:
+    """Whether the pruned network computes what the masked one does, which must not be what the dense one does."""
+    seen = outputs(pruned, inputs)
+    mismatch, effect = difference(outputs(masked, inputs), seen), difference(outputs(dense, inputs), seen)
+    yield "mismatch", mismatch
+    yield "effect", effect
+    if mismatch > TOLERANCE:
+        yield "equal", f"{NO}: differs by {mismatch:.1g} of the largest output"
+    elif effect <= 10 * TOLERANCE:
+        yield "equal", f"{NO}: cannot be told, what is removed counts for {effect:.1g} of the largest output"
+    else:
+        yield "equal", YES
+
+
+def attempt(work: Callable[[], Any], on_dense: Callable[[], Any]) -> str:
+    """Whether `work` succeeds; where it does not, `on_dense` tells whether pruning is to blame."""
+    try:
+        work()
+    except Exception as error:
+        try:
+            on_dense()
+        except Exception:
+            return f"{DENSE_TOO}: {_explain(error)}"
+        return f"{NO}: {_explain(error)}"
+    return YES
+
+
+def halved(structures: Structures) -> PruningPlan:
+    """Half of the units of every group, and one at least, stay; which ones is drawn."""
+    draw = random.Random(0)
+    scores = {group.name: tuple(draw.random() for _ in range(group.num_units)) for group in structures.groups}
+    widths = {group.name: max(1, group.num_units // 2) for group in structures.groups}
+    return make_plan(structures, ScoreTable(scorer="random", channels=scores), widths)
+
+
+def quarantined(frozen: tuple[Frozen, ...]) -> list[Frozen]:
+    """What stays although it has several channels that are read, and is not at the network's edge or tied to it."""
+    rows = [row for row in frozen if row.kind != "block"]
+    edge = {row.name for row in rows if re.search("network's (in|out)put|looked up by an index|single channel|nothing reads", row.reason)}
+    shared = {row.name for row in rows if any(f"shares its channels with {name!r}" in row.reason for name in edge)}
+    return [row for row in rows if row.name not in edge | shared]
+
+
+def outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    with evaluating(model), torch.no_grad():
+        return [leaf for leaf in tree_leaves(forward(model, deepcopy(inputs))) if isinstance(leaf, Tensor)]
+
+
+def difference(expected: list[Tensor], seen: list[Tensor]) -> float:
+    """The largest error, relative to the largest magnitude of its output; infinite for other shapes, or for NaN."""
+    if [t.shape for t in expected] != [t.shape for t in seen]:
+        return float("inf")
+    errors = [
+        (a.double() - b.double()).abs().max().item() / max(a.double().abs().max().item(), 1e-30)
+        for a, b in zip(expected, seen, strict=True)
+    ]
+    return max(error if error == error else float("inf") for error in errors)
+
+
+def train_step(model: nn.Module, inputs: Inputs) -> None:
+    copy = deepcopy(model).train()
+    optimizer = torch.optim.SGD(copy.parameters(), lr=1e-3)
+    leaves = [leaf for leaf in tree_leaves(forward(copy, deepcopy(inputs))) if isinstance(leaf, Tensor)]
+    sum(leaf.square().mean() for leaf in leaves if leaf.is_floating_point()).backward()
+    optimizer.step()
+
+
+def are_identical(a: nn.Module, b: nn.Module, inputs: Inputs) -> bool:
+    """Bit for bit, weights and outputs."""
+    ours, theirs = a.state_dict(), b.state_dict()
+    return (
+        list(ours) == list(theirs)
+        and all(torch.equal(value, theirs[name]) for name, value in ours.items())
+        and all(map(torch.equal, outputs(a, inputs), outputs(b, inputs)))
+    )
+
+
+def require_program(model: nn.Module, plan: PruningPlan, inputs: Inputs, folder: Path) -> None:
+    """Save the network, load the exported program, and compare the two."""
+    save_pruned(model, plan, inputs, folder)
+    program = load_pruned(folder)
+    with torch.no_grad():
+        seen = [leaf for leaf in tree_leaves(forward(program, inputs)) if isinstance(leaf, Tensor)]
+    error = difference(outputs(model, inputs), seen)
+    if error > TOLERANCE:
+        raise ValueError(f"the exported program differs by {error:.1g} of the largest output")
+
+
+def judge_raw(network: Network) -> Iterator[tuple[str, Any]]:
+    """What Torch-Pruning makes of the network when it is told no more than which layer is the last."""
+    import torch_pruning
+
+    model, inputs = built(network)
+    yield "params_before", sum(p.numel() for p in model.parameters())
+    shapes = [tuple(t.shape) for t in outputs(model, inputs)]
+    pruner = torch_pruning.pruner.BasePruner(
+        model,
+        inputs,
+        torch_pruning.importance.MagnitudeImportance(p=2),
+        pruning_ratio=0.5,
+        ignored_layers=[last_layer(model, inputs)],
+        forward_fn=forward,
+        output_transform=lambda o: [t for t in tree_leaves(o) if isinstance(t, Tensor) and t.requires_grad],
+        pruning_ratio_dict={},  # its own defaults are shared between all pruners of a process
+        in_channel_groups={},
+        out_channel_groups={},
+        num_heads={},
+        channel_groups={},
+    )
+    pruner.step()
+    seen = [tuple(t.shape) for t in outputs(model, inputs)]
+    yield "params_after", sum(p.numel() for p in model.parameters())
+    yield "runs", YES if seen == shapes else f"{NO}: the outputs have other shapes"
+
+
+def last_layer(model: nn.Module, inputs: Inputs) -> nn.Module:
+    """The convolution or linear layer that is called last."""
+    called: list[nn.Module] = []
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear | _ConvNd)]
+    handles = [layer.register_forward_hook(lambda module, *_: called.append(module)) for layer in layers]
+    outputs(model, inputs)
+    for handle in handles:
+        handle.remove()
+    return called[-1]
+
+
+def _explain(error: Exception) -> str:
+    """Its innermost cause on one line."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    return f"{type(cause).__name__}: {' '.join(str(cause).split())}"[:300]
+
+
+# --- in the parent ----------------------------------------------------------------------------------------------------
+
+
+def in_children(name: str) -> Facts:
+    started = time.perf_counter()
+    facts = ask("--judge", name)
+    seconds = time.perf_counter() - started
+    raw = ask("--raw", name)
+    versions = {p: version(p) for p in ("torch", NETWORKS[name].source, "torch-pruning", "onnxruntime")}
+    return {
+        "name": name,
+        "source": NETWORKS[name].source,
+        "date": date.today().isoformat(),
+        "versions": versions,
+        **facts,
+        "seconds": round(seconds, 1),
+        "raw": raw,
+    }
+
+
+def ask(*arguments: str) -> Facts:
+    """What the child tells within the limit; "error" says why it did not tell all."""
+    command = [sys.executable, __file__, *arguments]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, timeout=LIMIT_S, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        told, ending = done.stdout, "" if not done.returncode else f"the process ended with code {done.returncode}"
+    except subprocess.TimeoutExpired as late:
+        told, ending = late.stdout or b"", f"not finished after {LIMIT_S} s"
+    whole_lines = told.rpartition(b"\n")[0].splitlines()
+    facts: Facts = dict(json.loads(line) for line in whole_lines)
+    return {"error": ending, **facts} if ending else facts
+
+
+def verdict(facts: Facts, check: str) -> str:
+    return facts.get(check) or f"{NO}: {facts.get('error', 'not tried')}"
+
+
+def complaints(facts: Facts) -> list[str]:
+    """Why a network is not green: checks that failed, and what cannot be removed, each reason once."""
+    failed, stays = defaultdict(list), defaultdict(list)
+    for check, title in CHECKS.items():
+        if (text := verdict(facts, check)).startswith(NO):
+            failed[text.removeprefix(f"{NO}: ")].append(title)
+    for name, reason in facts.get("quarantined", ()):
+        if "shares its channels with" not in reason:  # the row it refers to says why
+            stays[re.sub(r"'[^']*'|[0-9][0-9.e+-]*", "…", reason)].append(f"{name} stays: {reason}")
+    rows = [f"{', '.join(titles)}: {reason}" for reason, titles in failed.items()]
+    return rows + [f"{same[0]} (and {len(same) - 1} like it)" if same[1:] else same[0] for same in stays.values()]
+
+
+def is_green(facts: Facts) -> bool:
+    """Every check passes and every channel that is not the network's own input or output can go."""
+    return not facts.get("quarantined") and not any(verdict(facts, check).startswith(NO) for check in CHECKS)
+
+
+def show(rows: list[Facts]) -> str:
+    versions = {package: number for facts in rows for package, number in facts["versions"].items()}
+    dates = sorted({facts["date"] for facts in rows})
+    greens = sum(map(is_green, rows))
+    raw = sum(facts["raw"].get("runs") == YES for facts in rows)
+    heads = ["network", "from", "groups, blocks", "params", "left", "quarantined", *CHECKS.values(), "s", "raw TP left"]
+    lines = [
+        f"{dates[0]} to {dates[-1]}; {', '.join(f'{p} {v}' for p, v in sorted(versions.items()))}",
+        "",
+        f"{greens} of {len(rows)} fully green; raw Torch-Pruning's result runs for {raw}. "
+        f'"{NOT_ASKED}": the dense network fails too.',
+        "",
+        f"| {' | '.join(heads)} |",
+        "|---" * len(heads) + "|",
+    ]
+    lines += [f"| {' | '.join(cells(facts))} |" for facts in rows]
+    lines += ["", "Not fully green:", ""]
+    for facts in rows:
+        if reasons := complaints(facts):
+            lines.append(f"* {facts['name']}: {'; '.join(reasons)}")
+    lines += ["", "Where the dense network fails too:", ""]
+    for facts in rows:
+        for check, title in CHECKS.items():
+            if check != "reload" and verdict(facts, check).startswith(DENSE_TOO):  # reload only repeats exported
+                lines.append(f"* {facts['name']}, {title}: {verdict(facts, check).removeprefix(f'{DENSE_TOO}: ')}")
+    return "\n".join(lines) + "\n"
+
+
+def cells(facts: Facts) -> list[str]:
+    def mark(check: str) -> str:
+        return {YES: YES, DENSE_TOO: NOT_ASKED}.get(verdict(facts, check).partition(":")[0], NO)
+
+    raw = facts["raw"]
+    before = facts.get("params_before")
+    if raw.get("runs") == YES:
+        beside = f"{raw['params_after'] / raw['params_before']:.0%}"
+    else:
+        beside = (raw.get("error") or raw["runs"].removeprefix(f"{NO}: "))[:60].replace("|", "/")
+    return [
+        facts["name"],
+        facts["source"],
+        f"{facts.get('groups', '')}, {facts.get('blocks', '')}",
+        f"{before:,}" if before else "",
+        f"{facts['params_after'] / before:.0%}" if "params_after" in facts else "",
+        str(len(facts.get("quarantined", ()))),
+        *map(mark, CHECKS),
+        f"{facts['seconds']:.0f}",
+        beside,
+    ]
+
+
+if __name__ == "__main__":
+    main()
