@@ -230,7 +230,11 @@ def halved(structures: Structures) -> PruningPlan:
 def quarantined(frozen: tuple[Frozen, ...]) -> list[Frozen]:
     """What stays although it has several channels that are read, and is not at the network's edge or tied to it."""
     rows = [row for row in frozen if row.kind != "block"]
-    edge = {row.name for row in rows if re.search("network's (in|out)put|looked up by an index|single channel|nothing reads", row.reason)}
+    edge = {
+        row.name
+        for row in rows
+        if re.search("network's (in|out)put|looked up by an index|single channel|nothing reads", row.reason)
+    }
     shared = {row.name for row in rows if any(f"shares its channels with {name!r}" in row.reason for name in edge)}
     return [row for row in rows if row.name not in edge | shared]
 

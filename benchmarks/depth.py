@@ -63,7 +63,7 @@ class Comparison:
         self.dense, self.task = pipeline.build_model().eval(), pipeline.task()
         self.splits, self.recipe = pipeline.load_data(), pipeline.recipe()
         self.calib = take_calib(self.splits.calib, self.recipe.repair.num_samples)
-        self.structures = list_structures(self.dense, take(self.calib[0][0], 2))
+        self.structures = list_structures(self.dense, take(self.calib[0][0], 2), self.recipe.keep)
 
     def show(self) -> None:
         moments = observe(self.dense, self.structures, self.calib, self.recipe.observe)

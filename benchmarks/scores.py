@@ -10,58 +10,19 @@ table of means over the draws with the interval that the draws span; a run that 
 
 import argparse
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import numpy as np
-import torch
-from judging import test_hits
-from torch import nn
+from judging import ENTRANTS, Subject, stage_name, with_spread
 
 from deploypipe.observe.moments import Moments
-from deploypipe.observe.stream import observe
-from deploypipe.pipeline_module import Pipeline, load_pipeline
-from deploypipe.pruning.apply import apply_plan
-from deploypipe.pruning.plan import make_plan
-from deploypipe.pruning.repair import repair
-from deploypipe.pruning.structures import count_macs, list_structures
-from deploypipe.recipe import (
-    BatchNormScale,
-    ConditionalMi,
-    Fpgm,
-    LabelMi,
-    LayerwiseMi,
-    Magnitude,
-    Mipp,
-    OutputError,
-    Random,
-    Scorer,
-    Taylor,
-)
+from deploypipe.pipeline_module import load_pipeline
+from deploypipe.recipe import Scorer
 from deploypipe.runs import RunFolder, open_run
 from deploypipe.scoring import score
-from deploypipe.search.allocate import uniform
-from deploypipe.task import Batch, stack_batches, take, take_calib
-
-ENTRANTS: dict[str, Scorer] = {
-    "magnitude L2": Magnitude(),
-    "magnitude L1": Magnitude(power=1),
-    "MIPP": Mipp(),
-    "MIPP, kept targets": Mipp(keep=0.5),
-    "layer-wise MI, joint": LayerwiseMi(),
-    "layer-wise MI, independent": LayerwiseMi(joint=False),
-    "output error": OutputError(),
-    "output error, Fisher": OutputError(fisher=True),
-    "conditional MI": ConditionalMi(),
-    "label MI": LabelMi(),
-    "Taylor": Taylor(),
-    "batch norm scale": BatchNormScale(),
-    "FPGM": Fpgm(),
-    "random": Random(),
-}
-
-BATCH = 128
+from deploypipe.task import Batch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,7 +44,7 @@ def main() -> None:
     parser.add_argument("--scorers", nargs="+", choices=ENTRANTS, default=list(ENTRANTS))
     options = parser.parse_args()
     with open_run(options.out) as run:
-        comparison = Comparison(run, load_pipeline(options.pipeline), options.widths)
+        comparison = Comparison(run, Subject(load_pipeline(options.pipeline)), options.widths)
         outcomes = {name: [] for name in options.scorers}
         for draw in range(options.draws):
             for name, outcome in comparison.outcomes(draw, options.scorers).items():
@@ -92,56 +53,43 @@ def main() -> None:
 
 
 class Comparison:
-    def __init__(self, run: RunFolder, pipeline: Pipeline, widths: list[float]) -> None:
-        self.run, self.widths = run, widths
-        self.dense, self.task = pipeline.build_model().eval(), pipeline.task()
-        self.splits, self.recipe = pipeline.load_data(), pipeline.recipe()
-        self.calib = take_calib(self.splits.calib, 10_000)
-        self.inputs = take(self.calib[0][0], 2)
-        self.structures = list_structures(self.dense, self.inputs)
+    def __init__(self, run: RunFolder, subject: Subject, widths: list[float]) -> None:
+        self.run, self.subject, self.widths = run, subject, widths
 
     def outcomes(self, draw: int, names: list[str]) -> dict[str, Outcome]:
-        batches = self.drawn(draw)
+        batches = self.subject.drawn(draw)
 
         @cache
         def moments() -> Moments:  # only where a scorer has not been judged in an earlier run
-            settings = replace(self.recipe.observe, num_samples=len(batches) * BATCH)
-            return observe(self.dense, self.structures, batches, settings, loss=self.task.loss, seed=draw)
+            return self.subject.moments(batches, draw)
 
         found = {}
         for name in names:
             found[name] = self.run.remember(
-                f"{name.replace(' ', '_').replace(',', '')}-{draw}",
-                {"scorer": ENTRANTS[name], "draw": draw, "widths": self.widths, "structures": self.structures},
+                stage_name(name, draw),
+                {
+                    "scorer": ENTRANTS[name],
+                    "draw": draw,
+                    "widths": self.widths,
+                    "structures": self.subject.structures,
+                },
                 lambda _, n=name: self.judge(ENTRANTS[n], moments(), batches, draw),
                 Outcome,
             )
             print(f"draw {draw}, {name}: repaired {found[name].repaired}", flush=True)
         return found
 
-    def drawn(self, draw: int) -> list[Batch]:
-        """Half of the calibration samples."""
-        inputs, target = stack_batches([i for i, _ in self.calib]), torch.cat([t for _, t in self.calib])
-        picked = torch.randperm(len(target), generator=torch.Generator().manual_seed(draw))[: len(target) // 2]
-        parts = picked.split(BATCH)
-        return [(inputs[part], target[part]) for part in parts]
-
     def judge(self, scorer: Scorer, moments: Moments, batches: list[Batch], draw: int) -> Outcome:
+        subject = self.subject
         started = time.perf_counter()
-        table = score(self.dense, self.structures, moments, scorer, seed=draw)
+        table = score(subject.dense, subject.structures, moments, scorer, seed=draw)
         seconds = time.perf_counter() - started
         macs, sliced, repaired = {}, {}, {}
         for width in self.widths:
-            allocation = uniform(self.structures, width, 1)
-            plan = make_plan(self.structures, table, allocation.widths, allocation.blocks)
-            pruned = apply_plan(self.dense, plan)
-            mended, _ = repair(self.dense, pruned, plan, batches, self.recipe.repair, seed=draw)
-            macs[str(width)] = count_macs(pruned, self.inputs)[1] / self.structures.num_macs
-            sliced[str(width)], repaired[str(width)] = self.accuracy(pruned), self.accuracy(mended)
+            pruned, mended = subject.cut(table, width, batches, draw)
+            macs[str(width)] = subject.macs_kept(pruned)
+            sliced[str(width)], repaired[str(width)] = subject.accuracy(pruned), subject.accuracy(mended)
         return Outcome(seconds=seconds, macs_kept=macs, sliced=sliced, repaired=repaired)
-
-    def accuracy(self, model: nn.Module) -> float:
-        return 100 * float(np.mean(test_hits(model, self.splits, self.task)))
 
 
 def show(outcomes: dict[str, list[Outcome]], widths: list[float]) -> None:
@@ -153,9 +101,8 @@ def show(outcomes: dict[str, list[Outcome]], widths: list[float]) -> None:
     for name, seen in sorted(outcomes.items(), key=lambda item: -np.mean([o.repaired[last] for o in item[1]])):
         cells = []
         for width in map(str, widths):
-            values = [o.repaired[width] for o in seen]
-            spread = f" [{min(values):.2f}, {max(values):.2f}]" if len(values) > 1 else ""
-            cells.append(f"{np.mean(values):.2f}{spread} ({np.mean([o.sliced[width] for o in seen]):.1f})")
+            repaired, sliced = with_spread([o.repaired[width] for o in seen]), [o.sliced[width] for o in seen]
+            cells.append(f"{repaired} ({np.mean(sliced):.1f})")
         print(f"| {name} | " + " | ".join(cells) + f" | {np.mean([o.seconds for o in seen]):.1f} |")
 
 

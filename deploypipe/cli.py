@@ -19,11 +19,19 @@ from rich.table import Table
 from deploypipe.errors import ConfigError, DeploypipeError
 from deploypipe.jsonio import load_toml, override, to_json
 from deploypipe.records import Event, GateDecision, Verdict
-from deploypipe.report.tables import before_after, check_cells, score_notes, score_table, seconds
-from deploypipe.runs import RunResult, load_result
+from deploypipe.report.tables import (
+    before_after,
+    check_cells,
+    plan_differences,
+    plan_rows,
+    score_notes,
+    score_table,
+    seconds,
+)
+from deploypipe.runs import RunResult, load_plan, load_result
 from deploypipe.target import Target
 
-EXIT_HOLD, EXIT_ERROR, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_HOLD, EXIT_DIFFERENT, EXIT_ERROR, EXIT_INTERRUPTED = 1, 1, 2, 130
 STAGES = (
     "baseline",
     "structures",
@@ -48,7 +56,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+plans = typer.Typer(help="Look at pruning plans: what goes, and how two of them differ.", no_args_is_help=True)
+app.add_typer(plans, name="plan")
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")]
+_PLAN_HELP = "A plan.json, or the folder of a finished run."
 PipelineArgument = Annotated[str, typer.Argument(metavar="PIPELINE", help="A file, or the name of one in pipelines/.")]
 SetOption = Annotated[
     list[str] | None,
@@ -218,6 +229,34 @@ def targets() -> None:
             bounds = ", ".join([*limits, f"accuracy_drop_pp {device.budget.accuracy_drop_pp:g}"])
             rows.append((name, device.runtime, device.description, bounds, str(path)))
         _show_table("Targets", ("name", "runtime", "description", "budget", "file"), rows)
+
+
+@plans.command("show", epilog="Example: deploypipe plan show runs/digits-x86_cpu")
+def plan_show(plan: Annotated[Path, typer.Argument(metavar="PLAN", help=_PLAN_HELP)]) -> None:
+    """Show what PLAN removes: the width of each group before and after, and the blocks."""
+    with _exit_codes():
+        loaded = load_plan(plan)
+        _show_table(
+            f"Plan for model {loaded.model_fingerprint}", ("group", "width", "asked", "reason"), plan_rows(loaded)
+        )
+        print(f"removed blocks: {', '.join(loaded.blocks) or 'none'}")
+        print(f"edited modules: {len({edit.module for edit in loaded.edits})}")
+
+
+@plans.command("diff", epilog="Exit codes: 0 equal, 1 different, 2 error. Example: deploypipe plan diff runs/a runs/b")
+def plan_diff(
+    first: Annotated[Path, typer.Argument(metavar="FIRST", help=_PLAN_HELP)],
+    second: Annotated[Path, typer.Argument(metavar="SECOND", help=_PLAN_HELP)],
+) -> None:
+    """Show what FIRST and SECOND remove differently; equal are plans that remove the same from the same model."""
+    with _exit_codes():
+        rows = plan_differences(load_plan(first), load_plan(second))
+        if rows:
+            _show_table("Differences", ("what", "first", "second", "the second"), rows)
+        else:
+            print("equal")
+    if rows:
+        raise typer.Exit(EXIT_DIFFERENT)
 
 
 # --- what the user names ----------------------------------------------------------------------------------------------

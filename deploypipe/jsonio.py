@@ -83,6 +83,8 @@ def _explain(error: ValidationError, source: str, record_type: type[object]) -> 
     problem = _most_telling(error)
     place = [str(part) for part in problem["loc"]]
     key = ".".join(part for part in place if not part[:1].isupper())  # pydantic adds the class tried in a union
+    if problem["type"] == "json_invalid":  # its value would be the whole text
+        return ConfigError(source, key, f"is not JSON ({problem['ctx']['error']})", "check the path")
     if problem["type"] == "unexpected_keyword_argument":
         siblings = _keys_beside(record_type, problem["loc"])
         remedy = f"the keys here are: {', '.join(siblings)}" if siblings else "remove it or check the spelling"

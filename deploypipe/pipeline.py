@@ -19,6 +19,7 @@ from deploypipe.export.onnx_file import export_onnx
 from deploypipe.observe.moments import Moments, load_moments, merge, save_moments
 from deploypipe.observe.stream import observe_halves
 from deploypipe.pruning.apply import apply_plan, describe
+from deploypipe.pruning.attention import with_slim_attention
 from deploypipe.pruning.calls import one_thread_if_small
 from deploypipe.pruning.plan import make_plan
 from deploypipe.pruning.repair import repair
@@ -57,7 +58,7 @@ from deploypipe.task import Splits, Task, num_samples, take, take_calib
 from deploypipe.training.finetune import finetune
 
 MODEL, REPORT = "model.onnx", "report.html"
-PACKAGES = ("torch", "torch-pruning", "optuna", "onnx", "onnxruntime", "onnxscript", "numpy", "scipy")
+PACKAGES = ("torch", "optuna", "onnx", "onnxruntime", "onnxscript", "numpy", "scipy")
 _NUM_PARITY_SAMPLES = 64
 _HALVES = ("first.safetensors", "second.safetensors")  # of the calibration samples
 # A search that fills the whole latency budget leaves the gate's interval nothing to lie in.
@@ -89,7 +90,7 @@ def compress(
     check_inputs(model, splits, task, recipe, target)
     with open_run(Path(out), notify) as run:
         start_afresh(run.path, (MODEL, REPORT))
-        job = _Job(model, splits, task, recipe, target, run, source)
+        job = _Job(with_slim_attention(model), splits, task, recipe, target, run, source)
         result = _run_stages(job, name)
         place_file(run.path / result.benchmark.compressed.file.path, run.path / MODEL)
         _write_report(result, run.path, notify)
@@ -105,7 +106,7 @@ def summarise_scores(
     Raises DeploypipeError for what a user can get wrong.
     """
     calib = take_calib(splits.calib, recipe.observe.num_samples)
-    model = copy.deepcopy(model).cpu().eval()
+    model = with_slim_attention(model).cpu().eval()
     structures = list_structures(model, take(calib[0][0], 2), recipe.keep)
     loss = task.loss if needs_derivatives(recipe.score) else None
     notify(Event(stage="observe", message="start"))

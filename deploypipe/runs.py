@@ -26,6 +26,7 @@ from deploypipe.records import (
     GateDecision,
     Progress,
     PruneReport,
+    PruningPlan,
     RepairReport,
     ScoreSummary,
     SearchResult,
@@ -38,7 +39,7 @@ from deploypipe.target import Target
 
 T = TypeVar("T")
 
-RESULT = "result.json"
+RESULT, PLAN = "result.json", "plan.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,6 +72,17 @@ def load_result(folder: Path) -> RunResult:
     if not path.is_file():
         raise RunFolderError(f"{folder}: holds no finished run ({RESULT} is absent); finish it with `deploypipe run`")
     return from_json(RunResult, path.read_bytes(), str(path))
+
+
+def load_plan(path: Path) -> PruningPlan:
+    """The plan in a file, in a folder that holds a plan.json, or of a finished run; RunFolderError where none is."""
+    file = path / PLAN if path.is_dir() else path
+    if file.is_file() or not path.is_dir():
+        return from_json(PruningPlan, file.read_bytes(), str(file))
+    found = load_result(path).search
+    if found is None:
+        raise RunFolderError(f"{path}: this run removed nothing, so it has no plan; give a run that had to compress")
+    return found.trials[found.best].plan
 
 
 def start_afresh(folder: Path, names: Sequence[str]) -> None:

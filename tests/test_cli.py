@@ -12,7 +12,9 @@ from typer.testing import CliRunner
 
 from deploypipe.cli import app
 from deploypipe.errors import BudgetError
-from deploypipe.records import Event
+from deploypipe.jsonio import to_json
+from deploypipe.records import Edit, Event, GroupCut, PruningPlan
+from deploypipe.report.tables import ranges
 from deploypipe.runs import save_result
 
 TOY = """
@@ -116,6 +118,12 @@ def test_outcome_decides_the_exit_code(
         (["run", "./toy.py", "cpu", "--set", "pipeline.WITDH=3"], ["pipeline.WITDH", "WIDTH"]),
         (["gate", "no_run"], ["no_run", "deploypipe run"]),
         (["report", "no_run"], ["no_run", "deploypipe run"]),
+        (["plan", "show", "targets"], ["targets", "holds no finished run"]),
+        (
+            ["plan", "show", "targets/cpu.toml"],
+            ["is not JSON (expected value at line 1 column 1); check the path"],
+        ),
+        (["plan", "diff", "no.json", "no.json"], ["no.json", "No such file"]),
         (["doctor", "no_such"], ["no target of this name"]),
         (["init", "not-a-name"], ["not a Python identifier"]),
     ],
@@ -154,6 +162,64 @@ def test_report_writes_beside_the_run_or_where_told(tmp_path: Path) -> None:
     assert invoke("report", str(tmp_path)).output.strip() == str(tmp_path / "report.html")
     assert invoke("report", str(tmp_path), "--out", str(tmp_path / "x.html")).exit_code == 0
     assert "SHIP" in (tmp_path / "x.html").read_text(encoding="utf-8")
+
+
+def plan(removed: tuple[int, ...], blocks: tuple[str, ...] = (), **changes: Any) -> PruningPlan:
+    cut = GroupCut(group="conv1", asked=5, removed=removed, num_units=16, reason="brought to a multiple of 4")
+    edits = (Edit(module="conv1", side="out", removed=removed), Edit(module="conv2", side="in", removed=removed))
+    whole = PruningPlan(model_fingerprint="aa-bb", cuts=(cut,), edits=edits, blocks=blocks)
+    return replace(whole, **changes)
+
+
+def test_plan_show_finds_the_plan_of_a_run_and_of_a_folder_and_a_file(tmp_path: Path) -> None:
+    save_result(tmp_path, finished_run())
+    done = invoke("plan", "show", str(tmp_path))
+    assert done.exit_code == 0 and "removed blocks: layer1.1" in done.output
+    (tmp_path / "plan.json").write_text(to_json(plan((0, 1, 2, 5))), encoding="utf-8")
+    for path in (tmp_path, tmp_path / "plan.json"):
+        done = invoke("plan", "show", str(path))
+        assert done.exit_code == 0, done.output
+        for said in ("conv1  16 -> 12  5", "brought to a multiple of 4", "removed blocks: none", "edited modules: 2"):
+            assert said in done.output
+
+
+def test_a_run_that_removed_nothing_has_no_plan(tmp_path: Path) -> None:
+    save_result(tmp_path, untouched_run())
+    done = invoke("plan", "show", str(tmp_path))
+    assert done.exit_code == 2 and "removed nothing" in done.output
+
+
+FIRST = plan((0, 1, 2, 5), ("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("second", "said"),
+    [
+        (FIRST, []),
+        (replace(FIRST, cuts=(replace(FIRST.cuts[0], asked=12, reason=""),)), []),
+        (plan((0, 2, 3, 4, 5, 9), ("a", "b")), ["conv1  12 of 16  10 of 16  removes 3-4, 9; keeps 1"]),
+        (plan((), ("a", "b")), ["conv1  12 of 16  whole   keeps 0-2, 5"]),
+        (plan((0, 1, 2, 5), ("b", "c")), ["block a  removed  stays", "block c  stays    removed"]),
+        (replace(FIRST, model_fingerprint="cc-bb"), ["model structure  aa     cc"]),
+        (replace(FIRST, model_fingerprint="aa-cc"), ["model weights  bb     cc"]),
+        (replace(FIRST, edits=FIRST.edits[:1]), ["conv2 in  4 removed  0 removed  keeps 0-2, 5"]),
+    ],
+    ids=["equal", "asked otherwise", "units", "whole", "blocks", "structure", "weights", "edits alone"],
+)
+def test_plan_diff_says_what_differs_and_exits_by_it(second: PruningPlan, said: list[str], tmp_path: Path) -> None:
+    for name, each in (("first", FIRST), ("second", second)):
+        (tmp_path / name).write_text(to_json(each), encoding="utf-8")
+    done = invoke("plan", "diff", str(tmp_path / "first"), str(tmp_path / "second"))
+    assert done.exit_code == (1 if said else 0), done.output
+    lines = [line for line in done.output.splitlines() if line]
+    assert lines[0] == ("Differences" if said else "equal")
+    assert [line.rstrip() for line in lines[2:]] == said
+
+
+def test_many_indices_are_shortened() -> None:
+    assert ranges((7, 0, 1, 2)) == "0-2, 7"
+    assert ranges(range(0, 20, 2)) == "0, 2, 4, 6, 8, 10, 4 more"
+    assert ranges(()) == ""
 
 
 @pytest.mark.parametrize("kind", ["mipp", "taylor", "label_mi"])  # from moments, derivatives and labels
@@ -196,6 +262,9 @@ def test_every_command_explains_itself() -> None:
     assert "Exit codes" in invoke("--help").output
     for command in ("run", "gate", "report", "doctor", "init"):
         assert "Example" in invoke(command, "--help").output
+    for command in ("show", "diff"):
+        assert "Example" in invoke("plan", command, "--help").output
+    assert "0 equal, 1 different" in invoke("plan", "diff", "--help").output
 
 
 @pytest.mark.parametrize(("name", "code"), [("target cpu", 2), ("extra mlflow", 0)])

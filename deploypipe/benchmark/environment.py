@@ -29,7 +29,7 @@ _FEATURES = (
     "sve",
     "sve2",
 )
-_PACKAGES = ("deploypipe", "torch", "onnx", "onnxruntime", "torch-pruning", "optuna", "numpy")
+_PACKAGES = ("deploypipe", "torch", "onnx", "onnxruntime", "optuna", "numpy")
 _CPUINFO = Path("/proc/cpuinfo")
 _GOVERNOR = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
 _BOARD = Path("/proc/device-tree/model")

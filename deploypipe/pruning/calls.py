@@ -88,6 +88,8 @@ def record_calls(model: nn.Module, inputs: Any) -> dict[str, Call]:
 def _macs(module: nn.Module, args: tuple[Any, ...], output: Any) -> int:
     """Multiply-accumulates of one call of a layer with weights; products of activations count nothing."""
     match module:
+        case _ConvNd() | nn.Linear() if not isinstance(output, Tensor):
+            return 0  # a subclass with a forward() of its own
         case _ConvTransposeNd():
             return int(args[0].numel() * module.weight[0].numel())
         case _ConvNd():

@@ -13,7 +13,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
 from deploypipe.pruning.calls import evaluating
-from deploypipe.pruning.indices import Atoms, Grid
+from deploypipe.pruning.indices import Atoms, Grid, Indices
 from deploypipe.pruning.propagation import Propagation
 from deploypipe.pruning.slicing import forget_caches_, has_two_sides, is_depthwise, out_tensor, with_plain_weights_
 from deploypipe.records import Frozen, GroupKind, Member, Side
@@ -109,17 +109,17 @@ class _Classes:
     """Atoms that are equal, as numbers of their class; what must stay, and why; and the grids between classes."""
 
     def __init__(self, trace: Propagation) -> None:
-        ledger = trace.indices
-        left = np.concatenate([a for a, _ in ledger.equal] or [np.zeros(0, dtype=np.int64)])
-        right = np.concatenate([b for _, b in ledger.equal] or [np.zeros(0, dtype=np.int64)])
-        size = max(ledger.num_atoms, 1)
-        edges = coo_matrix((np.ones(len(left), dtype=np.int8), (left, right)), (size, size))
-        self.of: Atoms = connected_components(edges, directed=False)[1].astype(np.int64)
-        self.kept: dict[int, str] = {}
-        for atoms, why in ledger.kept:
-            for c in self.of[atoms].tolist():
-                self.kept.setdefault(c, why)
-        self.grids = [_ClassGrid(grid, self.of) for grid in ledger.grids]
+        self.of, self.kept = _components(trace.indices, trace.indices.equal)
+        # One attribute for two axes (the head dimension of keys and of values): they shrink together. An axis that
+        # must stay is not what it is for (three heads, and the three parts of a fused projection).
+        self.sized = {
+            place: [atoms for atoms in axes if not self.kept.keys() & set(self.of[atoms].tolist())]
+            for place, axes in trace.sized.items()
+        }
+        ties = [(axes[0], other) for axes in self.sized.values() for other in axes[1:]]
+        if ties:
+            self.of, self.kept = _components(trace.indices, [*trace.indices.equal, *ties])
+        self.grids = [_ClassGrid(grid, self.of) for grid in trace.indices.grids]
         self.as_cell: dict[int, list[tuple[_ClassGrid, int]]] = defaultdict(list)
         self.as_factor: dict[int, list[tuple[_ClassGrid, int, int]]] = defaultdict(list)
         for grid in self.grids:
@@ -137,6 +137,19 @@ class _Classes:
 
     def _all(self, arrays: Iterable[Atoms]) -> set[int]:
         return {c for atoms in arrays for c in self.of[atoms].tolist()}
+
+
+def _components(ledger: Indices, equal: Sequence[tuple[Atoms, Atoms]]) -> tuple[Atoms, dict[int, str]]:
+    """The class of every atom, and the classes that must stay, with the first reason."""
+    left, right = (np.concatenate([np.zeros(0, np.int64), *(pair[i] for pair in equal)]) for i in (0, 1))
+    size = max(ledger.num_atoms, 1)
+    edges = coo_matrix((np.ones(len(left), dtype=np.int8), (left, right)), (size, size))
+    classes: Atoms = connected_components(edges, directed=False)[1].astype(np.int64)
+    kept: dict[int, str] = {}
+    for atoms, why in ledger.kept:
+        for c in classes[atoms].tolist():
+            kept.setdefault(c, why)
+    return classes, kept
 
 
 class _ClassGrid:
@@ -165,9 +178,9 @@ def _places(trace: Propagation, classes: _Classes) -> dict[_Place, list[int]]:
             add(name, "in", trace.reads.get(name))
         if name in trace.normalises and not is_depthwise(module):
             add(name, "out", trace.normalises[name])
-    for (name, attribute), atoms in trace.sized.items():
-        if out_tensor(trace.modules[name]) is None:  # known layers count by themselves
-            add(name, f"@{attribute}", atoms)
+    for (name, attribute), axes in classes.sized.items():
+        if axes and out_tensor(trace.modules[name]) is None:  # known layers count by themselves
+            add(name, f"@{attribute}", axes[0])
     return places
 
 

@@ -1,11 +1,15 @@
-"""Decide what goes: scores and widths in, a resolved plan of index edits out."""
+"""Decide what goes: scores and widths in, a resolved plan of index edits out; and plans made one after the other."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from torch import nn
 
 from deploypipe.errors import PlanError
-from deploypipe.pruning.slicing import edits_by_module
-from deploypipe.records import ChannelGroup, Edit, GroupCut, PruningPlan, ScoreTable, Structures
+from deploypipe.pruning.apply import apply_plan, check_fingerprint
+from deploypipe.pruning.slicing import edits_by_module, is_depthwise
+from deploypipe.records import ChannelGroup, Edit, GroupCut, PruningPlan, ScoreTable, Side, Structures
 
 
 def make_plan(
@@ -39,16 +43,10 @@ def make_plan(
         for member in outside:
             gone = tuple(sorted({i for unit in removed for i in member.units[unit]}))
             edits.append(Edit(module=member.module, side=member.side, removed=gone))
-    merged = edits_by_module(edits)
     return PruningPlan(
         model_fingerprint=structures.model_fingerprint,
         cuts=tuple(cuts),
-        edits=tuple(
-            Edit(module=module, side=side, removed=gone)
-            for module, sides in merged.items()
-            for side, gone in sorted(sides.items())
-            if gone
-        ),
+        edits=_merged(edits),
         blocks=tuple(block.name for block in structures.blocks if block.name in blocks),
     )
 
@@ -56,6 +54,70 @@ def make_plan(
 def empty_plan(structures: Structures) -> PruningPlan:
     """The plan that removes nothing."""
     return PruningPlan(model_fingerprint=structures.model_fingerprint, cuts=(), edits=(), blocks=())
+
+
+def compose(first: PruningPlan, second: PruningPlan, dense: nn.Module) -> PruningPlan:
+    """One plan for `dense` that does what `first` and then `second` do, bit for bit.
+
+    `second` must have been made for `apply_plan(dense, first)`: PlanError where either was made for another model. A
+    group that `second` sees in other units than `first` left of it has a row for each of them in `cuts`.
+    """
+    once = apply_plan(dense, first)
+    try:
+        check_fingerprint(once, second)
+    except PlanError as error:
+        raise PlanError(f"the second plan does not continue the first one: {error}") from None
+    gone = {(module, side): sides[side] for module, sides in edits_by_module(first.edits).items() for side in sides}
+    later = [
+        Edit(module=e.module, side=side, removed=_dense_indices(e.removed, gone.get((e.module, side), ())))
+        for e in second.edits
+        for side in _dense_sides(e, dense, once)
+    ]
+    blocks = tuple(dict.fromkeys((*first.blocks, *second.blocks)))
+    return PruningPlan(
+        model_fingerprint=first.model_fingerprint,
+        cuts=_joined(first.cuts, second.cuts),
+        edits=_merged(e for e in (*first.edits, *later) if not _is_inside(e.module, blocks)),
+        blocks=blocks,
+    )
+
+
+def _dense_indices(removed: Iterable[int], gone: Collection[int]) -> tuple[int, ...]:
+    """The dense numbers of indices that are counted without those `gone`."""
+    removed = tuple(removed)
+    left = sorted(set(range(max(removed, default=0) + len(gone) + 1)) - set(gone))
+    return tuple(left[i] for i in removed)
+
+
+def _dense_sides(edit: Edit, dense: nn.Module, once: nn.Module) -> tuple[Side, ...]:
+    """A grouped convolution with one channel left in each group is depthwise, and its "out" stands for both sides."""
+    was, now = dense.get_submodule(edit.module), once.get_submodule(edit.module)
+    return ("in", "out") if is_depthwise(now) and not is_depthwise(was) else (edit.side,)
+
+
+def _joined(first: Sequence[GroupCut], second: Sequence[GroupCut]) -> tuple[GroupCut, ...]:
+    """The cuts of both plans in dense units, one row for each group that both see in the same units."""
+    later = {cut.group: cut for cut in second}
+    rows: list[GroupCut] = []
+    for cut in first:
+        other = later.get(cut.group)
+        if other is None or other.num_units != cut.num_units - len(cut.removed):
+            rows.append(cut)
+            continue
+        del later[cut.group]
+        removed = sorted({*cut.removed, *_dense_indices(other.removed, cut.removed)})
+        rows.append(replace(cut, asked=other.asked, removed=tuple(removed), reason=other.reason))
+    return (*rows, *later.values())
+
+
+def _merged(edits: Iterable[Edit]) -> tuple[Edit, ...]:
+    """One edit for each side of each module that loses something."""
+    return tuple(
+        Edit(module=module, side=side, removed=gone)
+        for module, sides in edits_by_module(edits).items()
+        for side, gone in sorted(sides.items())
+        if gone
+    )
 
 
 def _is_inside(module: str, blocks: Sequence[str]) -> bool:

@@ -44,7 +44,7 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.owners: dict[int, tuple[str, str]] = {}  # id of a parameter -> (module, its name there)
         self.reads: dict[str, Atoms] = {}  # convolution or linear layer -> atoms of what it reads
         self.normalises: dict[str, Atoms] = {}  # norm without weights -> atoms of its channels
-        self.sized: dict[tuple[str, str], Atoms] = {}  # (module, attribute) -> atoms that its value counts
+        self.sized: dict[tuple[str, str], list[Atoms]] = {}  # (module, attribute) -> axes whose size it may be
         self.attention: dict[str, Attention] = {}
         self.convolution_groups: list[Atoms] = []
         self.picked: Any = WeakIdKeyDictionary()  # tensor -> the axis it is one index of
@@ -147,9 +147,7 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 continue
             is_size = value == factor.size and isinstance(value, int) and _names_a_width(name)
             if is_size and factor.atoms is not None and (not is_certain or _names_a_count(name) == is_outer):
-                # One number for two axes (the head dimension of keys and of values): they shrink together.
-                other = self.sized.setdefault((where, name), factor.atoms)
-                self.indices.equal.append((factor.atoms, other))
+                self.sized.setdefault((where, name), []).append(factor.atoms)
 
     def count_pieces(self, sizes: Sequence[int], pieces: Sequence[Axis]) -> None:
         """A list of the running module that holds the sizes of the parts of a split shrinks with the parts."""
@@ -158,7 +156,7 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if isinstance(value, list | tuple) and list(value) == list(sizes):
                 for number, piece in enumerate(pieces):
                     if len(piece) == 1 and piece[0].atoms is not None:
-                        self.sized.setdefault((where, f"{name}.{number}"), piece[0].atoms)
+                        self.sized.setdefault((where, f"{name}.{number}"), []).append(piece[0].atoms)
 
     def note_attention(self, batch: Sequence[Axis], inner: Axis) -> None:
         """A product of two activations: it runs over heads, and sums up what is inside of one."""

@@ -162,7 +162,14 @@ def _pieces(t: "Propagation", a: Arguments, result: Any) -> list[Axes]:
         found.append((*axes[:dim], piece, *axes[dim + 1 :]))
         t.count((piece,))
         start += size
-    t.count_pieces([part.shape[dim] for part in result], [each[dim] for each in found])
+    sizes, pieces = [part.shape[dim] for part in result], [each[dim] for each in found]
+    t.count_pieces(sizes, pieces)
+    if "chunks" in a or "sections" in a:  # the code names their number: of what is left, all get the same share
+        if len(set(sizes)) > 1:
+            t.keep(axes[dim], "is cut into unequal parts")
+        else:
+            for piece in pieces[1:]:
+                t.equate(pieces[0], piece)
     return found
 
 

@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from deploypipe.errors import ModelError, PlanError
-from deploypipe.jsonio import from_json, to_json
+from deploypipe.jsonio import to_json
 from deploypipe.pruning.apply import check_fingerprint, cut_out
 from deploypipe.pruning.structures import pair_of
 from deploypipe.records import PruningPlan
-from deploypipe.runs import file_sha256, write_atomically
+from deploypipe.runs import PLAN, file_sha256, load_plan, write_atomically
 
-PLAN, WEIGHTS, PROGRAM, HASHES = "plan.json", "weights.safetensors", "model.pt2", "hashes.json"
+WEIGHTS, PROGRAM, HASHES = "weights.safetensors", "model.pt2", "hashes.json"
 
 
 def save_pruned(model: nn.Module, plan: PruningPlan, inputs: Any, folder: Path) -> None:
@@ -50,7 +50,7 @@ def load_pruned(folder: Path, build_model: Callable[[], nn.Module] | None = None
     _check_hashes(folder)
     if build_model is None:
         return torch.export.load(folder / PROGRAM).module()
-    plan = from_json(PruningPlan, (folder / PLAN).read_bytes(), str(folder / PLAN))
+    plan = load_plan(folder / PLAN)
     dense = build_model()
     check_fingerprint(dense, plan, structure_only=True)
     model = cut_out(dense, plan)

@@ -1,9 +1,9 @@
 """The figures of a run as text: the same rows for the terminal and for the report."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from deploypipe.records import Check, Interval, Measurement, ScoreSummary
+from deploypipe.records import Check, Edit, GroupCut, Interval, Measurement, PruningPlan, ScoreSummary
 from deploypipe.runs import RunResult
 
 NOT_MEASURED = "not measured"
@@ -99,6 +99,45 @@ def score_notes(summary: ScoreSummary) -> list[str]:
     ]
 
 
+def plan_rows(plan: PruningPlan) -> list[tuple[str, ...]]:
+    """Group, width before and after, width asked for, and the reason where it got another."""
+    return [(c.group, f"{c.num_units} -> {_width(c)}", str(c.asked), c.reason) for c in plan.cuts]
+
+
+def plan_differences(first: PruningPlan, second: PruningPlan) -> list[tuple[str, ...]]:
+    """What, in the first plan, in the second, and what the second removes more or less: empty for equal plans.
+
+    Plans are equal where they remove the same from the same model, whatever was asked for. Edits of single modules
+    show only where groups and blocks agree: elsewhere they follow from those.
+    """
+    hashes = zip(*(plan.model_fingerprint.partition("-")[::2] for plan in (first, second)), strict=True)
+    parts = zip(("structure", "weights"), hashes, strict=True)
+    rows: list[tuple[str, ...]] = [(f"model {part}", a[:12], b[:12], "") for part, (a, b) in parts if a != b]
+    cuts, others = ({cut.group: cut for cut in plan.cuts} for plan in (first, second))
+    removals = [(name, cuts.get(name), others.get(name)) for name in dict.fromkeys((*cuts, *others))]
+    found: list[tuple[str, ...]] = [
+        (name, _cut(a), _cut(b), _change(_removed(a), _removed(b))) for name, a, b in removals
+    ]
+    found = [row for row in found if row[1] != row[2] or row[3]]
+    for name in dict.fromkeys((*first.blocks, *second.blocks)):
+        states = ["removed" if name in plan.blocks else "stays" for plan in (first, second)]
+        found += [(f"block {name}", *states, "")] if states[0] != states[1] else []
+    return rows + (found or _edit_differences(first.edits, second.edits))
+
+
+def ranges(indices: Iterable[int], most: int = 6) -> str:
+    """Indices as "0-3, 7, 9"; of more than `most` ranges the first ones, and the number of the other indices."""
+    runs: list[list[int]] = []
+    for index in sorted(indices):
+        if runs and index == runs[-1][-1] + 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    texts = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs[:most]]
+    rest = sum(map(len, runs[most:]))
+    return ", ".join([*texts, f"{rest} more"] if rest else texts)
+
+
 def with_interval(value: float, interval: Interval | None, unit: str) -> str:
     if interval is None:
         return figure(value, unit)
@@ -128,6 +167,33 @@ def seconds(value: float) -> str:
     if value < 60:
         return f"{value:.1f} s"
     return f"{int(value // 60)} min {value % 60:.0f} s"
+
+
+def _edit_differences(first: Iterable[Edit], second: Iterable[Edit]) -> list[tuple[str, ...]]:
+    gone, others = ({(e.module, e.side): e.removed for e in edits} for edits in (first, second))
+    pairs = [(key, gone.get(key, ()), others.get(key, ())) for key in dict.fromkeys((*gone, *others))]
+    return [
+        (f"{module} {side}", f"{len(a)} removed", f"{len(b)} removed", _change(a, b))
+        for (module, side), a, b in pairs
+        if a != b
+    ]
+
+
+def _width(cut: GroupCut) -> int:
+    return cut.num_units - len(cut.removed)
+
+
+def _cut(cut: GroupCut | None) -> str:
+    return "whole" if cut is None or not cut.removed else f"{_width(cut)} of {cut.num_units}"
+
+
+def _removed(cut: GroupCut | None) -> tuple[int, ...]:
+    return cut.removed if cut else ()
+
+
+def _change(first: Iterable[int], second: Iterable[int]) -> str:
+    more, less = ranges(set(second) - set(first)), ranges(set(first) - set(second))
+    return "; ".join([f"removes {more}"] * bool(more) + [f"keeps {less}"] * bool(less))
 
 
 def _plain_row(

@@ -119,6 +119,28 @@ def test_flipped_channels_are_followed() -> None:
     assert reader.units == tuple((7 - i,) for i in range(8))
 
 
+@pytest.mark.parametrize("parts", [2, 3])
+def test_chunks_shrink_together(parts: int) -> None:
+    class Chunked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            width = -(-8 // parts)
+            self.first, self.last = nn.Linear(6, 8), nn.Linear(4, 3)
+            self.left, self.right = nn.Linear(width, 4), nn.Linear(width, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            left, right = self.first(x).chunk(parts, dim=1)[:2]
+            return self.last(F.relu(self.left(left) + self.right(right)))
+
+    structures = list_structures(Chunked(), torch.randn(4, 6))
+    if parts == 2:  # they are read apart, but chunk() halves whatever is left
+        assert names(structures) == ["first", "left"]
+        assert structures.groups[0].members[0].units == ((0, 4), (1, 5), (2, 6), (3, 7))
+    else:
+        assert names(structures) == ["left"]
+        assert "unequal parts" in reason(structures, "first")
+
+
 def test_tied_weights_are_cut_once_and_stay_tied() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:

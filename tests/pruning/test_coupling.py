@@ -1,0 +1,200 @@
+"""What is coupled with what, in the ways that modern networks write it down; cutting must equal masking in each."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deploypipe.pruning.apply import apply_plan, masked_dense
+from deploypipe.pruning.plan import make_plan
+from deploypipe.pruning.structures import list_structures
+from deploypipe.records import ChannelGroup, ScoreTable, Structures
+
+WIDTH, HEADS, DIM = 24, 3, 8
+
+
+class Attention(nn.Module):
+    """Heads by one of several spellings; a fused projection unless keys have fewer heads."""
+
+    def __init__(self, spelling: str, kv_heads: int = HEADS) -> None:
+        super().__init__()
+        self.spelling, self.num_heads, self.num_kv_heads, self.head_dim = spelling, HEADS, kv_heads, DIM
+        self.scaling = DIM**-0.5
+        self.q, self.kv = nn.Linear(WIDTH, HEADS * DIM), nn.Linear(WIDTH, 2 * kv_heads * DIM)
+        self.qkv = nn.Linear(WIDTH, 3 * HEADS * DIM)
+        self.out = nn.Linear(HEADS * DIM, WIDTH)
+        self.temperature = nn.Parameter(torch.ones(HEADS, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, _ = x.shape
+        match self.spelling:
+            case "unbind":
+                parts = self.qkv(x).view(n, t, 3, self.num_heads, self.head_dim)
+                q, k, v = parts.permute(2, 0, 3, 1, 4).unbind(0)
+            case "chunk":
+                q, k, v = (y.view(n, t, self.num_heads, -1).transpose(1, 2) for y in self.qkv(x).chunk(3, dim=-1))
+            case "flat batch":  # heads beside samples, as torch's own module and older code do
+                q, k, v = self.qkv(x).chunk(3, dim=-1)
+                q, k, v = (y.reshape(n, t, self.num_heads, DIM).transpose(1, 2) for y in (q, k, v))
+                q, k, v = (y.reshape(n * self.num_heads, t, DIM) for y in (q, k, v))
+                heads = torch.bmm((torch.bmm(q, k.transpose(1, 2)) * self.scaling).softmax(-1), v)
+                heads = heads.view(n, self.num_heads, t, DIM).transpose(1, 2).reshape(n, t, -1)
+                return x + self.out(heads)
+            case "einsum":
+                q, k, v = self.qkv(x).view(n, t, 3, self.num_heads, self.head_dim).unbind(2)
+                weights = (torch.einsum("bqhd,bkhd->bhqk", q, k) * self.scaling * self.temperature).softmax(-1)
+                return x + self.out(torch.einsum("bhqk,bkhd->bqhd", weights, v).reshape(n, t, -1))
+            case _:  # grouped queries
+                q = self.q(x).view(n, t, self.num_heads, self.head_dim).transpose(1, 2)
+                k, v = self.kv(x).view(n, t, 2, self.num_kv_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+                k, v = (y.repeat_interleave(q.shape[1] // k.shape[1], 1) for y in (k, v))
+        heads = F.scaled_dot_product_attention(q, k, v, scale=self.scaling)
+        return x + self.out(heads.transpose(1, 2).flatten(2))
+
+
+def network(middle: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, WIDTH), middle, nn.Linear(WIDTH, 4))
+
+
+def group_of(structures: Structures, name: str) -> ChannelGroup:
+    assert name in {g.name for g in structures.groups}, structures.frozen
+    return next(g for g in structures.groups if g.name == name)
+
+
+def cut(model: nn.Module, structures: Structures, inputs: Any, group: str, width: int) -> nn.Module:
+    """Without the first units of one group; checked against the masked network."""
+    count = group_of(structures, group).num_units
+    scores = ScoreTable(scorer="index", channels={group: tuple(map(float, range(count)))})
+    plan = make_plan(structures, scores, {group: width})
+    pruned = apply_plan(model, plan).eval()
+    torch.testing.assert_close(pruned(inputs), masked_dense(model, plan).eval()(inputs))
+    return pruned
+
+
+@pytest.mark.parametrize("spelling", ["unbind", "chunk", "flat batch", "einsum"])
+def test_heads_of_a_fused_projection(spelling: str) -> None:
+    model, inputs = network(Attention(spelling)), torch.randn(2, 7, 5)
+    structures = list_structures(model, inputs)
+    heads = group_of(structures, "1:heads")
+    assert (heads.kind, heads.num_units) == ("heads", HEADS)
+    fused = next(m for m in heads.members if (m.module, m.side) == ("1.qkv", "out"))
+    assert fused.units[1] == tuple(part * HEADS * DIM + DIM + i for part in range(3) for i in range(DIM))
+    pruned = cut(model, structures, inputs, "1:heads", 1)
+    assert (pruned[1].num_heads, pruned[1].head_dim, pruned[1].qkv.out_features) == (1, DIM, 3 * DIM)
+
+
+def test_a_key_head_goes_with_all_queries_it_serves() -> None:
+    middle = Attention("grouped", kv_heads=1)
+    middle.num_heads, middle.num_kv_heads = 6, 2
+    middle.q, middle.kv, middle.out = nn.Linear(WIDTH, 48), nn.Linear(WIDTH, 32), nn.Linear(48, WIDTH)
+    model, inputs = network(middle), torch.randn(2, 7, 5)
+    structures = list_structures(model, inputs)
+    queries = next(m for m in group_of(structures, "1:heads").members if (m.module, m.side) == ("1.q", "out"))
+    assert queries.units == (tuple(range(24)), tuple(range(24, 48)))
+    pruned = cut(model, structures, inputs, "1:heads", 1)
+    assert (pruned[1].num_heads, pruned[1].num_kv_heads) == (3, 1)
+
+
+class Gated(nn.Module):
+    def __init__(self, split: Callable[["Gated", Tensor], tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self.up, self.down, self.hidden_size, self.split = nn.Linear(WIDTH, 20), nn.Linear(10, WIDTH), 10, split
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.split(self, self.up(x))
+        return self.down(value * F.silu(gate))
+
+
+@pytest.mark.parametrize(
+    "split",
+    [
+        lambda net, x: x.chunk(2, dim=-1),
+        lambda net, x: x.split(net.hidden_size, dim=-1),
+        lambda net, x: (x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]),
+        lambda net, x: x.view(*x.shape[:-1], 2, -1).unbind(-2),
+    ],
+    ids=["chunk", "size in an attribute", "slices", "view"],
+)
+def test_both_halves_of_a_gated_layer_go(split: Callable[[Gated, Tensor], tuple[Tensor, Tensor]]) -> None:
+    model, inputs = network(Gated(split)), torch.randn(2, 7, 5)
+    structures = list_structures(model, inputs)
+    up = next(m for m in group_of(structures, "1.up").members if (m.module, m.side) == ("1.up", "out"))
+    assert up.units == tuple((i, i + 10) for i in range(10))
+    assert cut(model, structures, inputs, "1.up", 4)[1].up.out_features == 8
+
+
+class Embedded(nn.Module):
+    """Bare parameters on the stream: a class token, positions, a layer scale; a norm by hand before the head."""
+
+    class Norm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = nn.Parameter(torch.ones(WIDTH))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * x.square().mean(-1, keepdim=True).add(1e-6).rsqrt() * self.gain
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.mix, self.head = nn.Conv2d(3, WIDTH, 4, 4), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 4)
+        self.token = nn.Parameter(torch.randn(1, 1, WIDTH))
+        self.positions = nn.Parameter(torch.randn(1, 5, WIDTH))
+        self.scale = nn.Parameter(torch.full((WIDTH,), 1e-5))
+        self.norm = self.Norm()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], dim=1) + self.positions
+        return self.head(self.norm(x + self.scale * self.mix(x))[:, 0])
+
+
+def test_the_width_of_a_stream_takes_bare_parameters_and_norms_with_it() -> None:
+    torch.manual_seed(0)
+    model, inputs = Embedded(), torch.randn(2, 3, 8, 8)
+    structures = list_structures(model, inputs)
+    pruned = cut(model, structures, inputs, "patches", 10)
+    shapes = [tuple(p.shape) for p in (pruned.token, pruned.positions, pruned.scale, pruned.norm.gain)]
+    assert shapes == [(1, 1, 10), (1, 5, 10), (10,), (10,)]
+
+
+def shuffled(x: Tensor) -> Tensor:
+    return x.view(len(x), 2, -1, *x.shape[2:]).transpose(1, 2).flatten(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("layers", "units"),
+    [
+        ((nn.Conv2d(3, 16, 1), nn.PixelShuffle(2), nn.Conv2d(4, 5, 1)), [(0, 1, 2, 3), (4, 5, 6, 7)]),
+        ((nn.Conv2d(3, 4, 1), nn.PixelUnshuffle(2), nn.Conv2d(16, 5, 1)), [(0,), (1,)]),
+        ((nn.Conv2d(3, 8, 1), nn.ChannelShuffle(2), nn.Conv2d(8, 5, 1)), [(0, 4), (1, 5)]),
+        ((nn.Conv2d(3, 8, 1), nn.Unfold(2), nn.Flatten(), nn.Linear(8 * 4 * 9, 5)), [(0,), (1,)]),
+        ((nn.Conv2d(3, 8, 1), nn.GLU(1), nn.Conv2d(4, 5, 1)), [(0, 4), (1, 5)]),
+        ((nn.Conv2d(3, 8, 1), nn.GroupNorm(4, 8), nn.Conv2d(8, 5, 1)), [(0, 1), (2, 3)]),
+        ((nn.Conv2d(3, 8, 1), nn.Upsample(scale_factor=2), nn.ConvTranspose2d(8, 6, 2, groups=2)), [(0, 4), (1, 5)]),
+    ],
+    ids=["pixel shuffle", "pixel unshuffle", "channel shuffle", "unfold", "glu", "group norm", "grouped transposed"],
+)
+def test_channels_are_followed_through(layers: tuple[nn.Module, ...], units: list[tuple[int, ...]]) -> None:
+    torch.manual_seed(0)
+    model, inputs = nn.Sequential(*layers), torch.randn(2, 3, 4, 4)
+    structures = list_structures(model, inputs)
+    writer = next(m for m in group_of(structures, "0").members if (m.module, m.side) == ("0", "out"))
+    assert list(writer.units[:2]) == units
+    cut(model, structures, inputs, "0", writer.units.index(writer.units[-1]))
+
+
+def test_a_shape_that_is_asked_for_by_a_selection_keeps_nothing() -> None:
+    class Asking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(5, 8), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            return self.last(x.view(*x[:, :, -1].shape, -1))
+
+    assert [g.name for g in list_structures(Asking(), torch.randn(2, 7, 5)).groups] == ["first"]
