@@ -12,6 +12,7 @@ from torch import nn
 from deploypipe.errors import ModelError, PlanError
 from deploypipe.pruning.apply import apply_plan, describe
 from deploypipe.pruning.plan import compose, empty_plan, make_plan
+from deploypipe.pruning.slicing import is_depthwise
 from deploypipe.pruning.structures import list_structures
 from deploypipe.records import Edit, GroupCut, PruningPlan, ScoreTable, Structures
 
@@ -67,6 +68,22 @@ def test_groups_are_counted_in_dense_units() -> None:
         GroupCut(group="2", asked=6, removed=(0, 1), num_units=8),
     )
     assert Edit(module="2", side="in", removed=(0, 1, 2, 3, 5, 7, 9, 11)) in plan.edits
+
+
+def test_a_grouped_convolution_that_became_depthwise_loses_whole_groups() -> None:
+    dense, inputs = networks.build("resnext")
+    names = ("layer1.0.conv1", "layer1.0.conv2")
+    flat = ScoreTable(scorer="flat", channels={name: (0.0,) * 4 for name in names})
+    first = make_plan(list_structures(dense, inputs), flat, dict.fromkeys(names, 1))
+    once = apply_plan(dense, first)
+    assert is_depthwise(once.layer1[0].conv2)
+    last = ScoreTable(scorer="last", channels={names[0]: (0.0, 1.0)})
+    second = make_plan(list_structures(once, inputs), last, {names[0]: 1})
+    plan = compose(first, second, dense)
+    assert Edit(module=names[1], side="in", removed=(0, 1, 2, 3, 5, 6, 7)) in plan.edits
+    twice, at_once = apply_plan(once, second).eval(), apply_plan(dense, plan).eval()
+    assert at_once.layer1[0].conv2.groups == twice.layer1[0].conv2.groups == 1
+    assert torch.equal(twice(inputs), at_once(inputs))
 
 
 def test_empty_plans_change_nothing() -> None:
