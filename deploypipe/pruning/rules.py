@@ -267,6 +267,13 @@ def _spatial(t: "Propagation", a: Arguments, result: Any) -> list[Axes]:
     return [(*axes[:leading], *(fixed(n) for n in each.shape[leading:])) for each in all_tensors([result])]
 
 
+def _unpool(t: "Propagation", a: Arguments, result: Tensor) -> list[Axes]:
+    leading = 2 if result.dim() > 3 else 1
+    for x, y in zip(t.of(a["self"])[:leading], t.of(a["indices"]), strict=False):
+        t.equate(x, y)
+    return _spatial(t, a, result)
+
+
 def _im2col(t: "Propagation", a: Arguments, result: Tensor) -> Axes:
     axes = t.of(a["self"])
     for axis in axes[-2:]:
@@ -511,6 +518,7 @@ RULES: Mapping[str, Rule] = {
     **_each("upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_bilinear2d", _spatial),
     **_each("upsample_linear1d upsample_trilinear3d upsample_bicubic2d _upsample_bilinear2d_aa", _spatial),
     **_each("grid_sampler grid_sampler_2d grid_sampler_3d _adaptive_avg_pool2d _adaptive_avg_pool3d", _spatial),
+    **_each("max_unpool2d max_unpool3d", _unpool),
     "im2col": _im2col,
     "pixel_shuffle": _pixel_shuffle,
     "pixel_unshuffle": _pixel_unshuffle,

@@ -187,6 +187,23 @@ def test_channels_are_followed_through(layers: tuple[nn.Module, ...], units: lis
     cut(model, structures, inputs, "0", writer.units.index(writer.units[-1]))
 
 
+def test_unpooling_at_the_places_of_another_pooling_ties_their_channels() -> None:
+    class Unpooling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.down, self.middle, self.up = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 1), nn.Conv2d(6, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x, places = F.max_pool2d(self.down(x), 2, return_indices=True)
+            return self.up(F.max_unpool2d(self.middle(x), places, 2))
+
+    torch.manual_seed(0)
+    model, inputs = Unpooling(), torch.randn(2, 3, 4, 4)
+    structures = list_structures(model, inputs)
+    assert [g.name for g in structures.groups] == ["down"]
+    assert cut(model, structures, inputs, "down", 2).middle.weight.shape[:2] == (2, 2)
+
+
 def test_a_shape_that_is_asked_for_by_a_selection_keeps_nothing() -> None:
     class Asking(nn.Module):
         def __init__(self) -> None:
