@@ -3,11 +3,10 @@
 Trains its own dense network in seconds and keeps it in a cache folder: $DEPLOYPIPE_CACHE or ~/.cache/deploypipe.
 """
 
-import os
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -15,6 +14,7 @@ from deploypipe.data import TensorBatches, random_crop_flip
 from deploypipe.errors import DataError
 from deploypipe.recipe import Finetune, Recipe, Search
 from deploypipe.task import Splits, Task, classification
+from pipelines.trained import trained_once
 
 SEED = 0
 NUM_EPOCHS = 16  # of the dense network
@@ -65,16 +65,12 @@ class DigitNet(nn.Module):
 
 def build_model() -> nn.Module:
     model = DigitNet(WIDTH)
-    path = Path(WEIGHTS) if WEIGHTS else _cache() / f"digits-w{WIDTH}-e{NUM_EPOCHS}-s{SEED}.safetensors"
-    if WEIGHTS and not path.is_file():
-        raise DataError(f"{path}: there are no weights here; correct pipeline.WEIGHTS, or leave it empty to train them")
-    if not path.is_file():
-        state = _train()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.part")
-        save_file(state, part)
-        part.replace(path)
-    model.load_state_dict(load_file(path))
+    if WEIGHTS and not Path(WEIGHTS).is_file():
+        raise DataError(
+            f"{WEIGHTS}: there are no weights here; correct pipeline.WEIGHTS, or leave it empty to train them"
+        )
+    name = f"digits-w{WIDTH}-e{NUM_EPOCHS}-s{SEED}"
+    model.load_state_dict(load_file(WEIGHTS) if WEIGHTS else trained_once(name, _train))
     return model.eval()
 
 
@@ -137,7 +133,3 @@ def _train() -> dict[str, Tensor]:
             optimizer.step()
             schedule.step()
     return {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("DEPLOYPIPE_CACHE") or Path.home() / ".cache" / "deploypipe")

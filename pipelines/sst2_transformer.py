@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,6 +19,7 @@ from deploypipe.data import TensorBatches
 from deploypipe.errors import DataError
 from deploypipe.recipe import Finetune, Recipe, Search
 from deploypipe.task import Batch, Splits, Task, classification
+from pipelines.trained import trained_once
 
 SST2_DIR = os.environ.get("SST2_DIR", "")
 FILES = ("train.tsv", "dev.tsv", "test.tsv")
@@ -100,14 +100,7 @@ class Phrases:
 
 def build_model() -> nn.Module:
     model = SentenceNet()
-    path = _cache() / f"sst2-{_digest()}.safetensors"
-    if not path.is_file():
-        state = _train()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.part")
-        save_file(state, part)
-        part.replace(path)
-    model.load_state_dict(load_file(path))
+    model.load_state_dict(trained_once(f"sst2-{_digest()}", _train))
     return model.eval()
 
 
@@ -209,7 +202,3 @@ def _train() -> dict[str, Tensor]:
                 optimizer.step()
                 schedule.step()
     return {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("DEPLOYPIPE_CACHE") or Path.home() / ".cache" / "deploypipe")

@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -302,12 +302,7 @@ class _Finder:
                 continue
             coupling = self._coupling(units, *kinds[key])
             while coupling.name in names:
-                coupling = Coupling(
-                    name=f"{coupling.name}+",
-                    kind=coupling.kind,
-                    num_units=coupling.num_units,
-                    members=coupling.members,
-                )
+                coupling = replace(coupling, name=f"{coupling.name}+")
             names.add(coupling.name)
             found.append(coupling)
         return tuple(found)

@@ -18,6 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from deploypipe.pruning.indices import Atoms, Axes, Axis, Factor, Indices, fixed, has_atoms
 from deploypipe.pruning.rules import RULES, all_tensors, pointwise
+from deploypipe.pruning.slicing import looks_across
 from deploypipe.task import tensors
 
 Side = tuple[str, str]  # (module, side)
@@ -37,7 +38,6 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, model: nn.Module, inputs: Any) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.indices = Indices()
-        self.model = model
         self.modules = dict(model.named_modules())
         self.running: list[str] = [""]  # names of the modules whose forward is on, innermost last
         self.axes: Any = WeakIdKeyDictionary()  # tensor -> Axes
@@ -123,7 +123,7 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def mix(self, axis: Axis, name: str) -> None:
         """An operation computes one number from all along the axis: fewer of them give another number."""
         where = self.running[-1]
-        if not _is_norm(self.modules[where]):  # a norm over fewer channels is what is wanted of it
+        if not looks_across(self.modules[where]):  # a norm over fewer channels is what is wanted of it
             self.keep(axis, f"{name}() is taken over these channels")
 
     def count(self, axes: Axes) -> None:
@@ -167,22 +167,8 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 _WIDTHS = {"head", "heads", "dim", "dims", "size", "channels", "features", "width", "embed", "hidden", "nhead", "inner"}
 _WIDTHS |= {"planes", "filters", "nf", "shape", "groups", "model", "k", "v", "kv"}
-_OTHERS = {
-    "window",
-    "patch",
-    "kernel",
-    "image",
-    "img",
-    "pool",
-    "stride",
-    "seq",
-    "max",
-    "layers",
-    "vocab",
-    "grid",
-    "shift",
-}
-_OTHERS |= {"scale", "position", "positions", "idx", "index", "step", "steps", "chunk", "num_key_value_groups"}
+_OTHERS = {"window", "patch", "kernel", "image", "img", "pool", "stride", "seq", "max", "layers", "vocab", "grid"}
+_OTHERS |= {"shift", "scale", "position", "positions", "idx", "index", "step", "steps", "chunk", "num_key_value_groups"}
 
 
 def _names_a_width(name: str) -> bool:
@@ -194,17 +180,4 @@ def _names_a_count(name: str) -> bool:
     words = re.split(r"_+", name.lower())
     return ("heads" in words or "nhead" in words or "groups" in words or words[0] in ("num", "n")) and not (
         {"dim", "size", "channels"} & set(words)
-    )
-
-
-def _is_norm(module: nn.Module) -> bool:
-    """A layer with channelwise weights alone, that looks at all channels: LayerNorm, RMSNorm, by whatever name."""
-    is_leaf = next(module.children(), None) is None
-    return is_leaf and not isinstance(module, nn.Linear | nn.Embedding) and _is_channelwise(module)
-
-
-def _is_channelwise(module: nn.Module) -> bool:
-    own = list(module.parameters(recurse=False))
-    return isinstance(module, nn.LayerNorm | nn.GroupNorm | nn.RMSNorm) or (
-        bool(own) and all(max(p.shape, default=1) == p.numel() for p in own)
     )

@@ -191,13 +191,12 @@ def _select(t: "Propagation", a: Arguments, result: Any) -> Any:
 
 def _index(t: "Propagation", a: Arguments, result: Tensor) -> Axes:
     """x[i, :, j] with tensors i and j."""
-    axes, chosen = t.of(a["self"]), []
-    place = 0
+    axes, place = t.of(a["self"]), 0
+    used: list[int] = []
     for index in a["indices"]:
         width = index.dim() if index is not None and index.dtype in (torch.bool, torch.uint8) else 1
-        chosen += [(d, index) for d in range(place, place + width) if index is not None]
+        used += range(place, place + width) if index is not None else []
         place += width
-    used = [d for d, _ in chosen]
     for d in used:
         t.keep(axes[d], "is picked out by the code")
     rest = [axis for d, axis in enumerate(axes) if d not in used]

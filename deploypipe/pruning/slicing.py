@@ -345,13 +345,20 @@ def _masked_parts(
 
 
 def looks_across(module: nn.Module) -> bool:
-    """Whether a layer without layers in it treats its channels together, as layer norms do."""
+    """Whether a layer without layers in it treats its channels together: LayerNorm, RMSNorm, by whatever name."""
     if isinstance(module, nn.GroupNorm):
         return module.num_groups == 1
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        return True
     is_leaf = next(module.children(), None) is None
     known = nn.Linear | _ConvNd | _NormBase | nn.Embedding | nn.PReLU | nn.MultiheadAttention
     own = list(module.parameters())
-    return is_leaf and not isinstance(module, known) and bool(own) and all(max(p.shape) == p.numel() for p in own)
+    return (
+        is_leaf
+        and not isinstance(module, known)
+        and bool(own)
+        and all(max(p.shape, default=1) == p.numel() for p in own)
+    )
 
 
 def _narrow_(name: str, module: nn.Module, sides: Sides) -> None:

@@ -161,8 +161,13 @@ def test_the_width_of_a_stream_takes_bare_parameters_and_norms_with_it() -> None
     assert shapes == [(1, 1, 10), (1, 5, 10), (10,), (10,)]
 
 
-def shuffled(x: Tensor) -> Tensor:
-    return x.view(len(x), 2, -1, *x.shape[2:]).transpose(1, 2).flatten(1, 2)
+@pytest.mark.parametrize(
+    "norm", [nn.LayerNorm(WIDTH, elementwise_affine=False), nn.RMSNorm(WIDTH), nn.GroupNorm(1, WIDTH)]
+)
+def test_a_norm_over_channels_looks_at_those_that_stay(norm: nn.Module) -> None:
+    torch.manual_seed(0)
+    model, inputs = nn.Sequential(nn.Linear(5, WIDTH), norm, nn.Linear(WIDTH, 4)), torch.randn(6, 5)
+    cut(model, list_structures(model, inputs), inputs, "0", 10)
 
 
 @pytest.mark.parametrize(
