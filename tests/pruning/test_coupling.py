@@ -220,3 +220,65 @@ def test_a_shape_that_is_asked_for_by_a_selection_keeps_nothing() -> None:
             return self.last(x.view(*x[:, :, -1].shape, -1))
 
     assert [g.name for g in list_structures(Asking(), torch.randn(2, 7, 5)).groups] == ["first"]
+
+
+def test_a_size_that_enters_as_a_number_is_found_out_by_trying() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.last = nn.Linear(5, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            return self.last(self.second(x * x.shape[1] ** 0.5))
+
+    torch.manual_seed(0)
+    structures = list_structures(Scaled(), torch.randn(4, 5))
+    assert [g.name for g in structures.groups] == ["second"]
+    assert "cutting differs from masking" in next(row.reason for row in structures.frozen if row.name == "first")
+
+
+def test_what_a_network_remembers_for_evaluation_does_not_outlive_the_cut() -> None:
+    class Caching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(5, 8), nn.Linear(8, 4)
+            self.table, self.cache = nn.Parameter(torch.randn(8)), {}
+
+        def train(self, mode: bool = True) -> nn.Module:
+            if mode:
+                self.cache = {}
+            return super().train(mode)
+
+        def forward(self, x: Tensor) -> Tensor:
+            bias = self.cache.setdefault("bias", self.table.exp()) if not self.training else self.table.exp()
+            return self.last(self.first(x) + bias)
+
+    torch.manual_seed(0)
+    model, inputs = Caching().eval(), torch.randn(4, 5)
+    with torch.no_grad():
+        model(inputs)
+    assert cut(model, list_structures(model, inputs), inputs, "first", 3).table.shape == (3,)
+
+
+def test_layers_of_a_list_are_blocks_even_if_they_add_nothing() -> None:
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.up(x).relu()
+
+    class Stack(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers, self.head = nn.ModuleList(Layer() for _ in range(3)), nn.Linear(WIDTH, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = layer(x)
+            return self.head(x)
+
+    structures = list_structures(Stack(), torch.randn(4, WIDTH))
+    assert [b.name for b in structures.blocks] == ["layers.0", "layers.1", "layers.2"]
