@@ -5,8 +5,9 @@
 
 (pytorchcv asks for torchvision, which none of the networks here needs.) Each network is judged in a child process of
 120 s, on one thread: traced; half of the units of every group removed at random; what is left compared with the dense
-network in which the same units are masked; trained for a step; replayed from the plan on the network built again; saved
-and loaded; exported. Where the dense network cannot be trained or exported either, the cell says so. Weights are the
+network in which the same units are masked, and its parameters and MACs with what the edits promise; trained for a step;
+replayed from the plan on the network built again; saved and loaded; exported; then the same without every second of its
+layers (blocks), too. Where the dense network cannot be trained or exported either, the cell says so. Weights are the
 package's own initialisation, shaken so that no zero or one hides an error.
 
 Torch-Pruning gets a child of 120 s too: its BasePruner, magnitudes, ratio 0.5, the last layer ignored.
@@ -22,8 +23,8 @@ import re
 import subprocess
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from copy import deepcopy
@@ -45,9 +46,11 @@ from zoo import NETWORKS, Inputs, Network
 from deploypipe.export.onnx_file import export_onnx
 from deploypipe.jsonio import from_json, to_json
 from deploypipe.pruning.apply import apply_plan, masked_dense
+from deploypipe.pruning.calls import record_calls
 from deploypipe.pruning.plan import empty_plan, make_plan
 from deploypipe.pruning.saved import load_pruned, save_pruned
-from deploypipe.pruning.structures import list_structures, model_fingerprint
+from deploypipe.pruning.slicing import sizes_after
+from deploypipe.pruning.structures import count_macs, list_structures, model_fingerprint
 from deploypipe.recipe import Export
 from deploypipe.records import Frozen, PruningPlan, ScoreTable, Structures
 from deploypipe.task import evaluating, forward
@@ -57,17 +60,19 @@ Facts: TypeAlias = dict[str, Any]  # what is known of one network: a verdict for
 LIMIT_S = 120
 TOLERANCE = 1e-3  # of the largest output
 YES, NO, DENSE_TOO = "yes", "no", "dense fails too"
-NOT_ASKED = "n/a"
+NOT_ASKED, NONE = "n/a", "-"
 CHECKS = {  # in the order they are made
     "built": "built",
     "traced": "traced",
     "equal": "equals masked dense",
+    "sizes": "sizes as predicted",
     "trains": "trains a step",
     "replay": "replay identical",
     "intact": "dense intact",
     "exported": "exported (torch.export)",
     "reload": "reload identical",
     "parity": "ONNX file, parity",
+    "depth": "without half of its layers: equal, trains, ONNX",
 }
 INSTALL = "pip install -e '.[zoo]' && pip install --no-deps pytorchcv"
 PACKAGES = {"transformers": "transformers", "pytorchcv": "pytorchcv", "monai": "monai", "einops": "monai"}  # and whose
@@ -165,7 +170,9 @@ def judge(network: Network, with_onnx: bool = True) -> Iterator[tuple[str, Any]]
     pruned = apply_plan(dense, plan)
     yield "params_before", structures.num_params
     yield "params_after", sum(p.numel() for p in pruned.parameters())
+    yield "heads", [[g.num_units, max(1, g.num_units // 2)] for g in structures.groups if g.kind == "heads"]
     yield from compare(dense, masked_dense(dense, plan), pruned, inputs)
+    yield "sizes", sizes(dense, pruned, plan, inputs)
     yield "trains", attempt(lambda: train_step(pruned, inputs), lambda: train_step(dense, inputs))
     again = apply_plan(built(network)[0], plan)
     yield "replay", YES if are_identical(again, pruned, inputs) else f"{NO}: other weights or outputs"
@@ -190,6 +197,37 @@ def judge(network: Network, with_onnx: bool = True) -> Iterator[tuple[str, Any]]
                     lambda: export_onnx(dense, [(inputs, None)], folder / "dense.onnx", Export()),
                 ),
             )
+            if len(structures.blocks) > 1:
+                shallow = halved(structures, without=[block.name for block in structures.blocks[::2]])
+                yield "layers_left", len(structures.blocks) - len(shallow.blocks)
+                yield (
+                    "depth",
+                    attempt(
+                        lambda: shorten(dense, shallow, inputs, folder),
+                        lambda: shorten(dense, empty_plan(structures), inputs, folder),
+                    ),
+                )
+
+
+def shorten(dense: nn.Module, plan: PruningPlan, inputs: Inputs, folder: Path) -> None:
+    """Remove layers, and make the checks of a pruned network: ValueError or what the network raises."""
+    pruned = apply_plan(dense, plan)
+    error = difference(outputs(masked_dense(dense, plan), inputs), outputs(pruned, inputs))
+    if error > TOLERANCE:
+        raise ValueError(f"differs by {error:.1g} of the largest output")
+    train_step(pruned, inputs)
+    export_onnx(pruned, [(inputs, None)], folder / "shallow.onnx", Export())
+
+
+def sizes(dense: nn.Module, pruned: nn.Module, plan: PruningPlan, inputs: Inputs) -> str:
+    """Whether parameters and MACs are what the plan's edits promise."""
+    promised_params, shares = sizes_after(dense, plan.edits)
+    calls = record_calls(dense, inputs)
+    promised_macs = sum(call.macs * shares.get(name, 1.0) for name, call in calls.items())
+    params, macs = count_macs(pruned, inputs)
+    if params != promised_params or abs(macs - promised_macs) > 1e-6 * macs:
+        return f"{NO}: {params} parameters, {macs} MACs; promised {promised_params}, {promised_macs:.0f}"
+    return YES
 
 
 def compare(dense: nn.Module, masked: nn.Module, pruned: nn.Module, inputs: Inputs) -> Iterator[tuple[str, Any]]:
@@ -219,12 +257,12 @@ def attempt(work: Callable[[], Any], on_dense: Callable[[], Any]) -> str:
     return YES
 
 
-def halved(structures: Structures) -> PruningPlan:
-    """Half of the units of every group, and one at least, stay; which ones is drawn."""
+def halved(structures: Structures, without: Sequence[str] = ()) -> PruningPlan:
+    """Half of the units of every group, and one at least, stay; which ones is drawn. without: blocks to remove."""
     draw = random.Random(0)
     scores = {group.name: tuple(draw.random() for _ in range(group.num_units)) for group in structures.groups}
     widths = {group.name: max(1, group.num_units // 2) for group in structures.groups}
-    return make_plan(structures, ScoreTable(scorer="random", channels=scores), widths)
+    return make_plan(structures, ScoreTable(scorer="random", channels=scores), widths, without)
 
 
 def quarantined(frozen: tuple[Frozen, ...]) -> list[Frozen]:
@@ -366,6 +404,8 @@ def ask(*arguments: str) -> Facts:
 
 
 def verdict(facts: Facts, check: str) -> str:
+    if check == "depth" and facts.get("blocks", 2) < 2:
+        return NONE
     return facts.get(check) or f"{NO}: {facts.get('error', 'not tried')}"
 
 
@@ -392,7 +432,19 @@ def show(rows: list[Facts]) -> str:
     dates = sorted({facts["date"] for facts in rows})
     greens = sum(map(is_green, rows))
     raw = sum(facts["raw"].get("runs") == YES for facts in rows)
-    heads = ["network", "from", "groups, blocks", "params", "left", "quarantined", *CHECKS.values(), "s", "raw TP left"]
+    heads = [
+        "network",
+        "from",
+        "groups",
+        "heads",
+        "layers",
+        "params",
+        "left",
+        "quarantined",
+        *CHECKS.values(),
+        "s",
+        "raw TP left",
+    ]
     lines = [
         f"{dates[0]} to {dates[-1]}; {', '.join(f'{p} {v}' for p, v in sorted(versions.items()))}",
         "",
@@ -417,7 +469,7 @@ def show(rows: list[Facts]) -> str:
 
 def cells(facts: Facts) -> list[str]:
     def mark(check: str) -> str:
-        return {YES: YES, DENSE_TOO: NOT_ASKED}.get(verdict(facts, check).partition(":")[0], NO)
+        return {YES: YES, NONE: NONE, DENSE_TOO: NOT_ASKED}.get(verdict(facts, check).partition(":")[0], NO)
 
     raw = facts["raw"]
     before = facts.get("params_before")
@@ -428,7 +480,11 @@ def cells(facts: Facts) -> list[str]:
     return [
         facts["name"],
         facts["source"],
-        f"{facts.get('groups', '')}, {facts.get('blocks', '')}",
+        str(facts.get("groups", "")),
+        " ".join(
+            f"{n}x({before} to {after})" for (before, after), n in Counter(map(tuple, facts.get("heads", ()))).items()
+        ),
+        f"{facts['blocks']} to {facts['layers_left']}" if "layers_left" in facts else str(facts.get("blocks", "")),
         f"{before:,}" if before else "",
         f"{facts['params_after'] / before:.0%}" if "params_after" in facts else "",
         str(len(facts.get("quarantined", ()))),

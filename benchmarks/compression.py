@@ -139,7 +139,7 @@ class Comparison:
             seconds[name] = time.perf_counter() - started
             return result
 
-        structures = list_structures(self.dense, self.inputs, self.recipe.keep)
+        structures = list_structures(self.dense, self.inputs, self.recipe.keep, self.recipe.constraints)
         samples = take_calib(self.calib, self.recipe.observe.num_samples)
         timed("warm-up", lambda: [self._plain(b) for b, _ in samples[:1]])
         timed("plain forward", lambda: [self._plain(b) for b, _ in samples])

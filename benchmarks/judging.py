@@ -31,7 +31,7 @@ from deploypipe.recipe import (
     Scorer,
     Taylor,
 )
-from deploypipe.records import ScoreTable
+from deploypipe.records import PruningPlan, ScoreTable
 from deploypipe.search.allocate import uniform
 from deploypipe.task import Batch, Splits, Task, channels_last, stack_batches, take, take_calib
 
@@ -77,14 +77,19 @@ class Subject:
 
     def moments(self, batches: list[Batch], draw: int) -> Moments:
         settings = replace(self.recipe.observe, num_samples=len(batches) * BATCH)
-        return observe(self.dense, self.structures, batches, settings, loss=self.task.loss, seed=draw)
+        loss, real_tokens = self.task.loss, self.task.real_tokens
+        return observe(self.dense, self.structures, batches, settings, loss=loss, real_tokens=real_tokens, seed=draw)
 
     def cut(self, table: ScoreTable, width: float, batches: list[Batch], draw: int) -> tuple[nn.Module, nn.Module]:
         """The network sliced only, and repaired."""
         allocation = uniform(self.structures, width, 1)
         plan = make_plan(self.structures, table, allocation.widths, allocation.blocks)
         pruned = apply_plan(self.dense, plan)
-        return pruned, repair(self.dense, pruned, plan, batches, self.recipe.repair, seed=draw)[0]
+        return pruned, self.repaired(pruned, plan, batches, draw)
+
+    def repaired(self, pruned: nn.Module, plan: PruningPlan, batches: list[Batch], draw: int) -> nn.Module:
+        real_tokens, settings = self.task.real_tokens, self.recipe.repair
+        return repair(self.dense, pruned, plan, batches, settings, real_tokens=real_tokens, seed=draw)[0]
 
     def macs_kept(self, model: nn.Module) -> float:
         return count_macs(model, self.inputs)[1] / self.structures.num_macs

@@ -21,7 +21,6 @@ from deploypipe.observe.moments import Moments
 from deploypipe.pipeline_module import load_pipeline
 from deploypipe.pruning.apply import apply_plan
 from deploypipe.pruning.plan import make_plan
-from deploypipe.pruning.repair import repair
 from deploypipe.pruning.slicing import has_two_sides
 from deploypipe.recipe import LogitDivergence
 from deploypipe.records import ChannelGroup, PruningPlan
@@ -100,7 +99,7 @@ class Surgeon:
     def judge(self, units: int, plan: PruningPlan) -> Outcome:
         subject = self.subject
         pruned: nn.Module = apply_plan(subject.dense, plan)
-        mended, _ = repair(subject.dense, pruned, plan, self.batches, subject.recipe.repair, seed=0)
+        mended = subject.repaired(pruned, plan, self.batches, 0)
         params = sum(p.numel() for p in pruned.parameters()) / subject.structures.num_params
         return Outcome(
             units=units,

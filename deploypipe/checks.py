@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from deploypipe.benchmark.accuracy import evaluate_module
-from deploypipe.errors import DataError, ModelError
+from deploypipe.errors import ConfigError, DataError, ModelError, RuntimeUnavailableError
 from deploypipe.pruning.structures import require_trainable
 from deploypipe.recipe import Recipe
-from deploypipe.runtimes import find_runtime
+from deploypipe.runtimes.ability import can
 from deploypipe.runtimes.packing import name_outputs
 from deploypipe.target import Target
 from deploypipe.task import Batch, Splits, Task, forward, num_samples, take, tensors
@@ -18,7 +18,7 @@ from deploypipe.task import Batch, Splits, Task, forward, num_samples, take, ten
 
 def check_inputs(model: nn.Module, splits: Splits, task: Task, recipe: Recipe, target: Target) -> None:
     """Raise the DeploypipeError that names what is wrong with these inputs; costs four small forward passes."""
-    find_runtime(target)
+    _check_target(target)
     require_trainable(model)
     for name, value in model.state_dict().items():
         if isinstance(value, Tensor) and value.is_floating_point() and not torch.isfinite(value).all():
@@ -30,6 +30,18 @@ def check_inputs(model: nn.Module, splits: Splits, task: Task, recipe: Recipe, t
             _check_outputs(outputs)
         if name == "val":
             evaluate_module(model, [(take(inputs, 2), take(labels, 2))], task)
+
+
+def _check_target(target: Target) -> None:
+    """A machine that is not the device may still export for it; one that is has to have the runtime."""
+    ability = can(target)
+    source = f"target {target.name!r}" if target.name else "target"
+    if ability.is_the_device and ability.verdict != "run":
+        raise RuntimeUnavailableError(f"{source}: runtime {target.runtime!r}: {ability.reason}")
+    if target.runtime == "eager":
+        raise ConfigError(
+            source, "runtime", "a run ships ONNX files, and eager torch takes .pt2 programs", "write 'onnxruntime'"
+        )
 
 
 def _first(split: Iterable[Batch], name: str) -> Batch:

@@ -33,8 +33,8 @@ from deploypipe.target import Target
 
 EXIT_HOLD, EXIT_DIFFERENT, EXIT_ERROR, EXIT_INTERRUPTED = 1, 1, 2, 130
 STAGES = (
-    "baseline",
     "structures",
+    "baseline",
     "observe",
     "score",
     "curves",
@@ -42,7 +42,9 @@ STAGES = (
     "prune",
     "finetune",
     "export",
+    "engine",
     "benchmark",
+    "golden",
     "gate",
 )
 _QUIET_SECONDS = 10.0  # between two lines about the same stage, where there is no live list
@@ -180,6 +182,26 @@ def report(
         print(path)
 
 
+@app.command(epilog="Exit codes: 0 the same, 1 different, 2 unusable. Example: deploypipe verify runs/digits-x86_cpu")
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder with golden.json and what it lists.")],
+) -> None:
+    """Check the files in DIR by their hashes, and replay the samples beside them on this machine.
+
+    Where only numpy and onnxruntime are installed: python -m deploypipe.verify DIR
+    """
+    with _exit_codes():
+        from deploypipe.verify import HEADER, cells
+        from deploypipe.verify import verify as replay
+
+        verification = replay(folder)
+        _show_table(f"Golden samples in {folder}", HEADER, cells(verification))
+        for note in verification.notes:
+            print(f"note: {note}")
+    if not verification.is_same:
+        raise typer.Exit(EXIT_DIFFERENT)
+
+
 @app.command(epilog="Example: deploypipe doctor x86_cpu")
 def doctor(
     target: Annotated[str | None, typer.Argument(metavar="[TARGET]", help="Look at this target's needs too.")] = None,
@@ -220,15 +242,46 @@ def init(
 
 @app.command()
 def targets() -> None:
-    """List the targets that have a name: those in targets/."""
+    """List the targets that have a name (those in targets/), and what this machine can do for each.
+
+    run: measured here. build only: an engine is built here and nothing is measured. export only: an ONNX file.
+    """
     with _exit_codes():
+        from deploypipe.runtimes.ability import can
+
         rows = []
         for name, path in sorted(_named_targets().items()):
             device = load_target(str(path))
             limits = [f"{key} {getattr(device.budget, key)}" for key in device.budget.limits()]
             bounds = ", ".join([*limits, f"accuracy_drop_pp {device.budget.accuracy_drop_pp:g}"])
-            rows.append((name, device.runtime, device.description, bounds, str(path)))
-        _show_table("Targets", ("name", "runtime", "description", "budget", "file"), rows)
+            ability = can(device)
+            rows.append((name, ability.verdict, ability.reason, device.runtime, device.description, bounds, str(path)))
+        header = ("name", "this machine", "why", "runtime", "description", "budget", "file")
+        _show_table("Targets", header, rows)
+
+
+@app.command(epilog="Example: deploypipe reproduce digits linear --out bug")
+def reproduce(
+    pipeline: PipelineArgument,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A structure that cannot be removed.")],
+    out: Annotated[Path, typer.Option(help="Folder. Default: reproduction.")] = Path("reproduction"),
+) -> None:
+    """Write the smallest part of PIPELINE's network in which NAME cannot be removed, for a bug report.
+
+    Weights and inputs in it are random; its README.md quotes names of classes and files: read it before you send it.
+    """
+    with _exit_codes():
+        from deploypipe.pipeline_module import load_pipeline
+        from deploypipe.pruning.reproduction import write_reproduction
+        from deploypipe.task import take_calib
+
+        loaded = load_pipeline(pipeline, {})
+        with loaded.blame("the reproduction"):
+            ((inputs, _),) = take_calib(loaded.load_data().calib, 2)[:1]
+            found = write_reproduction(loaded.build_model(), inputs, name, out)
+        print(f"part    {found.module or 'the whole network'}")
+        print(f"reason  {found.reason}")
+        print(f"folder  {found.folder}")
 
 
 @plans.command("show", epilog="Example: deploypipe plan show runs/digits-x86_cpu")
@@ -427,6 +480,8 @@ def _show_result(result: RunResult, folder: Path) -> None:
         print(f"note: {note}")
     _show_decision(result.decision)
     print(f"ONNX    {folder / 'model.onnx'}")
+    if result.engine:
+        print(f"engine  {folder / 'model.engine'} ({', '.join(result.engine.key.compute_capabilities)})")
     if (folder / "report.html").is_file():
         print(f"report  {folder / 'report.html'}")
     else:

@@ -7,9 +7,11 @@ from typing import Literal
 import torch
 
 from deploypipe.benchmark.environment import describe_environment
-from deploypipe.errors import RuntimeUnavailableError
 from deploypipe.records import Environment
-from deploypipe.runtimes import RUNTIMES, find_runtime, is_installed
+from deploypipe.runtimes import RUNTIMES, is_installed
+from deploypipe.runtimes.ability import can
+from deploypipe.runtimes.machine import this_machine
+from deploypipe.runtimes.onnxruntime import PROVIDERS, missing_provider
 from deploypipe.target import Target
 
 _SPEED_FEATURES = ("avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "neon", "i8mm")
@@ -20,8 +22,11 @@ _EXTRAS: dict[str, tuple[tuple[tuple[str, ...], ...], str]] = {
     "demo": ((("sklearn",),), "the demonstration pipeline"),
     "mlflow": ((("mlflow",),), "publishing to an MLflow registry"),
     "postgres": ((("psycopg",), ("sqlalchemy",)), "one search on several machines"),
-    "tensorrt": ((("tensorrt",),), "TensorRT targets, in a later version"),
-    "tensorrt-rtx": ((("tensorrt_rtx", "tensorrt_rtx_bindings"),), "TensorRT-RTX targets, in a later version"),
+    "tensorrt": ((("tensorrt",),), "TensorRT targets (Jetson, data-centre GPUs)"),
+    "tensorrt-rtx": (
+        (("tensorrt_rtx", "tensorrt_rtx_bindings"),),
+        "engines for RTX GPUs, with or without one",
+    ),
 }
 
 
@@ -41,6 +46,7 @@ def examine(target: Target | None) -> tuple[Finding, ...]:
     findings = [
         _packages(environment),
         Finding(name="runtimes", status="ok", detail=", ".join(sorted(RUNTIMES))),
+        _providers(),
         _processor(environment),
         _clock(environment),
         _load(environment),
@@ -55,6 +61,12 @@ def examine(target: Target | None) -> tuple[Finding, ...]:
 def _packages(environment: Environment) -> Finding:
     listed = ", ".join(f"{name} {version}" for name, version in environment.versions.items())
     return Finding(name="packages", status="ok", detail=listed)
+
+
+def _providers() -> Finding:
+    """Of onnxruntime. One that is absent is no fault: a target that asks for it is told which package brings it."""
+    present = [name for name, provider in PROVIDERS.items() if not missing_provider(provider)]
+    return Finding(name="providers", status="ok", detail=f"onnxruntime: {', '.join(present)}")
 
 
 def _processor(environment: Environment) -> Finding:
@@ -90,13 +102,15 @@ def _load(environment: Environment) -> Finding:
 
 
 def _gpu(environment: Environment) -> Finding:
+    machine = this_machine()
+    seen = ", ".join(f"{gpu.name} (compute capability {gpu.compute_capability})" for gpu in machine.gpus)
     if environment.gpu:
-        return Finding(name="gpu", status="ok", detail=f"{environment.gpu}, for fine-tuning")
+        return Finding(name="gpu", status="ok", detail=f"{seen or environment.gpu}, driver {machine.driver}")
     kind = "built for the CPU" if torch.version.cuda is None else "built for CUDA, but no GPU is usable"
     return Finding(
         name="gpu",
         status="limited",
-        detail=f"torch {torch.__version__} is {kind}: fine-tuning runs on the processor",
+        detail=f"{seen or 'none'}; torch {torch.__version__} is {kind}: fine-tuning runs on the processor",
         remedy="for faster fine-tuning, use a machine with a GPU and a CUDA build of torch",
     )
 
@@ -116,18 +130,19 @@ def _extra(extra: str) -> Finding:
 
 def _target_runtime(target: Target) -> Finding:
     name = f"target {target.name or target.runtime}"
-    try:
-        find_runtime(target)
-    except RuntimeUnavailableError as error:
-        problem, _, remedy = str(error).partition("; ")
+    ability = can(target)
+    if ability.verdict == "run":
         return Finding(
-            name=name,
-            status="missing",
-            detail=f"this machine can export an ONNX file for it, and cannot run or measure it: {problem}",
-            remedy=remedy,
+            name=name, status="ok", detail=f"this machine runs {target.runtime}; figures hold for machines like it"
         )
+    files = "an ONNX file" if ability.verdict == "export only" else "an ONNX file and an engine"
     return Finding(
-        name=name, status="ok", detail=f"this machine runs {target.runtime}; figures hold for machines like it"
+        name=name,
+        status="missing",
+        detail=f"this machine can make {files} for it, and cannot run or measure it: {ability.reason}",
+        remedy="install what is named there"
+        if ability.is_the_device
+        else f"on the device itself: deploypipe doctor {target.name or 'TARGET'}",
     )
 
 

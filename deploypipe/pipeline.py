@@ -10,12 +10,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from deploypipe.benchmark import benchmark, measure
+from deploypipe.benchmark import benchmark, measure, unmeasured
+from deploypipe.benchmark.accuracy import evaluate_module
 from deploypipe.benchmark.environment import describe_environment
 from deploypipe.checks import check_inputs
 from deploypipe.data import fingerprint
 from deploypipe.errors import DeploypipeError
+from deploypipe.export.engine import as_model_file, build_engine, is_built, place_engine
+from deploypipe.export.golden import write_golden
 from deploypipe.export.onnx_file import export_onnx
+from deploypipe.export.parity import compare_networks
 from deploypipe.observe.moments import Moments, load_moments, merge, save_moments
 from deploypipe.observe.stream import observe_halves
 from deploypipe.pruning.apply import apply_plan, describe
@@ -30,13 +34,16 @@ from deploypipe.records import (
     BenchmarkReport,
     Candidate,
     Curves,
+    EngineFile,
     Event,
+    Golden,
     Measurement,
     ModelFile,
     Observation,
     Progress,
     PruneOutcome,
     PruningPlan,
+    ResolvedConstraints,
     ScoreSummary,
     ScoreTable,
     SearchResult,
@@ -45,7 +52,10 @@ from deploypipe.records import (
     silent,
 )
 from deploypipe.release.gate import decide
-from deploypipe.runs import RunFolder, RunResult, open_run, place_file, save_result, start_afresh
+from deploypipe.runs import RunFolder, RunResult, digest, file_sha256, open_run, place_file, save_result, start_afresh
+from deploypipe.runtimes.ability import Ability, can
+from deploypipe.runtimes.engine_file import load_record
+from deploypipe.runtimes.machine import this_machine
 from deploypipe.scoring import needs_derivatives, score_halves
 from deploypipe.scoring.null import null_shares
 from deploypipe.scoring.summary import summarise
@@ -56,13 +66,17 @@ from deploypipe.search.study import search, violations
 from deploypipe.target import Limit, Target
 from deploypipe.task import Splits, Task, num_samples, take, take_calib
 from deploypipe.training.finetune import finetune
+from deploypipe.verify import GOLDEN, TENSORS
 
-MODEL, REPORT = "model.onnx", "report.html"
+MODEL, ENGINE, REPORT = "model.onnx", "model.engine", "report.html"
 PACKAGES = ("torch", "optuna", "onnx", "onnxruntime", "onnxscript", "numpy", "scipy")
+_DENSE, _COMPRESSED = "dense.onnx", "compressed.onnx"
+_DENSE_ENGINE, _ENGINE = "dense.engine", "compressed.engine"
 _NUM_PARITY_SAMPLES = 64
 _HALVES = ("first.safetensors", "second.safetensors")  # of the calibration samples
 # A search that fills the whole latency budget leaves the gate's interval nothing to lie in.
 _LATENCY_MARGIN = 0.03
+_STAND_IN = 0.5  # of the dense MACs, for a limit that has no share
 _SMALLEST_SHARE = 0.1  # of the dense MACs; below, no candidate was ever worth repairing
 
 
@@ -85,14 +99,21 @@ def compress(
     a user can get wrong, BudgetError when no candidate meets the target's budget. Where the dense model is within the
     budget as it is, nothing is removed: `search` is None, and it is the dense model that the gate decides on.
 
-    A finished run leaves `model.onnx`, `report.html` and, written last, `result.json` in `out`.
+    Where this machine is not the device (`runtimes.ability.can`), nothing is measured: sizes are chosen by MACs, the
+    files are exported, an engine is built if it can be, and the gate decides HOLD.
+
+    A finished run leaves `model.onnx` (and `model.engine` for TensorRT), the samples that `deploypipe verify` replays,
+    `report.html` and, written last, `result.json` in `out`.
     """
     check_inputs(model, splits, task, recipe, target)
     with open_run(Path(out), notify) as run:
-        start_afresh(run.path, (MODEL, REPORT))
+        start_afresh(run.path, (MODEL, GOLDEN, TENSORS, ENGINE, f"{ENGINE}.json", f"{ENGINE}.log", REPORT))
         job = _Job(with_slim_attention(model), splits, task, recipe, target, run, source)
         result = _run_stages(job, name)
-        place_file(run.path / result.benchmark.compressed.file.path, run.path / MODEL)
+        for entry in result.golden.files if result.golden else ():
+            place_file(run.files("golden") / entry.name, run.path / entry.name)
+        if result.engine:
+            place_engine(job.engine_file, run.path, ENGINE)
         _write_report(result, run.path, notify)
         save_result(run.path, result)
         return result
@@ -107,11 +128,21 @@ def summarise_scores(
     """
     calib = take_calib(splits.calib, recipe.observe.num_samples)
     model = with_slim_attention(model).cpu().eval()
-    structures = list_structures(model, take(calib[0][0], 2), recipe.keep)
+    structures = list_structures(model, take(calib[0][0], 2), recipe.keep, recipe.constraints)
     loss = task.loss if needs_derivatives(recipe.score) else None
     notify(Event(stage="observe", message="start"))
     settings, seed = recipe.observe, recipe.seed
-    halves = observe_halves(model, structures, calib, settings, loss=loss, shuffled=True, seed=seed, notify=notify)
+    halves = observe_halves(
+        model,
+        structures,
+        calib,
+        settings,
+        loss=loss,
+        real_tokens=task.real_tokens,
+        shuffled=True,
+        seed=seed,
+        notify=notify,
+    )
     notify(Event(stage="observe", message="done"))
     moments = merge(*halves)
     notify(Event(stage="score", message="start"))
@@ -122,12 +153,12 @@ def summarise_scores(
 
 
 def _run_stages(job: "_Job", name: str) -> RunResult:
+    structures = job.structures()  # first: what the recipe names is looked up here
     dense = job.baseline()
-    structures = job.structures()
-    limits = job.target.budget.limits()
+    limits, stand_in = search_limits(job.target.budget.limits(), job.ability)
     summary, found, outcome, log, file = None, None, None, None, dense.file
     counts = (dense.num_params, dense.num_macs)
-    if _is_over_budget(dense, _with_margin(limits)):
+    if _is_over_budget(dense, job.dense_opened(dense), _with_margin(limits)):
         halves = job.observe(structures)
         moments = merge(*halves)
         scores = job.score(structures, halves, moments)
@@ -139,7 +170,9 @@ def _run_stages(job: "_Job", name: str) -> RunResult:
         log = job.finetune(plan)
         file = job.export(plan)
         counts = (outcome.prune.params_after, outcome.prune.macs_after)
-    report = job.benchmark(dense, file, counts)
+    engine = job.engine()
+    report = job.benchmark(dense, file, engine, counts, stand_in)
+    golden = job.golden(file)
     job.run.notify(Event(stage="gate", message="start"))
     decision = decide(report, job.target.budget)
     job.run.notify(Event(stage="gate", message="done"))
@@ -157,6 +190,8 @@ def _run_stages(job: "_Job", name: str) -> RunResult:
         benchmark=report,
         decision=decision,
         stages=tuple(job.run.times),
+        engine=engine,
+        golden=golden,
     )
 
 
@@ -168,18 +203,28 @@ class _Job:
     ) -> None:
         self.model, self.splits, self.task = copy.deepcopy(model).cpu().eval(), splits, task
         self.recipe, self.target, self.run = recipe, target, run
+        self.ability = can(target)
+        self.builds = is_built(target) and self.ability.verdict != "export only"
+        if self.ability.verdict != "run":
+            told = f"nothing can be measured for {target.name or target.runtime} here, so the run will end in HOLD"
+            run.notify(Event(stage="check", message=f"WARNING: {told}: {self.ability.reason}"))
         self.calib = take_calib(splits.calib, max(recipe.observe.num_samples, recipe.repair.num_samples))
         self.parity_batches = take_calib(self.calib, _NUM_PARITY_SAMPLES)
         self.inputs = take(self.calib[0][0], 2)
         self.device = {
             "fingerprint": describe_environment(target.num_threads).device_fingerprint,
-            "runtime": target.runtime,
+            "gpu": this_machine().gpus,
+            "driver": this_machine().driver,
+            "ability": self.ability.verdict,
+            "runtime": [target.runtime, target.provider, target.provider_options, target.allow_cpu_fallback],
+            "engine": [target.batches, target.dynamic_dims, target.workspace, target.compute_capabilities],
             "batch": target.batch_size,
             "threads": target.num_threads,
             "samples": target.num_latency_samples,
         }
+        self.fingerprint = model_fingerprint(model)
         self.origin = {
-            "model": model_fingerprint(model),
+            "model": self.fingerprint,
             "data": fingerprint(splits),
             "source": source,
             "packages": {package: version(package) for package in PACKAGES},
@@ -187,13 +232,16 @@ class _Job:
         }
 
     def baseline(self) -> Measurement:
-        """The dense network, exported and measured by the method used at the end."""
+        """The dense network, exported and measured by the method used at the end; `file` is the ONNX file."""
 
         def compute(work: Path) -> Measurement:
-            file = export_onnx(self.model, self.parity_batches, work / "dense.onnx", self.recipe.export)
+            file = export_onnx(self.model, self.parity_batches, work / _DENSE, self.recipe.export)
             counts = count_macs(self.model, self.inputs)
-            return measure(
-                file,
+            opened = as_model_file(file, build_engine(work / _DENSE, self.target, work)) if self.builds else file
+            if self.ability.verdict != "run":
+                return unmeasured(file, counts)
+            measured = measure(
+                opened,
                 folder=work,
                 batches=self.splits.val,
                 task=self.task,
@@ -201,14 +249,18 @@ class _Job:
                 counts=counts,
                 notify=self.run.notify,
             )
+            return replace(measured, file=file)
 
         inputs = {**self.origin, "device": self.device, "export": self.recipe.export}
         return self.run.remember("baseline", inputs, compute, Measurement)
 
     def structures(self) -> Structures:
-        inputs = {**self.origin, "keep": self.recipe.keep}
+        keep, constraints = self.recipe.keep, self.recipe.constraints
         return self.run.remember(
-            "structures", inputs, lambda _: list_structures(self.model, self.inputs, self.recipe.keep), Structures
+            "structures",
+            {**self.origin, "keep": keep, "constraints": constraints},
+            lambda _: list_structures(self.model, self.inputs, keep, constraints),
+            Structures,
         )
 
     def observe(self, structures: Structures) -> tuple[Moments, Moments]:
@@ -217,7 +269,14 @@ class _Job:
         def compute(work: Path) -> Observation:
             settings, seed = self.recipe.observe, self.recipe.seed
             halves = observe_halves(
-                self.model, structures, self.calib, settings, loss=loss, seed=seed, notify=self.run.notify
+                self.model,
+                structures,
+                self.calib,
+                settings,
+                loss=loss,
+                real_tokens=self.task.real_tokens,
+                seed=seed,
+                notify=self.run.notify,
             )
             for name, half in zip(_HALVES, halves, strict=True):
                 save_moments(half, work / name)
@@ -225,7 +284,7 @@ class _Job:
 
         inputs = {
             **self.origin,
-            "structures": structures,
+            "structures": replace(structures, constraints=ResolvedConstraints()),  # they bound what is chosen later
             "observe": self.recipe.observe,
             "derivatives": loss is not None,
         }
@@ -264,6 +323,7 @@ class _Job:
             "score": self.run.key("score"),
             "search": [settings.num_curve_samples, settings.num_levels, settings.prune_blocks],
             "multiple": self.target.channel_multiple,
+            "constraints": structures.constraints,
         }
         return self.run.remember("curves", inputs, compute, Curves)
 
@@ -297,10 +357,13 @@ class _Job:
             return plan_for(allocation)
 
         def compute(work: Path) -> SearchResult:
+            reference = _candidate(dense, self.dense_opened(dense), self._dense_accuracy(dense))
             judge = Judge(
                 dense=self.model,
-                dense_file=self.run.files("baseline") / dense.file.path,
-                dense_p50_ms=_candidate(dense).latency_p50_ms,
+                dense_onnx=self.run.files("baseline") / _DENSE,
+                dense_file=self.run.files("baseline") / self.dense_opened(dense).path,
+                dense_p50_ms=reference.latency_p50_ms,
+                builds_engines=self.builds,
                 calib=self.calib,
                 val=self.splits.val,
                 task=self.task,
@@ -311,7 +374,7 @@ class _Job:
             return search(
                 propose,
                 judge,
-                _candidate(dense),
+                reference,
                 _with_margin(limits),
                 _macs_bounds(structures, curves, limits),
                 self.recipe.search,
@@ -340,6 +403,7 @@ class _Job:
                 plan,
                 self.calib,
                 self.recipe.repair,
+                real_tokens=self.task.real_tokens,
                 seed=self.recipe.seed,
                 notify=lambda e: self.run.notify(Event(stage="prune", done=e.done, total=e.total, message=e.message)),
             )
@@ -376,18 +440,65 @@ class _Job:
     def export(self, plan: PruningPlan) -> ModelFile:
         def compute(work: Path) -> ModelFile:
             tuned = self.restored(plan, "finetune")
-            return export_onnx(tuned, self.parity_batches, work / "compressed.onnx", self.recipe.export)
+            file = export_onnx(
+                tuned,
+                self.parity_batches,
+                work / _COMPRESSED,
+                self.recipe.export,
+                origin={"plan": digest(plan), "recipe": digest(self.recipe), "dense_model": self.fingerprint},
+                class_names=self.task.class_names,
+            )
+            return replace(file, from_dense=compare_networks(self.model, tuned, self.parity_batches))
 
-        inputs = {"finetune": self.run.key("finetune"), "export": self.recipe.export}
+        inputs = {
+            "finetune": self.run.key("finetune"),
+            "recipe": self.recipe,  # its hash goes into the file
+            "class_names": self.task.class_names,
+        }
         return self.run.remember("export", inputs, compute, ModelFile)
 
-    def benchmark(self, dense: Measurement, file: ModelFile, counts: tuple[int, int]) -> BenchmarkReport:
-        """Both files in one process, on the test split."""
-        dense_file = _placed(dense.file, self.run.stages["baseline"])
+    @property
+    def onnx_file(self) -> Path:
+        """The ONNX file that ships: of the compressed network, or of the dense one where nothing had to go."""
+        if "export" in self.run.stages:
+            return self.run.files("export") / _COMPRESSED
+        return self.run.files("baseline") / _DENSE
+
+    def dense_opened(self, dense: Measurement) -> ModelFile:
+        """What the device opens of the dense network: the ONNX file, or an engine."""
+        if not self.builds:
+            return dense.file
+        return as_model_file(dense.file, load_record(self.run.files("baseline") / _DENSE_ENGINE))
+
+    @property
+    def engine_file(self) -> Path:
+        """The engine that ships, as `onnx_file`."""
+        if "engine" in self.run.stages:
+            return self.run.files("engine") / _ENGINE
+        return self.run.files("baseline") / _DENSE_ENGINE
+
+    def engine(self) -> EngineFile | None:
+        """None where the target takes none, or where this machine cannot build it."""
+        if not self.builds:
+            return None
+        if "export" not in self.run.stages:
+            return load_record(self.engine_file)
+        inputs = {"onnx": file_sha256(self.onnx_file), "device": self.device, "packages": self.origin["packages"]}
+        return self.run.remember(
+            "engine", inputs, lambda work: build_engine(self.onnx_file, self.target, work), EngineFile
+        )
+
+    def benchmark(
+        self, dense: Measurement, file: ModelFile, engine: EngineFile | None, counts: tuple[int, int], stand_in: str
+    ) -> BenchmarkReport:
+        """Both files in one process, on the test split; engines where they are what the device runs."""
+        dense_file = _placed(self.dense_opened(dense), self.run.stages["baseline"])
         compressed = _placed(file, self.run.stages["export"]) if "export" in self.run.stages else dense_file
+        if engine and "engine" in self.run.stages:
+            compressed = _placed(as_model_file(file, engine), self.run.stages["engine"])
 
         def compute(_: Path) -> BenchmarkReport:
-            return benchmark(
+            report = benchmark(
                 dense_file,
                 compressed,
                 folder=self.run.path,
@@ -397,15 +508,34 @@ class _Job:
                 counts=((dense.num_params, dense.num_macs), counts),
                 notify=self.run.notify,
             )
+            return replace(report, notes=(*report.notes, stand_in)) if stand_in else report
 
         inputs = {"dense": dense_file.sha256, "compressed": compressed.sha256, "device": self.device, **self.origin}
         return self.run.remember("benchmark", inputs, compute, BenchmarkReport)
+
+    def golden(self, file: ModelFile) -> Golden:
+        """The ONNX file that ships, with samples that it can be checked by: a folder for `deploypipe verify`."""
+
+        def compute(work: Path) -> Golden:
+            place_file(self.onnx_file, work / MODEL)
+            for entry in file.data:
+                place_file(self.onnx_file.with_name(entry.name), work / entry.name)
+            return write_golden(work, {MODEL: file}, self.parity_batches)
+
+        inputs = {"file": file.sha256, "data": self.origin["data"], "packages": self.origin["packages"]}
+        return self.run.remember("golden", inputs, compute, Golden)
 
     def _batch_macs(self) -> int:
         """Multiply-accumulates of the dense network on one batch of the training split."""
         with torch.random.fork_rng(devices=[]):
             batch = next(iter(self.splits.train), None)
         return num_samples(batch[0]) * count_macs(self.model, self.inputs)[1] if batch else 0
+
+    def _dense_accuracy(self, dense: Measurement) -> float:
+        """On val: of the exported file where it runs here, of the network itself elsewhere, as a search needs it."""
+        if dense.accuracy is not None:
+            return dense.accuracy.value
+        return float(evaluate_module(self.model, self.splits.val, self.task).mean())
 
     def restored(self, plan: PruningPlan, stage: str) -> nn.Module:
         """The pruned network with the weights a stage left."""
@@ -418,22 +548,38 @@ def _placed(file: ModelFile, folder: str) -> ModelFile:
     return replace(file, path=f"{folder}/{file.path}")
 
 
-def _candidate(dense: Measurement) -> Candidate:
+def search_limits(limits: dict[str, Limit], ability: Ability) -> tuple[dict[str, Limit], str]:
+    """The limits a search can hold a candidate to, and what stands in for those that cannot be measured here.
+
+    MACs do, at the same share of the dense network's, or at half of them for a bound in ms or MiB; a limit of MACs
+    that the user gave stays. The gate goes by the target's own limits, and finds these UNKNOWN.
+    """
+    unmeasured_ones = [name for name in ("latency_p50", "peak_memory") if name in limits]
+    if ability.verdict == "run" or not unmeasured_ones:
+        return limits, ""
+    shares = [limits[name].value if limits[name].is_relative else _STAND_IN for name in unmeasured_ones]
+    kept = {name: limit for name, limit in limits.items() if name not in unmeasured_ones}
+    told = f"{' and '.join(unmeasured_ones)} cannot be measured here, and the search went by MACs instead"
+    if "macs" in kept:
+        return kept, f"{told}: those of budget.macs"
+    share = min(shares)
+    return {**kept, "macs": Limit(value=share, is_relative=True)}, f"{told}, at {share:g}x those of the dense network"
+
+
+def _candidate(dense: Measurement, opened: ModelFile, accuracy: float) -> Candidate:
     """The dense network's own figures, as a search compares them."""
-    if dense.latency is None or dense.accuracy is None:
-        raise DeploypipeError("the dense model could not be measured on this machine; run `deploypipe doctor TARGET`")
     return Candidate(
-        accuracy=dense.accuracy.value,
-        latency_p50_ms=dense.latency.p50_ms.value,
+        accuracy=accuracy,
+        latency_p50_ms=dense.latency.p50_ms.value if dense.latency else None,
         peak_memory_mib=dense.peak_memory_mib,
-        file_size_mib=dense.file.size_bytes / 2**20,
+        file_size_mib=opened.size_bytes / 2**20,
         num_params=dense.num_params,
         num_macs=dense.num_macs,
     )
 
 
-def _is_over_budget(dense: Measurement, limits: Mapping[str, Limit]) -> bool:
-    candidate = _candidate(dense)
+def _is_over_budget(dense: Measurement, opened: ModelFile, limits: Mapping[str, Limit]) -> bool:
+    candidate = _candidate(dense, opened, accuracy=0.0)  # no budget of the search is about it
     return any(excess > 0 for excess in violations(candidate, candidate, limits).values())
 
 

@@ -220,9 +220,70 @@ class Finetune:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Int8:
+    """How ranges of 8 bits are chosen, and what they may cost."""
+
+    num_calib_samples: int = 512  # at most
+    methods: tuple[Literal["minmax", "percentile", "entropy", "mse"], ...] = ("minmax", "percentile", "entropy", "mse")
+    max_drop_pp: float = 0.5  # of the metric, against the fp32 file; above it, layers go back to float
+    correct_biases: bool = True  # where it measures better
+
+    def __post_init__(self) -> None:
+        _require_least(self, num_calib_samples=1, max_drop_pp=0)
+        if not self.methods:
+            raise ValueError("methods = () leaves nothing to choose from; name one, such as 'minmax'")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Export:
+    """The ONNX file, and how far it may be from the network. Errors are relative to an output's largest magnitude."""
+
     opset: int = 20
-    max_abs_error: float = 1e-3  # of the outputs, relative to their largest magnitude; refused above
+    # Axes of any size beside the batch: input (or a glob pattern) -> axis -> name, {"ids": {1: "sequence"}}. Axes in
+    # which the calibration batches differ need not be named.
+    dynamic_axes: dict[str, dict[int, str]] = field(default_factory=dict)
+    single_file_mib: int = 1800  # weights above it go to a file of their own; one ONNX file ends at 2 GiB
+    max_abs_error: float = 1e-3  # of fp32; refused above, as are the next two
+    max_abs_error_fp16: float = 1e-2
+    max_abs_error_int8: float = 0.3
+    min_agreement: float = 0.9  # share of samples whose top-1 class is kept, below fp32; refused below this
+    int8: Int8 = field(default_factory=Int8)
+
+    def __post_init__(self) -> None:
+        _require_least(self, single_file_mib=0, max_abs_error=0, max_abs_error_fp16=0, max_abs_error_int8=0)
+        if self.single_file_mib > 1900:
+            raise ValueError(f"single_file_mib = {self.single_file_mib} is above what a file can hold; write 0 to 1900")
+        if not 0 <= self.min_agreement <= 1:
+            raise ValueError(f"min_agreement = {self.min_agreement} is no share; write a number from 0 to 1")
+        for pattern, axes in self.dynamic_axes.items():
+            for axis, name in axes.items():
+                if axis < 1 or not name.isidentifier() or name == "batch":
+                    raise ValueError(
+                        f"dynamic_axes = {{{pattern!r}: {{{axis}: {name!r}}}}} is not understood; write an axis from 1 "
+                        "(axis 0 is the batch, and is dynamic) and a name like 'sequence'"
+                    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Constraints:
+    """What every choice of widths and blocks must hold to. Names are those of channel groups, or glob patterns of them.
+
+    `deploypipe score` lists the names: "layer1.0.conv1", "encoder.layers.0.self_attn:heads". A "*" crosses dots.
+    """
+
+    least: dict[str, int | float] = field(default_factory=dict)  # units (1 or more) or share (0.0 to 1.0) that stay
+    least_blocks: int = 0  # of the removable blocks, how many stay
+    uniform: tuple[str, ...] = ()  # all groups that match one pattern keep the same number of units
+    tied: tuple[tuple[str, ...], ...] = ()  # all groups that match one tuple lose the same units
+
+    def __post_init__(self) -> None:
+        _require_least(self, least_blocks=0)
+        for name, value in self.least.items():
+            if not (value >= 1 if isinstance(value, int) else 0 < value <= 1) or isinstance(value, bool):
+                raise ValueError(
+                    f"least = {{{name!r}: {value}}} is neither units nor a share; write a whole number from 1, or a "
+                    "share such as 0.25"
+                )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -237,3 +298,4 @@ class Recipe:
     finetune: Finetune = field(default_factory=Finetune)
     export: Export = field(default_factory=Export)
     keep: tuple[str, ...] = ()  # glob patterns of modules that must stay as they are
+    constraints: Constraints = field(default_factory=Constraints)

@@ -76,6 +76,8 @@ class Block:
     name: str
     params: int
     macs: int
+    # What it gives after its output, where that is a tuple: the parameter whose argument it hands on, or "".
+    returns: Names | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,6 +90,15 @@ class Frozen:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ResolvedConstraints:
+    """What every choice of widths and blocks must hold to: the recipe's constraints with patterns made names."""
+
+    least: dict[str, int] = field(default_factory=dict)  # by group: units that stay
+    uniform: tuple[tuple[str, ...], ...] = ()  # groups with one width; disjoint, of one dense width, kind and least
+    least_blocks: int = 0  # of `Structures.blocks`, how many stay
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Structures:
     """What can be removed from one network, and what cannot."""
 
@@ -97,6 +108,12 @@ class Structures:
     frozen: tuple[Frozen, ...]
     num_params: int
     num_macs: int  # one sample
+    constraints: ResolvedConstraints = field(default_factory=ResolvedConstraints)
+
+    def least_width(self, group: ChannelGroup, channel_multiple: int) -> int:
+        """The narrowest width that `group` may be brought to, in whole steps; its dense width at most."""
+        step = group.step(channel_multiple)
+        return min(-(-self.constraints.least.get(group.name, 1) // step) * step, group.num_units)
 
 
 # --- scores and plans -------------------------------------------------------------------------------------------------
@@ -142,6 +159,7 @@ class PruningPlan:
     cuts: tuple[GroupCut, ...]
     edits: tuple[Edit, ...]
     blocks: tuple[str, ...]  # replaced by the identity
+    returns: dict[str, Names] = field(default_factory=dict)  # of blocks that give a tuple, as in `Block`
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -163,15 +181,16 @@ class PruneReport:
     params_after: int
     macs_before: int
     macs_after: int
+    notes: Names = ()  # what became of the network's own config, where it has one
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RepairRow:
-    """One consumer's relative squared error against the dense network, before and after its weights were solved."""
+    """One layer's relative squared error against the dense network, before and after its weights were solved."""
 
     module: str
-    error_before: float
-    error_after: float
+    error_before: float | None = None  # None where it was not measured
+    error_after: float | None = None
     reason: str = ""  # why it was left as it was, when it was
 
 
@@ -281,7 +300,7 @@ class Candidate:
     """What one plan turned out to be, judged after repair and before fine-tuning."""
 
     accuracy: float
-    latency_p50_ms: float
+    latency_p50_ms: float | None  # None: the target cannot be measured on the machine that searched
     peak_memory_mib: float | None  # None: no budget asks for it
     file_size_mib: float
     num_params: int
@@ -325,15 +344,121 @@ class TrainLog:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class FileEntry:
+    """One file, by what it must hold."""
+
+    name: str  # without a folder
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parity:
+    """How far outputs are from those expected, over all samples; each figure that of the worst output."""
+
+    max_abs_error: float  # relative to the largest magnitude of the same output
+    mean_abs_error: float  # likewise
+    cosine: float  # of each output as one long vector; 1: same direction
+    top1_agreement: float | None  # share of samples, for a first output (n, classes); else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelFile:
     path: str  # relative to the run folder
     sha256: str
-    size_bytes: int
+    size_bytes: int  # with the files in `data`
     precision: str
     opset: int
     max_abs_error: float  # against eager, on real batches
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
+    data: tuple[FileEntry, ...] = ()  # weights too large for one file, beside it; to be moved with it
+    parity: Parity | None = None  # against eager, on real batches
+    from_dense: Parity | None = None  # the network itself against the dense one, both in eager torch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FloatLayer:
+    """A node that a conversion left in fp32."""
+
+    layer: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Calibration:
+    """What one way to choose ranges came to, with every layer in 8 bits, on samples that were not calibrated with."""
+
+    method: str
+    mean_abs_error: float  # against the fp32 file, as in `Parity`
+    accuracy: float | None  # None where there was nobody to judge
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Converted:
+    """A file in another precision than fp32, and how it came about."""
+
+    file: ModelFile  # its errors are against the fp32 file, on real samples
+    num_layers: int  # nodes that could be asked to change: all that compute (fp16); convolutions and products (int8)
+    num_converted: int
+    kept_float: tuple[FloatLayer, ...]
+    runtime: str = ""  # whose recipe int8 followed
+    num_calib_samples: int = 0
+    method: str = ""  # of `calibrations`, the one chosen
+    calibrations: tuple[Calibration, ...] = ()
+    is_bias_corrected: bool = False
+    accuracy_fp32: float | None = None  # by the same judge as `accuracy`
+    accuracy: float | None = None
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Golden:
+    """Real samples, and what the model files of a folder answer to them: for `deploypipe verify`."""
+
+    files: tuple[FileEntry, ...]  # all that the folder has to hold, golden.json last
+    models: tuple[str, ...]
+    num_samples: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineKey:
+    """What an engine was built with and for; it runs where all of it fits."""
+
+    library: str  # tensorrt, tensorrt-rtx
+    version: str
+    compute_capabilities: Names  # "8.9"; one, unless it was built ahead of time for several
+    driver: str  # of the GPU it was built on, or the Jetson's L4T; "" where it was built ahead of time
+    platform: str  # "Linux x86_64"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineLayer:
+    """One step of an engine, and the ONNX nodes that went into it."""
+
+    name: str
+    kind: str
+    output_types: Names
+    nodes: Names
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineFile:
+    """A TensorRT engine. Executable code: only what has this hash is loaded, and only where `key` fits."""
+
+    path: str  # beside this record
+    sha256: str
+    size_bytes: int
+    onnx_sha256: str  # of the file to rebuild it from
+    key: EngineKey
+    precision: str  # of the ONNX file
+    flags: Names  # BuilderFlags in force, the library's own defaults among them
+    profile: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]  # dynamic inputs: min, opt, max
+    build_seconds: float
+    layers: tuple[EngineLayer, ...]
+    layers_source: str  # where the table comes from, or why it is empty
+    log: str  # name of the builder's log, beside this record
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -22,8 +22,10 @@ from deploypipe.jsonio import from_json, from_plain, to_json, to_plain
 from deploypipe.recipe import Recipe
 from deploypipe.records import (
     BenchmarkReport,
+    EngineFile,
     Event,
     GateDecision,
+    Golden,
     Progress,
     PruneReport,
     PruningPlan,
@@ -59,6 +61,8 @@ class RunResult:
     benchmark: BenchmarkReport
     decision: GateDecision
     stages: tuple[StageTime, ...]
+    engine: EngineFile | None = None  # of a target that takes one, where this machine could build it
+    golden: Golden | None = None  # what `deploypipe verify` replays; in the run folder
 
 
 def save_result(folder: Path, result: RunResult) -> None:
@@ -100,6 +104,11 @@ def place_file(source: Path, path: Path) -> None:
     except OSError:
         shutil.copyfile(source, part)
     part.replace(path)
+
+
+def cache_folder() -> Path:
+    """Where measurements outlive a run: `DEPLOYPIPE_CACHE`, or ~/.cache/deploypipe."""
+    return Path(os.environ.get("DEPLOYPIPE_CACHE") or Path.home() / ".cache" / "deploypipe")
 
 
 def digest(value: object) -> str:

@@ -2,9 +2,31 @@
 
 import re
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Literal, TypeAlias
 
 RELATIVE = "x"
+Runtime: TypeAlias = Literal["onnxruntime", "tensorrt", "tensorrt-rtx", "eager"]
+Provider: TypeAlias = Literal["cpu", "cuda", "tensorrt", "openvino", "coreml", "qnn"]
+Precision: TypeAlias = Literal["fp32", "fp16", "int8"]
+Range: TypeAlias = tuple[int, int, int]  # least, the one to be fast at, most
+
+_ALL_PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
+# What a (runtime, provider) takes. The CoreML provider has no QuantizeLinear or DequantizeLinear
+# (onnxruntime.ai/docs/execution-providers/CoreML-ExecutionProvider.html, supported operators).
+_PRECISIONS: dict[tuple[str, str], tuple[Precision, ...]] = {
+    ("eager", "cpu"): ("fp32", "fp16"),
+    ("eager", "cuda"): ("fp32", "fp16"),
+    ("onnxruntime", "cpu"): _ALL_PRECISIONS,
+    ("onnxruntime", "cuda"): _ALL_PRECISIONS,
+    ("onnxruntime", "tensorrt"): _ALL_PRECISIONS,
+    ("onnxruntime", "openvino"): _ALL_PRECISIONS,
+    ("onnxruntime", "coreml"): ("fp32", "fp16"),
+    ("onnxruntime", "qnn"): _ALL_PRECISIONS,
+    ("tensorrt", "cpu"): _ALL_PRECISIONS,
+    ("tensorrt-rtx", "cpu"): _ALL_PRECISIONS,
+}
+_MEMORY_UNITS = {"MiB": 2**20, "KiB": 2**10, "GiB": 2**30}
+_MAX_BATCH = 128  # of an engine, where a target does not say: what accuracy is usually measured with
 _LIMIT = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+)\s*")
 
 # The units a budget may be given in, with the factor to the unit it is kept in (the one in the record's field names).
@@ -70,15 +92,43 @@ class Budget:
         return {name: parse_limit(name, text) for name, text in texts.items() if text is not None}
 
 
+def parse_memory(name: str, text: str) -> int:
+    """`"8 GiB"` -> bytes. Raises ValueError saying which units there are."""
+    match = _LIMIT.fullmatch(text)
+    if not match or match[2] not in _MEMORY_UNITS or float(match[1]) <= 0:
+        raise ValueError(f"{name} = {text!r} is no amount of memory; write it like '8 GiB' (units: KiB, MiB, GiB)")
+    return int(float(match[1]) * _MEMORY_UNITS[match[2]])
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Target:
-    """One device."""
+    """One device: what runs the model there, how to know the device, and how good the model has to be.
 
-    runtime: Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
+    `machine` to `runtime_version` say which machines may stand for the device (empty: any); on others an ONNX file is
+    exported, an engine built where that can be done, and nothing is measured.
+    """
+
+    runtime: Runtime
     name: str = ""  # the file's stem, when it came from a file
     description: str = ""
-    precisions: tuple[Literal["fp32"], ...] = ("fp32",)
+    provider: Provider = "cpu"  # what onnxruntime (or eager torch) computes with
+    provider_options: dict[str, str] = field(default_factory=dict)  # handed to onnxruntime as they are
+    allow_cpu_fallback: bool = False  # may onnxruntime run on the CPU what the provider cannot?
+
+    machine: str = ""  # processor family, as `uname -m` says it: x86_64, aarch64
+    cpu_features: tuple[str, ...] = ()  # as in /proc/cpuinfo: avx512_vnni, asimddp
+    board: str = ""  # part of the board's name (/proc/device-tree/model)
+    is_portable: bool | None = None  # a laptop: True, a desktop or server: False
+    gpu_names: tuple[str, ...] = ()  # words of the GPU's name, any of them
+    compute_capabilities: tuple[str, ...] = ()  # NVIDIA's, "8.9"; TensorRT-RTX builds one engine for all of them
+    runtime_version: str = ""  # the runtime's version begins with it: "10" or "10.3"
+    memory: str = ""  # of the device, "8 GiB"
+
+    precisions: tuple[Precision, ...] = ("fp32",)
     batch_size: int = 1
+    batch_range: Range | None = None  # of an engine; None: 1, batch_size, 128 (or batch_size, if larger)
+    dynamic_dims: dict[str, Range] = field(default_factory=dict)  # the same for other dynamic axes, by their names
+    workspace: str = ""  # what a TensorRT builder may use as scratch memory, "1 GiB"; empty: all there is
     num_threads: int = 1
     channel_multiple: int = 1  # widths are kept at multiples of this
     num_latency_samples: int = 400  # at least; timed runs per file
@@ -89,3 +139,62 @@ class Target:
         for key, least in least_values.items():
             if getattr(self, key) < least:
                 raise ValueError(f"{key} = {getattr(self, key)} is too small; write {least} or more")
+        self._check_provider()
+        self._check_precisions()
+        for capability in self.compute_capabilities:
+            if not re.fullmatch(r"[0-9]+\.[0-9]", capability):
+                raise ValueError(f"compute_capabilities: {capability!r} is none; write it like '8.9'")
+        self._check_ranges()
+        self._check_memory()
+
+    @property
+    def needs_gpu(self) -> bool:
+        """Whether an NVIDIA GPU does the work."""
+        return self.runtime in ("tensorrt", "tensorrt-rtx") or self.provider in ("cuda", "tensorrt")
+
+    @property
+    def batches(self) -> Range:
+        """Batch sizes an engine is built for: least, the one to be fast at, most."""
+        return self.batch_range or (1, self.batch_size, max(self.batch_size, _MAX_BATCH))
+
+    @property
+    def workspace_bytes(self) -> int | None:
+        return parse_memory("workspace", self.workspace) if self.workspace else None
+
+    @property
+    def memory_bytes(self) -> int | None:
+        return parse_memory("memory", self.memory) if self.memory else None
+
+    def _check_provider(self) -> None:
+        if (self.runtime, self.provider) not in _PRECISIONS:
+            fitting = ", ".join(provider for runtime, provider in _PRECISIONS if runtime == self.runtime)
+            if not self.runtime.startswith("tensorrt"):
+                raise ValueError(f"provider = {self.provider!r} is none of {self.runtime}; write one of {fitting}")
+            raise ValueError(f"provider = {self.provider!r} belongs to onnxruntime; leave it out for {self.runtime}")
+        if self.provider_options and (self.runtime != "onnxruntime" or self.provider == "cpu"):
+            raise ValueError(
+                "provider_options: nothing takes them; name an onnxruntime provider other than cpu, or leave them out"
+            )
+
+    def _check_precisions(self) -> None:
+        fitting = _PRECISIONS[self.runtime, self.provider]
+        if not self.precisions:
+            raise ValueError(f"precisions is empty; write one or more of {', '.join(fitting)}")
+        for precision in self.precisions:
+            if precision not in fitting:
+                on = self.runtime if self.provider == "cpu" else f"{self.runtime} with {self.provider}"
+                raise ValueError(f"precisions: {on} has no {precision!r}; write {', '.join(fitting)}")
+
+    def _check_ranges(self) -> None:
+        ranges = {"batch_range": self.batches, **{f"dynamic_dims.{n}": r for n, r in self.dynamic_dims.items()}}
+        for key, (least, best, most) in ranges.items():
+            if not 1 <= least <= best <= most:
+                raise ValueError(f"{key} = {[least, best, most]} is no range; write [least, usual, most], from 1 up")
+        least, _, most = self.batches
+        if not least <= self.batch_size <= most:
+            raise ValueError(f"batch_size = {self.batch_size} is outside batch_range = {[*self.batches]}; widen it")
+
+    def _check_memory(self) -> None:
+        workspace, memory = self.workspace_bytes, self.memory_bytes
+        if workspace and memory and workspace > memory:
+            raise ValueError(f"workspace = {self.workspace!r} is more than memory = {self.memory!r}; write less")

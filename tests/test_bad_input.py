@@ -153,6 +153,32 @@ def test_wrong_arguments(arguments: list[str], said: list[str], home: Path) -> N
     assert not (home / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ('keep=["stm"]', ["recipe: keep: 'stm' matches no module", "the nearest names are: stem"]),
+        (
+            'constraints.uniform=["blocks.*.cnv1"]',
+            [
+                "recipe: constraints.uniform: 'blocks.*.cnv1' matches no channel group",
+                "blocks.0.conv1",
+                "blocks.1.conv1",
+            ],
+        ),
+        ('constraints.least={"blocks.*" = 9}', ["constraints.least", "9 units of 'blocks.0.conv1', which has 8"]),
+        ("constraints.least_blocks=3", ["constraints.least_blocks", "only 2", "write 2 or less"]),
+    ],
+)
+def test_constraints_that_cannot_be_met_end_a_run_before_its_first_stage(
+    setting: str, said: list[str], home: Path
+) -> None:
+    line = told(invoke(home, "", "./cpu.toml", "--out", "out", "--set", setting))
+    assert all(text in line for text in said), line
+    assert not list((home / "out").glob("*.json"))
+    scored = CliRunner().invoke(app, ["score", "./pipe.py", "--set", setting])
+    assert told(scored) == line
+
+
 def test_locked_folder(home: Path) -> None:
     (home / "out").mkdir()
     with (home / "out" / "run.lock").open("w") as lock:

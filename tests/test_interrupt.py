@@ -33,7 +33,7 @@ def test_control_c_says_how_to_go_on(tmp_path: Path) -> None:
     (tmp_path / "pipe.py").write_text("from tiny import *\n", encoding="utf-8")
     (tmp_path / "cpu.toml").write_text(TARGET, encoding="utf-8")
     child = start(tmp_path, "run", "./pipe.py", "./cpu.toml", "--out", "out")
-    assert child.stdout and child.stdout.readline().startswith("baseline")
+    assert child.stdout and child.stdout.readline().startswith("structures")
     child.send_signal(signal.SIGINT)
     _, said = child.communicate(timeout=60)
     assert child.returncode == 130 and said.strip() == "interrupted; the same command resumes"

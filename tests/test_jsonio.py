@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from deploypipe.errors import ConfigError
 from deploypipe.jsonio import from_json, from_plain, load_toml, override, to_json, to_plain
-from deploypipe.recipe import Magnitude, Mipp, Random, Recipe
+from deploypipe.recipe import Constraints, Magnitude, Mipp, Random, Recipe
 from deploypipe.records import GroupCut, PruningPlan, Trial
 from deploypipe.runs import RunResult
 from deploypipe.target import UNITS, Budget, Target, parse_limit
@@ -65,15 +65,30 @@ def test_floats_come_back_bit_for_bit(knobs: dict[str, float], number: int) -> N
     assert from_json(Trial, to_json(trial), "trial").knobs == knobs
 
 
+NAMES = st.lists(st.text(max_size=5), max_size=3).map(tuple)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
     score=st.one_of(st.just(Magnitude()), st.just(Random()), st.builds(Mipp, noise=st.floats(0, 1))),
-    keep=st.lists(st.text(max_size=5), max_size=3).map(tuple),
+    keep=NAMES,
+    constraints=st.builds(
+        Constraints,
+        least=st.dictionaries(st.text(max_size=5), st.integers(1, 9) | st.floats(0, 1, exclude_min=True), max_size=3),
+        least_blocks=st.integers(0, 9),
+        uniform=NAMES,
+        tied=st.lists(NAMES, max_size=2).map(tuple),
+    ),
 )
-def test_any_recipe_comes_back_with_its_variant(seed: int, score: Any, keep: tuple[str, ...]) -> None:
-    recipe = Recipe(seed=seed, score=score, keep=keep)
-    assert from_json(Recipe, to_json(recipe), "recipe") == recipe
+def test_any_recipe_comes_back_with_its_variant(
+    seed: int, score: Any, keep: tuple[str, ...], constraints: Constraints
+) -> None:
+    recipe = Recipe(seed=seed, score=score, keep=keep, constraints=constraints)
+    again = from_json(Recipe, to_json(recipe), "recipe")
+    assert again == recipe
+    for name, value in constraints.least.items():  # 1 is one unit, 1.0 all of them
+        assert type(again.constraints.least[name]) is type(value)
 
 
 # --- strictness -------------------------------------------------------------------------------------------------------
@@ -147,6 +162,8 @@ def test_overrides_reach_into_nested_fields() -> None:
     recipe = override(Recipe(), {"search.num_trials": "3", "finetune.precision": "fp32", "keep": '["conv1"]'})
     assert (recipe.search.num_trials, recipe.finetune.precision, recipe.keep) == (3, "fp32", ("conv1",))
     assert override(Target(runtime="onnxruntime"), {"budget.macs": "0.5x"}).budget.macs == "0.5x"
+    bounds = {"constraints.least": '{"*.conv1" = 0.5, fc = 4}', "constraints.tied": '[["a", "b"]]'}
+    assert override(Recipe(), bounds).constraints == Constraints(least={"*.conv1": 0.5, "fc": 4}, tied=(("a", "b"),))
 
 
 def test_another_kind_starts_from_its_own_defaults() -> None:
@@ -167,6 +184,10 @@ def test_another_kind_starts_from_its_own_defaults() -> None:
         ("score.kind", "nonsense", "nonsense"),
         ("score.noise", "loud", "loud"),
         ("search", "3", "search"),
+        ("constraints.least", "{conv1 = 0}", "neither units nor a share"),
+        ("constraints.least", "{conv1 = 1.5}", "neither units nor a share"),
+        ("constraints.least", "{conv1 = true}", "constraints.least.conv1"),
+        ("constraints.least_blocks", "-1", "write 0 or more"),
     ],
 )
 def test_wrong_overrides_are_refused(key: str, value: str, said: str) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import onnx
 import pytest
 import tiny
 import torch
@@ -14,9 +15,11 @@ from torch import nn
 import deploypipe
 from deploypipe.jsonio import to_json
 from deploypipe.pipeline import compress
+from deploypipe.recipe import Constraints
 from deploypipe.records import Event, Verdict
-from deploypipe.runs import RunResult, file_sha256, load_result
+from deploypipe.runs import RunResult, digest, file_sha256, load_result
 from deploypipe.target import Budget
+from deploypipe.verify import verify
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -72,6 +75,10 @@ def test_a_run_ends_in_a_decision(first: tuple[Path, RunResult, bool]) -> None:
     assert to_json(load_result(folder)) == to_json(result)
     assert file_sha256(folder / "model.onnx") == report.compressed.file.sha256
     assert (folder / "report.html").stat().st_size > 100_000
+    assert verify(folder).is_same and result.golden and result.golden.models == ("model.onnx",)
+    metadata = {entry.key: entry.value for entry in onnx.load(folder / "model.onnx").metadata_props}
+    assert metadata["deploypipe.recipe"] == digest(result.recipe)
+    assert result.search and metadata["deploypipe.plan"] == digest(result.search.trials[result.search.best].plan)
 
 
 def test_the_same_call_again_computes_nothing(dense: nn.Module, first: tuple[Path, RunResult, bool]) -> None:
@@ -80,7 +87,7 @@ def test_the_same_call_again_computes_nothing(dense: nn.Module, first: tuple[Pat
     again = compress(
         dense, tiny.load_data(), tiny.task(), tiny.recipe(), TARGET, folder, source="tiny", notify=events.append
     )
-    assert all(stage.was_cached for stage in again.stages) and len(again.stages) == 10
+    assert all(stage.was_cached for stage in again.stages) and len(again.stages) == 11
     assert to_json(replace(again, stages=result.stages)) == to_json(result)
     assert {event.message for event in events if event.stage != "gate"} == {"start", "cached"}
 
@@ -100,10 +107,26 @@ def test_a_changed_recipe_computes_only_what_depends_on_it(
 ) -> None:
     changed = run(dense, first[0], finetune=replace(tiny.recipe().finetune, num_epochs=1))
     cached = {stage.stage for stage in changed.stages if stage.was_cached}
-    cached.discard("benchmark")  # the very same file may come out
     assert cached == {"baseline", "structures", "observe", "score", "curves", "search", "prune"}
     assert changed.training and len(changed.training.epochs) == 2
     assert to_json(load_result(first[0])) == to_json(changed)
+
+
+def test_every_plan_holds_to_the_constraints(dense: nn.Module, first: tuple[Path, RunResult, bool]) -> None:
+    asked = Constraints(least={"blocks.*": 3, "stem": 0.5}, uniform=("blocks.*",), least_blocks=1)
+    result = run(dense, first[0], constraints=asked)
+    cached = {stage.stage for stage in result.stages if stage.was_cached}
+    assert {"baseline", "observe", "score"} <= cached and not {"structures", "curves"} & cached
+    assert result.search and result.structures.constraints.least == {
+        "blocks.0.conv1": 3,
+        "blocks.1.conv1": 3,
+        "stem": 4,
+    }
+    for trial in result.search.trials:
+        assert len(trial.plan.blocks) <= 1
+        widths = {cut.group: cut.num_units - len(cut.removed) for cut in trial.plan.cuts}
+        inner = {widths.get(f"{b.name}.conv1", 8) for b in result.structures.blocks if b.name not in trial.plan.blocks}
+        assert len(inner) == 1 and min(inner) >= 3 and widths.get("stem", 8) >= 4
 
 
 def test_a_dense_model_within_its_budget_ships_as_it_is(dense: nn.Module, tmp_path: Path) -> None:

@@ -46,8 +46,8 @@ def benchmark(
         runtime = find_runtime(target)
     except RuntimeUnavailableError as error:
         return BenchmarkReport(
-            dense=_unmeasured(dense, counts[0]),
-            compressed=_unmeasured(compressed, counts[1]),
+            dense=unmeasured(dense, counts[0]),
+            compressed=unmeasured(compressed, counts[1]),
             latency_ratio=None,
             accuracy_drop_pp=None,
             environment=environment,
@@ -154,7 +154,8 @@ def _measure_all(
     return measured, samples, sorted({reason for _, reason in peaks if reason})
 
 
-def _unmeasured(file: ModelFile, counts: Counts) -> Measurement:
+def unmeasured(file: ModelFile, counts: Counts) -> Measurement:
+    """What is known of a file that cannot be run here: nothing that depends on the device."""
     return Measurement(
         file=file,
         num_params=counts[0],

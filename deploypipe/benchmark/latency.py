@@ -1,31 +1,48 @@
 """How long a model file takes, timed so that two files can be compared.
 
-Files are timed in one process, in blocks that alternate (A B, B A, A B, ...): whatever the machine does meanwhile
-meets both. A block is `BLOCK` timed runs after one untimed run that brings the file's weights back into the caches.
+Files are timed in one process, `ROUND` runs of each at a time, in mirrored order (A B B A): whatever the machine does
+meanwhile meets both. Every few rounds all files are opened anew, in another order: where a file's weights come
+to lie in memory, and which file was opened first, moves a latency by up to a percent, and would otherwise be taken for
+a difference between the files. What was timed between two openings is one independent sample of that difference.
 """
 
 import gc
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from deploypipe.numerics.intervals import interval_of_median
-from deploypipe.records import Event, Latency, Progress, silent
+from deploypipe.numerics.intervals import interval_of_quantile
+from deploypipe.records import Event, Interval, Latency, Progress, silent
 from deploypipe.runtimes import Array, Runtime, Session
 from deploypipe.target import Target
 
 BLOCK = 10  # timed runs in a row
-_MIN_BLOCKS = 8  # fewer do not carry a block bootstrap
-_MIN_SAMPLES_P90, _MIN_SAMPLES_P99 = 64, 662  # MLPerf LoadGen's early-stopping counts
+ROUND = 2 * BLOCK  # A B B A
+PERCENTILE_FLOORS = {0.9: 64, 0.99: 662}  # samples; MLPerf LoadGen's early-stopping counts
+_MANY_OPENINGS, _FEW_OPENINGS = 40, 8  # few where a file takes long to open; Student's t has seven degrees left
+_CHEAP_SECONDS = 3.0  # that opening files may take in all, though timing them takes less
+_ORDERS = 4  # of two files: who is opened first, who is timed first
+_LEAD = 2  # untimed runs before a block, which bring the file's weights back into the caches
 _WARM_UP_ROUNDS = 30  # at most, each of `BLOCK` runs
 _WARM_UP_SECONDS = 3.0  # at most, once three rounds are done
+_REOPENED_SECONDS = 0.1  # at most, once two runs are done
 _WARM_UP_TOLERANCE = 0.02  # medians of two rounds in a row
 _MAX_DRIFT = 0.10  # of the median, last third against first third
 _MAX_SPREAD = 0.25  # interquartile range over the median
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Timings:
+    """Timed runs of files, interleaved."""
+
+    samples: tuple[NDArray[np.float64], ...]  # ms of one run, per file (n,) in the order they were taken
+    block: int  # samples [i * block, (i + 1) * block) of all files were taken together, between two openings
 
 
 def time_interleaved(
@@ -34,27 +51,63 @@ def time_interleaved(
     runtime: Runtime,
     target: Target,
     notify: Progress = silent,
-) -> list[NDArray[np.float64]]:
-    """Milliseconds of one run, per file (n,) in the order they were taken, n >= target.num_latency_samples.
+    *,
+    num_samples: int | None = None,
+) -> Timings:
+    """`num_samples` runs of each file or some more (default: the target's), on one batch that is the same for all.
 
-    `inputs` are one batch, the same for all files. Samples [i * BLOCK, (i + 1) * BLOCK) of all files were taken
-    together. Raises what `runtime.open` and `Session.run` raise.
+    Raises what `runtime.open` and `Session.run` raise.
     """
-    num_blocks = -(-target.num_latency_samples // BLOCK)
+    least = target.num_latency_samples if num_samples is None else num_samples
     samples: list[list[float]] = [[] for _ in paths]
-    with ExitStack() as stack:
-        sessions = [stack.enter_context(runtime.open(path, num_threads=target.num_threads)) for path in paths]
-        stack.enter_context(_no_garbage_collection())
-        for session in sessions:
-            _warm_up(session, inputs)
-        order = list(range(len(sessions)))
-        for block in range(num_blocks):
-            for i in order:
-                sessions[i].run(inputs)
-                samples[i] += _time_runs(sessions[i], inputs, BLOCK)
-            order.reverse()
-            notify(Event(stage="latency", done=block + 1, total=num_blocks))
-    return [np.array(s) for s in samples]
+    with _no_garbage_collection():
+        spent = [_try(path, inputs, runtime, target) for path in paths]
+        to_open, to_run = (sum(seconds) for seconds in zip(*spent, strict=True))
+        openings, runs = schedule(least)
+        if openings * to_open > max(_CHEAP_SECONDS, least * to_run):
+            openings, runs = schedule(least, most=_FEW_OPENINGS)
+        for number, (opening, timing) in enumerate(_orders(len(paths), openings)):
+            with ExitStack() as stack:
+                sessions = {
+                    i: stack.enter_context(runtime.open(paths[i], num_threads=target.num_threads)) for i in opening
+                }
+                for i in opening:
+                    _time_runs(sessions[i], inputs, BLOCK, seconds=_REOPENED_SECONDS)
+                for i in timing * (runs // ROUND):
+                    _time_runs(sessions[i], inputs, _LEAD)
+                    samples[i] += _time_runs(sessions[i], inputs, BLOCK)
+            notify(Event(stage="latency", done=number + 1, total=openings))
+    return Timings(samples=tuple(np.array(s) for s in samples), block=runs)
+
+
+def schedule(num_samples: int, *, most: int = _MANY_OPENINGS) -> tuple[int, int]:
+    """(openings, runs of each file after every one of them) for `num_samples` runs or some more; whole rounds, and a
+    number of openings in which every order of two files comes equally often."""
+    runs = ROUND * -(-num_samples // (ROUND * most))
+    openings = -(-num_samples // runs)
+    return -(-openings // _ORDERS) * _ORDERS, runs
+
+
+def _try(path: Path, inputs: Mapping[str, Array], runtime: Runtime, target: Target) -> tuple[float, float]:
+    """Seconds that opening a file takes, and one run of it: by then the machine is warm, and the file in memory."""
+    begun = time.perf_counter()
+    with runtime.open(path, num_threads=target.num_threads) as session:
+        opened = time.perf_counter()
+        return opened - begun, _warm_up(session, inputs) / 1e3
+
+
+def _orders(num_files: int, openings: int) -> Iterator[tuple[list[int], list[int]]]:
+    """For each opening the order to open the files in, and to time them in. Chance decides, so that nothing periodic
+    in the machine can favour one file; and within `_ORDERS` openings each of two files comes first equally often."""
+    generator = np.random.default_rng()
+    ahead = list(range(num_files))
+    for number in range(openings):
+        if number % _ORDERS == 0:
+            kinds = generator.permutation(_ORDERS)
+            generator.shuffle(ahead)
+        kind = int(kinds[number % _ORDERS])
+        opening, timing = (ahead[:: -1 if kind & bit else 1] for bit in (1, 2))
+        yield opening, timing + timing[::-1]
 
 
 def time_file(
@@ -66,17 +119,24 @@ def time_file(
         return np.array(_time_runs(session, inputs, num_samples))
 
 
-def summarise(samples: NDArray[np.float64], target: Target) -> Latency:
+def summarise(samples: NDArray[np.float64], target: Target, *, block: int) -> Latency:
     """Median with its interval, and the percentiles that the number of samples (n,) in ms allows to claim."""
-    block = BLOCK if len(samples) >= _MIN_BLOCKS * BLOCK else 1
+    p90, p99 = (percentile(samples, share, block=block) for share in (0.9, 0.99))
     return Latency(
         batch_size=target.batch_size,
         num_threads=target.num_threads,
         samples_ms=tuple(samples.tolist()),
-        p50_ms=interval_of_median(samples, block=block),
-        p90_ms=float(np.quantile(samples, 0.9)) if len(samples) >= _MIN_SAMPLES_P90 else None,
-        p99_ms=float(np.quantile(samples, 0.99)) if len(samples) >= _MIN_SAMPLES_P99 else None,
+        p50_ms=interval_of_quantile(samples, 0.5, block=block),
+        p90_ms=p90.value if p90 else None,
+        p99_ms=p99.value if p99 else None,
     )
+
+
+def percentile(samples: NDArray[np.float64], share: Literal[0.9, 0.99], *, block: int) -> Interval | None:
+    """The latency in ms that `share` of the runs stay below; None where (n,) samples are too few to claim it."""
+    if len(samples) < PERCENTILE_FLOORS[share]:
+        return None
+    return interval_of_quantile(samples, share, block=block)
 
 
 def find_unsteadiness(samples: NDArray[np.float64]) -> str:
@@ -93,21 +153,26 @@ def find_unsteadiness(samples: NDArray[np.float64]) -> str:
     return ""
 
 
-def _warm_up(session: Session, inputs: Mapping[str, Array]) -> None:
-    """Run until two rounds in a row take the same time, or for as long as a warm-up may take."""
+def _warm_up(session: Session, inputs: Mapping[str, Array]) -> float:
+    """Run until two rounds in a row take the same time, or for as long as a warm-up may take; ms of a run then."""
     started = time.perf_counter()
     before = float("inf")
     for round_ in range(_WARM_UP_ROUNDS):
         median = float(np.median(_time_runs(session, inputs, BLOCK)))
         is_late = round_ >= 2 and time.perf_counter() - started > _WARM_UP_SECONDS
         if is_late or abs(median - before) <= _WARM_UP_TOLERANCE * median:
-            return
+            break
         before = median
+    return median
 
 
-def _time_runs(session: Session, inputs: Mapping[str, Array], count: int) -> list[float]:
-    samples = []
-    for _ in range(count):
+def _time_runs(
+    session: Session, inputs: Mapping[str, Array], count: int, *, seconds: float = float("inf")
+) -> list[float]:
+    """Milliseconds of `count` runs, or of as many as begin within `seconds`, two at least."""
+    samples: list[float] = []
+    begun = time.perf_counter()
+    while len(samples) < count and (len(samples) < 2 or time.perf_counter() - begun < seconds):
         started = time.perf_counter_ns()
         session.run(inputs)
         samples.append((time.perf_counter_ns() - started) / 1e6)

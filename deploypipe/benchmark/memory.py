@@ -6,6 +6,7 @@ and activations. It includes some MiB that any file costs. The median of `_NUM_C
 where the allocator puts its arenas varies by a few hundred KiB.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from deploypipe.target import Target
 _NUM_CHILDREN = 3
 _SECONDS = 600.0
 _CHILD = Path(__file__).with_name("memory_child.py")
+_SETTINGS = ("runtime", "provider", "provider_options", "allow_cpu_fallback", "num_threads")
 
 
 def measure_peak_memory(path: Path, inputs: Mapping[str, Array], target: Target) -> tuple[float | None, str]:
@@ -45,7 +47,8 @@ def _run_child(path: Path, inputs_path: Path, target: Target) -> int:
     root = str(Path(deploypipe.__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
     # -P: the folder of the script, which holds modules with everyday names, stays out of the child's import path.
-    command = [sys.executable, "-P", str(_CHILD), target.runtime, str(path), str(inputs_path), str(target.num_threads)]
+    settings = json.dumps({name: getattr(target, name) for name in _SETTINGS})
+    command = [sys.executable, "-P", str(_CHILD), settings, str(path), str(inputs_path)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, env=environment, check=True)
     except subprocess.TimeoutExpired:

@@ -1,25 +1,30 @@
-"""The process whose memory is measured: `memory_child.py RUNTIME MODEL INPUTS.npz NUM_THREADS` writes KiB to stdout.
+"""The process whose memory is measured: `memory_child.py TARGET MODEL INPUTS.npz` writes KiB to stdout.
+
+TARGET is JSON: the fields of the `Target` that its runtime is made with, and `num_threads`.
 
 Started by its path and importing no torch, so that the runtime is all that is resident before the model is loaded.
 """
 
+import json
 import sys
 from pathlib import Path
 
 import numpy as np
 
-from deploypipe.runtimes import RUNTIMES
+from deploypipe.runtimes import make_runtime
+from deploypipe.target import Target
 
 _NUM_RUNS = 3  # the arena may still grow in the second
 
 
-def main(runtime: str, model: str, inputs: str, num_threads: str) -> int:
+def main(settings: str, model: str, inputs: str) -> int:
     """KiB of resident memory that loading and running `model` adds at its peak."""
+    target = Target(**json.loads(settings))
     with np.load(inputs) as archive:
         batch = {name: archive[name] for name in archive.files}
     _reset_peak()
     before = _status("VmRSS")
-    with RUNTIMES[runtime].open(Path(model), num_threads=int(num_threads)) as session:
+    with make_runtime(target).open(Path(model), num_threads=target.num_threads) as session:
         for _ in range(_NUM_RUNS):
             session.run(batch)
         return max(0, _status("VmHWM") - before)

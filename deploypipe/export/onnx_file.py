@@ -1,9 +1,9 @@
-"""A network to one self-contained ONNX file with a dynamic batch, checked against the network before it is kept."""
+"""A network to one self-contained ONNX file of any batch size, checked against the network before it is kept."""
 
 import copy
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -12,58 +12,84 @@ from typing import Any
 
 import onnx
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from deploypipe.errors import DataError, ModelError
-from deploypipe.export.parity import measure_parity, require_parity
+from deploypipe.errors import ConfigError, DataError, ModelError, ParityError
+from deploypipe.export.axes import Axes, choose_axes, parameter_names, shortened
+from deploypipe.export.divergence import Point, find_divergence, module_outputs
+from deploypipe.export.metadata import describe, name_nodes, strip
+from deploypipe.export.parity import limit_of, measure_parity, require_parity
+from deploypipe.export.rewrites import protect_padding
+from deploypipe.onnx_check import check_onnx_file
 from deploypipe.recipe import Export
-from deploypipe.records import ModelFile
+from deploypipe.records import FileEntry, ModelFile, Parity
 from deploypipe.runs import file_sha256
 from deploypipe.runtimes import Array
 from deploypipe.runtimes.onnxruntime import OnnxRuntime
 from deploypipe.runtimes.packing import name_outputs
-from deploypipe.task import Batch, forward, num_samples, take, tensors
+from deploypipe.task import Batch, forward, map_tensors, num_samples, take, tensors
 
-_MAX_BYTES = 1_900_000_000  # one protobuf file ends at 2 GiB
-_MIN_TRACED_BATCH = 2  # torch.export takes a batch of one for a constant
+_LEAST_TRACED = 2  # torch.export takes an axis of size one for a constant
+_PRECISION = "fp32"
 
 
-def export_onnx(model: nn.Module, batches: Sequence[Batch], path: Path, settings: Export) -> ModelFile:
+def export_onnx(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    path: Path,
+    settings: Export,
+    *,
+    origin: Mapping[str, str] | None = None,
+    class_names: Sequence[str] = (),
+) -> ModelFile:
     """Write `model` to `path` and return what was written; `ModelFile.path` is the file's name alone.
 
     `batches` are (inputs, target) with axis 0 of every input the batch; all of them are used to compare the file with
-    the network, at their own batch sizes and at one. The file holds the weights, takes any batch size and names no
-    source files; outputs are named as in `runtimes.packing`. The network is left as it was, on its own device.
+    the network, at their own sizes, at a batch of one, and at half of each other dynamic axis. The file holds the
+    weights (above `settings.single_file_mib` a second one beside it does), takes any batch size and names no source
+    files; its nodes are named after their modules, outputs as in `runtimes.packing`. `origin` (the plan's hash, say)
+    and the class names go into its metadata as `deploypipe.KEY`. The network is left as it was, on its own device.
 
-    Raises DataError without batches, ModelError where the network cannot be exported, ParityError where the file does
-    not compute what the network computes. Whatever is raised, nothing is left at `path` that was not there before.
+    Raises DataError without batches, ModelError where the network cannot be exported, ConfigError where the recipe asks
+    for axes or an opset that cannot be had, ParityError, which names the module to blame, where the file does not
+    compute what the network computes. Whatever is raised, nothing is left at `path` that was not there before.
     """
     if not batches:
         raise DataError("export needs at least one batch to compare the file with the network; none was given")
     network = _copy_for_export(model)
-    inputs = [_to_cpu(batch) for batch, _ in batches]
-    names, expected = _run_eager(network, inputs)
-    proto = _to_proto(network, inputs[0], names, settings)
-    _strip(proto)
-    inputs.append(take(inputs[0], 1))
-    expected.append(_run_single(network, inputs[-1]))
+    inputs = [map_tensors(lambda tensor: tensor.cpu().contiguous(), batch) for batch, _ in batches]
+    output_names, expected = _run_eager(network, inputs)
+    names = parameter_names(network, inputs[0])
+    axes = choose_axes(names, inputs, settings)
     with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
         part = Path(scratch) / path.name
+        program = _export(network, inputs[0], names, output_names, axes, settings)
+        points = module_outputs(program.exported_program, network, output_names)
+        proto = _write(program, part, settings, _num_bytes(network))
+        del program
+        name_nodes(proto)
+        strip(proto)
+        protect_padding(proto)
+        describe(proto, precision=_PRECISION, origin=origin or {}, class_names=class_names)
         part.write_bytes(proto.SerializeToString(deterministic=True))
-        with OnnxRuntime().open(part, num_threads=torch.get_num_threads()) as session:
-            parity = measure_parity(session, inputs, expected)
-            input_names, output_names = session.input_names, session.output_names
-        require_parity(parity, settings.max_abs_error, path)
-        part.replace(path)
+        _check(part, network)
+        for case in _other_sizes(network, names, inputs[0], axes):
+            inputs.append(case[0])
+            expected.append(case[1])
+        input_names, parity = _compare(network, inputs, expected, part, points, settings)
+        data = tuple(_entry(part.parent / name) for name in check_onnx_file(part).data)
+        _place(part, data, path)
     return ModelFile(
         path=path.name,
         sha256=file_sha256(path),
-        size_bytes=path.stat().st_size,
-        precision="fp32",
-        opset=next(o.version for o in proto.opset_import if o.domain == ""),
+        size_bytes=path.stat().st_size + sum(entry.size_bytes for entry in data),
+        precision=_PRECISION,
+        opset=settings.opset,
         max_abs_error=parity.max_abs_error,
         input_names=input_names,
-        output_names=output_names,
+        output_names=tuple(output_names),
+        data=data,
+        parity=parity,
     )
 
 
@@ -73,23 +99,13 @@ def _copy_for_export(model: nn.Module) -> nn.Module:
     odd = {str(v.dtype) for v in values if v.is_floating_point() and v.dtype != torch.float32}
     if odd:
         raise ModelError(f"the network holds {', '.join(sorted(odd))}; this version exports fp32: call model.float()")
-    size = sum(v.numel() * v.element_size() for v in values)
-    if size > _MAX_BYTES:
-        raise ModelError(
-            f"the network's weights take {size / 1e9:.2f} GB and one ONNX file holds {_MAX_BYTES / 1e9} GB; "
-            "ask for a smaller network with budget.params"
-        )
     network = copy.deepcopy(model).cpu().eval()
     network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # missing in torch's stubs
     return network
 
 
-def _to_cpu(inputs: Any) -> Any:
-    if isinstance(inputs, dict):
-        return {name: tensor.cpu().contiguous() for name, tensor in inputs.items()}
-    if isinstance(inputs, (tuple, list)):
-        return tuple(tensor.cpu().contiguous() for tensor in inputs)
-    return inputs.cpu().contiguous()
+def _num_bytes(network: nn.Module) -> int:
+    return sum(v.numel() * v.element_size() for v in [*network.parameters(), *network.buffers()])
 
 
 def _run_eager(network: nn.Module, inputs: Sequence[Any]) -> tuple[list[str], list[list[Array]]]:
@@ -99,51 +115,114 @@ def _run_eager(network: nn.Module, inputs: Sequence[Any]) -> tuple[list[str], li
     return list(outputs[0]), [[tensor.numpy() for tensor in named.values()] for named in outputs]
 
 
-def _run_single(network: nn.Module, sample: Any) -> list[Array]:
-    """The outputs for one sample: what torch.export lets pass may still hold the batch size of the example."""
+def _other_sizes(
+    network: nn.Module, names: Sequence[str], inputs: Any, axes: Axes
+) -> Iterator[tuple[Any, list[Array]]]:
+    """Sizes that the batches may not have, with the network's outputs: what torch.export lets pass may still hold the
+    sizes of the example. Lengths that the network itself refuses prove nothing."""
+    single = take(inputs, 1)
     try:
-        return _run_eager(network, [sample])[1][0]
+        yield single, _run_eager(network, [single])[1][0]
     except RuntimeError as error:  # what torch raises for shapes that do not fit
         raise ModelError(
             f"{type(network).__name__} cannot be exported: it fails on a batch of one sample ({_root_cause(error)}); "
             "forward() must take any batch size"
         ) from error
+    if axes:
+        shorter = shortened(names, inputs, axes)
+        try:
+            yield shorter, _run_eager(network, [shorter])[1][0]
+        except RuntimeError:
+            return
 
 
-def _to_proto(network: nn.Module, inputs: Any, names: list[str], settings: Export) -> onnx.ModelProto:
-    example = _at_least(inputs, _MIN_TRACED_BATCH)
-    batch_axis = {0: torch.export.Dim("batch")}
-    if isinstance(example, dict):
-        args: tuple[Tensor, ...] = ()
-        kwargs: dict[str, Tensor] = example
-        shapes: Any = {name: batch_axis for name in kwargs}
-    else:
-        args, kwargs = tuple(tensors(example)), {}
-        shapes = tuple(batch_axis for _ in args)
+def _export(
+    network: nn.Module, inputs: Any, names: Sequence[str], output_names: list[str], axes: Axes, settings: Export
+) -> Any:
+    """The exporter's program; ModelError where there is none, ConfigError where it is of another opset than asked."""
+    example = _at_least(inputs, _LEAST_TRACED)
+    batch = torch.export.Dim("batch")  # unlike a name alone, raises where the network binds it in any way
+    shapes = {name: {0: batch, **axes.get(name, {})} for name in names}
+    is_named = isinstance(example, dict)
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
                 network,
-                args,
+                () if is_named else tuple(tensors(example)),
                 None,
-                kwargs=kwargs,
-                dynamic_shapes=shapes,
-                output_names=names,
+                kwargs=example if is_named else {},
+                dynamic_shapes=shapes if is_named else tuple(shapes.values()),
+                output_names=output_names,
                 opset_version=settings.opset,
                 dynamo=True,
                 external_data=False,
                 verbose=False,
             )
-            proto: onnx.ModelProto = program.model_proto  # type: ignore[union-attr]
-        onnx.checker.check_model(proto, full_check=True)
     except torch.onnx.OnnxExporterError as error:
+        others = "".join(f", any {name}" for name in sorted({n for named in axes.values() for n in named.values()}))
         raise ModelError(
             f"{type(network).__name__} cannot be exported: {_root_cause(error)}; forward() must be traceable by "
-            "torch.export, with any batch size (no shape written as a constant, no branch on values)"
+            f"torch.export, with any batch size{others} (no shape written as a constant, no branch on values)"
         ) from error
+    assert program is not None  # it was asked for
+    written = program.model.opset_imports[""]
+    if written != settings.opset:  # the exporter falls back without a word
+        raise ConfigError(
+            "recipe",
+            "export.opset",
+            f"opset {settings.opset} cannot be written for {type(network).__name__}: torch {torch.__version__} and "
+            f"onnx {onnx.__version__} give {written} instead",
+            f"use export.opset = {max(written, 18)} to 23",
+        )
+    return program
+
+
+def _write(program: Any, path: Path, settings: Export, num_bytes: int) -> onnx.ModelProto:
+    """The graph; its weights are in it, or in a second file beside `path`, to which it refers."""
+    if num_bytes <= settings.single_file_mib * 2**20:
+        proto: onnx.ModelProto = program.model_proto
+        return proto
+    with _quiet():
+        program.save(path, external_data=True)
+    return onnx.load(path, load_external_data=False)
+
+
+def _check(path: Path, network: nn.Module) -> None:
+    try:
+        onnx.checker.check_model(path, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ModelError(f"{type(network).__name__} was exported to an invalid ONNX graph: {error}") from error
-    return proto
+
+
+def _compare(
+    network: nn.Module,
+    inputs: Sequence[Any],
+    expected: Sequence[Sequence[Array]],
+    path: Path,
+    points: Sequence[Point],
+    settings: Export,
+) -> tuple[tuple[str, ...], Parity]:
+    """The file's own names of its inputs, and how far it is from the network; ParityError where that is too far."""
+    with OnnxRuntime().open(path, num_threads=torch.get_num_threads()) as session:
+        parity = measure_parity(session, inputs, expected)
+        input_names = session.input_names
+    try:
+        require_parity(parity, settings, path)
+    except ParityError:
+        found = find_divergence(network, inputs[0], path, points, limit_of(settings, _PRECISION))
+        require_parity(parity, settings, path, where=str(found) if found else "")
+    return input_names, parity
+
+
+def _place(part: Path, data: Sequence[FileEntry], path: Path) -> None:
+    """The data first: a graph without its weights must never be found."""
+    for entry in data:
+        (part.parent / entry.name).replace(path.parent / entry.name)
+    part.replace(path)
+
+
+def _entry(path: Path) -> FileEntry:
+    return FileEntry(name=path.name, sha256=file_sha256(path), size_bytes=path.stat().st_size)
 
 
 def _at_least(inputs: Any, count: int) -> Any:
@@ -154,10 +233,7 @@ def _at_least(inputs: Any, count: int) -> Any:
     if size == 0:
         raise DataError("the first batch is empty; batches need one sample or more")
     repeats = -(-count // size)
-    if isinstance(inputs, dict):
-        return {name: torch.cat([tensor] * repeats) for name, tensor in inputs.items()}
-    repeated = tuple(torch.cat([tensor] * repeats) for tensor in tensors(inputs))
-    return repeated if isinstance(inputs, tuple) else repeated[0]
+    return map_tensors(lambda tensor: torch.cat([tensor] * repeats), inputs)
 
 
 def _root_cause(error: BaseException) -> str:
@@ -166,37 +242,6 @@ def _root_cause(error: BaseException) -> str:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:400]
-
-
-def _strip(proto: onnx.ModelProto) -> None:
-    """Remove what the exporter notes about the source: stack traces, file paths, class names."""
-    proto.ClearField("doc_string")
-    del proto.metadata_props[:]
-    _strip_graph(proto.graph)
-    for function in proto.functions:
-        function.ClearField("doc_string")
-        del function.metadata_props[:]
-        del function.value_info[:]
-        for node in function.node:
-            _strip_node(node)
-
-
-def _strip_graph(graph: onnx.GraphProto) -> None:
-    for holder in (graph, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
-        holder.ClearField("doc_string")
-        del holder.metadata_props[:]
-    for node in graph.node:
-        _strip_node(node)
-
-
-def _strip_node(node: onnx.NodeProto) -> None:
-    node.ClearField("doc_string")
-    del node.metadata_props[:]
-    for attribute in node.attribute:
-        attribute.ClearField("doc_string")
-        graphs = [attribute.g] if attribute.HasField("g") else list(attribute.graphs)
-        for graph in graphs:
-            _strip_graph(graph)
 
 
 @contextmanager

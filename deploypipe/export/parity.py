@@ -1,23 +1,26 @@
 """Whether an exported file computes what the network computes, on the user's own batches."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import nn
 
 from deploypipe.errors import DataError, ParityError
+from deploypipe.numerics.differences import difference
+from deploypipe.recipe import Export
+from deploypipe.records import Parity
 from deploypipe.runtimes import Array, Session
-from deploypipe.runtimes.packing import feed
+from deploypipe.runtimes.packing import feed, name_outputs
+from deploypipe.task import Batch, evaluating, forward
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Parity:
-    """How far a file is from the network it was exported from."""
-
-    max_abs_error: float  # relative to the largest magnitude of the same output over all batches; the worst output's
-    top1_agreement: float | None  # share of samples, for a first output (n, classes); else None
+def limit_of(settings: Export, precision: str) -> float:
+    """The largest error allowed for a file of `precision`: "fp32", "fp16", or any that rounds to integers."""
+    limits = {"fp32": settings.max_abs_error, "fp16": settings.max_abs_error_fp16}
+    return limits.get(precision, settings.max_abs_error_int8)
 
 
 def measure_parity(session: Session, inputs: Sequence[Any], expected: Sequence[Sequence[Array]]) -> Parity:
@@ -25,35 +28,55 @@ def measure_parity(session: Session, inputs: Sequence[Any], expected: Sequence[S
 
     Raises DataError where the network's outputs are not finite, ParityError where shapes or types differ.
     """
-    num_outputs = len(expected[0])
-    errors, largest, agreements = np.zeros(num_outputs), np.zeros(num_outputs), []
-    for batch, wanted in zip(inputs, expected, strict=True):
-        seen = session.run(feed(batch, session.input_names))
-        for i, (name, want, got) in enumerate(zip(session.output_names, wanted, seen, strict=True)):
-            if want.shape != got.shape or want.dtype != got.dtype:
-                raise ParityError(
-                    f"output {name!r} is {got.dtype}{list(got.shape)} in the file and {want.dtype}{list(want.shape)} "
-                    "in the network; the shape must depend on nothing but the batch size"
-                )
-            if not np.isfinite(want).all():
-                raise DataError(f"the network's output {name!r} holds NaN or infinity; check its weights and its data")
-            errors[i] = max(errors[i], np.abs(want.astype(np.float64) - got).max(initial=0))
-            largest[i] = max(largest[i], np.abs(want).max(initial=0))
-        if wanted[0].ndim == 2 and wanted[0].shape[1] > 1:
-            agreements.append(wanted[0].argmax(axis=1) == seen[0].argmax(axis=1))
-    relative = errors / np.where(largest > 0, largest, 1)
-    return Parity(
-        max_abs_error=float(relative.max()),  # NaN in the file stays NaN here
-        top1_agreement=float(np.concatenate(agreements).mean()) if agreements else None,
-    )
+    seen = [session.run(feed(batch, session.input_names)) for batch in inputs]
+    for wanted, got in zip(expected, seen, strict=True):
+        _require_alike(session.output_names, wanted, got)
+    return difference(expected, seen)
 
 
-def require_parity(parity: Parity, limit: float, path: Path) -> None:
-    """ParityError with the figures where the error is above `limit`, or not a number."""
-    if parity.max_abs_error <= limit:
+def compare_networks(reference: nn.Module, network: nn.Module, batches: Sequence[Batch]) -> Parity:
+    """How far `network` (pruned, say) is from `reference` in eager torch. Both are given back as they were.
+
+    Raises as `measure_parity` does.
+    """
+    names, expected = _outputs(reference, batches)
+    _, seen = _outputs(network, batches)
+    for wanted, got in zip(expected, seen, strict=True):
+        _require_alike(names, wanted, got)
+    return difference(expected, seen)
+
+
+def require_parity(parity: Parity, settings: Export, path: Path, precision: str = "fp32", *, where: str = "") -> None:
+    """ParityError with the figures, and `where` the two part, if the file is too far from the network, or NaN."""
+    limit = limit_of(settings, precision)
+    # In fp32 the error says it all, and a few samples of an untrained network have ties.
+    agrees = precision == "fp32" or parity.top1_agreement is None or parity.top1_agreement >= settings.min_agreement
+    if parity.max_abs_error <= limit and agrees:
         return
     top1 = "" if parity.top1_agreement is None else f", top-1 agreement {parity.top1_agreement:.2%}"
+    name = "max_abs_error" if precision == "fp32" else f"max_abs_error_{'fp16' if precision == 'fp16' else 'int8'}"
+    allowed, setting = f"{limit:.3g}", name
+    if parity.max_abs_error <= limit:
+        allowed, setting = f"an agreement of {settings.min_agreement:.2%} or more", "min_agreement"
+    cause = "look for randomness or state in forward(), or change" if precision == "fp32" else "change"
     raise ParityError(
         f"{path.name}: differs from the network by {parity.max_abs_error:.3g} of its largest output{top1}; allowed is "
-        f"{limit:.3g}: look for randomness or state in forward(), or raise export.max_abs_error"
+        f"{allowed}{f'; {where}' if where else ''}: {cause} export.{setting}"
     )
+
+
+def _outputs(network: nn.Module, batches: Sequence[Batch]) -> tuple[list[str], list[list[Array]]]:
+    with evaluating(network), torch.no_grad():
+        named = [name_outputs(forward(network, inputs)) for inputs, _ in batches]
+    return list(named[0]), [[tensor.cpu().numpy() for tensor in outputs.values()] for outputs in named]
+
+
+def _require_alike(names: Sequence[str], expected: Sequence[Array], seen: Sequence[Array]) -> None:
+    for name, want, got in zip(names, expected, seen, strict=True):
+        if want.shape != got.shape or want.dtype != got.dtype:
+            raise ParityError(
+                f"output {name!r} is {got.dtype}{list(got.shape)} in the file and {want.dtype}{list(want.shape)} "
+                "in the network; the shape must depend on nothing but the sizes of the dynamic axes"
+            )
+        if not np.isfinite(want).all():
+            raise DataError(f"the network's output {name!r} holds NaN or infinity; check its weights and its data")

@@ -1,6 +1,7 @@
 """Ridge regression from second moments.
 
-Legend: n rows; X (n, p) regressors; Y (n, q) targets; all moments are means over rows, in float64.
+Legend: n rows; X (*, n, p) regressors; Y (*, n, q) targets, of several problems side by side where there are leading
+axes; all moments are means over rows, in float64.
 """
 
 from dataclasses import dataclass
@@ -16,14 +17,13 @@ _RIDGE_STEPS = 12
 def solve_towards(gram: Tensor, cross: Tensor, prior: Tensor, ridge: float) -> Tensor:
     """argmin_B  mean ||X B - Y||^2 + r ||B - prior||^2, from moments alone.
 
-    gram = X'X / n (p, p); cross = X'Y / n (p, q); prior (p, q); r = ridge * mean(diag(gram)).
+    gram = X'X / n (*, p, p); cross = X'Y / n (*, p, q); prior (*, p, q); r = ridge * mean(diag(gram)).
     Shrinking towards the weights that are there, not towards zero, leaves what the data does not determine as it was.
     float64; O(p^3 + p^2 q). A constant-zero X gives back the prior.
     """
-    scale = gram.diagonal().mean()
-    if scale <= 0:
-        return prior.clone()
-    return prior + torch.cholesky_solve(cross - gram @ prior, regular_cholesky(gram, ridge * float(scale)))
+    scale = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
+    least = torch.where(scale > 0, ridge * scale, 1.0)
+    return prior + torch.cholesky_solve(cross - gram @ prior, regular_cholesky(gram, least))
 
 
 def regular_cholesky(gram: Tensor, ridge: float | Tensor) -> Tensor:
@@ -53,10 +53,10 @@ def _with_factor(gram: Tensor, ridge: float | Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sum_of_products(x: Tensor, y: Tensor) -> Tensor:
-    """x'y (p, q) in float64, multiplied in float32 by chunks of rows: a fraction of the time, 1e-6 of the error."""
-    total = torch.zeros(x.shape[1], y.shape[1], dtype=torch.float64)
-    for x_part, y_part in zip(torch.split(x, _CHUNK), torch.split(y, _CHUNK), strict=True):
-        total += x_part.T @ y_part
+    """x'y (*, p, q) in float64, multiplied in float32 by chunks of rows: a fraction of the time, 1e-6 of the error."""
+    total = torch.zeros(*x.shape[:-2], x.shape[-1], y.shape[-1], dtype=torch.float64)
+    for x_part, y_part in zip(torch.split(x, _CHUNK, dim=-2), torch.split(y, _CHUNK, dim=-2), strict=True):
+        total += x_part.mT @ y_part
     return total
 
 
@@ -77,54 +77,49 @@ def mirrored(lower: Tensor) -> Tensor:
 class Fit:
     """A solved regression: Y ~ X coefficients + intercept."""
 
-    coefficients: Tensor  # (p, q)
-    intercept: Tensor  # (q,)
-    squared_error: float  # mean over rows, summed over outputs
-    product_mean: Tensor  # (q,) of X coefficients
-    product_variance: Tensor  # (q,)
+    coefficients: Tensor  # (*, p, q)
+    intercept: Tensor  # (*, q)
+    product_mean: Tensor  # (*, q) of X coefficients
+    product_variance: Tensor  # (*, q)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CrossMoments:
     """First and second moments of X and Y, centred."""
 
-    x_mean: Tensor  # (p,)
-    y_mean: Tensor  # (q,)
-    gram: Tensor  # (p, p)
-    cross: Tensor  # (p, q)
-    output_variance: Tensor  # (q,)
+    x_mean: Tensor  # (*, p)
+    y_mean: Tensor  # (*, q)
+    gram: Tensor  # (*, p, p)
+    cross: Tensor  # (*, p, q)
 
     @classmethod
     def of(cls, x: Tensor, y: Tensor) -> "CrossMoments":
-        x_mean, y_mean = x.mean(0, dtype=torch.float64), y.mean(0, dtype=torch.float64)
-        xc, yc = x - x_mean.to(x.dtype), y - y_mean.to(y.dtype)
+        x_mean, y_mean = x.mean(-2, dtype=torch.float64), y.mean(-2, dtype=torch.float64)
+        xc, yc = x - x_mean.to(x.dtype).unsqueeze(-2), y - y_mean.to(y.dtype).unsqueeze(-2)
+        count = x.shape[-2]
         return cls(
             x_mean=x_mean,
             y_mean=y_mean,
-            gram=sum_of_products(xc, xc) / len(x),
-            cross=sum_of_products(xc, yc) / len(x),
-            output_variance=yc.square().mean(0, dtype=torch.float64),
+            gram=sum_of_products(xc, xc) / count,
+            cross=sum_of_products(xc, yc) / count,
         )
 
     @property
     def is_finite(self) -> bool:
-        return bool(torch.isfinite(self.gram).all() and torch.isfinite(self.output_variance).all())
+        return bool(torch.isfinite(self.gram).all() and torch.isfinite(self.cross).all())
 
     def fit(self, prior: Tensor, ridge: float, *, has_intercept: bool) -> Fit:
-        """Regress Y on X, shrunk towards `prior` (p, q). Without an intercept the moments are taken about zero."""
+        """Regress Y on X, shrunk towards `prior` (*, p, q). Without an intercept the moments are taken about zero."""
         x_mean, y_mean = self.x_mean, self.y_mean
-        gram, cross, variance = self.gram, self.cross, self.output_variance
+        gram, cross = self.gram, self.cross
         if not has_intercept:
-            gram = gram + torch.outer(x_mean, x_mean)
-            cross = cross + torch.outer(x_mean, y_mean)
-            variance = variance + y_mean.square()
+            gram = gram + x_mean.unsqueeze(-1) * x_mean.unsqueeze(-2)
+            cross = cross + x_mean.unsqueeze(-1) * y_mean.unsqueeze(-2)
         solution = solve_towards(gram, cross, prior, ridge)
-        explained = (solution * (2 * cross - gram @ solution)).sum()
-        product_mean = x_mean @ solution
+        product_mean = (x_mean.unsqueeze(-2) @ solution).squeeze(-2)
         return Fit(
             coefficients=solution,
             intercept=y_mean - product_mean if has_intercept else torch.zeros_like(y_mean),
-            squared_error=float((variance.sum() - explained).clamp_min(0)),
             product_mean=product_mean,
-            product_variance=((self.gram @ solution) * solution).sum(0).clamp_min(0),
+            product_variance=((self.gram @ solution) * solution).sum(-2).clamp_min(0),
         )

@@ -1,7 +1,7 @@
 """What is gathered during one pass: each collector hooks modules, and sums up when a batch has gone through."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,39 +11,70 @@ from deploypipe.errors import DataError
 from deploypipe.numerics.cka import HsicAccumulator, centred_gram
 from deploypipe.numerics.least_squares import add_gram_, mirrored, sum_of_products
 from deploypipe.observe.moments import InputMoments
-from deploypipe.observe.patches import Mixer, is_mixer, num_taps, sample_inputs, sample_positions, weight_matrix
+from deploypipe.observe.patches import (
+    Mixer,
+    has_channels_last,
+    num_inputs,
+    num_taps,
+    reads,
+    real_positions,
+    sample_inputs,
+    sample_positions,
+    weight_matrix,
+    within_groups,
+)
 from deploypipe.records import ChannelGroup, Structures
 
 Hook = tuple[str, Callable[..., None]]  # the module's name, and what runs after its forward
 MAX_COLUMNS = 6144  # a layer that reads more (channels x taps) would need a moment matrix above 300 MiB
 MAX_ROWS = 1024  # samples kept one by one, of what is small: memory does not grow with the data
+BY_KEYWORD = "is called with its input as a keyword, which hooks do not see"
 _CKA_SAMPLES = 64  # of each batch; the estimate does not depend on it in expectation
 
 
+@dataclass(slots=True)
+class Tokens:
+    """Of the batch that goes through."""
+
+    real: Tensor | None = None  # (n, tokens) bool, False for padding; None where all count
+
+
 class InputCollector:
-    """Moments of what every consumer of a prunable group reads, at sampled positions."""
+    """Moments of what every consumer of a prunable group reads, at sampled positions.
+
+    Of a grouped convolution, between inputs of one group only: those of two are never regressors of one output.
+    """
 
     def __init__(
-        self, structures: Structures, modules: dict[str, nn.Module], count: int, seed: int, *, shuffled: bool
+        self,
+        structures: Structures,
+        modules: dict[str, nn.Module],
+        count: int,
+        seed: int,
+        tokens: Tokens,
+        *,
+        shuffled: bool,
     ) -> None:
-        names = {m.module for group in structures.groups for m in group.members if m.side == "in"}
-        consumers: dict[str, Any] = {n: m for n, m in modules.items() if n in names and is_mixer(m)}
-        widths = {name: int(m.weight.shape[1]) * num_taps(m) for name, m in consumers.items()}
+        self.layers: dict[str, Mixer] = {name: modules[name] for name in consumers(structures, modules)}
+        widths = {name: num_inputs(layer) * num_taps(layer) for name, layer in self.layers.items()}
         self.skipped = {
             n: f"reads {width} values a position; more than {MAX_COLUMNS}"
             for n, width in widths.items()
             if width > MAX_COLUMNS
         }
-        self.sums = {name: _Sum() for name in consumers if name not in self.skipped}
+        self.sums = {name: _Sum() for name in self.layers if name not in self.skipped}
         self.crosses = {name: _Cross() for name in self.sums} if shuffled else {}
-        self.count, self.generator = count, torch.Generator().manual_seed(seed)
+        self.count, self.generator, self.tokens = count, torch.Generator().manual_seed(seed), tokens
 
     def hooks(self) -> list[Hook]:
         return [(name, self._reader(name)) for name in self.sums]
 
     def _reader(self, name: str) -> Callable[..., None]:
         def read(module: Mixer, args: tuple[Any, ...], output: Tensor) -> None:
-            positions = sample_positions(module, output, self.count, self.generator)
+            if not args:
+                self.skipped[name] = BY_KEYWORD
+                return
+            positions = sample_positions(module, output, self.count, self.generator, self.tokens.real)
             rows = sample_inputs(module, args[0].detach(), output, positions)
             self.sums[name].add_(rows, name)
             if name in self.crosses and len(output) > 1:
@@ -53,17 +84,19 @@ class InputCollector:
         return read
 
     def moments(self) -> dict[str, InputMoments]:
-        return {name: total.moments() for name, total in self.sums.items() if total.count}
+        found = {name: (self.layers[name], total.moments()) for name, total in self.sums.items() if total.count}
+        return {n: replace(m, covariance=within_groups(layer, m.covariance)) for n, (layer, m) in found.items()}
 
     def shuffled(self) -> dict[str, Tensor]:
-        return {name: cross.covariance() for name, cross in self.crosses.items() if cross.count}
+        found = {name: cross.covariance() for name, cross in self.crosses.items() if cross.count}
+        return {name: within_groups(self.layers[name], cross) for name, cross in found.items()}
 
 
 class UnitCollector:
     """Each unit's mean over positions, sample by sample, as the group's first reader sees it."""
 
-    def __init__(self, structures: Structures, modules: dict[str, nn.Module]) -> None:
-        self.readers = first_readers(structures, modules)
+    def __init__(self, structures: Structures, modules: dict[str, nn.Module], tokens: Tokens) -> None:
+        self.readers, self.tokens = first_readers(structures, modules), tokens
         self.rows: dict[str, list[Tensor]] = {group: [] for group in self.readers}
         self.labels: list[Tensor | None] = []
 
@@ -73,8 +106,9 @@ class UnitCollector:
     def _reader(self, group: str, units: Tensor) -> Callable[..., None]:
         def read(module: Mixer, args: tuple[Any, ...], output: Tensor) -> None:
             room = MAX_ROWS - sum(map(len, self.rows[group]))
-            if room > 0:
-                self.rows[group].append(pooled(module, args[0].detach()[:room])[:, units].mean(2).float())
+            if room > 0 and args:
+                real = None if self.tokens.real is None else self.tokens.real[:room]
+                self.rows[group].append(pooled(module, args[0].detach()[:room], real)[:, units].mean(2).float())
 
         return read
 
@@ -93,7 +127,8 @@ class UnitCollector:
 class BlockCollector:
     """HSIC between all block outputs, and rows of what each block reads and writes."""
 
-    def __init__(self, structures: Structures) -> None:
+    def __init__(self, structures: Structures, tokens: Tokens) -> None:
+        self.tokens = tokens
         self.names = [block.name for block in structures.blocks]
         self.hsic = HsicAccumulator(len(self.names))
         self.grams: dict[str, Tensor] = {}  # of the batch at hand
@@ -105,8 +140,11 @@ class BlockCollector:
         return [(name, self._reader(name)) for name in self.names]
 
     def _reader(self, name: str) -> Callable[..., None]:
-        def read(_m: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            self.grams[name] = centred_gram(output.detach()[:_CKA_SAMPLES].flatten(1))
+        def read(_m: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            output = output if isinstance(output, Tensor) else output[0]  # some blocks give a tuple
+            value, real = output.detach()[:_CKA_SAMPLES], self._real(output)
+            value = value if real is None else value.masked_fill(~real[: len(value)].unsqueeze(2), 0)
+            self.grams[name] = centred_gram(value.flatten(1))
             # What the block read may have been overwritten by now, where it works in place: its rows are taken before.
             self.outputs[name].append(self._rows(output.detach()))
 
@@ -120,12 +158,21 @@ class BlockCollector:
 
     def _rows(self, value: Tensor) -> Tensor:
         """One position of each sample, the same in all tensors of one size: (samples with room, channels) float32."""
+        real = self._real(value)
         value = value[: max(0, MAX_ROWS - self.seen)]
         is_map = value.dim() > 3  # (n, channels, ...); else (n, ..., channels)
         rows = value.flatten(2) if is_map else value.reshape(len(value), -1, value.shape[-1]).transpose(1, 2)
         generator = torch.Generator().manual_seed(self.seen)
-        places = torch.randint(rows.shape[2], (len(rows),), generator=generator)
+        if real is None:
+            places = torch.randint(rows.shape[2], (len(rows),), generator=generator)
+        else:
+            places = real_positions(real[: len(rows)], 1, generator)[:, 0]
         return rows[torch.arange(len(rows)), :, places].float()
+
+    def _real(self, value: Tensor) -> Tensor | None:
+        """Which positions of (n, tokens, channels) count; None for all of them."""
+        real = self.tokens.real
+        return real if real is not None and value.dim() == 3 and real.shape == value.shape[:2] else None
 
     def end_batch_(self, count: int) -> None:
         if self.names:
@@ -147,8 +194,7 @@ class GradientCollector:
 
     def __init__(self, structures: Structures, modules: dict[str, nn.Module]) -> None:
         self.groups = structures.groups
-        names = {m.module for group in structures.groups for m in group.members if m.side == "in"}
-        self.consumers = [n for n, m in modules.items() if n in names and is_mixer(m)]
+        self.consumers, self.modules = consumers(structures, modules), modules
         self.products: dict[str, Tensor] = {}  # (n, input channels) of the batch at hand
         self.gates = {g.name: torch.zeros(g.num_units, dtype=torch.float64) for g in structures.groups}
         self.fisher: dict[str, Tensor] = {}
@@ -159,8 +205,10 @@ class GradientCollector:
 
     def _reader(self, name: str) -> Callable[..., None]:
         def read(module: Mixer, args: tuple[Any, ...], output: Tensor) -> None:
+            if not args:
+                return
             values = args[0].detach().clone()  # later modules may overwrite it before the derivatives come
-            channel = -1 if isinstance(module, nn.Linear) else 1
+            channel = -1 if has_channels_last(module) else 1
 
             def by_input(gradient: Tensor) -> None:
                 product = (gradient * values).movedim(channel, -1)
@@ -181,7 +229,7 @@ class GradientCollector:
         for group in self.groups:
             total: Tensor | None = None
             for member in group.members:
-                if member.side == "in" and member.module in self.products:
+                if member.module in self.products and reads(self.modules[member.module], member.side):
                     product = self.products[member.module]
                     unit = torch.stack([product[:, list(indices)].sum(1) for indices in member.units], dim=1)
                     total = unit if total is None else total + unit
@@ -197,12 +245,19 @@ class GradientCollector:
         return {name: total / count for name, total in self.fisher.items()}
 
 
+def consumers(structures: Structures, modules: dict[str, nn.Module]) -> list[str]:
+    """The layers that read a prunable group, in the modules' order."""
+    members = [member for group in structures.groups for member in group.members]
+    names = {member.module for member in members if reads(modules[member.module], member.side)}
+    return [name for name in modules if name in names]
+
+
 def first_readers(structures: Structures, modules: dict[str, nn.Module]) -> dict[str, tuple[str, Tensor]]:
     """By group: its first consumer that mixes channels, and the consumer's indices of each unit, (units, width)."""
 
     def of(group: ChannelGroup) -> tuple[str, Tensor] | None:
         for member in group.members:
-            if member.side == "in" and is_mixer(modules[member.module]):
+            if reads(modules[member.module], member.side):
                 return member.module, torch.tensor(member.units)
         return None
 
@@ -210,11 +265,14 @@ def first_readers(structures: Structures, modules: dict[str, nn.Module]) -> dict
     return {name: reader for name, reader in found.items() if reader is not None}
 
 
-def pooled(module: Mixer, inputs: Tensor) -> Tensor:
-    """What the module reads, averaged over positions: (n samples, channels)."""
-    if isinstance(module, nn.Linear):
-        return inputs.reshape(len(inputs), -1, inputs.shape[-1]).mean(1)
-    return inputs.flatten(2).mean(2)
+def pooled(module: Mixer, inputs: Tensor, real: Tensor | None = None) -> Tensor:
+    """What the module reads, averaged over positions (of tokens, the `real` ones): (n samples, channels)."""
+    if not has_channels_last(module):
+        return inputs.flatten(2).mean(2)
+    rows = inputs.reshape(len(inputs), -1, inputs.shape[-1])
+    if real is None or inputs.dim() != 3 or real.shape != inputs.shape[:2]:
+        return rows.mean(1)
+    return rows.masked_fill(~real.unsqueeze(2), 0).sum(1) / real.sum(1, keepdim=True).clamp_min(1)
 
 
 @dataclass(slots=True)

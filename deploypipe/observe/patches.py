@@ -1,47 +1,168 @@
-"""What a convolution or linear layer reads and writes at sampled output positions, as rows of a matrix."""
+"""Layers as regressions: what they read at sampled output positions, as rows of a matrix, times their weights.
 
-from collections.abc import Sequence
+`KINDS` is the whole list of layers that are observed and repaired. A new kind is one more entry there.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import product
+from math import prod
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-Mixer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
+from deploypipe.records import Side
+
+Mixer: TypeAlias = Any  # a module of one of the KINDS
+
+# (module, dimension, output places (n, positions, 1), each tap's number (taps,), size of the input) -> the input places
+# that the taps read, clamped to the input, and whether they lie outside of it: (n, positions, taps) each
+_Reach = Callable[[Mixer, int, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kind:
+    """How one kind of layer keeps its weights, and from where its outputs are computed."""
+
+    fits: Callable[[nn.Module], bool]
+    inputs_first: bool = False  # the weight is (inputs, outputs / groups, ...); else (outputs, inputs / groups, ...)
+    reach: _Reach | None = None  # None: channels come last, and a position is computed from itself alone
+    sides: tuple[Side, Side] = ("in", "out")  # what structures call its inputs and its outputs
+
+
+def _convolution(m: Mixer, d: int, places: Tensor, taps: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    reached = places * m.stride[d] - _padding_before(m, d) + taps * m.dilation[d]
+    if m.padding_mode == "zeros":
+        return reached.clamp(0, size - 1), (reached < 0) | (reached >= size)
+    return _FOLDS[m.padding_mode](reached, size), torch.zeros_like(reached, dtype=torch.bool)
+
+
+_FOLDS: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "reflect": lambda places, size: (size - 1) - ((size - 1) - places.abs()).abs(),
+    "replicate": lambda places, size: places.clamp(0, size - 1),
+    "circular": lambda places, size: places % size,
+}
+
+
+def _padding_before(m: Mixer, d: int) -> int:
+    if m.padding == "same":
+        return int(m.dilation[d] * (m.kernel_size[d] - 1) // 2)
+    return 0 if m.padding == "valid" else int(m.padding[d])
+
+
+def _transposed(m: Mixer, d: int, places: Tensor, taps: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Input i reaches output i * stride - padding + tap * dilation; most taps reach an output place from none."""
+    numerator = places + m.padding[d] - taps * m.dilation[d]
+    reached = torch.div(numerator, m.stride[d], rounding_mode="floor")
+    return reached.clamp(0, size - 1), (numerator % m.stride[d] != 0) | (reached < 0) | (reached >= size)
+
+
+def _is_conv1d_of_gpt2(module: nn.Module) -> bool:
+    """`transformers.pytorch_utils.Conv1D`, a linear layer with its weight the other way round."""
+    weight = getattr(module, "weight", None)
+    if type(module).__name__ != "Conv1D" or not isinstance(weight, Tensor) or weight.dim() != 2:
+        return False
+    return getattr(module, "nf", None) == weight.shape[1]
+
+
+KINDS: tuple[Kind, ...] = (
+    Kind(fits=lambda m: isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d), reach=_convolution),
+    Kind(
+        fits=lambda m: isinstance(m, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d),
+        inputs_first=True,
+        reach=_transposed,
+    ),
+    Kind(fits=lambda m: isinstance(m, nn.Linear)),
+    Kind(fits=_is_conv1d_of_gpt2, inputs_first=True, sides=("weight.0", "weight.1")),
+)
+
+
+def kind_of(module: nn.Module) -> Kind | None:
+    """Which of the `KINDS` a module is."""
+    return next((kind for kind in KINDS if kind.fits(module)), None)
+
+
+def _kind(module: Mixer) -> Kind:
+    kind = kind_of(module)
+    assert kind is not None, type(module)
+    return kind
 
 
 def is_mixer(module: nn.Module) -> bool:
-    """Whether the module mixes all its input channels linearly, so that its weights are a regression on its input."""
-    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
-    return isinstance(module, nn.Linear)
+    """Whether the module computes linearly with its weights, so that these are a regression on what it reads."""
+    return kind_of(module) is not None
+
+
+def reads(module: nn.Module, side: Side) -> bool:
+    """Whether that side of the module is the inputs of a mixer."""
+    kind = kind_of(module)
+    return kind is not None and side == kind.sides[0]
+
+
+def writes(module: nn.Module, side: Side) -> bool:
+    """Whether that side of the module is its outputs."""
+    kind = kind_of(module)
+    return side == ("out" if kind is None else kind.sides[1])
+
+
+def has_channels_last(module: Mixer) -> bool:
+    """Whether inputs and outputs are (n, ..., channels); else (n, channels, ...)."""
+    return _kind(module).reach is None
+
+
+def num_groups(module: Mixer) -> int:
+    """Into how many parts inputs and outputs fall that have nothing to do with each other."""
+    return int(getattr(module, "groups", 1))
 
 
 def num_taps(module: Mixer) -> int:
     """Weights per (output, input) channel pair: 9 for a 3x3 convolution, 1 for a linear layer."""
-    return 1 if isinstance(module, nn.Linear) else module.weight[0, 0].numel()
+    return prod(module.weight.shape[2:])
 
 
-def _positions_shape(module: Mixer, output: Tensor) -> Sequence[int]:
-    return output.shape[1:-1] if isinstance(module, nn.Linear) else output.shape[2:]
+def num_inputs(module: Mixer) -> int:
+    """Input channels."""
+    return int(module.weight.shape[0] if _kind(module).inputs_first else module.weight.shape[1] * num_groups(module))
 
 
-def sample_positions(module: Mixer, output: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Flat output positions, drawn with replacement for each sample: (n samples, at most `count`) int64."""
-    total = 1
-    for size in _positions_shape(module, output):
-        total *= size
+def sample_positions(
+    module: Mixer, output: Tensor, count: int, generator: torch.Generator, real: Tensor | None = None
+) -> Tensor:
+    """Flat output positions, drawn with replacement for each sample: (n samples, at most `count`) int64.
+
+    real: (n, tokens) bool. Where the layer's positions are these tokens, only the real ones are drawn; of samples with
+    fewer of them than others, where all are taken, some are taken again.
+    """
+    sizes = output.shape[1:-1] if has_channels_last(module) else output.shape[2:]
+    total = prod(sizes)
+    if real is not None and len(sizes) == 1 and real.shape == (len(output), total):
+        return real_positions(real, count, generator)
     if total <= count:
         return torch.arange(total).expand(len(output), total)
     return torch.randint(total, (len(output), count), generator=generator)
 
 
-def sample_inputs(module: Mixer, inputs: Tensor, output: Tensor, positions: Tensor) -> Tensor:
-    """The patches read at `positions`: (n * positions, channels * taps), columns in the order of `weight[o].flatten()`.
+def real_positions(real: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """At most `count` of the places where `real` (n, tokens) is True, of each sample: int64."""
+    in_front = real.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+    numbers = real.sum(dim=1, keepdim=True).clamp_min(1)  # a sample of nothing but padding gives its first position
+    most = int(numbers.max())
+    if most <= count:
+        return in_front.gather(1, torch.arange(most) % numbers)
+    drawn = torch.rand((len(real), count), generator=generator, dtype=torch.float64)
+    return in_front.gather(1, (drawn * numbers).long())
 
-    A patch reaching over the border holds the zeros the convolution pads with. The input is not padded for it: copying
-    a whole activation costs more than reading a few patches.
+
+def sample_inputs(module: Mixer, inputs: Tensor, output: Tensor, positions: Tensor) -> Tensor:
+    """The patches read at `positions`: (n * positions, channels * taps), a channel's taps side by side.
+
+    What a patch reads from beyond the border is zero, or what the padding mode says; so are taps of a transposed
+    convolution that reach a position from no input. The input is not padded for it: copying a whole activation costs
+    more than reading a few patches.
     """
-    if isinstance(module, nn.Linear):
+    reach = _kind(module).reach
+    if reach is None:
         rows = inputs.reshape(len(inputs), -1, inputs.shape[-1])
         return rows[torch.arange(len(inputs)).unsqueeze(1), positions].flatten(0, 1)
     taps = torch.tensor(list(product(*(range(size) for size in module.kernel_size))))  # (taps, dimensions)
@@ -50,10 +171,10 @@ def sample_inputs(module: Mixer, inputs: Tensor, output: Tensor, positions: Tens
     step = 1
     for dimension in reversed(range(taps.shape[1])):  # the last one runs fastest
         size, num_places = inputs.shape[2 + dimension], output.shape[2 + dimension]
-        corner = positions % num_places * module.stride[dimension] - int(module.padding[dimension])
-        reached = corner.unsqueeze(2) + taps[:, dimension] * module.dilation[dimension]
-        outside = outside | (reached < 0) | (reached >= size)
-        index = index + reached.clamp(0, size - 1) * step
+        places = (positions % num_places).unsqueeze(2)
+        reached, is_beyond = reach(module, dimension, places, taps[:, dimension], size)
+        outside = outside | is_beyond
+        index = index + reached * step
         positions, step = positions // num_places, step * size
     read = index.flatten(1).unsqueeze(1).expand(-1, inputs.shape[1], -1)
     patches = inputs.flatten(2).gather(2, read).view(*inputs.shape[:2], *index.shape[1:])
@@ -63,13 +184,49 @@ def sample_inputs(module: Mixer, inputs: Tensor, output: Tensor, positions: Tens
 def sample_outputs(module: Mixer, output: Tensor, positions: Tensor) -> Tensor:
     """The values at `positions` of a tensor shaped like the module's output: (n * positions, channels)."""
     samples = torch.arange(len(output)).unsqueeze(1)
-    rows = output if isinstance(module, nn.Linear) else output.movedim(1, -1)
+    rows = output if has_channels_last(module) else output.movedim(1, -1)
     return rows.reshape(len(output), -1, rows.shape[-1])[samples, positions].flatten(0, 1)
 
 
+def weight_blocks(module: Mixer) -> Tensor:
+    """The weights by group: (groups, outputs / groups, inputs / groups * taps)."""
+    weight: Tensor = module.weight
+    blocks = weight.reshape(num_groups(module), -1, *weight.shape[1:])
+    return (blocks.transpose(1, 2) if _kind(module).inputs_first else blocks).flatten(2)
+
+
+def from_blocks(module: Mixer, blocks: Tensor) -> Tensor:
+    """The inverse of `weight_blocks`: a tensor shaped like the module's weight."""
+    shape: torch.Size = module.weight.shape
+    if not _kind(module).inputs_first:
+        return blocks.reshape(shape)
+    return blocks.reshape(*blocks.shape[:2], -1, num_taps(module)).transpose(1, 2).reshape(shape)
+
+
 def weight_matrix(module: Mixer) -> Tensor:
-    """The weights as (outputs, channels * taps), so that `sample_inputs(...) @ weight_matrix(...).T` is the output."""
-    return module.weight.flatten(1)
+    """The weights as (outputs, inputs * taps), so that `sample_inputs(...) @ weight_matrix(...).T` is the output.
+
+    Zero where an output and an input are of two groups.
+    """
+    blocks = weight_blocks(module)
+    return blocks[0] if len(blocks) == 1 else torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
+
+
+def blocks_of_matrix(module: Mixer, matrix: Tensor) -> Tensor:
+    """What a matrix (outputs, inputs * taps) holds for `weight_blocks`."""
+    groups = num_groups(module)
+    outputs, regressors = matrix.shape
+    cut = matrix.reshape(groups, outputs // groups, groups, regressors // groups)
+    return cut.diagonal(dim1=0, dim2=2).movedim(-1, 0)
+
+
+def within_groups(module: Mixer, products: Tensor) -> Tensor:
+    """Products of inputs * taps with each other (or with outputs) as they are, those of two groups as zero."""
+    groups = num_groups(module)
+    if groups == 1:
+        return products
+    rows, columns = (torch.arange(groups).repeat_interleave(size // groups) for size in products.shape)
+    return products.masked_fill(rows.unsqueeze(1) != columns, 0)
 
 
 def columns(units: Sequence[int], taps: int) -> list[int]:

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from deploypipe.errors import DataError
-from deploypipe.observe.collectors import BlockCollector, GradientCollector, InputCollector, UnitCollector
+from deploypipe.observe.collectors import BlockCollector, GradientCollector, InputCollector, Tokens, UnitCollector
 from deploypipe.observe.moments import Moments
 from deploypipe.recipe import Observe
 from deploypipe.records import Event, Progress, Structures, silent
-from deploypipe.task import Batch, evaluating, forward, num_samples, take, take_calib
+from deploypipe.task import Batch, RealTokens, evaluating, find_real_tokens, forward, num_samples, take, take_calib
 
 
 def observe(
@@ -22,6 +22,7 @@ def observe(
     settings: Observe,
     *,
     loss: Callable[[Any, Any], Tensor] | None = None,
+    real_tokens: RealTokens | None = None,
     shuffled: bool = False,
     seed: int = 0,
     notify: Progress = silent,
@@ -30,14 +31,16 @@ def observe(
 
     One forward pass over at most `settings.num_samples` samples, and with a `loss(outputs, target)` (a mean over the
     batch) a backward pass for the scores that need derivatives. `shuffled` also pairs what a layer reads with what it
-    writes for another sample, for the null of a score. Memory does not grow with the number of samples. The
+    writes for another sample, for the null of a score. Padding, as `Task.real_tokens` tells it, does not count in what
+    is drawn from positions or averaged over them. Memory does not grow with the number of samples. The
     model comes back as it was: hooks removed, training flag restored, buffers untouched (eval mode). Raises DataError
     for an empty split and for activations that are not finite, naming the layer.
     """
     taken = take_calib(batches, settings.num_samples)
     modules = dict(model.named_modules())
-    inputs = InputCollector(structures, modules, settings.positions_per_sample, seed, shuffled=shuffled)
-    units, blocks = UnitCollector(structures, modules), BlockCollector(structures)
+    tokens = Tokens()
+    inputs = InputCollector(structures, modules, settings.positions_per_sample, seed, tokens, shuffled=shuffled)
+    units, blocks = UnitCollector(structures, modules, tokens), BlockCollector(structures, tokens)
     gradients = GradientCollector(structures, modules) if loss is not None else None
     hooks = inputs.hooks() + units.hooks() + blocks.hooks() + (gradients.hooks() if gradients else [])
     with (
@@ -47,6 +50,7 @@ def observe(
         _derivatives(model, loss is not None),
     ):
         for number, (batch, target) in enumerate(taken, start=1):
+            tokens.real = find_real_tokens(batch, real_tokens)
             outputs = forward(model, batch)
             if loss is not None and gradients is not None:
                 (loss(outputs, target) * num_samples(batch)).backward()  # type: ignore[no-untyped-call]
@@ -77,6 +81,7 @@ def observe_halves(
     settings: Observe,
     *,
     loss: Callable[[Any, Any], Tensor] | None = None,
+    real_tokens: RealTokens | None = None,
     shuffled: bool = False,
     seed: int = 0,
     notify: Progress = silent,
@@ -97,7 +102,15 @@ def observe_halves(
         half = taken[number::2]
         halves.append(
             observe(
-                model, structures, half, settings, loss=loss, shuffled=shuffled, seed=2 * seed + number, notify=tell
+                model,
+                structures,
+                half,
+                settings,
+                loss=loss,
+                real_tokens=real_tokens,
+                shuffled=shuffled,
+                seed=2 * seed + number,
+                notify=tell,
             )
         )
     return halves[0], halves[1]

@@ -6,13 +6,17 @@ from typing import Any
 from torch import nn
 
 from deploypipe.errors import PlanError
+from deploypipe.pruning.config import fit_configs, write_configs_
 from deploypipe.pruning.slicing import cut_, forget_caches_, mask_, replace_by_identity_
 from deploypipe.pruning.structures import count_macs, model_fingerprint
 from deploypipe.records import Edit, PruneReport, PruneRow, PruningPlan
 
 
 def apply_plan(dense: nn.Module, plan: PruningPlan) -> nn.Module:
-    """A new, smaller network; `dense` is left as it was. Raises PlanError when the plan was made for another model."""
+    """A new, smaller network; `dense` is left as it was. Raises PlanError when the plan was made for another model.
+
+    A config that the network is built from (`transformers`) is brought up to date where one describes what is left.
+    """
     check_fingerprint(dense, plan)
     return cut_out(dense, plan)
 
@@ -22,7 +26,7 @@ def masked_dense(dense: nn.Module, plan: PruningPlan) -> nn.Module:
     check_fingerprint(dense, plan)
     model = deepcopy(dense)
     forget_caches_(model)
-    replace_by_identity_(model, plan.blocks)
+    replace_by_identity_(model, {name: plan.returns.get(name) for name in plan.blocks})
     mask_(model, _outside_blocks(plan))
     return model
 
@@ -31,8 +35,9 @@ def cut_out(dense: nn.Module, plan: PruningPlan) -> nn.Module:
     """`apply_plan` without the check that `dense` has the weights the plan was made from."""
     model = deepcopy(dense)
     forget_caches_(model)
-    replace_by_identity_(model, plan.blocks)
+    replace_by_identity_(model, {name: plan.returns.get(name) for name in plan.blocks})
     cut_(model, _outside_blocks(plan))
+    write_configs_(model, fit_configs(dense, model))
     return model
 
 
@@ -73,6 +78,7 @@ def describe(dense: nn.Module, pruned: nn.Module, plan: PruningPlan, inputs: Any
         params_after=params_after,
         macs_before=macs_before,
         macs_after=macs_after,
+        notes=tuple(fit.note() for fit in fit_configs(dense, pruned)),
     )
 
 

@@ -23,9 +23,9 @@ def find_blocks(
     """Removable blocks in execution order, and siblings of theirs (same class) that are not removable, with the reason.
 
     A block is called once, with a tensor in (masks and the like may follow) and one of the same shape and dtype out,
-    and holds a convolution or linear layer. It adds its unchanged input to something computed from it, or it is one of
-    the layers of a network that keeps them in a list. Of nested ones the smallest are taken, so a stage of residual
-    blocks is not itself a block. `model` is a copy that may be changed in its requires_grad flags.
+    alone or first in a tuple, and holds a layer with weights. It adds its unchanged input to something computed from
+    it, or it is one of the layers of a network that keeps them in a list. Of nested ones the smallest are taken, so a
+    stage of residual blocks is not itself a block. `model` is a copy that may be changed in its requires_grad flags.
     """
     candidates = [name for name, call in calls.items() if call.keeps_kind and call.count == 1]
     candidates = [name for name in candidates if name and _has_weights(model.get_submodule(name))]
@@ -56,18 +56,25 @@ def _repeated(model: nn.Module, candidates: Sequence[str]) -> list[str]:
 
 def _block(model: nn.Module, name: str, calls: Mapping[str, Call]) -> Block:
     params = sum(p.numel() for p in model.get_submodule(name).parameters())
-    return Block(name=name, params=params, macs=sum(c.macs for n, c in calls.items() if n.startswith(f"{name}.")))
+    macs = sum(c.macs for n, c in calls.items() if n.startswith(f"{name}."))
+    return Block(name=name, params=params, macs=macs, returns=calls[name].returns)
 
 
 def _has_weights(module: nn.Module) -> bool:
-    return any(isinstance(m, nn.Linear | _ConvNd) for m in module.modules() if m is not module)
+    return any(_mixes(m) for m in module.modules() if m is not module)
+
+
+def _mixes(module: nn.Module) -> bool:
+    """A convolution or linear layer, torch's or another (`Conv1D` of GPT-2)."""
+    is_mixer = any(p.dim() > 1 and p.is_floating_point() for p in module.parameters(recurse=False))
+    return isinstance(module, nn.Linear | _ConvNd) or (is_mixer and not isinstance(module, nn.Embedding))
 
 
 def _why_not(call: Call) -> str:
     if call.count > 1:
         return f"is called {call.count} times"
     if call.shape_in is None or call.shape_out is None:
-        return "takes no tensor first, or gives more than one"
+        return "takes no tensor first, or gives none first"
     if call.shape_in != call.shape_out:
         return f"changes the shape from {call.shape_in} to {call.shape_out}"
     return "does not add its input to its output"

@@ -1,6 +1,7 @@
 """One watched forward pass: which modules are called, in which order, on which shapes, at what cost."""
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from deploypipe import task
 from deploypipe.pruning.attention import SlimAttention
+from deploypipe.records import Names
 from deploypipe.task import forward, num_samples
 
 
@@ -21,9 +23,10 @@ class Call:
     place: int  # in execution order, by first call
     count: int
     macs: int  # of this module alone, one sample, all calls
-    shape_in: tuple[int, ...] | None  # without the batch; None unless a tensor came first and one tensor out
+    shape_in: tuple[int, ...] | None  # without the batch; None unless a tensor came first and went out (first)
     shape_out: tuple[int, ...] | None
     keeps_kind: bool  # dtype and shape, batch included, are the same on both sides
+    returns: Names | None  # what follows the tensor that goes out in a tuple, as in `Block`
 
 
 @contextmanager
@@ -59,23 +62,27 @@ def record_calls(model: nn.Module, inputs: Any) -> dict[str, Call]:
     def enter(name: str) -> None:
         places.setdefault(name, len(places))
 
-    def leave(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def leave(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         before = calls.get(name)
-        is_plain = bool(args) and isinstance(args[0], Tensor) and isinstance(output, Tensor)  # masks may follow it
+        first = first_tensor(output)
+        is_plain = bool(args) and isinstance(args[0], Tensor) and first is not None  # masks may follow it
         is_known = is_plain and (before is None or before.shape_in is not None)
         calls[name] = Call(
             place=places[name],
             count=1 + (before.count if before else 0),
             macs=_macs(module, args, output) // samples + (before.macs if before else 0),
             shape_in=tuple(args[0].shape[1:]) if is_known else None,
-            shape_out=tuple(output.shape[1:]) if is_known else None,
-            keeps_kind=is_known and args[0].shape == output.shape and args[0].dtype == output.dtype,
+            shape_out=tuple(first.shape[1:]) if first is not None and is_known else None,
+            keeps_kind=first is not None and is_known and (args[0].shape, args[0].dtype) == (first.shape, first.dtype),
+            returns=None if first is None or first is output else _returns(module, args, kwargs, output[1:]),
         )
 
     handles = []
     for name, module in model.named_modules():
         handles.append(module.register_forward_pre_hook(lambda m, a, name=name: enter(name)))
-        handles.append(module.register_forward_hook(lambda m, a, o, name=name: leave(name, m, a, o)))
+        handles.append(
+            module.register_forward_hook(lambda m, a, k, o, name=name: leave(name, m, a, k, o), with_kwargs=True)
+        )
     try:
         with evaluating(model), torch.no_grad():
             forward(model, inputs)
@@ -83,6 +90,20 @@ def record_calls(model: nn.Module, inputs: Any) -> dict[str, Call]:
         for handle in handles:
             handle.remove()
     return calls
+
+
+def first_tensor(output: Any) -> Tensor | None:
+    """A module's output, or the first of a tuple or list of them, where that is a tensor."""
+    first = output[0] if isinstance(output, tuple | list) and output else output
+    return first if isinstance(first, Tensor) else None
+
+
+def _returns(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], rest: Sequence[Any]) -> Names:
+    """For each of `rest`, the parameter of forward() whose argument it is, or ""."""
+    given = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
+    return tuple(
+        next((name for name, value in given.items() if value is each and each is not None), "") for each in rest
+    )
 
 
 def _macs(module: nn.Module, args: tuple[Any, ...], output: Any) -> int:

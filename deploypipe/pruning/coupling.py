@@ -16,10 +16,12 @@ from deploypipe.pruning.calls import evaluating
 from deploypipe.pruning.indices import Atoms, Grid, Indices
 from deploypipe.pruning.propagation import Propagation
 from deploypipe.pruning.slicing import forget_caches_, has_two_sides, is_depthwise, out_tensor, with_plain_weights_
+from deploypipe.pruning.statistics import is_statistic
 from deploypipe.records import Frozen, GroupKind, Member, Side
 from deploypipe.task import forward
 
 _Place = tuple[str, Side]  # (module, side)
+_KNOWN = {"weight", "bias", "running_mean", "running_var"}  # a known layer's sides stand for these
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,16 +35,16 @@ class Coupling:
 
 
 def trace_groups(
-    model: nn.Module, inputs: Any, order: Mapping[str, int]
+    model: nn.Module, inputs: Any, order: Mapping[str, int], as_wide: Collection[str] = ()
 ) -> tuple[tuple[Coupling, ...], tuple[Coupling, ...], tuple[Frozen, ...]]:
     """Couplings in execution order, others to try where one of them fails, and producers that cannot shrink, with why.
 
     order: module name -> place in the execution order; modules absent from it are never called. Works on a copy of
     `model`. The others differ where a view splits an axis in two that can both shrink: couplings take the first of
-    them (whole heads), the others the last (dimensions of every head).
+    them (whole heads), the others the last (dimensions of every head). as_wide: see `Propagation`.
     """
     try:
-        trace = _propagate(model, inputs)
+        trace = _propagate(model, inputs, as_wide)
     except Exception as error:  # a forward() that cannot run in inference mode may raise anything
         reason = f"could not be traced: {type(error).__name__}: {error}"
         layers = [name for name in order if has_two_sides(model.get_submodule(name))]
@@ -72,16 +74,18 @@ def freeze(coupling: Coupling, reason: str, producers: Collection[str]) -> list[
     return [Frozen(name=coupling.name, kind=coupling.kind, reason=reason), *rows]
 
 
-def _propagate(model: nn.Module, inputs: Any) -> Propagation:
+def _propagate(model: nn.Module, inputs: Any, as_wide: Collection[str]) -> Propagation:
     copy = deepcopy(model)
     forget_caches_(copy)
     with_plain_weights_(copy, [name for name, _ in copy.named_modules()])
     with torch.inference_mode():
-        trace = Propagation(copy, inputs)
+        trace = Propagation(copy, inputs, as_wide)
         for name, module in copy.named_modules():
-            module.register_forward_pre_hook(lambda _m, _a, name=name: trace.enter(name))
+            module.register_forward_pre_hook(
+                lambda _m, args, kwargs, name=name: trace.enter(name, [*args, *kwargs.values()]), with_kwargs=True
+            )
             module.register_forward_hook(lambda *_: trace.leave())
-        with evaluating(copy), trace:
+        with evaluating(copy), trace.calls, trace:
             outputs = forward(copy, inputs)
     written = [axis for tensor in _floating(outputs) for axis in trace.of(tensor)]
     trace.indices.kept[:0] = [
@@ -119,6 +123,9 @@ class _Classes:
         ties = [(axes[0], other) for axes in self.sized.values() for other in axes[1:]]
         if ties:
             self.of, self.kept = _components(trace.indices, [*trace.indices.equal, *ties])
+        while more := _same_factors(trace.indices.grids, self.of):
+            ties += more
+            self.of, self.kept = _components(trace.indices, [*trace.indices.equal, *ties])
         self.grids = [_ClassGrid(grid, self.of) for grid in trace.indices.grids]
         self.as_cell: dict[int, list[tuple[_ClassGrid, int]]] = defaultdict(list)
         self.as_factor: dict[int, list[tuple[_ClassGrid, int, int]]] = defaultdict(list)
@@ -131,9 +138,10 @@ class _Classes:
         self.groups = self._all(trace.convolution_groups)
         self.heads = self._all(atoms for seen in trace.attention.values() for atoms in seen.heads)
         self.head_dims = self._all(atoms for seen in trace.attention.values() for atoms in seen.head_dims)
-        self.attention = {
-            c: name for name, seen in trace.attention.items() for atoms in seen.heads for c in self.of[atoms].tolist()
-        }
+        self.attention: dict[int, str] = {}
+        for name, seen in trace.attention.items():
+            for atoms in seen.heads:
+                self.attention = dict.fromkeys(self.of[atoms].tolist(), name) | self.attention
 
     def _all(self, arrays: Iterable[Atoms]) -> set[int]:
         return {c for atoms in arrays for c in self.of[atoms].tolist()}
@@ -150,6 +158,18 @@ def _components(ledger: Indices, equal: Sequence[tuple[Atoms, Atoms]]) -> tuple[
         for c in classes[atoms].tolist():
             kept.setdefault(c, why)
     return classes, kept
+
+
+def _same_factors(grids: Sequence[Grid], classes: Atoms) -> list[tuple[Atoms, Atoms]]:
+    """Factors of grids with the same cells, which views of different tensors made, where they are not yet equal."""
+    first: dict[object, Grid] = {}
+    found: list[tuple[Atoms, Atoms]] = []
+    for grid in grids:
+        known = first.setdefault((classes[grid.cells].tobytes(), tuple(f.size for f in grid.factors)), grid)
+        for a, b in zip(known.factors, grid.factors, strict=True):
+            if a.atoms is not None and b.atoms is not None and not np.array_equal(classes[a.atoms], classes[b.atoms]):
+                found.append((a.atoms, b.atoms))
+    return found
 
 
 class _ClassGrid:
@@ -181,6 +201,8 @@ def _places(trace: Propagation, classes: _Classes) -> dict[_Place, list[int]]:
     for (name, attribute), axes in classes.sized.items():
         if axes and out_tensor(trace.modules[name]) is None:  # known layers count by themselves
             add(name, f"@{attribute}", axes[0])
+    for (name, side), atoms in trace.statistics.items():
+        add(name, side, atoms)
     return places
 
 
@@ -193,7 +215,7 @@ def _tensor_sides(
             atoms = axis[0].atoms if axis else None
             if covered == (local, number):
                 yield "out", atoms
-            elif not covered or (isinstance(module, nn.Embedding) and number == 0):
+            elif not covered or local not in _KNOWN or (isinstance(module, nn.Embedding) and number == 0):
                 yield f"{local}.{number}", atoms
 
 
@@ -238,7 +260,7 @@ class _Finder:
 
         A table that is added inside of every head (rotary frequencies) would find head dimensions before the heads.
         """
-        places = [place for place in self.places if place[1] != "in" and not place[1].startswith("@")]
+        places = [place for place in self.places if place[1] != "in" and place[1][0] not in "@~"]
         writes = {place: place[1] == "out" and has_two_sides(self.modules[place[0]]) for place in places}
         return sorted(places, key=lambda p: (not writes[p], self.order.get(p[0], len(self.order)), p))
 
@@ -272,9 +294,9 @@ class _Finder:
         """A cell cannot go alone: the factor's index that goes with it, one that is gone already if there is one."""
         options = [c for c in self._options(grid, cell) if c not in self.classes.kept]
         gone = [c for c in options if c in unit.classes]
-        options.sort(key=lambda c: c in self.classes.groups)  # a filter of every group rather than a whole group
         options = gone or (options[::-1] if self.take_last else options)
-        return options[0] if options else None
+        # A filter of every group rather than a whole group.
+        return min(options, key=lambda c: c in self.classes.groups, default=None)
 
     def _why_neither(self, grid: _ClassGrid, cell: int) -> str:
         reasons = [self.classes.kept[c] for c in self._options(grid, cell) if c in self.classes.kept]
@@ -310,7 +332,7 @@ class _Finder:
     def _is_reader(self, place: _Place) -> bool:
         name, side = place
         tensor = getattr(self.modules[name], side.rpartition(".")[0], None)
-        return side == "in" or (side != "out" and isinstance(tensor, Tensor) and tensor.dim() > 1)
+        return side == "in" or is_statistic(side) or (side != "out" and isinstance(tensor, Tensor) and tensor.dim() > 1)
 
     def _kind(self, unit: _Unit) -> tuple[GroupKind, str]:
         if unit.classes & self.classes.heads:

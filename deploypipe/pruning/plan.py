@@ -8,8 +8,9 @@ from torch import nn
 
 from deploypipe.errors import PlanError
 from deploypipe.pruning.apply import apply_plan, check_fingerprint
+from deploypipe.pruning.constraints import require_constraints
 from deploypipe.pruning.slicing import edits_by_module, is_depthwise
-from deploypipe.records import ChannelGroup, Edit, GroupCut, PruningPlan, ScoreTable, Side, Structures
+from deploypipe.records import ChannelGroup, Edit, GroupCut, Names, PruningPlan, ScoreTable, Side, Structures
 
 
 def make_plan(
@@ -22,38 +23,51 @@ def make_plan(
     """Keep the best-scored `widths[name]` units of each named group, and remove the named blocks.
 
     Widths are brought to the nearest multiple of `channel_multiple` (halves go up), at least one multiple, never above
-    the dense width; a group narrower than one multiple stays whole; heads come in any number. Equal scores: the lower
-    index stays. Groups that lie wholly in removed blocks are left out. Group names absent from `widths` stay whole.
+    the dense width; a group narrower than one multiple stays whole; heads come in any number. What
+    `structures.constraints` asks at least stays. Equal scores: the lower index stays. Groups that lie wholly in removed
+    blocks are left out. Group names absent from `widths` stay whole. Raises PlanError for what does not exist, and for
+    widths and blocks that the constraints do not allow.
     """
     groups = {group.name: group for group in structures.groups}
     _check(structures, groups, scores, widths, blocks)
     cuts: list[GroupCut] = []
     edits: list[Edit] = []
+    realised: dict[str, int] = {}
     for group in structures.groups:
         outside = [m for m in group.members if not _is_inside(m.module, blocks)]
-        if group.name not in widths or not outside:
+        if not outside:
             continue
-        asked = widths[group.name]
-        width, reason = _realised(asked, group.num_units, group.step(channel_multiple))
+        asked = widths.get(group.name, group.num_units)
+        least = structures.least_width(group, channel_multiple)
+        width, reason = _realised(asked, group.num_units, group.step(channel_multiple), least)
+        realised[group.name] = width
+        if width == asked == group.num_units:
+            continue
         ranked = sorted(range(group.num_units), key=lambda i: (-scores.channels[group.name][i], i))
         removed = tuple(sorted(ranked[width:]))
-        if not removed and asked == group.num_units:
-            continue
         cuts.append(GroupCut(group=group.name, asked=asked, removed=removed, num_units=group.num_units, reason=reason))
         for member in outside:
             gone = tuple(sorted({i for unit in removed for i in member.units[unit]}))
             edits.append(Edit(module=member.module, side=member.side, removed=gone))
+    require_constraints(structures, realised, blocks)
     return PruningPlan(
         model_fingerprint=structures.model_fingerprint,
         cuts=tuple(cuts),
         edits=_merged(edits),
         blocks=tuple(block.name for block in structures.blocks if block.name in blocks),
+        returns=_returns(structures),
     )
 
 
 def empty_plan(structures: Structures) -> PruningPlan:
     """The plan that removes nothing."""
-    return PruningPlan(model_fingerprint=structures.model_fingerprint, cuts=(), edits=(), blocks=())
+    return PruningPlan(
+        model_fingerprint=structures.model_fingerprint, cuts=(), edits=(), blocks=(), returns=_returns(structures)
+    )
+
+
+def _returns(structures: Structures) -> dict[str, Names]:
+    return {block.name: block.returns for block in structures.blocks if block.returns is not None}
 
 
 def compose(first: PruningPlan, second: PruningPlan, dense: nn.Module) -> PruningPlan:
@@ -79,6 +93,7 @@ def compose(first: PruningPlan, second: PruningPlan, dense: nn.Module) -> Prunin
         cuts=_joined(first.cuts, second.cuts),
         edits=_merged(e for e in (*first.edits, *later) if not _is_inside(e.module, blocks)),
         blocks=blocks,
+        returns={**second.returns, **first.returns},
     )
 
 
@@ -124,15 +139,18 @@ def _is_inside(module: str, blocks: Sequence[str]) -> bool:
     return any(module == block or module.startswith(f"{block}.") for block in blocks)
 
 
-def _realised(asked: int, dense: int, multiple: int) -> tuple[int, str]:
-    """The width a group gets, and why it is not the one asked for."""
+def _realised(asked: int, dense: int, multiple: int, least: int) -> tuple[int, str]:
+    """The width a group gets, and why it is not the one asked for. least: a multiple, or the dense width."""
     if asked >= dense:
         return dense, f"has only {dense} channels" if asked > dense else ""
     if dense < multiple:
         return dense, f"stays whole: its {dense} channels are fewer than the target's multiple of {multiple}"
-    width = min(max(multiple, (2 * asked + multiple) // (2 * multiple) * multiple), dense)
+    nearest = (2 * asked + multiple) // (2 * multiple) * multiple
+    width = min(max(least, nearest), dense)
     if width == asked:
         return width, ""
+    if width > max(multiple, nearest):
+        return width, f"brought to the {least} that stay at least, as recipe.constraints asks"
     if width % multiple:
         return width, f"stays whole: the next multiple of {multiple} is above its {dense} channels"
     return width, f"brought to a multiple of {multiple} channels, as the target asks"

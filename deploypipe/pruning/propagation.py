@@ -7,18 +7,20 @@ be taken apart keeps the indices that reach it, with the reason. So every trace 
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from deploypipe.pruning.indices import Atoms, Axes, Axis, Factor, Indices, fixed, has_atoms
-from deploypipe.pruning.rules import RULES, all_tensors, pointwise
+from deploypipe.pruning.indices import Atoms, Axes, Axis, Factor, Indices, fixed, has_atoms, size_of
+from deploypipe.pruning.rules import RULES, pointwise
 from deploypipe.pruning.slicing import looks_across
+from deploypipe.pruning.statistics import FunctionCalls, all_tensors, side_of
 from deploypipe.task import tensors
 
 Side = tuple[str, str]  # (module, side)
@@ -35,9 +37,13 @@ class Attention:
 class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """`with Propagation(model, inputs) as trace: forward(model, inputs)`, in inference mode; then read the trace."""
 
-    def __init__(self, model: nn.Module, inputs: Any) -> None:
+    def __init__(self, model: nn.Module, inputs: Any, as_wide: Collection[str] = ()) -> None:
+        """as_wide: modules whose attention is as wide as what they read, because the code takes its sizes from there
+        (`B, N, C = x.shape; x.reshape(B, N, heads, C // heads)`). Sizes are plain numbers, so that cannot be seen."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.indices = Indices()
+        self.as_wide = as_wide
+        self.read: dict[str, Axis] = {}  # module -> last axis of the first tensor it was last called with
         self.modules = dict(model.named_modules())
         self.running: list[str] = [""]  # names of the modules whose forward is on, innermost last
         self.axes: Any = WeakIdKeyDictionary()  # tensor -> Axes
@@ -47,6 +53,8 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.sized: dict[tuple[str, str], list[Atoms]] = {}  # (module, attribute) -> axes whose size it may be
         self.attention: dict[str, Attention] = {}
         self.convolution_groups: list[Atoms] = []
+        self.calls = FunctionCalls(whole={F.local_response_norm: self.normalise_locally})
+        self.statistics: dict[tuple[str, str], Atoms] = {}  # (module, side of an operation) -> what it sees
         self.picked: Any = WeakIdKeyDictionary()  # tensor -> the axis it is one index of
         self.label_weights_()
         for tensor in tensors(inputs):
@@ -62,11 +70,16 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     is_data = not tensor.is_floating_point()  # positions, masks, counters
                     self.axes[tensor] = tuple(fixed(n) if is_data else self.indices.new(n) for n in tensor.shape)
 
-    def enter(self, module: str) -> None:
+    def enter(self, module: str, given: Sequence[Any]) -> None:
         self.running.append(module)
+        self.calls.enter(module)
+        first = next(iter(all_tensors(given)), None)
+        if module in self.as_wide and first is not None and first.dim():
+            self.read[module] = self.of(first)[-1]
 
     def leave(self) -> None:
         self.running.pop()
+        self.calls.leave()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -87,6 +100,8 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
         results = all_tensors([result])
         if not operands:
             axes: Any = [tuple(fixed(size, is_free=True) for size in t.shape) for t in results]
+        elif name == "set_":  # the code lets go of a tensor's memory
+            axes = [tuple(fixed(size) for size in t.shape) for t in results]
         elif rule is None or any(0 in t.shape for t in (*operands, *results)):
             axes = self.give_up(name, operands, results)
         else:
@@ -120,11 +135,34 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def equate(self, a: Axis, b: Axis, what: str = "an axis of fixed size") -> Axis:
         return self.indices.equate(a, b, f"meets {what} in {self.running[-1]!r}")
 
-    def mix(self, axis: Axis, name: str) -> None:
-        """An operation computes one number from all along the axis: fewer of them give another number."""
-        where = self.running[-1]
-        if not looks_across(self.modules[where]):  # a norm over fewer channels is what is wanted of it
+    def fit(self, a: Axis, b: Axis) -> Axis:
+        """`equate`, where the code made one of them to fit the other, with a size that may come from an attribute."""
+        for one, other in ((a, b), (b, a)):
+            if one and not has_atoms(one) and all(factor.is_free for factor in one):
+                self.count((other,))
+        return self.equate(a, b)
+
+    def mix(self, operand: Tensor, dim: int, name: str) -> None:
+        """An operation computes one number from all along an axis: fewer of them give another number.
+
+        Where that does not depend on their order, and the code itself calls the operation, it is taken over those that
+        stay, as a norm is.
+        """
+        axis, where = self.of(operand)[dim], self.running[-1]
+        if looks_across(self.modules[where]) or not has_atoms(axis):
+            return
+        place = next((i for i, each in enumerate(self.calls.operands) if each is operand), None)
+        if place is None or name not in _SYMMETRIC:
             self.keep(axis, f"{name}() is taken over these channels")
+            return
+        factor = self.indices.joined(axis)
+        assert factor.atoms is not None
+        self.statistics[where, side_of(self.calls.number, place, dim)] = factor.atoms
+
+    def normalise_locally(self, operand: Tensor, result: Tensor) -> None:
+        """Over neighbouring channels, which then are those that stay."""
+        self.mix(operand, 1, "norm")
+        self.axes[result] = self.of(operand)
 
     def count(self, axes: Axes) -> None:
         """Attributes of the running module that hold the size of one of these axes shrink with it."""
@@ -137,6 +175,16 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     self.count_factor(factor, is_outer, len(shrinking) > 1)
             if len(axes[i]) > 1:
                 self.count_factor(self.indices.joined(axes[i]), is_outer, True)
+
+    def widen(self, axes: Axes) -> None:
+        """Neighbouring factors of a view that make up the width the running module reads are that width."""
+        read = self.read.get(self.running[-1], ())
+        factors = [factor for axis in axes for factor in axis]
+        for start in range(len(factors)):
+            for stop in range(start + 1, len(factors) + 1):
+                part = tuple(factors[start:stop])
+                if has_atoms(read) and all(f.atoms is not None for f in part) and size_of(part) == size_of(read):
+                    self.equate(part, read)
 
     def count_factor(self, factor: Factor, is_outer: bool, is_certain: bool) -> None:
         where = self.running[-1]
@@ -158,12 +206,24 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     if len(piece) == 1 and piece[0].atoms is not None:
                         self.sized.setdefault((where, f"{name}.{number}"), []).append(piece[0].atoms)
 
+    def count_shape(self, axes: Axes) -> None:
+        """A list of the running module that holds the last sizes of a view shrinks with its axes."""
+        where = self.running[-1]
+        for value in vars(self.modules[where]).values():
+            if isinstance(value, list | tuple) and 1 < len(value) <= len(axes):
+                last = axes[len(axes) - len(value) :]
+                if list(value) == [size_of(axis) for axis in last]:
+                    self.count_pieces(value, last)
+
     def note_attention(self, batch: Sequence[Axis], inner: Axis) -> None:
         """A product of two activations: it runs over heads, and sums up what is inside of one."""
         seen = self.attention.setdefault(self.running[-1], Attention())
         seen.heads += [f.atoms for axis in batch for f in axis if f.atoms is not None]
         seen.head_dims += [f.atoms for f in inner if f.atoms is not None]
 
+
+_SYMMETRIC = {"mean", "sum", "amax", "amin", "max", "min", "var", "std", "var_mean", "std_mean", "norm", "logsumexp"}
+_SYMMETRIC |= {"linalg_vector_norm", "layer_norm", "rms_norm", "batch_norm"}
 
 _WIDTHS = {"head", "heads", "dim", "dims", "size", "channels", "features", "width", "embed", "hidden", "nhead", "inner"}
 _WIDTHS |= {"planes", "filters", "nf", "shape", "groups", "model", "k", "v", "kv"}

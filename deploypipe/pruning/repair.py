@@ -4,51 +4,46 @@ The pruned network runs over the calibration samples. Whenever a layer has compu
 solved so that, on the inputs it really gets in the pruned network, it gives what the dense network gives; then the run
 goes on with the corrected output. Where the output is added to a shortcut, the target is the dense sum minus the pruned
 shortcut, so that errors of the shortcut are corrected too and do not pile up with depth.
+
+Which layers are solved is the list `observe.patches.KINDS`; where each one's output is compared, `paths`.
 """
 
 import copy
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from deploypipe.errors import DataError
-from deploypipe.numerics.least_squares import CrossMoments, Fit
+from deploypipe.numerics.least_squares import CrossMoments
 from deploypipe.observe.patches import (
     Mixer,
-    is_mixer,
+    from_blocks,
+    num_groups,
     sample_inputs,
     sample_outputs,
     sample_positions,
-    weight_matrix,
+    weight_blocks,
+    writes,
 )
-from deploypipe.observe.stream import hooked
+from deploypipe.pruning.paths import End, Path, common_paths, find_paths, watching, without_path
 from deploypipe.recipe import Repair
 from deploypipe.records import Event, Progress, PruningPlan, RepairReport, RepairRow, silent
-from deploypipe.task import Batch, channels_last, forward, num_samples, stack_batches, take_calib
+from deploypipe.task import (
+    Batch,
+    RealTokens,
+    channels_last,
+    find_real_tokens,
+    forward,
+    num_samples,
+    stack_batches,
+    take_calib,
+)
 
-_ADDITIONS = {"add", "add_", "__add__", "__iadd__", "__radd__"}
 _NEGLIGIBLE = 1e-7  # relative squared error that float32 rounding alone can make
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-
-
-@dataclass(slots=True)
-class _Path:
-    """Where a layer's output stops being an affine function of its weights."""
-
-    layer: str
-    norm: str | None = None  # the batch norm that reads it
-    is_added: bool = False  # then it ends as an operand of an addition
-    num_calls: int = 0
-
-
-# finish(path, the layer's input, the value at the path's end, the addition's other operand) -> the value to go on with
-_Finish = Callable[[_Path, Tensor, Tensor, Tensor | None], Tensor]
+_MOST_COLUMNS = 1024  # of groups of a convolution that are sampled together; their patches are held in memory
 
 
 def repair(
@@ -58,6 +53,7 @@ def repair(
     batches: Sequence[Batch],
     settings: Repair,
     *,
+    real_tokens: RealTokens | None = None,
     seed: int = 0,
     notify: Progress = silent,
 ) -> tuple[nn.Module, RepairReport]:
@@ -65,268 +61,168 @@ def repair(
 
     Cost: two forward passes over at most `settings.num_samples` samples (held in memory as one batch) and one solve a
     layer. Every layer after the first change is solved, also those that were not cut: they correct what arrives wrong.
-    A solution that does not lower the layer's error is not written. Layers whose input was not cut and that feed no
-    addition are solved too. Labels are not used.
+    A solution that does not lower the layer's error is not kept. Layers whose input was not cut and that feed no
+    addition are solved too. Labels are not used. Padding, as `Task.real_tokens` tells it, counts for nothing. The
+    report first lists the layers that cannot be solved.
     """
     taken = take_calib(batches, settings.num_samples)
     inputs = channels_last(stack_batches([batch for batch, _ in taken]))
     repaired = copy.deepcopy(pruned).eval()
+    if not plan.blocks and not plan.edits:
+        return _as_before(repaired, pruned), RepairReport(rows=(), num_samples=num_samples(inputs))
     teacher = copy.deepcopy(dense).eval()
-    kept_outputs = {e.module: set(e.removed) for e in plan.edits if e.side == "out"}
-    names = _layers_to_solve(repaired, plan)
     few = stack_batches([batch for batch, _ in take_calib(taken, 2)])
-    paths = _common(_find_paths(repaired, names, few), _find_paths(teacher, names, few))
-    sampler = _Sampler(settings.positions_per_sample, seed, teacher)
-    targets = _dense_targets(teacher, paths, sampler, kept_outputs, inputs)
-    rows: list[RepairRow] = []
+    found = common_paths(find_paths(repaired, few), find_paths(teacher, few))
+    paths = {name: path for name, path in found.items() if not path.why_not}
+    reasons = {name: path.why_not for name, path in found.items() if path.why_not} | without_path(repaired)
+    rows = [RepairRow(module=name, reason=reason) for name, reason in reasons.items()]
+    sampler = _Sampler(settings.positions_per_sample, seed, teacher, find_real_tokens(inputs, real_tokens))
+    targets = _dense_targets(teacher, paths, sampler, plan, inputs)
     modules = dict(repaired.named_modules())
 
-    def solve(path: _Path, layer_input: Tensor, value: Tensor, other: Tensor | None) -> Tensor:
+    def solve(end: End) -> Tensor:
+        path = end.path
         layer, norm = modules[path.layer], modules[path.norm] if path.norm else None
-        positions = sampler.positions(path.layer, value, layer)
-        current = sample_outputs(layer, value, positions)
+        positions = sampler.positions(path, layer, end.value)
         target = targets.pop(path.layer)
-        if other is not None:
-            target = target - sample_outputs(layer, other.expand_as(value), positions)
-        patches = sample_inputs(layer, layer_input, value, positions)
-        row, is_solved = _solve_layer_(path.layer, layer, norm, patches, target, current, settings.ridge)
+        if end.other is not None:
+            target = target - sample_outputs(layer, end.other.expand_as(end.value), positions)
+        row, output = _solve_layer_(end, layer, norm, positions, target, settings.ridge)
         rows.append(row)
-        notify(Event(stage="repair", done=len(rows), total=len(paths), message=path.layer))
-        if not is_solved:
-            return value
-        output: Tensor = layer.forward(layer_input)
-        if norm is not None:
-            output = norm.forward(output)
+        notify(Event(stage="repair", done=len(rows) - len(reasons), total=len(paths), message=path.layer))
         return output
 
-    with torch.no_grad(), _watching(repaired, paths, solve):
+    with torch.no_grad(), watching(repaired, paths, solve):
         forward(repaired, inputs)
+    return _as_before(repaired, pruned), RepairReport(rows=tuple(rows), num_samples=num_samples(inputs))
+
+
+def _as_before(repaired: nn.Module, pruned: nn.Module) -> nn.Module:
+    """With the training flags of `pruned`."""
     for module, original in zip(repaired.modules(), pruned.modules(), strict=True):
         module.training = original.training
-    return repaired, RepairReport(rows=tuple(rows), num_samples=num_samples(inputs))
-
-
-def _layers_to_solve(model: nn.Module, plan: PruningPlan) -> list[str]:
-    untouched = not plan.blocks and not plan.edits
-    return [] if untouched else [n for n, m in model.named_modules() if is_mixer(m)]
-
-
-def _find_paths(model: nn.Module, names: Sequence[str], inputs: Any) -> dict[str, _Path]:
-    """Follow each layer's output object through a batch norm into an addition, in one small forward pass."""
-    paths = {name: _Path(layer=name) for name in names}
-    norm_calls: Counter[str] = Counter()
-    trace = _FindAdditions(list(names))
-
-    def layer_hook(name: str) -> Callable[..., None]:
-        def hook(_m: nn.Module, _i: tuple[Any, ...], output: Tensor) -> None:
-            paths[name].num_calls += 1
-            trace.follow(paths[name], output)
-
-        return hook
-
-    def norm_hook(name: str) -> Callable[..., None]:
-        def hook(_m: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            norm_calls[name] += 1
-            before = trace.find(args[0])
-            if before is not None and before.path.norm is None and _is_per_output(model, before.path, output):
-                before.path.norm = name
-                trace.follow(before.path, output)
-
-        return hook
-
-    hooks = [(n, layer_hook(n)) for n in names] + _norm_hooks(model, norm_hook)
-    with hooked(model, hooks), torch.no_grad(), trace:
-        forward(model, inputs)
-    for step in trace.steps:  # whoever else reads a tensor must find in it what was there before
-        if step.num_uses > 1:
-            step.path.is_added = False
-            step.path.norm = step.path.norm if step.is_after_norm else None
-    for path in paths.values():
-        if path.norm is not None and norm_calls[path.norm] > 1:
-            path.norm, path.is_added = None, False
-    return {name: path for name, path in paths.items() if path.num_calls == 1}
-
-
-def _common(paths: dict[str, _Path], others: dict[str, _Path]) -> dict[str, _Path]:
-    """Paths as far as they are the same in both networks: without a removed block, others may begin."""
-    for name, path in paths.items():
-        other = others.get(name, _Path(layer=name))
-        if path.norm != other.norm:
-            path.norm, path.is_added = None, False
-        path.is_added = path.is_added and other.is_added
-    return {name: path for name, path in paths.items() if name in others}
-
-
-@dataclass(slots=True)
-class _Step:
-    """A tensor on a path; holding it keeps its id unique, its version tells whether it was changed in place since."""
-
-    path: _Path
-    tensor: Tensor
-    is_after_norm: bool
-    version: int
-    num_uses: int = 0
-
-
-class _FindAdditions(TorchFunctionMode):
-    """Marks the paths that end in an addition, and counts who reads the tensors on them."""
-
-    def __init__(self, order: list[str]) -> None:
-        super().__init__()
-        self.order = order
-        self.steps: list[_Step] = []
-        self.by_id: dict[int, _Step] = {}
-
-    def follow(self, path: _Path, tensor: Tensor) -> None:
-        step = _Step(path, tensor, path.norm is not None, tensor._version)
-        self.steps.append(step)
-        self.by_id[id(tensor)] = step
-
-    def find(self, tensor: Any) -> _Step | None:
-        step = self.by_id.get(id(tensor))
-        return step if step is not None and tensor._version == step.version else None
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = [*args, *(kwargs or {}).values()]
-        given += [a for each in given if isinstance(each, (list, tuple)) for a in each]
-        read = [(a, step) for a in given if (step := self.find(a)) is not None]
-        if read and _is_plain_sum(func, args, kwargs):
-            # Of two branches the one computed last absorbs the other's error.
-            max((step.path for _, step in read), key=lambda path: self.order.index(path.layer)).is_added = True
-        result = func(*args, **(kwargs or {}))
-        for tensor, step in read:
-            step.num_uses += result is not tensor and isinstance(result, (Tensor, list, tuple))
-        return result
-
-
-def _is_plain_sum(func: Any, args: Any, kwargs: Any) -> bool:
-    """Two tensors of one shape, without a factor."""
-    if getattr(func, "__name__", "") not in _ADDITIONS or kwargs or len(args) != 2:
-        return False
-    return all(isinstance(a, Tensor) for a in args) and args[0].shape == args[1].shape
-
-
-def _is_per_output(model: nn.Module, path: _Path, output: Tensor) -> bool:
-    """Whether the axis that a batch norm works on is the layer's outputs."""
-    return output.dim() == 2 or not isinstance(model.get_submodule(path.layer), nn.Linear)
-
-
-def _norm_hooks(model: nn.Module, hook: Callable[[str], Callable[..., Any]]) -> list[tuple[str, Callable[..., Any]]]:
-    """On the batch norms that can hold a solution."""
-    norms = {name: module for name, module in model.named_modules() if isinstance(module, _NORMS)}
-    return [(name, hook(name)) for name, m in norms.items() if m.affine and m.running_mean is not None]
-
-
-@contextmanager
-def _watching(model: nn.Module, paths: dict[str, _Path], finish: _Finish) -> Iterator[None]:
-    """Call `finish` at the end of each path while the block runs, and go on with what it returns."""
-    carried: dict[int, tuple[_Path, Tensor, Tensor]] = {}
-
-    def layer_hook(path: _Path) -> Callable[..., Tensor]:
-        def hook(_m: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            if path.norm is None and not path.is_added:
-                return finish(path, args[0], output, None)
-            carried[id(output)] = (path, args[0], output)
-            return output
-
-        return hook
-
-    def norm_hook(name: str) -> Callable[..., Tensor]:
-        def hook(_m: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            if id(args[0]) not in carried or carried[id(args[0])][0].norm != name:
-                return output
-            path, layer_input, _ = carried.pop(id(args[0]))
-            if not path.is_added:
-                return finish(path, layer_input, output, None)
-            carried[id(output)] = (path, layer_input, output)
-            return output
-
-        return hook
-
-    hooks = [(name, layer_hook(path)) for name, path in paths.items()] + _norm_hooks(model, norm_hook)
-    with hooked(model, hooks), _AtAdditions(carried, finish):
-        yield
-
-
-class _AtAdditions(TorchFunctionMode):
-    """Ends the paths whose output is added to something."""
-
-    def __init__(self, carried: dict[int, tuple["_Path", Tensor, Tensor]], finish: "_Finish") -> None:
-        super().__init__()
-        self.carried, self.finish = carried, finish
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if _is_plain_sum(func, args, kwargs):
-            args = list(args)
-            for here, there in ((0, 1), (1, 0)):
-                if id(args[here]) in self.carried:
-                    path, layer_input, value = self.carried.pop(id(args[here]))
-                    args[here] = self.finish(path, layer_input, value, args[there])
-        return func(*args, **(kwargs or {}))
+    return repaired
 
 
 class _Sampler:
     """The same output positions of a layer in the dense and in the pruned network."""
 
-    def __init__(self, count: int, seed: int, model: nn.Module) -> None:
-        self.count, self.seed = count, seed
+    def __init__(self, count: int, seed: int, model: nn.Module, real: Tensor | None) -> None:
+        self.count, self.seed, self.real = count, seed, real
         self.order = {name: number for number, (name, _) in enumerate(model.named_modules())}
 
-    def positions(self, name: str, output: Tensor, layer: Mixer) -> Tensor:
-        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.order[name])
-        return sample_positions(layer, output, self.count, generator)
+    def positions(self, path: Path, layer: Mixer, output: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.order[path.layer])
+        return sample_positions(layer, output, self.count, generator, self.real)
 
 
 def _dense_targets(
-    teacher: nn.Module, paths: dict[str, _Path], sampler: _Sampler, removed: dict[str, set[int]], inputs: Any
+    teacher: nn.Module, paths: dict[str, Path], sampler: _Sampler, plan: PruningPlan, inputs: Any
 ) -> dict[str, Tensor]:
     """What the dense network has at the end of each path: (rows, outputs kept), by layer."""
     modules = dict(teacher.named_modules())
     targets: dict[str, Tensor] = {}
+    removed: dict[str, set[int]] = {}
+    for edit in plan.edits:
+        if edit.module in paths and writes(modules[edit.module], edit.side):
+            removed.setdefault(edit.module, set()).update(edit.removed)
 
-    def record(path: _Path, _input: Tensor, value: Tensor, other: Tensor | None) -> Tensor:
-        layer = modules[path.layer]
-        total = value if other is None else value + other
-        rows = sample_outputs(layer, total, sampler.positions(path.layer, value, layer))
-        kept = [i for i in range(rows.shape[1]) if i not in removed.get(path.layer, set())]
-        targets[path.layer] = rows[:, kept]
-        return value
+    def record(end: End) -> Tensor:
+        name, layer = end.path.layer, modules[end.path.layer]
+        total = end.value if end.other is None else end.value + end.other
+        rows = sample_outputs(layer, total, sampler.positions(end.path, layer, end.value))
+        kept = [i for i in range(rows.shape[1]) if i not in removed.get(name, set())]
+        targets[name] = rows[:, kept]
+        return end.value
 
-    with torch.no_grad(), _watching(teacher, paths, record):
+    with torch.no_grad(), watching(teacher, paths, record):
         forward(teacher, inputs)
     return targets
 
 
 def _solve_layer_(
-    name: str, layer: Mixer, norm: nn.Module | None, patches: Tensor, target: Tensor, current: Tensor, ridge: float
-) -> tuple[RepairRow, bool]:
-    """Regress `target` on `patches` and write the solution into the layer (and its batch norm).
+    end: End, layer: Mixer, norm: Any, positions: Tensor, target: Tensor, ridge: float
+) -> tuple[RepairRow, Tensor]:
+    """Regress `target` (rows, outputs) on what the layer reads, write the solution, and keep it if it is better.
 
-    patches: (rows, inputs * taps), target and current: (rows, outputs). The regression has an intercept where there is
-    a bias or a batch norm to hold it. Errors are relative to the target's variance.
+    The regression has an intercept where there is a bias or a batch norm to hold it. Errors are measured, with the
+    value at the path's end as it was and as the new weights make it, and relative to the target's variance.
     """
-    moments = CrossMoments.of(patches, target)
-    if not moments.is_finite:
-        raise DataError(f"{name}: activations are not finite on the calibration samples; check the data and the model")
-    variance = float(moments.output_variance.sum().clamp_min(1e-30))
-    before = float((target - current).square().sum(dtype=torch.float64)) / len(target) / variance
+    name = end.path.layer
+    centred = target - target.mean(0, dtype=torch.float64).to(target.dtype)
+    variance = float(centred.square().mean(0, dtype=torch.float64).sum().clamp_min(1e-30))
+
+    def error(value: Tensor) -> float:
+        difference = target - sample_outputs(layer, value, positions)
+        return float(difference.square().sum(dtype=torch.float64)) / len(target) / variance
+
+    before = error(end.value)
     if before < _NEGLIGIBLE:
-        return RepairRow(module=name, error_before=before, error_after=before, reason="nothing to repair"), False
+        return RepairRow(module=name, error_before=before, error_after=before, reason="nothing to repair"), end.value
+    solution = _regress(end, layer, norm, positions, target, ridge)
+    written = [t for m in (layer, norm) if m is not None for t in (*m.parameters(False), *m.buffers(False))]
+    old = [tensor.detach().clone() for tensor in written]
+    if norm is not None:
+        _write_before_norm_(layer, norm, solution)
+    else:
+        layer.weight.copy_(_as_weight(layer, solution.weights))
+        if layer.bias is not None:
+            layer.bias.copy_(solution.intercept)
+    output: Tensor = layer.forward(*end.args)
+    if norm is not None:
+        output = norm.forward(output)
+    after = error(output)
+    if after < before:
+        return RepairRow(module=name, error_before=before, error_after=after), output
+    for tensor, value in zip(written, old, strict=True):
+        tensor.copy_(value)
+    return RepairRow(module=name, error_before=before, error_after=before, reason="no solution lowers it"), end.value
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Solution:
+    """weights (outputs, inputs / groups * taps) and intercept (outputs,), and the moments of what the weights give."""
+
+    weights: Tensor
+    intercept: Tensor
+    product_mean: Tensor
+    product_variance: Tensor
+
+
+def _regress(end: End, layer: Mixer, norm: Any, positions: Tensor, target: Tensor, ridge: float) -> _Solution:
+    """One regression for each group of a convolution, shrunk towards the weights that are there."""
+    blocks, groups = weight_blocks(layer).double(), num_groups(layer)  # (groups, outputs, inputs * taps)
     scale = _output_scale(norm)
-    prior = weight_matrix(layer).double().T * (1.0 if scale is None else scale)
+    prior = blocks.mT if scale is None else blocks.mT * scale.view(groups, 1, -1)
+    targets = target.view(len(target), groups, -1).movedim(1, 0)  # (groups, rows, outputs)
     has_intercept = norm is not None or layer.bias is not None
-    fit = moments.fit(prior, ridge, has_intercept=has_intercept)
-    after = fit.squared_error / variance
-    if not after < before:
-        return RepairRow(module=name, error_before=before, error_after=before, reason="no solution lowers it"), False
-    with torch.no_grad():
-        if norm is not None:
-            _write_before_norm_(layer, norm, fit)
-        else:
-            layer.weight.copy_(fit.coefficients.T.reshape(layer.weight.shape))
-            if layer.bias is not None:
-                layer.bias.copy_(fit.intercept)
-    return RepairRow(module=name, error_before=before, error_after=after), True
+    step = max(1, _MOST_COLUMNS // blocks.shape[2])
+    fits = []
+    for start in range(0, groups, step):
+        part = slice(start, start + step)
+        patches = sample_inputs(layer, _inputs_of(layer, end.args[0], part), end.value, positions)
+        regressors = patches.view(len(patches), -1, blocks.shape[2]).movedim(1, 0)  # (groups, rows, inputs * taps)
+        moments = CrossMoments.of(regressors, targets[part])
+        if not moments.is_finite:
+            raise DataError(
+                f"{end.path.layer}: activations are not finite on the calibration samples; check the data and the model"
+            )
+        fits.append(moments.fit(prior[part], ridge, has_intercept=has_intercept))
+    return _Solution(
+        weights=torch.cat([fit.coefficients.mT.flatten(0, 1) for fit in fits]),
+        intercept=torch.cat([fit.intercept.flatten() for fit in fits]),
+        product_mean=torch.cat([fit.product_mean.flatten() for fit in fits]),
+        product_variance=torch.cat([fit.product_variance.flatten() for fit in fits]),
+    )
+
+
+def _inputs_of(layer: Mixer, inputs: Tensor, part: slice) -> Tensor:
+    """What the groups `part` of a convolution read."""
+    groups = num_groups(layer)
+    if groups == 1:
+        return inputs
+    width = inputs.shape[1] // groups
+    return inputs[:, part.start * width : part.stop * width]
 
 
 def _output_scale(norm: Any) -> Tensor | None:
@@ -337,7 +233,12 @@ def _output_scale(norm: Any) -> Tensor | None:
     return scale.detach()
 
 
-def _write_before_norm_(layer: Mixer, norm: Any, fit: Fit) -> None:
+def _as_weight(layer: Mixer, rows: Tensor) -> Tensor:
+    """Rows (outputs, inputs / groups * taps) as a tensor shaped like the layer's weight."""
+    return from_blocks(layer, rows.view(num_groups(layer), -1, rows.shape[1]))
+
+
+def _write_before_norm_(layer: Mixer, norm: Any, solution: _Solution) -> None:
     """Write the solution, its scale and its intercept in the batch norm.
 
     The norm gets the true statistics of `layer(x)`, so that the network computes the same with batch statistics
@@ -345,14 +246,14 @@ def _write_before_norm_(layer: Mixer, norm: Any, fit: Fit) -> None:
     changes nothing but the size of a training step (van Laarhoven, arXiv:1706.05350). The solution's own lengths, which
     hold the gain of the norm, are 0.007 to 18 times those on ResNet-56, and a fine-tune of it forgot the repair.
     """
-    solved = fit.coefficients.T  # (outputs, inputs * taps)
-    length, solved_length = weight_matrix(layer).double().norm(dim=1), solved.norm(dim=1)
+    solved = solution.weights
+    length, solved_length = weight_blocks(layer).double().flatten(0, 1).norm(dim=1), solved.norm(dim=1)
     scale = torch.where((length > 0) & (solved_length > 0), length / solved_length, 1.0)
-    layer.weight.copy_((solved * scale[:, None]).reshape(layer.weight.shape))
+    layer.weight.copy_(_as_weight(layer, solved * scale[:, None]))
     if layer.bias is not None:
         layer.bias.zero_()
-    variance = fit.product_variance * scale.square()
-    norm.running_mean.copy_(fit.product_mean * scale)
+    variance = solution.product_variance * scale.square()
+    norm.running_mean.copy_(solution.product_mean * scale)
     norm.running_var.copy_(variance)
     norm.weight.copy_((variance + norm.eps).sqrt() / scale)
-    norm.bias.copy_(fit.product_mean + fit.intercept)
+    norm.bias.copy_(solution.product_mean + solution.intercept)

@@ -13,23 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from deploypipe.pruning.indices import Axes, Axis, fixed, has_atoms
+from deploypipe.pruning.statistics import all_tensors
 
 if TYPE_CHECKING:
     from deploypipe.pruning.propagation import Propagation
 
 Arguments = dict[str, Any]
 Rule = Callable[["Propagation", Arguments, Any], Any]
-
-
-def all_tensors(values: Any) -> list[Tensor]:
-    """The tensors among the values and in the lists among them, in order."""
-    found: list[Tensor] = []
-    for value in values:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, (list, tuple)):
-            found += all_tensors(value)
-    return found
 
 
 def pointwise(t: "Propagation", a: Arguments, result: Any) -> Any:
@@ -43,7 +33,7 @@ def _broadcast(t: "Propagation", operands: Sequence[Tensor], rank: int, shape: S
     for operand in operands:
         for back, axis in enumerate(reversed(t.of(operand)), start=1):
             if back <= rank:
-                axes[rank - back] = t.equate(axes[rank - back], axis)
+                axes[rank - back] = t.fit(axes[rank - back], axis)
     return tuple(axis if axis or size == 1 else fixed(size) for axis, size in zip(axes, shape, strict=True))
 
 
@@ -60,10 +50,11 @@ def _dims(value: Any, rank: int) -> list[int]:
 
 def _reduce(name: str) -> Rule:
     def rule(t: "Propagation", a: Arguments, result: Any) -> Any:
-        axes = t.of(a["self"] if "self" in a else a["input"])
+        operand = a["self"] if "self" in a else a["input"]
+        axes = t.of(operand)
         gone = _dims(a.get("dim"), len(axes))
         for d in gone:
-            t.mix(axes[d], name)
+            t.mix(operand, d, name)
         left = tuple(() if d in gone else axis for d, axis in enumerate(axes))
         if not a.get("keepdim"):
             left = tuple(axis for d, axis in enumerate(left) if d not in gone)
@@ -78,7 +69,7 @@ def _along(name: str) -> Rule:
     def rule(t: "Propagation", a: Arguments, result: Any) -> Any:
         axes = t.of(a["self"])
         for d in _dims(a.get("dim"), len(axes)):
-            t.mix(axes[d], name)
+            t.mix(a["self"], d, name)
         return [axes for _ in all_tensors([result])]
 
     return rule
@@ -92,6 +83,8 @@ def _view(t: "Propagation", a: Arguments, result: Tensor) -> Axes:
     """With the sizes that the code gave, perhaps from attributes."""
     axes = _reshape(t, a, result)
     t.count(axes)
+    t.count_shape(axes)
+    t.widen(axes)
     return axes
 
 
@@ -123,7 +116,7 @@ def _expand(t: "Propagation", a: Arguments, result: Tensor) -> Axes:
 def _repeat(t: "Propagation", a: Arguments, result: Tensor) -> Axes:
     axes = t.of(a["self"])
     axes = ((),) * (result.dim() - len(axes)) + axes
-    return tuple((*fixed(times), *axis) for times, axis in zip(a["repeats"], axes, strict=True))
+    return tuple((*fixed(times, is_free=not axis), *axis) for times, axis in zip(a["repeats"], axes, strict=True))
 
 
 def _repeat_interleave(t: "Propagation", a: Arguments, result: Tensor) -> Axes:
@@ -323,7 +316,9 @@ def _linear(t: "Propagation", a: Arguments, result: Tensor) -> Axes:
 
 def _note_reader(t: "Propagation", weight: Tensor, read: Axis) -> None:
     where = t.running[-1]
-    if t.modules[where]._parameters.get("weight") is not weight:  # called by another module than its own
+    own = t.modules[where]._parameters.get("weight")
+    is_computed = own is not None and id(weight) not in t.owners and own.shape == weight.shape  # from its own, masked
+    if own is not weight and not is_computed:  # called by another module than its own
         where, _ = t.owners.get(id(weight), ("", ""))
     atoms = t.indices.joined(read).atoms if has_atoms(read) else None
     if where and atoms is not None:
@@ -391,7 +386,7 @@ def _einsum(t: "Propagation", a: Arguments, result: Tensor) -> Axes:
             found[letter] = t.equate(found.get(letter, ()), axis)
     for letter, axis in found.items():
         if letter not in right and sum(letter in term for term in terms) == 1:
-            t.mix(axis, "sum")
+            t.keep(axis, "is summed up by einsum()")
     if len(terms) == 2 and not any(id(operand) in t.owners for operand in a["tensors"]):
         shared = [letter for letter in found if all(letter in term for term in terms)]
         heads = [found[letter] for letter in shared if letter in right]
@@ -418,7 +413,7 @@ def _batch_norm(t: "Propagation", a: Arguments, result: Tensor) -> Axes:
     axes = list(t.of(a["input"]))
     if a.get("training"):
         for d in (0, *range(2, len(axes))):
-            t.keep(axes[d], "has its statistics taken along it")
+            t.mix(a["input"], d, "batch_norm")
     axes[1] = _with_weights(t, axes[1], [a.get(k) for k in ("weight", "bias", "running_mean", "running_var")])
     return tuple(axes)
 
@@ -439,6 +434,7 @@ def _layer_norm(t: "Propagation", a: Arguments, result: Tensor) -> Axes:
     for axis in lead[len(lead) + 1 - len(a["normalized_shape"]) :]:
         t.keep(axis, "is normalised together with other axes")
     if len(a["normalized_shape"]) == 1:
+        t.mix(a["input"], len(lead), "layer_norm")
         last = _with_weights(t, last, [a["weight"], a.get("bias")])
         t.count_pieces(a["normalized_shape"], [last])
     return (*lead, last)

@@ -80,9 +80,14 @@ def _program(model: nn.Module, inputs: Any) -> bytes:
             f"torch.export cannot export the network with a free batch size ({type(error).__name__}: {error}); "
             "take data-dependent branches and fixed batch sizes out of forward()"
         ) from error
+    return program_bytes(program)
+
+
+def program_bytes(program: torch.export.ExportedProgram) -> bytes:
+    """What torch.export.save() writes, less source paths and example values (which it would pickle)."""
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)
-    program.example_inputs = None  # would be stored as a pickle
+    program.example_inputs = None
     buffer = BytesIO()
     torch.export.save(program, buffer)
     return buffer.getvalue()

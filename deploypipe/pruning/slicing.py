@@ -1,5 +1,7 @@
 """Cut or mask indices of single modules: the only code that knows how each layer type stores its channels."""
 
+import inspect
+import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from copy import deepcopy
@@ -14,7 +16,8 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from deploypipe.errors import PlanError
 from deploypipe.pruning.attention import SlimAttention
-from deploypipe.records import Edit, Side
+from deploypipe.pruning.statistics import is_statistic, narrow_
+from deploypipe.records import Edit, Names, Side
 
 Sides = dict[Side, tuple[int, ...]]
 _ATTRIBUTE = "@"  # side "@num_heads": an attribute that holds the number of the indices
@@ -135,7 +138,7 @@ def sizes_after(model: nn.Module, edits: Iterable[Edit]) -> tuple[int, dict[str,
 def mask_(model: nn.Module, edits: Iterable[Edit]) -> None:
     """Zero, in place, every weight of the removed indices; widths stay as they are.
 
-    A norm that looks at all channels then looks at those that stay.
+    A norm, or an operation that takes a statistic over channels, then looks at those that stay.
     """
     by_module = edits_by_module(edits)
     with_plain_weights_(model, by_module)
@@ -147,6 +150,9 @@ def mask_(model: nn.Module, edits: Iterable[Edit]) -> None:
         for side, removed in sides.items():
             for tensor, axis, gone in _masked_parts(name, module, side, removed):
                 tensor.data.index_fill_(axis, torch.tensor(gone, device=tensor.device), 0)
+    seen = {name: {s: gone for s, gone in sides.items() if is_statistic(s)} for name, sides in by_module.items()}
+    if any(seen.values()):
+        narrow_(model, seen)
 
 
 def forget_caches_(model: nn.Module) -> None:
@@ -171,15 +177,23 @@ def with_plain_weights_(model: nn.Module, names: Iterable[str]) -> None:
 
 
 class Bypass(nn.Identity):
-    """What is left of a removed block: gives its input back, whatever masks come with it."""
+    """What is left of a removed block: gives its input back, whatever masks come with it.
 
-    def __init__(self, block: nn.Module) -> None:
+    returns: as in `Block`. A block that gave a tuple is followed by (input, arguments of these names or None, ...).
+    """
+
+    def __init__(self, block: nn.Module, returns: Names | None = None) -> None:
         super().__init__()
         vars(self).update(_facts(block))
+        self._returns = returns
+        self._names = tuple(inspect.signature(block.forward).parameters)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """`x`, unchanged."""
-        return x
+        if self._returns is None:
+            return x
+        given = dict(zip(self._names, (x, *args), strict=False)) | kwargs
+        return x, *(given.get(name) for name in self._returns)
 
 
 def _facts(block: nn.Module) -> dict[str, Any]:
@@ -189,10 +203,27 @@ def _facts(block: nn.Module) -> dict[str, Any]:
     return facts | {name: SimpleNamespace(**_facts(child)) for name, child in block.named_children()}
 
 
-def replace_by_identity_(model: nn.Module, names: Iterable[str]) -> None:
-    """Let the named modules' inputs pass."""
-    for name in names:
-        _replace_(model, name, Bypass(_find(model, name)))
+def replace_by_identity_(model: nn.Module, blocks: Mapping[str, Names | None]) -> None:
+    """Let the inputs of modules pass. blocks: name -> what the module gives after its output, as in `Block`."""
+    numbered = _numbered(model)
+    for name, returns in blocks.items():
+        _replace_(model, name, Bypass(_find(model, name), returns))
+    left = _numbered(model)
+    for kind, modules in numbered.items():
+        if len(modules) != len(left.get(kind, modules)):
+            # Caches of keys and values ask the first layer of a kind how much they hold: there must be one.
+            first = min(left[kind], key=lambda module: module.layer_idx)
+            first.layer_idx = min(module.layer_idx for module in modules)
+
+
+def _numbered(model: nn.Module) -> dict[Any, list[Any]]:
+    """Modules that know the number of their layer, by what they share but for it: place, class and kind of mask."""
+    found: dict[Any, list[Any]] = defaultdict(list)
+    for name, module in model.named_modules():
+        if isinstance(vars(module).get("layer_idx"), int) and not isinstance(module, Bypass):
+            masks = [(n, v) for n, v in vars(module).items() if "sliding" in n or "layer_type" in n]
+            found[re.sub(r"\d+", "#", name, count=1), type(module), repr(masks)].append(module)
+    return found
 
 
 def _replace_(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -220,7 +251,7 @@ def _tensor_cuts(
     name: str, module: nn.Module, side: Side, removed: Collection[int]
 ) -> list[tuple[Tensor, int, list[int]]]:
     """(tensor, axis, indices) that one side of one module is stored in."""
-    if side.startswith(_ATTRIBUTE) or not removed:
+    if side.startswith(_ATTRIBUTE) or is_statistic(side) or not removed:
         return []
     total = width(module, side)
     if total is None:

@@ -1,8 +1,9 @@
 """What can be removed from a network: channel groups and blocks, each tried out before it is offered."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -12,51 +13,60 @@ from torch import Tensor, nn
 from deploypipe.errors import ModelError
 from deploypipe.pruning.blocks import find_blocks
 from deploypipe.pruning.calls import Call, evaluating, one_thread_if_small, record_calls
+from deploypipe.pruning.constraints import matching, resolve, tie
 from deploypipe.pruning.coupling import Coupling, freeze, trace_groups
 from deploypipe.pruning.slicing import cut_, forget_caches_, has_two_sides, mask_, replace_by_identity_, sizes_after
+from deploypipe.recipe import Constraints
 from deploypipe.records import Block, ChannelGroup, Edit, Frozen, Structures
 from deploypipe.task import forward, num_samples, take
 
 _TOLERANCE = 1e-3  # of the largest output: float32 sums in another order differ by 1e-6, a wrong coupling by 1e-1
 
 
-def list_structures(model: nn.Module, inputs: Any, keep: Sequence[str] = ()) -> Structures:
+def list_structures(
+    model: nn.Module, inputs: Any, keep: Sequence[str] = (), constraints: Constraints | None = None
+) -> Structures:
     """Everything removable in `model`, and everything that is not, with the reason.
 
     inputs: one batch, as the model gets it. keep: glob patterns of module names; a structure that holds a match stays.
     Every group is tried: some of its units are cut from a copy with shaken weights, whose outputs must equal those of
     the copy in which the same units are masked; otherwise it is frozen. `model` is left as it was. Raises ModelError
-    when the model is frozen or nothing in it can be removed.
+    when the model is frozen or nothing in it can be removed, ConfigError when a pattern matches nothing or the
+    constraints contradict each other.
     """
+    constraints = constraints or Constraints()
     require_trainable(model)
+    for pattern in keep:
+        matching("keep", pattern, [name for name, _ in model.named_modules()], "module")
     inputs = pair_of(inputs)
     calls = record_calls(model, inputs)
     place = {name: call.place for name, call in calls.items()}
     with one_thread_if_small(num_samples(inputs) * sum(call.macs for call in calls.values())):
-        couplings, others, frozen_channels = trace_groups(model, inputs, place)
         blocks, frozen_blocks = find_blocks(deepcopy(model), inputs, calls)
         probe = _Probe(model, inputs)
-        reasons = {c.name: _kept((m.module for m in c.members), keep) for c in couplings}
-        accepted, failures = probe.channels([c for c in couplings if not reasons[c.name]])
-        more, _ = probe.channels([c for c in others if not _overlaps(c, accepted) and not _is_kept(c, keep)], accepted)
+        found = _find_channels(model, inputs, place, keep, probe)
+        if found.stuck:
+            again = _find_channels(model, inputs, place, keep, probe, as_wide=found.stuck)
+            found = max(found, again, key=lambda f: len(f.covered))
         block_reasons = {b.name: _kept(_inside(model, b.name), keep) for b in blocks}
         block_reasons |= probe.blocks([b for b in blocks if not block_reasons[b.name]])
-    reasons |= failures
-    chosen = sorted((*accepted, *more), key=lambda c: min(place.get(m.module, len(place)) for m in c.members))
-    groups = tuple(_group(model, c, calls) for c in chosen)
+    chosen = sorted(found.chosen, key=lambda c: min(place.get(m.module, len(place)) for m in c.members))
     settled = {m.module for c in chosen for m in c.members if m.side == "out"}
     producers = {name for name, module in model.named_modules() if has_two_sides(module)}
     # Where heads can go, it does not matter that dimensions inside of them cannot, and the other way round.
-    failed = [c for c in couplings if reasons[c.name] and not _overlaps(c, chosen)]
-    rows = [row for c in failed for row in freeze(c, reasons[c.name], producers)]
-    rows = [row for row in (*frozen_channels, *rows) if row.name not in settled]
+    failed = [c for c in found.failed if not _overlaps(c, chosen)]
+    rows = [row for c in failed for row in freeze(c, found.failed[c], producers)]
+    rows = [row for row in (*found.frozen, *rows) if row.name not in settled]
     rows += [*frozen_blocks, *(Frozen(name=n, kind="block", reason=r) for n, r in block_reasons.items() if r)]
     unique = {(row.name, row.kind): row for row in rows}
     frozen = sorted(unique.values(), key=lambda row: place.get(row.name.partition(":")[0], -1))
     removable = tuple(b for b in blocks if not block_reasons[b.name])
-    if not groups and not removable:
+    if not chosen and not removable:
         why = "; ".join(f"{row.kind} {row.name!r}: {row.reason}" for row in frozen) or "it calls no layers"
         raise ModelError(f"nothing in this network can be removed ({why}); change the network or loosen recipe.keep")
+    # Not tried again: the same units of all groups at once were.
+    tied, homes = tie(chosen, constraints.tied, frozen)
+    groups = tuple(_group(model, c, calls) for c in tied)
     return Structures(
         model_fingerprint=model_fingerprint(model),
         groups=groups,
@@ -64,6 +74,43 @@ def list_structures(model: nn.Module, inputs: Any, keep: Sequence[str] = ()) -> 
         frozen=tuple(frozen),
         num_params=sum(p.numel() for p in model.parameters()),
         num_macs=sum(call.macs for call in calls.values()),
+        constraints=resolve(constraints, groups, homes, removable, frozen),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Channels:
+    """What one trace found out about channels."""
+
+    chosen: list[Coupling]
+    failed: dict[Coupling, str]  # and why
+    frozen: tuple[Frozen, ...]
+
+    @property
+    def covered(self) -> set[tuple[str, str, int]]:
+        return set().union(*map(_touched, self.chosen))
+
+    @property
+    def stuck(self) -> set[str]:
+        """Modules whose heads could not go."""
+        return {c.name.rpartition(":")[0] for c in self.failed if c.kind == "heads"}
+
+
+def _find_channels(
+    model: nn.Module,
+    inputs: Any,
+    place: Mapping[str, int],
+    keep: Sequence[str],
+    probe: "_Probe",
+    as_wide: Collection[str] = (),
+) -> _Channels:
+    couplings, others, frozen = trace_groups(model, inputs, place, as_wide)
+    reasons = {c.name: _kept((m.module for m in c.members), keep) for c in couplings}
+    accepted, failures = probe.channels([c for c in couplings if not reasons[c.name]])
+    more, _ = probe.channels([c for c in others if not _overlaps(c, accepted) and not _is_kept(c, keep)], accepted)
+    reasons |= failures
+    return _Channels(
+        chosen=[*accepted, *more], failed={c: reasons[c.name] for c in couplings if reasons[c.name]}, frozen=frozen
     )
 
 
@@ -115,7 +162,7 @@ def _kept(modules: Any, keep: Sequence[str]) -> str:
 
 
 def _touched(coupling: Coupling) -> set[tuple[str, str, int]]:
-    return {(m.module, m.side, i) for m in coupling.members if m.side[0] != "@" for unit in m.units for i in unit}
+    return {(m.module, m.side, i) for m in coupling.members if m.side[0] not in "@~" for unit in m.units for i in unit}
 
 
 def _overlaps(coupling: Coupling, others: Sequence[Coupling]) -> bool:
@@ -197,7 +244,7 @@ class _Probe:
 
     def _try_blocks(self, blocks: Sequence[Block]) -> str:
         copy = deepcopy(self.model)
-        replace_by_identity_(copy, [block.name for block in blocks])
+        replace_by_identity_(copy, {block.name: block.returns for block in blocks})
         try:
             outputs = self._run(copy)
         except Exception as error:  # as above

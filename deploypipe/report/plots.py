@@ -6,6 +6,7 @@ import plotly.graph_objects as go
 
 from deploypipe.records import (
     BenchmarkReport,
+    Candidate,
     Interval,
     PruneReport,
     RepairReport,
@@ -71,7 +72,7 @@ def block_similarity(summary: ScoreSummary) -> str:
 
 
 def trials(search: SearchResult, target: Target) -> str:
-    """Accuracy against latency of every trial, judged on the validation split after repair, before fine-tuning."""
+    """Accuracy against latency (MACs, where nothing was timed) of every trial: on val, after repair, not fine-tuned."""
     best = search.trials[search.best]
     figure = go.Figure()
     for label, colour, is_feasible in (("over budget", MUTED, False), ("within budget", DENSE, True)):
@@ -80,35 +81,44 @@ def trials(search: SearchResult, target: Target) -> str:
     star = {"color": COMPRESSED, "size": 16, "symbol": "star"}
     _add_points(figure, [best], "chosen", star)
     dense = search.dense
+    unit = _unit(dense)
     figure.add_scatter(
-        x=[dense.latency_p50_ms],
+        x=[_cost(dense)],
         y=[100 * dense.accuracy],
         mode="markers",
         name="dense",
         marker={"color": "#111827", "size": 11, "symbol": "diamond"},
-        hovertemplate="dense<br>%{x:.4g} ms<br>%{y:.2f} %<extra></extra>",
+        hovertemplate=f"dense<br>%{{x:.4g}} {unit}<br>%{{y:.2f}} %<extra></extra>",
     )
     _add_budget_lines(figure, target, dense.accuracy, dense.latency_p50_ms)
-    figure.update_layout(xaxis_title="latency p50, ms", yaxis_title="accuracy on val, %")
+    figure.update_layout(xaxis_title="latency p50, ms" if unit == "ms" else unit, yaxis_title="accuracy on val, %")
     return _html(figure)
+
+
+def _cost(candidate: Candidate) -> float:
+    return candidate.num_macs if candidate.latency_p50_ms is None else candidate.latency_p50_ms
+
+
+def _unit(candidate: Candidate) -> str:
+    return "MACs" if candidate.latency_p50_ms is None else "ms"
 
 
 def _add_points(figure: Any, shown: list[Any], label: str, marker: dict[str, object]) -> None:
     figure.add_scatter(
-        x=[t.candidate.latency_p50_ms for t in shown],
+        x=[_cost(t.candidate) for t in shown],
         y=[100 * t.candidate.accuracy for t in shown],
         mode="markers",
         name=label,
         marker=marker,
         text=[f"trial {t.number}<br>{t.candidate.num_macs:,} MACs<br>{t.candidate.num_params:,} params" for t in shown],
-        hovertemplate="%{text}<br>%{x:.4g} ms<br>%{y:.2f} %<extra></extra>",
+        hovertemplate="%{text}<br>%{x:.4g}<br>%{y:.2f} %<extra></extra>",
     )
 
 
-def _add_budget_lines(figure: Any, target: Target, accuracy: float, p50_ms: float) -> None:
+def _add_budget_lines(figure: Any, target: Target, accuracy: float, p50_ms: float | None) -> None:
     line = {"line_color": LIMIT, "line_dash": "dash", "line_width": 1}
     limit = target.budget.limits().get("latency_p50")
-    if limit is not None:
+    if limit is not None and p50_ms is not None:
         figure.add_vline(x=limit.absolute(p50_ms), annotation_text="latency budget", **line)
     figure.add_hline(y=100 * accuracy - target.budget.accuracy_drop_pp, annotation_text="accuracy budget", **line)
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from deploypipe.records import Check, Edit, GroupCut, Interval, Measurement, PruningPlan, ScoreSummary
+from deploypipe.records import Check, Edit, GroupCut, Interval, Measurement, PruningPlan, RepairReport, ScoreSummary
 from deploypipe.runs import RunResult
 
 NOT_MEASURED = "not measured"
@@ -102,6 +102,15 @@ def score_notes(summary: ScoreSummary) -> list[str]:
 def plan_rows(plan: PruningPlan) -> list[tuple[str, ...]]:
     """Group, width before and after, width asked for, and the reason where it got another."""
     return [(c.group, f"{c.num_units} -> {_width(c)}", str(c.asked), c.reason) for c in plan.cuts]
+
+
+def repair_remarks(report: RepairReport) -> list[tuple[str, str]]:
+    """Why layers were left as they were, and which: a row for each reason."""
+    layers: dict[str, list[str]] = {}
+    for row in report.rows:
+        if row.reason:
+            layers.setdefault(row.reason, []).append(row.module)
+    return [(reason, ", ".join(names)) for reason, names in layers.items()]
 
 
 def plan_differences(first: PruningPlan, second: PruningPlan) -> list[tuple[str, ...]]:

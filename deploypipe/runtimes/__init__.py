@@ -1,10 +1,9 @@
 """What runs a model file on the target device. A runtime is one file with a `Session` and one line in `RUNTIMES`.
 
-This version runs onnxruntime only. TensorRT and TensorRT-RTX may be named in a target, and asking for a session of
-theirs is an error that says what is missing. Imports no torch, so that a small process can measure a file's memory.
+Imports no torch, so that a small process can measure a file's memory.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +12,10 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 
 from deploypipe.errors import RuntimeUnavailableError
-from deploypipe.runtimes.onnxruntime import OnnxRuntime
+from deploypipe.runtimes.ability import can
+from deploypipe.runtimes.eager import EagerRuntime
+from deploypipe.runtimes.onnxruntime import PROVIDERS, OnnxRuntime
+from deploypipe.runtimes.tensorrt import TensorRtRuntime
 from deploypipe.target import Target
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
@@ -44,30 +46,35 @@ class Runtime(Protocol):
         ...
 
 
-RUNTIMES: dict[str, Runtime] = {"onnxruntime": OnnxRuntime()}
+def _onnxruntime(target: Target) -> Runtime:
+    return OnnxRuntime(
+        provider=PROVIDERS[target.provider],
+        options=target.provider_options,
+        allow_cpu_fallback=target.allow_cpu_fallback,
+    )
 
-# Runtimes a target may name and this version cannot run: the modules that hold them, and the extra that installs them.
-_NOT_BUILT: dict[str, tuple[tuple[str, ...], str]] = {
-    "tensorrt": (("tensorrt",), "tensorrt"),
-    "tensorrt-rtx": (("tensorrt_rtx", "tensorrt_rtx_bindings"), "tensorrt-rtx"),
+
+# What makes the runtime of a target, by the name the target gives.
+RUNTIMES: dict[str, Callable[[Target], Runtime]] = {
+    "onnxruntime": _onnxruntime,
+    "tensorrt": lambda target: TensorRtRuntime(library=target.runtime),
+    "tensorrt-rtx": lambda target: TensorRtRuntime(library=target.runtime),
+    "eager": lambda target: EagerRuntime(device=target.provider),
 }
 
 
+def make_runtime(target: Target) -> Runtime:
+    """The runtime of `target`, whether or not this machine is the device."""
+    return RUNTIMES[target.runtime](target)
+
+
 def find_runtime(target: Target) -> Runtime:
-    """The runtime of `target`. RuntimeUnavailableError names what is missing and the extra that installs it."""
-    name = target.runtime
-    if name in RUNTIMES:
-        return RUNTIMES[name]
-    modules, extra = _NOT_BUILT[name]
-    source = f"target {target.name!r}" if target.name else "target"
-    supported = ", ".join(sorted(RUNTIMES))
-    if is_installed(*modules):
-        problem = f"the package is installed, but this version of deploypipe runs {supported} only"
-        remedy = f"set runtime = {supported!r}"
-    else:
-        problem = f"the package {modules[0]!r} is not installed, and this version of deploypipe runs {supported} only"
-        remedy = f"set runtime = {supported!r}; the package itself comes with pip install 'deploypipe[{extra}]'"
-    raise RuntimeUnavailableError(f"{source}: runtime {name!r}: {problem}; {remedy}")
+    """The runtime of `target`, to measure with; RuntimeUnavailableError where this machine cannot (`ability.can`)."""
+    ability = can(target)
+    if ability.verdict != "run":
+        source = f"target {target.name!r}" if target.name else "target"
+        raise RuntimeUnavailableError(f"{source}: {ability.reason}")
+    return make_runtime(target)
 
 
 def is_installed(*modules: str) -> bool:

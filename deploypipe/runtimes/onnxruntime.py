@@ -1,9 +1,9 @@
-"""ONNX Runtime on the CPU."""
+"""ONNX Runtime, on the CPU or with another execution provider: nothing runs elsewhere than where the target says."""
 
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +11,45 @@ import numpy as np
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
-from deploypipe.errors import DataError, ModelError
+from deploypipe.errors import DataError, ModelError, RuntimeUnavailableError
 
-PROVIDER = "CPUExecutionProvider"
+_CPU = "CPUExecutionProvider"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Provider:
+    """One execution provider: its names in ONNX Runtime (what it leaves goes to the next one), and who ships it."""
+
+    names: tuple[str, ...]
+    package: str
+    threads_option: str = ""  # the provider's own name for the number of threads, where it has its own pool
+
+
+PROVIDERS: dict[str, Provider] = {
+    "cpu": Provider(names=(_CPU,), package="onnxruntime"),
+    "cuda": Provider(names=("CUDAExecutionProvider",), package="onnxruntime-gpu"),
+    "tensorrt": Provider(names=("TensorrtExecutionProvider", "CUDAExecutionProvider"), package="onnxruntime-gpu"),
+    "openvino": Provider(
+        names=("OpenVINOExecutionProvider",), package="onnxruntime-openvino", threads_option="num_of_threads"
+    ),
+    "coreml": Provider(names=("CoreMLExecutionProvider",), package="onnxruntime (its macOS wheel)"),
+    "qnn": Provider(names=("QNNExecutionProvider",), package="onnxruntime-qnn"),
+}
 
 _CANNOT_LOAD = (
     errors.Fail,
+    errors.InvalidArgument,
     errors.InvalidGraph,
     errors.InvalidProtobuf,
     errors.NoSuchFile,
     errors.NotImplemented,
     errors.RuntimeException,
+    errors.EPFail,
+    RuntimeError,  # an option that a provider does not know
 )
-_CANNOT_RUN = (errors.Fail, errors.InvalidArgument, errors.RuntimeException)
-_ERRORS_ONLY = 3
+_CANNOT_RUN = (errors.Fail, errors.InvalidArgument, errors.RuntimeException, errors.EPFail)
+_ERRORS_ONLY, _FATAL_ONLY = 3, 4
+_NUM_NAMED = 5  # nodes in an error
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,33 +72,115 @@ class OnnxSession:
             ) from error
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class OnnxRuntime:
-    """CPUExecutionProvider, operators one after another, all graph optimisations."""
+    """Operators one after another, all graph optimisations.
+
+    Raises RuntimeUnavailableError where the provider is not in the installed package, does not start here, or leaves
+    nodes to the CPU without `allow_cpu_fallback`.
+    """
+
+    provider: Provider = PROVIDERS["cpu"]
+    options: Mapping[str, str] = field(default_factory=dict)
+    allow_cpu_fallback: bool = False
 
     @contextmanager
     def open(self, path: Path, *, num_threads: int) -> Iterator[OnnxSession]:
         """See `deploypipe.runtimes.Runtime`."""
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = num_threads
-        options.inter_op_num_threads = 1
-        options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-        options.log_severity_level = _ERRORS_ONLY
-        # Idle worker threads of one session would otherwise take the cores from another one timed next to it.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
+        if problem := missing_provider(self.provider):
+            raise RuntimeUnavailableError(problem)
+        options = _session_options(num_threads)
+        is_cpu = self.provider.names == (_CPU,)
+        if not is_cpu:
+            options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+            options.log_severity_level = _FATAL_ONLY  # what a provider cannot do is told below
         try:
-            session = onnxruntime.InferenceSession(os.fspath(path), options, providers=[PROVIDER])
+            session = onnxruntime.InferenceSession(
+                os.fspath(path),
+                options,
+                providers=self._providers(num_threads),
+                # Else a provider that fails, here or at the first run, is replaced by the CPU with a printed line.
+                enable_fallback=False,
+            )
         except _CANNOT_LOAD as error:
+            told = f"onnxruntime cannot load it ({_first_line(error)})"
+            if is_cpu:
+                raise ModelError(f"{path}: {told}; export the model again") from error
+            given = f" with {dict(self.options)}" if self.options else ""
             raise ModelError(
-                f"{path}: onnxruntime cannot load it ({_first_line(error)}); export the model again"
+                f"{path}: {told} on {self.provider.names[0]}{given}; correct provider_options or export the model again"
             ) from error
+        if not is_cpu:
+            self._require_placement(path, session)
         yield OnnxSession(
             path=path,
             session=session,
             input_names=tuple(i.name for i in session.get_inputs()),
             output_names=tuple(o.name for o in session.get_outputs()),
         )
+
+    def _providers(self, num_threads: int) -> list[tuple[str, dict[str, str]]]:
+        first, *others = self.provider.names
+        threads = {self.provider.threads_option: str(num_threads)} if self.provider.threads_option else {}
+        return [(first, {**threads, **self.options}), *((name, {}) for name in others)]
+
+    def _require_placement(self, path: Path, session: Any) -> None:
+        """RuntimeUnavailableError where the provider did not start, or nodes went to the CPU and may not."""
+        name = self.provider.names[0]
+        if name not in session.get_providers():
+            raise RuntimeUnavailableError(
+                f"{path}: {name} is installed but did not start on this machine, and onnxruntime would have run it on "
+                "the CPU instead; check the device, its driver and provider_options"
+            )
+        if self.allow_cpu_fallback:
+            return
+        on_cpu = find_nodes(session, _CPU)
+        if on_cpu:
+            shown = ", ".join(on_cpu[:_NUM_NAMED]) + (", ..." if len(on_cpu) > _NUM_NAMED else "")
+            raise RuntimeUnavailableError(
+                f"{path}: {name} leaves {len(on_cpu)} nodes to the CPU: {shown}; set allow_cpu_fallback = true in the "
+                "target to accept that, or export the model without these operators"
+            )
+
+
+def missing_provider(provider: Provider) -> str:
+    """Why onnxruntime has not got this provider, and the package that brings it; empty where it has."""
+    available = onnxruntime.get_available_providers()
+    if provider.names[0] in available:
+        if provider.names != (_CPU,) and not hasattr(
+            onnxruntime.InferenceSession, "get_provider_graph_assignment_info"
+        ):
+            return (
+                f"onnxruntime {onnxruntime.__version__} does not tell which nodes ran on which provider; "
+                f"pip install 'onnxruntime>=1.24' (as {provider.package})"
+            )
+        return ""
+    return (
+        f"{provider.names[0]} is not in the installed onnxruntime {onnxruntime.__version__} (it has "
+        f"{', '.join(available)}); pip uninstall onnxruntime && pip install {provider.package}"
+    )
+
+
+def find_nodes(session: Any, provider_name: str) -> list[str]:
+    """`OP 'name'` of the nodes that a session gave to one provider, after the optimisations common to all."""
+    return [
+        f"{node.op_type} {node.name!r}"
+        for part in session.get_provider_graph_assignment_info()
+        if part.ep_name == provider_name
+        for node in part.get_nodes()
+    ]
+
+
+def _session_options(num_threads: int) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = num_threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.log_severity_level = _ERRORS_ONLY
+    # Idle worker threads of one session would otherwise take the cores from another one timed next to it.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
 
 
 def _first_line(error: Exception) -> str:

@@ -1,7 +1,8 @@
 """Between a user's batches (a tensor, a tuple or a dict) and a session's named arrays, both ways.
 
 How the network packs its outputs is kept in the file's output names, so that a file alone is enough to call
-`metric(outputs, target)`: a tensor is `output`; a tuple is `output_0`, `output_1`, ...; a dict keeps its keys.
+`metric(outputs, target)`: a tensor is `output`; a tuple is `output_0`, `output_1`, ...; a dict keeps its keys. What
+lies deeper has its path, `output_1.0` or `text.hidden`. Fields that are None are left out.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from deploypipe.runtimes import Array
 from deploypipe.task import tensors
 
 _SINGLE = "output"
+_RETURN = "; return a tensor, or tuples and dicts of tensors"
 
 
 def feed(inputs: Any, input_names: Sequence[str]) -> dict[str, Array]:
@@ -30,28 +32,66 @@ def feed(inputs: Any, input_names: Sequence[str]) -> dict[str, Array]:
     return {name: np.ascontiguousarray(tensor.detach().cpu().numpy()) for name, tensor in named.items()}
 
 
+class Outputs(dict[str, Any]):
+    """A dict whose entries are attributes too, as the outputs of `transformers` are."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"the model file has no output {name!r}; it has {', '.join(self)}") from None
+
+
 def name_outputs(outputs: Any) -> dict[str, Tensor]:
-    """What the network returned as named tensors; ModelError where it is nested or holds anything else."""
+    """What the network returned as named tensors; ModelError where it holds anything else than tensors and None."""
     if isinstance(outputs, Tensor):
         return {_SINGLE: outputs}
+    named: dict[str, Tensor] = {}
     if isinstance(outputs, Mapping):
-        named = dict(outputs)
+        for key, value in outputs.items():
+            named |= _flattened(str(key), value)
     elif isinstance(outputs, (tuple, list)):
-        named = {f"{_SINGLE}_{i}": tensor for i, tensor in enumerate(outputs)}
-    else:
-        named = {}
-    if not named or not all(isinstance(tensor, Tensor) for tensor in named.values()):
-        raise ModelError(
-            f"the network returns {type(outputs).__name__}; return a tensor, or a flat tuple or dict of tensors"
-        )
+        for i, value in enumerate(outputs):
+            named |= _flattened(f"{_SINGLE}_{i}", value)
+    if not named:
+        raise ModelError(f"the network returns {type(outputs).__name__}{_RETURN}")
     return named
 
 
+def _flattened(name: str, value: Any) -> dict[str, Tensor]:
+    if isinstance(value, Tensor):
+        return {name: value}
+    if value is None:
+        return {}
+    if isinstance(value, Mapping):
+        parts = [(f"{name}.{key}", part) for key, part in value.items()]
+    elif isinstance(value, (tuple, list)):
+        parts = [(f"{name}.{i}", part) for i, part in enumerate(value)]
+    else:
+        raise ModelError(f"the network returns {type(value).__name__} as {name!r}{_RETURN}")
+    return {key: tensor for path, part in parts for key, tensor in _flattened(path, part).items()}
+
+
 def repack(output_names: Sequence[str], arrays: Sequence[Array]) -> Any:
-    """A session's outputs, packed as the network packs them: the inverse of `name_outputs`."""
-    outputs = [torch.from_numpy(array) for array in arrays]
-    if list(output_names) == [_SINGLE]:
-        return outputs[0]
-    if list(output_names) == [f"{_SINGLE}_{i}" for i in range(len(outputs))]:
-        return tuple(outputs)
-    return dict(zip(output_names, outputs, strict=True))
+    """A session's outputs, packed as the network packs them: the inverse of `name_outputs`, less what was None."""
+    tree = Outputs()
+    for name, array in zip(output_names, arrays, strict=True):
+        *path, last = name.split(".")
+        node = tree
+        for key in path:
+            node = node.setdefault(key, Outputs())
+        node[last] = torch.from_numpy(array)
+    if list(tree) == [_SINGLE]:
+        return tree[_SINGLE]
+    if all(key == f"{_SINGLE}_{i}" for i, key in enumerate(tree)):
+        return tuple(map(_with_tuples, tree.values()))
+    return _with_tuples(tree)
+
+
+def _with_tuples(value: Any) -> Any:
+    """Entries that are numbered make a tuple."""
+    if not isinstance(value, Outputs):
+        return value
+    if all(key.isdigit() for key in value):
+        return tuple(map(_with_tuples, value.values()))
+    return Outputs({key: _with_tuples(part) for key, part in value.items()})

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from deploypipe.observe.moments import Moments
+from deploypipe.observe.patches import writes
 from deploypipe.recipe import Fpgm
 from deploypipe.records import ChannelGroup, ScoreTable, Structures
 from deploypipe.scoring.magnitude import completed_by_magnitude, weight_rows
@@ -30,7 +31,7 @@ def _squared_distances(group: ChannelGroup, modules: Mapping[str, nn.Module]) ->
     """(units, units) float64, summed over producers: that of the concatenated weights, without the copy."""
     total: Tensor | None = None
     for member in group.members:
-        rows = weight_rows(modules[member.module], member) if member.side == "out" else None
+        rows = weight_rows(modules[member.module], member) if writes(modules[member.module], member.side) else None
         if rows is not None:
             units = rows[torch.tensor(member.units)].flatten(1).double()
             squared = torch.cdist(units, units).square()

@@ -6,7 +6,7 @@ from torch import nn
 
 from deploypipe.numerics.gaussian_mi import total_information
 from deploypipe.observe.moments import Moments
-from deploypipe.observe.patches import weight_matrix
+from deploypipe.observe.patches import reads, weight_matrix
 from deploypipe.recipe import ConditionalMi, LabelMi, LayerwiseMi, Mipp, Scorer
 from deploypipe.records import ChannelGroup, ScoreTable, Structures
 from deploypipe.scoring.conditional_mi import score_conditional_mi
@@ -24,7 +24,8 @@ def null_shares(model: nn.Module, structures: Structures, moments: Moments, scor
     """
     if isinstance(scorer, (Mipp, LayerwiseMi)):
         modules: dict[str, Any] = dict(model.named_modules())
-        return {g.name: _share(g, modules, moments, scorer.noise) for g in structures.groups if _readers(g, moments)}
+        readers = {group.name: _readers(group, modules, moments) for group in structures.groups}
+        return {name: _share(found, modules, moments, scorer.noise) for name, found in readers.items() if found}
     if isinstance(scorer, (LabelMi, ConditionalMi)):
 
         def ask(seen: Moments) -> ScoreTable:
@@ -37,13 +38,13 @@ def null_shares(model: nn.Module, structures: Structures, moments: Moments, scor
     return {}
 
 
-def _readers(group: ChannelGroup, moments: Moments) -> list[str]:
-    return [m.module for m in group.members if m.side == "in" and m.module in moments.shuffled]
+def _readers(group: ChannelGroup, modules: dict[str, Any], moments: Moments) -> list[str]:
+    return [m.module for m in group.members if m.module in moments.shuffled and reads(modules[m.module], m.side)]
 
 
-def _share(group: ChannelGroup, modules: dict[str, Any], moments: Moments, noise: float) -> float:
+def _share(readers: list[str], modules: dict[str, Any], moments: Moments, noise: float) -> float:
     real = null = 0.0
-    for name in _readers(group, moments):
+    for name in readers:
         covariance = moments.inputs[name].covariance
         weights = weight_matrix(modules[name]).detach().double().T
         outputs = weights.T @ covariance @ weights

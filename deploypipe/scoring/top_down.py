@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from deploypipe.observe.moments import Moments
-from deploypipe.observe.patches import columns, num_taps, weight_matrix
+from deploypipe.observe.patches import columns, num_taps, reads, weight_matrix, writes
 from deploypipe.recipe import Magnitude
 from deploypipe.records import ChannelGroup, ScoreTable, Structures
 from deploypipe.scoring.magnitude import score_magnitude
@@ -72,7 +72,7 @@ def score_top_down(
     unkept: dict[str, set[int]] = {}  # by module: outputs
     rankings: dict[str, Ranking] = {}
     reasons: dict[str, str] = {}
-    for run in _runs(structures):
+    for run in _runs(structures, modules):
         observed = {group.name: _readers(group, modules, moments, unkept) for group in run}
         for names in _of_one_shape({name: readers for name, readers in observed.items() if readers}):
             together = zip(*(observed[name] for name in names), strict=True)
@@ -81,7 +81,7 @@ def score_top_down(
             if not observed[group.name]:
                 reasons[group.name] = UNOBSERVED
                 rankings[group.name] = Ranking(scores=by_magnitude[group.name])
-            _note_(unkept, group, rankings[group.name], keep)
+            _note_(unkept, group, modules, rankings[group.name], keep)
     order = [group.name for group in structures.groups]
     return ScoreTable(
         scorer=scorer,
@@ -92,16 +92,16 @@ def score_top_down(
     )
 
 
-def _runs(structures: Structures) -> Iterator[list[ChannelGroup]]:
+def _runs(structures: Structures, modules: dict[str, nn.Module]) -> Iterator[list[ChannelGroup]]:
     """The groups from the last to the first, cut where a reader of one writes units of another of the same run."""
     run: list[ChannelGroup] = []
     written: set[str] = set()
     for group in reversed(structures.groups):
-        if any(member.side == "in" and member.module in written for member in group.members):
+        if any(member.module in written and reads(modules[member.module], member.side) for member in group.members):
             yield run
             run, written = [], set()
         run.append(group)
-        written.update(member.module for member in group.members if member.side == "out")
+        written.update(m.module for m in group.members if writes(modules[m.module], m.side))
     yield run
 
 
@@ -128,12 +128,14 @@ def _side_by_side(readers: Sequence[Reader]) -> Reader:
     )
 
 
-def _note_(unkept: dict[str, set[int]], group: ChannelGroup, ranking: Ranking, keep: float) -> None:
+def _note_(
+    unkept: dict[str, set[int]], group: ChannelGroup, modules: dict[str, nn.Module], ranking: Ranking, keep: float
+) -> None:
     """Add the outputs that make the units of `group` that are not kept."""
     width = max(1, round(keep * group.num_units)) if ranking.suggested is None else ranking.suggested
     going = sorted(range(group.num_units), key=ranking.scores.__getitem__)[: group.num_units - width]
     for member in group.members:
-        if member.side == "out":
+        if writes(modules[member.module], member.side):
             unkept.setdefault(member.module, set()).update(i for unit in going for i in member.units[unit])
 
 
@@ -142,7 +144,7 @@ def _readers(
 ) -> list[Reader]:
     found = []
     for member in group.members:
-        if member.side == "in" and member.module in moments.inputs:
+        if member.module in moments.inputs and reads(modules[member.module], member.side):
             layer: Any = modules[member.module]
             weights = weight_matrix(layer).detach().double()
             every = range(len(weights))

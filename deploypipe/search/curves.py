@@ -16,9 +16,18 @@ from torch import Tensor, nn
 from deploypipe.errors import DataError
 from deploypipe.numerics.least_squares import solve_towards
 from deploypipe.observe.moments import InputMoments, Moments
-from deploypipe.observe.patches import columns, num_taps, weight_matrix
+from deploypipe.observe.patches import (
+    blocks_of_matrix,
+    columns,
+    from_blocks,
+    has_channels_last,
+    num_inputs,
+    num_taps,
+    reads,
+    weight_matrix,
+)
 from deploypipe.observe.stream import hooked
-from deploypipe.pruning.slicing import cut_, looks_across, mask_
+from deploypipe.pruning.slicing import Bypass, cut_, looks_across, mask_
 from deploypipe.recipe import Search
 from deploypipe.records import ChannelGroup, Curves, Edit, Event, LossCurve, Progress, ScoreTable, Structures, silent
 from deploypipe.task import Batch, channels_last, evaluating, forward, num_samples, stack_batches, take_calib
@@ -53,7 +62,16 @@ def measure_curves(
     probe = _Probe(dense, structures, inputs)
     curves: list[LossCurve] = []
     jobs: list[Callable[[], LossCurve]] = [
-        partial(_group_curve, probe, group, scores, moments, settings.num_levels, channel_multiple)
+        partial(
+            _group_curve,
+            probe,
+            group,
+            scores,
+            moments,
+            settings.num_levels,
+            channel_multiple,
+            structures.least_width(group, channel_multiple),
+        )
         for group in structures.groups
     ]
     if settings.prune_blocks:
@@ -69,17 +87,23 @@ def _block_curve(probe: "_Probe", name: str) -> LossCurve:
 
 
 def _group_curve(
-    probe: "_Probe", group: ChannelGroup, scores: ScoreTable, moments: Moments, num_levels: int, multiple: int
+    probe: "_Probe",
+    group: ChannelGroup,
+    scores: ScoreTable,
+    moments: Moments,
+    num_levels: int,
+    multiple: int,
+    least: int,
 ) -> LossCurve:
     ranked = sorted(range(group.num_units), key=lambda i: (-scores.channels[group.name][i], i))
-    widths = width_levels(group.num_units, num_levels, group.step(multiple))
+    widths = width_levels(group.num_units, num_levels, group.step(multiple), least)
     losses = [probe.loss_at(group, ranked[:width], moments) for width in widths]
     return LossCurve(name=group.name, kind="channels", kept=(*widths, group.num_units), kl=(*losses, 0.0))
 
 
-def width_levels(num_units: int, count: int, multiple: int) -> list[int]:
-    """At most `count` widths below `num_units`, evenly spread multiples of `multiple`, ascending."""
-    steps = list(range(multiple, num_units, multiple))
+def width_levels(num_units: int, count: int, multiple: int, least: int = 1) -> list[int]:
+    """At most `count` widths from `least` to below `num_units`, evenly spread multiples of `multiple`, ascending."""
+    steps = list(range(-(-least // multiple) * multiple, num_units, multiple))
     if len(steps) <= count:
         return steps
     return sorted({steps[round(i * (len(steps) - 1) / max(count - 1, 1))] for i in range(count)})
@@ -93,14 +117,15 @@ class _Probe:
         self.inputs = inputs
         self.modules = dict(dense.named_modules())
         self.order = [block.name for block in structures.blocks]
-        self.block_outputs: dict[str, Tensor] = {}
+        self.blocks = {block.name: Bypass(self.modules[block.name], block.returns) for block in structures.blocks}
+        self.block_outputs: dict[str, Any] = {}
         hooks = [(name, self._keep_output(name)) for name in self.order]
         with evaluating(dense), torch.no_grad(), hooked(dense, hooks):
             self.dense_logits = self._log_probabilities(dense)
 
     def loss_at(self, group: ChannelGroup, kept: Sequence[int], moments: Moments) -> float:
         """KL with only the units `kept` of a group."""
-        readers = [m for m in group.members if m.side == "in"]
+        readers = [m for m in group.members if reads(self.modules[m.module], m.side)]
         if not readers or any(looks_across(self.modules[m.module]) for m in group.members):
             return self._loss_cut(group, kept)
         with evaluating(self.model), torch.no_grad(), ExitStack() as stack:
@@ -110,11 +135,11 @@ class _Probe:
                 gone = tuple(i for u in set(range(group.num_units)) - set(kept) for i in member.units[u])
                 seen = moments.inputs.get(member.module)
                 if seen is not None:  # it may read other groups' channels too (concatenation): they all stay
-                    units = sorted(set(range(layer.weight.shape[1])) - set(gone))
+                    units = sorted(set(range(num_inputs(layer))) - set(gone))
                     stack.enter_context(_repaired(layer, columns(units, num_taps(layer)), seen))
                     continue
                 stack.enter_context(_weights(layer, layer.weight.detach().clone()))
-                mask_(self.model, [Edit(module=member.module, side="in", removed=gone)])
+                mask_(self.model, [Edit(module=member.module, side=member.side, removed=gone)])
             return self._loss(self.model)
 
     def _loss_cut(self, group: ChannelGroup, kept: Sequence[int]) -> float:
@@ -130,12 +155,12 @@ class _Probe:
         """KL with a block replaced by the identity."""
         with evaluating(self.model), torch.no_grad(), ExitStack() as stack:
             self._skip_before(self.order.index(block), stack)
-            stack.enter_context(_forward_as(self.modules[block], lambda x, *_a, **_k: x))
+            stack.enter_context(_forward_as(self.modules[block], self.blocks[block].forward))
             return self._loss(self.model)
 
     def _keep_output(self, name: str) -> Callable[..., None]:
-        def hook(_m: nn.Module, _a: tuple[Any, ...], output: Tensor) -> None:
-            self.block_outputs[name] = output.clone()  # the next module may work in place
+        def hook(_m: nn.Module, _a: tuple[Any, ...], output: Any) -> None:
+            self.block_outputs[name] = deepcopy(output)  # the next module may work in place
 
         return hook
 
@@ -147,7 +172,7 @@ class _Probe:
     def _skip_before(self, count: int, stack: ExitStack) -> None:
         for name in self.order[:count]:
             output = self.block_outputs[name]
-            stack.enter_context(_forward_as(self.modules[name], lambda *_a, o=output, **_k: o.clone()))
+            stack.enter_context(_forward_as(self.modules[name], lambda *_a, o=output, **_k: deepcopy(o)))
 
     def _log_probabilities(self, model: nn.Module) -> Tensor:
         outputs = forward(model, self.inputs)
@@ -163,7 +188,7 @@ class _Probe:
 
 
 @contextmanager
-def _forward_as(module: nn.Module, function: Callable[..., Tensor]) -> Iterator[None]:
+def _forward_as(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
     own = vars(module).get("forward")  # patched networks have one of their own
     module.forward = function
     try:
@@ -186,11 +211,11 @@ def _repaired(layer: Any, kept: Sequence[int], moments: InputMoments) -> Iterato
     weight[:, index] = solution
     shift = (dense - weight) @ moments.mean
     shaped = shift.to(layer.weight.dtype)
-    if not isinstance(layer, nn.Linear):
+    if not has_channels_last(layer):
         shaped = shaped.reshape(-1, *[1] * (layer.weight.dim() - 2))
     handle = layer.register_forward_hook(lambda _m, _i, output: output + shaped)
     try:
-        with _weights(layer, weight.reshape(layer.weight.shape).to(layer.weight.dtype)):
+        with _weights(layer, from_blocks(layer, blocks_of_matrix(layer, weight)).to(layer.weight.dtype)):
             yield
     finally:
         handle.remove()

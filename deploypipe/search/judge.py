@@ -1,7 +1,6 @@
 """What a search is told of one plan: surgery, repair, accuracy on val, the exported file on the target's runtime."""
 
 import hashlib
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from deploypipe.benchmark.accuracy import evaluate_module
 from deploypipe.benchmark.environment import describe_environment
 from deploypipe.benchmark.latency import time_interleaved
 from deploypipe.benchmark.memory import measure_peak_memory
+from deploypipe.export.engine import runnable
 from deploypipe.export.onnx_file import export_onnx
 from deploypipe.numerics.intervals import interval_of_median_ratio
 from deploypipe.pruning.apply import apply_plan
@@ -23,7 +23,7 @@ from deploypipe.pruning.repair import repair
 from deploypipe.pruning.structures import count_macs
 from deploypipe.recipe import Recipe
 from deploypipe.records import Candidate, PruningPlan
-from deploypipe.runs import digest, write_atomically
+from deploypipe.runs import cache_folder, digest, write_atomically
 from deploypipe.runtimes import Array, find_runtime
 from deploypipe.target import Target
 from deploypipe.task import Batch, Task, channels_last, take, take_calib
@@ -36,8 +36,10 @@ class Judge:
     """An `Evaluate` for `search`: call it with a plan."""
 
     dense: nn.Module
-    dense_file: Path
-    dense_p50_ms: float
+    dense_onnx: Path
+    dense_file: Path  # what the runtime opens: the ONNX file, or an engine built from it
+    dense_p50_ms: float | None  # None: the target cannot be measured here, and no candidate is
+    builds_engines: bool  # they are what the device runs, and this machine can build them
     calib: list[Batch]
     val: Iterable[Batch]
     task: Task
@@ -49,16 +51,19 @@ class Judge:
         pruned = apply_plan(self.dense, plan)
         num_params, num_macs = count_macs(pruned, take(self.calib[0][0], 2))
         quick = replace(self.recipe.repair, num_samples=self.recipe.search.num_repair_samples)
-        network, _ = repair(self.dense, pruned, plan, self.calib, quick, seed=self.recipe.seed)
+        real_tokens, seed = self.task.real_tokens, self.recipe.seed
+        network, _ = repair(self.dense, pruned, plan, self.calib, quick, real_tokens=real_tokens, seed=seed)
         val = [(channels_last(inputs), target) for inputs, target in self.val]
         accuracy = float(np.mean(evaluate_module(network, val, self.task)))
         with TemporaryDirectory(dir=self.work, prefix=".candidate.") as folder:
             file = Path(folder) / "candidate.onnx"
             size = export_onnx(network, take_calib(self.calib, 2), file, self.recipe.export).size_bytes
+            if self.builds_engines:
+                size = runnable(file, self.target).stat().st_size
             return Candidate(
                 accuracy=accuracy,
-                latency_p50_ms=self.dense_p50_ms * self._latency_ratio(file),
-                peak_memory_mib=self._peak_memory(file),
+                latency_p50_ms=None if self.dense_p50_ms is None else self.dense_p50_ms * self._latency_ratio(file),
+                peak_memory_mib=None if self.dense_p50_ms is None else self._peak_memory(file),
                 file_size_mib=size / 2**20,
                 num_params=num_params,
                 num_macs=num_macs,
@@ -67,14 +72,15 @@ class Judge:
     def _latency_ratio(self, file: Path) -> float:
         """Candidate / dense, interleaved so that a drifting clock cancels; measured once for a shape and device."""
         device = describe_environment(self.target.num_threads).device_fingerprint
-        key = digest([device, self.target.batch_size, shape_signature(self.dense_file), shape_signature(file)])
+        target = replace(self.target, num_latency_samples=_NUM_LATENCY_SAMPLES)
+        made_with = [target.runtime, target.provider, target.provider_options, target.batch_size, target.batches]
+        key = digest([device, made_with, shape_signature(self.dense_onnx), shape_signature(file)])
         known = cache_folder() / "latency" / key
         if known.is_file():
             return float(known.read_text())
-        target = replace(self.target, num_latency_samples=_NUM_LATENCY_SAMPLES)
-        runtime = find_runtime(target)
-        samples = time_interleaved((file, self.dense_file), self._feed(file), runtime, target)
-        ratio = interval_of_median_ratio(samples[0], samples[1])
+        runtime, opened = find_runtime(target), runnable(file, target)
+        timings = time_interleaved((opened, self.dense_file), self._feed(opened), runtime, target)
+        ratio = interval_of_median_ratio(*timings.samples, block=timings.block)
         known.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(known, repr(ratio.value).encode())
         return ratio.value
@@ -82,7 +88,8 @@ class Judge:
     def _peak_memory(self, file: Path) -> float | None:
         if "peak_memory" not in self.target.budget.limits():
             return None
-        return measure_peak_memory(file, self._feed(file), self.target)[0]
+        opened = runnable(file, self.target)
+        return measure_peak_memory(opened, self._feed(opened), self.target)[0]
 
     def _feed(self, file: Path) -> dict[str, Array]:
         with find_runtime(self.target).open(file, num_threads=1) as session:
@@ -97,8 +104,3 @@ def shape_signature(path: Path) -> str:
             initializer.ClearField("raw_data")
             initializer.ClearField("float_data")
     return hashlib.sha256(graph.SerializeToString(deterministic=True)).hexdigest()[:16]
-
-
-def cache_folder() -> Path:
-    """Where measurements outlive a run: `DEPLOYPIPE_CACHE`, or ~/.cache/deploypipe."""
-    return Path(os.environ.get("DEPLOYPIPE_CACHE", Path.home() / ".cache" / "deploypipe"))

@@ -96,7 +96,7 @@ def violations(candidate: Candidate, dense: Candidate, limits: Mapping[str, Limi
     excess = {}
     for name, limit in limits.items():
         measured, reference = figures[name]
-        if measured is not None and reference is not None:  # memory cannot be measured everywhere: the gate says so
+        if measured is not None and reference is not None:  # what cannot be measured here, the gate says
             excess[name] = measured / limit.absolute(reference) - 1
     return excess
 
@@ -170,11 +170,17 @@ def _conclude(trials: list[Trial], dense: Candidate) -> SearchResult:
             f"relax budget.{name} in the target, or raise search.num_trials"
         )
     # Of equals on val the one that uses more of the budget: it has more left to lose on other data.
-    best = max(feasible, key=lambda t: (t.candidate.accuracy, t.candidate.latency_p50_ms, -t.number))
+    best = max(feasible, key=lambda t: (t.candidate.accuracy, _cost(t.candidate), -t.number))
     return SearchResult(dense=dense, trials=tuple(trials), best=best.number)
+
+
+def _cost(candidate: Candidate) -> float:
+    """Milliseconds, or MACs where nothing could be timed: alike for all trials of a search."""
+    return candidate.num_macs if candidate.latency_p50_ms is None else candidate.latency_p50_ms
 
 
 def _summary(trial: Trial) -> str:
     c = trial.candidate
     fits = "fits" if trial.feasible else "over budget"
-    return f"trial {trial.number}: {c.accuracy:.2%} on val, {c.latency_p50_ms:.3f} ms, {fits}"
+    cost = f"{c.num_macs:,} MACs" if c.latency_p50_ms is None else f"{c.latency_p50_ms:.3f} ms"
+    return f"trial {trial.number}: {c.accuracy:.2%} on val, {cost}, {fits}"

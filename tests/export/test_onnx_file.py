@@ -1,5 +1,6 @@
 """The exported file: self-contained, any batch, nothing of the author's machine in it, equal to the network."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deploypipe.errors import DataError, ModelError, ParityError
+from deploypipe.errors import ConfigError, DataError, ModelError, ParityError
 from deploypipe.export.onnx_file import export_onnx
+from deploypipe.onnx_check import check_onnx_file
 from deploypipe.recipe import Export
 from deploypipe.runs import file_sha256
 from deploypipe.runtimes.onnxruntime import OnnxRuntime
@@ -138,3 +140,129 @@ def _dtype(model: nn.Module) -> torch.dtype:
 def test_no_batches(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="at least one batch"):
         export_onnx(Net(), [], tmp_path / "m.onnx", Export())
+
+
+class Text(nn.Module):
+    """Attention over tokens of any number, padding left out; positions cut to the length, as texts' networks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.positions = nn.Embedding(11, 8), nn.Embedding(12, 8)
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids) + self.positions.weight[: ids.shape[1]]
+        logits: Tensor = self.head(self.layer(x, src_key_padding_mask=ids == 0).mean(1))
+        return logits
+
+
+class Padded(nn.Module):
+    """A pool over zeros at the edge, beside values that are all negative."""
+
+    def __init__(self, pool: nn.Module, width: int) -> None:
+        super().__init__()
+        self.pad, self.pool = nn.ConstantPad2d(width, 0.0), pool
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled: Tensor = self.pool(self.pad(-x.abs() - 1))
+        return pooled
+
+
+class Nested(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        logits = self.head(x)
+        return {"logits": logits, "past": None, "text": {"z": x + 1, "a": (x + 2, [x + 3])}}
+
+
+def sizes_of(path: Path) -> dict[str, list[int | str]]:
+    return {
+        i.name: [d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim] for i in onnx.load(path).graph.input
+    }
+
+
+@pytest.mark.parametrize("how", ["named", "pattern", "seen in the batches"])
+def test_dynamic_sequence(how: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Text().eval()
+    asked = {"named": {"ids": {1: "length"}}, "pattern": {"i*": {1: "length"}}}.get(how, {})
+    lengths = (8, 8) if asked else (8, 10)
+    batches = [(torch.randint(1, 11, (3, n)), None) for n in lengths]
+    path = tmp_path / "m.onnx"
+    export_onnx(model, batches, path, Export(dynamic_axes=asked))
+    assert sizes_of(path) == {"ids": ["batch", "length" if asked else "sequence"]}
+    with OnnxRuntime().open(path, num_threads=1) as session:
+        for n, length in ((1, 2), (5, 5), (2, 12), (1, 7)):
+            ids = torch.randint(1, 11, (n, length))
+            ids[0, length - length // 3 :] = 0
+            np.testing.assert_allclose(session.run({"ids": ids.numpy()})[0], model(ids).detach(), atol=1e-5)
+
+
+def test_axes_that_change_together_share_a_name(tmp_path: Path) -> None:
+    batches = [((torch.randint(11, (3, n)), torch.ones(3, n)), None) for n in (4, 7)]
+    export_onnx(TwoInputs(), batches, tmp_path / "m.onnx", Export())
+    assert sizes_of(tmp_path / "m.onnx") == {"ids": ["batch", "sequence"], "mask": ["batch", "sequence"]}
+
+
+@pytest.mark.parametrize(
+    ("axes", "message"),
+    [({"tokens": {1: "n"}}, "no input is called 'tokens'.*ids, mask"), ({"ids": {2: "n"}}, "'ids' has no axis 2")],
+)
+def test_axes_that_are_not_there(axes: dict[str, dict[int, str]], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        export_onnx(TwoInputs(), [(tokens(3), None)], tmp_path / "m.onnx", Export(dynamic_axes=axes))
+
+
+@pytest.mark.parametrize("opset", [9, 99])
+def test_an_opset_that_cannot_be_had(opset: int, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"opset {opset} cannot be written.*use export.opset = 18 to 23"):
+        export_onnx(Net(), [(torch.randn(2, 3, 8, 8), None)], tmp_path / "m.onnx", Export(opset=opset))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("pool", "width"), [(nn.MaxPool2d(3, 2), 1), (nn.AvgPool2d(1, 2), 1)], ids=["max", "mean"])
+def test_zeros_at_the_edge_of_a_pool(pool: nn.Module, width: int, tmp_path: Path) -> None:
+    file = export_onnx(Padded(pool, width), [(torch.randn(2, 3, 8, 8), None)], tmp_path / "m.onnx", Export())
+    assert file.max_abs_error == 0
+
+
+def test_nested_outputs(tmp_path: Path) -> None:
+    file = export_onnx(Nested(), [(torch.randn(2, 6), None)], tmp_path / "m.onnx", Export())
+    assert file.output_names == ("logits", "text.z", "text.a.0", "text.a.1.0")
+
+
+def test_weights_in_a_second_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 64), nn.ReLU(), nn.Linear(64, 2)).eval()
+    batches = [(torch.randn(4, 6), None)]
+    small = export_onnx(model, batches, tmp_path / "small.onnx", Export())
+    file = export_onnx(model, batches, tmp_path / "m.onnx", Export(single_file_mib=0))
+    (data,) = file.data
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data", "small.onnx"]
+    assert (data.name, data.sha256) == ("m.onnx.data", file_sha256(tmp_path / "m.onnx.data"))
+    assert file.size_bytes == (tmp_path / "m.onnx").stat().st_size + data.size_bytes
+    assert data.size_bytes > 1500 and small.data == ()
+    assert check_onnx_file(tmp_path / "m.onnx").data == ("m.onnx.data",)
+    with OnnxRuntime().open(tmp_path / "m.onnx", num_threads=1) as session:
+        np.testing.assert_allclose(
+            session.run({session.input_names[0]: batches[0][0].numpy()})[0], model(batches[0][0]).detach(), atol=1e-5
+        )
+
+
+def test_what_the_file_tells(tmp_path: Path) -> None:
+    model, batches = Net(), [(torch.randn(2, 3, 8, 8), None)]
+    for name in ("a.onnx", "b.onnx"):
+        export_onnx(model, batches, tmp_path / name, Export(), origin={"plan": "abc"}, class_names=("cat", "dög"))
+    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
+    proto = onnx.load(tmp_path / "a.onnx")
+    told = {entry.key.removeprefix("deploypipe."): entry.value for entry in proto.metadata_props}
+    assert (told["plan"], told["precision"], json.loads(told["class_names"])) == ("abc", "fp32", ["cat", "dög"])
+    assert json.loads(told["inputs"]) == [{"name": "image", "dtype": "float32", "shape": ["batch", 3, 8, 8]}]
+    assert json.loads(told["outputs"]) == [{"name": "output", "dtype": "float32", "shape": ["batch", 5]}]
+    assert told["torch_version"] == torch.__version__ and told["onnx_version"] == onnx.__version__
+    names = [node.name for node in proto.graph.node]
+    assert len(set(names)) == len(names) and {"conv/Conv", "head/Gemm", "/Relu"} <= set(names)

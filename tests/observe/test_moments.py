@@ -1,5 +1,6 @@
 """Moments equal numpy's; the observed network does not notice."""
 
+from copy import deepcopy
 from pathlib import Path
 
 import networks
@@ -225,3 +226,77 @@ def test_rows_are_kept_up_to_a_bound() -> None:
     assert len(moments.labels) == MAX_ROWS
     assert {len(rows) for rows in [*moments.units.values(), *moments.block_outputs.values()]} == {MAX_ROWS}
     assert moments.num_samples == 1200
+
+
+class Padded(nn.Module):
+    """Embedded tokens, those of number 0 are padding; a hidden layer and a block."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(6, 10), nn.Linear(10, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.down(F.relu(self.up(x)))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.one, self.two = nn.Embedding(20, 6), self.Block(), self.Block()
+        self.fc = nn.Linear(6, 3)
+
+    def forward(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        real = (ids != 0).unsqueeze(2) if attention_mask is None else attention_mask.unsqueeze(2)
+        return self.fc(self.two(self.one(self.embed(ids))).masked_fill(~real, 0).sum(1) / real.sum(1))
+
+
+def padded() -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    lengths = torch.randint(2, 9, (40, 1))
+    return Padded(), torch.randint(1, 20, (40, 8)).masked_fill(torch.arange(8) >= lengths, 0)
+
+
+@pytest.mark.parametrize("count", [3, 100])
+def test_padding_counts_for_nothing(count: int) -> None:
+    """Whatever stands in the padding, and one length of text by itself has the moments of its texts without it."""
+    model, ids = padded()
+    structures = list_structures(model, ids)
+    other = deepcopy(model)
+    with torch.no_grad():
+        other.embed.weight[0] = 100.0
+    settings = Observe(positions_per_sample=count)
+    masks = {"attention_mask": ids != 0}
+    seen = [
+        observe(model, structures, [(ids, torch.zeros(40))], settings, real_tokens=lambda x: x != 0),
+        observe(other, structures, [(ids, torch.zeros(40))], settings, real_tokens=lambda x: x != 0),
+        observe(other, structures, [({"ids": ids, **masks}, torch.zeros(40))], settings),
+    ]
+    short = ids[(ids != 0).sum(1) == 5]
+    alone = observe(model, structures, [(short[:, :5], torch.zeros(len(short)))], EVERYWHERE)
+    cut = observe(other, structures, [(short, torch.zeros(len(short)))], EVERYWHERE, real_tokens=lambda x: x != 0)
+    for first, second in ((seen[0], seen[1]), (seen[0], seen[2]), (alone, cut)):
+        for name, moments in first.inputs.items():
+            torch.testing.assert_close(moments.covariance, second.inputs[name].covariance)
+            torch.testing.assert_close(moments.mean, second.inputs[name].mean)
+        for name, rows in first.units.items():
+            torch.testing.assert_close(rows, second.units[name])
+        torch.testing.assert_close(first.block_hsic, second.block_hsic)
+    for name, rows in seen[0].block_outputs.items():
+        torch.testing.assert_close(rows, seen[1].block_outputs[name])
+
+
+def test_mask_of_another_shape_is_refused() -> None:
+    model, ids = padded()
+    with pytest.raises(DataError, match="real_tokens"):
+        observe(model, list_structures(model, ids), [(ids, torch.zeros(40))], Observe(), real_tokens=lambda x: x[:5])
+
+
+def test_inputs_of_two_groups_are_never_together() -> None:
+    model, structures, batches = prepared("resnext")
+    moments = observe(model, structures, batches, EVERYWHERE, shuffled=True)
+    grouped = [name for name in moments.inputs if getattr(model.get_submodule(name), "groups", 1) == 2]
+    assert grouped
+    for name in grouped:
+        half = len(moments.inputs[name].mean) // 2
+        assert not moments.inputs[name].covariance[:half, half:].any()
+        assert moments.inputs[name].covariance[:half, :half].any()
+        assert not moments.shuffled[name][:half, moments.shuffled[name].shape[1] // 2 :].any()

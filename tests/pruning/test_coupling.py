@@ -282,3 +282,144 @@ def test_layers_of_a_list_are_blocks_even_if_they_add_nothing() -> None:
 
     structures = list_structures(Stack(), torch.randn(4, WIDTH))
     assert [b.name for b in structures.blocks] == ["layers.0", "layers.1", "layers.2"]
+
+
+class AsWide(nn.Module):
+    """Takes the width of its attention from what it reads, as the first vision transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads = HEADS
+        self.qkv, self.proj, self.norm = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, width = x.shape
+        parts = self.qkv(x).reshape(n, t, 3, self.num_heads, width // self.num_heads)
+        q, k, v = parts.permute(2, 0, 3, 1, 4).unbind(0)
+        heads = (q @ k.transpose(-2, -1) * DIM**-0.5).softmax(-1) @ v
+        return self.norm(x + self.proj(heads.transpose(1, 2).reshape(n, t, width)))
+
+
+def test_heads_and_stream_go_together_where_one_gives_the_other_its_size() -> None:
+    model, inputs = network(nn.Sequential(AsWide(), AsWide())), torch.randn(2, 7, 5)
+    structures = list_structures(model, inputs)
+    heads = group_of(structures, "1.0:heads")
+    assert heads.num_units == HEADS and {m.module for m in heads.members} >= {
+        "0",
+        "1.0.qkv",
+        "1.1.qkv",
+        "1.1.norm",
+        "2",
+    }
+    pruned = cut(model, structures, inputs, "1.0:heads", 2)
+    assert (pruned[0].out_features, pruned[1][1].num_heads) == (2 * DIM, 2)
+
+
+class Recurrent(nn.Module):
+    """Makes a constant of a size it keeps in an attribute, and views with sizes it keeps in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden_size, self.view_shape = 8, [7, 8]
+        self.first, self.last = nn.Linear(5, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = torch.zeros(len(x), 1, self.hidden_size) + 1
+        return self.last((self.first(x) + state).view(len(x), *self.view_shape))
+
+
+def test_sizes_of_constants_and_views_that_attributes_hold() -> None:
+    torch.manual_seed(0)
+    model, inputs = Recurrent(), torch.randn(2, 7, 5)
+    pruned = cut(model, list_structures(model, inputs), inputs, "first", 3)
+    assert (pruned.hidden_size, pruned.view_shape) == (3, [7, 3])
+
+
+class MaskedWeight(nn.Linear):
+    """Computes with a part of its weight only."""
+
+    def __init__(self, num_in: int, num_out: int) -> None:
+        super().__init__(num_in, num_out)
+        self.mask = nn.Parameter((torch.rand(num_out, num_in) > 0.5).float(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight * self.mask, self.bias)
+
+
+def test_a_weight_with_a_mask_is_cut_with_it() -> None:
+    torch.manual_seed(0)
+    model, inputs = nn.Sequential(MaskedWeight(5, 8), MaskedWeight(8, 4)), torch.randn(6, 5)
+    pruned = cut(model, list_structures(model, inputs), inputs, "0", 3)
+    assert pruned[0].mask.shape == (3, 5) and pruned[1].mask.shape == (4, 3)
+
+
+class Statistic(nn.Module):
+    """Reads its channels together, by a function."""
+
+    def __init__(self, read: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.gate, self.last = nn.Conv2d(3, 8, 3), nn.Conv2d(2, 1, 1), nn.Conv2d(8, 4, 1)
+        self.read = read
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(x))
+        if self.read(x).shape[1] == 1:  # spatial attention
+            x = x * self.gate(torch.cat([self.read(x), x.max(1, keepdim=True)[0]], 1)).sigmoid()
+        return self.last(self.read(x) * x)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda x: x.mean(dim=1, keepdim=True),
+        lambda x: x - torch.var_mean(x, (1, 2, 3), keepdim=True)[1],
+        lambda x: F.normalize(x, dim=1),
+        lambda x: F.layer_norm(x.movedim(1, -1), x.shape[1:2]).movedim(-1, 1),
+        lambda x: F.local_response_norm(x, 3),
+    ],
+    ids=["mean", "centre", "normalize", "layer norm", "local response norm"],
+)
+def test_a_statistic_over_channels_is_taken_over_those_that_stay(read: Callable[[Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    model, inputs = Statistic(read), torch.randn(2, 3, 6, 6)
+    structures = list_structures(model, inputs)
+    assert cut(model, structures, inputs, "first", 3).first.out_channels == 3
+
+
+class Standardised(nn.Conv2d):
+    """Weights standardised over all that one output reads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = self.weight.reshape(1, self.out_channels, -1)
+        weight = F.batch_norm(flat, None, None, training=True).reshape_as(self.weight)
+        return F.conv2d(x, weight, self.bias)
+
+
+def test_standardised_weights_are_standardised_over_the_inputs_that_stay() -> None:
+    torch.manual_seed(0)
+    model, inputs = nn.Sequential(Standardised(3, 8, 3), nn.ReLU(), Standardised(8, 4, 3)), torch.randn(2, 3, 6, 6)
+    assert cut(model, list_structures(model, inputs), inputs, "0", 3)[2].weight.shape == (4, 3, 3, 3)
+
+
+class Interleaved(nn.Module):
+    """Grouped convolutions around a shuffle of channels, with different views of what are the same channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(4, 24, 1, groups=2), nn.BatchNorm2d(24)
+        self.depthwise, self.last = nn.Conv2d(24, 24, 3, groups=24), nn.Conv2d(24, 4, 1, groups=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.first(x))
+        n, channels, *places = x.shape
+        x = x.view(n, 2, channels // 2, *places).transpose(1, 2).reshape(n, channels, *places)
+        return self.last(self.depthwise(x))
+
+
+def test_a_shuffle_between_grouped_convolutions() -> None:
+    torch.manual_seed(0)
+    model, inputs = Interleaved(), torch.randn(2, 4, 6, 6)
+    structures = list_structures(model, inputs)
+    first = next(m for m in group_of(structures, "first").members if (m.module, m.side) == ("first", "out"))
+    assert first.units[0] == (0, 6, 12, 18)  # the same filter in both groups, before the shuffle and after it
+    assert cut(model, structures, inputs, "first", 3).last.weight.shape == (4, 6, 1, 1)

@@ -91,13 +91,11 @@ class Odd(nn.Module):
     "read",
     [
         lambda net, h: h.softmax(dim=1),
-        lambda net, h: h - h.mean(dim=1, keepdim=True),
-        lambda net, h: F.normalize(h, dim=1),
         lambda net, h: h.view(-1, 8),
         lambda net, h: h + torch.arange(8.0),
         lambda net, h: torch.cumsum(h, dim=1),
     ],
-    ids=["softmax", "centre", "normalize", "constant-view", "constant-add", "cumsum"],
+    ids=["softmax", "constant-view", "constant-add", "cumsum"],
 )
 def test_functions_that_mix_channels_are_found_out(read: Callable[[nn.Module, Tensor], Tensor]) -> None:
     torch.manual_seed(0)

@@ -63,6 +63,8 @@ def test_report_shows_every_part_of_a_run() -> None:
         "Which blocks do alike",
         "Repair",
         "Fine-tuning",
+        "What was not repaired",
+        "is called more than once",
         "Environment",
         "steps of 8",
     ):

@@ -18,7 +18,7 @@ from deploypipe.errors import DataError, PlanError
 from deploypipe.observe.moments import Moments
 from deploypipe.observe.stream import observe
 from deploypipe.pruning.structures import list_structures
-from deploypipe.recipe import BlockMi, Finetune, LogitDivergence, Mpruner, Observe, Repair
+from deploypipe.recipe import BlockMi, Constraints, Finetune, LogitDivergence, Mpruner, Observe, Repair
 from deploypipe.records import DepthLog, Names, Structures
 from deploypipe.scoring.blocks import BLOCK_SCORERS, rank_blocks
 from deploypipe.scoring.blocks.block_mi import choose_blocks, fast_block_select
@@ -405,6 +405,14 @@ def test_depth_escalates_and_rolls_back(splits: Splits) -> None:
     assert log.accuracy >= log.dense_accuracy - 0.1
 
 
+def test_depth_leaves_as_many_blocks_as_the_recipe_asks(splits: Splits) -> None:
+    dense, settings = Deeper(2), Mpruner(threshold=0.001, max_drop_pp=100.0)
+    structures = list_structures(dense, next(iter(splits.calib))[0], constraints=Constraints(least_blocks=3))
+    pruned, log = prune_depth(dense, structures, splits, classification(), settings, small_recipe())
+    assert len(structures.blocks) - num_removed(pruned) == 3
+    assert "least_blocks" in log.reason
+
+
 def test_depth_gives_back_the_dense_network_where_nothing_holds(splits: Splits) -> None:
     dense = Deeper(1)
     same, log = run_depth(dense, splits, Mpruner(), spoiled_above(0))
@@ -433,7 +441,7 @@ def test_no_block_and_one_block(block: nn.Module, found: tuple[Names, ...]) -> N
     assert ranking.clusters == found
     assert choose_blocks(structures, moments, BlockMi(), 1) == sum(found, ())
     _, log = run_depth(model, splits, Mpruner())
-    assert (log.rows, log.removed) == ((), ())
+    assert (log.rows, log.removed, log.reason) == ((), (), "no block is like one before it")
     assert log.accuracy == log.dense_accuracy
 
 

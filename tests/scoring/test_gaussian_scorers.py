@@ -157,7 +157,7 @@ def test_widths_emerge_at_random_initialisation(name: str) -> None:
 
 
 @EVERY_CONFIG
-@pytest.mark.parametrize("name", ["resnext", "dense", "flattened", "encoder"])
+@pytest.mark.parametrize("name", ["resnext", "upsampled", "dense", "flattened", "encoder"])
 def test_groups_without_an_observed_reader_are_scored_by_magnitude(name: str, config: Any) -> None:
     model, batch = networks.build(name)
     seen = watched(model, batch)
@@ -166,7 +166,7 @@ def test_groups_without_an_observed_reader_are_scored_by_magnitude(name: str, co
     assert found.reasons == {g.name: UNOBSERVED for g in seen[1].groups if g.name not in observed}
     assert list(found.channels) == [g.name for g in seen[1].groups]
     assert all(torch.tensor(scores).isfinite().all() for scores in found.channels.values())
-    assert bool(found.reasons) == (name in ("resnext", "encoder"))  # grouped convolutions; fused attention
+    assert bool(found.reasons) == (name == "encoder")  # fused attention
 
 
 def test_output_error_is_the_share_of_variance_that_least_squares_cannot_bring_back() -> None:
@@ -202,7 +202,7 @@ def test_groups_ranked_side_by_side_are_each_as_if_alone(config: Any, monkeypatc
     torch.manual_seed(0)
     model = nn.Sequential(*(networks.PadBlock(8, 8, 1) for _ in range(4)), nn.Flatten(), nn.Linear(8 * 16, 3))
     seen = watched(model, torch.randn(64, 8, 4, 4))
-    runs = list(top_down._runs(seen[1]))
+    runs = list(top_down._runs(seen[1], dict(model.named_modules())))
     assert max(map(len, runs)) >= 4  # else nothing is ranked together here
     together = table(seen, config)
     monkeypatch.setattr(top_down, "_MOST_VALUES", 1)

@@ -1,12 +1,13 @@
-"""The solver finds what trying everything finds."""
+"""The solver finds what trying everything that is allowed finds."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deploypipe.records import Block, ChannelGroup, Curves, LossCurve, Structures
+from deploypipe.records import Block, ChannelGroup, Curves, LossCurve, Member, ResolvedConstraints, Structures
 from deploypipe.search.allocate import Allocation, allocate, allocate_to, least_macs, uniform
 
 WIDTH = 4
@@ -55,6 +56,15 @@ def cost_of(choice: Allocation, structures: Structures, curves: Curves, exponent
     return loss, saving
 
 
+def is_allowed(choice: Allocation, structures: Structures) -> bool:
+    asked = structures.constraints
+    return (
+        all(width >= asked.least.get(name, 1) for name, width in choice.widths.items())
+        and all(len({choice.widths[n] for n in names if n in choice.widths}) < 2 for names in asked.uniform)
+        and len(structures.blocks) - len(choice.blocks) >= asked.least_blocks
+    )
+
+
 def every_allocation(structures: Structures) -> list[Allocation]:
     found = []
     for dropped in product([False, True], repeat=len(structures.blocks)):
@@ -62,10 +72,22 @@ def every_allocation(structures: Structures) -> list[Allocation]:
         names = [g.name for g in structures.groups if g.name.partition(".")[0] not in gone]
         for widths in product([1, 2, WIDTH], repeat=len(names)):
             found.append(Allocation(widths=dict(zip(names, widths, strict=True)), blocks=gone))
-    return found
+    return [allocation for allocation in found if is_allowed(allocation, structures)]
 
 
 LOSS = st.floats(0, 3)
+
+
+@st.composite
+def constraints(draw: st.DrawFn, structures: Structures) -> ResolvedConstraints:
+    """Up to two classes of groups with one width, a least width for each class or group, and for the blocks."""
+    marks = {group.name: draw(st.integers(0, 2)) for group in structures.groups}
+    uniform = tuple(tuple(n for n, mark in marks.items() if mark == c) for c in (1, 2))
+    uniform = tuple(names for names in uniform if len(names) > 1)
+    alone = [(name,) for name in marks if not any(name in names for names in uniform)]
+    least = {name: width for names in (*uniform, *alone) for width in [draw(st.integers(1, WIDTH))] for name in names}
+    num_blocks = draw(st.integers(0, len(structures.blocks)))
+    return ResolvedConstraints(least=least, uniform=uniform, least_blocks=num_blocks)
 
 
 @st.composite
@@ -75,12 +97,13 @@ def problems(draw: st.DrawFn) -> tuple[Structures, Curves]:
     macs = draw(st.lists(st.integers(1, 50), min_size=len(homes), max_size=len(homes)))
     blocks = draw(st.lists(st.integers(1, 50), min_size=num_blocks, max_size=num_blocks))
     structures = structures_of([float(m) for m in macs], homes, [float(b) for b in blocks])
+    structures = replace(structures, constraints=draw(st.just(ResolvedConstraints()) | constraints(structures)))
     channel_kl = draw(st.lists(st.lists(LOSS, min_size=2, max_size=2), min_size=len(homes), max_size=len(homes)))
     return structures, curves_of(structures, channel_kl, draw(st.lists(LOSS, min_size=num_blocks, max_size=num_blocks)))
 
 
 @given(problem=problems(), share=st.floats(0, 1.2), exponent=st.sampled_from([0.5, 1.0]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_equals_enumeration(problem: tuple[Structures, Curves], share: float, exponent: float) -> None:
     structures, curves = problem
     everything = [(cost_of(a, structures, curves, exponent), a) for a in every_allocation(structures)]
@@ -93,6 +116,7 @@ def test_equals_enumeration(problem: tuple[Structures, Curves], share: float, ex
     assert saving >= needed - 1e-6 * structures.num_macs
     best = min(loss for (loss, saved), _ in everything if saved >= needed)
     assert loss <= best * (1 + 2e-4) + 1e-5
+    assert is_allowed(chosen, structures)
     for group in structures.groups:  # one width, or none because its block is gone
         assert (group.name in chosen.widths) != (group.name.partition(".")[0] in chosen.blocks)
 
@@ -133,3 +157,15 @@ def test_uniform_keeps_the_same_fraction_in_steps() -> None:
     assert uniform(structures, 0.5, 1).widths == {"g0": 2, "g1": 2}
     assert uniform(structures, 0.1, 3).widths == {"g0": 3, "g1": 3}
     assert uniform(structures, 1.0, 8).widths == {"g0": 4, "g1": 4}
+    bounded = replace(structures, constraints=ResolvedConstraints(least={"g1": 3}))
+    assert uniform(bounded, 0.25, 1).widths == {"g0": 1, "g1": 3}
+    assert uniform(bounded, 0.25, 2).widths == {"g0": 2, "g1": 4}
+
+
+def test_a_group_that_reaches_out_of_a_block_has_a_width_without_it() -> None:
+    """As tied groups do: what is left of them is cut."""
+    structures = structures_of([10.0], [0], [500.0])
+    members = tuple(Member(module=name, side="out", units=()) for name in ("b0.g0", "later"))
+    structures = replace(structures, groups=(replace(structures.groups[0], members=members),))
+    chosen = allocate(structures, curves_of(structures, [[1.0, 1.0]], [0.1]), structures.num_macs)
+    assert chosen == Allocation(widths={"b0.g0": 1}, blocks=("b0",))

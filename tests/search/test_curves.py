@@ -15,7 +15,7 @@ from deploypipe.observe.stream import observe
 from deploypipe.pruning.apply import apply_plan
 from deploypipe.pruning.plan import make_plan
 from deploypipe.pruning.structures import list_structures
-from deploypipe.recipe import Observe, Random, Search
+from deploypipe.recipe import Constraints, Observe, Random, Search
 from deploypipe.records import Curves, LossCurve, ScoreTable, Structures
 from deploypipe.scoring import score
 from deploypipe.search.curves import TEMPERATURE, measure_curves, width_levels
@@ -81,6 +81,31 @@ def test_repaired_points_are_the_pruned_networks_with_that_layer_solved(name: st
         assert curve.kl[0] == pytest.approx(kl(model, pruned, inputs), rel=2e-2, abs=1e-5)
         assert curve.kept[-1] == group.num_units
         assert curve.kl[-1] == 0
+
+
+class Joined(nn.Module):
+    """Two layers that one reads side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.last = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.cat([self.left(x), self.right(x)], 1).relu())
+
+
+def test_tied_groups_have_one_curve_with_all_their_readers_repaired() -> None:
+    torch.manual_seed(0)
+    model, inputs = Joined(), torch.randn(200, 6)
+    structures = list_structures(model, inputs, constraints=Constraints(tied=(("left", "right"),), least={"right": 3}))
+    batches = [(inputs, torch.zeros(200))]
+    moments = observe(model, structures, batches, Observe(positions_per_sample=1000))
+    scores = score(model, structures, moments, Random(), seed=1)
+    (curve,) = measure_curves(model, structures, scores, moments, batches, Search(num_levels=2)).curves
+    assert (curve.name, curve.kept) == ("left", (3, 7, 8))
+    pruned = apply_plan(model, make_plan(structures, scores, {"left": 3}))
+    solve_(pruned, model, "last", inputs)
+    assert curve.kl[0] == pytest.approx(kl(model, pruned, inputs), rel=2e-2)
 
 
 def solve_(pruned: nn.Module, dense: nn.Module, name: str, inputs: Tensor) -> None:
@@ -194,3 +219,5 @@ def test_width_levels_are_multiples_below_the_dense_width() -> None:
     assert width_levels(16, 6, 4) == [4, 8, 12]
     assert width_levels(8, 6, 8) == []
     assert len(width_levels(512, 1, 8)) == 1
+    assert width_levels(16, 6, 4, least=5) == [8, 12]
+    assert width_levels(16, 6, 1, least=16) == []

@@ -1,20 +1,21 @@
 """MPruner's loop: remove, train, compare with the dense network's accuracy; keep what holds, else remove less."""
 
+import sys
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
 from deploypipe.benchmark.accuracy import evaluate_module
 from deploypipe.observe.stream import observe
 from deploypipe.pruning.apply import apply_plan
-from deploypipe.pruning.plan import empty_plan
+from deploypipe.pruning.plan import make_plan
 from deploypipe.pruning.repair import repair
 from deploypipe.pruning.structures import model_fingerprint
 from deploypipe.recipe import Mpruner, Recipe
-from deploypipe.records import DepthLog, DepthRow, Event, Names, Progress, Structures, silent
+from deploypipe.records import DepthLog, DepthRow, Event, Names, Progress, ScoreTable, Structures, silent
 from deploypipe.scoring.blocks.mpruner import cluster_blocks, mpruner_candidates
 from deploypipe.task import Splits, Task, take_calib
 
@@ -36,9 +37,11 @@ def prune_depth(
     """The shallowest network found whose accuracy on val is at most `settings.max_drop_pp` below the dense one's.
 
     train: gives a trained copy of a repaired network (`training.finetune`, usually); None: repair alone. `dense` is
-    left as it was. Cost of an iteration: a pass over calib, a repair, the training, and a pass over val.
+    left as it was; so many blocks stay as `structures.constraints` asks. Cost of an iteration: a pass over calib, a
+    repair, the training, and a pass over val.
     """
     calib = take_calib(splits.calib, max(recipe.observe.num_samples, recipe.repair.num_samples))
+    shared: dict[str, Any] = {"real_tokens": task.real_tokens, "seed": recipe.seed, "notify": notify}
 
     def left(model: nn.Module) -> Structures:
         """The blocks that are still there. Channel groups are left out, so that `observe` skips them."""
@@ -47,19 +50,20 @@ def prune_depth(
 
     def analyse(model: nn.Module) -> tuple[Names, ...]:
         blocks = left(model)
-        moments = observe(model, blocks, calib, recipe.observe, seed=recipe.seed, notify=notify)
+        moments = observe(model, blocks, calib, recipe.observe, **shared)
         return cluster_blocks(blocks, moments, settings.threshold)
 
     def remove_and_train(model: nn.Module, names: Names) -> nn.Module:
         # Repaired towards the network that is cut, not the dense one: what earlier training has gained stays.
-        plan = replace(empty_plan(left(model)), blocks=names)
-        pruned, _ = repair(model, apply_plan(model, plan), plan, calib, recipe.repair, seed=recipe.seed, notify=notify)
+        plan = make_plan(left(model), ScoreTable(scorer=settings.kind, channels={}), {}, names)
+        pruned, _ = repair(model, apply_plan(model, plan), plan, calib, recipe.repair, **shared)
         return train(pruned) if train else pruned
 
     def evaluate(model: nn.Module) -> float:
         return float(evaluate_module(model, splits.val, task).mean())
 
-    return mpruner(deepcopy(dense), settings, analyse, remove_and_train, evaluate, notify=notify)
+    most = len(structures.blocks) - structures.constraints.least_blocks
+    return mpruner(deepcopy(dense), settings, analyse, remove_and_train, evaluate, num_removable=most, notify=notify)
 
 
 def mpruner(
@@ -69,12 +73,14 @@ def mpruner(
     remove_and_train: Callable[[Network, Names], Network],
     evaluate: Callable[[Network], float],
     *,
+    num_removable: int = sys.maxsize,
     notify: Progress = silent,
 ) -> tuple[Network, DepthLog]:
     """The loop itself; none of the three functions may change its argument, so rolling back is keeping the best.
 
     What holds is analysed again at the same stride; what does not is tried again at the next one, unless that would
-    remove the same blocks. Ends when no cluster has a second member or `max_stride` was refused.
+    remove the same blocks. Ends when no cluster has a second member, `max_stride` was refused or `num_removable` blocks
+    are gone.
     """
     best, stride = dense, settings.stride
     dense_accuracy = best_accuracy = evaluate(dense)
@@ -83,7 +89,9 @@ def mpruner(
     removed: Names = ()
     refused: Names = ()
     while stride <= settings.max_stride and any(len(cluster) > 1 for cluster in found):
-        names = mpruner_candidates(found, stride)
+        names = mpruner_candidates(found, stride)[: num_removable - len(removed)]
+        if not names:
+            break
         accuracy, accepted, reason = None, False, "the same blocks as at the stride before"
         if names != refused:
             tried = remove_and_train(best, names)
@@ -108,11 +116,15 @@ def mpruner(
             found = analyse(best)
         else:
             refused, stride = names, stride + 1
-    is_refused = stride > settings.max_stride
+    reason = "no block is like one before it"
+    if stride > settings.max_stride:
+        reason = f"refused at stride {settings.max_stride}"
+    elif any(len(cluster) > 1 for cluster in found):
+        reason = "recipe.constraints.least_blocks asks for the blocks that are left"
     return best, DepthLog(
         rows=tuple(rows),
         dense_accuracy=dense_accuracy,
         accuracy=best_accuracy,
         removed=removed,
-        reason=f"refused at stride {settings.max_stride}" if is_refused else "no block is like one before it",
+        reason=reason,
     )

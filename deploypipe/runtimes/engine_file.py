@@ -1,0 +1,81 @@
+"""An engine beside its record (`x.engine`, `x.engine.json`): checked before a byte of it is deserialised.
+
+An engine is executable code, and runs where it was built for only. The record's hash finds an engine that was damaged
+or exchanged; who wrote both is for a signature to say.
+"""
+
+import platform
+from hashlib import sha256
+from pathlib import Path
+
+from deploypipe.errors import ConfigError, ModelError, RuntimeUnavailableError
+from deploypipe.records import EngineFile, EngineKey
+from deploypipe.runtimes.machine import Machine, this_machine
+
+SUFFIX = ".engine"
+_REBUILD = "rebuild the engine from the ONNX file on this machine"
+
+
+def record_path(engine: Path) -> Path:
+    return engine.with_name(f"{engine.name}.json")
+
+
+def read_engine(path: Path, library: str, version: str) -> bytes:
+    """The engine's bytes, to be deserialised here by this version of `library`.
+
+    ModelError where the file or its record is absent or damaged, or was built for something else; each says what
+    differs. RuntimeUnavailableError where there is no GPU at all.
+    """
+    record = load_record(path)
+    content = path.read_bytes()
+    if sha256(content).hexdigest() != record.sha256:
+        raise ModelError(f"{path}: is not the file its record describes (its sha256 differs); {_REBUILD}")
+    machine = this_machine()
+    if problem := find_mismatch(record.key, library, version, machine):
+        raise ModelError(f"{path}: {problem}; {_REBUILD}")
+    if not machine.gpus:
+        raise RuntimeUnavailableError(
+            f"{path}: an engine runs on an NVIDIA GPU and none is usable here; {no_gpu_hint()}"
+        )
+    return content
+
+
+def load_record(engine: Path) -> EngineFile:
+    """The record of an engine; ModelError where one of the two is absent, or the record is damaged."""
+    from deploypipe.jsonio import from_json  # late: brings pydantic, which a process that measures memory need not hold
+
+    record = record_path(engine)
+    for path in (engine, record):
+        if not path.is_file():
+            raise ModelError(
+                f"{path}: there is no such file; an engine is loaded with the record beside it: {_REBUILD}"
+            )
+    try:
+        return from_json(EngineFile, record.read_bytes(), str(record))
+    except ConfigError as error:
+        raise ModelError(f"{record}: is no engine's record ({error.problem}); {_REBUILD}") from None
+
+
+def find_mismatch(key: EngineKey, library: str, version: str, machine: Machine) -> str:
+    """What keeps an engine with this key from running here; empty where nothing is known to."""
+    if (key.library, key.version) != (library, version):
+        return f"was built by {key.library} {key.version}, and here is {library} {version}"
+    if key.platform != platform_of(machine):
+        return f"was built for {key.platform}, and this machine is {platform_of(machine)}"
+    if not machine.gpus:
+        return ""
+    here = machine.gpus[0]
+    if here.compute_capability not in key.compute_capabilities:
+        built = ", ".join(key.compute_capabilities)
+        return f"was built for compute capability {built}, and {here.name} has {here.compute_capability}"
+    if key.driver and key.driver != machine.driver:
+        return f"was built with driver {key.driver}, and here is {machine.driver}"
+    return ""
+
+
+def platform_of(machine: Machine) -> str:
+    return f"{machine.system} {machine.architecture}"
+
+
+def no_gpu_hint() -> str:
+    return "on a machine with one, install its driver" if platform.system() != "Darwin" else "use another machine"

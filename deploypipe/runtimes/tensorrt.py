@@ -1,0 +1,119 @@
+"""TensorRT and TensorRT-RTX engines on an NVIDIA GPU; torch holds the GPU's memory."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deploypipe.errors import DataError, ModelError, RuntimeUnavailableError
+from deploypipe.runtimes.engine_file import read_engine
+from deploypipe.runtimes.tensorrt_libraries import load_library
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorRtSession:
+    """A loaded engine; see `deploypipe.runtimes.Session`. A run includes the copies to the GPU and back."""
+
+    path: Path
+    trt: Any  # the bindings' module
+    engine: Any
+    context: Any
+    stream: Any  # torch.cuda.Stream
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+
+    def run(self, inputs: Mapping[str, np.ndarray[Any, np.dtype[Any]]]) -> list[np.ndarray[Any, np.dtype[Any]]]:
+        import torch
+
+        if inputs.keys() != set(self.input_names):
+            raise DataError(self._misfit(inputs, "names differ"))
+        with torch.cuda.stream(self.stream):
+            held = {name: self._bind(name, inputs[name], inputs) for name in self.input_names}
+            unknown = self.context.infer_shapes()
+            if unknown:
+                raise DataError(self._misfit(inputs, f"the shapes of {', '.join(unknown)} are open"))
+            outputs = {name: self._allocate(name) for name in self.output_names}
+            if not self.context.execute_async_v3(self.stream.cuda_stream):
+                raise ModelError(f"{self.path}: the engine failed while it ran; rebuild it from the ONNX file")
+            arrays = [tensor.cpu().numpy() for tensor in outputs.values()]
+        self.stream.synchronize()
+        del held  # must outlive the run
+        return arrays
+
+    def _bind(self, name: str, array: np.ndarray[Any, np.dtype[Any]], inputs: Mapping[str, Any]) -> Any:
+        import torch
+
+        if array.dtype != self.trt.nptype(self.engine.get_tensor_dtype(name)):
+            raise DataError(self._misfit(inputs, f"{name} has another type"))
+        if not self.context.set_input_shape(name, array.shape):
+            raise DataError(self._misfit(inputs, f"{name} is outside the optimisation profile"))
+        tensor = torch.from_numpy(np.ascontiguousarray(array)).cuda()
+        self.context.set_tensor_address(name, tensor.data_ptr())
+        return tensor
+
+    def _allocate(self, name: str) -> Any:
+        import torch
+
+        shape = tuple(self.context.get_tensor_shape(name))
+        if min(shape, default=0) < 0:
+            raise ModelError(f"{self.path}: the shape of output {name!r} depends on values; take such operators out")
+        example = torch.from_numpy(np.empty(0, self.trt.nptype(self.engine.get_tensor_dtype(name))))
+        tensor = torch.empty(shape, dtype=example.dtype, device="cuda")
+        self.context.set_tensor_address(name, tensor.data_ptr())
+        return tensor
+
+    def _misfit(self, inputs: Mapping[str, Any], reason: str) -> str:
+        seen = ", ".join(f"{name} {value.dtype}{list(value.shape)}" for name, value in inputs.items())
+        takes = []
+        for name in self.input_names:
+            least, _, most = (list(shape) for shape in self.engine.get_tensor_profile_shape(name, 0))
+            span = f"{least}" if least == most else f"{least} to {most}"
+            takes.append(f"{name} {np.dtype(self.trt.nptype(self.engine.get_tensor_dtype(name)))} {span}")
+        return (
+            f"{self.path}: cannot run on {seen or 'no inputs'} ({reason}); it takes {', '.join(takes)}: widen "
+            "batch_range or dynamic_dims in the target, and rebuild the engine"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorRtRuntime:
+    """Runs engine files that `export.engine.build_engine` wrote, and no others."""
+
+    library: str  # tensorrt, tensorrt-rtx
+
+    @contextmanager
+    def open(self, path: Path, *, num_threads: int) -> Iterator[TensorRtSession]:
+        """See `deploypipe.runtimes.Runtime`. The GPU does the work: `num_threads` has no effect."""
+        trt, _ = load_library(self.library)
+        content = read_engine(path, self.library, str(trt.__version__))
+        torch = _torch_with_cuda()
+        log = trt.Logger(trt.Logger.ERROR)
+        runtime = trt.Runtime(log)
+        engine = runtime.deserialize_cuda_engine(content)
+        if engine is None:
+            raise ModelError(f"{path}: {self.library} refuses the engine; rebuild it from the ONNX file")
+        names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+        is_input = {name: engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT for name in names}
+        yield TensorRtSession(
+            path=path,
+            trt=trt,
+            engine=engine,
+            context=engine.create_execution_context(),
+            stream=torch.cuda.Stream(),
+            input_names=tuple(name for name in names if is_input[name]),
+            output_names=tuple(name for name in names if not is_input[name]),
+        )
+
+
+def _torch_with_cuda() -> Any:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise RuntimeUnavailableError(
+            "an engine's inputs and outputs are kept in torch's GPU memory, and this torch finds no CUDA device; "
+            "install a CUDA build of torch"
+        )
+    return torch

@@ -1,0 +1,221 @@
+"""`deploypipe verify DIR`, or `python -m deploypipe.verify DIR`: do the model files still answer as they did?
+
+Needs numpy and onnxruntime, nothing else, so that it runs on the device that the files were made for. DIR holds
+golden.json (what is there, with sizes, sha256 and tolerances), golden.safetensors (samples, and the answers of each
+model file on the machine that made it) and the model files. Every file's hash is checked before any of them is parsed.
+golden.json itself is trusted: who can change it can change everything.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from deploypipe.errors import DeploypipeError, ModelError
+from deploypipe.numerics.differences import difference
+from deploypipe.onnx_check import check_onnx_file
+from deploypipe.records import FileEntry, Parity
+
+Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+
+GOLDEN, TENSORS = "golden.json", "golden.safetensors"
+FORMAT = "deploypipe-golden-1"
+EXIT_SAME, EXIT_DIFFERENT, EXIT_UNUSABLE = 0, 1, 2
+HEADER = ("file", "precision", "max error", "allowed", "top-1", "verdict")
+
+_MAX_JSON_BYTES = 2**24
+_DTYPES = {"F64": "f8", "F32": "f4", "F16": "f2", "I64": "i8", "I32": "i4", "I16": "i2", "I8": "i1", "BOOL": "?"}
+_DTYPES |= {"U64": "u8", "U32": "u4", "U16": "u2", "U8": "u1"}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GoldenModel:
+    """One model file, and how far its answers may be from those stored."""
+
+    file: str
+    precision: str
+    max_abs_error: float  # relative to the largest magnitude of the same output
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Replay:
+    """What one model file answers here."""
+
+    model: GoldenModel
+    parity: Parity | None  # None: another number, shape or type of outputs
+    is_same: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verification:
+    replays: tuple[Replay, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def is_same(self) -> bool:
+        return all(replay.is_same for replay in self.replays)
+
+
+def tensor_name(case: int, model: str, name: str) -> str:
+    """Of an input (`model` empty) or of a model's output, in golden.safetensors."""
+    return f"{model or 'input'}/{case}/{name}"
+
+
+def verify(folder: Path) -> Verification:
+    """Replay the golden samples of `folder`. ModelError where it is incomplete, changed, or does not load here."""
+    content = _read_golden(folder)
+    entries = content["files"]
+    for entry in entries:
+        _check_hash(folder, entry)
+    known = {entry.name for entry in entries}
+    for model in content["models"]:
+        if lost := {model.file, TENSORS, *check_onnx_file(folder / model.file).data} - known:
+            raise ModelError(f"{folder / model.file}: needs {', '.join(sorted(lost))}, which {GOLDEN} does not list")
+    tensors = _read_tensors(folder / TENSORS)
+    others = sorted(path.name for path in folder.iterdir() if path.name not in {*known, GOLDEN})
+    return Verification(
+        replays=tuple(_replay(folder, model, content["num_cases"], tensors) for model in content["models"]),
+        notes=(f"not listed, not checked: {', '.join(others)}",) if others else (),
+    )
+
+
+def cells(verification: Verification) -> list[tuple[str, ...]]:
+    """The rows of a table under HEADER."""
+    return [
+        (
+            replay.model.file,
+            replay.model.precision,
+            f"{replay.parity.max_abs_error:.2g}" if replay.parity else "other shapes",
+            f"{replay.model.max_abs_error:.2g}",
+            f"{agreement:.1%}" if replay.parity and (agreement := replay.parity.top1_agreement) is not None else "-",
+            "same" if replay.is_same else "DIFFERENT",
+        )
+        for replay in verification.replays
+    ]
+
+
+def _read_golden(folder: Path) -> dict[str, Any]:
+    """golden.json with its files as FileEntry and its models as GoldenModel; ModelError for any other content."""
+    path = folder / GOLDEN
+    try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise ValueError(f"{path.stat().st_size} bytes are too many")
+        content = json.loads(path.read_bytes())
+        if content["format"] != FORMAT:
+            raise ValueError(f"format {content['format']!r} is not {FORMAT!r}")
+        return {
+            "files": [FileEntry(**_typed(entry, name=str, sha256=str, size_bytes=int)) for entry in content["files"]],
+            "models": [
+                GoldenModel(**_typed(entry, file=str, precision=str, max_abs_error=float))
+                for entry in content["models"]
+            ],
+            "num_cases": _typed(content, num_cases=int)["num_cases"],
+        }
+    except FileNotFoundError:
+        raise ModelError(f"{folder}: holds no {GOLDEN}; give the folder that `deploypipe run` filled") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ModelError(f"{path}: not understood ({type(error).__name__}: {error}); copy the folder again") from None
+
+
+def _typed(content: dict[str, Any], **types: type) -> dict[str, Any]:
+    for name, wanted in types.items():
+        if type(content[name]) is not wanted:
+            raise ValueError(f"{name} is {content[name]!r}")
+    return {name: content[name] for name in types}
+
+
+def _check_hash(folder: Path, entry: FileEntry) -> None:
+    path = folder / entry.name
+    is_plain = Path(entry.name).name == entry.name and entry.name not in ("", "..")
+    if not is_plain or "\\" in entry.name or "\0" in entry.name:
+        raise ModelError(f"{folder / GOLDEN}: {entry.name!r} is not the name of a file in this folder; do not use it")
+    if path.is_symlink() or not path.is_file():
+        raise ModelError(f"{path}: {'is a link' if path.is_symlink() else 'is absent'}; copy the folder again")
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        is_whole = size == entry.size_bytes and hashlib.file_digest(stream, "sha256").hexdigest() == entry.sha256
+    if not is_whole:
+        how = f"has {size} bytes instead of {entry.size_bytes}" if size != entry.size_bytes else "was changed"
+        raise ModelError(f"{path}: {how} (its sha256 is not the one in {GOLDEN}); copy the folder again")
+
+
+def _read_tensors(path: Path) -> dict[str, Array]:
+    """A safetensors file; ModelError for what is none."""
+    try:
+        content = path.read_bytes()
+        start = 8 + int.from_bytes(content[:8], "little")
+        header = json.loads(content[8:start])
+        header.pop("__metadata__", None)
+        return {name: _read_tensor(memoryview(content)[start:], entry) for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{path}: no safetensors file ({type(error).__name__}: {error}); copy it again") from None
+
+
+def _read_tensor(content: memoryview, entry: dict[str, Any]) -> Array:
+    begin, end = entry["data_offsets"]
+    dtype, shape = np.dtype(_DTYPES[entry["dtype"]]), entry["shape"]
+    if (
+        not 0 <= begin <= end <= len(content)
+        or prod(shape) * dtype.itemsize != end - begin
+        or min(shape, default=0) < 0
+    ):
+        raise ValueError(f"shape {shape} does not fit the bytes {begin} to {end}")
+    return np.frombuffer(content[begin:end], dtype).reshape(shape)
+
+
+def _replay(folder: Path, model: GoldenModel, num_cases: int, tensors: dict[str, Array]) -> Replay:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors only
+    path = folder / model.file
+    expected, seen = [], []
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        outputs = [output.name for output in session.get_outputs()]
+        for case in range(num_cases):
+            feed = {value.name: tensors[tensor_name(case, "", value.name)] for value in session.get_inputs()}
+            expected.append([tensors[tensor_name(case, model.file, name)] for name in outputs])
+            seen.append(session.run(outputs, feed))
+    except KeyError as error:
+        raise ModelError(f"{path}: {TENSORS} holds no {error} for it; copy the folder again") from None
+    except Exception as error:  # onnxruntime raises many classes
+        line = str(error).partition("\n")[0]
+        raise ModelError(f"{path}: onnxruntime {onnxruntime.__version__} cannot run it here ({line})") from None
+    fits = all(
+        want.shape == got.shape and want.dtype == got.dtype
+        for wanted, found in zip(expected, seen, strict=True)
+        for want, got in zip(wanted, found, strict=True)
+    )
+    parity = difference(expected, seen) if fits and expected else None
+    return Replay(
+        model=model, parity=parity, is_same=parity is not None and parity.max_abs_error <= model.max_abs_error
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code: 0 the same, 1 different, 2 unusable."""
+    parser = argparse.ArgumentParser(prog="python -m deploypipe.verify", description="Replay golden samples.")
+    parser.add_argument("folder", type=Path, metavar="DIR", help=f"folder with {GOLDEN}")
+    folder = parser.parse_args(arguments).folder
+    try:
+        verification = verify(folder)
+    except DeploypipeError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return EXIT_UNUSABLE
+    rows = [HEADER, *cells(verification)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    sys.stdout.write("\n".join([*lines, *(f"note: {note}" for note in verification.notes), ""]))
+    return EXIT_SAME if verification.is_same else EXIT_DIFFERENT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

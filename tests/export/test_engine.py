@@ -1,0 +1,579 @@
+"""Engines: the real TensorRT-RTX parser and builder without a GPU; what the other libraries differ in, by their names."""
+
+import json
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+from torch import Tensor, nn
+
+from deploypipe.errors import ConfigError, ModelError, RuntimeUnavailableError
+from deploypipe.export import engine as module
+from deploypipe.export.engine import build_engine, make_profile, parse_layers, runnable, stored_precisions
+from deploypipe.export.onnx_file import export_onnx
+from deploypipe.jsonio import from_json
+from deploypipe.recipe import Export
+from deploypipe.records import EngineFile, EngineKey
+from deploypipe.runs import file_sha256
+from deploypipe.runtimes import engine_file, make_runtime
+from deploypipe.runtimes.engine_file import find_mismatch, load_record, read_engine, record_path
+from deploypipe.runtimes.machine import Gpu, Machine, this_machine
+from deploypipe.runtimes.tensorrt_libraries import LIBRARIES, load_library
+from deploypipe.target import Target
+
+ALL = ("8.6", "8.9", "12.0")
+TARGET = Target(runtime="tensorrt-rtx", name="rtx", compute_capabilities=ALL)
+
+try:
+    TRT, RTX = load_library("tensorrt-rtx")
+except RuntimeUnavailableError as error:
+    TRT, RTX, REASON = None, None, str(error)
+else:
+    REASON = ""
+needs_rtx = pytest.mark.skipif(bool(REASON), reason=REASON or "installed")
+
+
+# --- small networks ---------------------------------------------------------------------------------------------------
+
+
+class SmallResNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.conv1, self.conv2 = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.stem(x)))
+        logits: Tensor = self.head(torch.relu(x + self.conv2(torch.relu(self.conv1(x)))).mean((2, 3)))
+        return logits
+
+
+class SmallVit(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 32, 8, 8)
+        self.position = nn.Parameter(torch.randn(1, 16, 32))
+        self.layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.patches(x).flatten(2).transpose(1, 2) + self.position
+        logits: Tensor = self.head(self.layer(tokens).mean(1))
+        return logits
+
+
+class SmallEncoder(nn.Module):
+    """Token ids in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, 32)
+        self.layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(32, 2)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.layer(self.embed(ids)).mean(1))
+        return logits
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
+    "resnet": (SmallResNet, lambda: torch.randn(4, 3, 32, 32)),
+    "vit": (SmallVit, lambda: torch.randn(4, 3, 32, 32)),
+    "encoder": (SmallEncoder, lambda: torch.randint(50, (4, 12))),
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
+    """(network, precision) -> ONNX file."""
+    folder, found = tmp_path_factory.mktemp("onnx"), {}
+    for name, (make, inputs) in NETWORKS.items():
+        torch.manual_seed(0)
+        example = inputs()
+        path = folder / f"{name}.onnx"
+        export_onnx(make(), [(example, None)], path, Export())
+        found[name, "fp32"] = path
+        found[name, "fp16"] = to_half(path, folder / f"{name}_fp16.onnx")
+        found[name, "int8"] = to_int8(path, folder / f"{name}_int8.onnx", example)
+    return found
+
+
+def to_half(source: Path, path: Path) -> Path:
+    """All of it in half precision, inputs and outputs too."""
+    proto = onnx.load(source)
+    for tensor in proto.graph.initializer:
+        if tensor.data_type == TensorProto.FLOAT:
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), tensor.name))
+    for value in (*proto.graph.input, *proto.graph.output, *proto.graph.value_info):
+        if value.type.tensor_type.elem_type == TensorProto.FLOAT:
+            value.type.tensor_type.elem_type = TensorProto.FLOAT16
+    for node in proto.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "to" and attribute.i == TensorProto.FLOAT:
+                attribute.i = TensorProto.FLOAT16
+    onnx.save(proto, path)
+    return path
+
+
+def to_int8(source: Path, path: Path, example: Tensor) -> Path:
+    """The form that TensorRT takes: symmetric, biases left in float."""
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            name = onnx.load(source).graph.input[0].name
+            self.batches: Iterator[dict[str, Any]] = iter([{name: example.numpy()}])
+
+        def get_next(self) -> dict[str, Any] | None:
+            return next(self.batches, None)
+
+    quantize_static(
+        source,
+        path,
+        Reader(),
+        activation_type=QuantType.QInt8,
+        weight_type=QuantType.QInt8,
+        per_channel=True,
+        extra_options={"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False},
+    )
+    return path
+
+
+def one_node(folder: Path, op: str, shape: list[Any], name: str = "layer1.act", **attributes: Any) -> Path:
+    graph = helper.make_graph(
+        [helper.make_node("Relu", ["x"], ["r"]), helper.make_node(op, ["r"], ["y"], name=name, **attributes)],
+        "one",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+    )
+    path = folder / "one.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+    return path
+
+
+# --- building, for real -----------------------------------------------------------------------------------------------
+
+
+@needs_rtx
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize("network", NETWORKS)
+def test_networks_build(
+    network: str,
+    precision: str,
+    files: dict[tuple[str, str], Path],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    source = files[network, precision]
+    engine = build_engine(source, replace(TARGET, batch_size=4, batch_range=(1, 4, 64)), tmp_path)
+    path = tmp_path / engine.path
+    assert (engine.sha256, engine.size_bytes) == (file_sha256(path), path.stat().st_size)
+    assert engine.onnx_sha256 == file_sha256(source)
+    assert engine.precision == precision
+    assert engine.key.compute_capabilities == ALL
+    assert (engine.key.library, engine.key.version, engine.key.driver) == ("tensorrt-rtx", TRT.__version__, "")
+    ((name, shapes),) = engine.profile.items()
+    assert [shape[0] for shape in shapes] == [1, 4, 64]
+    assert name == onnx.load(source).graph.input[0].name
+    assert engine.build_seconds > 0
+    # The table comes from the real builder, and names the nodes of the file.
+    assert engine.layers and "build log" in engine.layers_source
+    nodes = {node for layer in engine.layers for node in layer.nodes}
+    assert nodes & {node.name for node in onnx.load(source).graph.node}
+    if precision == "fp16":
+        assert any("Half" in layer.output_types for layer in engine.layers)
+        assert not any("Float" in layer.output_types for layer in engine.layers[-1:])
+    assert from_json(EngineFile, record_path(path).read_bytes(), "record") == engine == load_record(path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [engine.path, f"{engine.path}.json", engine.log]
+    assert "Engine generation completed" in (tmp_path / engine.log).read_text()
+    assert capfd.readouterr() == ("", "")
+
+
+@needs_rtx
+def test_a_build_is_repeatable(files: dict[tuple[str, str], Path], tmp_path: Path) -> None:
+    built = [build_engine(files["resnet", "int8"], TARGET, tmp_path / name) for name in "ab"]
+    assert built[0].sha256 == built[1].sha256
+
+
+@needs_rtx
+@pytest.mark.parametrize(
+    ("op", "shape", "told"),
+    [
+        ("Det", ["N", 3, 3], r"cannot take Det 'layer1\.act': it is not supported"),
+        ("Unheard", ["N", 3], r"cannot take Unheard 'layer1\.act': .+; write that part of forward\(\)"),
+    ],
+)
+def test_an_operator_that_is_not_supported(
+    op: str, shape: list[Any], told: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source = one_node(tmp_path, op, shape)
+    with pytest.raises(ModelError, match=told) as caught:
+        build_engine(source, TARGET, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["one.engine.log"]  # kept: the error names it
+    assert capfd.readouterr() == ("", "")
+
+
+@needs_rtx
+def test_the_layer_of_a_node_is_named(tmp_path: Path) -> None:
+    source = one_node(tmp_path, "Det", ["N", 3, 3], name="node_det_1")
+    proto = onnx.load(source)
+    scopes = "['', 'encoder.layer1', 'encoder.layer1.act', 'det']"
+    proto.graph.node[1].metadata_props.add(key="pkg.torch.onnx.name_scopes", value=scopes)
+    onnx.save(proto, source)
+    with pytest.raises(ModelError, match=r"Det 'node_det_1' \(in encoder\.layer1\.act\)"):
+        build_engine(source, TARGET, tmp_path)
+
+
+@needs_rtx
+def test_a_build_that_fails_after_parsing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Activations that are quantised unsigned: the file parses, the builder refuses."""
+    graph = helper.make_graph(
+        [
+            helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"], name="quantise"),
+            helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["y"], name="dequantise"),
+        ],
+        "asymmetric",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 3])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 3])],
+        [
+            numpy_helper.from_array(np.array(0.1, np.float32), "scale"),
+            numpy_helper.from_array(np.array(128, np.uint8), "zero"),
+        ],
+    )
+    source = tmp_path / "asymmetric.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), source)
+    with pytest.raises(ModelError, match=r"asymmetric\.onnx: tensorrt-rtx cannot .*log") as caught:
+        build_engine(source, TARGET, tmp_path)
+    assert "/_src/" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+
+
+@needs_rtx
+def test_a_failed_build_leaves_no_old_engine(tmp_path: Path) -> None:
+    source = one_node(tmp_path, "Sigmoid", ["N", 3])
+    engine = tmp_path / build_engine(source, TARGET, tmp_path).path
+    assert engine.is_file()
+    one_node(tmp_path, "Unheard", ["N", 3])
+    with pytest.raises(ModelError):
+        build_engine(source, TARGET, tmp_path)
+    assert not engine.exists() and not record_path(engine).exists()
+
+
+@needs_rtx
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [(None, "no such file"), (b"\x08\x0a\x12\xff", "is no ONNX file|cannot build"), (b"", "cannot build")],
+)
+def test_files_that_are_none(content: bytes | None, told: str, tmp_path: Path) -> None:
+    source = tmp_path / "model.onnx"
+    if content is not None:
+        source.write_bytes(content)
+    with pytest.raises(ModelError, match=told):
+        build_engine(source, TARGET, tmp_path)
+
+
+@needs_rtx
+def test_weights_outside_the_folder_are_not_read(tmp_path: Path) -> None:
+    source = one_node(tmp_path, "Sigmoid", ["N", 3])
+    proto = onnx.load(source)
+    tensor = proto.graph.initializer.add(
+        name="w", data_type=TensorProto.FLOAT, dims=[1], data_location=TensorProto.EXTERNAL
+    )
+    tensor.external_data.add(key="location", value="../../etc/passwd")
+    source.write_bytes(proto.SerializeToString())
+    with pytest.raises(ModelError, match="outside the file's folder"):
+        build_engine(source, TARGET, tmp_path)
+
+
+# --- what the target says ---------------------------------------------------------------------------------------------
+
+
+@needs_rtx
+def test_compute_capabilities_that_the_library_has_not(tmp_path: Path) -> None:
+    source = one_node(tmp_path, "Sigmoid", ["N", 3])
+    with pytest.raises(ConfigError, match=r"target 'rtx'.*builds nothing for 9\.0; write some of 7\.5.*12\.1"):
+        build_engine(source, replace(TARGET, compute_capabilities=("8.9", "9.0")), tmp_path)
+
+
+@needs_rtx
+@pytest.mark.skipif(bool(this_machine().gpus), reason="a GPU is here")
+def test_no_gpu_and_no_compute_capability(tmp_path: Path) -> None:
+    source = one_node(tmp_path, "Sigmoid", ["N", 3])
+    with pytest.raises(RuntimeUnavailableError, match="name compute_capabilities in the target"):
+        build_engine(source, replace(TARGET, compute_capabilities=()), tmp_path)
+
+
+def test_profiles(tmp_path: Path) -> None:
+    proto = onnx.load(one_node(tmp_path, "Sigmoid", ["batch", 3, "length"]))
+    ranged = replace(TARGET, batch_size=2, batch_range=(1, 2, 8), dynamic_dims={"length": (4, 16, 32)})
+    assert make_profile(proto, ranged) == {"x": ((1, 3, 4), (2, 3, 16), (8, 3, 32))}
+    with pytest.raises(ConfigError, match=r"'x' has a dynamic axis 2 \(length\) and no profile.*add length = \["):
+        make_profile(proto, TARGET)
+    assert make_profile(onnx.load(one_node(tmp_path, "Sigmoid", [1, 3])), TARGET) == {}
+
+
+@needs_rtx
+def test_a_dynamic_length_builds(tmp_path: Path) -> None:
+    source = one_node(tmp_path, "Softmax", ["batch", 3, "length"], axis=-1)
+    engine = build_engine(source, replace(TARGET, dynamic_dims={"length": (4, 16, 32)}, workspace="64 MiB"), tmp_path)
+    assert engine.profile["x"][2] == (128, 3, 32)
+
+
+def test_stored_precisions(files: dict[tuple[str, str], Path]) -> None:
+    for (_, precision), path in files.items():
+        assert stored_precisions(onnx.load(path)) == (precision,)
+
+
+def test_what_a_runtime_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "m.onnx"
+    assert runnable(source, Target(runtime="onnxruntime")) == source
+    (tmp_path / "m.engine").touch()
+    assert runnable(source, TARGET) == tmp_path / "m.engine"
+
+
+# --- the child --------------------------------------------------------------------------------------------------------
+
+
+@needs_rtx
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        (f"import os; os.kill(os.getpid(), {int(signal.SIGSEGV)})", "ended by SIGSEGV"),
+        ("raise MemoryError('all gone')", "MemoryError: all gone"),
+    ],
+)
+def test_a_builder_that_dies(body: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    child = tmp_path / "child.py"
+    child.write_text(body)
+    monkeypatch.setattr(module, "_CHILD", child)
+    with pytest.raises(ModelError, match=told):
+        build_engine(one_node(tmp_path, "Sigmoid", ["N", 3]), TARGET, tmp_path)
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+HERE = Machine(
+    system="Linux", architecture="x86_64", gpus=(Gpu(name="NVIDIA L4", compute_capability="8.9"),), driver="580.1"
+)
+KEY = EngineKey(
+    library="tensorrt", version="10.3.0", compute_capabilities=("8.9",), driver="580.1", platform="Linux x86_64"
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, ""),
+        ({"version": "10.9.0"}, "was built by tensorrt 10.9.0, and here is tensorrt 10.3.0"),
+        ({"library": "tensorrt-rtx"}, "was built by tensorrt-rtx"),
+        ({"platform": "Linux aarch64"}, "was built for Linux aarch64, and this machine is Linux x86_64"),
+        ({"compute_capabilities": ("8.6", "8.7")}, "for compute capability 8.6, 8.7, and NVIDIA L4 has 8.9"),
+        ({"driver": "570.2"}, "was built with driver 570.2, and here is 580.1"),
+        ({"driver": ""}, ""),
+    ],
+)
+def test_keys(changes: dict[str, Any], told: str) -> None:
+    problem = find_mismatch(replace(KEY, **changes), "tensorrt", "10.3.0", HERE)
+    assert told in problem if told else problem == ""
+
+
+@needs_rtx
+class TestLoading:
+    @pytest.fixture
+    def engine(self, tmp_path: Path) -> Path:
+        return tmp_path / build_engine(one_node(tmp_path, "Sigmoid", ["N", 3]), TARGET, tmp_path).path
+
+    def open(self, path: Path) -> None:
+        with make_runtime(TARGET).open(path, num_threads=1):
+            pass
+
+    @pytest.mark.skipif(bool(this_machine().gpus), reason="a GPU is here")
+    def test_without_a_gpu(self, engine: Path) -> None:
+        with pytest.raises(RuntimeUnavailableError, match="an engine runs on an NVIDIA GPU and none is usable here"):
+            self.open(engine)
+
+    def test_one_that_was_exchanged(self, engine: Path) -> None:
+        engine.write_bytes(engine.read_bytes()[:-1] + b"\0")
+        with pytest.raises(ModelError, match=r"sha256 differs.*rebuild the engine from the ONNX file"):
+            self.open(engine)
+
+    def test_without_its_record(self, engine: Path) -> None:
+        record_path(engine).unlink()
+        with pytest.raises(ModelError, match=r"one\.engine\.json: there is no such file.*rebuild"):
+            self.open(engine)
+
+    @pytest.mark.parametrize("content", ["", "{}", '{"path": 1'])
+    def test_with_a_damaged_record(self, engine: Path, content: str) -> None:
+        record_path(engine).write_text(content)
+        with pytest.raises(ModelError, match=r"is no engine's record.*rebuild"):
+            self.open(engine)
+
+    def test_of_another_version(self, engine: Path) -> None:
+        stored = json.loads(record_path(engine).read_text())
+        stored["key"]["version"] = "1.0.0"
+        record_path(engine).write_text(json.dumps(stored))
+        with pytest.raises(
+            ModelError, match=r"was built by tensorrt-rtx 1\.0\.0.*rebuild the engine from the ONNX file"
+        ):
+            self.open(engine)
+
+    def test_for_another_gpu(self, engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        hopper = replace(HERE, gpus=(Gpu(name="NVIDIA H100", compute_capability="9.0"),))
+        monkeypatch.setattr(engine_file, "this_machine", lambda: hopper)
+        with pytest.raises(ModelError, match=r"for compute capability 8\.6, 8\.9, 12\.0, and NVIDIA H100 has 9\.0"):
+            read_engine(engine, "tensorrt-rtx", TRT.__version__)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_rtx
+def test_an_engine_runs(files: dict[tuple[str, str], Path], tmp_path: Path) -> None:
+    engine = build_engine(files["resnet", "fp32"], replace(TARGET, compute_capabilities=()), tmp_path)
+    x = torch.randn(4, 3, 32, 32).numpy()
+    with make_runtime(TARGET).open(tmp_path / engine.path, num_threads=1) as session:
+        (got,) = session.run({session.input_names[0]: x})
+    with make_runtime(Target(runtime="onnxruntime")).open(files["resnet", "fp32"], num_threads=1) as session:
+        (want,) = session.run({session.input_names[0]: x})
+    np.testing.assert_allclose(got, want, rtol=1e-2, atol=1e-2)
+
+
+# --- names of the bindings --------------------------------------------------------------------------------------------
+
+# Attributes that our code reads from the bindings, by the object they belong to. Found as strings in
+# tensorrt_bindings/tensorrt.so of these wheels from PyPI: tensorrt_cu12_bindings 10.3.0 (the version of JetPack 6.1) and
+# 10.13.3.9, tensorrt_cu13_bindings 11.4.0.106. TensorRT-RTX is looked at below.
+USED: dict[str, tuple[str, ...]] = {
+    "": ("Builder", "OnnxParser", "ILogger", "Logger", "Runtime", "BuilderFlag", "MemoryPoolType", "ProfilingVerbosity",
+         "NetworkDefinitionCreationFlag", "LayerInformationFormat", "TensorIOMode", "nptype"),
+    "Builder": ("create_network", "create_builder_config", "create_optimization_profile", "build_serialized_network"),
+    "OnnxParser": ("parse_from_file", "num_errors", "get_error"),
+    "ParserError": ("desc", "node_name", "node_operator"),
+    "IBuilderConfig": ("profiling_verbosity", "set_flag", "get_flag", "set_memory_pool_limit", "create_timing_cache",
+                       "set_timing_cache", "get_timing_cache", "add_optimization_profile"),
+    "ITimingCache": ("serialize",),
+    "IOptimizationProfile": ("set_shape",),
+    "Runtime": ("deserialize_cuda_engine",),
+    "ICudaEngine": ("create_engine_inspector", "create_execution_context", "num_io_tensors", "get_tensor_name",
+                    "get_tensor_mode", "get_tensor_dtype", "get_tensor_profile_shape"),
+    "EngineInspector": ("get_engine_information",),
+    "IExecutionContext": ("set_input_shape", "set_tensor_address", "infer_shapes", "get_tensor_shape",
+                          "execute_async_v3"),
+    "MemoryPoolType": ("WORKSPACE",),
+    "ProfilingVerbosity": ("DETAILED",),
+    "LayerInformationFormat": ("ONELINE",),
+    "TensorIOMode": ("INPUT",),
+    "Logger": ("ERROR",),
+}  # fmt: skip
+USED_OF_RTX: dict[str, tuple[str, ...]] = {
+    "": ("ComputeCapability",),
+    "IBuilderConfig": ("num_compute_capabilities", "set_compute_capability"),
+}
+# In the 10.x wheels and not in the 11.x one: TensorRT 11 dropped them (docs.nvidia.com/deeplearning/tensorrt, migration
+# from 10.x to 11.x: "networks are strongly typed").
+ONLY_OF_10 = {"EXPLICIT_BATCH", "FP16", "INT8"}
+
+
+@needs_rtx
+def test_the_names_used_are_there() -> None:
+    for used in (USED, USED_OF_RTX):
+        for owner, names in used.items():
+            holder = getattr(TRT, owner) if owner else TRT
+            assert [name for name in names if not hasattr(holder, name)] == [], owner
+
+
+def test_the_list_of_names_is_whole() -> None:
+    """Whatever our code reads from the bindings is in the lists above."""
+    listed = {name for used in (USED, USED_OF_RTX) for names in used.values() for name in names} | {"__version__"}
+    sources = [Path(module.__file__).with_name("engine_child.py"), Path(engine_file.__file__).with_name("tensorrt.py")]
+    owners = r"\b(?:trt|self\.trt|builder|parser|e|config|profile|runtime|engine|self\.engine|context|self\.context)"
+    read = {name for source in sources for name in re.findall(owners + r"\.(\w+)", source.read_text())}
+    assert read - listed - {"context", "engine"} == set()
+
+
+def test_flags_of_10_are_asked_of_10_alone() -> None:
+    for library in LIBRARIES:
+        asked = {*library.network_flags, *(n for names in (library.precision_flags or {}).values() for n in names)}
+        assert asked == (ONLY_OF_10 if library.major == 10 else set())
+
+
+@needs_rtx
+def test_rtx_has_no_flags_of_10_and_all_its_capabilities() -> None:
+    assert ONLY_OF_10.isdisjoint({*TRT.BuilderFlag.__members__, *TRT.NetworkDefinitionCreationFlag.__members__})
+    numbers = {name.removeprefix("SM") for name in TRT.ComputeCapability.__members__ if name.startswith("SM")}
+    assert numbers == {capability.replace(".", "") for capability in RTX.ahead_of_time}
+
+
+@pytest.mark.parametrize("wheel", ["tensorrt"])
+def test_tensorrt_itself(wheel: str) -> None:
+    """Where the data-centre library is installed, its names are looked at too."""
+    try:
+        trt, library = load_library(wheel)
+    except RuntimeUnavailableError as error:
+        pytest.skip(str(error))
+    for owner, names in USED.items():
+        holder = getattr(trt, owner) if owner else trt
+        assert [name for name in names if not hasattr(holder, name)] == [], owner
+    assert (ONLY_OF_10 <= {*trt.BuilderFlag.__members__, *trt.NetworkDefinitionCreationFlag.__members__}) == (
+        library.major == 10
+    )
+
+
+def test_layers_of_a_listing() -> None:
+    listing = (
+        "Layers:\nName: conv_myl0_2, LayerType: correlation, Inputs: [ { Name: x, Datatype: Half } ], Constants: [], "
+        "Outputs: [ { Name: y, Dimensions: [-1,8], Datatype: Half, Format: (NHWC) } ], TacticName: t, StreamId: 0, "
+        "Metadata: [ONNX Layer: layer1.conv]\x1f[ONNX Layer: layer1.act]\n\nI/O Tensors:\n Name: x, IOMode: Input\n"
+    )
+    (layer,) = parse_layers(listing)
+    assert (layer.name, layer.kind, layer.output_types) == ("conv_myl0_2", "correlation", ("Half",))
+    assert layer.nodes == ("layer1.conv", "layer1.act")
+    assert parse_layers("") == ()
+
+
+# --- the real networks ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@needs_rtx
+@pytest.mark.parametrize("name", ["resnet56_cifar10", "vit_cifar10", "sst2_transformer"])
+def test_real_networks_build(
+    name: str, tmp_path: Path, cifar10_dir: Path, resnet_weights: Callable[[int], Path], vit_weights: Path
+) -> None:
+    """FP32, FP16 and INT8, for three compute capabilities, from the user's own pipelines."""
+    from deploypipe.pipeline_module import load_pipeline
+    from deploypipe.pruning.attention import with_slim_attention
+    from deploypipe.task import take_calib
+
+    settings = {
+        "resnet56_cifar10": {"DATA_DIR": str(cifar10_dir), "WEIGHTS": str(resnet_weights(56))},
+        "vit_cifar10": {"DATA_DIR": str(cifar10_dir), "WEIGHTS": str(vit_weights)},
+        "sst2_transformer": {},
+    }[name]
+    loaded = load_pipeline(name, settings)
+    batches = take_calib(loaded.load_data().calib, 16)
+    source = tmp_path / "model.onnx"
+    export_onnx(with_slim_attention(loaded.build_model()).cpu().eval(), batches, source, Export())
+    example = batches[0][0]
+    variants = {"fp32": source, "fp16": to_half(source, tmp_path / "fp16.onnx")}
+    if isinstance(example, Tensor):
+        variants["int8"] = to_int8(source, tmp_path / "int8.onnx", example)
+    for precision, path in variants.items():
+        engine = build_engine(path, TARGET, tmp_path)
+        assert (engine.precision, engine.key.compute_capabilities) == (precision, ALL)
+        sys.stdout.write(
+            f"{name} {precision}: onnx {path.stat().st_size / 2**20:.2f} MiB, engine {engine.size_bytes / 2**20:.2f} "
+            f"MiB, {engine.build_seconds:.1f} s, {len(engine.layers)} layers\n"
+        )
+        os.remove(tmp_path / engine.path)
