@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -28,8 +28,11 @@ from deploypipe.report.tables import (
     score_table,
     seconds,
 )
-from deploypipe.runs import RunResult, load_plan, load_result
+from deploypipe.runs import RunResult, load_plan, load_result, write_atomically
 from deploypipe.target import Target
+
+if TYPE_CHECKING:
+    from deploypipe.benchmark.results import BenchResult
 
 EXIT_HOLD, EXIT_DIFFERENT, EXIT_ERROR, EXIT_INTERRUPTED = 1, 1, 2, 130
 STAGES = (
@@ -240,6 +243,42 @@ def init(
         print(f"Put your network and data in, or try it as it is: deploypipe run {name} {name}")
 
 
+@app.command(epilog="Example: deploypipe bench model.onnx x86_cpu --against dense.onnx --parts latency,memory")
+def bench(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="An ONNX file, not only one of ours.")],
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="A TOML file, or the name of one in targets/.")],
+    against: Annotated[Path | None, typer.Option(help="Another file, timed in turns with FILE.")] = None,
+    inputs: Annotated[Path | None, typer.Option(help="One batch, .npz or .safetensors. Default: random.")] = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=1x128", help="Shape of a random input whose axes are open. May be repeated."),
+    ] = None,
+    parts: Annotated[
+        str, typer.Option(help="What to measure: latency,memory,cold start,layers,batches,threads,energy.")
+    ] = "all",
+    samples: Annotated[
+        int | None, typer.Option(help="Timed runs of each file. Default: about two seconds of them.")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(metavar="OUT", help="Write the figures as JSON too.")] = None,
+) -> None:
+    """Measure FILE on TARGET: latency, throughput, memory, cold start, time by layer, energy.
+
+    Noise is measured too: an interval for each latency, and a verdict on the machine (steady, throttled, noisy).
+    """
+    with _exit_codes():
+        device, shapes = load_target(target), _parse_shapes(shape or [])
+        from deploypipe.benchmark.bench import PARTS, bench_file  # late: as in `run`
+
+        chosen = PARTS if parts == "all" else tuple(part.strip() for part in parts.split(","))
+        with _shown_stages(PARTS) as notify:
+            result = bench_file(
+                file, device, against, inputs, shapes=shapes, parts=chosen, num_samples=samples, notify=notify
+            )
+        _show_bench(result)
+        if json:
+            write_atomically(json, to_json(result).encode())
+
+
 @app.command()
 def targets() -> None:
     """List the targets that have a name (those in targets/), and what this machine can do for each.
@@ -351,6 +390,18 @@ def _split_settings(texts: Sequence[str], *, targets: bool = True) -> dict[str, 
     return settings
 
 
+def _parse_shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """`--shape` texts, NAME=1x128 (NAME= for a scalar)."""
+    shapes = {}
+    for text in texts:
+        name, _, sizes = text.rpartition("=")
+        parts = sizes.split("x") if sizes else []
+        if not name or not all(part.isdecimal() and int(part) > 0 for part in parts):
+            raise ConfigError("--shape", text, "is no shape", "write it like --shape input_ids=1x128")
+        shapes[name] = tuple(map(int, parts))
+    return shapes
+
+
 def _template(name: str) -> str:
     return (resources.files("deploypipe") / "templates" / name).read_text(encoding="utf-8")
 
@@ -384,8 +435,8 @@ def _exit_by(decision: GateDecision) -> None:
 
 
 @contextmanager
-def _shown_stages() -> "Iterator[_PlainStages | _LiveStages]":
-    """A listener for a run's events: a live list in a terminal, plain lines elsewhere."""
+def _shown_stages(names: Sequence[str] = STAGES) -> "Iterator[_PlainStages | _LiveStages]":
+    """A listener for the events of stages with these names: a live list in a terminal, plain lines elsewhere."""
     console = Console()
     if not console.is_terminal:
         yield _PlainStages()
@@ -400,7 +451,7 @@ def _shown_stages() -> "Iterator[_PlainStages | _LiveStages]":
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as progress:
-        stages = _LiveStages(progress)
+        stages = _LiveStages(progress, names)
         yield stages
         stages.end()
 
@@ -439,9 +490,9 @@ class _PlainStages:
 class _LiveStages:
     """All stages, with a bar for the one at work."""
 
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, progress: Progress, names: Sequence[str]) -> None:
         self.progress = progress
-        self.tasks: dict[str, TaskID] = {stage: self._add(stage) for stage in STAGES}
+        self.tasks: dict[str, TaskID] = {stage: self._add(stage) for stage in names}
         self.stage = ""
 
     def __call__(self, event: Event) -> None:
@@ -486,6 +537,37 @@ def _show_result(result: RunResult, folder: Path) -> None:
         print(f"report  {folder / 'report.html'}")
     else:
         print("report  none; pip install 'deploypipe[report]', then `deploypipe report` with this folder")
+
+
+def _show_bench(result: "BenchResult") -> None:
+    from deploypipe.report.bench_tables import (
+        condition_rows,
+        figure_rows,
+        layer_rows,
+        missing_lines,
+        sweep_rows,
+        verdict_lines,
+    )
+
+    file, other = result.file, result.against
+    threads = f"{result.num_threads} thread{'s' * (result.num_threads != 1)}"
+    about = f"{result.target}, {result.runtime}, batch {result.batch_size}, {threads}"
+    _show_table(f"{file.path} on {about}", *figure_rows(result))
+    for measured in (file, other):
+        if measured and measured.layers:
+            _show_table(
+                f"Slowest operators of {measured.path}",
+                ("node", "operator", "time", "share"),
+                layer_rows(measured.layers),
+            )
+    for name, by_threads in (("batch", False), ("threads", True)):
+        points, others = ([*(m.threads if by_threads else m.batches)] if m else [] for m in (file, other))
+        if points:
+            heads = (name, "latency p50", "throughput", *(("against, p50", "throughput") if others else ()))
+            _show_table(f"By {name}", heads, sweep_rows(points, others, by_threads=by_threads))
+    _show_table("The machine meanwhile", ("", "before", "after"), condition_rows(result.conditions))
+    for line in (*missing_lines(result), *result.notes, *verdict_lines(result)):
+        print(line)
 
 
 def _show_decision(decision: GateDecision) -> None:

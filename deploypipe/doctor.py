@@ -140,7 +140,7 @@ def _target_runtime(target: Target) -> Finding:
         name=name,
         status="missing",
         detail=f"this machine can make {files} for it, and cannot run or measure it: {ability.reason}",
-        remedy="install what is named there"
+        remedy=ability.reason.rpartition("; ")[2]
         if ability.is_the_device
         else f"on the device itself: deploypipe doctor {target.name or 'TARGET'}",
     )

@@ -7,18 +7,16 @@ when it runs is stopped by the runtime's allocator, not here.
 
 import mmap
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TypeAlias
 
+from deploypipe import wire
 from deploypipe.errors import ModelError
+from deploypipe.wire import Refused, Value
 
-Value: TypeAlias = int | memoryview
-Fields: TypeAlias = Iterator[tuple[int, Value]]
-
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # protobuf's wire types
 _MAX_BYTES = 2**31  # of one protobuf message
 _MAX_OPSET = 99
 _MAX_NODES = 1_000_000
@@ -41,10 +39,6 @@ class CheckedFile:
     data: tuple[str, ...]  # names of the files beside it that hold weights
 
 
-class _Refused(ValueError):
-    """What is wrong with the bytes."""
-
-
 @dataclass(slots=True)
 class _State:
     folder: Path
@@ -59,15 +53,15 @@ def check_onnx_file(path: Path) -> CheckedFile:
     """Raises ModelError where `path` is absent, cut off, no ONNX, inconsistent, or reads files outside its folder."""
     try:
         if not path.is_file():
-            raise _Refused("is no file" if path.exists() else "is absent")
+            raise Refused("is no file" if path.exists() else "is absent")
         size = path.stat().st_size
         if not 0 < size < _MAX_BYTES:
-            raise _Refused(f"has {size} bytes, which is no ONNX file")
+            raise Refused(f"has {size} bytes, which is no ONNX file")
         with path.open("rb") as stream:
             content = memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
         state = _State(path.parent)
         opset = _check_model(content, state)
-    except _Refused as error:
+    except Refused as error:
         raise ModelError(f"{path}: {error}; get the file again from where it was made") from None
     return CheckedFile(opset=opset, num_nodes=state.num_nodes, data=tuple(sorted(state.data)))
 
@@ -76,42 +70,42 @@ def _check_model(content: memoryview, state: _State) -> int:
     graph: Value | None = None
     opsets: dict[bytes, int] = {}
     ir_version = 0
-    for number, value in _fields(content):
+    for number, value in wire.fields(content):
         if number == 1:
-            ir_version = _number(value)
+            ir_version = wire.number(value)
         elif number == 7:
             if graph is not None:
-                raise _Refused("holds two graphs")
+                raise Refused("holds two graphs")
             graph = value
         elif number == 8:
-            domain, version = _opset(_bytes(value))
+            domain, version = _opset(wire.content(value))
             opsets[domain] = version
         elif number == 20:
-            _check_parts(_bytes(value), {1: _check_graph, 2: _check_graph}, state, 0)
+            _check_parts(wire.content(value), {1: _check_graph, 2: _check_graph}, state, 0)
         elif number == 25:
-            _check_function(_bytes(value), state)
+            _check_function(wire.content(value), state)
     if graph is None or ir_version < 1 or not opsets:
-        raise _Refused("is cut off, or no ONNX file")
-    _check_graph(_bytes(graph), state, 0)
+        raise Refused("is cut off, or no ONNX file")
+    _check_graph(wire.content(graph), state, 0)
     return opsets.get(b"", 0)
 
 
 def _opset(content: memoryview) -> tuple[bytes, int]:
     domain, version = b"", 0
-    for number, value in _fields(content):
+    for number, value in wire.fields(content):
         if number == 1:
-            domain = bytes(_bytes(value))
+            domain = bytes(wire.content(value))
         elif number == 2:
-            version = _number(value)
+            version = wire.number(value)
     if not 1 <= version <= _MAX_OPSET:
-        raise _Refused(f"asks for version {version} of the operators {domain[:40].decode(errors='replace')!r}")
+        raise Refused(f"asks for version {version} of the operators {domain[:40].decode(errors='replace')!r}")
     return (b"" if domain == b"ai.onnx" else domain), version
 
 
 def _check_parts(content: memoryview, checks: Mapping[int, _Check], state: _State, depth: int) -> None:
-    for number, value in _fields(content):
+    for number, value in wire.fields(content):
         if number in checks:
-            checks[number](_bytes(value), state, depth)
+            checks[number](wire.content(value), state, depth)
 
 
 def _check_function(content: memoryview, state: _State) -> None:
@@ -120,7 +114,7 @@ def _check_function(content: memoryview, state: _State) -> None:
 
 def _check_graph(content: memoryview, state: _State, depth: int) -> None:
     if depth > _MAX_DEPTH:
-        raise _Refused(f"nests graphs more than {_MAX_DEPTH} deep")
+        raise Refused(f"nests graphs more than {_MAX_DEPTH} deep")
     checks = {
         1: _check_node,
         5: _check_tensor,
@@ -135,63 +129,63 @@ def _check_graph(content: memoryview, state: _State, depth: int) -> None:
 def _check_node(content: memoryview, state: _State, depth: int) -> None:
     state.num_nodes += 1
     if state.num_nodes > _MAX_NODES:
-        raise _Refused(f"holds more than {_MAX_NODES} nodes")
+        raise Refused(f"holds more than {_MAX_NODES} nodes")
     _check_parts(content, {5: _check_attribute}, state, depth)
 
 
 def _check_attribute(content: memoryview, state: _State, depth: int) -> None:
     seen = set()
-    for number, value in _fields(content):
+    for number, value in wire.fields(content):
         if number in (5, 6, 22) and number in seen:  # a parser would merge them: what it sees is not what is checked
-            raise _Refused("holds an attribute with two values")
+            raise Refused("holds an attribute with two values")
         seen.add(number)
         if number in (5, 10):
-            _check_tensor(_bytes(value), state, depth)
+            _check_tensor(wire.content(value), state, depth)
         elif number in (6, 11):
-            _check_graph(_bytes(value), state, depth + 1)
+            _check_graph(wire.content(value), state, depth + 1)
         elif number in (22, 23):
-            _check_sparse(_bytes(value), state, depth)
+            _check_sparse(wire.content(value), state, depth)
 
 
 def _check_sparse(content: memoryview, state: _State, depth: int) -> None:
     """Runtimes make a dense tensor of it, so the dense size is what counts."""
     dims: list[int] = []
     kinds = set()
-    for number, value in _fields(content):
+    for number, value in wire.fields(content):
         if number in (1, 2):
             if number in kinds:
-                raise _Refused("holds a sparse tensor with two sets of values")
+                raise Refused("holds a sparse tensor with two sets of values")
             kinds.add(number)
-            _check_tensor(_bytes(value), state, depth)
+            _check_tensor(wire.content(value), state, depth)
         elif number == 3:
-            dims += _numbers(value)
+            dims += wire.numbers(value)
     if _count(dims, "a sparse tensor") >= _MAX_BYTES:
-        raise _Refused(f"holds a sparse tensor of shape {dims}")
+        raise Refused(f"holds a sparse tensor of shape {dims}")
 
 
 def _check_value(content: memoryview, state: _State, depth: int) -> None:
     """A declared input, output or intermediate: ValueInfoProto, its TypeProto, the tensor's type, its shape."""
-    for number, declared in _fields(content):
+    for number, declared in wire.fields(content):
         if number != 2:
             continue
-        for kind, tensor in _fields(_bytes(declared)):
+        for kind, tensor in wire.fields(wire.content(declared)):
             if kind not in (1, 8):
                 continue
-            for part, shape in _fields(_bytes(tensor)):
+            for part, shape in wire.fields(wire.content(tensor)):
                 if part == 2:
-                    _check_shape(_bytes(shape))
+                    _check_shape(wire.content(shape))
 
 
 def _check_shape(content: memoryview) -> None:
     dims = [
-        _number(value)
-        for number, dim in _fields(content)
+        wire.number(value)
+        for number, dim in wire.fields(content)
         if number == 1
-        for kind, value in _fields(_bytes(dim))
+        for kind, value in wire.fields(wire.content(dim))
         if kind == 1
     ]
     if _count([max(dim, 1) if dim >= 0 else dim for dim in dims], "a value") > _MAX_ELEMENTS:
-        raise _Refused(f"declares a value of shape {dims}")
+        raise Refused(f"declares a value of shape {dims}")
 
 
 @dataclass(slots=True)
@@ -210,44 +204,44 @@ def _check_tensor(content: memoryview, state: _State, depth: int) -> None:
     what = f"tensor {tensor.name!r}"
     count = _count(tensor.dims, what)
     if tensor.data_type not in _BITS:
-        raise _Refused(f"{what} is of the unknown type {tensor.data_type}")
+        raise Refused(f"{what} is of the unknown type {tensor.data_type}")
     expected = -(-count * _BITS[tensor.data_type] // 8)
     if tensor.is_external or tensor.place:
         if not tensor.is_external:
-            raise _Refused(f"{what} lies in a file of its own and does not say so")
+            raise Refused(f"{what} lies in a file of its own and does not say so")
         _check_external(tensor, expected, state)
     elif tensor.raw_bytes is not None:
         if tensor.raw_bytes != expected:
-            raise _Refused(f"{what} of shape {tensor.dims} needs {expected} bytes and holds {tensor.raw_bytes}")
+            raise Refused(f"{what} of shape {tensor.dims} needs {expected} bytes and holds {tensor.raw_bytes}")
     elif count > tensor.entries * _MOST_PER_ENTRY:
-        raise _Refused(f"{what} of shape {tensor.dims} holds {tensor.entries} values")
+        raise Refused(f"{what} of shape {tensor.dims} holds {tensor.entries} values")
 
 
 def _read_tensor(content: memoryview) -> _Tensor:
     tensor = _Tensor()
-    for number, value in _fields(content):
+    for number, value in wire.fields(content):
         if number == 1:
-            tensor.dims += _numbers(value)
+            tensor.dims += wire.numbers(value)
         elif number == 2:
-            tensor.data_type = _number(value)
+            tensor.data_type = wire.number(value)
         elif number in _TYPED_DATA:
             tensor.entries += 1 if isinstance(value, int) or number == 6 else len(value) // _TYPED_DATA[number]
         elif number == 8:
-            tensor.name = _text(value)[:80]
+            tensor.name = wire.text(value)[:80]
         elif number == 9:
-            tensor.raw_bytes = len(_bytes(value))
+            tensor.raw_bytes = len(wire.content(value))
         elif number == 13:
-            _read_place(_bytes(value), tensor.place)
+            _read_place(wire.content(value), tensor.place)
         elif number == 14:
-            tensor.is_external = _number(value) == 1
+            tensor.is_external = wire.number(value) == 1
     return tensor
 
 
 def _read_place(content: memoryview, place: dict[str, str]) -> None:
-    entry = {number: _text(value) for number, value in _fields(content) if number in (1, 2)}
+    entry = {number: wire.text(value) for number, value in wire.fields(content) if number in (1, 2)}
     key = entry.get(1, "")
     if key in place:
-        raise _Refused(f"names the {key!r} of a tensor's data twice")
+        raise Refused(f"names the {key!r} of a tensor's data twice")
     place[key] = entry.get(2, "")
 
 
@@ -256,18 +250,18 @@ def _check_external(tensor: _Tensor, expected: int, state: _State) -> None:
     parts = PurePosixPath(location).parts
     is_inside = parts and not PurePosixPath(location).is_absolute() and ".." not in parts and "\\" not in location
     if not is_inside or "\0" in location or PureWindowsPath(location).drive:
-        raise _Refused(f"tensor {tensor.name!r} lies at {location!r}, which is not a file beside the model")
+        raise Refused(f"tensor {tensor.name!r} lies at {location!r}, which is not a file beside the model")
     path = state.folder
     for part in parts:
         path = path / part
         mode = path.lstat().st_mode if path.exists() or path.is_symlink() else 0
         if stat.S_ISLNK(mode):
-            raise _Refused(f"{location!r}, which holds weights, is a link; put the file itself beside the model")
+            raise Refused(f"{location!r}, which holds weights, is a link; put the file itself beside the model")
     if not path.is_file():
-        raise _Refused(f"{location!r}, which holds weights, is absent or no file")
+        raise Refused(f"{location!r}, which holds weights, is absent or no file")
     offset, length = _place_number(tensor.place, "offset"), _place_number(tensor.place, "length", expected)
     if length != expected or offset + length > path.stat().st_size:
-        raise _Refused(
+        raise Refused(
             f"tensor {tensor.name!r} of shape {tensor.dims} needs {expected} bytes, and {length} from byte {offset} of "
             f"{location!r} are not that"
         )
@@ -277,77 +271,11 @@ def _check_external(tensor: _Tensor, expected: int, state: _State) -> None:
 def _place_number(place: dict[str, str], key: str, default: int = 0) -> int:
     text = place.get(key, str(default))
     if not (text.isascii() and text.isdigit() and len(text) < 20):
-        raise _Refused(f"the {key} of a tensor's data is {text[:40]!r}")
+        raise Refused(f"the {key} of a tensor's data is {text[:40]!r}")
     return int(text)
 
 
 def _count(dims: list[int], what: str) -> int:
     if len(dims) > _MAX_RANK or any(dim < 0 or dim >= 2**63 for dim in dims):
-        raise _Refused(f"{what} is of the shape {dims[:_MAX_RANK]}")
+        raise Refused(f"{what} is of the shape {dims[:_MAX_RANK]}")
     return prod(dims)
-
-
-# --- protobuf ---------------------------------------------------------------------------------------------------------
-
-
-def _fields(content: memoryview) -> Fields:
-    """Number and value of each field of a message; strings, messages and packed lists as their bytes."""
-    position, end = 0, len(content)
-    while position < end:
-        key, position = _varint(content, position)
-        wire_type = key & 7
-        if wire_type == _VARINT:
-            value, position = _varint(content, position)
-            yield key >> 3, value
-            continue
-        if wire_type == _BYTES:
-            length, position = _varint(content, position)
-        else:
-            length = {_FIXED64: 8, _FIXED32: 4}.get(wire_type, end + 1)
-        if key >> 3 == 0 or length > end - position:
-            raise _Refused("is cut off, or no ONNX file")
-        yield key >> 3, content[position : position + length]
-        position += length
-
-
-def _varint(content: memoryview, position: int) -> tuple[int, int]:
-    """A number from 0 to 2**64 - 1, and where the next byte lies."""
-    value = shift = 0
-    while position < len(content) and shift < 70:
-        byte = content[position]
-        position += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value & (2**64 - 1), position
-        shift += 7
-    raise _Refused("is cut off, or no ONNX file")
-
-
-def _number(value: Value) -> int:
-    """As a signed number of 64 bits."""
-    if not isinstance(value, int):
-        raise _Refused("is no ONNX file: a number is written as bytes")
-    return value - 2**64 if value >= 2**63 else value
-
-
-def _numbers(value: Value) -> list[int]:
-    """A repeated number, packed or not."""
-    if isinstance(value, int):
-        return [_number(value)]
-    numbers, position = [], 0
-    while position < len(value):
-        number, position = _varint(value, position)
-        numbers.append(_number(number))
-        if len(numbers) > _MAX_RANK:
-            raise _Refused(f"holds a tensor of more than {_MAX_RANK} axes")
-    return numbers
-
-
-def _bytes(value: Value) -> memoryview:
-    if isinstance(value, int):
-        raise _Refused("is no ONNX file: bytes are written as a number")
-    return value
-
-
-def _text(value: Value) -> str:
-    return bytes(_bytes(value)).decode(errors="replace")

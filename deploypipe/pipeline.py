@@ -508,7 +508,10 @@ class _Job:
                 counts=((dense.num_params, dense.num_macs), counts),
                 notify=self.run.notify,
             )
-            return replace(report, notes=(*report.notes, stand_in)) if stand_in else report
+            notes = [stand_in] if stand_in else []
+            if is_built(self.target) and not engine:
+                notes.append("no engine was built: file sizes are those of the ONNX files")
+            return replace(report, notes=(*report.notes, *notes))
 
         inputs = {"dense": dense_file.sha256, "compressed": compressed.sha256, "device": self.device, **self.origin}
         return self.run.remember("benchmark", inputs, compute, BenchmarkReport)

@@ -478,6 +478,36 @@ class Environment:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class MachineState:
+    """What the machine did at one moment. None where the platform does not tell."""
+
+    load: float  # one-minute load average
+    clock_mhz: float | None  # mean over the processors
+    temperature_c: float | None  # of the hottest zone
+    num_throttled: int | None  # times that heat slowed a core or the package down, since boot
+    num_quota_throttled: int | None  # times that the control group's processor quota stopped this process
+    busy_s: float | None  # processor seconds that were not idle, of all processors, since boot
+    stolen_s: float | None  # processor seconds that the hypervisor gave to others
+    own_s: float  # processor seconds of this process and its children
+    at_s: float  # clock, in seconds from anywhere
+    gpu_clock_mhz: float | None = None
+    gpu_temperature_c: float | None = None
+    gpu_slowdowns: Names = ()  # reasons in force that slow the GPU down
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Conditions:
+    """What the machine was like while something was measured."""
+
+    before: MachineState
+    after: MachineState
+    other_cpus: float | None  # processors that other processes kept busy, on average
+    stolen_share: float | None  # of the time of all processors
+    verdict: Literal["steady", "throttled", "noisy"]
+    reasons: Names
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Latency:
     """Timed runs of one file."""
 
@@ -513,6 +543,7 @@ class BenchmarkReport:
     environment: Environment
     is_steady: bool
     notes: tuple[str, ...] = ()
+    conditions: Conditions | None = None  # None: nothing was measured
 
 
 class Status(StrEnum):

@@ -31,6 +31,7 @@ EXIT_SAME, EXIT_DIFFERENT, EXIT_UNUSABLE = 0, 1, 2
 HEADER = ("file", "precision", "max error", "allowed", "top-1", "verdict")
 
 _MAX_JSON_BYTES = 2**24
+_MOST_SHOWN = 5
 _DTYPES = {"F64": "f8", "F32": "f4", "F16": "f2", "I64": "i8", "I32": "i4", "I16": "i2", "I8": "i1", "BOOL": "?"}
 _DTYPES |= {"U64": "u8", "U32": "u4", "U16": "u2", "U8": "u1"}
 
@@ -82,7 +83,7 @@ def verify(folder: Path) -> Verification:
     others = sorted(path.name for path in folder.iterdir() if path.name not in {*known, GOLDEN})
     return Verification(
         replays=tuple(_replay(folder, model, content["num_cases"], tensors) for model in content["models"]),
-        notes=(f"not listed, not checked: {', '.join(others)}",) if others else (),
+        notes=(f"not listed, not checked: {_shown(others)}",) if others else (),
     )
 
 
@@ -99,6 +100,11 @@ def cells(verification: Verification) -> list[tuple[str, ...]]:
         )
         for replay in verification.replays
     ]
+
+
+def _shown(names: list[str]) -> str:
+    more = len(names) - _MOST_SHOWN
+    return ", ".join(names[:_MOST_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def _read_golden(folder: Path) -> dict[str, Any]:

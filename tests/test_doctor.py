@@ -4,6 +4,7 @@ import pytest
 
 from deploypipe import doctor
 from deploypipe.doctor import Finding, examine
+from deploypipe.runtimes.ability import Ability
 from deploypipe.target import Target
 
 
@@ -32,10 +33,22 @@ def test_missing_extras_name_their_install(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_target_this_machine_can_only_export_for() -> None:
-    findings = by_name(examine(Target(runtime="tensorrt", name="orin", num_threads=10_000)))
+    orin = Target(runtime="tensorrt", name="orin", board="Orin Nano", num_threads=10_000)
+    findings = by_name(examine(orin))
     assert findings["target orin"].status == "missing"
-    assert "can export" in findings["target orin"].detail
-    assert "set runtime = 'onnxruntime'" in findings["target orin"].remedy
+    assert "can make an ONNX file for it, and cannot run" in findings["target orin"].detail
+    assert findings["target orin"].remedy == "on the device itself: deploypipe doctor orin"
     assert findings["target threads"].status == "limited"
     here = by_name(examine(Target(runtime="onnxruntime", name="here")))
     assert (here["target here"].status, here["target threads"].status) == ("ok", "ok")
+
+
+def test_a_target_that_lacks_a_package_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    lacking = Ability(verdict="export only", reason="X is not there; pip install onnxruntime-x")
+    monkeypatch.setattr(doctor, "can", lambda _: lacking)
+    finding = by_name(examine(Target(runtime="onnxruntime", name="here")))["target here"]
+    assert (finding.status, finding.remedy) == ("missing", "pip install onnxruntime-x")
+
+
+def test_providers_of_onnxruntime() -> None:
+    assert "cpu" in by_name(examine(None))["providers"].detail

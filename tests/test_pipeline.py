@@ -3,6 +3,7 @@
 import importlib
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,11 +15,16 @@ from torch import nn
 
 import deploypipe
 from deploypipe.jsonio import to_json
-from deploypipe.pipeline import compress
+from deploypipe.pipeline import compress, search_limits
 from deploypipe.recipe import Constraints
 from deploypipe.records import Event, Verdict
 from deploypipe.runs import RunResult, digest, file_sha256, load_result
-from deploypipe.target import Budget
+from deploypipe.runtimes import RUNTIMES, Session, ability
+from deploypipe.runtimes.ability import Ability, can
+from deploypipe.runtimes.engine_file import load_record
+from deploypipe.runtimes.machine import Gpu, this_machine
+from deploypipe.runtimes.onnxruntime import OnnxRuntime
+from deploypipe.target import Budget, Limit, Target
 from deploypipe.verify import verify
 
 
@@ -41,6 +47,13 @@ def dense() -> nn.Module:
 
 
 TARGET = tiny.target(latency_p50="4x")  # latency is looked at, and no clock can fail it
+
+GPU = Target(
+    runtime="tensorrt-rtx",
+    name="gpu",
+    compute_capabilities=("8.9",),
+    budget=Budget(latency_p50="0.6x", peak_memory="0.5x", accuracy_drop_pp=5.0),
+)
 
 
 def run(dense: nn.Module, folder: Path, **changes: object) -> RunResult:
@@ -146,3 +159,111 @@ def test_every_public_name_can_be_imported() -> None:
     assert deploypipe.compress is compress
     with pytest.raises(AttributeError, match="no attribute 'compres'"):
         _ = deploypipe.compres  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module")
+def held(dense: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunResult, list[str]]:
+    folder, told = tmp_path_factory.mktemp("runs") / "held", []
+
+    def notify(event: Event) -> None:
+        told.append(event.message)
+
+    result = compress(dense, tiny.load_data(), tiny.task(), tiny.recipe(), GPU, folder, notify=notify)
+    return folder, result, told
+
+
+@pytest.mark.skipif(can(GPU).verdict != "build only", reason="needs tensorrt-rtx, and no GPU")
+class TestAnotherDevice:
+    """A target that this machine is not: files are made, nothing is measured, nothing is guessed."""
+
+    def test_it_is_held_with_the_reason(self, held: tuple[Path, RunResult, list[str]]) -> None:
+        folder, result, told = held
+        assert result.decision.verdict is Verdict.HOLD
+        checks = {check.name: check for check in result.decision.checks}
+        for name in ("latency_p50", "peak_memory", "accuracy_drop"):
+            assert (checks[name].status.value, checks[name].measured) == ("UNKNOWN", None)
+            assert "no NVIDIA GPU is usable here" in checks[name].reason
+        for measured in (result.benchmark.dense, result.benchmark.compressed):
+            assert (measured.latency, measured.accuracy, measured.peak_memory_mib) == (None, None, None)
+        assert any("WARNING: nothing can be measured for gpu here" in message for message in told)
+        assert to_json(load_result(folder)) == to_json(result)
+
+    def test_the_search_went_by_macs(self, held: tuple[Path, RunResult, list[str]]) -> None:
+        _, result, _ = held
+        assert result.search
+        assert all(t.candidate.latency_p50_ms is None for t in result.search.trials)
+        chosen = result.search.trials[result.search.best]
+        assert chosen.violations["macs"] <= 0 and 0 < chosen.candidate.accuracy <= 1
+        assert result.benchmark.compressed.num_macs <= 0.5 * result.benchmark.dense.num_macs  # the least of the limits
+        told = "latency_p50 and peak_memory cannot be measured here, and the search went by MACs instead, at 0.5x"
+        assert any(told in note for note in result.benchmark.notes)
+
+    def test_the_files_are_there(self, held: tuple[Path, RunResult, list[str]]) -> None:
+        folder, result, _ = held
+        assert result.engine
+        placed = load_record(folder / "model.engine")
+        assert placed == replace(result.engine, path="model.engine", log="model.engine.log")
+        assert (folder / placed.log).is_file()
+        assert file_sha256(folder / "model.engine") == result.engine.sha256 == result.benchmark.compressed.file.sha256
+        assert file_sha256(folder / "model.onnx") == result.engine.onnx_sha256
+        assert result.engine.key.compute_capabilities == ("8.9",)
+        report = (folder / "report.html").read_text(encoding="utf-8")
+        assert "Not measured: this machine is not the target" in report and result.engine.layers[0].name in report
+
+    def test_a_rerun_computes_nothing(self, dense: nn.Module, held: tuple[Path, RunResult, list[str]]) -> None:
+        folder, result, _ = held
+        again = compress(dense, tiny.load_data(), tiny.task(), tiny.recipe(), GPU, folder)
+        assert all(stage.was_cached for stage in again.stages)
+        assert again.decision == result.decision
+
+
+@pytest.mark.skipif(can(GPU).verdict != "build only", reason="needs tensorrt-rtx, and no GPU")
+def test_on_the_device_the_engines_are_measured(
+    dense: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if a GPU were here: engines are really built, and what opens one runs the ONNX file it was built from."""
+    opened: list[str] = []
+
+    class Stand:
+        @contextmanager
+        def open(self, path: Path, *, num_threads: int) -> Iterator[Session]:
+            opened.append(path.name)
+            wanted = load_record(path).onnx_sha256
+            source = next(p for p in (tmp_path / "run").rglob("*.onnx") if file_sha256(p) == wanted)
+            with OnnxRuntime().open(source, num_threads=num_threads) as session:
+                yield session
+
+    gpu = Gpu(name="NVIDIA GeForce RTX 4090", compute_capability="8.9")
+    monkeypatch.setattr(ability, "this_machine", lambda: replace(this_machine(), gpus=(gpu,), driver="1"))
+    monkeypatch.setitem(RUNTIMES, "tensorrt-rtx", lambda _: Stand())
+    monkeypatch.setattr(
+        importlib.import_module("deploypipe.benchmark"), "measure_peak_memory", lambda *_: (None, "it is the GPU's")
+    )
+    target = replace(GPU, budget=Budget(latency_p50="4x", macs="0.5x", file_size="2x", accuracy_drop_pp=50.0))
+    result = compress(dense, tiny.load_data(), tiny.task(), tiny.recipe(), target, tmp_path / "run")
+    assert set(opened) == {"dense.engine", "candidate.engine", "compressed.engine"}
+    report = result.benchmark
+    assert report.dense.latency and report.compressed.latency and report.accuracy_drop_pp
+    assert report.dense.file.path.endswith("/dense.engine")
+    assert result.engine and report.compressed.file.sha256 == result.engine.sha256
+    assert file_sha256(tmp_path / "run" / "model.engine") == result.engine.sha256
+    assert {check.status.value for check in result.decision.checks if check.name != "latency_p50"} == {"PASS"}
+    engines = [t.candidate.file_size_mib for t in result.search.trials] if result.search else []
+    assert engines and min(engines) > 0.2  # an engine's, not an ONNX file's
+
+
+def test_limits_that_cannot_be_measured_become_macs() -> None:
+    elsewhere = Ability(verdict="export only", reason="it is another machine", is_the_device=False)
+
+    def judged(**texts: str) -> tuple[dict[str, Limit], str]:
+        return search_limits(Budget(**texts).limits(), elsewhere)  # type: ignore[arg-type]
+
+    half, told = judged(latency_p50="4 ms", file_size="0.8x")
+    assert half["macs"] == Limit(value=0.5, is_relative=True) and set(half) == {"macs", "file_size"}
+    assert "at 0.5x those of the dense network" in told
+    assert judged(latency_p50="0.7x")[0] == {"macs": Limit(value=0.7, is_relative=True)}
+    own, told = judged(latency_p50="0.7x", macs="3 M")
+    assert own == {"macs": Limit(value=3e6, is_relative=False)} and "those of budget.macs" in told
+    assert judged(params="0.5x") == (Budget(params="0.5x").limits(), "")
+    here = search_limits(Budget(latency_p50="0.7x").limits(), Ability(verdict="run"))
+    assert here == (Budget(latency_p50="0.7x").limits(), "")

@@ -5,15 +5,17 @@ from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
 from deploypipe.benchmark.accuracy import evaluate_file
+from deploypipe.benchmark.bench import bench_file as bench_file
+from deploypipe.benchmark.conditions import judge_conditions, read_state
 from deploypipe.benchmark.environment import describe_environment
-from deploypipe.benchmark.latency import BLOCK, find_unsteadiness, summarise, time_interleaved
+from deploypipe.benchmark.latency import Timings, find_unsteadiness, summarise, time_interleaved
 from deploypipe.benchmark.memory import measure_peak_memory
+from deploypipe.benchmark.results import BenchResult as BenchResult
 from deploypipe.errors import DataError, RuntimeUnavailableError
 from deploypipe.numerics.intervals import interval_of_drop_pp, interval_of_mean, interval_of_median_ratio
-from deploypipe.records import BenchmarkReport, Event, Measurement, ModelFile, Progress, silent
+from deploypipe.records import BenchmarkReport, Event, MachineState, Measurement, ModelFile, Progress, silent
 from deploypipe.runtimes import Array, Runtime, find_runtime
 from deploypipe.runtimes.packing import feed
 from deploypipe.target import Target
@@ -54,7 +56,7 @@ def benchmark(
             is_steady=False,
             notes=(f"nothing was measured: {error}",),
         )
-    measured, samples, notes = _measure_all(
+    measured, timings, before, notes = _measure_all(
         files,
         folder=folder,
         batches=test_batches,
@@ -64,19 +66,21 @@ def benchmark(
         runtime=runtime,
         notify=notify,
     )
-    names = ("dense", "compressed")
-    unsteady = [f"{name}: {r}" for name, s in zip(names, samples, strict=True) if (r := find_unsteadiness(s))]
-    if environment.load_before > environment.num_cpus:
-        notes.append(f"the load average was {environment.load_before:.1f} on {environment.num_cpus} processors before")
-    before, after = measured
+    named = zip(("dense", "compressed"), timings.samples, strict=True)
+    unsteady = [f"{name}: {reason}" for name, times in named if (reason := find_unsteadiness(times))]
+    conditions = judge_conditions(
+        before, read_state(), num_cpus=environment.num_cpus, num_threads=target.num_threads, unsteady=unsteady
+    )
+    first, second = measured
     return BenchmarkReport(
-        dense=before,
-        compressed=after,
-        latency_ratio=interval_of_median_ratio(samples[1], samples[0], block=BLOCK),
-        accuracy_drop_pp=interval_of_drop_pp(before.per_sample_metric, after.per_sample_metric),
+        dense=first,
+        compressed=second,
+        latency_ratio=interval_of_median_ratio(*timings.samples[::-1], block=timings.block),
+        accuracy_drop_pp=interval_of_drop_pp(first.per_sample_metric, second.per_sample_metric),
         environment=environment,
         is_steady=not unsteady,
-        notes=(*unsteady, *notes),
+        notes=(*conditions.reasons, *notes),
+        conditions=conditions,
     )
 
 
@@ -91,7 +95,7 @@ def measure(
     notify: Progress = silent,
 ) -> Measurement:
     """One file, by the method of `benchmark`. Raises as it does, and RuntimeUnavailableError without the runtime."""
-    measured, _, _ = _measure_all(
+    measured, *_ = _measure_all(
         (file,),
         folder=folder,
         batches=batches,
@@ -125,8 +129,11 @@ def _measure_all(
     counts: tuple[Counts, ...],
     runtime: Runtime,
     notify: Progress,
-) -> tuple[list[Measurement], list[NDArray[np.float64]], list[str]]:
-    """Measurements and latency samples in the order of `files`, and notes. Memory first: it leaves the caches cold."""
+) -> tuple[list[Measurement], Timings, MachineState, list[str]]:
+    """Measurements and latency samples in the order of `files`, the machine before it took the latter, and notes.
+
+    Memory first: it leaves the caches cold. Latency last, so that the caller can look at the machine right after it.
+    """
     paths = [folder / file.path for file in files]
     inputs = first_batch(batches, files[0].input_names, target.batch_size)
     notify(Event(stage=_STAGE, message="memory"))
@@ -136,22 +143,23 @@ def _measure_all(
     if len(metrics[0]) < 2:
         raise DataError("the split has one sample, which tells nothing of the spread; give two or more")
     notify(Event(stage=_STAGE, message="latency"))
-    samples = time_interleaved(paths, inputs, runtime, target, notify)
+    before = read_state()
+    timings = time_interleaved(paths, inputs, runtime, target, notify)
     measured = [
         Measurement(
             file=file,
             num_params=num_params,
             num_macs=num_macs,
-            latency=summarise(times, target),
+            latency=summarise(times, target, block=timings.block),
             peak_memory_mib=peak,
             per_sample_metric=tuple(metric.tolist()),
             accuracy=interval_of_mean(metric),
         )
         for file, (num_params, num_macs), times, (peak, _), metric in zip(
-            files, counts, samples, peaks, metrics, strict=True
+            files, counts, timings.samples, peaks, metrics, strict=True
         )
     ]
-    return measured, samples, sorted({reason for _, reason in peaks if reason})
+    return measured, timings, before, sorted({reason for _, reason in peaks if reason})
 
 
 def unmeasured(file: ModelFile, counts: Counts) -> Measurement:

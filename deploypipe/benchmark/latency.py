@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -119,6 +118,15 @@ def time_file(
         return np.array(_time_runs(session, inputs, num_samples))
 
 
+def time_loaded(
+    session: Session, inputs: Mapping[str, Array], *, seconds: float, least: int, most: int
+) -> NDArray[np.float64]:
+    """Milliseconds (n,) of an open file, least <= n <= most, of about `seconds` in all: one point of a sweep."""
+    with _no_garbage_collection():
+        per_run = _warm_up(session, inputs, seconds=seconds) / 1e3
+        return np.array(_time_runs(session, inputs, min(most, max(least, int(seconds / per_run)))))
+
+
 def summarise(samples: NDArray[np.float64], target: Target, *, block: int) -> Latency:
     """Median with its interval, and the percentiles that the number of samples (n,) in ms allows to claim."""
     p90, p99 = (percentile(samples, share, block=block) for share in (0.9, 0.99))
@@ -132,8 +140,8 @@ def summarise(samples: NDArray[np.float64], target: Target, *, block: int) -> La
     )
 
 
-def percentile(samples: NDArray[np.float64], share: Literal[0.9, 0.99], *, block: int) -> Interval | None:
-    """The latency in ms that `share` of the runs stay below; None where (n,) samples are too few to claim it."""
+def percentile(samples: NDArray[np.float64], share: float, *, block: int) -> Interval | None:
+    """Milliseconds that `share` (0.9 or 0.99) of the runs stay below; None where (n,) samples are too few to say."""
     if len(samples) < PERCENTILE_FLOORS[share]:
         return None
     return interval_of_quantile(samples, share, block=block)
@@ -153,13 +161,13 @@ def find_unsteadiness(samples: NDArray[np.float64]) -> str:
     return ""
 
 
-def _warm_up(session: Session, inputs: Mapping[str, Array]) -> float:
+def _warm_up(session: Session, inputs: Mapping[str, Array], *, seconds: float = _WARM_UP_SECONDS) -> float:
     """Run until two rounds in a row take the same time, or for as long as a warm-up may take; ms of a run then."""
     started = time.perf_counter()
     before = float("inf")
     for round_ in range(_WARM_UP_ROUNDS):
-        median = float(np.median(_time_runs(session, inputs, BLOCK)))
-        is_late = round_ >= 2 and time.perf_counter() - started > _WARM_UP_SECONDS
+        median = float(np.median(_time_runs(session, inputs, BLOCK, seconds=seconds)))
+        is_late = round_ >= 2 and time.perf_counter() - started > seconds
         if is_late or abs(median - before) <= _WARM_UP_TOLERANCE * median:
             break
         before = median

@@ -4,7 +4,6 @@ The precision is the file's: half-precision weights, Q/DQ nodes. Where the libra
 (10.x) the builder is given the flags that let it obey the file, and no others.
 """
 
-import ast
 import json
 import os
 import re
@@ -25,7 +24,7 @@ from deploypipe.errors import ConfigError, ModelError, RuntimeUnavailableError
 from deploypipe.jsonio import to_json
 from deploypipe.records import EngineFile, EngineKey, EngineLayer, ModelFile, Names
 from deploypipe.runs import cache_folder, digest, file_sha256, place_file, write_atomically
-from deploypipe.runtimes.engine_file import SUFFIX, platform_of, record_path
+from deploypipe.runtimes.engine_file import SUFFIX, load_record, platform_of, record_path
 from deploypipe.runtimes.machine import Machine, this_machine
 from deploypipe.runtimes.tensorrt_libraries import Library, load_library
 from deploypipe.target import Precision, Target
@@ -37,7 +36,6 @@ _CHILD = Path(__file__).with_name("engine_child.py")
 _SECONDS = 3600.0
 _NUM_NODES = 3  # named in an error
 _LAYER = re.compile(r"^Name: (.*?), LayerType: (.*?), Inputs: (.*)$")
-_SCOPES = "pkg.torch.onnx.name_scopes"  # a list, from the whole network down to the operator
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,7 +61,7 @@ def build_engine(onnx_path: Path, target: Target, folder: Path) -> EngineFile:
 
     Raises RuntimeUnavailableError where the library is not there or needs a GPU that is not, ConfigError where the
     target lacks a dynamic axis or names a compute capability the library has not, ModelError where the file cannot be
-    built: with the node, its operator and the network's layer where one is at fault.
+    built: with the node at fault and its operator; in files of `export_onnx` a node is called after its layer.
     """
     _, library = load_library(target.runtime)
     machine = this_machine()
@@ -89,7 +87,7 @@ def build_engine(onnx_path: Path, target: Target, folder: Path) -> EngineFile:
         )
         answer = _run_child(job, log)
         if "error" in answer:
-            raise ModelError(_failure(onnx_path, target, answer, proto, log))
+            raise ModelError(_failure(onnx_path, target, answer, log))
         built = Path(job.engine)
         record = EngineFile(
             path=engine.name,
@@ -135,9 +133,12 @@ def as_model_file(file: ModelFile, engine: EngineFile) -> ModelFile:
 
 
 def place_engine(source: Path, folder: Path, name: str) -> None:
-    """Give an engine, its record and its log a second, stable name."""
-    for ending in ("", ".json", ".log"):
-        place_file(source.with_name(source.name + ending), folder / (name + ending))
+    """Give an engine and its log a second, stable name, and write the record that fits it."""
+    record = load_record(source)
+    log = f"{name}.log"
+    place_file(source, folder / name)
+    place_file(source.with_name(record.log), folder / log)
+    write_atomically(record_path(folder / name), to_json(replace(record, path=name, log=log)).encode())
 
 
 # --- what goes in -----------------------------------------------------------------------------------------------------
@@ -258,30 +259,19 @@ def _run_child(job: _Job, log: Path) -> dict[str, Any]:
     return {"error": lines[-1] if lines else f"the builder ended with status {done.returncode}"}
 
 
-def _failure(path: Path, target: Target, answer: dict[str, Any], proto: onnx.ModelProto, log: Path) -> str:
+def _failure(path: Path, target: Target, answer: dict[str, Any], log: Path) -> str:
     nodes = [node for node in answer.get("nodes", ()) if node["op"] or node["name"]]
     if not nodes:
         return f"{path}: {target.runtime} cannot build it: {answer['error']}; the whole log is {log}"
     told = []
     for node in nodes[:_NUM_NODES]:
         reason = "it is not supported" if node["told"] in ("", "false") else node["told"]
-        told.append(f"{node['op']} {node['name']!r}{_layer_of(node['name'], proto)}: {reason}")
+        told.append(f"{node['op']} {node['name']!r}: {reason}")
     more = f", and {len(nodes) - _NUM_NODES} more" if len(nodes) > _NUM_NODES else ""
     return (
         f"{path}: {target.runtime} cannot take {'; '.join(told)}{more}; write that part of forward() with other "
         f"operators (the whole log is {log})"
     )
-
-
-def _layer_of(name: str, proto: onnx.ModelProto) -> str:
-    """` (in layer1.conv)`: the module that a node comes from, where the file tells."""
-    for node in proto.graph.node:
-        if node.name == name:
-            for entry in node.metadata_props:
-                if entry.key == _SCOPES:
-                    scopes = [scope for scope in ast.literal_eval(entry.value)[:-1] if scope]
-                    return f" (in {scopes[-1]})" if scopes else ""
-    return ""
 
 
 # --- what comes out ---------------------------------------------------------------------------------------------------

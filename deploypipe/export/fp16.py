@@ -75,7 +75,6 @@ def to_fp16(source: Path, out: Path, batches: Iterable[Batch], settings: Export)
     reasons: dict[str, str] = {}
     if not holds(kept):
         errors = _own_errors(proto, kinds, nodes, inputs, source)
-        # Of equal errors, the earlier node: what comes after it only hands an infinity on.
         kept = fewest(sorted(nodes, key=lambda name: -errors[name]), holds)
         reasons = {name: f"error {errors[name]:.3g} of its own output in half precision" for name in kept}
     if len(kept) == len(nodes):
@@ -99,7 +98,7 @@ def to_fp16(source: Path, out: Path, batches: Iterable[Batch], settings: Export)
         kept_float=tuple(
             FloatLayer(layer=name, reason=reason)
             for name in kinds
-            if (reason := reasons.get(name) or unsupported.get(name))
+            if (reason := reasons.get(name, unsupported.get(name, "")))
         ),
         seconds=time.perf_counter() - started,
     )
@@ -126,16 +125,19 @@ def _kind_of(node: onnx.NodeProto, types: Mapping[str, int], opset: int) -> _Kin
         return _Kind(why_not=f"{node.op_type} is no operator of ONNX, so its types are not known")
     allowed = {c.type_param_str for c in schema.type_constraints if "tensor(float16)" in c.allowed_type_strs}
 
-    def is_half(parameters: Any, i: int) -> bool:
-        return parameters[min(i, len(parameters) - 1)].type_str in bound  # the last one may be variadic
-
-    bound = allowed
-    inputs = tuple(i for i in floats if is_half(schema.inputs, i))
-    bound = {schema.inputs[min(i, len(schema.inputs) - 1)].type_str for i in inputs}
+    inputs = tuple(i for i in floats if _type_name(schema.inputs, i) in allowed)
+    bound = {_type_name(schema.inputs, i) for i in inputs}
     outputs = tuple(
-        i for i, name in enumerate(node.output) if types.get(name) == FLOAT and is_half(schema.outputs, i)
+        i for i, name in enumerate(node.output) if types.get(name) == FLOAT and _type_name(schema.outputs, i) in bound
     )
-    return _Kind(inputs=inputs, outputs=outputs, why_not="" if inputs else f"{node.op_type} has no half precision in ONNX")
+    return _Kind(
+        inputs=inputs, outputs=outputs, why_not="" if inputs else f"{node.op_type} has no half precision in ONNX"
+    )
+
+
+def _type_name(parameters: Any, i: int) -> str:
+    """Of the i-th input or output of an operator; the last one that is named may stand for many."""
+    return str(parameters[min(i, len(parameters) - 1)].type_str)
 
 
 def _convert(
@@ -183,11 +185,15 @@ def _convert(
     del graph.node[:]
     graph.node.extend(nodes)
     del graph.value_info[:]
-    read = needed | {name for node in nodes for name in node.input}
-    unread = [weight for weight in graph.initializer if weight.name not in read]
-    for weight in unread:
-        graph.initializer.remove(weight)
+    _drop_unread(graph, needed)
     return converted
+
+
+def _drop_unread(graph: onnx.GraphProto, needed: set[str]) -> None:
+    """Remove the weights that nothing reads any more; `needed` are read by what is no input of a node."""
+    read = needed | {name for node in graph.node for name in node.input}
+    for weight in [weight for weight in graph.initializer if weight.name not in read]:
+        graph.initializer.remove(weight)
 
 
 def _float_readers(proto: onnx.ModelProto, kinds: Mapping[str, _Kind], kept: frozenset[str]) -> set[str]:

@@ -36,6 +36,7 @@ _CANNOT_RUN = (
     errors.NotImplemented,
     errors.RuntimeException,
 )
+_MAX_BYTES = 1_900_000_000  # one protobuf message ends at 2 GiB
 _MAX_BYTES_AT_ONCE = 256 * 2**20  # of inner tensors
 _ERRORS_ONLY = 3
 
@@ -57,7 +58,13 @@ def load_float(path: Path) -> onnx.ModelProto:
         raise ModelError(f"{path}: is quantised already; convert the fp32 file it was made from")
     if any(weight.data_type == HALF for weight in proto.graph.initializer):
         raise ModelError(f"{path}: holds half-precision weights already; convert the fp32 file it was made from")
+    if proto.ByteSize() > _MAX_BYTES:
+        raise ModelError(
+            f"{path}: takes {proto.ByteSize() / 1e9:.2f} GB and a graph that is worked on holds {_MAX_BYTES / 1e9} GB; "
+            "ask for a smaller network with budget.params"
+        )
     metadata = list(proto.metadata_props)
+    _drop_weight_inputs(proto.graph)
     _name_nodes(proto.graph, set())
     proto = _folded(proto, path)
     _name_nodes(proto.graph, set())  # folding makes nodes of its own
@@ -65,6 +72,13 @@ def load_float(path: Path) -> onnx.ModelProto:
     del proto.metadata_props[:]
     proto.metadata_props.extend(metadata)
     return proto
+
+
+def _drop_weight_inputs(graph: onnx.GraphProto) -> None:
+    """Old files list their weights among the inputs, as defaults; then nothing may be folded or take their place."""
+    weights = {weight.name for weight in graph.initializer}
+    for value in [value for value in graph.input if value.name in weights]:
+        graph.input.remove(value)
 
 
 def _folded(proto: onnx.ModelProto, path: Path) -> onnx.ModelProto:
@@ -121,8 +135,7 @@ def copy_of(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 def feeds_of(batches: Iterable[Batch], proto: onnx.ModelProto) -> list[Feed]:
     """The batches as named arrays; DataError without a sample, or where they lack an input."""
-    weights = {weight.name for weight in proto.graph.initializer}
-    names = [i.name for i in proto.graph.input if i.name not in weights]
+    names = [value.name for value in proto.graph.input]
     inputs = [feed(inputs, names) for inputs, _ in batches]
     if num_samples_of(inputs) == 0:
         raise DataError("no samples to convert the file with; return batches as `calib` from load_data()")
@@ -161,13 +174,18 @@ def run_file(path: Path, inputs: Sequence[Feed]) -> Outputs:
 def compare_file(path: Path, inputs: Sequence[Feed], expected: Outputs) -> Parity:
     """How far a candidate's outputs are from `expected`; NaN errors where they are not finite."""
     with OnnxRuntime().open(path, num_threads=torch.get_num_threads()) as session:
-        return difference(expected, [session.run(batch) for batch in inputs])
+        return _difference(expected, [session.run(batch) for batch in inputs])
 
 
 def compare_graph(proto: onnx.ModelProto, inputs: Sequence[Feed], expected: Outputs, path: Path) -> Parity:
     """As `compare_file`, every node run as it stands; errors name `path`, which the graph was made from."""
     session = _open(proto, _session_options(onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL), path)
-    return difference(expected, [session.run(None, batch) for batch in inputs])
+    return _difference(expected, [_run(session, None, batch, path) for batch in inputs])
+
+
+def _difference(expected: Outputs, seen: Outputs) -> Parity:
+    with np.errstate(invalid="ignore", over="ignore"):  # candidates may be infinite; the figures tell it
+        return difference(expected, seen)
 
 
 def read_tensors(
@@ -184,7 +202,7 @@ def read_tensors(
         start = 0
         while start < num_samples_of([batch]):
             part = {name: array[start : start + at_once] for name, array in batch.items()}
-            arrays = dict(zip(names, session.run(list(names), part), strict=True))
+            arrays = dict(zip(names, _run(session, list(names), part, path), strict=True))
             yield arrays
             start += at_once
             num_bytes = sum(array.nbytes for array in arrays.values()) // num_samples_of([part])
@@ -206,6 +224,14 @@ def _open(proto: onnx.ModelProto, options: Any, path: Path) -> Any:
         return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except _CANNOT_RUN as error:
         raise ModelError(f"{path}: onnxruntime cannot run it ({_first_line(error)}); export the model again") from error
+
+
+def _run(session: Any, names: list[str] | None, inputs: Feed, path: Path) -> list[Array]:
+    try:
+        return list(session.run(names, inputs))
+    except (*_CANNOT_RUN, ValueError) as error:
+        seen = ", ".join(f"{name} {value.dtype}{list(value.shape)}" for name, value in inputs.items())
+        raise DataError(f"{path}: cannot run on {seen} ({_first_line(error)}); give batches of its inputs") from error
 
 
 def fewest(order: Sequence[str], holds: Callable[[frozenset[str]], bool]) -> frozenset[str]:
@@ -243,7 +269,6 @@ def write(proto: onnx.ModelProto, path: Path, precision: str) -> None:
 def place(part: Path, out: Path, proto: onnx.ModelProto, precision: str, parity: Parity) -> ModelFile:
     """Move a finished file to `out`, and its record; `parity` is against the fp32 file."""
     part.replace(out)
-    weights = {weight.name for weight in proto.graph.initializer}
     return ModelFile(
         path=out.name,
         sha256=file_sha256(out),
@@ -251,7 +276,7 @@ def place(part: Path, out: Path, proto: onnx.ModelProto, precision: str, parity:
         precision=precision,
         opset=opset_of(proto),
         max_abs_error=parity.max_abs_error,
-        input_names=tuple(i.name for i in proto.graph.input if i.name not in weights),
+        input_names=tuple(i.name for i in proto.graph.input),
         output_names=tuple(o.name for o in proto.graph.output),
         parity=parity,
     )

@@ -42,7 +42,7 @@ def _pads_zeros(pad: onnx.NodeProto, constants: dict[str, onnx.TensorProto]) -> 
     if len(pad.input) < 3 or not pad.input[2]:
         return True
     value = constants.get(pad.input[2])
-    return value is not None and not bool(numpy_helper.to_array(value).any())
+    return value is not None and not numpy_helper.to_array(value).any()
 
 
 def _is_harmful(pad: onnx.NodeProto, pool: onnx.NodeProto, constants: dict[str, onnx.TensorProto]) -> bool:
@@ -50,4 +50,4 @@ def _is_harmful(pad: onnx.NodeProto, pool: onnx.NodeProto, constants: dict[str, 
         return True
     sizes = {a.name: list(a.ints) for a in pool.attribute if a.name in ("kernel_shape", "pads")}
     widest = int(numpy_helper.to_array(constants[pad.input[1]]).max()) + max(sizes.get("pads", [0]))
-    return widest >= min(sizes["kernel_shape"])
+    return bool(widest >= min(sizes["kernel_shape"]))

@@ -39,7 +39,7 @@ def before_after(result: RunResult) -> tuple[Row, ...]:
             change="" if ratio is None else f"{ratio.value:.3f}x ({ratio.low:.3f} to {ratio.high:.3f})",
         ),
         _plain_row("peak memory", dense, compressed, lambda m: m.peak_memory_mib, lambda v: f"{v:.1f} MiB"),
-        _plain_row("file size", dense, compressed, lambda m: float(m.file.size_bytes), _bytes),
+        _plain_row("file size", dense, compressed, lambda m: float(m.file.size_bytes), file_size),
         _plain_row("parameters", dense, compressed, lambda m: float(m.num_params), count),
         _plain_row("MACs", dense, compressed, lambda m: float(m.num_macs), count),
     )
@@ -235,5 +235,5 @@ def _latency(measurement: Measurement) -> str:
     return f"{p50.value:.4g} ms ({p50.low:.4g} to {p50.high:.4g})"
 
 
-def _bytes(value: float) -> str:
+def file_size(value: float) -> str:
     return f"{value / 2**20:.2f} MiB" if value >= 2**20 else f"{value / 2**10:.1f} KiB"

@@ -40,7 +40,6 @@ LIBRARIES: tuple[Library, ...] = (
     Library(runtime="tensorrt", major=11, modules=_TENSORRT),
     Library(runtime="tensorrt-rtx", major=1, modules=_RTX, has_timing_cache=False, ahead_of_time=_RTX_CAPABILITIES),
 )
-EXTRAS = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt-rtx"}
 
 
 def load_library(runtime: str) -> tuple[Any, Library]:
@@ -54,7 +53,7 @@ def load_library(runtime: str) -> tuple[Any, Library]:
     known = ", ".join(f"{row.major}.x" for row in rows)
     raise RuntimeUnavailableError(
         f"{runtime} {version} is installed, and this version of deploypipe knows {known}; "
-        f"pip install 'deploypipe[{EXTRAS[runtime]}]'"
+        f"pip install 'deploypipe[{runtime}]'"
     )
 
 
@@ -69,13 +68,11 @@ def _import(runtime: str, names: tuple[str, ...]) -> Any:
                 raise RuntimeUnavailableError(_broken(runtime, error)) from error
         except (ImportError, OSError) as error:
             raise RuntimeUnavailableError(_broken(runtime, error)) from error
-    raise RuntimeUnavailableError(
-        f"the package {names[0]!r} is not installed; pip install 'deploypipe[{EXTRAS[runtime]}]'"
-    )
+    raise RuntimeUnavailableError(f"the package {names[0]!r} is not installed; pip install 'deploypipe[{runtime}]'")
 
 
 def _broken(runtime: str, error: Exception) -> str:
     return (
         f"{runtime} is installed but cannot be imported ({str(error).partition(chr(10))[0]}); "
-        f"install it again with pip install 'deploypipe[{EXTRAS[runtime]}]'"
+        f"install it again with pip install 'deploypipe[{runtime}]'"
     )

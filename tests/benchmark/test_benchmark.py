@@ -67,12 +67,14 @@ def test_report(folder: Path, large: ModelFile, small: ModelFile) -> None:
     for measured, model, counts in ((report.dense, mlp(2048), (100, 1000)), (report.compressed, mlp(64), (10, 50))):
         assert (measured.num_params, measured.num_macs) == counts
         assert measured.latency is not None
-        assert len(measured.latency.samples_ms) == 210  # whole blocks
+        assert len(measured.latency.samples_ms) == 240  # twelve openings of the files
         assert measured.latency.p90_ms is not None
         assert measured.latency.p99_ms is None
         np.testing.assert_array_equal(measured.per_sample_metric, evaluate_module(model, batches(), classification()))
     assert report.latency_ratio is not None
     assert 0 < report.latency_ratio.low <= report.latency_ratio.value <= report.latency_ratio.high
+    assert report.conditions is not None
+    assert set(report.conditions.reasons) <= set(report.notes)
     assert report.accuracy_drop_pp is not None
     assert report.dense.peak_memory_mib is not None
     assert report.compressed.peak_memory_mib is not None
@@ -139,9 +141,9 @@ def test_latency_input_has_the_targets_batch_size() -> None:
 
 def test_percentiles_need_their_samples(folder: Path, small: ModelFile) -> None:
     samples = np.linspace(1, 2, 662)
-    assert summarise(samples, TARGET).p99_ms == pytest.approx(1.99, abs=0.01)
-    assert summarise(samples[:661], TARGET).p99_ms is None
-    assert summarise(samples[:63], TARGET).p90_ms is None
+    assert summarise(samples, TARGET, block=1).p99_ms == pytest.approx(1.99, abs=0.01)
+    assert summarise(samples[:661], TARGET, block=1).p99_ms is None
+    assert summarise(samples[:63], TARGET, block=1).p90_ms is None
     inputs = {"input": np.zeros((1, 16), dtype=np.float32)}
     assert time_file(folder / small.path, inputs, OnnxRuntime(), TARGET, num_samples=13).shape == (13,)
 

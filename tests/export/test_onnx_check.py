@@ -139,6 +139,30 @@ def test_hostile_tensors(name: str, where: str, tmp_path: Path) -> None:
     assert str(path) in str(caught.value) and "get the file again" in str(caught.value)
 
 
+@pytest.mark.parametrize("dims", [[1], [2**40, 2], [-1], [1] * 33], ids=str)
+def test_packed_dims(dims: list[int], tmp_path: Path) -> None:
+    """Some writers pack what the schema does not, and parsers take both."""
+    packed = b"".join(_varint(dim % 2**64) for dim in dims)
+    made = TensorProto.FromString(b"\x0a" + _varint(len(packed)) + packed)
+    assert list(made.dims) == dims
+    raw = b"\x0a" + _varint(len(packed)) + packed + tensor([], raw=bytes(4)).SerializeToString()
+    node = b"\x2a" + _varint(len(raw)) + raw  # AttributeProto.t
+    attribute = b"\x2a" + _varint(len(node)) + node  # NodeProto.attribute
+    function = b"\x3a" + _varint(len(attribute)) + attribute  # FunctionProto.node
+    path = tmp_path / "m.onnx"
+    path.write_bytes(model().SerializeToString() + b"\xca\x01" + _varint(len(function)) + function)
+    if dims == [1]:
+        check_onnx_file(path)
+    else:
+        with pytest.raises(ModelError, match=r"needs|of the shape|axes"):
+            check_onnx_file(path)
+
+
+def _varint(value: int) -> bytes:
+    low, high = value & 0x7F, value >> 7
+    return bytes([low | 0x80]) + _varint(high) if high else bytes([low])
+
+
 def huge_input() -> onnx.ModelProto:
     proto = model()
     proto.graph.input[0].CopyFrom(helper.make_tensor_value_info("x", TensorProto.FLOAT, [2**40, 2**40]))

@@ -5,14 +5,16 @@ from itertools import product
 import numpy as np
 import pytest
 from scipy.optimize import minimize_scalar
+from scipy.signal import lfilter
 from scipy.special import xlogy
 from scipy.stats import multinomial
 
 from deploypipe.numerics.intervals import (
+    _signed_rank,
     interval_of_drop_pp,
     interval_of_mean,
-    interval_of_median,
     interval_of_median_ratio,
+    interval_of_quantile,
 )
 from deploypipe.records import Interval
 
@@ -23,7 +25,7 @@ def test_median_interval_covers_the_true_median() -> None:
     generator = np.random.default_rng(0)
     hits = 0
     for _ in range(300):
-        interval = interval_of_median(generator.lognormal(size=100), num_resamples=400)
+        interval = interval_of_quantile(generator.lognormal(size=100), 0.5, num_resamples=400)
         hits += interval.low <= 1.0 <= interval.high
     assert 0.91 <= hits / 300 <= 0.99
 
@@ -35,7 +37,7 @@ def test_blocks_keep_the_coverage_of_slowly_drifting_timings() -> None:
         spells = np.repeat(generator.normal(scale=1.0, size=40), 10)  # the machine is slow for ten runs at a time
         samples = 10 + spells + generator.normal(scale=0.1, size=400)
         for block in hits:
-            interval = interval_of_median(samples, block=block, num_resamples=300)
+            interval = interval_of_quantile(samples, 0.5, block=block, num_resamples=300)
             hits[block] += interval.low <= 10 <= interval.high
     assert hits[10] / 150 >= 0.88
     assert hits[1] / 150 < 0.7  # what ignoring the spells would claim
@@ -48,11 +50,90 @@ def test_ratio_interval_cancels_what_both_files_suffered() -> None:
         spell = np.repeat(generator.lognormal(sigma=0.3, size=40), 10)
         dense = 4.0 * spell * generator.lognormal(sigma=0.02, size=400)
         compressed = 2.0 * spell * generator.lognormal(sigma=0.02, size=400)
-        interval = interval_of_median_ratio(compressed, dense, block=10, num_resamples=300)
+        interval = interval_of_median_ratio(compressed, dense, block=10)
         hits += interval.low <= 0.5 <= interval.high
         widths.append(interval.high - interval.low)
     assert hits / 150 >= 0.9
     assert np.median(widths) < 0.05  # the spells alone would be +-10 %
+
+
+def timeline(generator: np.random.Generator, length: int, mood: str) -> np.ndarray:
+    """Log slowness of the machine, run by run."""
+    if mood == "quiet":
+        return generator.normal(scale=0.01, size=length)
+    if mood == "wandering":  # AR(1), remembered for some fifty runs
+        return np.asarray(lfilter([1.0], [1.0, -0.98], generator.normal(scale=0.02, size=length)))
+    in_burst = np.zeros(length, dtype=bool)  # neighbours that take the processor for some runs
+    for start in generator.integers(length, size=length // 60):
+        in_burst[start : start + generator.geometric(1 / 20)] = True
+    return generator.normal(scale=0.02, size=length) + in_burst * generator.lognormal(-1, 0.7, size=length)
+
+
+def timed(generator: np.random.Generator, ratio: float, mood: str, openings: int = 20) -> tuple[np.ndarray, np.ndarray]:
+    """Two files timed A B B A (or B A A B) by tens after each opening, which moves each by some tenths of a percent,
+    and the one that was opened first by half a percent more."""
+    slow = timeline(generator, 40 * openings, mood).reshape(openings, 4, 10)
+    first, opened = (generator.permutation(np.arange(openings) % 2) for _ in range(2))
+    logs = np.empty((2, openings, 2, 10))
+    for i in range(openings):
+        logs[first[i], i], logs[1 - first[i], i] = slow[i, [0, 3]], slow[i, [1, 2]]
+        logs[:, i] += generator.normal(scale=0.003, size=(2, 1, 1))
+        logs[opened[i], i] += 0.005
+    logs[1] += np.log(ratio)
+    times = 0.1 * np.exp(logs.reshape(2, -1))
+    return times[1], times[0]
+
+
+@pytest.mark.parametrize("mood", ["quiet", "wandering", "bursty"])
+def test_a_file_against_itself_is_no_difference_whatever_the_machine_does(mood: str) -> None:
+    generator = np.random.default_rng(4)
+    intervals = [interval_of_median_ratio(*timed(generator, 1.0, mood), block=20) for _ in range(400)]
+    assert np.mean([i.low <= 1 <= i.high for i in intervals]) >= 0.95
+
+
+def test_a_difference_of_three_percent_is_found() -> None:
+    generator = np.random.default_rng(5)
+    for mood, least in (("quiet", 1.0), ("wandering", 0.6)):
+        intervals = [interval_of_median_ratio(*timed(generator, 1.03, mood), block=20) for _ in range(100)]
+        assert np.mean([i.low > 1 for i in intervals]) >= least
+        assert np.mean([i.low <= 1.03 <= i.high for i in intervals]) >= 0.94
+
+
+def test_what_openings_do_is_lost_where_blocks_are_smaller() -> None:
+    generator = np.random.default_rng(6)
+    pairs = [timed(generator, 1.0, "quiet", openings=8) for _ in range(200)]
+    covered = {
+        b: np.mean([(i := interval_of_median_ratio(*p, block=b)).low <= 1 <= i.high for p in pairs]) for b in (1, 20)
+    }
+    assert covered[20] >= 0.95
+    assert covered[1] < 0.9
+
+
+def test_signed_rank_interval_equals_published_critical_values() -> None:
+    # Two-sided 5 %, W critical (Wilcoxon and Wilcox 1964): 0 for n = 6, 8 for 10, 52 for 20; an interval begins one on.
+    assert [_signed_rank(n, 0.95) for n in (5, 6, 10, 20)] == [0, 1, 9, 53]
+    assert _signed_rank(61, 0.95) - _signed_rank(60, 0.95) in (20, 21, 22, 23)  # exact, then normal: no jump
+
+
+def test_few_blocks_leave_student_alone() -> None:
+    interval = interval_of_median_ratio(np.exp([0.1, 0.2, 0.3]), np.ones(3))
+    half = 6.964557 * 0.1 / np.sqrt(3)  # Student's t, two degrees, 98 %
+    assert (np.log(interval.low), np.log(interval.high)) == pytest.approx((0.2 - half, 0.2 + half), rel=1e-6)
+    with pytest.raises(ValueError, match="not interleaved"):
+        interval_of_median_ratio([1.0, 1.0], [1.0])
+    with pytest.raises(ValueError, match="above zero"):
+        interval_of_median_ratio([1.0, 0.0], [1.0, 1.0])
+
+
+@pytest.mark.parametrize(("share", "truth"), [(0.5, 0.0), (0.9, 1.2816)])
+def test_quantile_interval_covers_with_few_blocks_of_dependent_samples(share: float, truth: float) -> None:
+    generator = np.random.default_rng(7)
+    hits = 0
+    for _ in range(200):
+        samples = generator.normal(size=(20, 40)) * 0.8 + 0.6 * generator.normal(size=(20, 1))  # variance 1
+        interval = interval_of_quantile(samples.ravel(), share, block=40, num_resamples=300)
+        hits += interval.low <= truth <= interval.high
+    assert hits / 200 >= 0.92
 
 
 def test_wilson_equals_published_values() -> None:
@@ -125,4 +206,4 @@ def test_extremes_and_wrong_input() -> None:
     with pytest.raises(ValueError, match="not pairs"):
         interval_of_drop_pp([1.0], [1.0, 0.0])
     with pytest.raises(ValueError, match="two blocks"):
-        interval_of_median([1.0] * 19, block=10)
+        interval_of_quantile([1.0] * 19, 0.5, block=10)

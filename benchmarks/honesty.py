@@ -1,0 +1,117 @@
+"""Does `deploypipe bench` keep what its intervals promise, on this machine as it is now?
+
+    python benchmarks/honesty.py digits resnet8_cifar10 [--repeats 100] [--samples 400] [--extra 6 12]
+
+A file is measured against itself, again and again: "no difference" has to come out in 95 of 100 repetitions at least.
+Then against copies of it that begin with some more additions, which are slower by a little: how often is that found?
+Without --samples a repetition times as much as `deploypipe bench` does; 400 is what a run's benchmark stage does.
+A pipeline needs its own environment variables.
+"""
+
+import argparse
+import os
+import time
+from collections import Counter
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from deploypipe.benchmark import BenchResult, bench_file
+from deploypipe.export.onnx_file import export_onnx
+from deploypipe.numerics.intervals import interval_of_mean
+from deploypipe.pipeline_module import load_pipeline
+from deploypipe.target import Target
+from deploypipe.task import take_calib
+
+TARGET = Target(runtime="onnxruntime", name="one thread, batch 1")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pipelines", nargs="+", metavar="PIPELINE")
+    parser.add_argument("--repeats", type=int, default=100)
+    parser.add_argument("--samples", type=int)
+    parser.add_argument("--extra", type=int, nargs="*", default=[6, 12], help="additions that a slower copy has more")
+    options = parser.parse_args()
+    print(f"| {' | '.join(HEADS)} |\n|{'---|' * len(HEADS)}")
+    for name in options.pipelines:
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / "model.onnx"
+            loaded = load_pipeline(name)
+            export_onnx(
+                loaded.build_model().eval(), take_calib(loaded.load_data().calib, 8), path, loaded.recipe().export
+            )
+            show(name, "itself", repeat(path, path, options.repeats, options.samples))
+            for count in options.extra:
+                slower = Path(folder) / f"slower{count}.onnx"
+                onnx.save(with_additions(onnx.load(path), count), slower)
+                show(name, f"{count} more", repeat(slower, path, options.repeats, options.samples))
+
+
+def repeat(path: Path, against: Path, repeats: int, num_samples: int | None) -> list[BenchResult]:
+    return [bench_file(path, TARGET, against, parts=("latency",), num_samples=num_samples) for _ in range(repeats)]
+
+
+HEADS = (
+    "network",
+    "p50, ms",
+    "against",
+    "runs of each",
+    "no difference, of 100",
+    "slower",
+    "faster",
+    "ratio, median",
+    "interval, +- %",
+    "others' processors",
+    "verdicts",
+)
+
+
+def show(name: str, what: str, results: list[BenchResult]) -> None:
+    ratios = [r.latency_ratio for r in results if r.latency_ratio]
+    said = Counter(r.comparison for r in results)
+    share = interval_of_mean([float(r.comparison == "no difference") for r in results])
+    latencies = [r.against.latency for r in results if r.against and r.against.latency]
+    conditions = Counter(r.conditions.verdict for r in results)
+    others = [r.conditions.other_cpus for r in results if r.conditions.other_cpus is not None]
+    cells = (
+        name,
+        f"{np.median([latency.p50_ms.value for latency in latencies]):.3g}",
+        what,
+        str(len(latencies[0].samples_ms)),
+        f"{100 * share.value:.3g} ({100 * share.low:.1f} to {100 * share.high:.1f})",
+        str(said["slower"]),
+        str(said["faster"]),
+        f"{np.median([ratio.value for ratio in ratios]):.4f}",
+        f"{np.median([50 * (ratio.high - ratio.low) for ratio in ratios]):.2f}",
+        f"{np.mean(others):.2f} of {os.cpu_count()}" if others else f"? (load {os.getloadavg()[0]:.1f})",
+        ", ".join(f"{count} {verdict}" for verdict, count in conditions.items()),
+    )
+    print(f"| {' | '.join(cells)} |", flush=True)
+
+
+def with_additions(model: onnx.ModelProto, count: int) -> onnx.ModelProto:
+    """The same network on its first input plus a very small number, `count` times over; nothing merges them."""
+    graph = model.graph
+    old = graph.input[0].name
+    ranks = len(graph.input[0].type.tensor_type.shape.dim)
+    names = [old, *(f"slower_{i}" for i in range(count))]
+    for node in graph.node:
+        for i, name in enumerate(node.input):
+            if name == old:
+                node.input[i] = names[-1]
+    for i in range(count):
+        value = np.full([1] * ranks, 1e-9 * (i + 1), dtype=np.float32)
+        graph.initializer.append(numpy_helper.from_array(value, f"slower_value_{i}"))
+        graph.node.insert(i, helper.make_node("Add", [names[i], f"slower_value_{i}"], [names[i + 1]]))
+    assert graph.input[0].type.tensor_type.elem_type == TensorProto.FLOAT
+    return model
+
+
+if __name__ == "__main__":
+    begun = time.monotonic()
+    main()
+    print(f"\n{time.monotonic() - begun:.0f} s")

@@ -1,0 +1,35 @@
+"""The process whose start is timed: `cold_start_child.py TARGET MODEL INPUTS.npz` writes milliseconds to stdout.
+
+TARGET is as in `memory_child.py`. Three numbers: importing the runtime, loading the file, the first run.
+"""
+
+import json
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+
+def main(settings: str, model: str, inputs: str) -> tuple[float, float, float]:
+    """Milliseconds for each of the three."""
+    with np.load(inputs) as archive:
+        batch = {name: archive[name] for name in archive.files}
+    marks = [time.perf_counter()]
+    from deploypipe.runtimes import make_runtime
+    from deploypipe.target import Target
+
+    target = Target(**json.loads(settings))
+    runtime = make_runtime(target)
+    marks.append(time.perf_counter())
+    with runtime.open(Path(model), num_threads=target.num_threads) as session:
+        marks.append(time.perf_counter())
+        session.run(batch)
+        marks.append(time.perf_counter())
+    imported, loaded, ran = (1e3 * (b - a) for a, b in pairwise(marks))
+    return imported, loaded, ran
+
+
+if __name__ == "__main__":
+    sys.stdout.write(" ".join(map(str, main(*sys.argv[1:]))) + "\n")

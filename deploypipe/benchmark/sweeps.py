@@ -1,0 +1,87 @@
+"""How latency changes with the batch size and with the number of threads: a few quick runs of each."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from deploypipe.benchmark.latency import BLOCK, time_loaded
+from deploypipe.benchmark.results import SweepPoint
+from deploypipe.errors import DataError
+from deploypipe.numerics.intervals import interval_of_quantile
+from deploypipe.runtimes import Array, Runtime
+from deploypipe.target import Target
+
+MOST_BATCH = 64
+_SECONDS = 0.3  # of timed runs for each point
+_LEAST_RUNS, _MOST_RUNS = 8, 400
+_PATIENCE = 5.0  # seconds that one point may take
+_CPUINFO = Path("/proc/cpuinfo")
+
+
+def sweep_batches(
+    path: Path, inputs: Mapping[str, Array], runtime: Runtime, target: Target, sizes: Sequence[int]
+) -> Iterator[SweepPoint]:
+    """Throughput at each batch size. One that the file refuses, or that would take too long, says so."""
+    per_sample = 0.0  # seconds, as the last size took
+    with runtime.open(path, num_threads=target.num_threads) as session:
+        for size in sizes:
+            if per_sample * size * _LEAST_RUNS > _PATIENCE:
+                yield _unmeasured(size, target.num_threads, f"would take over {_PATIENCE:.0f} s")
+                continue
+            batch = {name: np.resize(array, (size, *array.shape[1:])) for name, array in inputs.items()}
+            try:
+                begun = time.perf_counter()
+                session.run(batch)
+                per_sample = (time.perf_counter() - begun) / size
+                samples = time_loaded(session, batch, seconds=_SECONDS, least=_LEAST_RUNS, most=_MOST_RUNS)
+            except DataError as error:
+                yield _unmeasured(size, target.num_threads, f"the file does not take it: {error}")
+                continue
+            yield _point(samples, size, target.num_threads)
+
+
+def sweep_threads(
+    path: Path, inputs: Mapping[str, Array], runtime: Runtime, batch_size: int, counts: Sequence[int]
+) -> Iterator[SweepPoint]:
+    """Latency with each number of threads; the file is opened for each."""
+    for count in counts:
+        with runtime.open(path, num_threads=count) as session:
+            samples = time_loaded(session, inputs, seconds=_SECONDS, least=_LEAST_RUNS, most=_MOST_RUNS)
+        yield _point(samples, batch_size, count)
+
+
+def batch_sizes(least: int = 1, most: int = MOST_BATCH) -> list[int]:
+    """Powers of two within the bounds."""
+    return [size for size in (2**i for i in range(most.bit_length())) if least <= size <= most]
+
+
+def thread_counts(num_cores: int) -> list[int]:
+    """Powers of two up to the physical cores, and all of those."""
+    return sorted({*batch_sizes(most=num_cores), num_cores})
+
+
+def count_cores(num_cpus: int, cpuinfo: Path = _CPUINFO) -> int:
+    """Physical cores, `num_cpus` (what this process may use) at most; that many where the system does not tell."""
+    try:
+        blocks = cpuinfo.read_text(errors="replace").split("\n\n")
+    except OSError:
+        return num_cpus
+    cores = set()
+    for block in blocks:
+        fields = dict(line.replace("\t", "").split(":", 1) for line in block.splitlines() if ":" in line)
+        if "core id" in fields:
+            cores.add((fields.get("physical id"), fields["core id"]))
+    return min(len(cores), num_cpus) or num_cpus
+
+
+def _point(samples: np.ndarray[tuple[int], np.dtype[np.float64]], batch_size: int, num_threads: int) -> SweepPoint:
+    p50 = interval_of_quantile(samples, 0.5, block=max(1, len(samples) // BLOCK))
+    return SweepPoint(
+        batch_size=batch_size, num_threads=num_threads, p50_ms=p50, throughput=1e3 * batch_size / p50.value
+    )
+
+
+def _unmeasured(batch_size: int, num_threads: int, reason: str) -> SweepPoint:
+    return SweepPoint(batch_size=batch_size, num_threads=num_threads, p50_ms=None, throughput=None, reason=reason)
