@@ -3,10 +3,11 @@
     python benchmarks/precision.py digits resnet56_cifar10 [--test 10000] [--samples 400] [--threads 1]
 
 needs the environment variables of the pipelines (CIFAR10_DIR, RESNET56_WEIGHTS, ...). Each network is exported whole,
-then converted: fp16, int8 by the recipe for onnxruntime, and int8 by the one for TensorRT, which onnxruntime runs here
-for comparison. All files are timed interleaved in onnxruntime on the CPU, which computes fp16 in float32. The error of
-fp16 is that of a graph that rounds each tensor, run in float32; of int8, that of the file. Both are against the fp32
-file, on samples that were not calibrated with, relative to the largest output. Prints Markdown.
+then converted: constants folded, with which every conversion begins; fp16; int8 by the recipe for onnxruntime; and int8
+by the one for TensorRT, which onnxruntime runs here for comparison. All files are timed interleaved in onnxruntime on
+the CPU, which computes fp16 in float32. The error of fp16 is that of a graph that rounds each tensor, run in float32;
+of int8, that of the file. Both are against the fp32 file, on samples that were not calibrated with, relative to the
+largest output. Prints Markdown.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from deploypipe.benchmark.latency import time_interleaved
 from deploypipe.export.fp16 import to_fp16
 from deploypipe.export.int8 import to_int8
 from deploypipe.export.onnx_file import export_onnx
+from deploypipe.export.precision import load_float, write
 from deploypipe.numerics.intervals import interval_of_drop_pp, interval_of_median_ratio
 from deploypipe.pipeline_module import Pipeline, load_pipeline
 from deploypipe.pruning.attention import with_slim_attention
@@ -77,7 +79,12 @@ def convert(pipeline: Pipeline, folder: Path, num_threads: int) -> list[Entrant]
     def judge(path: Path) -> float:
         return float(np.mean(evaluate_file(path, judged, task, OnnxRuntime(), num_threads)))
 
-    entrants = [Entrant(name="fp32", path=dense, converted=None)]
+    plain = folder / "fp32-folded.onnx"
+    write(load_float(dense), plain, "fp32")
+    entrants = [
+        Entrant(name="fp32", path=dense, converted=None),
+        Entrant(name="fp32, constants folded", path=plain, converted=None),
+    ]
     half = folder / "fp16.onnx"
     entrants.append(Entrant(name="fp16", path=half, converted=to_fp16(dense, half, splits.calib, settings)))
     for runtime in ("onnxruntime", "tensorrt"):

@@ -20,10 +20,12 @@ from deploypipe.errors import ConfigError, DeploypipeError
 from deploypipe.jsonio import load_toml, override, to_json
 from deploypipe.records import Event, GateDecision, Verdict
 from deploypipe.report.tables import (
+    PRECISION_HEADER,
     before_after,
     check_cells,
     plan_differences,
     plan_rows,
+    precision_rows,
     score_notes,
     score_table,
     seconds,
@@ -45,6 +47,7 @@ STAGES = (
     "prune",
     "finetune",
     "export",
+    "precision",
     "engine",
     "benchmark",
     "golden",
@@ -527,6 +530,8 @@ class _LiveStages:
 def _show_result(result: RunResult, folder: Path) -> None:
     rows = [(row.name, row.dense, row.compressed, row.change) for row in before_after(result)]
     _show_table(f"{result.pipeline} on {result.target.name}", ("", "dense", "compressed", "change"), rows)
+    if result.precision:
+        _show_table("Precisions", PRECISION_HEADER, precision_rows(result.precision))
     for note in result.benchmark.notes:
         print(f"note: {note}")
     _show_decision(result.decision)

@@ -16,6 +16,7 @@ from deploypipe.benchmark.environment import describe_environment
 from deploypipe.checks import check_inputs
 from deploypipe.data import fingerprint
 from deploypipe.errors import DeploypipeError
+from deploypipe.export.choice import choose_precision
 from deploypipe.export.engine import as_model_file, build_engine, is_built, place_engine
 from deploypipe.export.golden import write_golden
 from deploypipe.export.onnx_file import export_onnx
@@ -40,6 +41,7 @@ from deploypipe.records import (
     Measurement,
     ModelFile,
     Observation,
+    PrecisionChoice,
     Progress,
     PruneOutcome,
     PruningPlan,
@@ -53,6 +55,7 @@ from deploypipe.records import (
 )
 from deploypipe.release.gate import decide
 from deploypipe.runs import RunFolder, RunResult, digest, file_sha256, open_run, place_file, save_result, start_afresh
+from deploypipe.runtimes import make_runtime
 from deploypipe.runtimes.ability import Ability, can
 from deploypipe.runtimes.engine_file import load_record
 from deploypipe.runtimes.machine import this_machine
@@ -73,6 +76,7 @@ PACKAGES = ("torch", "optuna", "onnx", "onnxruntime", "onnxscript", "numpy", "sc
 _DENSE, _COMPRESSED = "dense.onnx", "compressed.onnx"
 _DENSE_ENGINE, _ENGINE = "dense.engine", "compressed.engine"
 _NUM_PARITY_SAMPLES = 64
+_NUM_HELD_OUT = 128  # samples beside those of `export.int8`, for its errors
 _HALVES = ("first.safetensors", "second.safetensors")  # of the calibration samples
 # A search that fills the whole latency budget leaves the gate's interval nothing to lie in.
 _LATENCY_MARGIN = 0.03
@@ -170,6 +174,8 @@ def _run_stages(job: "_Job", name: str) -> RunResult:
         log = job.finetune(plan)
         file = job.export(plan)
         counts = (outcome.prune.params_after, outcome.prune.macs_after)
+    precision = job.precision(file)
+    file = precision.file if precision else file
     engine = job.engine()
     report = job.benchmark(dense, file, engine, counts, stand_in)
     golden = job.golden(file)
@@ -187,6 +193,7 @@ def _run_stages(job: "_Job", name: str) -> RunResult:
         prune=outcome.prune if outcome else None,
         repair=outcome.repair if outcome else None,
         training=log,
+        precision=precision,
         benchmark=report,
         decision=decision,
         stages=tuple(job.run.times),
@@ -211,6 +218,7 @@ class _Job:
         self.calib = take_calib(splits.calib, max(recipe.observe.num_samples, recipe.repair.num_samples))
         self.parity_batches = take_calib(self.calib, _NUM_PARITY_SAMPLES)
         self.inputs = take(self.calib[0][0], 2)
+        self.converted: ModelFile | None = None  # in the precision that ships, where that is not fp32
         self.device = {
             "fingerprint": describe_environment(target.num_threads).device_fingerprint,
             "gpu": this_machine().gpus,
@@ -457,12 +465,57 @@ class _Job:
         }
         return self.run.remember("export", inputs, compute, ModelFile)
 
+    def precision(self, file: ModelFile) -> PrecisionChoice | None:
+        """None where the target takes fp32 only. file: the compressed network's, or the dense one's."""
+        if self.target.precisions == ("fp32",):
+            return None
+        folder = self.fp32_file.parent
+
+        def compute(work: Path) -> PrecisionChoice:
+            def as_opened(path: Path) -> Path:
+                if not self.builds:
+                    return path
+                engines = work / path.stem
+                engines.mkdir()
+                return engines / build_engine(path, self.target, engines).path
+
+            return choose_precision(
+                file,
+                folder,
+                work,
+                calib=take_calib(self.splits.calib, self.recipe.export.int8.num_calib_samples + _NUM_HELD_OUT),
+                val=self.splits.val,
+                task=self.task,
+                target=self.target,
+                settings=self.recipe.export,
+                runtime=make_runtime(self.target) if self.ability.verdict == "run" else None,
+                as_opened=as_opened,
+                notify=self.run.notify,
+            )
+
+        inputs = {
+            "file": file.sha256,
+            "precisions": self.target.precisions,
+            "export": self.recipe.export,
+            "device": self.device,
+            **self.origin,
+        }
+        choice = self.run.remember("precision", inputs, compute, PrecisionChoice)
+        if choice.chosen != "fp32":
+            self.converted = choice.file
+        return choice
+
     @property
-    def onnx_file(self) -> Path:
-        """The ONNX file that ships: of the compressed network, or of the dense one where nothing had to go."""
+    def fp32_file(self) -> Path:
+        """Of the compressed network, or of the dense one where nothing had to go."""
         if "export" in self.run.stages:
             return self.run.files("export") / _COMPRESSED
         return self.run.files("baseline") / _DENSE
+
+    @property
+    def onnx_file(self) -> Path:
+        """The ONNX file that ships, or that the engine is built from."""
+        return self.run.files("precision") / self.converted.path if self.converted else self.fp32_file
 
     def dense_opened(self, dense: Measurement) -> ModelFile:
         """What the device opens of the dense network: the ONNX file, or an engine."""
@@ -481,7 +534,7 @@ class _Job:
         """None where the target takes none, or where this machine cannot build it."""
         if not self.builds:
             return None
-        if "export" not in self.run.stages:
+        if self.onnx_file == self.run.files("baseline") / _DENSE:
             return load_record(self.engine_file)
         inputs = {"onnx": file_sha256(self.onnx_file), "device": self.device, "packages": self.origin["packages"]}
         return self.run.remember(
@@ -493,7 +546,9 @@ class _Job:
     ) -> BenchmarkReport:
         """Both files in one process, on the test split; engines where they are what the device runs."""
         dense_file = _placed(self.dense_opened(dense), self.run.stages["baseline"])
-        compressed = _placed(file, self.run.stages["export"]) if "export" in self.run.stages else dense_file
+        compressed = dense_file
+        if self.onnx_file != self.run.files("baseline") / _DENSE:
+            compressed = _placed(file, self.onnx_file.parent.name)
         if engine and "engine" in self.run.stages:
             compressed = _placed(as_model_file(file, engine), self.run.stages["engine"])
 

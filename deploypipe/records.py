@@ -414,6 +414,31 @@ class Converted:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PrecisionRow:
+    """One precision of the target: the file, or why there is none."""
+
+    precision: str
+    file: ModelFile | None
+    conversion: Converted | None = None  # None for fp32
+    latency_ratio: Interval | None = None  # to fp32, interleaved; None where it was not timed
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrecisionChoice:
+    """All precisions of the target for one network, and the one that ships."""
+
+    rows: tuple[PrecisionRow, ...]  # fp32 first
+    chosen: str
+    reason: str
+
+    @property
+    def file(self) -> ModelFile:
+        """The one that ships."""
+        return next(row.file for row in self.rows if row.precision == self.chosen and row.file)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Golden:
     """Real samples, and what the model files of a folder answer to them: for `deploypipe verify`."""
 

@@ -26,6 +26,7 @@ from deploypipe.records import (
     Event,
     GateDecision,
     Golden,
+    PrecisionChoice,
     Progress,
     PruneReport,
     PruningPlan,
@@ -61,6 +62,7 @@ class RunResult:
     benchmark: BenchmarkReport
     decision: GateDecision
     stages: tuple[StageTime, ...]
+    precision: PrecisionChoice | None = None  # of a target that takes more than fp32
     engine: EngineFile | None = None  # of a target that takes one, where this machine could build it
     golden: Golden | None = None  # what `deploypipe verify` replays; in the run folder
 

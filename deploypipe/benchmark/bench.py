@@ -136,7 +136,7 @@ def bench_file(
         comparison=compare(ratio) if ratio else None,
         conditions=conditions,
         environment=environment,
-        notes=_notes(target, batch_size, ratio),
+        notes=_notes(target, batch_size, ratio, figures),
     )
 
 
@@ -319,11 +319,13 @@ def _find_unsteadiness(paths: Sequence[Path], timings: Timings | None) -> list[s
     return [f"{path.name}: {r}" for path, times in zip(paths, samples, strict=False) if (r := find_unsteadiness(times))]
 
 
-def _notes(target: Target, batch_size: int, ratio: Interval | None) -> tuple[str, ...]:
+def _notes(target: Target, batch_size: int, ratio: Interval | None, figures: Sequence[FileFigures]) -> tuple[str, ...]:
     notes = []
     if batch_size != target.batch_size:
         notes.append(f"the batch is {batch_size}, and the target's batch_size {target.batch_size}")
     if ratio and compare(ratio) == "no difference":
         resolution = max(ratio.high / ratio.value, ratio.value / ratio.low) - 1
         notes.append(f"differences below about {resolution:.1%} could not be told apart here; more --samples tell more")
+    if len(figures) > 1 and (figures[0].batches or figures[0].threads):
+        notes.append("batch sizes and threads are timed one file after the other: compare files by their latencies")
     return tuple(notes)

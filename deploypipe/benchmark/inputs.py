@@ -94,9 +94,10 @@ def load_inputs(path: Path) -> dict[str, Array]:
                 return dict(load_file(path))
             except SafetensorError as error:
                 raise ValueError(str(error)) from None
-        with np.load(path, allow_pickle=False) as archive:
-            if isinstance(archive, np.ndarray):
-                raise ValueError("one array without a name")
+        archive = np.load(path, allow_pickle=False)
+        if isinstance(archive, np.ndarray):
+            raise ValueError("one array without a name")
+        with archive:
             return {name: archive[name] for name in archive.files}
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}); check the path") from None

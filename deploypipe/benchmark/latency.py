@@ -24,7 +24,7 @@ from deploypipe.target import Target
 BLOCK = 10  # timed runs in a row
 ROUND = 2 * BLOCK  # A B B A
 PERCENTILE_FLOORS = {0.9: 64, 0.99: 662}  # samples; MLPerf LoadGen's early-stopping counts
-_MANY_OPENINGS, _FEW_OPENINGS = 40, 8  # few where a file takes long to open; Student's t has seven degrees left
+_MANY_OPENINGS, _FEW_OPENINGS = 40, 8  # few where a file takes long to open: a signed-rank interval needs seven
 _CHEAP_SECONDS = 3.0  # that opening files may take in all, though timing them takes less
 _ORDERS = 4  # of two files: who is opened first, who is timed first
 _LEAD = 2  # untimed runs before a block, which bring the file's weights back into the caches

@@ -50,7 +50,8 @@ _TINY = 1e-9
 def to_int8(
     source: Path, out: Path, batches: Iterable[Batch], judge: Judge | None, runtime: str, settings: Export
 ) -> Converted:
-    """Write `source`, an fp32 file, to `out` with convolutions and products in 8 bits, for `runtime`.
+    """Write `source`, an fp32 file, to `out` with convolutions and products in 8 bits, for `runtime`: the one whose
+    kernels compute, so "tensorrt" for onnxruntime's TensorRT provider too.
 
     `batches`: the first `settings.int8.num_calib_samples` samples give the ranges, the 128 after them (or a quarter of
     all, where there are not so many) measure errors. `judge(path)` is a file's mean metric on yet others, higher is

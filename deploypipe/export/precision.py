@@ -66,7 +66,7 @@ def load_float(path: Path) -> onnx.ModelProto:
     metadata = list(proto.metadata_props)
     _drop_weight_inputs(proto.graph)
     _name_nodes(proto.graph, set())
-    proto = _folded(proto, path)
+    proto = folded(proto, path)
     _name_nodes(proto.graph, set())  # folding makes nodes of its own
     proto = onnx.shape_inference.infer_shapes(proto)
     del proto.metadata_props[:]
@@ -81,22 +81,26 @@ def _drop_weight_inputs(graph: onnx.GraphProto) -> None:
         graph.input.remove(value)
 
 
-def _folded(proto: onnx.ModelProto, path: Path) -> onnx.ModelProto:
-    """`proto` after onnxruntime's basic optimisations, unless they bring operators that are not ONNX's own."""
+def folded(proto: onnx.ModelProto, path: Path) -> onnx.ModelProto:
+    """`proto` after onnxruntime's basic optimisations, unless they bring operators that are not ONNX's own.
+
+    Weights that are split or transposed before a product become plain weights, which can be in 8 bits; and which
+    onnxruntime itself is faster with than with what it folds when it loads the file (a ViT: 0.7 of the time).
+    """
     with TemporaryDirectory() as scratch:
-        folded_path = Path(scratch) / "folded.onnx"
+        plain_path = Path(scratch) / "plain.onnx"
         options = _session_options(onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC)
-        options.optimized_model_filepath = str(folded_path)
+        options.optimized_model_filepath = str(plain_path)
         _open(proto, options, path)
-        folded = onnx.load(folded_path)
-    used = {node.domain for node in folded.graph.node}
+        plain = onnx.load(plain_path)
+    used = {node.domain for node in plain.graph.node}
     if used - {node.domain for node in proto.graph.node}:
         return proto
-    opsets = [o for o in folded.opset_import if o.domain in used or o.domain == ""]
-    del folded.opset_import[:]
-    folded.opset_import.extend(opsets)
-    folded.producer_name, folded.producer_version = proto.producer_name, proto.producer_version
-    return folded
+    opsets = [o for o in plain.opset_import if o.domain in used or o.domain == ""]
+    del plain.opset_import[:]
+    plain.opset_import.extend(opsets)
+    plain.producer_name, plain.producer_version = proto.producer_name, proto.producer_version
+    return plain
 
 
 def _name_nodes(graph: onnx.GraphProto, taken: set[str]) -> None:

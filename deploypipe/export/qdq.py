@@ -32,13 +32,14 @@ class Recipe:
     leaves_others: bool  # whether readers that are not in 8 bits get the float tensor, where there is one
 
 
-# onnxruntime: measured on an AVX-512 VNNI CPU (EPYC), one thread, against fp32. Conv needs its output in 8 bits for an
-# integer kernel; products (Gemm, MatMul) run faster without (ViT 0.97 to 0.88 at batch 1, SST-2 encoder 0.79 to 0.78),
-# and products of two activations slower than in float (ViT 2.8 at batch 1). The followers bring ResNet-56 from 0.53 to
-# 0.43. Symmetric activations have no fast kernel there: ResNet-56 1.5, a ViT 3.2.
+# onnxruntime: chosen by time on an AVX-512 VNNI CPU (EPYC), batch 1, one thread, as a share of the fp32 time (constants
+# folded). ResNet-56 0.40: without the followers 0.51, without Add 0.45, with the outputs of Conv left float 1.11 (no
+# integer kernel then), symmetric 1.45. A ViT 0.71: with the outputs of products rounded too 0.84, with products of two
+# activations 0.82, with all readers on rounded tensors 0.75, symmetric 1.23. On x86 without VNNI, sums of unsigned by
+# signed products saturate at 16 bits (onnxruntime's guide to quantisation): accuracy has to be measured there.
 # TensorRT: symmetric only, biases float, and pairs before layers only, so that it can fuse what follows one; all
-# readers of a tensor get the rounded one, as an Add that shall be fused with the Conv before it must (NVIDIA, "Working
-# with Quantized Types").
+# readers of a tensor get the rounded one, as an Add must that is to be fused with the Conv before it (NVIDIA, "Working
+# with Quantized Types"). Not timed: there was no GPU.
 _TENSORRT = Recipe(is_symmetric=True, has_integer_bias=False, rounds_outputs_of=(), followers=(), leaves_others=False)
 RECIPES: dict[str, Recipe] = {
     "onnxruntime": Recipe(

@@ -42,7 +42,8 @@ def interval_of_quantile(
     slow drifts of the machine's clock widen the interval; the up to block - 1 samples at the end that fill no block
     enter the value but not the resamples. The percentile interval is stretched about the value by what Student's t with
     one degree of freedom less than there are blocks is wider than the normal: few blocks tell little of the spread.
-    O(num_resamples * n). Blocks have to be longer than the machine's moods.
+    O(num_resamples * n). Blocks have to be longer than the machine's moods. Where blocks differ much, 95 % are about 94
+    for the median and 91 for the 0.9 quantile.
     """
     values = _checked(samples)
     num_blocks = len(values) // block

@@ -7,9 +7,11 @@ from typing import Any
 from deploypipe.errors import DeploypipeError
 from deploypipe.records import PruneReport, ScoreSummary
 from deploypipe.report.tables import (
+    PRECISION_HEADER,
     before_after,
     check_cells,
     count,
+    precision_rows,
     repair_remarks,
     score_notes,
     score_table,
@@ -39,6 +41,8 @@ def render_report(result: RunResult) -> str:
         removed_blocks=_removed_blocks(result.prune),
         remarks=[row for row in result.prune.rows if row.reason] if result.prune else [],
         unrepaired=repair_remarks(result.repair) if result.repair else [],
+        precisions=precision_rows(result.precision) if result.precision else [],
+        precision_header=PRECISION_HEADER,
         total_seconds=sum(stage.seconds for stage in result.stages),
         open=False,
         **_about(result.scores),

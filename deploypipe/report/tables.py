@@ -3,7 +3,17 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from deploypipe.records import Check, Edit, GroupCut, Interval, Measurement, PruningPlan, RepairReport, ScoreSummary
+from deploypipe.records import (
+    Check,
+    Edit,
+    GroupCut,
+    Interval,
+    Measurement,
+    PrecisionChoice,
+    PruningPlan,
+    RepairReport,
+    ScoreSummary,
+)
 from deploypipe.runs import RunResult
 
 NOT_MEASURED = "not measured"
@@ -111,6 +121,30 @@ def repair_remarks(report: RepairReport) -> list[tuple[str, str]]:
         if row.reason:
             layers.setdefault(row.reason, []).append(row.module)
     return [(reason, ", ".join(names)) for reason, names in layers.items()]
+
+
+PRECISION_HEADER = ("precision", "file", "largest error", "accuracy on val", "latency, fp32 = 1", "in float", "remark")
+
+
+def precision_rows(choice: PrecisionChoice) -> list[tuple[str, ...]]:
+    """What each precision of the target costs and gives; the accuracy is on val, the errors are against fp32."""
+    rows: list[tuple[str, ...]] = []
+    for row in choice.rows:
+        made, ratio = row.conversion, row.latency_ratio
+        accuracy = made.accuracy if made else next((c.accuracy_fp32 for r in choice.rows if (c := r.conversion)), None)
+        remark = f"ships: {choice.reason}" if row.precision == choice.chosen else row.reason
+        rows.append(
+            (
+                row.precision,
+                file_size(row.file.size_bytes) if row.file else "-",
+                f"{made.file.max_abs_error:.2g}" if made else "-",
+                f"{accuracy:.2%}" if accuracy is not None else "-",
+                f"{ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f})" if ratio else "not timed",
+                f"{len(made.kept_float)} of {made.num_layers}" if made else "-",
+                "; ".join(filter(None, (remark, *(made.notes if made else ())))),
+            )
+        )
+    return rows
 
 
 def plan_differences(first: PruningPlan, second: PruningPlan) -> list[tuple[str, ...]]:
