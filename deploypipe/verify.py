@@ -181,6 +181,8 @@ def _replay(folder: Path, model: GoldenModel, num_cases: int, tensors: dict[str,
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only
+    if model.precision == "fp16":  # see `runtimes.onnxruntime.OnnxRuntime`
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     path = folder / model.file
     expected, seen = [], []
     try:

@@ -5,10 +5,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from deploypipe.benchmark import first_batch
 from deploypipe.benchmark.accuracy import evaluate_file
+from deploypipe.benchmark.child import run_child
 from deploypipe.benchmark.latency import time_interleaved
 from deploypipe.errors import ModelError, ParityError
 from deploypipe.export.fp16 import to_fp16
@@ -16,7 +15,7 @@ from deploypipe.export.int8 import to_int8
 from deploypipe.numerics.intervals import interval_of_median_ratio
 from deploypipe.recipe import Export
 from deploypipe.records import Converted, Event, Interval, ModelFile, PrecisionChoice, PrecisionRow, Progress, silent
-from deploypipe.runtimes import Runtime
+from deploypipe.runtimes import Array, Runtime
 from deploypipe.runtimes.onnxruntime import OnnxRuntime
 from deploypipe.target import Precision, Target
 from deploypipe.task import Batch, Task
@@ -51,7 +50,8 @@ def choose_precision(
     path = folder / source.path
 
     def judge(candidate: Path) -> float:
-        return float(evaluate_file(candidate, val, task, OnnxRuntime(), target.num_threads).mean())
+        reader = OnnxRuntime(is_plain=target.runtime != "onnxruntime")
+        return float(evaluate_file(candidate, val, task, reader, target.num_threads).mean())
 
     rows = [PrecisionRow(precision="fp32", file=source)]
     for precision in (p for p in target.precisions if p != "fp32"):
@@ -101,6 +101,8 @@ def _convert(
         converted = to_fp16(path, out, calib, settings)
     except (ParityError, ModelError) as error:
         return PrecisionRow(precision=precision, file=None, reason=str(error))
+    if target.runtime == "onnxruntime" and (trouble := _trouble(converted, out, calib, target)):
+        return PrecisionRow(precision=precision, file=None, reason=trouble)
     before, after = judge(path), judge(out)
     row = _row(replace(converted, accuracy_fp32=before, accuracy=after))
     drop_pp = 100 * (before - after)
@@ -110,12 +112,22 @@ def _convert(
     return row
 
 
+def _trouble(converted: Converted, path: Path, calib: Sequence[Batch], target: Target) -> str:
+    """What happens when onnxruntime loads and runs the file in a child; "" where that goes well."""
+    inputs = first_batch(calib, converted.file.input_names, 1)
+    try:
+        run_child("memory_child.py", path, inputs, target, repeats=1, what="run")
+    except ModelError as error:
+        return str(error)
+    return ""
+
+
 def _row(converted: Converted) -> PrecisionRow:
     return PrecisionRow(precision=converted.file.precision, file=converted.file, conversion=converted)
 
 
 def _time(
-    files: Mapping[str, Path], inputs: Mapping[str, np.ndarray], runtime: Runtime, target: Target
+    files: Mapping[str, Path], inputs: Mapping[str, Array], runtime: Runtime, target: Target
 ) -> dict[str, Interval]:
     timings = time_interleaved(list(files.values()), inputs, runtime, target)
     samples = dict(zip(files, timings.samples, strict=True))

@@ -23,7 +23,6 @@ from deploypipe.export.precision import (
     FLOAT,
     HALF,
     Feed,
-    compare_file,
     compare_graph,
     copy_of,
     feeds_of,
@@ -88,7 +87,8 @@ def to_fp16(source: Path, out: Path, batches: Iterable[Batch], settings: Export)
     with scratch_beside(out) as scratch:
         part = scratch / out.name
         write(converted, part, "fp16")
-        compare_file(part, inputs, expected)  # that it loads and runs; what it computes on a CPU says less
+        # That it loads and runs, node by node; what it computes on a CPU says less.
+        compare_graph(converted, inputs, expected, source)
         file = place(part, out, converted, "fp16", parity)
     unsupported = {name: kind.why_not for name, kind in kinds.items() if kind.why_not}
     return Converted(

@@ -35,7 +35,7 @@ def write_golden(folder: Path, files: Mapping[str, ModelFile], batches: Sequence
     cases = _choose_cases(batches)
     arrays: dict[str, Array] = {}
     for name, file in files.items():
-        with OnnxRuntime().open(folder / name, num_threads=1) as session:
+        with OnnxRuntime(is_plain=files[name].precision == "fp16").open(folder / name, num_threads=1) as session:
             for i, inputs in enumerate(cases):
                 named = feed(inputs, file.input_names)
                 arrays |= {tensor_name(i, "", key): value for key, value in named.items()}

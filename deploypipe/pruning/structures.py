@@ -57,6 +57,8 @@ def list_structures(
     failed = [c for c in found.failed if not _overlaps(c, chosen)]
     rows = [row for c in failed for row in freeze(c, found.failed[c], producers)]
     rows = [row for row in (*found.frozen, *rows) if row.name not in settled]
+    for block in blocks:
+        block_reasons[block.name] = block_reasons[block.name] or _joins(model, block, chosen)
     rows += [*frozen_blocks, *(Frozen(name=n, kind="block", reason=r) for n, r in block_reasons.items() if r)]
     unique = {(row.name, row.kind): row for row in rows}
     frozen = sorted(unique.values(), key=lambda row: place.get(row.name.partition(":")[0], -1))
@@ -168,6 +170,19 @@ def _touched(coupling: Coupling) -> set[tuple[str, str, int]]:
 def _overlaps(coupling: Coupling, others: Sequence[Coupling]) -> bool:
     mine = _touched(coupling)
     return any(mine & _touched(other) for other in others)
+
+
+def _joins(model: nn.Module, block: Block, couplings: Sequence[Coupling]) -> str:
+    """Why a block cannot go that writes other channels than it reads: without it, they would have to be the same."""
+    for coupling in couplings:
+        layers = {m.module: model.get_submodule(m.module) for m in coupling.members if m.side == "out"}
+        writers = {name for name, layer in layers.items() if has_two_sides(layer) or isinstance(layer, nn.Embedding)}
+        readers = {m.module for m in coupling.members if m.side == "in"}
+        inside = {name for name in writers | readers if name.startswith(f"{block.name}.")}
+        passes_on = bool(writers - inside) and bool(readers - inside)  # a stream that goes on around the block
+        if inside and (writers | readers) - inside and not passes_on:
+            return f"reads or writes channels ({coupling.name!r}) that would have to be others without it"
+    return ""
 
 
 def _group(model: nn.Module, coupling: Coupling, calls: Mapping[str, Call]) -> ChannelGroup:

@@ -76,6 +76,9 @@ class OnnxSession:
 class OnnxRuntime:
     """Operators one after another, all graph optimisations.
 
+    is_plain: basic optimisations only. onnxruntime 1.31 dies of a fault in its fusion of MatMul and Transpose when it
+    loads some half-precision transformers on a CPU, which other runtimes take.
+
     Raises RuntimeUnavailableError where the provider is not in the installed package, does not start here, or leaves
     nodes to the CPU without `allow_cpu_fallback`.
     """
@@ -83,6 +86,7 @@ class OnnxRuntime:
     provider: Provider = PROVIDERS["cpu"]
     options: Mapping[str, str] = field(default_factory=dict)
     allow_cpu_fallback: bool = False
+    is_plain: bool = False
 
     @contextmanager
     def open(self, path: Path, *, num_threads: int) -> Iterator[OnnxSession]:
@@ -90,6 +94,8 @@ class OnnxRuntime:
         if problem := missing_provider(self.provider):
             raise RuntimeUnavailableError(problem)
         options = _session_options(num_threads)
+        if self.is_plain:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
         is_cpu = self.provider.names == (_CPU,)
         if not is_cpu:
             options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")

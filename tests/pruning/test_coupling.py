@@ -261,27 +261,52 @@ def test_what_a_network_remembers_for_evaluation_does_not_outlive_the_cut() -> N
     assert cut(model, list_structures(model, inputs), inputs, "first", 3).table.shape == (3,)
 
 
-def test_layers_of_a_list_are_blocks_even_if_they_add_nothing() -> None:
-    class Layer(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.up = nn.Linear(WIDTH, WIDTH)
+class Output(nn.Module):
+    """Adds what a layer read, where it is told, to what the layer made of it, as BERT's does."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.up(x).relu()
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense, self.norm = nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH)
 
-    class Stack(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers, self.head = nn.ModuleList(Layer() for _ in range(3)), nn.Linear(WIDTH, 4)
+    def forward(self, x: Tensor, shortcut: Tensor) -> Tensor:
+        return self.norm(self.dense(x) + shortcut)
 
-        def forward(self, x: Tensor) -> Tensor:
-            for layer in self.layers:
-                x = layer(x)
-            return self.head(x)
 
-    structures = list_structures(Stack(), torch.randn(4, WIDTH))
+class Layer(nn.Module):
+    def __init__(self, adds: bool) -> None:
+        super().__init__()
+        self.up, self.output, self.adds = nn.Linear(WIDTH, WIDTH), Output(), adds
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.up(x).relu()
+        return self.output(inner, x if self.adds else inner)
+
+
+class Stack(nn.Module):
+    def __init__(self, adds: bool) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(5, WIDTH), nn.Linear(WIDTH, 4)
+        self.layers = nn.ModuleList(Layer(adds) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def test_layers_of_a_list_are_blocks_where_they_write_the_channels_they_read() -> None:
+    torch.manual_seed(0)
+    model, inputs = Stack(adds=True), torch.randn(4, 5)
+    structures = list_structures(model, inputs)
     assert [b.name for b in structures.blocks] == ["layers.0", "layers.1", "layers.2"]
+    scores = ScoreTable(scorer="index", channels={g.name: tuple(map(float, range(WIDTH))) for g in structures.groups})
+    plan = make_plan(structures, scores, {g.name: 7 for g in structures.groups}, ["layers.0", "layers.2"])
+    torch.testing.assert_close(apply_plan(model, plan).eval()(inputs), masked_dense(model, plan).eval()(inputs))
+    # Without a layer that writes channels of its own, two groups that are cut apart would have to be one.
+    other = list_structures(Stack(adds=False), inputs)
+    assert not other.blocks
+    assert "have to be others" in next(row.reason for row in other.frozen if row.name == "layers.1")
 
 
 class AsWide(nn.Module):
