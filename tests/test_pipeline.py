@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -75,6 +76,29 @@ def first(dense: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
 def plans(result: RunResult) -> list[object]:
     assert result.search
     return [(t.plan, t.knobs, t.candidate.accuracy) for t in result.search.trials] + [result.search.best]
+
+
+def test_every_precision_of_the_target_is_made_and_one_ships(
+    first: tuple[Path, RunResult, bool], dense: nn.Module, tmp_path: Path
+) -> None:
+    folder = tmp_path / "int8"
+    shutil.copytree(first[0], folder)  # all stages up to the export are the same
+    result = compress(
+        dense,
+        tiny.load_data(),
+        tiny.task(),
+        tiny.recipe(),
+        replace(TARGET, precisions=("int8",)),
+        folder,
+        source="tiny",
+    )
+    assert {s.stage: s.was_cached for s in result.stages}["finetune"]
+    assert result.precision and [row.precision for row in result.precision.rows] == ["fp32", "int8"]
+    shipped = result.benchmark.compressed.file
+    assert shipped.precision == result.precision.chosen == "int8"
+    assert shipped.sha256 == file_sha256(folder / "model.onnx")
+    assert "QuantizeLinear" in {node.op_type for node in onnx.load(folder / "model.onnx").graph.node}
+    assert verify(folder).is_same
 
 
 def test_a_run_ends_in_a_decision(first: tuple[Path, RunResult, bool]) -> None:

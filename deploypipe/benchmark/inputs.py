@@ -122,7 +122,10 @@ def check_inputs(path: Path, specs: Sequence[InputSpec], inputs: Mapping[str, Ar
             if not fits or (spec.dtype is not None and array.dtype != spec.dtype):
                 wrong.append(f"{spec.name} is {array.dtype} {list(array.shape)}")
     if wrong:
-        raise DataError(f"{path}: takes {_told(specs) or 'no inputs'}, and {'; '.join(wrong)}; give inputs that fit (two files are compared on the same)")
+        raise DataError(
+            f"{path}: takes {_told(specs) or 'no inputs'}, and {'; '.join(wrong)}; give inputs that fit (two files are "
+            "compared on the same)"
+        )
 
 
 def has_open_batch(specs: Sequence[InputSpec]) -> bool:
