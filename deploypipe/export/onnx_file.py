@@ -19,6 +19,7 @@ from deploypipe.export.axes import Axes, choose_axes, parameter_names, shortened
 from deploypipe.export.divergence import Point, find_divergence, module_outputs
 from deploypipe.export.metadata import describe, name_nodes, strip
 from deploypipe.export.parity import limit_of, measure_parity, require_parity
+from deploypipe.export.precision import folded
 from deploypipe.export.rewrites import protect_padding
 from deploypipe.onnx_check import check_onnx_file
 from deploypipe.recipe import Export
@@ -70,6 +71,8 @@ def export_onnx(
         name_nodes(proto)
         strip(proto)
         protect_padding(proto)
+        if len(list(part.parent.iterdir())) == 0:  # weights beside the graph are as they are
+            proto = folded(proto, path)
         describe(proto, precision=_PRECISION, origin=origin or {}, class_names=class_names)
         part.write_bytes(proto.SerializeToString(deterministic=True))
         _check(part, network)
