@@ -1,13 +1,14 @@
-"""What half precision and 8 bits cost and bring: size, error, accuracy and latency of one network's ONNX files.
+"""What half precision and 8 bits cost and bring: size, error, accuracy and latency of one network's files.
 
     python benchmarks/precision.py digits resnet56_cifar10 [--test 10000] [--samples 400] [--threads 1]
 
 needs the environment variables of the pipelines (CIFAR10_DIR, RESNET56_WEIGHTS, ...). Each network is exported whole,
-then converted: constants folded, with which every conversion begins; fp16; int8 by the recipe for onnxruntime; and int8
-by the one for TensorRT, which onnxruntime runs here for comparison. All files are timed interleaved in onnxruntime on
-the CPU, which computes fp16 in float32. The error of fp16 is that of a graph that rounds each tensor, run in float32;
-of int8, that of the file. Both are against the fp32 file, on samples that were not calibrated with, relative to the
-largest output. Prints Markdown.
+then converted: fp16; int8 by the recipe for onnxruntime; and int8 by the one for TensorRT, which onnxruntime runs here
+for comparison. Engines of TensorRT-RTX are built from the fp32, the fp16 and TensorRT's int8 file, one for compute
+capabilities 8.6, 8.9 and 12.0, where its package is installed; only a GPU can run them. All ONNX files are timed
+interleaved in onnxruntime on the CPU, which computes fp16 in float32. The error of fp16 is that of a graph that rounds
+each tensor, run in float32; of int8, that of the file. Both are against the fp32 file, on samples that were not
+calibrated with, relative to the largest output. Prints Markdown.
 """
 
 import argparse
@@ -25,19 +26,23 @@ from deploypipe.benchmark import first_batch
 from deploypipe.benchmark.accuracy import evaluate_file
 from deploypipe.benchmark.environment import describe_environment
 from deploypipe.benchmark.latency import time_interleaved
+from deploypipe.export.engine import build_engine
 from deploypipe.export.fp16 import to_fp16
 from deploypipe.export.int8 import to_int8
 from deploypipe.export.onnx_file import export_onnx
-from deploypipe.export.precision import load_float, write
 from deploypipe.numerics.intervals import interval_of_drop_pp, interval_of_median_ratio
 from deploypipe.pipeline_module import Pipeline, load_pipeline
 from deploypipe.pruning.attention import with_slim_attention
 from deploypipe.records import Converted, Interval
+from deploypipe.runtimes import is_installed
 from deploypipe.runtimes.onnxruntime import OnnxRuntime
 from deploypipe.target import Target
 from deploypipe.task import Batch, take_calib
 
 BATCH_SIZES = (1, 16)
+RTX = Target(
+    runtime="tensorrt-rtx", compute_capabilities=("8.6", "8.9", "12.0"), dynamic_dims={"sequence": (1, 48, 512)}
+)
 NUM_PARITY, NUM_JUDGED = 64, 1000  # samples: of calib, to check the export; of val, to judge candidates
 
 
@@ -64,6 +69,7 @@ def main() -> None:
             print(f"\n### {name}\n")
             show_choices(entrants)
             show_figures(entrants, pipeline, options.test, options.samples, options.threads)
+            show_engines(entrants, Path(folder))
 
 
 def convert(pipeline: Pipeline, folder: Path, num_threads: int) -> list[Entrant]:
@@ -79,12 +85,7 @@ def convert(pipeline: Pipeline, folder: Path, num_threads: int) -> list[Entrant]
     def judge(path: Path) -> float:
         return float(np.mean(evaluate_file(path, judged, task, OnnxRuntime(), num_threads)))
 
-    plain = folder / "fp32-folded.onnx"
-    write(load_float(dense), plain, "fp32")
-    entrants = [
-        Entrant(name="fp32", path=dense, converted=None),
-        Entrant(name="fp32, constants folded", path=plain, converted=None),
-    ]
+    entrants = [Entrant(name="fp32", path=dense, converted=None)]
     half = folder / "fp16.onnx"
     entrants.append(Entrant(name="fp16", path=half, converted=to_fp16(dense, half, splits.calib, settings)))
     for runtime in ("onnxruntime", "tensorrt"):
@@ -144,6 +145,20 @@ def show_figures(
         for p50s, ratios in latencies:
             cells += [f"{p50s[i]:.3f}", with_interval(ratios[i], 3) if i else "1"]
         print("| " + " | ".join(cells) + " |")
+
+
+def show_engines(entrants: list[Entrant], folder: Path) -> None:
+    if not is_installed("tensorrt_rtx", "tensorrt_rtx_bindings"):
+        print("\nNo engines: pip install 'deploypipe[tensorrt-rtx]'")
+        return
+    print("\n| TensorRT-RTX engine of | ONNX, MiB | engine, MiB | layers | s to build |\n|---|---|---|---|---|")
+    for entrant in entrants:
+        if entrant.name == "int8 for onnxruntime":
+            continue
+        engine = build_engine(entrant.path, RTX, folder / "engines")
+        sizes = [entrant.path.stat().st_size / 2**20, engine.size_bytes / 2**20]
+        cells = [f"{size:.2f}" for size in sizes] + [str(len(engine.layers)), f"{engine.build_seconds:.1f}"]
+        print(f"| {entrant.name} | {' | '.join(cells)} |")
 
 
 def time_files(
