@@ -16,7 +16,7 @@ from torch import nn
 
 import deploypipe
 from deploypipe.jsonio import to_json
-from deploypipe.pipeline import compress, search_limits
+from deploypipe.pipeline import compress
 from deploypipe.recipe import Constraints
 from deploypipe.records import Event, Verdict
 from deploypipe.runs import RunResult, digest, file_sha256, load_result
@@ -25,6 +25,7 @@ from deploypipe.runtimes.ability import Ability, can
 from deploypipe.runtimes.engine_file import load_record
 from deploypipe.runtimes.machine import Gpu, this_machine
 from deploypipe.runtimes.onnxruntime import OnnxRuntime
+from deploypipe.search.limits import search_limits
 from deploypipe.target import Budget, Limit, Target
 from deploypipe.verify import verify
 
