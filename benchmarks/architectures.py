@@ -53,7 +53,7 @@ from deploypipe.pruning.slicing import sizes_after
 from deploypipe.pruning.structures import count_macs, list_structures, model_fingerprint
 from deploypipe.recipe import Export
 from deploypipe.records import Frozen, PruningPlan, ScoreTable, Structures
-from deploypipe.task import evaluating, forward
+from deploypipe.task import evaluating, forward, take
 
 Facts: TypeAlias = dict[str, Any]  # what is known of one network: a verdict for each of CHECKS, and figures
 
@@ -222,7 +222,7 @@ def shorten(dense: nn.Module, plan: PruningPlan, inputs: Inputs, folder: Path) -
 def sizes(dense: nn.Module, pruned: nn.Module, plan: PruningPlan, inputs: Inputs) -> str:
     """Whether parameters and MACs are what the plan's edits promise."""
     promised_params, shares = sizes_after(dense, plan.edits)
-    calls = record_calls(dense, inputs)
+    calls = record_calls(dense, take(inputs, 1))
     promised_macs = sum(call.macs * shares.get(name, 1.0) for name, call in calls.items())
     params, macs = count_macs(pruned, inputs)
     if params != promised_params or abs(macs - promised_macs) > 1e-6 * macs:
