@@ -118,6 +118,11 @@ def cut_(model: nn.Module, edits: Iterable[Edit]) -> None:
 
 def sizes_after(model: nn.Module, edits: Iterable[Edit]) -> tuple[int, dict[str, float]]:
     """(parameters of the whole model, share of its weights that each edited module keeps) once the edits are done."""
+    edits = list(edits)
+    computed = {edit.module for edit in edits if is_parametrized(_find(model, edit.module))}
+    if computed:  # cutting makes plain weights of them
+        model = deepcopy(model)
+        with_plain_weights_(model, computed)
     left = {id(p): float(p.numel()) for p in model.parameters()}
     before = dict(left)
     axes: dict[tuple[int, int], int] = {}

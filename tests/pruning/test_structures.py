@@ -1,5 +1,6 @@
 """What is offered for removal, what is not, and what the user is told."""
 
+import copy
 from collections.abc import Callable
 
 import networks
@@ -11,8 +12,9 @@ from torch.nn import functional as F
 from deploypipe.errors import ModelError
 from deploypipe.pruning.apply import apply_plan, describe, masked_dense
 from deploypipe.pruning.plan import make_plan
+from deploypipe.pruning.slicing import cut_, sizes_after
 from deploypipe.pruning.structures import count_macs, list_structures, model_fingerprint
-from deploypipe.records import PruningPlan, ScoreTable, Structures
+from deploypipe.records import Edit, PruningPlan, ScoreTable, Structures
 
 
 def names(structures: Structures) -> list[str]:
@@ -253,3 +255,13 @@ def test_stem_is_cut_with_the_convolution_that_reads_it() -> None:
     assert apply_plan(model, plan).layer1[0].conv1.in_channels == 3
     row = describe(model, masked_dense(model, plan), plan, inputs).rows[0]
     assert (row.name, row.width_before, row.asked, row.realised) == ("stem", 8, 3, 3)
+
+
+def test_sizes_of_weights_that_are_computed_are_those_of_the_plain_ones() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(5, 8)), nn.ReLU(), nn.Linear(8, 4))
+    (group,) = list_structures(model, torch.randn(2, 5)).groups
+    edits = [Edit(module=m.module, side=m.side, removed=m.units[0] + m.units[3]) for m in group.members]
+    pruned = copy.deepcopy(model)
+    cut_(pruned, edits)
+    assert sizes_after(model, edits) == (sum(p.numel() for p in pruned.parameters()), {"0": 0.75, "2": 0.75})
