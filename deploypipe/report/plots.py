@@ -19,6 +19,7 @@ from deploypipe.target import Target
 
 DENSE, COMPRESSED, MUTED, LIMIT = "#8a94a6", "#2563eb", "#cbd2dc", "#dc2626"
 CONFIG = {"displayModeBar": False, "responsive": True}  # its buttons would lie over the legend
+_SHOWN_UP_TO = 3  # times the median latency
 
 
 def widths(report: PruneReport) -> str:
@@ -128,8 +129,8 @@ def latencies(report: BenchmarkReport) -> str:
     figure = go.Figure()
     for measurement, label, colour in ((report.dense, "dense", DENSE), (report.compressed, "compressed", COMPRESSED)):
         if measurement.latency is not None:
-            samples = sorted(measurement.latency.samples_ms)
-            shown = samples[: max(1, round(0.99 * len(samples)))]  # the slowest 1 % would squeeze the rest
+            most = _SHOWN_UP_TO * measurement.latency.p50_ms.value  # what was interrupted would squeeze the rest
+            shown = [sample for sample in measurement.latency.samples_ms if sample <= most]
             figure.add_histogram(x=shown, name=label, marker_color=colour, opacity=0.75, nbinsx=60)
             _mark_median(figure, measurement.latency.p50_ms, colour)
     figure.update_layout(barmode="overlay", xaxis_title="latency, ms", yaxis_title="runs")
