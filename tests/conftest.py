@@ -57,6 +57,16 @@ def vit_weights() -> Path:
     return _find_weights("VIT_WEIGHTS", "cifar10_vit_postnorm_smmk47.safetensors")
 
 
+@pytest.fixture(scope="session")
+def sst2_dir() -> Path:
+    """The folder with SST-2's three files; skips where it is absent."""
+    pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+    folder = Path(os.environ.get("SST2_DIR") or DATA / "sst2")
+    if not folder.is_dir():
+        pytest.skip(f"SST-2 is absent ({folder}); set SST2_DIR")
+    return folder
+
+
 def _find_weights(variable: str, name: str) -> Path:
     path = Path(os.environ.get(variable) or DATA / "weights" / name)
     if not path.is_file():

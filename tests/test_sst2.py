@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DATA
 
 from deploypipe.benchmark.accuracy import evaluate_module
 from deploypipe.errors import DataError
@@ -104,13 +103,9 @@ def test_absent_package_names_its_extra(tiny: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.slow
-def test_accuracy_after_one_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accuracy_after_one_epoch(tmp_path: Path, sst2_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """80.6 % on the 1,821 sentences of test; half of them are positive."""
-    pytest.importorskip("tokenizers", reason="tokenizers is not installed")
-    folder = Path(sst2.SST2_DIR or DATA / "sst2")
-    if not folder.is_dir():
-        pytest.skip("SST-2 is absent; set SST2_DIR")
-    monkeypatch.setattr(sst2, "SST2_DIR", str(folder))
+    monkeypatch.setattr(sst2, "SST2_DIR", str(sst2_dir))
     monkeypatch.setattr(sst2, "NUM_EPOCHS", 1)
     monkeypatch.setenv("DEPLOYPIPE_CACHE", str(tmp_path))
     hits = evaluate_module(sst2.build_model(), sst2.load_data().test, sst2.task())

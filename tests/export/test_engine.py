@@ -647,7 +647,12 @@ def test_layers_of_a_listing() -> None:
 @needs_rtx
 @pytest.mark.parametrize("name", ["resnet56_cifar10", "vit_cifar10", "sst2_transformer"])
 def test_real_networks_build(
-    name: str, tmp_path: Path, cifar10_dir: Path, resnet_weights: Callable[[int], Path], vit_weights: Path
+    name: str,
+    tmp_path: Path,
+    cifar10_dir: Path,
+    resnet_weights: Callable[[int], Path],
+    vit_weights: Path,
+    sst2_dir: Path,
 ) -> None:
     """FP32, FP16 and INT8, for three compute capabilities, from the user's own pipelines."""
     from deploypipe.pipeline_module import load_pipeline
@@ -657,7 +662,7 @@ def test_real_networks_build(
     settings = {
         "resnet56_cifar10": {"CIFAR10_DIR": str(cifar10_dir), "WEIGHTS": str(resnet_weights(56))},
         "vit_cifar10": {"CIFAR10_DIR": str(cifar10_dir), "WEIGHTS": str(vit_weights)},
-        "sst2_transformer": {},
+        "sst2_transformer": {"SST2_DIR": str(sst2_dir), "NUM_EPOCHS": "1"},
     }[name]
     loaded = load_pipeline(name, settings)
     batches = take_calib(loaded.load_data().calib, 16)
