@@ -66,12 +66,13 @@ def export_onnx(
         part = Path(scratch) / path.name
         program = _export(network, inputs[0], names, output_names, axes, settings)
         points = module_outputs(program.exported_program, network, output_names)
-        proto = _write(program, part, settings, _num_bytes(network))
+        is_single = _num_bytes(network) <= settings.single_file_mib * 2**20
+        proto = _write(program, part, is_single)
         del program
         name_nodes(proto)
         strip(proto)
         protect_padding(proto)
-        if len(list(part.parent.iterdir())) == 0:  # weights beside the graph are as they are
+        if is_single:  # weights beside the graph are as they are
             proto = folded(proto, path)
         describe(proto, precision=_PRECISION, origin=origin or {}, class_names=class_names)
         part.write_bytes(proto.SerializeToString(deterministic=True))
@@ -180,9 +181,9 @@ def _export(
     return program
 
 
-def _write(program: Any, path: Path, settings: Export, num_bytes: int) -> onnx.ModelProto:
+def _write(program: Any, path: Path, is_single: bool) -> onnx.ModelProto:
     """The graph; its weights are in it, or in a second file beside `path`, to which it refers."""
-    if num_bytes <= settings.single_file_mib * 2**20:
+    if is_single:
         proto: onnx.ModelProto = program.model_proto
         return proto
     with _quiet():

@@ -9,12 +9,11 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
-from deploypipe.pruning.calls import Call, evaluating
+from deploypipe.pruning.calls import ADDITIONS, Call, evaluating
 from deploypipe.records import Block, Frozen
 from deploypipe.task import forward
 
 _Given = tuple[Tensor, tuple[Any, ...], dict[str, Any]]  # a module's input, and what comes with it
-_ADDITIONS = {"add", "add_", "__add__", "__iadd__", "__radd__"}
 
 
 def find_blocks(
@@ -122,7 +121,7 @@ class _InputWatch(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if not self.depth and getattr(func, "__name__", "") in _ADDITIONS and any(a is self.tensor for a in args):
+        if not self.depth and getattr(func, "__name__", "") in ADDITIONS and any(a is self.tensor for a in args):
             others = [a for a in args if isinstance(a, Tensor) and a is not self.tensor]
             self.is_added |= any(o.requires_grad and o.shape == self.tensor.shape for o in others)
         return func(*args, **(kwargs or {}))

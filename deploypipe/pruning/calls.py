@@ -1,7 +1,7 @@
 """One watched forward pass: which modules are called, in which order, on which shapes, at what cost."""
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -90,6 +90,20 @@ def record_calls(model: nn.Module, inputs: Any) -> dict[str, Call]:
         for handle in handles:
             handle.remove()
     return calls
+
+
+ADDITIONS = {"add", "add_", "__add__", "__iadd__", "__radd__"}  # names of PyTorch's functions
+
+
+def output_tensors(outputs: Any) -> list[Tensor]:
+    """The tensors of a network's output, however they are nested."""
+    if isinstance(outputs, Tensor):
+        return [outputs]
+    if isinstance(outputs, Mapping):
+        return [t for value in outputs.values() for t in output_tensors(value)]
+    if isinstance(outputs, Iterable) and not isinstance(outputs, str):
+        return [t for value in outputs for t in output_tensors(value)]
+    return []
 
 
 def first_tensor(output: Any) -> Tensor | None:

@@ -12,10 +12,17 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
-from deploypipe.pruning.calls import evaluating
+from deploypipe.pruning.calls import evaluating, output_tensors
 from deploypipe.pruning.indices import Atoms, Grid, Indices
 from deploypipe.pruning.propagation import Propagation
-from deploypipe.pruning.slicing import forget_caches_, has_two_sides, is_depthwise, out_tensor, with_plain_weights_
+from deploypipe.pruning.slicing import (
+    forget_caches_,
+    has_two_sides,
+    is_depthwise,
+    is_stored,
+    out_tensor,
+    with_plain_weights_,
+)
 from deploypipe.pruning.statistics import is_statistic
 from deploypipe.records import Frozen, GroupKind, Member, Side
 from deploypipe.task import forward
@@ -87,22 +94,11 @@ def _propagate(model: nn.Module, inputs: Any, as_wide: Collection[str]) -> Propa
             module.register_forward_hook(lambda *_: trace.leave())
         with evaluating(copy), trace.calls, trace:
             outputs = forward(copy, inputs)
-    written = [axis for tensor in _floating(outputs) for axis in trace.of(tensor)]
+    written = [axis for tensor in output_tensors(outputs) for axis in trace.of(tensor)]
     trace.indices.kept[:0] = [
         (f.atoms, "its channels are the network's output") for axis in written for f in axis if f.atoms is not None
     ]
     return trace
-
-
-def _floating(outputs: Any) -> list[Tensor]:
-    """The output tensors, however they are nested."""
-    if isinstance(outputs, Tensor):
-        return [outputs]
-    if isinstance(outputs, Mapping):
-        return [t for value in outputs.values() for t in _floating(value)]
-    if isinstance(outputs, Iterable) and not isinstance(outputs, str):
-        return [t for value in outputs for t in _floating(value)]
-    return []
 
 
 def _num_outputs(module: Any) -> int:
@@ -260,7 +256,7 @@ class _Finder:
 
         A table that is added inside of every head (rotary frequencies) would find head dimensions before the heads.
         """
-        places = [place for place in self.places if place[1] != "in" and place[1][0] not in "@~"]
+        places = [place for place in self.places if place[1] != "in" and is_stored(place[1])]
         writes = {place: place[1] == "out" and has_two_sides(self.modules[place[0]]) for place in places}
         return sorted(places, key=lambda p: (not writes[p], self.order.get(p[0], len(self.order)), p))
 

@@ -25,9 +25,9 @@ from deploypipe.observe.patches import (
     weight_blocks,
 )
 from deploypipe.observe.stream import hooked
+from deploypipe.pruning.calls import ADDITIONS
 from deploypipe.task import forward
 
-_ADDITIONS = {"add", "add_", "__add__", "__iadd__", "__radd__"}
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _FEW = 64  # output positions of a sample at which a layer is seen to compute what its weights say
 _SAME = 1e-2  # of the largest output: half-precision sums differ by less, another computation by more
@@ -198,7 +198,7 @@ class _FindAdditions(TorchFunctionMode):
 
 def _is_plain_sum(func: Any, args: Any, kwargs: Any) -> bool:
     """Two tensors of one shape, without a factor."""
-    if getattr(func, "__name__", "") not in _ADDITIONS or kwargs or len(args) != 2:
+    if getattr(func, "__name__", "") not in ADDITIONS or kwargs or len(args) != 2:
         return False
     return all(isinstance(a, Tensor) for a in args) and args[0].shape == args[1].shape
 

@@ -9,7 +9,7 @@ import re
 import textwrap
 from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,11 @@ from torch import Tensor, fx, nn
 from deploypipe.errors import ModelError
 from deploypipe.pruning.calls import evaluating
 from deploypipe.pruning.saved import program_bytes
-from deploypipe.pruning.structures import list_structures, pair_of
+from deploypipe.pruning.structures import find_structures, pair_of
 from deploypipe.records import Frozen
 from deploypipe.runs import write_atomically
-from deploypipe.task import forward
+from deploypipe.task import forward, map_tensors
 
-_KINDS = "(?:channels|heads|head_dims|block)"
 PROGRAM, INPUTS, README = "module.pt2", "inputs.safetensors", "README.md"
 
 
@@ -53,12 +52,12 @@ def write_reproduction(model: nn.Module, inputs: Any, name: str, folder: Path) -
         module = _redrawn(model.get_submodule(part))
         local = row.name[len(part) :].lstrip(".")
         try:
-            lines = _lines(module, values)
+            rows = find_structures(module, values).frozen
         except Exception:  # it cannot run alone on such values: a larger part may
             continue
-        found = next((line for line in lines if _is_same(line, row, local)), None)
+        found = next((each for each in rows if _is_same(each, replace(row, name=local))), None)
         if found:
-            return _write(module, values, Reproduction(module=part, reason=found, needs_class=True, folder=folder))
+            return _write(module, values, found, part, folder)
     raise ModelError(f"no part of the network keeps {name!r} with other weights and inputs; report {row.reason!r}")
 
 
@@ -67,42 +66,33 @@ def reproduce(folder: Path, module: nn.Module | None = None) -> str:
 
     module: an instance of the class that the README names, where it asks for one. Its weights are replaced.
     """
+    return "\n".join(map(_line, _reproduced(folder, module)))
+
+
+def _reproduced(folder: Path, module: nn.Module | None = None) -> tuple[Frozen, ...]:
     values = _unpacked(load_file(folder / INPUTS))
     if module is not None:
-        return "\n".join(_lines(_redrawn(module), values))
-    return "\n".join(_lines(_with_layers(torch.export.load(folder / PROGRAM).module()), values))
+        return find_structures(_redrawn(module), values).frozen
+    return find_structures(_with_layers(torch.export.load(folder / PROGRAM).module()), values).frozen
 
 
 # --- finding the part -------------------------------------------------------------------------------------------------
 
 
 def _frozen(model: nn.Module, inputs: Any, name: str) -> Frozen:
-    rows = [row for line in _lines(model, inputs) if (row := _row(line))]
+    rows = find_structures(model, inputs).frozen
     for row in rows:
         if row.name == name:
             return row
     raise ModelError(f"{name!r} is not frozen in this network; frozen are: {', '.join(r.name for r in rows) or 'none'}")
 
 
-def _lines(model: nn.Module, inputs: Any) -> list[str]:
-    """ "KIND 'NAME': REASON" for all that is frozen, also where that is everything."""
-    try:
-        return [f"{row.kind} {row.name!r}: {row.reason}" for row in list_structures(model, inputs).frozen]
-    except ModelError as error:
-        _, is_all, rest = str(error).partition("nothing in this network can be removed (")
-        if not is_all:
-            raise
-        return re.split(rf"; (?={_KINDS} ')", rest.rpartition("); change the network")[0])
+def _line(row: Frozen) -> str:
+    return f"{row.kind} {row.name!r}: {row.reason}"
 
 
-def _row(line: str) -> Frozen | None:
-    found = re.fullmatch(rf"({_KINDS}) '([^']*)': (.*)", line, re.DOTALL)
-    return Frozen(kind=found[1], name=found[2], reason=found[3]) if found else None  # type: ignore[arg-type]
-
-
-def _is_same(line: str, row: Frozen, local: str) -> bool:
-    seen = _row(line)
-    return seen is not None and (seen.kind, seen.name, _gist(seen.reason)) == (row.kind, local, _gist(row.reason))
+def _is_same(a: Frozen, b: Frozen) -> bool:
+    return (a.kind, a.name, _gist(a.reason)) == (b.kind, b.name, _gist(b.reason))
 
 
 def _gist(reason: str) -> str:
@@ -162,9 +152,7 @@ def _redrawn_inputs(values: Any) -> Any:
         low, high = int(tensor.min()), int(tensor.max())
         return torch.randint(low, high + 1, tensor.shape, generator=generator).to(tensor)
 
-    if isinstance(values, dict):
-        return {name: draw(tensor) for name, tensor in values.items()}
-    return tuple(map(draw, values))
+    return map_tensors(draw, values)
 
 
 def _redrawn(module: nn.Module) -> nn.Module:
@@ -189,21 +177,18 @@ def _other_tensors(module: nn.Module) -> list[Tensor]:
 # --- the folder -------------------------------------------------------------------------------------------------------
 
 
-def _write(module: nn.Module, values: Any, found: Reproduction) -> Reproduction:
-    row = _row(found.reason)
-    assert row is not None
-    found.folder.mkdir(parents=True, exist_ok=True)
+def _write(module: nn.Module, values: Any, row: Frozen, part: str, folder: Path) -> Reproduction:
+    folder.mkdir(parents=True, exist_ok=True)
     named = values if isinstance(values, dict) else {str(i): tensor for i, tensor in enumerate(values)}
-    write_atomically(found.folder / INPUTS, save({name: t.contiguous().clone() for name, t in named.items()}))
-    (found.folder / PROGRAM).unlink(missing_ok=True)
+    write_atomically(folder / INPUTS, save({name: t.contiguous().clone() for name, t in named.items()}))
+    (folder / PROGRAM).unlink(missing_ok=True)
     where = ""
     try:
         keywords = values if isinstance(values, dict) else {}
         program = torch.export.export(module, () if keywords else values, keywords)
         where = _where(program, row.reason)
-        write_atomically(found.folder / PROGRAM, program_bytes(program))
-        lines = reproduce(found.folder).splitlines()
-        needs_class = not any(_is_same(line, row, row.name) for line in lines)
+        write_atomically(folder / PROGRAM, program_bytes(program))
+        needs_class = not any(_is_same(each, row) for each in _reproduced(folder))
         program_note = (
             "does not give this reason: the sizes in it are constants, and the classes are gone"
             if needs_class
@@ -211,8 +196,8 @@ def _write(module: nn.Module, values: Any, found: Reproduction) -> Reproduction:
         )
     except Exception as error:  # torch.export, and list_structures on what it gives, raise many classes
         needs_class, program_note = True, f"cannot be made or read ({type(error).__name__}: {error})"
-    found = Reproduction(module=found.module, reason=found.reason, needs_class=needs_class, folder=found.folder)
-    write_atomically(found.folder / README, _readme(module, values, found, program_note, where).encode())
+    found = Reproduction(module=part, reason=_line(row), needs_class=needs_class, folder=folder)
+    write_atomically(folder / README, _readme(module, values, found, program_note, where).encode())
     return found
 
 

@@ -23,6 +23,11 @@ Sides = dict[Side, tuple[int, ...]]
 _ATTRIBUTE = "@"  # side "@num_heads": an attribute that holds the number of the indices
 
 
+def is_stored(side: Side) -> bool:
+    """Whether tensors hold the indices of a side, and not an attribute their number, or an operation what it sees."""
+    return not side.startswith(_ATTRIBUTE) and not is_statistic(side)
+
+
 def is_depthwise(module: nn.Module) -> bool:
     """One filter a channel: input and output channel i are the same structure."""
     return isinstance(module, _ConvNd) and 1 < module.groups == module.in_channels == module.out_channels
@@ -256,7 +261,7 @@ def _tensor_cuts(
     name: str, module: nn.Module, side: Side, removed: Collection[int]
 ) -> list[tuple[Tensor, int, list[int]]]:
     """(tensor, axis, indices) that one side of one module is stored in."""
-    if side.startswith(_ATTRIBUTE) or is_statistic(side) or not removed:
+    if not is_stored(side) or not removed:
         return []
     total = width(module, side)
     if total is None:

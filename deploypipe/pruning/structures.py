@@ -12,13 +12,21 @@ from torch import Tensor, nn
 
 from deploypipe.errors import ModelError
 from deploypipe.pruning.blocks import find_blocks
-from deploypipe.pruning.calls import Call, evaluating, one_thread_if_small, record_calls
+from deploypipe.pruning.calls import Call, evaluating, one_thread_if_small, output_tensors, record_calls
 from deploypipe.pruning.constraints import matching, resolve, tie
 from deploypipe.pruning.coupling import Coupling, freeze, trace_groups
-from deploypipe.pruning.slicing import cut_, forget_caches_, has_two_sides, mask_, replace_by_identity_, sizes_after
+from deploypipe.pruning.slicing import (
+    cut_,
+    forget_caches_,
+    has_two_sides,
+    is_stored,
+    mask_,
+    replace_by_identity_,
+    sizes_after,
+)
 from deploypipe.recipe import Constraints
 from deploypipe.records import Block, ChannelGroup, Edit, Frozen, Structures
-from deploypipe.task import forward, num_samples, take
+from deploypipe.task import forward, map_tensors, num_samples, take
 
 _TOLERANCE = 1e-3  # of the largest output: float32 sums in another order differ by 1e-6, a wrong coupling by 1e-1
 
@@ -34,6 +42,17 @@ def list_structures(
     when the model is frozen or nothing in it can be removed, ConfigError when a pattern matches nothing or the
     constraints contradict each other.
     """
+    found = find_structures(model, inputs, keep, constraints)
+    if not found.groups and not found.blocks:
+        why = "; ".join(f"{row.kind} {row.name!r}: {row.reason}" for row in found.frozen) or "it calls no layers"
+        raise ModelError(f"nothing in this network can be removed ({why}); change the network or loosen recipe.keep")
+    return found
+
+
+def find_structures(
+    model: nn.Module, inputs: Any, keep: Sequence[str] = (), constraints: Constraints | None = None
+) -> Structures:
+    """`list_structures`, also where nothing can be removed."""
     constraints = constraints or Constraints()
     require_trainable(model)
     for pattern in keep:
@@ -63,9 +82,6 @@ def list_structures(
     unique = {(row.name, row.kind): row for row in rows}
     frozen = sorted(unique.values(), key=lambda row: place.get(row.name.partition(":")[0], -1))
     removable = tuple(b for b in blocks if not block_reasons[b.name])
-    if not chosen and not removable:
-        why = "; ".join(f"{row.kind} {row.name!r}: {row.reason}" for row in frozen) or "it calls no layers"
-        raise ModelError(f"nothing in this network can be removed ({why}); change the network or loosen recipe.keep")
     # Not tried again: the same units of all groups at once were.
     tied, homes = tie(chosen, constraints.tied, frozen)
     groups = tuple(_group(model, c, calls) for c in tied)
@@ -143,11 +159,7 @@ def pair_of(inputs: Any) -> Any:
     """Two samples: enough to see shapes, and batch 1 would hide mistakes in the batch axis."""
     if num_samples(inputs) >= 2:
         return take(inputs, 2)
-    if isinstance(inputs, dict):
-        return {name: torch.cat([t, t]) for name, t in inputs.items()}
-    return (
-        tuple(torch.cat([t, t]) for t in inputs) if isinstance(inputs, (tuple, list)) else torch.cat([inputs, inputs])
-    )
+    return map_tensors(lambda t: torch.cat([t, t]), inputs)
 
 
 def _inside(model: nn.Module, name: str) -> list[str]:
@@ -164,7 +176,7 @@ def _kept(modules: Any, keep: Sequence[str]) -> str:
 
 
 def _touched(coupling: Coupling) -> set[tuple[str, str, int]]:
-    return {(m.module, m.side, i) for m in coupling.members if m.side[0] not in "@~" for unit in m.units for i in unit}
+    return {(m.module, m.side, i) for m in coupling.members if is_stored(m.side) for unit in m.units for i in unit}
 
 
 def _overlaps(coupling: Coupling, others: Sequence[Coupling]) -> bool:
@@ -277,7 +289,7 @@ class _Probe:
 
     def _run(self, model: nn.Module) -> list[Tensor]:
         with evaluating(model), torch.no_grad():
-            return _leaves(forward(model, deepcopy(self.inputs)))
+            return output_tensors(forward(model, deepcopy(self.inputs)))
 
 
 def _own(module: nn.Module) -> list[Tensor]:
@@ -286,14 +298,6 @@ def _own(module: nn.Module) -> list[Tensor]:
 
 def _union(units: Sequence[Sequence[int]], some: Sequence[int]) -> tuple[int, ...]:
     return tuple(sorted({i for u in some for i in units[u]}))
-
-
-def _leaves(outputs: Any) -> list[Tensor]:
-    if isinstance(outputs, Tensor):
-        return [outputs]
-    if isinstance(outputs, Mapping):
-        return [t for value in outputs.values() for t in _leaves(value)]
-    return [t for value in outputs for t in _leaves(value)] if isinstance(outputs, (tuple, list)) else []
 
 
 def _differ(expected: list[Tensor], seen: list[Tensor], cause: str) -> str:
