@@ -17,6 +17,19 @@ def _require_share(record: object, name: str) -> None:
         raise ValueError(f"{name} = {value} is no share; write a number above 0 and up to 1")
 
 
+def _require_whole(record: object, *names: str) -> None:
+    for name in names:
+        value = getattr(record, name)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ValueError(f"{name} = {value!r} is no whole number; write one such as 12")
+
+
+def _require_one_of(record: object, name: str, choices: tuple[str, ...]) -> None:
+    value = getattr(record, name)
+    if value not in choices:
+        raise ValueError(f"{name} = {value!r} does not exist; write one of {', '.join(choices)}")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Observe:
     """The streaming pass over the calibration split."""
@@ -126,18 +139,35 @@ Scorer: TypeAlias = (
 )
 
 
+ObjectiveName: TypeAlias = Literal["accuracy", "latency", "peak_memory"]
+_OBJECTIVES: tuple[tuple[ObjectiveName, ...], ...] = (
+    ("accuracy",),
+    ("accuracy", "latency"),
+    ("accuracy", "peak_memory"),
+    ("accuracy", "latency", "peak_memory"),
+)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Search:
     """Which widths and blocks go."""
 
     num_trials: int = 12
+    sampler: Literal["tpe", "gp", "nsga2", "random"] = "tpe"  # proposes the knobs, after a few fixed first trials
+    # Accuracy is raised, what stands beside it lowered. The most accurate trial within the budget wins all the same.
+    objectives: tuple[ObjectiveName, ...] = ("accuracy",)
     num_curve_samples: int = 512  # images the loss curves are measured on
     num_levels: int = 8  # widths tried per channel group
     num_repair_samples: int = 512  # for judging a trial; the winner is repaired with all of `repair.num_samples`
     prune_blocks: bool = True
 
     def __post_init__(self) -> None:
+        _require_whole(self, "num_trials", "num_curve_samples", "num_levels", "num_repair_samples")
         _require_least(self, num_trials=1, num_curve_samples=1, num_levels=2, num_repair_samples=1)
+        _require_one_of(self, "sampler", ("tpe", "gp", "nsga2", "random"))
+        if self.objectives not in _OBJECTIVES:
+            known = " or ".join(map(repr, _OBJECTIVES))
+            raise ValueError(f"objectives = {self.objectives!r} is not understood; write {known}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -315,6 +315,8 @@ class Trial:
     violations: dict[str, float]  # budget name -> relative excess; <= 0 meets the budget
     feasible: bool
     plan: PruningPlan
+    num_val_samples: int = 0  # that its accuracy is the mean of; 0: judged when searches did not note it
+    is_stopped: bool = False  # before all of val: over budget, or certainly worse than a trial before it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -322,6 +324,8 @@ class SearchResult:
     dense: Candidate  # what the trials are compared with, judged on the same split
     trials: tuple[Trial, ...]
     best: int  # index into `trials`
+    front: tuple[int, ...] = ()  # numbers of the feasible trials that none beats in accuracy and in cost at once
+    importances: dict[str, float] = field(default_factory=dict)  # knob -> share; empty where trials are too few
 
 
 # --- training, files, measurements ------------------------------------------------------------------------------------

@@ -56,6 +56,7 @@ from deploypipe.search.allocate import Allocation, allocate_to, uniform
 from deploypipe.search.curves import measure_curves
 from deploypipe.search.judge import Judge
 from deploypipe.search.limits import candidate_of, macs_bounds, with_margin
+from deploypipe.search.looks import draw_parts
 from deploypipe.search.study import search
 from deploypipe.target import Limit, Target
 from deploypipe.task import Splits, Task, num_samples, take, take_calib
@@ -232,6 +233,15 @@ class Stages:
             )
             return plan_for(allocation)
 
+        inputs = {
+            "curves": self.run.key("curves"),
+            "baseline": self.run.key("baseline"),
+            "budget": self.target.budget,
+            "search": self.recipe.search,
+            "repair": self.recipe.repair,
+            "device": self.device,
+        }
+
         def compute(work: Path) -> SearchResult:
             reference = candidate_of(dense, self.dense_opened(dense), self._dense_accuracy(dense))
             judge = Judge(
@@ -241,7 +251,7 @@ class Stages:
                 dense_p50_ms=reference.latency_p50_ms,
                 builds_engines=self.builds,
                 calib=self.calib,
-                val=self.splits.val,
+                parts=draw_parts(self.splits.val, self.recipe.seed),
                 task=self.task,
                 recipe=self.recipe,
                 target=self.target,
@@ -255,18 +265,11 @@ class Stages:
                 macs_bounds(structures, curves, limits),
                 self.recipe.search,
                 storage=work / "study.db",
+                origin={**self.origin, **inputs},
                 seed=self.recipe.seed,
                 notify=self.run.notify,
             )
 
-        inputs = {
-            "curves": self.run.key("curves"),
-            "baseline": self.run.key("baseline"),
-            "budget": self.target.budget,
-            "search": self.recipe.search,
-            "repair": self.recipe.repair,
-            "device": self.device,
-        }
         return self.run.remember("search", inputs, compute, SearchResult)
 
     def prune(self, plan: PruningPlan) -> PruneOutcome:

@@ -1,17 +1,15 @@
 """What a search is told of one plan: surgery, repair, accuracy on val, the exported file on the target's runtime."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
 import onnx
 from torch import nn
 
 from deploypipe.benchmark import first_batch
-from deploypipe.benchmark.accuracy import evaluate_module
 from deploypipe.benchmark.environment import describe_environment
 from deploypipe.benchmark.latency import time_interleaved
 from deploypipe.benchmark.memory import measure_peak_memory
@@ -25,8 +23,10 @@ from deploypipe.recipe import Recipe
 from deploypipe.records import Candidate, PruningPlan
 from deploypipe.runs import cache_folder, digest, write_atomically
 from deploypipe.runtimes import Array, find_runtime
+from deploypipe.search.looks import Results, evaluate_growing
+from deploypipe.search.study import IsSettled
 from deploypipe.target import Target
-from deploypipe.task import Batch, Task, channels_last, take, take_calib
+from deploypipe.task import Batch, Task, take, take_calib
 
 _NUM_LATENCY_SAMPLES = 200
 
@@ -41,33 +41,37 @@ class Judge:
     dense_p50_ms: float | None  # None: the target cannot be measured here, and no candidate is
     builds_engines: bool  # they are what the device runs, and this machine can build them
     calib: list[Batch]
-    val: Iterable[Batch]
+    parts: Sequence[Sequence[Batch]]  # of val, as `draw_parts` drew them
     task: Task
     recipe: Recipe
     target: Target
     work: Path
 
-    def __call__(self, plan: PruningPlan) -> Candidate:
+    def __call__(self, plan: PruningPlan, is_settled: IsSettled) -> tuple[Candidate, Results]:
         pruned = apply_plan(self.dense, plan)
         num_params, num_macs = count_macs(pruned, take(self.calib[0][0], 2))
         quick = replace(self.recipe.repair, num_samples=self.recipe.search.num_repair_samples)
         real_tokens, seed = self.task.real_tokens, self.recipe.seed
         network, _ = repair(self.dense, pruned, plan, self.calib, quick, real_tokens=real_tokens, seed=seed)
-        val = [(channels_last(inputs), target) for inputs, target in self.val]
-        accuracy = float(np.mean(evaluate_module(network, val, self.task)))
         with TemporaryDirectory(dir=self.work, prefix=".candidate.") as folder:
             file = Path(folder) / "candidate.onnx"
             size = export_onnx(network, take_calib(self.calib, 2), file, self.recipe.export).size_bytes
             if self.builds_engines:
                 size = runnable(file, self.target).stat().st_size
-            return Candidate(
-                accuracy=accuracy,
+            costs = Candidate(
+                accuracy=0.0,
                 latency_p50_ms=None if self.dense_p50_ms is None else self.dense_p50_ms * self._latency_ratio(file),
                 peak_memory_mib=None if self.dense_p50_ms is None else self._peak_memory(file),
                 file_size_mib=size / 2**20,
                 num_params=num_params,
                 num_macs=num_macs,
             )
+
+        def with_accuracy(seen: Results) -> Candidate:
+            return replace(costs, accuracy=float(seen.mean()))
+
+        seen = evaluate_growing(network, self.parts, self.task, lambda seen: is_settled(with_accuracy(seen), seen))
+        return with_accuracy(seen), seen
 
     def _latency_ratio(self, file: Path) -> float:
         """Candidate / dense, interleaved so that a drifting clock cancels; measured once for a shape and device."""
@@ -86,7 +90,7 @@ class Judge:
         return ratio.value
 
     def _peak_memory(self, file: Path) -> float | None:
-        if "peak_memory" not in self.target.budget.limits():
+        if "peak_memory" not in (*self.target.budget.limits(), *self.recipe.search.objectives):
             return None
         opened = runnable(file, self.target)
         return measure_peak_memory(opened, self._feed(opened), self.target)[0]

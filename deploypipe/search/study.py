@@ -3,32 +3,56 @@
 The only importer of optuna.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
-from deploypipe.errors import BudgetError
+from deploypipe.errors import BudgetError, RunFolderError
 from deploypipe.jsonio import from_json, to_json
-from deploypipe.recipe import Search
+from deploypipe.recipe import ObjectiveName, Search
 from deploypipe.records import Candidate, Event, Progress, PruningPlan, SearchResult, Trial, silent
+from deploypipe.runs import digest
+from deploypipe.search.front import cost, costs, pareto_front
+from deploypipe.search.looks import Results, is_certainly_worse, pack, unpack
 from deploypipe.target import Limit
+
+IsSettled = Callable[[Candidate, Results], bool]
 
 
 class Evaluate(Protocol):
-    """Judge one plan: surgery, repair, accuracy on val, the exported file on the target's runtime."""
+    """Judge one plan: surgery, repair, the exported file on the target's runtime, accuracy on val.
 
-    def __call__(self, plan: PruningPlan) -> Candidate: ...
+    The costs come first. `is_settled` is asked, with the candidate and all results so far, after each part of val but
+    the last; once it says yes, the rest of val is left out. Returns the candidate, and the results its accuracy is the
+    mean of.
+    """
+
+    def __call__(self, plan: PruningPlan, is_settled: IsSettled) -> tuple[Candidate, Results]: ...
 
 
 Propose = Callable[[Mapping[str, float]], PruningPlan]
 
-_RECORD = "record"
+_STUDY = "search"
+_RECORD, _RESULTS, _ORIGIN = "record", "results", "origin"
 _LOCK_TIMEOUT_S = 60
+_POPULATION = 8  # of NSGA-II: a study has tens of trials, not thousands
+_FEWEST_FOR_IMPORTANCES = 20  # so that the best quarter, which they are told from, is five trials
+_REMEDIES = (  # what SQLite says, and what to do
+    ("is full", "make room on its disk, and run the same command again: it goes on after the last finished trial"),
+    ("readonly", "make it writable, and run the same command again: it goes on after the last finished trial"),
+    ("locked", "end the other process that uses it, and run the same command again"),
+    ("", "check its disk, and run the same command again; where that does not help, delete the file to start afresh"),
+)
 
 
 def knobs(macs_bounds: tuple[float, float]) -> dict[str, BaseDistribution]:
@@ -51,37 +75,43 @@ def search(
     settings: Search,
     *,
     storage: Path,
+    origin: Mapping[str, object],
     seed: int = 0,
     notify: Progress = silent,
 ) -> SearchResult:
     """Run (or go on with) the study in `storage`, an SQLite file, and return all its trials and the best feasible one.
 
     A trial's knobs depend on the seed and on the trials finished before it, on nothing else: a study that was killed
-    goes on as if it had not been. Raises BudgetError naming the nearest miss when no trial meets every limit.
+    goes on as if it had not been. Raises BudgetError naming the nearest miss when no trial meets every limit, and
+    RunFolderError where the file cannot be written, or holds the study of another `origin`: model, data, device.
     """
+    costs(dense, settings.objectives)  # what cannot be measured is refused before the first trial
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = optuna.create_study(
-        storage=_open_storage(storage), study_name="search", direction="maximize", load_if_exists=True
-    )
-    _end_unfinished(study)
-    space = knobs(macs_bounds)
-    warm = _warm_starts(macs_bounds)
-    finished = _records(study)
-    while len(finished) < settings.num_trials:
-        number = len(finished)
-        study.sampler = optuna.samplers.TPESampler(seed=seed * 10_007 + number, n_startup_trials=len(warm))
-        if number < len(warm):
-            study.enqueue_trial(warm[number])
-        asked = study.ask(space)
-        chosen = {name: float(value) for name, value in asked.params.items()}
-        trial = _judge(number, chosen, propose, evaluate, dense, limits, finished)
-        for name, excess in trial.violations.items():
-            asked.set_constraint(name, excess)
-        asked.set_user_attr(_RECORD, to_json(trial))
-        study.tell(asked, trial.candidate.accuracy)
-        finished.append(trial)
-        notify(Event(stage="search", done=len(finished), total=settings.num_trials, message=_summary(trial)))
-    return _conclude(finished, dense)
+    excess_of = partial(violations, dense=dense, limits=limits)
+    space, warm = knobs(macs_bounds), _warm_starts(macs_bounds)
+    with _storage_errors_told(storage):
+        study = _open_study(storage, settings.objectives, {**origin, "search settings": settings, "seed": seed})
+        _end_unfinished(study)
+        history = _read_history(study)
+        while len(history.trials) < settings.num_trials:
+            number = len(history.trials)
+            study.sampler = _sampler(settings, (seed * 10_007 + number) % 2**32, len(warm))
+            if number < len(warm):
+                study.enqueue_trial(warm[number])
+            asked = study.ask(space)
+            _ = asked.relative_params  # an enqueued trial, too, is to belong to one of NSGA-II's generations
+            chosen = {name: float(value) for name, value in asked.params.items()}
+            trial, results = _judge(chosen, propose, evaluate, excess_of, settings.objectives, history)
+            for name, excess in trial.violations.items():
+                asked.set_constraint(name, excess)
+            asked.set_user_attr(_RECORD, to_json(trial))
+            if results is not None:
+                asked.set_user_attr(_RESULTS, pack(results))
+            # A stopped trial is told its estimate: "pruned" ones only TPE would look at, and with one objective only.
+            study.tell(asked, [trial.candidate.accuracy, *costs(trial.candidate, settings.objectives)])
+            history.add(trial, results)
+            notify(Event(stage="search", done=number + 1, total=settings.num_trials, message=_summary(trial)))
+    return _conclude(history.trials, dense, settings.objectives, space)
 
 
 def violations(candidate: Candidate, dense: Candidate, limits: Mapping[str, Limit]) -> dict[str, float]:
@@ -101,23 +131,90 @@ def violations(candidate: Candidate, dense: Candidate, limits: Mapping[str, Limi
     return excess
 
 
+def importances(trials: Sequence[Trial], space: Mapping[str, BaseDistribution]) -> dict[str, float]:
+    """How much each knob decided whether a trial within the budget was among its most accurate quarter; sum 1.
+
+    PED-ANOVA (arXiv:2304.10255). Empty for fewer than 20 trials within the budget.
+    """
+    turned = {name: distribution for name, distribution in space.items() if not distribution.single()}
+    feasible = [t for t in trials if t.feasible]
+    if len(feasible) < _FEWEST_FOR_IMPORTANCES:
+        return {}
+    study = optuna.create_study(direction="maximize")
+    for trial in feasible:
+        params = {name: trial.knobs[name] for name in turned}
+        told = optuna.trial.create_trial(params=params, distributions=turned, value=trial.candidate.accuracy)
+        study.add_trial(told)
+    evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.25)
+    return {str(k): float(v) for k, v in optuna.importance.get_param_importances(study, evaluator=evaluator).items()}
+
+
+@dataclass(kw_only=True, slots=True)
+class _History:
+    """The finished trials, and sample by sample the results of those within the budget that saw all of val."""
+
+    trials: list[Trial]
+    results: dict[int, Results]  # trial number ->
+
+    def add(self, trial: Trial, results: Results | None) -> None:
+        self.trials.append(trial)
+        if results is not None:
+            self.results[trial.number] = results
+
+    def same_plan(self, plan: PruningPlan) -> Trial | None:
+        return next((t for t in self.trials if t.plan.edits == plan.edits and t.plan.blocks == plan.blocks), None)
+
+    def rival(self, candidate: Candidate, objectives: Sequence[ObjectiveName]) -> Results | None:
+        """Of the most accurate trial so far that costs no more. With accuracy as the only objective costs are none."""
+        own = costs(candidate, objectives)
+        cheap = [
+            t
+            for t in self.trials
+            if t.number in self.results
+            and all(a <= b for a, b in zip(costs(t.candidate, objectives), own, strict=True))
+        ]
+        return self.results[_most_accurate(cheap).number] if cheap else None
+
+
 def _judge(
-    number: int,
     chosen: dict[str, float],
     propose: Propose,
     evaluate: Evaluate,
-    dense: Candidate,
-    limits: Mapping[str, Limit],
-    finished: list[Trial],
-) -> Trial:
-    plan = propose(chosen)
-    known = next((t for t in finished if t.plan.edits == plan.edits and t.plan.blocks == plan.blocks), None)
+    excess_of: Callable[[Candidate], dict[str, float]],
+    objectives: Sequence[ObjectiveName],
+    history: _History,
+) -> tuple[Trial, Results | None]:
+    """The trial, and its results where later trials may be compared with them."""
+    number, plan = len(history.trials), propose(chosen)
+    known = history.same_plan(plan)
     if known is not None:  # other knobs, the same network: nothing new to measure
-        return replace(known, number=number, knobs=chosen)
-    candidate = evaluate(plan)
-    excess = violations(candidate, dense, limits)
-    is_feasible = all(value <= 0 for value in excess.values())
-    return Trial(number=number, knobs=chosen, candidate=candidate, violations=excess, feasible=is_feasible, plan=plan)
+        return replace(known, number=number, knobs=chosen), None
+    is_stopped = False
+
+    def is_settled(candidate: Candidate, seen: Results) -> bool:
+        nonlocal is_stopped
+        rival = history.rival(candidate, objectives)
+        is_over = not _is_feasible(excess_of(candidate))
+        is_stopped = is_over or (rival is not None and is_certainly_worse(seen, rival))
+        return is_stopped
+
+    candidate, results = evaluate(plan, is_settled)
+    excess = excess_of(candidate)
+    trial = Trial(
+        number=number,
+        knobs=chosen,
+        candidate=candidate,
+        violations=excess,
+        feasible=_is_feasible(excess),
+        plan=plan,
+        num_val_samples=len(results),
+        is_stopped=is_stopped,
+    )
+    return trial, results if trial.feasible and not is_stopped else None
+
+
+def _is_feasible(excess: Mapping[str, float]) -> bool:
+    return all(value <= 0 for value in excess.values())
 
 
 def _warm_starts(bounds: tuple[float, float]) -> list[dict[str, Any]]:
@@ -134,16 +231,67 @@ def _warm_starts(bounds: tuple[float, float]) -> list[dict[str, Any]]:
     return [*sizes, start(0.5, block_weight=0.25), start(0.5, measured=0.0)]
 
 
-def _open_storage(path: Path) -> optuna.storages.RDBStorage:
-    """The study's file, made under another name first: whoever finds it finds all its tables."""
+class _Nsga2(optuna.samplers.NSGAIISampler):
+    """NSGA-II whose parents stand in the order in which a search that goes on reads them from its file."""
+
+    def select_parent(self, study: optuna.Study, generation: int) -> list[FrozenTrial]:
+        return sorted(super().select_parent(study, generation), key=lambda trial: trial.number)
+
+
+def _sampler(settings: Search, seed: int, num_warm: int) -> optuna.samplers.BaseSampler:
+    """A new one for every trial: what a sampler remembers would be lost with the process."""
+    match settings.sampler:
+        case "tpe":
+            return optuna.samplers.TPESampler(seed=seed, n_startup_trials=num_warm)
+        case "gp":
+            return optuna.samplers.GPSampler(seed=seed, n_startup_trials=num_warm, warn_independent_sampling=False)
+        case "nsga2":
+            return _Nsga2(seed=seed, population_size=_POPULATION)
+        case "random":
+            return optuna.samplers.RandomSampler(seed=seed)
+
+
+def _open_study(path: Path, objectives: Sequence[ObjectiveName], origin: Mapping[str, object]) -> optuna.Study:
+    """The study in the file, which is made under another name first: whoever finds it finds it whole."""
+    fingerprint = {name: digest(value) for name, value in origin.items()}
     if not path.exists():
         part = path.with_name(f".{path.name}.part")
         part.unlink(missing_ok=True)
-        optuna.storages.RDBStorage(f"sqlite:///{part}").engine.dispose()
+        storage = optuna.storages.RDBStorage(f"sqlite:///{part}")
+        directions = [StudyDirection.MAXIMIZE, *[StudyDirection.MINIMIZE] * (len(objectives) - 1)]
+        made = optuna.create_study(storage=storage, study_name=_STUDY, directions=directions)
+        made.set_user_attr(_ORIGIN, json.dumps(fingerprint))
+        storage.engine.dispose()
         part.replace(path)
     # A process killed a moment ago may still hold the lock while the kernel takes it down.
     waiting = {"connect_args": {"timeout": _LOCK_TIMEOUT_S}}
-    return optuna.storages.RDBStorage(f"sqlite:///{path}", engine_kwargs=waiting)
+    storage = optuna.storages.RDBStorage(f"sqlite:///{path}", engine_kwargs=waiting)
+    try:
+        study = optuna.load_study(storage=storage, study_name=_STUDY)
+    except KeyError:
+        raise RunFolderError(f"{path}: holds no study of a search; delete it to start the search afresh") from None
+    _check_origin(path, json.loads(study.user_attrs.get(_ORIGIN, "{}")), fingerprint)
+    return study
+
+
+def _check_origin(path: Path, stored: Mapping[str, str], own: Mapping[str, str]) -> None:
+    for name, value in own.items():
+        if stored.get(name) != value:
+            raise RunFolderError(
+                f"{path}: this study was made with another {name} (fingerprint {stored.get(name, 'absent')}, here "
+                f"{value}); delete the file to start the search afresh, or give the run a folder of its own with --out"
+            )
+
+
+@contextmanager
+def _storage_errors_told(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (optuna.exceptions.StorageInternalError, SQLAlchemyError) as error:
+        cause = error if isinstance(error, SQLAlchemyError) else error.__cause__
+        reason = str(getattr(cause, "orig", None) or cause)
+        remedy = next(remedy for text, remedy in _REMEDIES if text in reason)
+        raise RunFolderError(f"{path}: the study cannot be read or written ({reason}); {remedy}") from error
 
 
 def _end_unfinished(study: optuna.Study) -> None:
@@ -154,14 +302,22 @@ def _end_unfinished(study: optuna.Study) -> None:
         study.tell(study.ask(), state=TrialState.FAIL)
 
 
-def _records(study: optuna.Study) -> list[Trial]:
-    complete: list[FrozenTrial] = study.get_trials(states=(TrialState.COMPLETE,), deepcopy=False)
-    return [from_json(Trial, trial.user_attrs[_RECORD], "the study") for trial in complete]
+def _read_history(study: optuna.Study) -> _History:
+    history = _History(trials=[], results={})
+    for finished in study.get_trials(states=(TrialState.COMPLETE,), deepcopy=False):
+        trial = from_json(Trial, finished.user_attrs[_RECORD], "the study")
+        packed = finished.user_attrs.get(_RESULTS)
+        history.add(trial, unpack(packed) if packed else None)
+    return history
 
 
-def _conclude(trials: list[Trial], dense: Candidate) -> SearchResult:
-    feasible = [t for t in trials if t.feasible]
-    if not feasible:
+def _conclude(
+    trials: Sequence[Trial],
+    dense: Candidate,
+    objectives: Sequence[ObjectiveName],
+    space: Mapping[str, BaseDistribution],
+) -> SearchResult:
+    if not any(t.feasible for t in trials):
         nearest = min(trials, key=lambda t: max(t.violations.values(), default=0.0))
         name = max(nearest.violations, key=lambda n: nearest.violations[n])
         raise BudgetError(
@@ -169,18 +325,23 @@ def _conclude(trials: list[Trial], dense: Candidate) -> SearchResult:
             f"{nearest.violations[name]:+.1%} over {name} at {nearest.candidate.accuracy:.2%} accuracy on val: "
             f"relax budget.{name} in the target, or raise search.num_trials"
         )
-    # Of equals on val the one that uses more of the budget: it has more left to lose on other data.
-    best = max(feasible, key=lambda t: (t.candidate.accuracy, _cost(t.candidate), -t.number))
-    return SearchResult(dense=dense, trials=tuple(trials), best=best.number)
+    return SearchResult(
+        dense=dense,
+        trials=tuple(trials),
+        best=_most_accurate([t for t in trials if t.feasible and not t.is_stopped]).number,
+        front=pareto_front(trials, objectives),
+        importances=importances(trials, space),
+    )
 
 
-def _cost(candidate: Candidate) -> float:
-    """Milliseconds, or MACs where nothing could be timed: alike for all trials of a search."""
-    return candidate.num_macs if candidate.latency_p50_ms is None else candidate.latency_p50_ms
+def _most_accurate(trials: Sequence[Trial]) -> Trial:
+    """Of equals on val the one that uses more of the budget: it has more left to lose on other data."""
+    return max(trials, key=lambda t: (t.candidate.accuracy, cost(t.candidate), -t.number))
 
 
 def _summary(trial: Trial) -> str:
     c = trial.candidate
     fits = "fits" if trial.feasible else "over budget"
-    cost = f"{c.num_macs:,} MACs" if c.latency_p50_ms is None else f"{c.latency_p50_ms:.3f} ms"
-    return f"trial {trial.number}: {c.accuracy:.2%} on val, {cost}, {fits}"
+    fits += f", stopped after {trial.num_val_samples:,} samples" if trial.is_stopped else ""
+    told = f"{c.num_macs:,} MACs" if c.latency_p50_ms is None else f"{c.latency_p50_ms:.3f} ms"
+    return f"trial {trial.number}: {c.accuracy:.2%} on val, {told}, {fits}"

@@ -1,14 +1,25 @@
 """A study that was killed goes on as if it had not been; what cannot fit is refused by name."""
 
-from collections.abc import Mapping
+import hashlib
+import sqlite3
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import sqlalchemy
+from hypothesis import given
+from hypothesis import strategies as st
 
-from deploypipe.errors import BudgetError
-from deploypipe.recipe import Search
-from deploypipe.records import Candidate, Edit, PruningPlan, SearchResult
-from deploypipe.search.study import search, violations
+from deploypipe.errors import BudgetError, ConfigError, RunFolderError
+from deploypipe.recipe import ObjectiveName, Search
+from deploypipe.records import Candidate, Edit, PruningPlan, SearchResult, Trial
+from deploypipe.search.front import pareto_front
+from deploypipe.search.looks import Results, ends_of_looks
+from deploypipe.search.study import IsSettled, importances, knobs, search, violations
 from deploypipe.target import Limit
 
 DENSE = Candidate(
@@ -16,6 +27,8 @@ DENSE = Candidate(
 )
 HALF = {"latency_p50": Limit(value=0.5, is_relative=True)}
 SETTINGS = Search(num_trials=8)  # more than there are warm starts
+ORIGIN = {"model": "m", "data": "d", "device": "x"}
+NUM_VAL = 4000
 
 
 def propose(knobs: Mapping[str, float]) -> PruningPlan:
@@ -26,30 +39,63 @@ def propose(knobs: Mapping[str, float]) -> PruningPlan:
 
 
 class Evaluator:
-    """Larger is more accurate and slower; raises at one call."""
+    """Larger is more accurate and slower; raises at one call. `steepness`: how far apart styles are in accuracy."""
 
-    def __init__(self, kill_at: int = -1) -> None:
-        self.kill_at = kill_at
+    def __init__(
+        self,
+        kill_at: int = -1,
+        *,
+        steepness: float = 0.001,
+        is_patient: bool = False,
+        memory_mib: float | None = None,
+        before: Callable[[int], None] = lambda call: None,
+    ) -> None:
+        self.kill_at, self.before = kill_at, before
+        self.steepness, self.is_patient, self.memory_mib = steepness, is_patient, memory_mib
         self.seen: list[PruningPlan] = []
+        self.num_samples = 0
 
-    def __call__(self, plan: PruningPlan) -> Candidate:
+    def __call__(self, plan: PruningPlan, is_settled: IsSettled) -> tuple[Candidate, Results]:
         if len(self.seen) == self.kill_at:
             raise KeyboardInterrupt
+        self.before(len(self.seen))
         self.seen.append(plan)
         removed, style = plan.edits[0].removed
         kept = 1 - removed / 100
-        return Candidate(
-            accuracy=0.9 - 0.2 * (1 - kept) ** 2 - 0.001 * abs(style - 7),
+        costs = Candidate(
+            accuracy=0.0,
             latency_p50_ms=4 * kept,
-            peak_memory_mib=None,
+            peak_memory_mib=None if self.memory_mib is None else self.memory_mib * (2 - kept),
             file_size_mib=kept,
             num_params=int(1000 * kept),
             num_macs=int(1000 * kept),
         )
+        hits = self._hits(plan, 0.9 - 0.2 * (1 - kept) ** 2 - self.steepness * abs(style - 7))
+        for end in ends_of_looks(NUM_VAL):
+            candidate = replace(costs, accuracy=float(hits[:end].mean()))
+            if end == NUM_VAL or (is_settled(candidate, hits[:end]) and not self.is_patient):
+                self.num_samples += end
+                return candidate, hits[:end]
+        raise AssertionError("the last look is at all of val")
+
+    def _hits(self, plan: PruningPlan, accuracy: float) -> Results:
+        """Networks of one family mostly fail on the same samples."""
+        own = int.from_bytes(hashlib.sha256(repr(plan).encode()).digest()[:8], "big")
+        shared, alone = (np.random.default_rng(s).random(NUM_VAL) for s in (0, own))
+        return np.where(alone < 0.1, np.roll(shared, own % NUM_VAL), shared).__lt__(accuracy).astype(np.float64)
 
 
-def run(evaluate: Evaluator, storage: Path, limits: Mapping[str, Limit] = HALF, seed: int = 0) -> SearchResult:
-    return search(propose, evaluate, DENSE, limits, (0.2, 0.8), SETTINGS, storage=storage, seed=seed)
+def run(
+    evaluate: Evaluator,
+    storage: Path,
+    limits: Mapping[str, Limit] = HALF,
+    seed: int = 0,
+    *,
+    settings: Search = SETTINGS,
+    origin: Mapping[str, object] = ORIGIN,
+    dense: Candidate = DENSE,
+) -> SearchResult:
+    return search(propose, evaluate, dense, limits, (0.2, 0.8), settings, storage=storage, origin=origin, seed=seed)
 
 
 def test_killed_study_ends_with_the_trials_of_an_undisturbed_one(tmp_path: Path) -> None:
@@ -68,9 +114,73 @@ def test_killed_study_ends_with_the_trials_of_an_undisturbed_one(tmp_path: Path)
     assert idle.seen == []
 
 
+@pytest.mark.parametrize(
+    ("sampler", "objectives", "num_trials"),
+    [
+        ("tpe", ("accuracy", "latency"), 12),
+        ("gp", ("accuracy",), 9),
+        ("gp", ("accuracy", "latency"), 8),
+        ("nsga2", ("accuracy", "latency", "peak_memory"), 20),  # into the third generation
+        ("random", ("accuracy",), 9),
+    ],
+)
+def test_every_sampler_goes_on_with_the_trials_it_would_have_made(
+    sampler: Any, objectives: tuple[ObjectiveName, ...], num_trials: int, tmp_path: Path
+) -> None:
+    settings = Search(num_trials=num_trials, sampler=sampler, objectives=objectives)
+    dense = replace(DENSE, peak_memory_mib=2.0)
+    whole = run(Evaluator(memory_mib=2.0), tmp_path / "whole.db", settings=settings, dense=dense)
+    for _ in range(num_trials):  # killed in every trial there is, once
+        with suppress(KeyboardInterrupt):
+            piecewise = run(
+                Evaluator(kill_at=1, memory_mib=2.0), tmp_path / "killed.db", settings=settings, dense=dense
+            )
+            break
+    assert piecewise == whole
+
+
+def test_samplers_propose_otherwise_than_chance(tmp_path: Path) -> None:
+    def proposed(sampler: Any) -> list[Mapping[str, float]]:
+        settings = Search(num_trials=12, sampler=sampler)
+        return [t.knobs for t in run(Evaluator(), tmp_path / f"{sampler}.db", settings=settings).trials[8:]]
+
+    chance = proposed("random")
+    assert all(proposed(sampler) != chance for sampler in ("tpe", "gp", "nsga2"))
+
+
+def test_early_stopping_saves_samples_and_not_the_winner(tmp_path: Path) -> None:
+    saved = []
+    for seed in range(5):
+        settings = Search(num_trials=15, sampler="random")  # proposes the same, whatever it is told
+        hasty, patient = Evaluator(steepness=0.02), Evaluator(steepness=0.02, is_patient=True)
+        stopped = run(hasty, tmp_path / f"hasty{seed}.db", seed=seed, settings=settings)
+        whole = run(patient, tmp_path / f"patient{seed}.db", seed=seed, settings=settings)
+        assert stopped.best == whole.best
+        assert not stopped.trials[stopped.best].is_stopped
+        assert stopped.trials[stopped.best].num_val_samples == NUM_VAL
+        for trial in stopped.trials:
+            assert trial.is_stopped is (trial.num_val_samples < NUM_VAL)
+            assert trial.feasible or trial.num_val_samples == ends_of_looks(NUM_VAL)[0]
+        assert any(t.is_stopped and t.feasible for t in stopped.trials)
+        saved.append(1 - hasty.num_samples / patient.num_samples)
+    assert min(saved) > 0.4
+
+
+def test_with_two_objectives_only_the_beaten_are_stopped(tmp_path: Path) -> None:
+    """What is less accurate and cheaper stays: the front of the patient study is that of the hasty one."""
+    settings = Search(num_trials=25, sampler="random", objectives=("accuracy", "latency"))
+    hasty = run(Evaluator(steepness=0.02), tmp_path / "hasty.db", settings=settings)
+    patient = run(Evaluator(steepness=0.02, is_patient=True), tmp_path / "patient.db", settings=settings)
+    evaluated = [replace(t, is_stopped=False) for t in patient.trials]
+    assert hasty.front == pareto_front(evaluated, settings.objectives)
+    assert any(t.is_stopped and t.feasible for t in hasty.trials)
+    assert len(hasty.front) > 3
+
+
 def test_seed_decides_what_is_tried(tmp_path: Path) -> None:
-    first, other = (run(Evaluator(), tmp_path / f"{seed}.db", seed=seed) for seed in (1, 2))
-    assert [t.knobs for t in first.trials] != [t.knobs for t in other.trials]
+    seeds = (1, 2, -1, 2**40)
+    results = [run(Evaluator(), tmp_path / f"{seed}.db", seed=seed) for seed in seeds]
+    assert len({str([t.knobs for t in result.trials]) for result in results}) == len(seeds)
 
 
 def test_same_plan_is_not_evaluated_twice(tmp_path: Path) -> None:
@@ -83,6 +193,7 @@ def test_same_plan_is_not_evaluated_twice(tmp_path: Path) -> None:
         (0.2, 0.8),
         SETTINGS,
         storage=tmp_path / "study.db",
+        origin=ORIGIN,
     )
     assert len(result.trials) == 8
     assert len({t.plan.edits for t in result.trials}) == len(evaluate.seen) == 2
@@ -105,3 +216,165 @@ def test_violations_are_relative_and_unmeasured_memory_is_left_to_the_gate() -> 
         "peak_memory": Limit(value=1.0, is_relative=True),
     }
     assert violations(DENSE, DENSE, limits) == {"latency_p50": 1.0, "macs": -0.5}
+
+
+def test_memory_that_nobody_measured_is_refused_before_the_first_trial(tmp_path: Path) -> None:
+    evaluate = Evaluator()
+    with pytest.raises(ConfigError, match=r"search\.objectives: 'peak_memory' cannot be measured"):
+        run(evaluate, tmp_path / "study.db", settings=Search(objectives=("accuracy", "peak_memory")))
+    assert evaluate.seen == []
+
+
+# --- the front and the importances ------------------------------------------------------------------------------------
+
+points = st.tuples(
+    st.integers(0, 4), st.integers(0, 4), st.integers(0, 4), st.booleans(), st.booleans()
+)  # few values, so that many are equal
+
+
+@given(st.lists(points, max_size=12), st.sampled_from([("accuracy",), ("accuracy", "latency", "peak_memory")]))
+def test_the_front_is_what_nobody_beats(
+    drawn: list[tuple[int, int, int, bool, bool]], objectives: tuple[ObjectiveName, ...]
+) -> None:
+    trials = []
+    for number, (accuracy, latency, memory, is_feasible, is_stopped) in enumerate(drawn):
+        candidate = replace(DENSE, accuracy=accuracy, latency_p50_ms=float(latency), peak_memory_mib=float(memory))
+        trials.append(trial(number, candidate, is_feasible, is_stopped))
+    sound = [t for t in trials if t.feasible and not t.is_stopped]
+    expected: dict[tuple[float, ...], int] = {}
+    for t in sound:
+        own = figures(t, objectives)
+        if not any(
+            all(x >= y for x, y in zip(figures(o, objectives), own, strict=True)) and figures(o, objectives) != own
+            for o in sound
+        ):
+            expected.setdefault(own, t.number)
+    assert pareto_front(trials, objectives) == tuple(sorted(expected.values()))
+
+
+def figures(t: Trial, objectives: tuple[ObjectiveName, ...]) -> tuple[float, ...]:
+    c = t.candidate
+    assert c.latency_p50_ms is not None and c.peak_memory_mib is not None
+    return (c.accuracy, -c.latency_p50_ms, *([-c.peak_memory_mib] if "peak_memory" in objectives else []))
+
+
+def trial(
+    number: int, candidate: Candidate, is_feasible: bool = True, is_stopped: bool = False, **knobs: float
+) -> Trial:
+    return Trial(
+        number=number,
+        knobs=knobs,
+        candidate=candidate,
+        violations={},
+        feasible=is_feasible,
+        plan=PruningPlan(model_fingerprint="f", cuts=(), edits=(), blocks=()),
+        is_stopped=is_stopped,
+    )
+
+
+def test_importances_name_the_knob_that_decides() -> None:
+    random, trials = np.random.default_rng(0), []
+    for number in range(60):
+        exponent, weight = random.uniform(0.4, 1.0), random.uniform(0.1, 4.0)
+        turned = {"macs_kept": 0.5, "exponent": exponent, "block_weight": weight, "measured": float(number % 2)}
+        accuracy = 0.9 - abs(exponent - 0.7) + 0.001 * weight
+        trials.append(trial(number, replace(DENSE, accuracy=accuracy), **turned))
+    space = knobs((0.5, 0.5))
+    shares = importances(trials, space)
+    assert set(shares) == {"exponent", "block_weight", "measured"}  # what cannot be turned has no share
+    assert sum(shares.values()) == pytest.approx(1.0)
+    assert shares["exponent"] > 0.5
+    assert importances(trials, space) == shares
+    assert importances(trials[:19], space) == {}
+
+
+# --- what can go wrong with the file ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["model", "data", "device"])
+def test_a_study_of_something_else_is_refused_by_the_first_difference(name: str, tmp_path: Path) -> None:
+    run(Evaluator(), tmp_path / "study.db")
+    other, evaluate = {**ORIGIN, name: "another", "device": "another"}, Evaluator()
+    with pytest.raises(RunFolderError, match=f"made with another {name} .*; delete the file to start"):
+        run(evaluate, tmp_path / "study.db", origin=other)
+    with pytest.raises(RunFolderError, match="another search settings"):
+        run(evaluate, tmp_path / "study.db", settings=Search(num_trials=8, sampler="random"))
+    assert evaluate.seen == []
+
+
+@contextmanager
+def pragma(statement: str) -> Iterator[None]:
+    """Each of SQLite's connections, when a transaction begins."""
+
+    def inject(connection: Any) -> None:
+        connection.exec_driver_sql(f"PRAGMA {statement}")
+
+    sqlalchemy.event.listen(sqlalchemy.Engine, "begin", inject)
+    try:
+        yield
+    finally:
+        sqlalchemy.event.remove(sqlalchemy.Engine, "begin", inject)
+
+
+@pytest.mark.parametrize(
+    ("statement", "seen"),
+    [("max_page_count = 1", "database or disk is full.*make room"), ("query_only = 1", "readonly.*make it writable")],
+)
+def test_a_file_that_takes_no_more_ends_the_search_and_a_later_one_goes_on(
+    statement: str, seen: str, tmp_path: Path
+) -> None:
+    settings = Search(num_trials=9)
+    whole = run(Evaluator(), tmp_path / "whole.db", settings=settings)
+    storage = tmp_path / "study.db"
+    stop = {}
+
+    def fill(call: int) -> None:
+        if call == 3:
+            stop["it"] = pragma(statement)
+            stop["it"].__enter__()
+
+    with pytest.raises(RunFolderError, match=rf"study\.db: .*{seen}"):
+        try:
+            run(Evaluator(before=fill), storage, settings=settings)
+        finally:
+            stop["it"].__exit__(None, None, None)
+    rest = Evaluator()
+    assert run(rest, storage, settings=settings) == whole
+    assert 0 < len(rest.seen) <= len({t.plan.edits for t in whole.trials}) - 3  # a page that was begun takes more
+
+
+def test_no_room_for_a_first_study_and_a_file_that_is_none(tmp_path: Path) -> None:
+    with pragma("max_page_count = 1"), pytest.raises(RunFolderError, match="make room"):
+        run(Evaluator(), tmp_path / "study.db")
+    assert len(run(Evaluator(), tmp_path / "study.db").trials) == 8
+    (tmp_path / "study.db").write_bytes(b"no database" * 1000)
+    with pytest.raises(RunFolderError, match=r"not a database.*delete the file"):
+        run(Evaluator(), tmp_path / "study.db")
+
+
+def test_the_clock_may_jump(tmp_path: Path) -> None:
+    whole = run(Evaluator(), tmp_path / "whole.db")
+    with pytest.raises(KeyboardInterrupt):
+        run(Evaluator(kill_at=4), tmp_path / "killed.db")
+    with sqlite3.connect(tmp_path / "killed.db") as file:
+        file.execute("UPDATE trials SET datetime_start = '2199-01-01 00:00:00' WHERE number % 2")
+        file.execute("UPDATE trials SET datetime_complete = '1971-01-01 00:00:00' WHERE state = 'COMPLETE'")
+    file.close()
+    assert run(Evaluator(), tmp_path / "killed.db") == whole
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"num_trials": 0}, "num_trials = 0 is too small; write 1 or more"),
+        ({"num_trials": 2.5}, "num_trials = 2.5 is no whole number"),
+        ({"num_repair_samples": True}, "num_repair_samples = True is no whole number"),
+        ({"sampler": "grid"}, "sampler = 'grid' does not exist; write one of tpe, gp"),
+        ({"objectives": ("latency",)}, r"objectives = \('latency',\) is not understood; write \('accuracy',\)"),
+        ({"objectives": "accuracy"}, "objectives = 'accuracy' is not understood"),
+        ({"objectives": ()}, "is not understood"),
+    ],
+)
+def test_settings_that_make_no_search_are_refused(settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        Search(**settings)
