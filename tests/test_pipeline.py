@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import deploypipe
+from deploypipe.errors import RunFolderError
 from deploypipe.jsonio import to_json
 from deploypipe.pipeline import compress
 from deploypipe.recipe import Constraints
@@ -148,6 +149,27 @@ def test_a_changed_recipe_computes_only_what_depends_on_it(
     assert cached == {"baseline", "structures", "observe", "score", "curves", "search", "prune"}
     assert changed.training and len(changed.training.epochs) == 2
     assert to_json(load_result(first[0])) == to_json(changed)
+
+
+def test_a_search_of_another_run_is_not_taken_up(dense: nn.Module, tmp_path: Path) -> None:
+    """Another seed searches afresh, and refuses the file of the first where somebody put it in its place."""
+
+    def interrupted(seed: int) -> Path:
+        def notify(event: Event) -> None:
+            if event.stage == "search" and event.done == 1:
+                raise KeyboardInterrupt
+
+        recipe = replace(tiny.recipe(), seed=seed)
+        with pytest.raises(KeyboardInterrupt):
+            compress(dense, tiny.load_data(), tiny.task(), recipe, TARGET, tmp_path, notify=notify, source="tiny")
+        (study,) = set(tmp_path.glob("*-search-*.part/study.db")) - known
+        known.add(study)
+        return study
+
+    known: set[Path] = set()
+    shutil.copyfile(interrupted(0), interrupted(1))
+    with pytest.raises(RunFolderError, match=r"study\.db: this study was made with another 'seed'"):
+        run(dense, tmp_path, seed=1)
 
 
 def test_every_plan_holds_to_the_constraints(dense: nn.Module, first: tuple[Path, RunResult, bool]) -> None:

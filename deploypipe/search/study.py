@@ -51,7 +51,7 @@ _REMEDIES = (  # what SQLite says, and what to do
     ("is full", "make room on its disk, and run the same command again: it goes on after the last finished trial"),
     ("readonly", "make it writable, and run the same command again: it goes on after the last finished trial"),
     ("locked", "end the other process that uses it, and run the same command again"),
-    ("", "check its disk, and run the same command again; where that does not help, delete the file to start afresh"),
+    ("", "check its disk and the room on it, and run the same command again; if that fails too, delete the file"),
 )
 
 
@@ -90,7 +90,7 @@ def search(
     excess_of = partial(violations, dense=dense, limits=limits)
     space, warm = knobs(macs_bounds), _warm_starts(macs_bounds)
     with _storage_errors_told(storage):
-        study = _open_study(storage, settings.objectives, {**origin, "search settings": settings, "seed": seed})
+        study = _open_study(storage, settings.objectives, {**origin, "search": settings, "seed": seed})
         _end_unfinished(study)
         history = _read_history(study)
         while len(history.trials) < settings.num_trials:
@@ -278,7 +278,7 @@ def _check_origin(path: Path, stored: Mapping[str, str], own: Mapping[str, str])
     for name, value in own.items():
         if stored.get(name) != value:
             raise RunFolderError(
-                f"{path}: this study was made with another {name} (fingerprint {stored.get(name, 'absent')}, here "
+                f"{path}: this study was made with another {name!r} (fingerprint {stored.get(name, 'absent')}, here "
                 f"{value}); delete the file to start the search afresh, or give the run a folder of its own with --out"
             )
 

@@ -1,6 +1,7 @@
 """A study that was killed goes on as if it had not been; what cannot fit is refused by name."""
 
 import hashlib
+import resource
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -150,7 +151,7 @@ def test_samplers_propose_otherwise_than_chance(tmp_path: Path) -> None:
 
 def test_early_stopping_saves_samples_and_not_the_winner(tmp_path: Path) -> None:
     saved = []
-    for seed in range(5):
+    for seed in range(3):
         settings = Search(num_trials=15, sampler="random")  # proposes the same, whatever it is told
         hasty, patient = Evaluator(steepness=0.02), Evaluator(steepness=0.02, is_patient=True)
         stopped = run(hasty, tmp_path / f"hasty{seed}.db", seed=seed, settings=settings)
@@ -295,9 +296,9 @@ def test_importances_name_the_knob_that_decides() -> None:
 def test_a_study_of_something_else_is_refused_by_the_first_difference(name: str, tmp_path: Path) -> None:
     run(Evaluator(), tmp_path / "study.db")
     other, evaluate = {**ORIGIN, name: "another", "device": "another"}, Evaluator()
-    with pytest.raises(RunFolderError, match=f"made with another {name} .*; delete the file to start"):
+    with pytest.raises(RunFolderError, match=f"made with another '{name}' .*; delete the file to start"):
         run(evaluate, tmp_path / "study.db", origin=other)
-    with pytest.raises(RunFolderError, match="another search settings"):
+    with pytest.raises(RunFolderError, match="another 'search'"):
         run(evaluate, tmp_path / "study.db", settings=Search(num_trials=8, sampler="random"))
     assert evaluate.seen == []
 
@@ -343,12 +344,27 @@ def test_a_file_that_takes_no_more_ends_the_search_and_a_later_one_goes_on(
     assert 0 < len(rest.seen) <= len({t.plan.edits for t in whole.trials}) - 3  # a page that was begun takes more
 
 
+def test_a_file_that_may_not_grow_is_named(tmp_path: Path) -> None:
+    storage, (soft, hard) = tmp_path / "study.db", resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(call: int) -> None:
+        if call == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (storage.stat().st_size, hard))
+
+    with pytest.raises(RunFolderError, match=r"cannot be read or written .*check its disk"):
+        try:
+            run(Evaluator(before=limit), storage)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert run(Evaluator(), storage) == run(Evaluator(), tmp_path / "whole.db")
+
+
 def test_no_room_for_a_first_study_and_a_file_that_is_none(tmp_path: Path) -> None:
     with pragma("max_page_count = 1"), pytest.raises(RunFolderError, match="make room"):
         run(Evaluator(), tmp_path / "study.db")
     assert len(run(Evaluator(), tmp_path / "study.db").trials) == 8
     (tmp_path / "study.db").write_bytes(b"no database" * 1000)
-    with pytest.raises(RunFolderError, match=r"not a database.*delete the file"):
+    with pytest.raises(RunFolderError, match=r"not a database.*check its disk.*delete the file"):
         run(Evaluator(), tmp_path / "study.db")
 
 
