@@ -24,7 +24,7 @@ from deploypipe.records import Candidate, PruningPlan
 from deploypipe.runs import cache_folder, digest, write_atomically
 from deploypipe.runtimes import Array, find_runtime
 from deploypipe.search.looks import Results, evaluate_growing
-from deploypipe.search.study import IsSettled
+from deploypipe.search.trials import IsSettled
 from deploypipe.target import Target
 from deploypipe.task import Batch, Task, take, take_calib
 

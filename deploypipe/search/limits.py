@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from deploypipe.records import Candidate, Curves, Measurement, ModelFile, Structures
 from deploypipe.runtimes.ability import Ability
 from deploypipe.search.allocate import least_macs
-from deploypipe.search.study import violations
+from deploypipe.search.trials import violations
 from deploypipe.target import Limit
 
 _LATENCY_MARGIN = 0.03

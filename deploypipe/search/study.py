@@ -4,12 +4,11 @@ The only importer of optuna.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
@@ -20,27 +19,12 @@ from sqlalchemy.exc import SQLAlchemyError
 from deploypipe.errors import BudgetError, RunFolderError
 from deploypipe.jsonio import from_json, to_json
 from deploypipe.recipe import ObjectiveName, Search
-from deploypipe.records import Candidate, Event, Progress, PruningPlan, SearchResult, Trial, silent
+from deploypipe.records import Candidate, Event, Progress, SearchResult, Trial, silent
 from deploypipe.runs import digest
-from deploypipe.search.front import cost, costs, pareto_front
-from deploypipe.search.looks import Results, is_certainly_worse, pack, unpack
+from deploypipe.search.front import costs, pareto_front
+from deploypipe.search.looks import pack, unpack
+from deploypipe.search.trials import Evaluate, History, Propose, judge_plan, most_accurate, violations
 from deploypipe.target import Limit
-
-IsSettled = Callable[[Candidate, Results], bool]
-
-
-class Evaluate(Protocol):
-    """Judge one plan: surgery, repair, the exported file on the target's runtime, accuracy on val.
-
-    The costs come first. `is_settled` is asked, with the candidate and all results so far, after each part of val but
-    the last; once it says yes, the rest of val is left out. Returns the candidate, and the results its accuracy is the
-    mean of.
-    """
-
-    def __call__(self, plan: PruningPlan, is_settled: IsSettled) -> tuple[Candidate, Results]: ...
-
-
-Propose = Callable[[Mapping[str, float]], PruningPlan]
 
 _STUDY = "search"
 _RECORD, _RESULTS, _ORIGIN = "record", "results", "origin"
@@ -101,7 +85,7 @@ def search(
             asked = study.ask(space)
             _ = asked.relative_params  # an enqueued trial, too, is to belong to one of NSGA-II's generations
             chosen = {name: float(value) for name, value in asked.params.items()}
-            trial, results = _judge(chosen, propose, evaluate, excess_of, settings.objectives, history)
+            trial, results = judge_plan(chosen, propose, evaluate, excess_of, settings.objectives, history)
             for name, excess in trial.violations.items():
                 asked.set_constraint(name, excess)
             asked.set_user_attr(_RECORD, to_json(trial))
@@ -112,23 +96,6 @@ def search(
             history.add(trial, results)
             notify(Event(stage="search", done=number + 1, total=settings.num_trials, message=_summary(trial)))
     return _conclude(history.trials, dense, settings.objectives, space)
-
-
-def violations(candidate: Candidate, dense: Candidate, limits: Mapping[str, Limit]) -> dict[str, float]:
-    """Relative excess over each limit a search can judge; zero or less meets it."""
-    figures = {
-        "latency_p50": (candidate.latency_p50_ms, dense.latency_p50_ms),
-        "peak_memory": (candidate.peak_memory_mib, dense.peak_memory_mib),
-        "file_size": (candidate.file_size_mib, dense.file_size_mib),
-        "params": (float(candidate.num_params), float(dense.num_params)),
-        "macs": (float(candidate.num_macs), float(dense.num_macs)),
-    }
-    excess = {}
-    for name, limit in limits.items():
-        measured, reference = figures[name]
-        if measured is not None and reference is not None:  # what cannot be measured here, the gate says
-            excess[name] = measured / limit.absolute(reference) - 1
-    return excess
 
 
 def importances(trials: Sequence[Trial], space: Mapping[str, BaseDistribution]) -> dict[str, float]:
@@ -147,74 +114,6 @@ def importances(trials: Sequence[Trial], space: Mapping[str, BaseDistribution]) 
         study.add_trial(told)
     evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.25)
     return {str(k): float(v) for k, v in optuna.importance.get_param_importances(study, evaluator=evaluator).items()}
-
-
-@dataclass(kw_only=True, slots=True)
-class _History:
-    """The finished trials, and sample by sample the results of those within the budget that saw all of val."""
-
-    trials: list[Trial]
-    results: dict[int, Results]  # trial number ->
-
-    def add(self, trial: Trial, results: Results | None) -> None:
-        self.trials.append(trial)
-        if results is not None:
-            self.results[trial.number] = results
-
-    def same_plan(self, plan: PruningPlan) -> Trial | None:
-        return next((t for t in self.trials if t.plan.edits == plan.edits and t.plan.blocks == plan.blocks), None)
-
-    def rival(self, candidate: Candidate, objectives: Sequence[ObjectiveName]) -> Results | None:
-        """Of the most accurate trial so far that costs no more. With accuracy as the only objective costs are none."""
-        own = costs(candidate, objectives)
-        cheap = [
-            t
-            for t in self.trials
-            if t.number in self.results
-            and all(a <= b for a, b in zip(costs(t.candidate, objectives), own, strict=True))
-        ]
-        return self.results[_most_accurate(cheap).number] if cheap else None
-
-
-def _judge(
-    chosen: dict[str, float],
-    propose: Propose,
-    evaluate: Evaluate,
-    excess_of: Callable[[Candidate], dict[str, float]],
-    objectives: Sequence[ObjectiveName],
-    history: _History,
-) -> tuple[Trial, Results | None]:
-    """The trial, and its results where later trials may be compared with them."""
-    number, plan = len(history.trials), propose(chosen)
-    known = history.same_plan(plan)
-    if known is not None:  # other knobs, the same network: nothing new to measure
-        return replace(known, number=number, knobs=chosen), None
-    is_stopped = False
-
-    def is_settled(candidate: Candidate, seen: Results) -> bool:
-        nonlocal is_stopped
-        rival = history.rival(candidate, objectives)
-        is_over = not _is_feasible(excess_of(candidate))
-        is_stopped = is_over or (rival is not None and is_certainly_worse(seen, rival))
-        return is_stopped
-
-    candidate, results = evaluate(plan, is_settled)
-    excess = excess_of(candidate)
-    trial = Trial(
-        number=number,
-        knobs=chosen,
-        candidate=candidate,
-        violations=excess,
-        feasible=_is_feasible(excess),
-        plan=plan,
-        num_val_samples=len(results),
-        is_stopped=is_stopped,
-    )
-    return trial, results if trial.feasible and not is_stopped else None
-
-
-def _is_feasible(excess: Mapping[str, float]) -> bool:
-    return all(value <= 0 for value in excess.values())
 
 
 def _warm_starts(bounds: tuple[float, float]) -> list[dict[str, Any]]:
@@ -302,8 +201,8 @@ def _end_unfinished(study: optuna.Study) -> None:
         study.tell(study.ask(), state=TrialState.FAIL)
 
 
-def _read_history(study: optuna.Study) -> _History:
-    history = _History(trials=[], results={})
+def _read_history(study: optuna.Study) -> History:
+    history = History(trials=[], results={})
     for finished in study.get_trials(states=(TrialState.COMPLETE,), deepcopy=False):
         trial = from_json(Trial, finished.user_attrs[_RECORD], "the study")
         packed = finished.user_attrs.get(_RESULTS)
@@ -328,15 +227,10 @@ def _conclude(
     return SearchResult(
         dense=dense,
         trials=tuple(trials),
-        best=_most_accurate([t for t in trials if t.feasible and not t.is_stopped]).number,
+        best=most_accurate([t for t in trials if t.feasible and not t.is_stopped]).number,
         front=pareto_front(trials, objectives),
         importances=importances(trials, space),
     )
-
-
-def _most_accurate(trials: Sequence[Trial]) -> Trial:
-    """Of equals on val the one that uses more of the budget: it has more left to lose on other data."""
-    return max(trials, key=lambda t: (t.candidate.accuracy, cost(t.candidate), -t.number))
 
 
 def _summary(trial: Trial) -> str:

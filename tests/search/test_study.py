@@ -20,7 +20,8 @@ from deploypipe.recipe import ObjectiveName, Search
 from deploypipe.records import Candidate, Edit, PruningPlan, SearchResult, Trial
 from deploypipe.search.front import pareto_front
 from deploypipe.search.looks import Results, ends_of_looks
-from deploypipe.search.study import IsSettled, importances, knobs, search, violations
+from deploypipe.search.study import importances, knobs, search
+from deploypipe.search.trials import IsSettled, violations
 from deploypipe.target import Limit
 
 DENSE = Candidate(
@@ -121,7 +122,7 @@ def test_killed_study_ends_with_the_trials_of_an_undisturbed_one(tmp_path: Path)
         ("tpe", ("accuracy", "latency"), 12),
         ("gp", ("accuracy",), 9),
         ("gp", ("accuracy", "latency"), 8),
-        ("nsga2", ("accuracy", "latency", "peak_memory"), 20),  # into the third generation
+        ("nsga2", ("accuracy", "latency", "peak_memory"), 18),  # into the third generation
         ("random", ("accuracy",), 9),
     ],
 )
@@ -142,7 +143,7 @@ def test_every_sampler_goes_on_with_the_trials_it_would_have_made(
 
 def test_samplers_propose_otherwise_than_chance(tmp_path: Path) -> None:
     def proposed(sampler: Any) -> list[Mapping[str, float]]:
-        settings = Search(num_trials=12, sampler=sampler)
+        settings = Search(num_trials=10, sampler=sampler)
         return [t.knobs for t in run(Evaluator(), tmp_path / f"{sampler}.db", settings=settings).trials[8:]]
 
     chance = proposed("random")
