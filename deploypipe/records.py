@@ -382,6 +382,15 @@ class ModelFile:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CandidateFile:
+    """The fp32 file of a pruned network, made from the template of the dense one."""
+
+    path: str  # relative to the folder it is in
+    size_bytes: int
+    reason: str = ""  # why it had to be exported instead
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class FloatLayer:
     """A node that a conversion left in fp32."""
 

@@ -55,7 +55,7 @@ def module_outputs(
     given = [name for name in program.graph_signature.user_outputs if isinstance(name, str)]
     renamed = dict(zip(given, output_names, strict=False))
     nodes = list(program.graph.nodes)
-    scopes = {node: _scopes(node) for node in nodes}
+    scopes = {node: scopes_of(node) for node in nodes}
     order: dict[str, tuple[int, ...]] = {}  # scope -> positions of the values that leave it
     for i, node in enumerate(nodes):
         for scope, _ in scopes[node]:
@@ -74,7 +74,7 @@ def module_outputs(
     return tuple(point for _, point in sorted(points.values(), key=lambda pair: pair[0]))
 
 
-def _scopes(node: torch.fx.Node) -> list[tuple[str, str]]:
+def scopes_of(node: torch.fx.Node) -> list[tuple[str, str]]:
     """(key of the call, path of the module) from the network itself inwards."""
     stack = node.meta.get("nn_module_stack") or {}
     return [(key, path) for key, (path, _) in stack.items() if key.startswith("L__self__")]

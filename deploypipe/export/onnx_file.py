@@ -21,6 +21,7 @@ from deploypipe.export.metadata import describe, name_nodes, strip
 from deploypipe.export.parity import limit_of, measure_parity, require_parity
 from deploypipe.export.precision import folded
 from deploypipe.export.rewrites import protect_padding
+from deploypipe.export.template import write_template
 from deploypipe.onnx_check import check_onnx_file
 from deploypipe.recipe import Export
 from deploypipe.records import FileEntry, ModelFile, Parity
@@ -42,6 +43,7 @@ def export_onnx(
     *,
     origin: Mapping[str, str] | None = None,
     class_names: Sequence[str] = (),
+    template: Path | None = None,
 ) -> ModelFile:
     """Write `model` to `path` and return what was written; `ModelFile.path` is the file's name alone.
 
@@ -51,6 +53,9 @@ def export_onnx(
     files; its nodes are named after their modules, outputs as in `runtimes.packing`. `origin` (the plan's hash, say)
     and the class names go into its metadata as `deploypipe.KEY`. The network is left as it was, on its own device.
 
+    template: where to write the graph that `sliced` makes files of pruned networks from. No file is written where the
+    weights do not fit into one.
+
     Raises DataError without batches, ModelError where the network cannot be exported, ConfigError where the recipe asks
     for axes or an opset that cannot be had, ParityError, which names the module to blame, where the file does not
     compute what the network computes. Whatever is raised, nothing is left at `path` that was not there before.
@@ -59,14 +64,19 @@ def export_onnx(
         raise DataError("export needs at least one batch to compare the file with the network; none was given")
     network = _copy_for_export(model)
     inputs = [map_tensors(lambda tensor: tensor.cpu().contiguous(), batch) for batch, _ in batches]
-    output_names, expected = _run_eager(network, inputs)
+    output_names, expected = run_eager(network, inputs)
     names = parameter_names(network, inputs[0])
     axes = choose_axes(names, inputs, settings)
     with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
         part = Path(scratch) / path.name
-        program = _export(network, inputs[0], names, output_names, axes, settings)
-        points = module_outputs(program.exported_program, network, output_names)
         is_single = _num_bytes(network) <= settings.single_file_mib * 2**20
+        program = _export(network, inputs[0], names, output_names, axes, settings)
+        if template is not None and is_single:
+            with _quiet():
+                write_template(program.model_proto, program, output_names, template)
+        with _quiet():
+            program.optimize()
+        points = module_outputs(program.exported_program, network, output_names)
         proto = _write(program, part, is_single)
         del program
         name_nodes(proto)
@@ -112,7 +122,7 @@ def _num_bytes(network: nn.Module) -> int:
     return sum(v.numel() * v.element_size() for v in [*network.parameters(), *network.buffers()])
 
 
-def _run_eager(network: nn.Module, inputs: Sequence[Any]) -> tuple[list[str], list[list[Array]]]:
+def run_eager(network: nn.Module, inputs: Sequence[Any]) -> tuple[list[str], list[list[Array]]]:
     """The outputs' names, and `outputs[batch][output]`."""
     with torch.no_grad():
         outputs = [name_outputs(forward(network, batch)) for batch in inputs]
@@ -126,7 +136,7 @@ def _other_sizes(
     sizes of the example. Lengths that the network itself refuses prove nothing."""
     single = take(inputs, 1)
     try:
-        yield single, _run_eager(network, [single])[1][0]
+        yield single, run_eager(network, [single])[1][0]
     except RuntimeError as error:  # what torch raises for shapes that do not fit
         raise ModelError(
             f"{type(network).__name__} cannot be exported: it fails on a batch of one sample ({_root_cause(error)}); "
@@ -135,7 +145,7 @@ def _other_sizes(
     if axes:
         shorter = shortened(names, inputs, axes)
         try:
-            yield shorter, _run_eager(network, [shorter])[1][0]
+            yield shorter, run_eager(network, [shorter])[1][0]
         except RuntimeError:
             return
 
@@ -143,7 +153,8 @@ def _other_sizes(
 def _export(
     network: nn.Module, inputs: Any, names: Sequence[str], output_names: list[str], axes: Axes, settings: Export
 ) -> Any:
-    """The exporter's program; ModelError where there is none, ConfigError where it is of another opset than asked."""
+    """The exporter's program, not optimised yet; ModelError where there is none, ConfigError where its opset is another
+    than asked."""
     example = _at_least(inputs, _LEAST_TRACED)
     batch = torch.export.Dim("batch")  # unlike a name alone, raises where the network binds it in any way
     shapes = {name: {0: batch, **axes.get(name, {})} for name in names}
@@ -161,6 +172,7 @@ def _export(
                 dynamo=True,
                 external_data=False,
                 verbose=False,
+                optimize=False,
             )
     except torch.onnx.OnnxExporterError as error:
         others = "".join(f", any {name}" for name in sorted({n for named in axes.values() for n in named.values()}))
