@@ -9,7 +9,7 @@ import torch
 from onnx import numpy_helper
 from onnxscript import ir
 from onnxscript.rewriter import rewrite
-from onnxscript.rewriter.rules.common import fuse_batchnorm_rule_set
+from onnxscript.rewriter.rules.common import fuse_batchnorm_into_conv_transpose_rule, fuse_batchnorm_into_gemm_rule
 from torch import nn
 
 from deploypipe.errors import DeploypipeError
@@ -24,6 +24,7 @@ from deploypipe.records import CandidateFile, PruningPlan
 from deploypipe.runtimes.onnxruntime import OnnxRuntime
 from deploypipe.task import Batch, evaluating, take
 
+_NORM_RULES = [fuse_batchnorm_into_gemm_rule, fuse_batchnorm_into_conv_transpose_rule]
 _NUM_CHECKED = 2  # samples
 
 
@@ -86,12 +87,12 @@ def cut_graph(template: Template, dense: nn.Module, pruned: nn.Module, plan: Pru
 
 
 def _without_norms(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """Batch norms become part of what they follow, as in an exported file; onnxruntime does so for convolutions only."""
+    """Batch norms become part of what they follow, as in an exported file; onnxruntime knows convolutions only."""
     producers = {node.output[0]: node.op_type for node in proto.graph.node}
     norms = [node for node in proto.graph.node if node.op_type == "BatchNormalization"]
     if all(producers.get(node.input[0]) == "Conv" for node in norms):
         return proto
-    merged: onnx.ModelProto = ir.to_proto(rewrite(ir.from_proto(proto), fuse_batchnorm_rule_set()))
+    merged: onnx.ModelProto = ir.to_proto(rewrite(ir.from_proto(proto), _NORM_RULES))
     return merged
 
 
