@@ -14,6 +14,7 @@ from deploypipe.pruning.structures import list_structures
 from deploypipe.recipe import Recipe
 from deploypipe.records import (
     Event,
+    PrecisionRow,
     Progress,
     ScoreSummary,
     silent,
@@ -23,7 +24,7 @@ from deploypipe.runs import RunResult, open_run, place_file, save_result, start_
 from deploypipe.scoring import needs_derivatives, score_halves
 from deploypipe.scoring.null import null_shares
 from deploypipe.scoring.summary import summarise
-from deploypipe.search.limits import is_over_budget, search_limits, with_margin
+from deploypipe.search.limits import candidate_of, converted, is_over_budget, search_limits, with_margin
 from deploypipe.stages import MODEL, Stages
 from deploypipe.target import Target
 from deploypipe.task import Splits, Task, take, take_calib
@@ -108,25 +109,34 @@ def _run_stages(job: Stages, name: str) -> RunResult:
     structures = job.structures()  # first: what the recipe names is looked up here
     dense = job.baseline()
     limits, stand_in = search_limits(job.target.budget.limits(), job.ability)
-    summary, found, outcome, log, file = None, None, None, None, dense.file
-    counts = (dense.num_params, dense.num_macs)
-    if is_over_budget(dense, job.dense_opened(dense), with_margin(limits)):
+    summary, found, outcome, log, precision = None, None, None, None, None
+    file, made_by, counts = dense.file, "baseline", (dense.num_params, dense.num_macs)
+    reference = candidate_of(dense, job.dense_opened(dense), accuracy=0.0)  # no budget of the search is about it
+    is_over = is_over_budget(reference, reference, with_margin(limits))
+    row = PrecisionRow(precision="fp32", file=dense.file)
+    if is_over:
+        precision = job.dense_precision(dense)
+        row = precision.row if precision else row
+        is_over = is_over_budget(converted(reference, row), reference, with_margin(limits))
+    if is_over:
         halves = job.observe(structures)
         moments = merge(*halves)
         scores = job.score(structures, halves, moments)
         summary = summarise(structures, scores, moments)
         curves = job.curves(structures, scores, moments)
-        found = job.search(structures, scores, curves, dense, limits)
+        found = job.search(structures, scores, curves, dense, limits, row)
         plan = found.trials[found.best].plan
         outcome = job.prune(plan)
         log = job.finetune(plan)
-        file = job.export(plan)
+        file, made_by = job.export(plan), "export"
         counts = (outcome.prune.params_after, outcome.prune.macs_after)
-    precision = job.precision(file)
-    file = precision.file if precision else file
-    engine = job.engine()
-    report = job.benchmark(dense, file, engine, counts, stand_in)
-    golden = job.golden(file)
+        precision = job.precision(file)
+    elif not precision:
+        precision = job.dense_precision(dense)
+    shipped = job.shipped(file, made_by, precision)
+    engine = job.engine(shipped)
+    report = job.benchmark(dense, shipped, engine, counts, stand_in)
+    golden = job.golden(shipped)
     job.run.notify(Event(stage="gate", message="start"))
     decision = decide(report, job.target.budget)
     job.run.notify(Event(stage="gate", message="done"))

@@ -158,12 +158,13 @@ class Search:
     objectives: tuple[ObjectiveName, ...] = ("accuracy",)
     num_curve_samples: int = 512  # images the loss curves are measured on
     num_levels: int = 8  # widths tried per channel group
+    num_timed: int = 40  # networks timed before the search, to predict the latency of all others
     num_repair_samples: int = 512  # for judging a trial; the winner is repaired with all of `repair.num_samples`
     prune_blocks: bool = True
 
     def __post_init__(self) -> None:
-        _require_whole(self, "num_trials", "num_curve_samples", "num_levels", "num_repair_samples")
-        _require_least(self, num_trials=1, num_curve_samples=1, num_levels=2, num_repair_samples=1)
+        _require_whole(self, "num_trials", "num_curve_samples", "num_levels", "num_timed", "num_repair_samples")
+        _require_least(self, num_trials=1, num_curve_samples=1, num_levels=2, num_timed=8, num_repair_samples=1)
         _require_one_of(self, "sampler", ("tpe", "gp", "nsga2", "random"))
         if self.objectives not in _OBJECTIVES:
             known = " or ".join(map(repr, _OBJECTIVES))

@@ -296,6 +296,50 @@ class Curves:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Cut:
+    """How many units of which groups, and which blocks, a network lacks: all that decides its latency."""
+
+    removed: dict[str, int]  # by group
+    blocks: Names
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TimedCut:
+    """A network and its measured latency, as a share of the dense fp32 file's."""
+
+    cut: Cut
+    ratio: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TimedNetworks:
+    """What the latency model learns from: networks timed on the target before the search."""
+
+    rows: tuple[TimedCut, ...]
+    precision: str  # of their files
+    seconds: float
+    exported: dict[str, int] = field(
+        default_factory=dict
+    )  # why files could not be cut out of the dense one -> of how many
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LatencyFit:
+    """What the latency model said of the networks that were timed, each before it knew that one's time."""
+
+    predicted: tuple[float, ...]  # shares of the dense fp32 file's latency
+    measured: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reach:
+    """What a search can come to, found before its first trial."""
+
+    least: dict[str, float]  # by budget: the smallest share of the dense network's figure
+    log10_choices: float  # of widths and blocks
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Candidate:
     """What one plan turned out to be, judged after repair and before fine-tuning."""
 
@@ -326,6 +370,8 @@ class SearchResult:
     best: int  # index into `trials`
     front: tuple[int, ...] = ()  # numbers of the feasible trials that none beats in accuracy and in cost at once
     importances: dict[str, float] = field(default_factory=dict)  # knob -> share; empty where trials are too few
+    reach: Reach | None = None
+    latency_fit: LatencyFit | None = None  # None where nothing was timed
 
 
 # --- training, files, measurements ------------------------------------------------------------------------------------
@@ -446,8 +492,13 @@ class PrecisionChoice:
     reason: str
 
     @property
-    def file(self) -> ModelFile:
+    def row(self) -> PrecisionRow:
         """The one that ships."""
+        return next(row for row in self.rows if row.precision == self.chosen)
+
+    @property
+    def file(self) -> ModelFile:
+        """Its file, which it has."""
         return next(row.file for row in self.rows if row.precision == self.chosen and row.file)
 
 

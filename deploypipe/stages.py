@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -38,26 +38,33 @@ from deploypipe.records import (
     ModelFile,
     Observation,
     PrecisionChoice,
+    PrecisionRow,
     PruneOutcome,
     PruningPlan,
     ResolvedConstraints,
     ScoreTable,
     SearchResult,
     Structures,
+    TimedNetworks,
     TrainLog,
 )
-from deploypipe.runs import RunFolder, digest, file_sha256, place_file
+from deploypipe.runs import RunFolder, digest, place_file
 from deploypipe.runtimes import make_runtime
 from deploypipe.runtimes.ability import can
 from deploypipe.runtimes.engine_file import load_record
 from deploypipe.runtimes.machine import this_machine
 from deploypipe.scoring import needs_derivatives, score_halves
-from deploypipe.search.allocate import Allocation, allocate_to, uniform
+from deploypipe.search.allocate import Allocation, allowed_widths
+from deploypipe.search.candidates import Candidates
 from deploypipe.search.curves import measure_curves
 from deploypipe.search.judge import Judge
-from deploypipe.search.limits import candidate_of, macs_bounds, with_margin
+from deploypipe.search.limits import bounded_shares, candidate_of, fill_range, with_margin
 from deploypipe.search.looks import draw_parts
+from deploypipe.search.propose import Proposer
+from deploypipe.search.reach import find_reach, reach_text
+from deploypipe.search.sites import find_sites
 from deploypipe.search.study import search
+from deploypipe.search.timing import time_networks
 from deploypipe.target import Limit, Target
 from deploypipe.task import Splits, Task, num_samples, take, take_calib
 from deploypipe.training.finetune import finetune
@@ -65,10 +72,19 @@ from deploypipe.training.finetune import finetune
 MODEL = "model.onnx"
 PACKAGES = ("torch", "optuna", "onnx", "onnxruntime", "onnxscript", "numpy", "scipy")
 _DENSE, _COMPRESSED = "dense.onnx", "compressed.onnx"
+_TEMPLATE = "template.onnx"
 _DENSE_ENGINE, _ENGINE = "dense.engine", "compressed.engine"
 _NUM_PARITY_SAMPLES = 64
 _NUM_HELD_OUT = 128  # samples beside those of `export.int8`, for its errors
 _HALVES = ("first.safetensors", "second.safetensors")  # of the calibration samples
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shipped:
+    """The ONNX file that ships, or that the engine is built from."""
+
+    file: ModelFile
+    path: Path
 
 
 class Stages:
@@ -87,7 +103,6 @@ class Stages:
         self.calib = take_calib(splits.calib, max(recipe.observe.num_samples, recipe.repair.num_samples))
         self.parity_batches = take_calib(self.calib, _NUM_PARITY_SAMPLES)
         self.inputs = take(self.calib[0][0], 2)
-        self.converted: ModelFile | None = None  # in the precision that ships, where that is not fp32
         self.device = {
             "fingerprint": describe_environment(target.num_threads).device_fingerprint,
             "gpu": this_machine().gpus,
@@ -112,7 +127,8 @@ class Stages:
         """The dense network, exported and measured by the method used at the end; `file` is the ONNX file."""
 
         def compute(work: Path) -> Measurement:
-            file = export_onnx(self.model, self.parity_batches, work / _DENSE, self.recipe.export)
+            template = work / _TEMPLATE
+            file = export_onnx(self.model, self.parity_batches, work / _DENSE, self.recipe.export, template=template)
             counts = count_macs(self.model, self.inputs)
             opened = as_model_file(file, build_engine(work / _DENSE, self.target, work)) if self.builds else file
             if self.ability.verdict != "run":
@@ -204,6 +220,47 @@ class Stages:
         }
         return self.run.remember("curves", inputs, compute, Curves)
 
+    def candidates(self, dense: Measurement, shipping: PrecisionRow) -> Candidates:
+        """Files of pruned networks in the precision that ships, which is that of the row, and their latency."""
+        baseline = self.run.files("baseline")
+        return Candidates(
+            dense=self.model,
+            dense_onnx=baseline / _DENSE,
+            dense_opened=baseline / self.dense_opened(dense).path,
+            template=baseline / _TEMPLATE,
+            precision=shipping,
+            calib=self.calib,
+            target=self.target,
+            builds_engines=self.builds,
+            export=self.recipe.export,
+        )
+
+    def timed_networks(
+        self, structures: Structures, scores: ScoreTable, curves: Curves, candidates: Candidates
+    ) -> TimedNetworks:
+        """Networks timed on the target, for a latency model to learn from."""
+
+        def compute(work: Path) -> TimedNetworks:
+            return time_networks(
+                candidates,
+                structures,
+                allowed_widths(structures, curves),
+                lambda chosen: self._plan(structures, scores, chosen),
+                work,
+                count=self.recipe.search.num_timed,
+                seed=self.recipe.seed,
+                notify=self.run.notify,
+            )
+
+        inputs = {
+            "baseline": self.run.key("baseline"),
+            "curves": self.run.key("curves"),
+            "precision": candidates.precision.file,
+            "count": self.recipe.search.num_timed,
+            "device": self.device,
+        }
+        return self.run.remember("latency", inputs, compute, TimedNetworks)
+
     def search(
         self,
         structures: Structures,
@@ -211,31 +268,17 @@ class Stages:
         curves: Curves,
         dense: Measurement,
         limits: Mapping[str, Limit],
+        shipping: PrecisionRow,
     ) -> SearchResult:
-        multiple = self.target.channel_multiple
-
-        def plan_for(allocation: Allocation) -> PruningPlan:
-            return make_plan(structures, scores, allocation.widths, allocation.blocks, multiple)
-
-        def macs_of(allocation: Allocation) -> int:
-            return count_macs(apply_plan(self.model, plan_for(allocation)), self.inputs)[1]
-
-        def propose(knobs: Mapping[str, float]) -> PruningPlan:
-            if knobs["measured"] == 0.0:
-                return plan_for(uniform(structures, knobs["macs_kept"], multiple))
-            allocation = allocate_to(
-                structures,
-                curves,
-                knobs["macs_kept"],
-                macs_of,
-                exponent=knobs["exponent"],
-                block_weight=knobs["block_weight"],
-            )
-            return plan_for(allocation)
-
+        candidates = self.candidates(dense, shipping)
+        objectives = self.recipe.search.objectives
+        is_timed = self.ability.verdict == "run" and ("latency_p50" in limits or "latency" in objectives)
+        timed = self.timed_networks(structures, scores, curves, candidates) if is_timed else None
         inputs = {
             "curves": self.run.key("curves"),
             "baseline": self.run.key("baseline"),
+            "latency": self.run.key("latency") if timed else "",
+            "precision": shipping.file,
             "budget": self.target.budget,
             "search": self.recipe.search,
             "repair": self.recipe.repair,
@@ -244,33 +287,51 @@ class Stages:
 
         def compute(work: Path) -> SearchResult:
             reference = candidate_of(dense, self.dense_opened(dense), self._dense_accuracy(dense))
-            judge = Judge(
+            tight = with_margin(limits)
+            shipped_mib = (shipping.file.size_bytes if shipping.file else dense.file.size_bytes) / 2**20
+            shares = bounded_shares(tight, reference, shipped_mib, is_timed=is_timed)
+            proposer = Proposer(
                 dense=self.model,
-                dense_onnx=self.run.files("baseline") / _DENSE,
-                dense_file=self.run.files("baseline") / self.dense_opened(dense).path,
+                inputs=self.inputs,
+                structures=structures,
+                scores=scores,
+                curves=curves,
+                channel_multiple=self.target.channel_multiple,
+                shares=shares,
+                reference=reference,
+                sites=find_sites(self.model, structures, self.inputs),
+                timed=timed.rows if timed else (),
+            )
+            reach = find_reach(proposer, shares)
+            self.run.notify(Event(stage="search", message=reach_text(reach, shares)))
+            judge = Judge(
+                candidates=candidates,
                 dense_p50_ms=reference.latency_p50_ms,
-                builds_engines=self.builds,
                 calib=self.calib,
                 parts=draw_parts(self.splits.val, self.recipe.seed),
                 task=self.task,
                 recipe=self.recipe,
-                target=self.target,
+                needs_memory="peak_memory" in (*limits, *objectives),
                 work=work,
             )
-            return search(
-                propose,
+            found = search(
+                proposer,
                 judge,
                 reference,
-                with_margin(limits),
-                macs_bounds(structures, curves, limits),
+                tight,
+                fill_range(shares, tight, objectives),
                 self.recipe.search,
                 storage=work / "study.db",
                 origin={**self.origin, **inputs},
                 seed=self.recipe.seed,
                 notify=self.run.notify,
             )
+            return replace(found, reach=reach, latency_fit=proposer.latency_fit(found.trials))
 
         return self.run.remember("search", inputs, compute, SearchResult)
+
+    def _plan(self, structures: Structures, scores: ScoreTable, chosen: Allocation) -> PruningPlan:
+        return make_plan(structures, scores, chosen.widths, chosen.blocks, self.target.channel_multiple)
 
     def prune(self, plan: PruningPlan) -> PruneOutcome:
         def compute(work: Path) -> PruneOutcome:
@@ -336,11 +397,18 @@ class Stages:
         }
         return self.run.remember("export", inputs, compute, ModelFile)
 
+    def dense_precision(self, dense: Measurement) -> PrecisionChoice | None:
+        """Which precision of the dense network ships, and so the one that candidates are timed in; None where the
+        target takes fp32 only."""
+        return self._precision("dense_precision", dense.file, self.run.files("baseline"))
+
     def precision(self, file: ModelFile) -> PrecisionChoice | None:
-        """None where the target takes fp32 only. file: the compressed network's, or the dense one's."""
+        """The same for the compressed network's file."""
+        return self._precision("precision", file, self.run.files("export"))
+
+    def _precision(self, stage: str, file: ModelFile, folder: Path) -> PrecisionChoice | None:
         if self.target.precisions == ("fp32",):
             return None
-        folder = self.fp32_file.parent
 
         def compute(work: Path) -> PrecisionChoice:
             def as_opened(path: Path) -> Path:
@@ -371,22 +439,14 @@ class Stages:
             "device": self.device,
             **self.origin,
         }
-        choice = self.run.remember("precision", inputs, compute, PrecisionChoice)
-        if choice.chosen != "fp32":
-            self.converted = choice.file
-        return choice
+        return self.run.remember(stage, inputs, compute, PrecisionChoice)
 
-    @property
-    def fp32_file(self) -> Path:
-        """Of the compressed network, or of the dense one where nothing had to go."""
-        if "export" in self.run.stages:
-            return self.run.files("export") / _COMPRESSED
-        return self.run.files("baseline") / _DENSE
-
-    @property
-    def onnx_file(self) -> Path:
-        """The ONNX file that ships, or that the engine is built from."""
-        return self.run.files("precision") / self.converted.path if self.converted else self.fp32_file
+    def shipped(self, file: ModelFile, stage: str, chosen: PrecisionChoice | None) -> Shipped:
+        """file: in fp32, of the stage "baseline" or "export"; chosen: by the stage that converted it, if any did."""
+        if chosen and chosen.chosen != "fp32":
+            converted_by = "precision" if stage == "export" else "dense_precision"
+            return Shipped(file=chosen.file, path=self.run.files(converted_by) / chosen.file.path)
+        return Shipped(file=file, path=self.run.files(stage) / file.path)
 
     def dense_opened(self, dense: Measurement) -> ModelFile:
         """What the device opens of the dense network: the ONNX file, or an engine."""
@@ -396,32 +456,32 @@ class Stages:
 
     @property
     def engine_file(self) -> Path:
-        """The engine that ships, as `onnx_file`."""
+        """The engine that ships."""
         if "engine" in self.run.stages:
             return self.run.files("engine") / _ENGINE
         return self.run.files("baseline") / _DENSE_ENGINE
 
-    def engine(self) -> EngineFile | None:
+    def engine(self, shipped: Shipped) -> EngineFile | None:
         """None where the target takes none, or where this machine cannot build it."""
         if not self.builds:
             return None
-        if self.onnx_file == self.run.files("baseline") / _DENSE:
+        if shipped.path == self.run.files("baseline") / _DENSE:
             return load_record(self.engine_file)
-        inputs = {"onnx": file_sha256(self.onnx_file), "device": self.device, "packages": self.origin["packages"]}
+        inputs = {"onnx": shipped.file.sha256, "device": self.device, "packages": self.origin["packages"]}
         return self.run.remember(
-            "engine", inputs, lambda work: build_engine(self.onnx_file, self.target, work), EngineFile
+            "engine", inputs, lambda work: build_engine(shipped.path, self.target, work), EngineFile
         )
 
     def benchmark(
-        self, dense: Measurement, file: ModelFile, engine: EngineFile | None, counts: tuple[int, int], stand_in: str
+        self, dense: Measurement, shipped: Shipped, engine: EngineFile | None, counts: tuple[int, int], stand_in: str
     ) -> BenchmarkReport:
         """Both files in one process, on the test split; engines where they are what the device runs."""
         dense_file = _placed(self.dense_opened(dense), self.run.stages["baseline"])
         compressed = dense_file
-        if self.onnx_file != self.run.files("baseline") / _DENSE:
-            compressed = _placed(file, self.onnx_file.parent.name)
+        if shipped.path != self.run.files("baseline") / _DENSE:
+            compressed = _placed(shipped.file, shipped.path.parent.name)
         if engine and "engine" in self.run.stages:
-            compressed = _placed(as_model_file(file, engine), self.run.stages["engine"])
+            compressed = _placed(as_model_file(shipped.file, engine), self.run.stages["engine"])
 
         def compute(_: Path) -> BenchmarkReport:
             report = benchmark(
@@ -442,16 +502,16 @@ class Stages:
         inputs = {"dense": dense_file.sha256, "compressed": compressed.sha256, "device": self.device, **self.origin}
         return self.run.remember("benchmark", inputs, compute, BenchmarkReport)
 
-    def golden(self, file: ModelFile) -> Golden:
+    def golden(self, shipped: Shipped) -> Golden:
         """The ONNX file that ships, with samples that it can be checked by: a folder for `deploypipe verify`."""
 
         def compute(work: Path) -> Golden:
-            place_file(self.onnx_file, work / MODEL)
-            for entry in file.data:
-                place_file(self.onnx_file.with_name(entry.name), work / entry.name)
-            return write_golden(work, {MODEL: file}, self.parity_batches)
+            place_file(shipped.path, work / MODEL)
+            for entry in shipped.file.data:
+                place_file(shipped.path.with_name(entry.name), work / entry.name)
+            return write_golden(work, {MODEL: shipped.file}, self.parity_batches)
 
-        inputs = {"file": file.sha256, "data": self.origin["data"], "packages": self.origin["packages"]}
+        inputs = {"file": shipped.file.sha256, "data": self.origin["data"], "packages": self.origin["packages"]}
         return self.run.remember("golden", inputs, compute, Golden)
 
     def _batch_macs(self) -> int:

@@ -1,16 +1,19 @@
 """What a search holds its candidates to."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
-from deploypipe.records import Candidate, Curves, Measurement, ModelFile, Structures
+from deploypipe.records import Candidate, Measurement, ModelFile, PrecisionRow
 from deploypipe.runtimes.ability import Ability
-from deploypipe.search.allocate import least_macs
 from deploypipe.search.trials import violations
 from deploypipe.target import Limit
 
 _LATENCY_MARGIN = 0.03
 _STAND_IN = 0.5  # of the dense MACs, for a limit that has no share
-_SMALLEST_SHARE = 0.1  # of the dense MACs; below, no candidate was ever worth repairing
+_SMALLEST_SHARE = 0.1  # of a budget; below, no candidate was ever worth repairing
+_FILL = (0.94, 1.03)  # of a latency budget
+_MIB_PER_PARAM = 4 / 2**20
+Range = tuple[float, float]
 
 
 def search_limits(limits: dict[str, Limit], ability: Ability) -> tuple[dict[str, Limit], str]:
@@ -43,10 +46,18 @@ def candidate_of(dense: Measurement, opened: ModelFile, accuracy: float) -> Cand
     )
 
 
-def is_over_budget(dense: Measurement, opened: ModelFile, limits: Mapping[str, Limit]) -> bool:
-    """Whether the dense network, of which the device opens the file `opened`, is above any of the limits."""
-    candidate = candidate_of(dense, opened, accuracy=0.0)  # no budget of the search is about it
-    return any(excess > 0 for excess in violations(candidate, candidate, limits).values())
+def converted(dense: Candidate, row: PrecisionRow) -> Candidate:
+    """The dense network in another precision. Its peak memory, which nobody measured, counts as that in fp32."""
+    size = dense.file_size_mib if row.file is None or row.precision == "fp32" else row.file.size_bytes / 2**20
+    latency = dense.latency_p50_ms
+    if latency is not None and row.latency_ratio is not None:
+        latency *= row.latency_ratio.high
+    return replace(dense, latency_p50_ms=latency, file_size_mib=size)
+
+
+def is_over_budget(candidate: Candidate, dense: Candidate, limits: Mapping[str, Limit]) -> bool:
+    """Whether a network is above any of the limits."""
+    return any(excess > 0 for excess in violations(candidate, dense, limits).values())
 
 
 def with_margin(limits: Mapping[str, Limit]) -> dict[str, Limit]:
@@ -58,10 +69,30 @@ def with_margin(limits: Mapping[str, Limit]) -> dict[str, Limit]:
     return tightened
 
 
-def macs_bounds(structures: Structures, curves: Curves, limits: Mapping[str, Limit]) -> tuple[float, float]:
-    """Between which shares of the dense MACs the study looks. With no other budget, at the limit alone."""
-    high = min(1.0, limits["macs"].absolute(structures.num_macs) / structures.num_macs) if "macs" in limits else 1.0
-    if set(limits) == {"macs"}:
-        return high, high
-    low = max(_SMALLEST_SHARE, least_macs(structures, curves) * 1.1)
-    return min(low, high), high
+def bounded_shares(
+    limits: Mapping[str, Limit], dense: Candidate, shipped_mib: float, *, is_timed: bool
+) -> dict[str, float]:
+    """By budget, the most that a candidate may come to of the dense network's figure: of those that can be predicted.
+
+    shipped_mib: the dense network's file in the precision that ships. A file's size is bounded by its parameters,
+    beside which it holds its graph.
+    """
+    figures = {"macs": dense.num_macs, "params": dense.num_params}
+    shares = {name: limits[name].absolute(figure) / figure for name, figure in figures.items() if name in limits}
+    if "latency_p50" in limits and is_timed and dense.latency_p50_ms:
+        shares["latency_p50"] = limits["latency_p50"].absolute(dense.latency_p50_ms) / dense.latency_p50_ms
+    if "file_size" in limits:
+        per_param = min(shipped_mib / dense.num_params, _MIB_PER_PARAM)
+        graph = shipped_mib - per_param * dense.num_params
+        most = limits["file_size"].absolute(dense.file_size_mib)
+        shares["file_size"] = (most - graph) / (per_param * dense.num_params)
+    return shares or {"macs": 1.0}
+
+
+def fill_range(shares: Mapping[str, float], limits: Mapping[str, Limit], objectives: Sequence[str]) -> Range:
+    """Which part of the budgets a trial fills, from the least to the most. Beyond the predicted latency there is room
+    for what the model is off; what only a finished candidate tells, and a front of several objectives, want all sizes.
+    """
+    if len(objectives) > 1 or not set(limits) <= set(shares):
+        return _SMALLEST_SHARE, 1.0
+    return _FILL if "latency_p50" in shares else (1.0, 1.0)

@@ -26,6 +26,7 @@ from deploypipe.search.looks import pack, unpack
 from deploypipe.search.trials import Evaluate, History, Propose, judge_plan, most_accurate, violations
 from deploypipe.target import Limit
 
+_WIDE = 0.2  # a range of sizes that wants more than one to begin with
 _STUDY = "search"
 _RECORD, _RESULTS, _ORIGIN = "record", "results", "origin"
 _LOCK_TIMEOUT_S = 60
@@ -39,13 +40,13 @@ _REMEDIES = (  # what SQLite says, and what to do
 )
 
 
-def knobs(macs_bounds: tuple[float, float]) -> dict[str, BaseDistribution]:
-    """What the study may turn. `macs_kept` is fixed where only MACs or parameters are bounded."""
-    low, high = macs_bounds
+def knobs(fill: tuple[float, float]) -> dict[str, BaseDistribution]:
+    """What the study may turn. fill: which part of the budgets may be used; one value where that is known exactly."""
     return {
-        "macs_kept": FloatDistribution(low, high),
+        "fill": FloatDistribution(*fill),
         "exponent": FloatDistribution(0.4, 1.0),
         "block_weight": FloatDistribution(0.1, 4.0, log=True),
+        "late": FloatDistribution(-0.7, 0.7),
         "measured": CategoricalDistribution((1.0, 0.0)),  # 0: uniform widths, the control
     }
 
@@ -55,7 +56,7 @@ def search(
     evaluate: Evaluate,
     dense: Candidate,
     limits: Mapping[str, Limit],
-    macs_bounds: tuple[float, float],
+    fill: tuple[float, float],
     settings: Search,
     *,
     storage: Path,
@@ -72,7 +73,7 @@ def search(
     costs(dense, settings.objectives)  # what cannot be measured is refused before the first trial
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     excess_of = partial(violations, dense=dense, limits=limits)
-    space, warm = knobs(macs_bounds), _warm_starts(macs_bounds)
+    space, warm = knobs(fill), _warm_starts(fill)
     with _storage_errors_told(storage):
         study = _open_study(storage, settings.objectives, {**origin, "search": settings, "seed": seed})
         _end_unfinished(study)
@@ -116,18 +117,20 @@ def importances(trials: Sequence[Trial], space: Mapping[str, BaseDistribution]) 
     return {str(k): float(v) for k, v in optuna.importance.get_param_importances(study, evaluator=evaluator).items()}
 
 
-def _warm_starts(bounds: tuple[float, float]) -> list[dict[str, Any]]:
-    """The solver's plain solution at several sizes, one that prefers dropping blocks, and uniform widths as control."""
-    low, high = bounds
+def _warm_starts(fill: tuple[float, float]) -> list[dict[str, Any]]:
+    """The solver's plain solution, one in which small losses count more, one that prefers dropping blocks, and uniform
+    widths as control; of a wide range of sizes, the first at several."""
+    low, high = fill
+    is_wide = high - low > _WIDE
+    most = 0.9 if is_wide else 0.6
 
     def start(share: float, exponent: float = 1.0, block_weight: float = 1.0, measured: float = 1.0) -> dict[str, Any]:
-        kept = low + share * (high - low)
-        return {"macs_kept": kept, "exponent": exponent, "block_weight": block_weight, "measured": measured}
+        filled = low + share * (high - low)
+        shape = {"exponent": exponent, "block_weight": block_weight, "late": 0.0}
+        return {"fill": filled, **shape, "measured": measured}
 
-    if high - low < 1e-6:
-        return [start(0.0), start(0.0, exponent=0.5), start(0.0, measured=0.0)]
-    sizes = [start(0.9), start(0.6), start(0.3, exponent=0.5), start(0.0, exponent=0.5)]
-    return [*sizes, start(0.5, block_weight=0.25), start(0.5, measured=0.0)]
+    full = [start(most), start(most, exponent=0.5), start(most, block_weight=0.25), start(most, measured=0.0)]
+    return [*full, start(0.6), start(0.3, exponent=0.5), start(0.0, exponent=0.5)] if is_wide else full
 
 
 class _Nsga2(optuna.samplers.NSGAIISampler):

@@ -24,7 +24,7 @@ class Evaluate(Protocol):
     def __call__(self, plan: PruningPlan, is_settled: IsSettled) -> tuple[Candidate, Results]: ...
 
 
-Propose = Callable[[Mapping[str, float]], PruningPlan]
+Propose = Callable[[Mapping[str, float], Sequence[Trial]], PruningPlan]  # knobs, the trials so far -> a plan
 
 
 @dataclass(kw_only=True, slots=True)
@@ -63,7 +63,7 @@ def judge_plan(
     history: History,
 ) -> tuple[Trial, Results | None]:
     """Propose and judge the next trial: it, and its results where later trials may be compared with them."""
-    number, plan = len(history.trials), propose(chosen)
+    number, plan = len(history.trials), propose(chosen, history.trials)
     known = history.same_plan(plan)
     if known is not None:  # other knobs, the same network: nothing new to measure
         return replace(known, number=number, knobs=chosen), None

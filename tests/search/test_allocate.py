@@ -8,7 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deploypipe.records import Block, ChannelGroup, Curves, LossCurve, Member, ResolvedConstraints, Structures
-from deploypipe.search.allocate import Allocation, allocate, allocate_to, least_macs, uniform
+from deploypipe.search.allocate import (
+    Allocation,
+    Bound,
+    Emphasis,
+    allocate,
+    allocate_to,
+    allowed_widths,
+    cheapest,
+    cost_of,
+    uniform,
+)
+from deploypipe.search.costs import STAYS, Costs, Pair, mac_costs
 
 WIDTH = 4
 
@@ -39,7 +50,7 @@ def curves_of(structures: Structures, channel_kl: list[list[float]], block_kl: l
     return Curves(curves=tuple(curves), num_samples=1)
 
 
-def cost_of(choice: Allocation, structures: Structures, curves: Curves, exponent: float) -> tuple[float, float]:
+def cost_by_hand(choice: Allocation, structures: Structures, curves: Curves, exponent: float) -> tuple[float, float]:
     """Loss and saving of one allocation, each width's loss at least that of all wider ones."""
     loss = saving = 0.0
     table = {curve.name: curve for curve in curves.curves}
@@ -91,9 +102,10 @@ def constraints(draw: st.DrawFn, structures: Structures) -> ResolvedConstraints:
 
 
 @st.composite
-def problems(draw: st.DrawFn) -> tuple[Structures, Curves]:
-    num_blocks = draw(st.integers(0, 2))
-    homes = draw(st.lists(st.sampled_from([None, *range(num_blocks)]), min_size=1, max_size=4))
+def problems(draw: st.DrawFn, homes: list[int | None] | None = None) -> tuple[Structures, Curves]:
+    """homes: the block that each group lies in; of two blocks, where it is given."""
+    num_blocks = draw(st.integers(0, 2)) if homes is None else 2
+    homes = homes or draw(st.lists(st.sampled_from([None, *range(num_blocks)]), min_size=1, max_size=4))
     macs = draw(st.lists(st.integers(1, 50), min_size=len(homes), max_size=len(homes)))
     blocks = draw(st.lists(st.integers(1, 50), min_size=num_blocks, max_size=num_blocks))
     structures = structures_of([float(m) for m in macs], homes, [float(b) for b in blocks])
@@ -102,54 +114,108 @@ def problems(draw: st.DrawFn) -> tuple[Structures, Curves]:
     return structures, curves_of(structures, channel_kl, draw(st.lists(LOSS, min_size=num_blocks, max_size=num_blocks)))
 
 
+def macs_bound(structures: Structures, curves: Curves, share: float) -> Bound:
+    return Bound(costs=mac_costs(structures, allowed_widths(structures, curves)), share=share)
+
+
 @given(problem=problems(), share=st.floats(0, 1.2), exponent=st.sampled_from([0.5, 1.0]))
 @settings(max_examples=150, deadline=None)
 def test_equals_enumeration(problem: tuple[Structures, Curves], share: float, exponent: float) -> None:
     structures, curves = problem
-    everything = [(cost_of(a, structures, curves, exponent), a) for a in every_allocation(structures)]
+    everything = [(cost_by_hand(a, structures, curves, exponent), a) for a in every_allocation(structures)]
     reach = max(saving for (_, saving), _ in everything)
-    assert least_macs(structures, curves) == pytest.approx(1 - reach / structures.num_macs)
-    asked = share * reach
-    chosen = allocate(structures, curves, asked, exponent=exponent)
-    loss, saving = cost_of(chosen, structures, curves, exponent)
-    needed = min(asked, reach * (1 - 1e-4))
-    assert saving >= needed - 1e-6 * structures.num_macs
-    best = min(loss for (loss, saved), _ in everything if saved >= needed)
-    assert loss <= best * (1 + 2e-4) + 1e-5
+    bound = macs_bound(structures, curves, 1 - share * reach / structures.num_macs)
+    least = cost_of(cheapest(structures, curves, bound.costs), bound.costs)
+    assert least == pytest.approx(1 - reach / structures.num_macs, abs=1e-4)
+    chosen = allocate(structures, curves, [bound], Emphasis(exponent=exponent))
+    loss, saving = cost_by_hand(chosen, structures, curves, exponent)
+    assert cost_of(chosen, bound.costs) == pytest.approx(1 - saving / structures.num_macs)
+    needed = min(share * reach, reach * (1 - 1e-4))
+    assert saving >= needed - 1e-5 * structures.num_macs
+    if share <= 1:
+        best = min(loss for (loss, saved), _ in everything if saved >= needed)
+        assert loss <= best * (1 + 2e-4) + 1e-5
     assert is_allowed(chosen, structures)
     for group in structures.groups:  # one width, or none because its block is gone
         assert (group.name in chosen.widths) != (group.name.partition(".")[0] in chosen.blocks)
 
 
-def test_block_weight_makes_blocks_dearer() -> None:
+@st.composite
+def joint_costs(draw: st.DrawFn, structures: Structures) -> Costs:
+    """Costs with one to three pairs: of two groups, or of a group and a block that it does not lie in."""
+    levels = {g.name: sorted({k for k in (1, 2, WIDTH)}) for g in structures.groups}
+    amounts = st.floats(-0.3, 0.3)
+    homes = {g.name: g.name.partition(".")[0] for g in structures.groups}
+    names = [*levels, *(b.name for b in structures.blocks)]
+    possible = [(a, b) for i, a in enumerate(levels) for b in names[i + 1 :] if b not in (homes[a], a)]
+    pairs = draw(st.lists(st.sampled_from(possible), min_size=1, max_size=3, unique=True))
+    return Costs(
+        fixed=draw(amounts),
+        widths={name: {k: draw(amounts) for k in kept} for name, kept in levels.items()},
+        blocks={b.name: draw(amounts) for b in structures.blocks},
+        pairs=tuple(
+            Pair(first=a, second=b, cost={w: draw(amounts) for w in product(levels[a], levels.get(b, [STAYS]))})
+            for a, b in pairs
+        ),
+    )
+
+
+@given(data=st.data(), share=st.floats(-0.1, 0.6))
+@settings(max_examples=200, deadline=None)
+def test_what_two_choices_cost_together_equals_enumeration(data: st.DataObject, share: float) -> None:
+    structures, curves = data.draw(problems([None, 0, 0, 1]))
+    costs = [data.draw(joint_costs(structures)) for _ in range(2)]
+    everything = every_allocation(structures)
+    ranges = [sorted(cost_of(a, c) for a in everything) for c in costs]
+    bounds = [
+        Bound(costs=c, share=seen[0] + share * (seen[-1] - seen[0])) for c, seen in zip(costs, ranges, strict=True)
+    ]
+    within = [a for a in everything if all(cost_of(a, b.costs) <= b.share + 1e-9 for b in bounds)]
+    chosen = allocate(structures, curves, bounds)
+    assert is_allowed(chosen, structures)
+    if not within:  # the cheapest by the first
+        assert cost_of(chosen, costs[0]) == pytest.approx(ranges[0][0], abs=1e-4)
+        return
+    best = min(cost_by_hand(a, structures, curves, 1.0)[0] for a in within)
+    assert all(cost_of(chosen, b.costs) <= b.share + 1e-5 for b in bounds)
+    assert cost_by_hand(chosen, structures, curves, 1.0)[0] <= best * (1 + 2e-4) + 1e-5
+
+
+def test_emphasis_moves_the_losses() -> None:
     structures = structures_of([10.0], [0], [0.0])
     curves = curves_of(structures, [[1.0, 1.0]], [1.2])
-    assert allocate(structures, curves, 20, block_weight=0.5).blocks == ("b0",)
-    assert allocate(structures, curves, 20, block_weight=2.0).blocks == ()
+    bounds = [macs_bound(structures, curves, 1 - 20 / structures.num_macs)]
+    assert allocate(structures, curves, bounds, Emphasis(block_weight=0.5)).blocks == ("b0",)
+    assert allocate(structures, curves, bounds, Emphasis(block_weight=2.0)).blocks == ()
+    structures = structures_of([10.0, 10.0], [None, None], [])
+    curves = curves_of(structures, [[1.0, 1.0], [1.0, 1.0]], [])
+    bounds = [macs_bound(structures, curves, 1 - 20 / structures.num_macs)]
+    assert allocate(structures, curves, bounds, Emphasis(late=1.0)).widths["g1"] == WIDTH
+    assert allocate(structures, curves, bounds, Emphasis(late=-1.0)).widths["g0"] == WIDTH
 
 
 def test_bound_is_moved_until_the_real_network_fits() -> None:
     structures = structures_of([10.0, 10.0], [None, None], [])
     curves = curves_of(structures, [[1.0, 0.5], [2.0, 0.3]], [])
 
-    def count(allocation: Allocation) -> int:  # only two thirds of what was promised
-        return round(structures.num_macs - 2 / 3 * cost_of(allocation, structures, curves, 1.0)[1])
+    def count(allocation: Allocation) -> list[float]:  # only two thirds of what was promised
+        return [1 - 2 / 3 * cost_by_hand(allocation, structures, curves, 1.0)[1] / structures.num_macs]
 
-    allocation = allocate_to(structures, curves, 0.85, count)
-    assert count(allocation) <= 76.5 < count(allocate(structures, curves, 13.5))
+    allocation = allocate_to(structures, curves, [macs_bound(structures, curves, 0.85)], count)
+    assert count(allocation)[0] <= 0.85 < count(allocate(structures, curves, [macs_bound(structures, curves, 0.85)]))[0]
 
 
-def test_bound_out_of_reach_gives_the_smallest_network_found() -> None:
+def test_bound_out_of_reach_gives_the_network_that_exceeds_it_least() -> None:
     structures = structures_of([10.0, 10.0], [None, None], [])
     curves = curves_of(structures, [[1.0, 0.5], [2.0, 0.3]], [])
     sizes = []
 
-    def count(allocation: Allocation) -> int:
-        sizes.append(60 + sum(allocation.widths.values()) if len(sizes) % 2 else 90)
-        return sizes[-1]
+    def count(allocation: Allocation) -> list[float]:
+        sizes.append(0.6 + 0.01 * sum(allocation.widths.values()) if len(sizes) % 2 else 0.9)
+        return [sizes[-1]]
 
-    allocation = allocate_to(structures, curves, 0.01, count)
-    assert 60 + sum(allocation.widths.values()) == min(sizes)
+    allocation = allocate_to(structures, curves, [macs_bound(structures, curves, 0.01)], count)
+    assert 0.6 + 0.01 * sum(allocation.widths.values()) == min(sizes)
 
 
 def test_uniform_keeps_the_same_fraction_in_steps() -> None:
@@ -167,5 +233,6 @@ def test_a_group_that_reaches_out_of_a_block_has_a_width_without_it() -> None:
     structures = structures_of([10.0], [0], [500.0])
     members = tuple(Member(module=name, side="out", units=()) for name in ("b0.g0", "later"))
     structures = replace(structures, groups=(replace(structures.groups[0], members=members),))
-    chosen = allocate(structures, curves_of(structures, [[1.0, 1.0]], [0.1]), structures.num_macs)
+    curves = curves_of(structures, [[1.0, 1.0]], [0.1])
+    chosen = allocate(structures, curves, [macs_bound(structures, curves, 0.0)])
     assert chosen == Allocation(widths={"b0.g0": 1}, blocks=("b0",))

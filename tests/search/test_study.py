@@ -3,7 +3,7 @@
 import hashlib
 import resource
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -33,8 +33,8 @@ ORIGIN = {"model": "m", "data": "d", "device": "x"}
 NUM_VAL = 4000
 
 
-def propose(knobs: Mapping[str, float]) -> PruningPlan:
-    removed = round(100 * (1 - knobs["macs_kept"]))
+def propose(knobs: Mapping[str, float], _: Sequence[Trial] = ()) -> PruningPlan:
+    removed = round(100 * (1 - knobs["fill"]))
     style = 10 * knobs["exponent"] + knobs["block_weight"] if knobs["measured"] else -1
     edit = Edit(module="conv", side="out", removed=(removed, round(style)))
     return PruningPlan(model_fingerprint="f", cuts=(), edits=(edit,), blocks=())
@@ -188,7 +188,7 @@ def test_seed_decides_what_is_tried(tmp_path: Path) -> None:
 def test_same_plan_is_not_evaluated_twice(tmp_path: Path) -> None:
     evaluate = Evaluator()
     result = search(
-        lambda knobs: propose({**knobs, "macs_kept": round(knobs["macs_kept"]), "measured": 0.0}),
+        lambda knobs, _: propose({**knobs, "fill": round(knobs["fill"]), "measured": 0.0}),
         evaluate,
         DENSE,
         HALF,
@@ -278,7 +278,7 @@ def test_importances_name_the_knob_that_decides() -> None:
     random, trials = np.random.default_rng(0), []
     for number in range(60):
         exponent, weight = random.uniform(0.4, 1.0), random.uniform(0.1, 4.0)
-        turned = {"macs_kept": 0.5, "exponent": exponent, "block_weight": weight, "measured": float(number % 2)}
+        turned = {"fill": 0.5, "exponent": exponent, "block_weight": weight, "late": 0.0, "measured": float(number % 2)}
         accuracy = 0.9 - abs(exponent - 0.7) + 0.001 * weight
         trials.append(trial(number, replace(DENSE, accuracy=accuracy), **turned))
     space = knobs((0.5, 0.5))

@@ -1,0 +1,127 @@
+"""Files of candidates, in the precision that is to ship, and how long they take beside the dense network's."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import onnx
+from torch import nn
+
+from deploypipe.benchmark import first_batch
+from deploypipe.benchmark.environment import describe_environment
+from deploypipe.benchmark.latency import time_interleaved
+from deploypipe.benchmark.memory import measure_peak_memory
+from deploypipe.export.engine import runnable
+from deploypipe.export.fp16 import to_fp16
+from deploypipe.export.int8 import sketch_int8
+from deploypipe.export.onnx_file import export_onnx
+from deploypipe.export.sliced import slice_file
+from deploypipe.export.template import Template, open_template
+from deploypipe.numerics.intervals import interval_of_median_ratio
+from deploypipe.recipe import Export
+from deploypipe.records import PrecisionRow, PruningPlan
+from deploypipe.runs import cache_folder, digest, write_atomically
+from deploypipe.runtimes import Array, find_runtime
+from deploypipe.runtimes.packing import feed
+from deploypipe.target import Target
+from deploypipe.task import Batch, take_calib
+
+_NUM_CHECKED = 2  # samples that a file is compared with its network on
+_NUM_RANGED = 16  # samples that ranges of 8 bits are taken from: the times do not hang on them
+
+
+@dataclass(kw_only=True)
+class Candidates:
+    """For one dense network and one target."""
+
+    dense: nn.Module
+    dense_onnx: Path
+    dense_opened: Path  # what the runtime opens: the ONNX file, or an engine built from it
+    template: Path  # may be absent: then every candidate is exported
+    precision: PrecisionRow  # of the dense network's file; its layers left in float stay so
+    calib: Sequence[Batch]
+    target: Target
+    builds_engines: bool  # they are what the device runs, and this machine can build them
+    export: Export
+    exported: Counter[str] = field(default_factory=Counter)  # why files could not be cut out of the dense one
+
+    def write(self, pruned: nn.Module, plan: PruningPlan, path: Path) -> Path:
+        """The file of a network that `plan` made, whatever its weights are by now."""
+        plain = path.with_suffix(".fp32.onnx")
+        batches = take_calib(self.calib, _NUM_CHECKED)
+        if self._template:
+            file = slice_file(self._template, self.dense, pruned, plan, batches, plain, self.export)
+            if file.reason:
+                self.exported[file.reason] += 1
+        else:
+            export_onnx(pruned, batches, plain, self.export)
+        self._convert(plain, path)
+        return path
+
+    def size_mib(self, path: Path) -> float:
+        """Of what the runtime opens."""
+        return self._opened(path).stat().st_size / 2**20
+
+    def peak_memory_mib(self, path: Path) -> float | None:
+        opened = self._opened(path)
+        return measure_peak_memory(opened, self._feed(opened), self.target)[0]
+
+    def latency_ratios(self, paths: Sequence[Path], num_samples: int) -> list[float]:
+        """Of each file's latency to that of the dense fp32 file, all interleaved so that a drifting clock cancels. What
+        was measured once for a shape and device is not measured again."""
+        stored = [self._stored(path) for path in paths]
+        missing = [path for path, at in zip(paths, stored, strict=True) if not at.is_file()]
+        if missing:
+            runtime = find_runtime(self.target)
+            opened = [self.dense_opened, *(self._opened(path) for path in missing)]
+            inputs = self._feed(self.dense_opened)
+            timings = time_interleaved(opened, inputs, runtime, self.target, num_samples=num_samples)
+            for path, times in zip(missing, timings.samples[1:], strict=True):
+                ratio = interval_of_median_ratio(times, timings.samples[0], block=timings.block)
+                at = self._stored(path)
+                at.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(at, repr(ratio.value).encode())
+        return [float(at.read_text()) for at in stored]
+
+    @cached_property
+    def _template(self) -> Template | None:
+        if not self.template.is_file():
+            return None
+        names = [value.name for value in onnx.load(self.template).graph.input]
+        return open_template(self.template, self.dense, feed(take_calib(self.calib, _NUM_CHECKED)[0][0], names))
+
+    def _convert(self, plain: Path, path: Path) -> None:
+        if self.precision.precision == "int8":
+            kept = [row.layer for row in self.precision.conversion.kept_float] if self.precision.conversion else []
+            sketch_int8(plain, path, take_calib(self.calib, _NUM_RANGED), self.target.runtime, kept)
+        elif self.precision.precision == "fp16":
+            to_fp16(plain, path, take_calib(self.calib, _NUM_RANGED), self.export)
+        else:
+            plain.replace(path)
+
+    def _opened(self, path: Path) -> Path:
+        return runnable(path, self.target) if self.builds_engines else path
+
+    def _stored(self, path: Path) -> Path:
+        device = describe_environment(self.target.num_threads).device_fingerprint
+        target = self.target
+        made_with = [target.runtime, target.provider, target.provider_options, target.batch_size, target.batches]
+        key = digest([device, made_with, shape_signature(self.dense_onnx), shape_signature(path)])
+        return cache_folder() / "latency" / key
+
+    def _feed(self, file: Path) -> dict[str, Array]:
+        with find_runtime(self.target).open(file, num_threads=1) as session:
+            return first_batch(self.calib, session.input_names, self.target.batch_size)
+
+
+def shape_signature(path: Path) -> str:
+    """What decides a file's latency: operators, attributes, edges and weight shapes, but not the weights' values."""
+    graph = onnx.load(path).graph
+    for initializer in graph.initializer:
+        if initializer.data_type != onnx.TensorProto.INT64:  # those are shapes and axes
+            for name in ("raw_data", "float_data", "int32_data"):
+                initializer.ClearField(name)
+    return hashlib.sha256(graph.SerializeToString(deterministic=True)).hexdigest()[:16]
