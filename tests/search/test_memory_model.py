@@ -87,6 +87,7 @@ def test_memory_is_shared_by_views_by_outputs_in_place_and_by_the_next_of_a_shap
 
     a, b = Step(reads=(), writes=("a",)), Step(reads=("a",), writes=("b",))
     assert peak(a, b, shapes={"a": 5, "b": 7}) == 4 * 12
+    assert peak(a, b, shapes={"a": 5, "b": 5}) == 4 * 10  # a is read while b is written
     in_place = Step(reads=("a",), writes=("b",), is_in_place=True)
     assert peak(a, in_place, shapes={"a": 5, "b": 5}) == 4 * 5
     also_read = Step(reads=("a", "b"), writes=("c",))
