@@ -24,8 +24,8 @@ _MAX_DEPTH = 16  # of graphs within nodes
 _MAX_RANK = 32
 _MAX_ELEMENTS = 2**40  # of a tensor whose shape is declared without data
 # TensorProto.DataType -> bits of one element; strings have no size of their own.
-_BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 8: 0, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 14: 64, 15: 128}
-_BITS |= {16: 16, 17: 8, 18: 8, 19: 8, 20: 8, 21: 4, 22: 4, 23: 4, 24: 8, 25: 2, 26: 2}
+ELEMENT_BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 8: 0, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 14: 64}
+ELEMENT_BITS |= {15: 128, 16: 16, 17: 8, 18: 8, 19: 8, 20: 8, 21: 4, 22: 4, 23: 4, 24: 8, 25: 2, 26: 2}
 _TYPED_DATA = {4: 4, 5: 1, 6: 1, 7: 1, 10: 8, 11: 1}  # TensorProto's field -> least bytes of one packed entry
 _MOST_PER_ENTRY = 4  # elements in one entry of int32_data, for 2-bit types
 
@@ -203,9 +203,9 @@ def _check_tensor(content: memoryview, state: _State, depth: int) -> None:
     tensor = _read_tensor(content)
     what = f"tensor {tensor.name!r}"
     count = _count(tensor.dims, what)
-    if tensor.data_type not in _BITS:
+    if tensor.data_type not in ELEMENT_BITS:
         raise Refused(f"{what} is of the unknown type {tensor.data_type}")
-    expected = -(-count * _BITS[tensor.data_type] // 8)
+    expected = -(-count * ELEMENT_BITS[tensor.data_type] // 8)
     if tensor.is_external or tensor.place:
         if not tensor.is_external:
             raise Refused(f"{what} lies in a file of its own and does not say so")
