@@ -46,7 +46,7 @@ def find_sites(dense: nn.Module, structures: Structures, inputs: Any) -> tuple[S
     """The layers that any group or block changes, in the network's order. inputs: a batch, for one forward pass.
 
     A layer is a module with a parameter of two axes or more of its own: axis 0 counts outputs and axis 1 inputs, the
-    other way round in transposed convolutions.
+    other way round in transposed convolutions and embeddings.
     """
     shapes = _output_shapes(dense, inputs)
     sides = _sides(structures)
@@ -58,6 +58,8 @@ def find_sites(dense: nn.Module, structures: Structures, inputs: Any) -> tuple[S
         if weight is None or not (blocks or any(per_unit)):
             continue
         num_inputs, num_outputs = _dense_widths(module, weight)
+        if int(getattr(module, "groups", 1)) == num_inputs == num_outputs:  # depthwise: one set of channels
+            per_unit = (per_unit[1], per_unit[1])
         shape = shapes.get(name, ())
         sites.append(
             Site(
@@ -94,7 +96,7 @@ def _weight(module: nn.Module) -> Tensor | None:
 
 def _dense_widths(module: nn.Module, weight: Tensor) -> tuple[int, int]:
     groups = int(getattr(module, "groups", 1))
-    if getattr(module, "transposed", False):
+    if getattr(module, "transposed", False) or isinstance(module, nn.Embedding):
         return weight.shape[0], weight.shape[1] * groups
     return weight.shape[1] * groups, weight.shape[0]
 

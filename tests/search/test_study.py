@@ -283,7 +283,7 @@ def test_importances_name_the_knob_that_decides() -> None:
         trials.append(trial(number, replace(DENSE, accuracy=accuracy), **turned))
     space = knobs((0.5, 0.5))
     shares = importances(trials, space)
-    assert set(shares) == {"exponent", "block_weight", "measured"}  # what cannot be turned has no share
+    assert set(shares) == {"exponent", "block_weight", "late", "measured"}  # what cannot be turned has no share
     assert sum(shares.values()) == pytest.approx(1.0)
     assert shares["exponent"] > 0.5
     assert importances(trials, space) == shares

@@ -1,0 +1,117 @@
+"""Widths as surgery leaves them; times of networks nobody measured; and the sum that the solver is given."""
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from networks import build
+from torch import nn
+
+from deploypipe.pruning.apply import apply_plan
+from deploypipe.pruning.plan import make_plan
+from deploypipe.pruning.structures import list_structures
+from deploypipe.records import Cut, PruningPlan, ScoreTable, Structures, TimedCut
+from deploypipe.search.allocate import Allocation, cost_of
+from deploypipe.search.costs import Levels, latency_costs
+from deploypipe.search.design import design_networks
+from deploypipe.search.latency_model import LatencyModel
+from deploypipe.search.propose import cut_of
+from deploypipe.search.sites import Site, find_sites
+
+NETWORKS = ("pad_resnet", "bottleneck", "separable", "dense", "flattened", "encoder", "upsampled")
+
+
+@cache
+def subject(name: str) -> tuple[nn.Module, Structures, tuple[Site, ...]]:
+    torch.manual_seed(0)
+    network, inputs = build(name)
+    structures = list_structures(network.eval(), inputs)
+    return network, structures, find_sites(network, structures, inputs)
+
+
+def levels_of(structures: Structures) -> Levels:
+    return {g.name: sorted({1, max(1, g.num_units // 2), g.num_units}) for g in structures.groups}
+
+
+def networks(name: str, count: int, seed: int = 0) -> list[tuple[Allocation, PruningPlan]]:
+    _, structures, _ = subject(name)
+    scores = ScoreTable(scorer="none", channels={g.name: tuple(range(g.num_units)) for g in structures.groups})
+    chosen = design_networks(structures, levels_of(structures), count, seed)
+    return [(a, make_plan(structures, scores, a.widths, a.blocks, 1)) for a in chosen]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_widths_of_sites_are_those_that_surgery_leaves(name: str) -> None:
+    network, _, sites = subject(name)
+    assert sites
+    for _, plan in networks(name, 8):
+        pruned, cut = dict(apply_plan(network, plan).named_modules()), cut_of(plan)
+        for site in sites:
+            if not set(site.blocks).isdisjoint(cut.blocks):
+                continue
+            left = _widths(pruned[site.module])
+            assert (site.inputs.width(cut.removed), site.outputs.width(cut.removed)) == left, site.module
+
+
+def _widths(module: Any) -> tuple[int, int]:
+    """(inputs, outputs)"""
+    weight = module.in_proj_weight if hasattr(module, "in_proj_weight") else module.weight
+    if getattr(module, "transposed", False) or isinstance(module, nn.Embedding):
+        return weight.shape[0], weight.shape[1] * getattr(module, "groups", 1)
+    return weight.shape[1] * getattr(module, "groups", 1), weight.shape[0]
+
+
+def true_time(sites: tuple[Site, ...], cut: Cut) -> float:
+    """Steps of eight channels, a fixed part a layer, and what the network takes beside its layers."""
+    total = 50.0
+    for site in sites:
+        if set(site.blocks).isdisjoint(cut.blocks):
+            wide_in, wide_out = (-(-side.width(cut.removed) // 8) * 8 for side in (site.inputs, site.outputs))
+            total += 20 + (0.1 + 0.02 * len(site.kind)) * wide_in * wide_out
+    return total
+
+
+def timed_of(name: str, count: int, noise: float, seed: int = 0) -> list[TimedCut]:
+    _, _, sites = subject(name)
+    generator, dense = np.random.default_rng(seed), true_time(sites, Cut(removed={}, blocks=()))
+    cuts = [cut_of(plan) for _, plan in networks(name, count, seed)]
+    return [TimedCut(cut=c, ratio=true_time(sites, c) / dense * float(generator.normal(1, noise))) for c in cuts]
+
+
+@pytest.mark.parametrize("name", ["pad_resnet", "bottleneck", "encoder"])
+def test_networks_that_were_not_measured_are_predicted(name: str) -> None:
+    sites, noise = subject(name)[2], 0.01
+    model = LatencyModel(sites, timed_of(name, 40, noise))
+    others = timed_of(name, 60, noise, seed=1)
+    predicted = [model.predict(t.cut) for t in others]
+    errors = np.array([p.value / t.ratio - 1 for p, t in zip(predicted, others, strict=True)])
+    assert np.abs(errors).mean() < 3 * noise
+    assert np.mean([p.low <= t.ratio <= p.high for p, t in zip(predicted, others, strict=True)]) > 0.85
+    again = LatencyModel(sites, timed_of(name, 40, noise))
+    assert [again.predict(t.cut) for t in others] == predicted
+    held_out = model.held_out() / [t.ratio for t in model.timed] - 1
+    assert np.abs(held_out).mean() < 5 * noise  # the first two networks lie at the ends
+
+
+def test_held_out_predictions_are_those_without_the_network() -> None:
+    """With the same prior; here it is fitted anew, on so many networks that one does not move it."""
+    timed, sites = timed_of("pad_resnet", 60, 0.01), subject("pad_resnet")[2]
+    model = LatencyModel(sites, timed)
+    for left_out in (5, 17):
+        without = LatencyModel(sites, [*timed[:left_out], *timed[left_out + 1 :]])
+        expected = without.predict(timed[left_out].cut).value
+        assert model.held_out()[left_out] == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["pad_resnet", "bottleneck", "encoder", "separable"])
+def test_the_solvers_sum_is_the_prediction(name: str) -> None:
+    """Where no layer depends on more than two groups; with blocks gone and stream widths changed at once."""
+    _, structures, sites = subject(name)
+    model = LatencyModel(sites, timed_of(name, 40, 0.01))
+    costs = latency_costs(model, structures, levels_of(structures))
+    for chosen, plan in networks(name, 20, seed=2):
+        assert cost_of(chosen, costs) == pytest.approx(model.predict(cut_of(plan)).value, abs=1e-6)
+    if name in ("bottleneck", "encoder"):
+        assert costs.pairs
