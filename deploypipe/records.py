@@ -293,6 +293,7 @@ class LossCurve:
 class Curves:
     curves: tuple[LossCurve, ...]
     num_samples: int
+    block_importance: dict[str, float] = field(default_factory=dict)  # by another measure than the loss; higher = keep
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

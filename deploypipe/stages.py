@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -27,7 +28,7 @@ from deploypipe.pruning.plan import make_plan
 from deploypipe.pruning.repair import repair
 from deploypipe.pruning.saved import own_weights, save_pruned
 from deploypipe.pruning.structures import count_macs, list_structures, model_fingerprint
-from deploypipe.recipe import Recipe
+from deploypipe.recipe import Mpruner, Recipe
 from deploypipe.records import (
     BenchmarkReport,
     Curves,
@@ -54,10 +55,11 @@ from deploypipe.runtimes.ability import can
 from deploypipe.runtimes.engine_file import load_record
 from deploypipe.runtimes.machine import this_machine
 from deploypipe.scoring import needs_derivatives, score_halves
+from deploypipe.scoring.blocks import rank_blocks
 from deploypipe.search.allocate import Allocation, allowed_widths
 from deploypipe.search.candidates import Candidates
 from deploypipe.search.curves import measure_curves
-from deploypipe.search.judge import Judge
+from deploypipe.search.judge import NUM_LATENCY_SAMPLES, Judge
 from deploypipe.search.limits import bounded_shares, candidate_of, fill_range, with_margin
 from deploypipe.search.looks import draw_parts
 from deploypipe.search.propose import Proposer
@@ -200,7 +202,7 @@ class Stages:
 
     def curves(self, structures: Structures, scores: ScoreTable, moments: Moments) -> Curves:
         def compute(_: Path) -> Curves:
-            return measure_curves(
+            measured = measure_curves(
                 self.model,
                 structures,
                 scores,
@@ -210,11 +212,16 @@ class Stages:
                 channel_multiple=self.target.channel_multiple,
                 notify=self.run.notify,
             )
+            if not settings.prune_blocks or not structures.blocks:
+                return measured
+            ranking = rank_blocks(self.model, structures, moments, self.calib, Mpruner())
+            return replace(measured, block_importance=ranking.importance)
 
         settings = self.recipe.search
         inputs = {
             "score": self.run.key("score"),
             "search": [settings.num_curve_samples, settings.num_levels, settings.prune_blocks],
+            "block_importance": Mpruner(),
             "multiple": self.target.channel_multiple,
             "constraints": structures.constraints,
         }
@@ -301,6 +308,7 @@ class Stages:
                 reference=reference,
                 sites=find_sites(self.model, structures, self.inputs),
                 timed=timed.rows if timed else (),
+                measure=lambda plan: self._measure(candidates, plan, work),
             )
             reach = find_reach(proposer, shares)
             self.run.notify(Event(stage="search", message=reach_text(reach, shares)))
@@ -329,6 +337,12 @@ class Stages:
             return replace(found, reach=reach, latency_fit=proposer.latency_fit(found.trials))
 
         return self.run.remember("search", inputs, compute, SearchResult)
+
+    def _measure(self, candidates: Candidates, plan: PruningPlan, work: Path) -> float:
+        """Of the dense fp32 file's latency: that of the network of a plan, which does not hang on its weights."""
+        with TemporaryDirectory(dir=work, prefix=".measured.") as folder:
+            file = candidates.write(apply_plan(self.model, plan), plan, Path(folder) / "candidate.onnx")
+            return candidates.latency_ratios([file], NUM_LATENCY_SAMPLES)[0]
 
     def _plan(self, structures: Structures, scores: ScoreTable, chosen: Allocation) -> PruningPlan:
         return make_plan(structures, scores, chosen.widths, chosen.blocks, self.target.channel_multiple)

@@ -1,7 +1,7 @@
 """Widths and blocks by a solver: the least summed loss under bounds of cost."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -38,6 +38,7 @@ class Emphasis:
 
     exponent: float = 1.0  # below 1 small losses count more: together they do more harm than their sum (README)
     block_weight: float = 1.0  # of what blocks lose
+    by_importance: bool = False  # which blocks lose most: by `Curves.block_importance` instead of by the losses
     late: float = 0.0  # above 0 the losses of late structures weigh more, by e^late at the end and e^-late at the front
 
 
@@ -261,9 +262,12 @@ class _Program:
 
 def _options(structures: Structures, curves: Curves, emphasis: Emphasis) -> list[_Option]:
     allowed = allowed_widths(structures, curves)
+    blocks = [curve for curve in curves.curves if curve.kind == "block"]
+    groups = [curve for curve in curves.curves if curve.kind == "channels"]
+    if emphasis.by_importance:
+        blocks = _reordered(blocks, curves.block_importance)
     options: list[_Option] = []
-    for kind in ("channels", "block"):
-        alike = [curve for curve in curves.curves if curve.kind == kind]
+    for kind, alike in (("channels", groups), ("block", blocks)):
         for number, curve in enumerate(alike):
             place = 2 * number / max(len(alike) - 1, 1) - 1  # -1: the network's front
             weight = float(np.exp(emphasis.late * place)) * (emphasis.block_weight if kind == "block" else 1.0)
@@ -274,6 +278,13 @@ def _options(structures: Structures, curves: Curves, emphasis: Emphasis) -> list
                 if kind == "block" or kept in allowed[curve.name]
             ]
     return options
+
+
+def _reordered(blocks: Sequence[LossCurve], importance: Mapping[str, float]) -> list[LossCurve]:
+    """The same losses, the least for the least important block."""
+    ranked = sorted(blocks, key=lambda block: importance[block.name])
+    losses = {b.name: kl for b, kl in zip(ranked, sorted(block.kl for block in blocks), strict=True)}
+    return [replace(block, kl=losses[block.name]) for block in blocks]
 
 
 def _rising(curve: LossCurve) -> list[float]:

@@ -15,7 +15,7 @@ from deploypipe.search.looks import Results, evaluate_growing
 from deploypipe.search.trials import IsSettled
 from deploypipe.task import Batch, Task, take
 
-_NUM_LATENCY_SAMPLES = 200
+NUM_LATENCY_SAMPLES = 200
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +58,7 @@ class Judge:
     def _latency(self, file: Path) -> float | None:
         if self.dense_p50_ms is None:
             return None
-        return self.dense_p50_ms * self.candidates.latency_ratios([file], _NUM_LATENCY_SAMPLES)[0]
+        return self.dense_p50_ms * self.candidates.latency_ratios([file], NUM_LATENCY_SAMPLES)[0]
 
     def _peak_memory(self, file: Path) -> float | None:
         if self.dense_p50_ms is None or not self.needs_memory:

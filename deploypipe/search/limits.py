@@ -11,7 +11,6 @@ from deploypipe.target import Limit
 _LATENCY_MARGIN = 0.03
 _STAND_IN = 0.5  # of the dense MACs, for a limit that has no share
 _SMALLEST_SHARE = 0.1  # of a budget; below, no candidate was ever worth repairing
-_FILL = (0.94, 1.03)  # of a latency budget
 _MIB_PER_PARAM = 4 / 2**20
 Range = tuple[float, float]
 
@@ -90,9 +89,9 @@ def bounded_shares(
 
 
 def fill_range(shares: Mapping[str, float], limits: Mapping[str, Limit], objectives: Sequence[str]) -> Range:
-    """Which part of the budgets a trial fills, from the least to the most. Beyond the predicted latency there is room
-    for what the model is off; what only a finished candidate tells, and a front of several objectives, want all sizes.
+    """Which part of the budgets a trial fills, from the least to the most: all of them, unless a front of several
+    objectives is wanted, or a budget is set that only a finished candidate tells.
     """
     if len(objectives) > 1 or not set(limits) <= set(shares):
         return _SMALLEST_SHARE, 1.0
-    return _FILL if "latency_p50" in shares else (1.0, 1.0)
+    return 1.0, 1.0

@@ -47,6 +47,7 @@ def knobs(fill: tuple[float, float]) -> dict[str, BaseDistribution]:
         "exponent": FloatDistribution(0.4, 1.0),
         "block_weight": FloatDistribution(0.1, 4.0, log=True),
         "late": FloatDistribution(-0.7, 0.7),
+        "by_importance": CategoricalDistribution((0.0, 1.0)),  # 1: blocks in the order of CKA, not of the losses
         "measured": CategoricalDistribution((1.0, 0.0)),  # 0: uniform widths, the control
     }
 
@@ -118,18 +119,24 @@ def importances(trials: Sequence[Trial], space: Mapping[str, BaseDistribution]) 
 
 
 def _warm_starts(fill: tuple[float, float]) -> list[dict[str, Any]]:
-    """The solver's plain solution, one in which small losses count more, one that prefers dropping blocks, and uniform
-    widths as control; of a wide range of sizes, the first at several."""
+    """The solver's plain solution, one in which small losses count more, the same with blocks in the order of CKA, one
+    that prefers dropping blocks, and uniform widths as control; of a wide range of sizes, the first at several."""
     low, high = fill
     is_wide = high - low > _WIDE
     most = 0.9 if is_wide else 0.6
 
-    def start(share: float, exponent: float = 1.0, block_weight: float = 1.0, measured: float = 1.0) -> dict[str, Any]:
-        filled = low + share * (high - low)
-        shape = {"exponent": exponent, "block_weight": block_weight, "late": 0.0}
-        return {"fill": filled, **shape, "measured": measured}
+    plain = {"exponent": 1.0, "block_weight": 1.0, "late": 0.0, "by_importance": 0.0, "measured": 1.0}
 
-    full = [start(most), start(most, exponent=0.5), start(most, block_weight=0.25), start(most, measured=0.0)]
+    def start(share: float, **other: float) -> dict[str, Any]:
+        return {"fill": low + share * (high - low), **plain, **other}
+
+    full = [
+        start(most),
+        start(most, exponent=0.5),
+        start(most, exponent=0.5, by_importance=1.0),
+        start(most, block_weight=0.25),
+        start(most, measured=0.0),
+    ]
     return [*full, start(0.6), start(0.3, exponent=0.5), start(0.0, exponent=0.5)] if is_wide else full
 
 

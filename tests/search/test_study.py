@@ -278,12 +278,25 @@ def test_importances_name_the_knob_that_decides() -> None:
     random, trials = np.random.default_rng(0), []
     for number in range(60):
         exponent, weight = random.uniform(0.4, 1.0), random.uniform(0.1, 4.0)
-        turned = {"fill": 0.5, "exponent": exponent, "block_weight": weight, "late": 0.0, "measured": float(number % 2)}
+        turned = {
+            "fill": 0.5,
+            "exponent": exponent,
+            "block_weight": weight,
+            "late": 0.0,
+            "by_importance": 0.0,
+            "measured": float(number % 2),
+        }
         accuracy = 0.9 - abs(exponent - 0.7) + 0.001 * weight
         trials.append(trial(number, replace(DENSE, accuracy=accuracy), **turned))
     space = knobs((0.5, 0.5))
     shares = importances(trials, space)
-    assert set(shares) == {"exponent", "block_weight", "late", "measured"}  # what cannot be turned has no share
+    assert set(shares) == {
+        "exponent",
+        "block_weight",
+        "late",
+        "by_importance",
+        "measured",
+    }  # what cannot be turned has no share
     assert sum(shares.values()) == pytest.approx(1.0)
     assert shares["exponent"] > 0.5
     assert importances(trials, space) == shares
