@@ -4,6 +4,7 @@ import ast
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
@@ -72,12 +73,17 @@ def _strip_node(node: onnx.NodeProto) -> None:
             _strip_graph(graph)
 
 
+@cache
+def _versions() -> dict[str, str]:
+    """Looking them up reads files, which takes longer than to write a small graph."""
+    return {"version": version(deploypipe.__name__)} | {f"{package}_version": version(package) for package in _PACKAGES}
+
+
 def describe(
     proto: onnx.ModelProto, *, precision: str, origin: Mapping[str, str], class_names: Sequence[str] = ()
 ) -> None:
     """Set `deploypipe.*` metadata: versions, precision, inputs and outputs as JSON, `origin`, and the class names."""
-    entries = {f"{package}_version": version(package) for package in _PACKAGES}
-    entries |= {"version": version(deploypipe.__name__), "precision": precision, **origin}
+    entries = {**_versions(), "precision": precision, **origin}
     entries["inputs"] = json.dumps(list(_specs(proto.graph.input)))
     entries["outputs"] = json.dumps(list(_specs(proto.graph.output)))
     if class_names:

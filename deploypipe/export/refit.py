@@ -13,6 +13,7 @@ from onnx.reference import ReferenceEvaluator
 from deploypipe.runtimes import Array
 
 Shape: TypeAlias = tuple[int, ...]
+_NUM_SAMPLES = 1_000_003  # a prime
 _MOST_KNOWN = 64  # elements of a value that is worked out: shapes are short
 _INTEGERS = (onnx.TensorProto.INT64, onnx.TensorProto.INT32)
 
@@ -38,7 +39,7 @@ class Facts:
 
 
 def propagate(proto: onnx.ModelProto, feed: Mapping[str, Array]) -> Facts:
-    """The sizes of all tensors of a graph on one batch."""
+    """The sizes of all tensors of a graph on a batch like this, but of so many samples that no width is as large."""
     facts = facts_of(proto.graph.initializer, feed)
     for node in proto.graph.node:
         learn_(facts, node, proto.opset_import)
@@ -49,7 +50,7 @@ def facts_of(weights: Iterable[onnx.TensorProto], feed: Mapping[str, Array]) -> 
     facts = Facts()
     for name, array in feed.items():
         kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
-        facts.types[name] = onnx.helper.make_tensor_type_proto(kind, array.shape)
+        facts.types[name] = onnx.helper.make_tensor_type_proto(kind, (_NUM_SAMPLES, *array.shape[1:]))
     for weight in weights:
         facts.types[weight.name] = onnx.helper.make_tensor_type_proto(weight.data_type, weight.dims)
         if weight.data_type in _INTEGERS and math.prod(weight.dims) <= _MOST_KNOWN:
@@ -100,6 +101,7 @@ class Refit:
     nodes: list[onnx.NodeProto] = field(default_factory=list)  # those done
     added: dict[str, onnx.TensorProto] = field(default_factory=dict)
     concats: dict[str, onnx.NodeProto] = field(default_factory=dict)  # done, by their value
+    joined: dict[tuple[str, ...], str] = field(default_factory=dict)  # values of those made here, by their parts
 
     def take(self, node: onnx.NodeProto) -> None:
         """Append the node, with what it says about sizes brought up to date. `node` may be changed."""
@@ -131,7 +133,7 @@ class Refit:
             raise UnfitError(f"{node.name}: {list(wanted)} is computed by the graph, and comes out otherwise")
 
     def _joined(self, concat: onnx.NodeProto, wanted: Sequence[int], reader: onnx.NodeProto) -> str:
-        """The value of a Concat of its own for this reader, whose constant parts are as wanted."""
+        """The value of another Concat, whose constant parts are as wanted."""
         own = onnx.NodeProto()
         own.CopyFrom(concat)
         own.name, own.output[0] = f"{reader.name}/Concat", f"{reader.output[0]}_sizes"
@@ -140,8 +142,11 @@ class Refit:
             size = math.prod(self.new.shape(name))
             self.write_(own, position, wanted[start : start + size])
             start += size
-        self._append(own)
-        return str(own.output[0])
+        parts = tuple(own.input)
+        if parts not in self.joined:
+            self.joined[parts] = str(own.output[0])
+            self._append(own)
+        return self.joined[parts]
 
     def resize(self, array: Array, size: int, node: onnx.NodeProto) -> str:
         """A constant (n,) of one number all over, with another n."""
@@ -168,6 +173,9 @@ def _fit_reshape(refit: Refit, node: onnx.NodeProto) -> None:
     if known is None:
         raise UnfitError(f"{node.name}: its shape depends on the values of the input")
     old, new = refit.dense.shape(data), refit.new.shape(data)
+    computed = refit.new.values.get(shape)
+    if shape not in refit.constants and computed is not None and math.prod(computed.tolist()) == math.prod(new):
+        return
     try:
         wanted = regrouped(old, new, refit.dense.shape(node.output[0]), refit.sizes(node.name))
     except UnfitError as error:
@@ -248,6 +256,8 @@ def _fit_slice(refit: Refit, node: onnx.NodeProto) -> None:
     has_axes = len(node.input) > 3 and node.input[3]
     axes = refit.dense.values[node.input[3]].tolist() if has_axes else list(range(len(old)))
     for position in (1, 2):
+        if node.input[position] not in refit.constants:  # a length that the graph computes
+            continue
         bounds = refit.dense.values[node.input[position]].tolist()
         fitted = [
             bound if abs(bound) >= old[axis] else _scaled(node, bound, old[axis], new[axis])

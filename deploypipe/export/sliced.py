@@ -17,7 +17,7 @@ from deploypipe.export.metadata import describe, module_of
 from deploypipe.export.onnx_file import export_onnx, run_eager
 from deploypipe.export.parity import measure_parity, require_parity
 from deploypipe.export.precision import folded, scratch_beside
-from deploypipe.export.refit import Refit, UnfitError, facts_of
+from deploypipe.export.refit import Facts, Refit, UnfitError, facts_of
 from deploypipe.export.template import Template, tensors_of
 from deploypipe.recipe import Export
 from deploypipe.records import CandidateFile, PruningPlan
@@ -64,7 +64,8 @@ def cut_graph(template: Template, dense: nn.Module, pruned: nn.Module, plan: Pru
     proto.CopyFrom(template.graph)
     graph = proto.graph
     _bypass(graph, template, plan.blocks)
-    nodes = _needed(graph)
+    ends = [value.name for value in graph.output]
+    nodes = _needed(graph.node, ends)
     read = {name for node in nodes for name in node.input}
     constants = [weight for weight in graph.initializer if weight.name in read]
     weights = _weights(pruned, [name for name in sorted(template.tensors) if name in read])
@@ -80,8 +81,10 @@ def cut_graph(template: Template, dense: nn.Module, pruned: nn.Module, plan: Pru
     )
     for node in nodes:
         refit.take(node)
-    del graph.initializer[:], graph.node[:]
-    graph.node.extend(refit.nodes)
+    shapes = [_shape_of(value, new) for value in graph.value_info if value.name in new.types]
+    del graph.initializer[:], graph.node[:], graph.value_info[:]
+    graph.node.extend(_needed(refit.nodes, ends))
+    graph.value_info.extend(shapes)
     graph.initializer.extend([*weights, *constants, *refit.added.values()])
     return proto
 
@@ -121,15 +124,26 @@ def _resolve(name: str, instead: Mapping[str, str]) -> str:
     return name
 
 
-def _needed(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
-    """The nodes that the outputs are computed from, in order."""
-    read = {value.name for value in graph.output}
+def _needed(nodes: Sequence[onnx.NodeProto], values: Sequence[str]) -> list[onnx.NodeProto]:
+    """The nodes that the values are computed from, in order."""
+    read = set(values)
     needed = []
-    for node in reversed(graph.node):
+    for node in reversed(nodes):
         if not read.isdisjoint(node.output):
             needed.append(node)
             read.update(node.input)
     return needed[::-1]
+
+
+def _shape_of(value: onnx.ValueInfoProto, new: Facts) -> onnx.ValueInfoProto:
+    """With axes that vary by their names, as in an exported file: what is known of shapes decides what onnxruntime
+    fuses, and that by a third how long some transformers take."""
+    known = onnx.ValueInfoProto()
+    known.CopyFrom(value)
+    for dim, size in zip(known.type.tensor_type.shape.dim, new.shape(value.name), strict=True):
+        if dim.HasField("dim_value"):
+            dim.dim_value = size
+    return known
 
 
 def _weights(pruned: nn.Module, names: Sequence[str]) -> list[onnx.TensorProto]:

@@ -58,7 +58,6 @@ def open_template(path: Path, network: nn.Module, feed: Mapping[str, Array]) -> 
     others = [weight for weight in proto.graph.initializer if weight.name not in names]
     del proto.graph.initializer[:]
     proto.graph.initializer.extend(others)
-    del proto.graph.value_info[:]
     del proto.metadata_props[:]
     return Template(
         graph=proto,
