@@ -60,7 +60,7 @@ from deploypipe.search.allocate import Allocation, allowed_widths
 from deploypipe.search.candidates import Candidates
 from deploypipe.search.curves import measure_curves
 from deploypipe.search.judge import NUM_LATENCY_SAMPLES, Judge
-from deploypipe.search.limits import bounded_shares, candidate_of, fill_range, with_margin
+from deploypipe.search.limits import bounded_shares, candidate_of, fill_range, memory_limit_mib, with_margin
 from deploypipe.search.looks import draw_parts
 from deploypipe.search.propose import Proposer
 from deploypipe.search.reach import find_reach, reach_text
@@ -319,7 +319,7 @@ class Stages:
                 parts=draw_parts(self.splits.val, self.recipe.seed),
                 task=self.task,
                 recipe=self.recipe,
-                needs_memory="peak_memory" in (*limits, *objectives),
+                memory_limit_mib=memory_limit_mib(tight, reference, objectives),
                 work=work,
             )
             found = search(

@@ -14,6 +14,7 @@ from deploypipe.benchmark import first_batch
 from deploypipe.benchmark.environment import describe_environment
 from deploypipe.benchmark.latency import time_interleaved
 from deploypipe.benchmark.memory import measure_peak_memory
+from deploypipe.errors import ModelError
 from deploypipe.export.engine import runnable
 from deploypipe.export.fp16 import to_fp16
 from deploypipe.export.int8 import sketch_int8
@@ -26,10 +27,13 @@ from deploypipe.records import PrecisionRow, PruningPlan
 from deploypipe.runs import cache_folder, digest, write_atomically
 from deploypipe.runtimes import Array, find_runtime
 from deploypipe.runtimes.packing import feed
+from deploypipe.search.footprint import Footprint, footprint
+from deploypipe.search.memory_model import fit_memory
 from deploypipe.target import Target
 from deploypipe.task import Batch, take_calib
 
 _NUM_CHECKED = 2  # samples that a file is compared with its network on
+_FEWEST_MEASURED = 3  # peaks, before others are predicted
 _NUM_RANGED = 16  # samples that ranges of 8 bits are taken from: the times do not hang on them
 
 
@@ -46,6 +50,7 @@ class Candidates:
     target: Target
     builds_engines: bool  # they are what the device runs, and this machine can build them
     export: Export
+    measured: list[tuple[Footprint, float]] = field(default_factory=list)  # files of candidates, and their peaks in MiB
     exported: Counter[str] = field(default_factory=Counter)  # why files could not be cut out of the dense one
 
     def write(self, pruned: nn.Module, plan: PruningPlan, path: Path) -> Path:
@@ -65,9 +70,19 @@ class Candidates:
         """Of what the runtime opens."""
         return self._opened(path).stat().st_size / 2**20
 
-    def peak_memory_mib(self, path: Path) -> float | None:
+    def peak_memory_mib(self, path: Path, limit_mib: float) -> float | None:
+        """Predicted once a few files were measured, and it is plain on which side of the limit the file lies; measured
+        otherwise, in processes of its own, which takes seconds."""
+        known = self._footprint(path)
+        if known and len(self.measured) >= _FEWEST_MEASURED:
+            predicted = fit_memory([f for f, _ in self.measured], [mib for _, mib in self.measured]).predict(known)
+            if not predicted.low <= limit_mib <= predicted.high:
+                return predicted.value
         opened = self._opened(path)
-        return measure_peak_memory(opened, self._feed(opened), self.target)[0]
+        peak, _ = measure_peak_memory(opened, self._feed(opened), self.target)
+        if known and peak is not None:
+            self.measured.append((known, peak))
+        return peak
 
     def latency_ratios(self, paths: Sequence[Path], num_samples: int) -> list[float]:
         """Of each file's latency to that of the dense fp32 file, all interleaved so that a drifting clock cancels. What
@@ -101,6 +116,15 @@ class Candidates:
             to_fp16(plain, path, take_calib(self.calib, _NUM_RANGED), self.export)
         else:
             plain.replace(path)
+
+    def _footprint(self, path: Path) -> Footprint | None:
+        """None where it cannot be told from the file, as that of an engine."""
+        if self.builds_engines:
+            return None
+        try:
+            return footprint(path, self.target.batch_size)
+        except ModelError:  # an axis that only the samples bind, or a graph within the graph
+            return None
 
     def _opened(self, path: Path) -> Path:
         return runnable(path, self.target) if self.builds_engines else path

@@ -28,7 +28,7 @@ class Judge:
     parts: Sequence[Sequence[Batch]]  # of val, as `draw_parts` drew them
     task: Task
     recipe: Recipe
-    needs_memory: bool
+    memory_limit_mib: float | None  # None: nothing asks for it
     work: Path
 
     def __call__(self, plan: PruningPlan, is_settled: IsSettled) -> tuple[Candidate, Results]:
@@ -61,6 +61,6 @@ class Judge:
         return self.dense_p50_ms * self.candidates.latency_ratios([file], NUM_LATENCY_SAMPLES)[0]
 
     def _peak_memory(self, file: Path) -> float | None:
-        if self.dense_p50_ms is None or not self.needs_memory:
+        if self.dense_p50_ms is None or self.memory_limit_mib is None:
             return None
-        return self.candidates.peak_memory_mib(file)
+        return self.candidates.peak_memory_mib(file, self.memory_limit_mib)

@@ -8,7 +8,7 @@ from deploypipe.runtimes.ability import Ability
 from deploypipe.search.trials import violations
 from deploypipe.target import Limit
 
-_LATENCY_MARGIN = 0.03
+_MARGINS = {"latency_p50": 0.03, "peak_memory": 0.05}
 _STAND_IN = 0.5  # of the dense MACs, for a limit that has no share
 _SMALLEST_SHARE = 0.1  # of a budget; below, no candidate was ever worth repairing
 _MIB_PER_PARAM = 4 / 2**20
@@ -60,12 +60,11 @@ def is_over_budget(candidate: Candidate, dense: Candidate, limits: Mapping[str, 
 
 
 def with_margin(limits: Mapping[str, Limit]) -> dict[str, Limit]:
-    """The latency a little lower: a search that fills the whole budget leaves the gate's interval nothing to lie in."""
-    tightened = dict(limits)
-    if "latency_p50" in limits:
-        limit = limits["latency_p50"]
-        tightened["latency_p50"] = Limit(value=limit.value * (1 - _LATENCY_MARGIN), is_relative=limit.is_relative)
-    return tightened
+    """What is measured a little lower: a search that fills the whole budget leaves the gate's measurement no room."""
+    return {
+        name: replace(limit, value=limit.value * (1 - _MARGINS[name])) if name in _MARGINS else limit
+        for name, limit in limits.items()
+    }
 
 
 def bounded_shares(
@@ -95,3 +94,10 @@ def fill_range(shares: Mapping[str, float], limits: Mapping[str, Limit], objecti
     if len(objectives) > 1 or not set(limits) <= set(shares):
         return _SMALLEST_SHARE, 1.0
     return 1.0, 1.0
+
+
+def memory_limit_mib(limits: Mapping[str, Limit], dense: Candidate, objectives: Sequence[str]) -> float | None:
+    """What a candidate's peak memory is held to: the budget, or the dense network's where it is an objective only."""
+    if "peak_memory" in limits and dense.peak_memory_mib is not None:
+        return limits["peak_memory"].absolute(dense.peak_memory_mib)
+    return dense.peak_memory_mib if "peak_memory" in objectives else None

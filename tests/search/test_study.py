@@ -28,14 +28,15 @@ DENSE = Candidate(
     accuracy=0.9, latency_p50_ms=4.0, peak_memory_mib=None, file_size_mib=1.0, num_params=1000, num_macs=1000
 )
 HALF = {"latency_p50": Limit(value=0.5, is_relative=True)}
-SETTINGS = Search(num_trials=8)  # more than there are warm starts
+SETTINGS = Search(num_trials=10)  # more than there are warm starts
 ORIGIN = {"model": "m", "data": "d", "device": "x"}
 NUM_VAL = 4000
 
 
 def propose(knobs: Mapping[str, float], _: Sequence[Trial] = ()) -> PruningPlan:
     removed = round(100 * (1 - knobs["fill"]))
-    style = 10 * knobs["exponent"] + knobs["block_weight"] if knobs["measured"] else -1
+    shape = 10 * knobs["exponent"] + knobs["block_weight"] + 2 * knobs["late"] + knobs["by_importance"]
+    style = shape if knobs["measured"] else -1
     edit = Edit(module="conv", side="out", removed=(removed, round(style)))
     return PruningPlan(model_fingerprint="f", cuts=(), edits=(edit,), blocks=())
 
@@ -106,7 +107,7 @@ def test_killed_study_ends_with_the_trials_of_an_undisturbed_one(tmp_path: Path)
         with pytest.raises(KeyboardInterrupt):
             run(Evaluator(kill_at=kill), tmp_path / "killed.db")
     assert run(Evaluator(), tmp_path / "killed.db") == whole
-    assert [t.number for t in whole.trials] == list(range(8))
+    assert [t.number for t in whole.trials] == list(range(10))
     assert all(t.candidate.latency_p50_ms <= 2.0 for t in whole.trials if t.feasible)
     best = whole.trials[whole.best]
     assert best.feasible
@@ -176,7 +177,7 @@ def test_with_two_objectives_only_the_beaten_are_stopped(tmp_path: Path) -> None
     evaluated = [replace(t, is_stopped=False) for t in patient.trials]
     assert hasty.front == pareto_front(evaluated, settings.objectives)
     assert any(t.is_stopped and t.feasible for t in hasty.trials)
-    assert len(hasty.front) > 3
+    assert len(hasty.front) > 2
 
 
 def test_seed_decides_what_is_tried(tmp_path: Path) -> None:
@@ -197,7 +198,7 @@ def test_same_plan_is_not_evaluated_twice(tmp_path: Path) -> None:
         storage=tmp_path / "study.db",
         origin=ORIGIN,
     )
-    assert len(result.trials) == 8
+    assert len(result.trials) == 10
     assert len({t.plan.edits for t in result.trials}) == len(evaluate.seen) == 2
     assert len({tuple(t.knobs.items()) for t in result.trials}) > 6
 
@@ -206,7 +207,7 @@ def test_refusal_names_the_nearest_miss(tmp_path: Path) -> None:
     limits = {"latency_p50": Limit(value=0.4, is_relative=False), "file_size": Limit(value=10.0, is_relative=False)}
     with pytest.raises(BudgetError) as caught:
         run(Evaluator(), tmp_path / "study.db", limits)
-    assert "none of 8 candidates" in str(caught.value)
+    assert "none of 10 candidates" in str(caught.value)
     assert "+100.0% over latency_p50" in str(caught.value)
     assert "budget.latency_p50" in str(caught.value)
 
@@ -376,7 +377,7 @@ def test_a_file_that_may_not_grow_is_named(tmp_path: Path) -> None:
 def test_no_room_for_a_first_study_and_a_file_that_is_none(tmp_path: Path) -> None:
     with pragma("max_page_count = 1"), pytest.raises(RunFolderError, match="make room"):
         run(Evaluator(), tmp_path / "study.db")
-    assert len(run(Evaluator(), tmp_path / "study.db").trials) == 8
+    assert len(run(Evaluator(), tmp_path / "study.db").trials) == 10
     (tmp_path / "study.db").write_bytes(b"no database" * 1000)
     with pytest.raises(RunFolderError, match=r"not a database.*check its disk.*delete the file"):
         run(Evaluator(), tmp_path / "study.db")
