@@ -101,7 +101,6 @@ class Refit:
     nodes: list[onnx.NodeProto] = field(default_factory=list)  # those done
     added: dict[str, onnx.TensorProto] = field(default_factory=dict)
     concats: dict[str, onnx.NodeProto] = field(default_factory=dict)  # done, by their value
-    joined: dict[tuple[str, ...], str] = field(default_factory=dict)  # values of those made here, by their parts
 
     def take(self, node: onnx.NodeProto) -> None:
         """Append the node, with what it says about sizes brought up to date. `node` may be changed."""
@@ -142,11 +141,8 @@ class Refit:
             size = math.prod(self.new.shape(name))
             self.write_(own, position, wanted[start : start + size])
             start += size
-        parts = tuple(own.input)
-        if parts not in self.joined:
-            self.joined[parts] = str(own.output[0])
-            self._append(own)
-        return self.joined[parts]
+        self._append(own)  # onnxruntime makes one of several that are alike
+        return str(own.output[0])
 
     def resize(self, array: Array, size: int, node: onnx.NodeProto) -> str:
         """A constant (n,) of one number all over, with another n."""
