@@ -17,7 +17,7 @@ from torch import nn
 from deploypipe.errors import ConfigError, DataError, ModelError, ParityError
 from deploypipe.export.axes import Axes, choose_axes, parameter_names, shortened
 from deploypipe.export.divergence import Point, find_divergence, module_outputs
-from deploypipe.export.metadata import describe, name_nodes, strip
+from deploypipe.export.metadata import describe, forget_shapes, name_nodes, strip
 from deploypipe.export.parity import limit_of, measure_parity, require_parity
 from deploypipe.export.precision import folded
 from deploypipe.export.rewrites import protect_padding
@@ -84,6 +84,7 @@ def export_onnx(
         protect_padding(proto)
         if is_single:  # weights beside the graph are as they are
             proto = folded(proto, path)
+        forget_shapes(proto)
         describe(proto, precision=_PRECISION, origin=origin or {}, class_names=class_names)
         part.write_bytes(proto.SerializeToString(deterministic=True))
         _check(part, network)

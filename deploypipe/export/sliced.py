@@ -13,11 +13,11 @@ from onnxscript.rewriter.rules.common import fuse_batchnorm_into_conv_transpose_
 from torch import nn
 
 from deploypipe.errors import DeploypipeError
-from deploypipe.export.metadata import describe, module_of
+from deploypipe.export.metadata import describe, forget_shapes, module_of
 from deploypipe.export.onnx_file import export_onnx, run_eager
 from deploypipe.export.parity import measure_parity, require_parity
 from deploypipe.export.precision import folded, scratch_beside
-from deploypipe.export.refit import Facts, Refit, UnfitError, facts_of
+from deploypipe.export.refit import Refit, UnfitError, facts_of
 from deploypipe.export.template import Template, tensors_of
 from deploypipe.recipe import Export
 from deploypipe.records import CandidateFile, PruningPlan
@@ -48,6 +48,7 @@ def slice_file(
         with evaluating(pruned), scratch_beside(path) as scratch:
             part = scratch / path.name
             proto = folded(_without_norms(cut_graph(template, dense, pruned, plan)), path)
+            forget_shapes(proto)
             describe(proto, precision="fp32", origin=origin or {})
             part.write_bytes(proto.SerializeToString(deterministic=True))
             _compare(pruned, batches, part, settings)
@@ -81,10 +82,8 @@ def cut_graph(template: Template, dense: nn.Module, pruned: nn.Module, plan: Pru
     )
     for node in nodes:
         refit.take(node)
-    shapes = [_shape_of(value, new) for value in graph.value_info if value.name in new.types]
     del graph.initializer[:], graph.node[:], graph.value_info[:]
     graph.node.extend(_needed(refit.nodes, ends))
-    graph.value_info.extend(shapes)
     graph.initializer.extend([*weights, *constants, *refit.added.values()])
     return proto
 
@@ -133,17 +132,6 @@ def _needed(nodes: Sequence[onnx.NodeProto], values: Sequence[str]) -> list[onnx
             needed.append(node)
             read.update(node.input)
     return needed[::-1]
-
-
-def _shape_of(value: onnx.ValueInfoProto, new: Facts) -> onnx.ValueInfoProto:
-    """With axes that vary by their names, as in an exported file: what is known of shapes decides what onnxruntime
-    fuses, and that by a third how long some transformers take."""
-    known = onnx.ValueInfoProto()
-    known.CopyFrom(value)
-    for dim, size in zip(known.type.tensor_type.shape.dim, new.shape(value.name), strict=True):
-        if dim.HasField("dim_value"):
-            dim.dim_value = size
-    return known
 
 
 def _weights(pruned: nn.Module, names: Sequence[str]) -> list[onnx.TensorProto]:
