@@ -40,13 +40,13 @@ from deploypipe.recipe import Magnitude, Mipp, Recipe
 from deploypipe.records import BenchmarkReport, Event, PruningPlan, TrainLog
 from deploypipe.runs import RunFolder, open_run
 from deploypipe.scoring import score
-from deploypipe.search.allocate import Allocation, allocate_to, uniform
+from deploypipe.search.allocate import Allocation, Bound, allocate_to, allowed_widths, uniform
+from deploypipe.search.costs import mac_costs
 from deploypipe.search.curves import measure_curves
 from deploypipe.task import Splits, Task, forward, take, take_calib
 from deploypipe.training.finetune import finetune
 
 SCORERS = {"mipp": Mipp(), "magnitude": Magnitude()}
-EXPONENT = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,9 +156,10 @@ class Comparison:
         def macs_of(allocation: Allocation) -> int:
             return count_macs(apply_plan(self.dense, plan_of(allocation)), self.inputs)[1]
 
+        bound = Bound(costs=mac_costs(structures, allowed_widths(structures, curves)), share=1 / self.speedup)  # type: ignore[arg-type]
         allocated = timed(
             "allocate",
-            lambda: allocate_to(structures, curves, 1 / self.speedup, macs_of, exponent=EXPONENT),  # type: ignore[arg-type]
+            lambda: allocate_to(structures, curves, [bound], lambda a: [macs_of(a) / structures.num_macs]),  # type: ignore[arg-type]
         )
         shares = [share / 400 for share in range(400, 0, -1)]
         plain = next(

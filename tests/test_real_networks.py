@@ -20,7 +20,8 @@ from deploypipe.pruning.structures import count_macs, list_structures
 from deploypipe.recipe import Magnitude, Observe, Repair, Search
 from deploypipe.runs import load_result
 from deploypipe.scoring import score
-from deploypipe.search.allocate import Allocation, allocate_to, uniform
+from deploypipe.search.allocate import Allocation, Bound, allocate_to, allowed_widths, uniform
+from deploypipe.search.costs import mac_costs
 from deploypipe.search.curves import measure_curves
 from deploypipe.task import channels_last, classification, take, take_calib
 from pipelines import cifar_resnet
@@ -63,7 +64,8 @@ def test_resnet56_repaired_without_training(
         chosen = next(u for u in (uniform(structures, s, 1) for s in shares) if macs_of(u) * 2.1 <= structures.num_macs)
     else:
         curves = measure_curves(dense, structures, scores, moments, calib, Search())
-        chosen = allocate_to(structures, curves, 1 / 2.1, macs_of)
+        bound = Bound(costs=mac_costs(structures, allowed_widths(structures, curves)), share=1 / 2.1)
+        chosen = allocate_to(structures, curves, [bound], lambda widths: [macs_of(widths) / structures.num_macs])
     plan = make_plan(structures, scores, chosen.widths, chosen.blocks)
     assert structures.num_macs / macs_of(chosen) >= 2.1
     repaired, _ = repair(dense, apply_plan(dense, plan), plan, calib, Repair())
