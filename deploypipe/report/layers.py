@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from deploypipe.records import Block, ChannelGroup, PruningPlan, Structures
 
 _MOST_PARTS = 8  # that a module is shown as; of more, neighbours are taken together
+_TO = " to "
 _FEW = 12  # structures: a stage that is not split further
 
 
@@ -38,8 +39,9 @@ class Stage:
         return sum(layer.kept for layer in self.layers) / self.num_units if self.num_units else None
 
     def short(self, layer: Layer) -> str:
-        """The layer's name inside the stage."""
-        return layer.name.removeprefix(f"{self.name}.")
+        """The layer's name inside the stage, or inside the module whose parts the stage takes together."""
+        first, _, last = self.name.partition(_TO)
+        return layer.name.removeprefix(f"{first.rpartition('.')[0] if last else first}.")
 
 
 def stages_of(structures: Structures, plan: PruningPlan) -> tuple[Stage, ...]:
@@ -91,7 +93,7 @@ def _taken_together(parts: dict[str, list[str]]) -> dict[str, set[str]]:
     stages = {}
     for first in range(0, len(parts), size):
         some = prefixes[first : first + size]
-        label = some[0] if len(some) == 1 else f"{some[0]} to {some[-1]}"
+        label = some[0] if len(some) == 1 else f"{some[0]}{_TO}{some[-1].rpartition('.')[2]}"
         stages[label] = {name for prefix in some for name in parts[prefix]}
     return stages
 

@@ -12,6 +12,7 @@ from deploypipe.report.search_text import held_budgets
 from deploypipe.target import Target
 
 _INK = "#111827"
+_APART = {"ticks": "outside", "ticklen": 6, "tickcolor": "rgba(0, 0, 0, 0)"}  # names from their bars
 _OVER, _STOPPED = "#b45309", "#5b6474"
 
 
@@ -57,6 +58,7 @@ def importances(shares: dict[str, float]) -> str:
         textposition="auto",
     )
     figure.update_layout(xaxis_title="importance, %", yaxis_type="category", showlegend=False)
+    figure.update_yaxes(**_APART)
     return as_html(figure, height=120 + 30 * len(ranked))
 
 
@@ -107,7 +109,7 @@ def widths(stage: Stage) -> str:
     figure.update_layout(barmode="overlay", bargap=0.25, showlegend=False)
     figure.update_xaxes(range=[0, 108], tickvals=[0, 50, 100], ticktext=["0", "50", "100 %"])
     figure.update_yaxes(tickvals=at, ticktext=labels, range=[len(layers) - 0.5, -0.5], tickfont={"size": 12})
-    figure.update_yaxes(ticks="outside", ticklen=6, tickcolor="rgba(0, 0, 0, 0)", showgrid=False)
+    figure.update_yaxes(**_APART, showgrid=False)
     return as_html(figure, height=50 + 20 * len(layers), top=6)
 
 
@@ -152,7 +154,7 @@ def _add_front(figure: Any, search: SearchResult, *, is_line: bool) -> None:
             mode="lines+markers" if is_line else "markers",
             name="Pareto front",
             line={"color": COMPRESSED, "width": 1.5},
-            marker={"symbol": "circle-open", "size": 20, "color": COMPRESSED, "line": {"width": 1.5}},
+            marker={"symbol": "circle-open", "size": 18, "color": COMPRESSED, "line": {"width": 1.5}},
             hoverinfo="skip",
         )
 

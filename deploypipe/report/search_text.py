@@ -27,7 +27,7 @@ _KNOBS = {
     "exponent": "below 1 small losses count more",
     "block_weight": "how much the losses of blocks count",
     "late": "above 0 losses near the output count more",
-    "measured": "1: widths by measured losses; 0: uniform widths",
+    "measured": "1 for widths by measured losses, 0 for uniform ones",
 }
 
 
@@ -103,7 +103,7 @@ def importance_note(search: SearchResult) -> str:
     """What the knobs are, or why nothing is said of them."""
     if search.importances:
         told = "; ".join(f"{name}: {_KNOBS[name]}" for name in search.importances if name in _KNOBS)
-        return f"Share of what decided whether a trial within the budget was among the most accurate quarter. {told}"
+        return f"Share of what decided whether a trial within the budget was among the most accurate quarter. {told}."
     num_feasible = sum(trial.feasible for trial in search.trials)
     if num_feasible < FEWEST_FOR_IMPORTANCES:
         return f"Not told: {num_feasible} trials lie within the budget, and it takes {FEWEST_FOR_IMPORTANCES} to tell."
@@ -191,7 +191,7 @@ def _stage(stage: Stage, share: float) -> str:
 
 
 def _least(name: str, share: float) -> str:
-    return f"{_times(share)} of its weights" if name == "file_size" else _times(share)
+    return _times(share) + {"latency_p50": ", predicted", "file_size": " of its weights"}.get(name, "")
 
 
 def _label(name: str) -> str:
