@@ -364,6 +364,9 @@ class Trial:
     is_stopped: bool = False  # before all of val: over budget, or certainly worse than a trial before it
 
 
+FEWEST_FOR_IMPORTANCES = 20  # trials within the budget: the best quarter, which knobs are told from, is five
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SearchResult:
     dense: Candidate  # what the trials are compared with, judged on the same split

@@ -49,7 +49,8 @@ def trial(number: int, latency_p50_ms: float, is_feasible: bool) -> r.Trial:
         num_params=400_000,
         num_macs=3_000_000,
     )
-    plan = r.PruningPlan(model_fingerprint="m", cuts=(), edits=(), blocks=("layer1.1",))
+    cut = r.GroupCut(group="layer1.0.conv1", asked=17, removed=tuple(range(16, 32)), num_units=32, reason="steps of 8")
+    plan = r.PruningPlan(model_fingerprint="m", cuts=(cut,), edits=(), blocks=("layer1.1",))
     return r.Trial(
         number=number,
         knobs={"mix": 0.5},
@@ -58,6 +59,11 @@ def trial(number: int, latency_p50_ms: float, is_feasible: bool) -> r.Trial:
         feasible=is_feasible,
         plan=plan,
     )
+
+
+def group(name: str, num_units: int) -> r.ChannelGroup:
+    member = r.Member(module=name, side="out", units=tuple((unit,) for unit in range(num_units)))
+    return r.ChannelGroup(name=name, num_units=num_units, members=(member,), params_per_unit=10.0, macs_per_unit=100.0)
 
 
 def score_summary() -> r.ScoreSummary:
@@ -113,7 +119,7 @@ def finished_run() -> RunResult:
         target=Target(runtime="onnxruntime", name="x86_cpu", budget=Budget(latency_p50="0.7x", accuracy_drop_pp=2.0)),
         structures=r.Structures(
             model_fingerprint="m",
-            groups=(),
+            groups=(group("layer1.0.conv1", 32), group("layer1.1.conv1", 32), group("layer2.0.conv1", 64)),
             blocks=(r.Block(name="layer1.1", params=10, macs=20),),
             frozen=(r.Frozen(name="linear", kind="channels", reason="its outputs are the network's <outputs>"),),
             num_params=800_000,

@@ -5,7 +5,17 @@ from pathlib import Path
 from typing import Any
 
 from deploypipe.errors import DeploypipeError
-from deploypipe.records import PruneReport, ScoreSummary
+from deploypipe.records import PruneReport, ScoreSummary, SearchResult
+from deploypipe.report.layers import Stage, stages_of
+from deploypipe.report.search_text import (
+    REACH_HEADER,
+    STAGE_HEADER,
+    fit_sentence,
+    importance_note,
+    limit_sentences,
+    reach_rows,
+    stage_rows,
+)
 from deploypipe.report.tables import (
     PRECISION_HEADER,
     before_after,
@@ -43,6 +53,7 @@ def render_report(result: RunResult) -> str:
         unrepaired=repair_remarks(result.repair) if result.repair else [],
         precisions=precision_rows(result.precision) if result.precision else [],
         precision_header=PRECISION_HEADER,
+        **_about_search(result),
         total_seconds=sum(stage.seconds for stage in result.stages),
         open=False,
         **_about(result.scores),
@@ -85,6 +96,27 @@ def _about(summary: ScoreSummary | None) -> dict[str, Any]:
     }
 
 
+def _about_search(result: RunResult) -> dict[str, Any]:
+    search = result.search
+    if search is None:
+        return {"stages": ()}
+    stages = _stages(result, search)
+    return {
+        "stages": stages,
+        "limits": limit_sentences(result, search, stages),
+        "stage_header": STAGE_HEADER,
+        "stage_rows": stage_rows(stages),
+        "reach_header": REACH_HEADER,
+        "reach_rows": reach_rows(search, result.target),
+        "importance_note": importance_note(search),
+        "fit_note": fit_sentence(search.latency_fit) if search.latency_fit else "",
+    }
+
+
+def _stages(result: RunResult, search: SearchResult) -> tuple[Stage, ...]:
+    return stages_of(result.structures, search.trials[search.best].plan)
+
+
 def _removed_blocks(report: PruneReport | None) -> list[str]:
     rows = report.rows if report else ()
     return [row.name for row in rows if row.kind == "block" and row.realised < row.width_before]
@@ -97,14 +129,26 @@ def _figures(result: RunResult) -> dict[str, str]:
     if result.benchmark.dense.latency or result.benchmark.compressed.latency:
         figures["latencies"] = plots.latencies(result.benchmark)
     if result.search:
-        figures["trials"] = plots.trials(result.search, result.target)
-    if result.prune and any(row.kind == "channels" for row in result.prune.rows):
-        figures["widths"] = plots.widths(result.prune)
+        figures |= _search_figures(result, result.search)
     if result.training and result.training.epochs:
         figures["finetune"] = plots.finetune(result.training)
     if result.repair and any(not row.reason for row in result.repair.rows):
         figures["repair"] = plots.repair_errors(result.repair)
     return figures | _score_figures(result.scores)
+
+
+def _search_figures(result: RunResult, search: SearchResult) -> dict[str, str]:
+    from deploypipe.report import search_plots
+
+    figures = {"trials": search_plots.trials(search, result.target, result.recipe.search.objectives)}
+    if search.importances:
+        figures["importances"] = search_plots.importances(search.importances)
+    if search.latency_fit:
+        figures["latency_fit"] = search_plots.latency_fit(search.latency_fit)
+    for stage in _stages(result, search):
+        if stage.layers:
+            figures[f"widths of {stage.name}"] = search_plots.widths(stage)
+    return figures
 
 
 def _score_figures(summary: ScoreSummary | None) -> dict[str, str]:

@@ -19,7 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from deploypipe.errors import BudgetError, RunFolderError
 from deploypipe.jsonio import from_json, to_json
 from deploypipe.recipe import ObjectiveName, Search
-from deploypipe.records import Candidate, Event, Progress, SearchResult, Trial, silent
+from deploypipe.records import FEWEST_FOR_IMPORTANCES, Candidate, Event, Progress, SearchResult, Trial, silent
 from deploypipe.runs import digest
 from deploypipe.search.front import costs, pareto_front
 from deploypipe.search.looks import pack, unpack
@@ -31,7 +31,6 @@ _STUDY = "search"
 _RECORD, _RESULTS, _ORIGIN = "record", "results", "origin"
 _LOCK_TIMEOUT_S = 60
 _POPULATION = 8  # of NSGA-II: a study has tens of trials, not thousands
-_FEWEST_FOR_IMPORTANCES = 20  # so that the best quarter, which they are told from, is five trials
 _REMEDIES = (  # what SQLite says, and what to do
     ("is full", "make room on its disk, and run the same command again: it goes on after the last finished trial"),
     ("readonly", "make it writable, and run the same command again: it goes on after the last finished trial"),
@@ -107,7 +106,7 @@ def importances(trials: Sequence[Trial], space: Mapping[str, BaseDistribution]) 
     """
     turned = {name: distribution for name, distribution in space.items() if not distribution.single()}
     feasible = [t for t in trials if t.feasible]
-    if len(feasible) < _FEWEST_FOR_IMPORTANCES:
+    if len(feasible) < FEWEST_FOR_IMPORTANCES:
         return {}
     study = optuna.create_study(direction="maximize")
     for trial in feasible:

@@ -58,6 +58,9 @@ def test_report_shows_every_part_of_a_run() -> None:
     for part in (
         "What was tried",
         "Latency",
+        "What limited the result",
+        "Widths",
+        "Which knobs mattered",
         "What was removed",
         "How much is redundant",
         "Which blocks do alike",
@@ -69,7 +72,7 @@ def test_report_shows_every_part_of_a_run() -> None:
         "steps of 8",
     ):
         assert part in html, part
-    assert len(re.findall(r'class="plotly-graph-div"', html)) == 8
+    assert len(re.findall(r'class="plotly-graph-div"', html)) == 9
     assert "&lt;outputs&gt;" in html  # a reason is text, never markup
 
 

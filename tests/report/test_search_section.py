@@ -1,0 +1,197 @@
+import json
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from finished_runs import finished_run, group, trial, untouched_run
+
+from deploypipe import records as r
+from deploypipe.report import search_plots
+from deploypipe.report.html import render_report
+from deploypipe.report.layers import stages_of
+from deploypipe.report.search_text import fit_sentence, importance_note, limit_sentences, reach_rows, stage_rows
+from deploypipe.runs import RunResult
+from deploypipe.target import Budget
+
+FIT = r.LatencyFit(predicted=(0.2, 0.6, 0.5, 0.9), measured=(0.3, 0.5, 0.6, 0.9))
+
+
+def searched(**changes: Any) -> RunResult:
+    result = finished_run()
+    assert result.search
+    return replace(result, search=replace(result.search, **changes))
+
+
+def sentences(result: RunResult) -> str:
+    assert result.search
+    stages = stages_of(result.structures, result.search.trials[result.search.best].plan)
+    return " ".join(limit_sentences(result, result.search, stages))
+
+
+def traces(html: str) -> dict[str, Any]:
+    """What a figure draws, by name."""
+    start = html.index("[", html.index("Plotly.newPlot("))
+    return {trace.get("name", ""): trace for trace in json.JSONDecoder().raw_decode(html[start:])[0]}
+
+
+def structures(*names: str, blocks: tuple[str, ...] = ()) -> r.Structures:
+    return r.Structures(
+        model_fingerprint="m",
+        groups=tuple(group(name, 8) for name in names),
+        blocks=tuple(r.Block(name=name, params=1, macs=1) for name in blocks),
+        frozen=(),
+        num_params=1,
+        num_macs=1,
+    )
+
+
+def plan(*blocks: str) -> r.PruningPlan:
+    return r.PruningPlan(model_fingerprint="m", cuts=(), edits=(), blocks=blocks)
+
+
+def test_trials_stand_apart_by_symbol_where_their_records_say() -> None:
+    stopped = replace(trial(3, 0.11, True), is_stopped=True, num_val_samples=625)
+    result = searched(trials=(trial(0, 0.12, True), trial(1, 0.18, False), trial(2, 0.1, True), stopped), front=(2, 0))
+    assert result.search
+    html = search_plots.trials(result.search, result.target, ("accuracy",))
+    drawn = traces(html)
+    shown = {name: drawn[name]["x"] for name in ("over budget", "within budget", "stopped early", "chosen", "dense")}
+    assert shown == {
+        "over budget": [0.18],
+        "within budget": [0.1],
+        "stopped early": [0.11],
+        "chosen": [0.12],
+        "dense": [0.2],
+    }
+    assert len({drawn[name]["marker"]["symbol"] for name in shown}) == 5
+    assert drawn["Pareto front"]["x"] == [0.1, 0.12] and "lines" in drawn["Pareto front"]["mode"]
+    told = drawn["stopped early"]["text"][0]
+    for part in ("trial 3", "n = 625", "blocks removed: 1", "400,000 parameters", "3,000,000 MACs", "mix 0.5"):
+        assert part in told
+    by_memory = traces(search_plots.trials(result.search, result.target, ("accuracy", "peak_memory")))
+    assert by_memory["Pareto front"]["mode"] == "markers"
+
+
+def test_trials_that_were_not_timed_stand_over_their_macs() -> None:
+    bare = replace(trial(0, 0.1, True), violations={"macs": -0.25})
+    bare = replace(bare, candidate=replace(bare.candidate, latency_p50_ms=None))
+    dense = replace(bare.candidate, num_macs=8_000_000)
+    result = searched(trials=(bare,), dense=dense)
+    assert result.search
+    html = search_plots.trials(result.search, result.target, ("accuracy",))
+    assert traces(html)["chosen"]["x"] == [3_000_000]
+    lines = [float(x) for x in re.findall(r'"type":"line","x0":([\d.]+)', html)]
+    assert pytest.approx(4_000_000) in lines  # 0.75 of what it was held to
+    rows = {row[0]: row for row in reach_rows(result.search, result.target)}
+    assert rows["MACs"][1:] == (
+        "not predicted",
+        "nothing; stands in for what cannot be measured here",
+        "0.5x",
+        "0.375x",
+    )
+    assert rows["latency p50"][1:] == ("not predicted", "0.7x", "-", "-")
+    assert "MACs: the chosen network fills 75.0 %" in sentences(result)
+    assert "Latency" not in sentences(result)
+
+
+@pytest.mark.parametrize(("latency", "verdict"), [(0.139, "was binding"), (0.135, "left room")])
+def test_a_budget_binds_from_97_percent_of_what_the_search_allowed(latency: float, verdict: str) -> None:
+    told = sentences(searched(trials=(replace(trial(0, latency, True), knobs={"fill": 0.95}),), latency_fit=FIT))
+    assert f"fills {100 * latency / 0.14:.1f} % of what the search allowed (0.7x the dense network's)" in told
+    assert "its plan aimed at 95.0 %" in told and f"this budget {verdict}" in told
+
+
+def test_sentences_count_what_the_records_hold() -> None:
+    result = finished_run()
+    told = sentences(result)
+    assert "2 of 3 trials lie within the budget." in told
+    assert "level with the dense network on val; the budget allows a drop of 2 pp" in told
+    assert "0 of the 2 layers that stay are at the narrowest width" in told
+    assert "Every block that could go is gone." in told
+    assert "layer1 shrank most: 25 % of its units left, 1 of 1 blocks removed." in told
+    assert "layer2 was kept most: 100 % of its units left." in told
+    tight = replace(result, target=replace(result.target, channel_multiple=16))
+    assert "1 of the 2 layers that stay are at the narrowest width allowed (widths are multiples of 16)" in sentences(
+        tight
+    )
+
+
+def test_widths_of_a_stage_are_those_of_the_plan() -> None:
+    result = finished_run()
+    assert result.search
+    first, second = stages_of(result.structures, result.search.trials[0].plan)
+    assert stage_rows((first, second)) == [
+        ("layer1", "25 % of 64", "1 of 1", "1 of 1"),
+        ("layer2", "100 % of 64", "0 of 1", "-"),
+    ]
+    html = search_plots.widths(first)
+    assert traces(html)["kept"]["x"] == [50, 0]
+    assert traces(html)["dense"]["marker"]["pattern"]["shape"] == ["", "/"]
+    assert "0.conv1  16 of 32" in html and "1.conv1  gone" in html
+
+
+def test_long_networks_fall_into_few_stages_in_network_order() -> None:
+    names = [f"net.blocks.{number}.{part}" for number in range(12) for part in ("attn:heads", "fc")]
+    stages = stages_of(structures(*names, "net.head"), plan())
+    assert [stage.name for stage in stages] == [
+        "net.blocks.0 to 2",
+        "net.blocks.3 to 5",
+        "net.blocks.6 to 8",
+        "net.blocks.9 to 11",
+        "net.head",
+    ]
+    assert [layer.name for stage in stages for layer in stage.layers] == [*names, "net.head"]
+    assert [stages[1].short(layer) for layer in stages[1].layers][:2] == ["3.attn:heads", "3.fc"]
+
+
+def test_a_removed_block_without_groups_stands_after_the_block_before() -> None:
+    found = structures("a.0.conv", "a.2.conv", blocks=("a.0", "a.1", "a.2"))
+    layers = [layer for s in stages_of(found, plan("a.1", "a.2")) for layer in s.layers]
+    assert [(layer.name, layer.kept, layer.is_gone) for layer in layers] == [
+        ("a.0.conv", 8, False),
+        ("a.1", 0, True),
+        ("a.2.conv", 0, True),
+    ]
+
+
+def test_reach_stands_beside_the_budget() -> None:
+    result = searched(reach=r.Reach(least={"latency_p50": 0.0312, "file_size": 0.1}, log10_choices=29.7))
+    result = replace(result, target=replace(result.target, budget=Budget(latency_p50="0.7x", file_size="1 MiB")))
+    assert result.search
+    assert reach_rows(result.search, result.target) == [
+        ("latency p50", "0.0312x, predicted", "0.7x", "0.7x", "0.6x"),
+        ("file size", "0.1x of its weights", "1 MiB", "-", "-"),
+    ]
+    assert "10<sup>30</sup> choices" in render_report(result)
+
+
+def test_the_latency_model_is_told_by_its_error_and_its_ranks() -> None:
+    assert "4 networks" in fit_sentence(FIT)
+    assert "mean absolute error 7.5 %" in fit_sentence(FIT) and "Spearman correlation 0.80" in fit_sentence(FIT)
+    drawn = traces(search_plots.latency_fit(FIT))
+    assert drawn["networks"]["x"] == [30, 50, 60, 90] and drawn["networks"]["y"] == [20, 60, 50, 90]
+    assert drawn["predicted = measured"]["x"] == drawn["predicted = measured"]["y"] == [20, 90]
+    assert "Spearman" not in fit_sentence(r.LatencyFit(predicted=(0.5,), measured=(0.4,)))
+
+
+def test_importances_are_drawn_or_their_absence_is_told() -> None:
+    result = searched(importances={"fill": 0.25, "late": 0.75})
+    assert result.search
+    bars = traces(search_plots.importances(result.search.importances))[""]
+    assert bars["y"] == ["fill", "late"] and bars["x"] == [25, 75]
+    assert "above 0 losses near the output count more" in importance_note(result.search)
+    few = searched().search
+    assert few and "2 trials lie within the budget, and it takes 20" in importance_note(few)
+    old = searched(trials=tuple(trial(number, 0.12, True) for number in range(20))).search
+    assert old and "did not note it" in importance_note(old)
+
+
+def test_a_full_search_and_a_bare_one_both_give_a_page() -> None:
+    full = render_report(searched(importances={"mix": 1.0}, latency_fit=FIT, front=(0,)))
+    assert len(re.findall(r'class="plotly-graph-div"', full)) == 11
+    nothing = structures()
+    bare = render_report(replace(searched(front=(), importances={}), structures=nothing, prune=None, repair=None))
+    assert "Latency model" not in bare and "<h2>Widths" not in bare
+    untouched = render_report(untouched_run())
+    assert "What limited the result" not in untouched and "Which knobs mattered" not in untouched
