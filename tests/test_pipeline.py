@@ -84,7 +84,7 @@ def test_every_precision_of_the_target_is_made_and_one_ships(
     first: tuple[Path, RunResult, bool], dense: nn.Module, tmp_path: Path
 ) -> None:
     folder = tmp_path / "int8"
-    shutil.copytree(first[0], folder)  # all stages up to the export are the same
+    shutil.copytree(first[0], folder)  # all stages before the search are the same
     result = compress(
         dense,
         tiny.load_data(),
@@ -94,7 +94,7 @@ def test_every_precision_of_the_target_is_made_and_one_ships(
         folder,
         source="tiny",
     )
-    assert {s.stage: s.was_cached for s in result.stages}["finetune"]
+    assert {s.stage: s.was_cached for s in result.stages}["curves"]
     assert result.precision and [row.precision for row in result.precision.rows] == ["fp32", "int8"]
     shipped = result.benchmark.compressed.file
     assert shipped.precision == result.precision.chosen == "int8"

@@ -1,0 +1,118 @@
+"""How well is the latency of networks predicted that nobody measured?
+
+    python benchmarks/latency_model.py resnet20_cifar10 resnet56_cifar10 [--timed 40] [--unseen 32] [--batch 1]
+        [--multiple 4] [--precision fp32]
+
+needs the environment variables of the pipelines (CIFAR10_DIR, RESNET56_WEIGHTS, ...). A model is fitted to `timed`
+random networks and asked for `unseen` others, which are measured twice: how far the two measurements lie apart is what
+no model can do better than. ONNX Runtime, one thread. Files are cut from one export; nothing measured before is used.
+Prints Markdown.
+"""
+
+import argparse
+import os
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+
+from deploypipe.export.int8 import to_int8
+from deploypipe.export.onnx_file import export_onnx
+from deploypipe.pipeline_module import Pipeline, load_pipeline
+from deploypipe.pruning.attention import with_slim_attention
+from deploypipe.pruning.plan import make_plan
+from deploypipe.pruning.structures import list_structures
+from deploypipe.records import PrecisionRow, ScoreTable, TimedNetworks
+from deploypipe.search.allocate import Allocation
+from deploypipe.search.candidates import Candidates
+from deploypipe.search.curves import width_levels
+from deploypipe.search.latency_model import LatencyModel
+from deploypipe.search.sites import find_sites
+from deploypipe.search.timing import time_networks
+from deploypipe.target import Target
+from deploypipe.task import take, take_calib
+
+HEADER = (
+    "| network | groups | mean error, % | largest, % | Spearman | in the 95 % interval | left out of the fit, % | "
+    "the same networks twice, % | s to measure | s to fit | exported |"
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pipelines", nargs="+")
+    parser.add_argument("--timed", type=int, default=40)
+    parser.add_argument("--unseen", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--multiple", type=int, default=4, help="widths are multiples of it")
+    parser.add_argument("--precision", choices=("fp32", "int8"), default="fp32")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    print(
+        f"\nBatch {options.batch}, {options.precision}, {options.timed} networks fitted, {options.unseen} predicted\n"
+    )
+    print(HEADER + "\n" + "|---" * 11 + "|")
+    for name in options.pipelines:
+        with TemporaryDirectory() as folder:
+            print(row(name, load_pipeline(name), Path(folder), options), flush=True)
+
+
+def row(name: str, pipeline: Pipeline, folder: Path, options: argparse.Namespace) -> str:
+    dense, calib = with_slim_attention(pipeline.build_model()).eval(), take_calib(pipeline.load_data().calib, 64)
+    recipe, inputs = pipeline.recipe(), take(calib[0][0], 2)
+    structures = list_structures(dense, inputs, recipe.keep)
+    levels = {
+        g.name: (*width_levels(g.num_units, 8, g.step(options.multiple), 1), g.num_units) for g in structures.groups
+    }
+    scores = ScoreTable(scorer="none", channels={g.name: tuple(range(g.num_units)) for g in structures.groups})
+    target = Target(runtime="onnxruntime", batch_size=options.batch)
+    file, template = folder / "dense.onnx", folder / "template.onnx"
+    fp32 = export_onnx(dense, calib[:1], file, recipe.export, template=template)
+    shipping = PrecisionRow(precision="fp32", file=fp32)
+    if options.precision == "int8":
+        made = to_int8(file, folder / "int8.onnx", calib, None, target.runtime, recipe.export)
+        shipping = PrecisionRow(precision="int8", file=made.file, conversion=made)
+
+    def plan_for(chosen: Allocation):  # type: ignore[no-untyped-def]
+        return make_plan(structures, scores, chosen.widths, chosen.blocks, options.multiple)
+
+    def measure(count: int, seed: int, repeat: int) -> TimedNetworks:
+        os.environ["DEPLOYPIPE_CACHE"] = str(folder / f"cache{seed}{repeat}")
+        candidates = Candidates(
+            dense=dense,
+            dense_onnx=file,
+            dense_opened=file,
+            template=template,
+            precision=shipping,
+            calib=calib,
+            target=target,
+            builds_engines=False,
+            export=recipe.export,
+        )
+        return time_networks(candidates, structures, levels, plan_for, folder, count=count, seed=seed)
+
+    fitted = measure(options.timed, 0, 0)
+    first, second = (measure(options.unseen + 2, 1, repeat) for repeat in (0, 1))
+    started = time.perf_counter()
+    model = LatencyModel(find_sites(dense, structures, inputs), fitted.rows)
+    seconds = time.perf_counter() - started
+    unseen, again = first.rows[2:], second.rows[2:]  # the first two are among those fitted
+    predicted = [model.predict(timed.cut) for timed in unseen]
+    ratios = np.array([timed.ratio for timed in unseen])
+    values = np.array([interval.value for interval in predicted])
+    errors = 100 * np.abs(values / ratios - 1)
+    inside = np.mean([p.low <= ratio <= p.high for p, ratio in zip(predicted, ratios, strict=True)])
+    left_out = 100 * np.abs(model.held_out() / [timed.ratio for timed in fitted.rows] - 1)
+    floor = 100 * np.abs(np.array([timed.ratio for timed in again]) / ratios - 1)
+    return (
+        f"| {name} | {len(structures.groups)} | {errors.mean():.1f} | {errors.max():.1f} | "
+        f"{spearmanr(values, ratios)[0]:.3f} | {100 * inside:.0f} % | {left_out.mean():.1f} | {floor.mean():.1f} | "
+        f"{fitted.seconds:.0f} | {seconds:.1f} | {sum(fitted.exported.values())} of {options.timed} |"
+    )
+
+
+if __name__ == "__main__":
+    main()
