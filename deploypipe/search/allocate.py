@@ -1,6 +1,9 @@
 """Widths and blocks by a solver: the least summed loss under bounds of cost."""
 
-from collections.abc import Callable, Mapping, Sequence
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -173,13 +176,14 @@ class _Program:
         weights = np.zeros(self.size)
         weights[list(objective)] = list(objective.values())
         bounded = [([cost.row], -np.inf, most - cost.constant) for cost, most in limits]
-        result = milp(
-            weights,
-            integrality=np.array([1] * self.num_binary + [0] * (self.size - self.num_binary)),
-            bounds=Bounds(0, 1),
-            constraints=[_constraint(*rows, self.size) for rows in (*self.constraints, *bounded) if rows[0]],
-            options={"node_limit": _MAX_NODES, "mip_rel_gap": _GAP},
-        )
+        with _silent_solver():
+            result = milp(
+                weights,
+                integrality=np.array([1] * self.num_binary + [0] * (self.size - self.num_binary)),
+                bounds=Bounds(0, 1),
+                constraints=[_constraint(*rows, self.size) for rows in (*self.constraints, *bounded) if rows[0]],
+                options={"node_limit": _MAX_NODES, "mip_rel_gap": _GAP},
+            )
         if result.status == _OUT_OF_REACH or result.x is None:
             return None
         chosen = [o for o, taken in zip(self.options, result.x[: len(self.options)], strict=True) if taken > 0.5]
@@ -293,6 +297,20 @@ def _rising(curve: LossCurve) -> list[float]:
     for kl in reversed(curve.kl):
         losses.append(max(kl, losses[-1]) if losses else kl)
     return losses[::-1]
+
+
+@contextmanager
+def _silent_solver() -> Iterator[None]:
+    """HiGHS writes some of its notes to standard output whatever it is told, past Python's own stream."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _constraint(rows: Sequence[Row], lb: float, ub: float, size: int) -> LinearConstraint:

@@ -27,8 +27,8 @@ def find_reach(proposer: Proposer, shares: Mapping[str, float]) -> Reach:
     for name, share in shares.items():
         if least[name] > share * (1 + _TOLERANCE):
             raise BudgetError(
-                f"budget.{name}: {share:.3f} times the dense network's is out of reach: the smallest network that the "
-                f"recipe allows comes to {least[name]:.3f} times it; relax the budget in the target to "
+                f"budget.{name}: {share:.3g} times the dense network's is out of reach: the smallest network that the "
+                f"recipe allows comes to {least[name]:.3g} times it; relax the budget in the target to "
                 f"{round_up(least[name]):.2f}x or more, or let more go (recipe: keep, constraints; target: "
                 "channel_multiple)"
             )
@@ -38,8 +38,8 @@ def find_reach(proposer: Proposer, shares: Mapping[str, float]) -> Reach:
         if reached > share * (1 + _TOLERANCE):
             others = " and ".join(f"budget.{other}" for other in shares if other != name)
             raise BudgetError(
-                f"budget.{name}: {share:.3f} times the dense network's cannot be had together with {others}; the "
-                f"nearest network comes to {reached:.3f} times it: relax one of them in the target"
+                f"budget.{name}: {share:.3g} times the dense network's cannot be had together with {others}; the "
+                f"nearest network comes to {reached:.3g} times it: relax one of them in the target"
             )
     return Reach(least=least, log10_choices=_log10_choices(proposer))
 
