@@ -1,0 +1,113 @@
+"""Other projects' ways to choose widths, for `search.py`: their choice comes back in our own terms."""
+
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch_pruning as tp
+from torch import nn
+
+from deploypipe.pruning.apply import apply_plan
+from deploypipe.pruning.plan import make_plan
+from deploypipe.pruning.slicing import has_two_sides
+from deploypipe.records import ChannelGroup, PruningPlan, ScoreTable, Structures
+from deploypipe.task import Batch
+
+
+class NotExpressedError(Exception):
+    """What a rival chose is no choice of ours."""
+
+
+def torch_pruning_plan(
+    dense: nn.Module, inputs: Any, structures: Structures, ratio: float, round_to: int | None
+) -> PruningPlan:
+    """Torch-Pruning's magnitude pruning, one step over all layers at once, of what we may cut too.
+
+    Raises NotExpressedError where it left a layer without channels, or cut what is not in our groups.
+    """
+    network = deepcopy(dense)
+    for parameter in network.parameters():
+        parameter.requires_grad_(True)  # it traces with autograd
+    producers = {m.module for group in structures.groups for m in group.members if m.side == "out"}
+    names = {module: name for name, module in network.named_modules()}
+    pruner = tp.pruner.BasePruner(
+        network,
+        inputs,
+        tp.importance.MagnitudeImportance(p=2),
+        global_pruning=True,
+        pruning_ratio=ratio,
+        round_to=round_to,
+        ignored_layers=[m for name, m in network.named_modules() if has_two_sides(m) and name not in producers],
+        in_channel_groups={},  # its defaults are dictionaries that all pruners of a process share
+        out_channel_groups={},
+        num_heads={},
+        channel_groups={},
+    )
+    gone: dict[str, set[int]] = {}
+    for group in pruner.step(interactive=True):
+        for dependency, indices in group:
+            if pruner.DG.is_out_channel_pruning_fn(dependency.handler):
+                gone.setdefault(names.get(dependency.target.module, ""), set()).update(indices)
+        group.prune()
+    removed = {group.name: _removed_units(group, gone) for group in structures.groups}
+    if any(len(removed[group.name]) == group.num_units for group in structures.groups):
+        raise NotExpressedError("a layer was left without channels")
+    plan = _plan_without(structures, removed)
+    require_same_shapes(network, apply_plan(dense, plan))
+    return plan
+
+
+def _removed_units(group: ChannelGroup, gone: dict[str, set[int]]) -> set[int]:
+    writer = next(m for m in group.members if m.module == group.name.partition(":")[0] and m.side == "out")
+    return {number for number, unit in enumerate(writer.units) if set(unit) <= gone.get(writer.module, set())}
+
+
+def _plan_without(structures: Structures, removed: dict[str, set[int]]) -> PruningPlan:
+    kept = {g.name: tuple(float(i not in removed[g.name]) for i in range(g.num_units)) for g in structures.groups}
+    widths = {name: int(sum(units)) for name, units in kept.items()}
+    return make_plan(structures, ScoreTable(scorer="torch-pruning", channels=kept), widths)
+
+
+def fastnas(
+    dense: nn.Module,
+    inputs: Any,
+    structures: Structures,
+    num_macs: int,
+    channel_multiple: int,
+    calib: Sequence[Batch],
+    accuracy: Callable[[nn.Module], float],
+) -> tuple[nn.Module, dict[str, int]]:
+    """The network that Model Optimizer's FastNAS finds within so many MACs, and the widths of our groups in it.
+
+    accuracy: what it maximises. Raises ImportError where the package is not installed, and NotExpressedError where it
+    cut what is not in our groups.
+    """
+    import modelopt.torch.prune as mtp
+    from modelopt.torch.prune.fastnas import FastNASConfig
+
+    found, _ = mtp.prune(
+        model=deepcopy(dense),
+        mode=[("fastnas", _in_steps(FastNASConfig().model_dump(), channel_multiple))],
+        constraints={"flops": 2.0 * num_macs},  # it counts a multiplication and an addition as two
+        dummy_input=inputs,
+        config={"data_loader": calib, "score_func": accuracy, "verbose": False},
+    )
+    modules = dict(found.named_modules())
+    widths = {group.name: int(modules[group.name].weight.shape[0]) for group in structures.groups}
+    return found.eval(), widths
+
+
+def _in_steps(config: dict[str, Any], channel_multiple: int) -> dict[str, Any]:
+    """Its own step of 32 channels leaves next to nothing to choose in networks for small images."""
+    for rules in config.values():
+        for rule in rules.values():
+            for name in ("channel_divisor", "feature_divisor"):
+                if name in (rule or {}):
+                    rule[name] = channel_multiple
+    return config
+
+
+def require_same_shapes(network: nn.Module, ours: nn.Module) -> None:
+    """NotExpressedError unless both have parameters of the same shapes."""
+    if [p.shape for p in network.parameters()] != [p.shape for p in ours.parameters()]:
+        raise NotExpressedError("the network was cut where we cut nothing")
