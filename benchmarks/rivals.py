@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from itertools import chain
 from typing import Any
 
 import torch_pruning as tp
@@ -10,8 +11,12 @@ from torch import nn
 from deploypipe.pruning.apply import apply_plan
 from deploypipe.pruning.plan import make_plan
 from deploypipe.pruning.slicing import has_two_sides
-from deploypipe.records import ChannelGroup, PruningPlan, ScoreTable, Structures
+from deploypipe.records import ChannelGroup, Member, PruningPlan, ScoreTable, Structures
 from deploypipe.task import Batch
+
+# Torch-Pruning leaves a layer as it is where a step would take all that is left of it. In a single step of a large ratio
+# those are many layers, and more is left the more it is asked to remove.
+NUM_STEPS = 20
 
 
 class NotExpressedError(Exception):
@@ -21,9 +26,9 @@ class NotExpressedError(Exception):
 def torch_pruning_plan(
     dense: nn.Module, inputs: Any, structures: Structures, ratio: float, round_to: int | None
 ) -> PruningPlan:
-    """Torch-Pruning's magnitude pruning, one step over all layers at once, of what we may cut too.
+    """Torch-Pruning's magnitude pruning, all layers ranked together, of what we may cut too.
 
-    Raises NotExpressedError where it left a layer without channels, or cut what is not in our groups.
+    Raises NotExpressedError where it cut what is not in our groups.
     """
     network = deepcopy(dense)
     for parameter in network.parameters():
@@ -37,35 +42,48 @@ def torch_pruning_plan(
         global_pruning=True,
         pruning_ratio=ratio,
         round_to=round_to,
+        iterative_steps=NUM_STEPS,
         ignored_layers=[m for name, m in network.named_modules() if has_two_sides(m) and name not in producers],
         in_channel_groups={},  # its defaults are dictionaries that all pruners of a process share
         out_channel_groups={},
         num_heads={},
         channel_groups={},
     )
-    gone: dict[str, set[int]] = {}
-    for group in pruner.step(interactive=True):
-        for dependency, indices in group:
-            if pruner.DG.is_out_channel_pruning_fn(dependency.handler):
-                gone.setdefault(names.get(dependency.target.module, ""), set()).update(indices)
-        group.prune()
-    removed = {group.name: _removed_units(group, gone) for group in structures.groups}
-    if any(len(removed[group.name]) == group.num_units for group in structures.groups):
-        raise NotExpressedError("a layer was left without channels")
-    plan = _plan_without(structures, removed)
+    writers = [_writer(group) for group in structures.groups]
+    left = {writer.module: sorted(chain.from_iterable(writer.units)) for writer in writers}
+    for _ in range(NUM_STEPS):
+        for group in pruner.step(interactive=True):
+            _forget(left, {names.get(d.target.module, ""): set(i) for d, i in group if _is_out(pruner, d)})
+            group.prune()
+    plan = _plan_with(structures, {group.name: _kept_units(group, left) for group in structures.groups})
     require_same_shapes(network, apply_plan(dense, plan))
     return plan
 
 
-def _removed_units(group: ChannelGroup, gone: dict[str, set[int]]) -> set[int]:
-    writer = next(m for m in group.members if m.module == group.name.partition(":")[0] and m.side == "out")
-    return {number for number, unit in enumerate(writer.units) if set(unit) <= gone.get(writer.module, set())}
+def _writer(group: ChannelGroup) -> Member:
+    return next(m for m in group.members if m.module == group.name.partition(":")[0] and m.side == "out")
 
 
-def _plan_without(structures: Structures, removed: dict[str, set[int]]) -> PruningPlan:
-    kept = {g.name: tuple(float(i not in removed[g.name]) for i in range(g.num_units)) for g in structures.groups}
-    widths = {name: int(sum(units)) for name, units in kept.items()}
-    return make_plan(structures, ScoreTable(scorer="torch-pruning", channels=kept), widths)
+def _is_out(pruner: Any, dependency: Any) -> bool:
+    return bool(pruner.DG.is_out_channel_pruning_fn(dependency.handler))
+
+
+def _forget(left: dict[str, list[int]], gone: dict[str, set[int]]) -> None:
+    """Take out of each module's dense numbers those that stand where `gone` says."""
+    for name in left.keys() & gone.keys():
+        left[name] = [number for place, number in enumerate(left[name]) if place not in gone[name]]
+
+
+def _kept_units(group: ChannelGroup, left: dict[str, list[int]]) -> tuple[bool, ...]:
+    writer = _writer(group)
+    present = set(left[writer.module])
+    return tuple(not present.isdisjoint(unit) for unit in writer.units)
+
+
+def _plan_with(structures: Structures, kept: dict[str, tuple[bool, ...]]) -> PruningPlan:
+    scores = {name: tuple(map(float, units)) for name, units in kept.items()}
+    widths = {name: sum(units) for name, units in kept.items()}
+    return make_plan(structures, ScoreTable(scorer="torch-pruning", channels=scores), widths)
 
 
 def fastnas(
