@@ -14,7 +14,7 @@ from deploypipe.pruning.slicing import has_two_sides
 from deploypipe.records import ChannelGroup, Member, PruningPlan, ScoreTable, Structures
 from deploypipe.task import Batch
 
-# Torch-Pruning leaves a layer as it is where a step would take all that is left of it. In a single step of a large ratio
+# Torch-Pruning leaves a layer as it is where a step would take all that is left of it. In one step of a large ratio
 # those are many layers, and more is left the more it is asked to remove.
 NUM_STEPS = 20
 
@@ -100,7 +100,7 @@ def fastnas(
     accuracy: what it maximises. Raises ImportError where the package is not installed, and NotExpressedError where it
     cut what is not in our groups.
     """
-    import modelopt.torch.prune as mtp
+    import modelopt.torch.prune as mtp  # where it is absent, the others can still be compared
     from modelopt.torch.prune.fastnas import FastNASConfig
 
     found, _ = mtp.prune(

@@ -229,9 +229,8 @@ class Contest:
 
     def uniform(self) -> Found:
         def plan_of(share: float, multiple: int) -> PruningPlan:
-            return make_plan(
-                self.structures, self.scores, uniform(self.structures, share, multiple).widths, (), multiple
-            )
+            widths = uniform(self.structures, share, multiple).widths
+            return make_plan(self.structures, self.scores, widths, (), multiple)
 
         return self._bisected(plan_of)
 
@@ -440,18 +439,15 @@ class Table:
         entrant = self.found[row.entrant]
         if not self._is_rebuilt(row):
             return unpack(entrant.shipped_hits)
-        plan, stage = self.plans[row.entrant], f"{row.entrant}-{'repaired' if row.is_repaired else 'sliced'}"
-        contest = self.contest
-        return unpack(
-            self.run.remember(stage, self.key, lambda _: contest.hits(contest.network(row, plan)), Hits).packed
-        )
+        contest, plan = self.contest, self.plans[row.entrant]
+        return self._remembered(row.stage, lambda _: contest.hits(contest.network(row, plan)))
 
     def _tuned(self, row: Row) -> Results:
-        plan, stage = self.plans[row.entrant], f"{row.entrant}-{'repaired' if row.is_repaired else 'sliced'}-tuned"
-        contest = self.contest
-        return unpack(
-            self.run.remember(stage, self.key, lambda w: contest.tuned(w, contest.network(row, plan)), Hits).packed
-        )
+        contest, plan = self.contest, self.plans[row.entrant]
+        return self._remembered(f"{row.stage}-tuned", lambda work: contest.tuned(work, contest.network(row, plan)))
+
+    def _remembered(self, stage: str, compute: Callable[[Path], Hits]) -> Results:
+        return unpack(self.run.remember(stage, self.key, compute, Hits).packed)
 
     def _is_rebuilt(self, row: Row) -> bool:
         """Whether the row's network is what its plan makes of the dense one."""
