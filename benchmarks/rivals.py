@@ -12,11 +12,12 @@ from deploypipe.pruning.apply import apply_plan
 from deploypipe.pruning.plan import make_plan
 from deploypipe.pruning.slicing import has_two_sides
 from deploypipe.records import ChannelGroup, Member, PruningPlan, ScoreTable, Structures
-from deploypipe.task import Batch
+from deploypipe.task import Batch, num_samples, stack_batches, take
 
 # Torch-Pruning leaves a layer as it is where a step would take all that is left of it. In one step of a large ratio
 # those are many layers, and more is left the more it is asked to remove.
 NUM_STEPS = 20
+NUM_BATCHES = 50  # FastNAS re-estimates no batch norm, and only warns, before it has seen so many
 
 
 class NotExpressedError(Exception):
@@ -108,11 +109,19 @@ def fastnas(
         mode=[("fastnas", _in_steps(FastNASConfig().model_dump(), channel_multiple))],
         constraints={"flops": 2.0 * num_macs},  # it counts a multiplication and an addition as two
         dummy_input=inputs,
-        config={"data_loader": calib, "score_func": accuracy, "verbose": False},
+        config={"data_loader": _in_batches(calib, NUM_BATCHES), "score_func": accuracy, "verbose": False},
     )
     modules = dict(found.named_modules())
     widths = {group.name: int(modules[group.name].weight.shape[0]) for group in structures.groups}
     return found.eval(), widths
+
+
+def _in_batches(calib: Sequence[Batch], count: int) -> list[Batch]:
+    """The same samples in so many batches."""
+    inputs, target = stack_batches([i for i, _ in calib]), stack_batches([t for _, t in calib])
+    size = num_samples(inputs) // count
+    ends = range(size, size * count + 1, size)
+    return [(take(inputs, end, end - size), take(target, end, end - size)) for end in ends]
 
 
 def _in_steps(config: dict[str, Any], channel_multiple: int) -> dict[str, Any]:

@@ -65,7 +65,7 @@ from deploypipe.search.looks import Results, draw_parts, pack, unpack
 from deploypipe.search.trials import History, judge_plan, most_accurate, violations
 from deploypipe.stages import Stages
 from deploypipe.target import Budget, Target
-from deploypipe.task import Splits, Task, take
+from deploypipe.task import Splits, Task, take, take_calib
 from deploypipe.training.finetune import finetune
 
 NUM_BISECTIONS = 7
@@ -286,8 +286,9 @@ class Contest:
 
         inputs = take(self.stages.calib[0][0], 1)
         macs = count_macs(apply_plan(self.dense, ours), inputs)[1]
+        calib = take_calib(self.stages.calib, self.recipe.observe.num_samples)
         network, widths = fastnas(
-            self.dense, inputs, self.structures, macs, self.target.channel_multiple, self.stages.calib, accuracy
+            self.dense, inputs, self.structures, macs, self.target.channel_multiple, calib, accuracy
         )
         plan = make_plan(self.structures, self.scores, widths)
         require_same_shapes(network, apply_plan(self.dense, plan))
@@ -410,15 +411,15 @@ class Table:
     def __init__(self, contest: Contest, found: Mapping[str, Found]) -> None:
         self.contest, self.found, self.run = contest, found, contest.run
         plans = {name: entrant.plan for name, entrant in found.items() if entrant.plan}
-        self.plans, self.key = plans, {**contest.key, "plans": plans}
-        self.ratios = self.run.remember("timed", self.key, lambda _: contest.timed_files(plans), Ratios).by_entrant
+        self.plans, key = plans, {**contest.key, "plans": plans}
+        self.ratios = self.run.remember("timed", key, lambda _: contest.timed_files(plans), Ratios).by_entrant
         self.num_epochs = contest.recipe.finetune.num_epochs
 
     def print_(self) -> None:
         contest, seen = self.contest, [row for row in ROWS if row.entrant in self.plans]
         hits = {row: self._hits(row) for row in seen}
         tuned = {row: self._tuned(row) for row in seen if self.num_epochs and self._is_rebuilt(row)}
-        dense = self._remembered("dense-test", lambda _: contest.hits(contest.dense))
+        dense = self._remembered("dense-test", None, lambda _: contest.hits(contest.dense))
         print(f"\n{contest.pipeline.name}, latency at most {contest.target.budget.latency_p50}, ", end="")
         print(f"batch {contest.target.batch_size}; dense network: {_percent(dense)} on test\n")
         print(
@@ -440,14 +441,16 @@ class Table:
         if not self._is_rebuilt(row):
             return unpack(entrant.shipped_hits)
         contest, plan = self.contest, self.plans[row.entrant]
-        return self._remembered(row.stage, lambda _: contest.hits(contest.network(row, plan)))
+        return self._remembered(row.stage, plan, lambda _: contest.hits(contest.network(row, plan)))
 
     def _tuned(self, row: Row) -> Results:
         contest, plan = self.contest, self.plans[row.entrant]
-        return self._remembered(f"{row.stage}-tuned", lambda work: contest.tuned(work, contest.network(row, plan)))
+        return self._remembered(
+            f"{row.stage}-tuned", plan, lambda work: contest.tuned(work, contest.network(row, plan))
+        )
 
-    def _remembered(self, stage: str, compute: Callable[[Path], Hits]) -> Results:
-        return unpack(self.run.remember(stage, self.key, compute, Hits).packed)
+    def _remembered(self, stage: str, plan: PruningPlan | None, compute: Callable[[Path], Hits]) -> Results:
+        return unpack(self.run.remember(stage, {**self.contest.key, "plan": plan}, compute, Hits).packed)
 
     def _is_rebuilt(self, row: Row) -> bool:
         """Whether the row's network is what its plan makes of the dense one."""
