@@ -1,0 +1,140 @@
+"""Other projects' ways to choose widths, for `search.py`: their choice comes back in our own terms."""
+
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from itertools import chain
+from typing import Any
+
+import torch_pruning as tp
+from torch import nn
+
+from deploypipe.pruning.apply import apply_plan
+from deploypipe.pruning.plan import make_plan
+from deploypipe.pruning.slicing import has_two_sides
+from deploypipe.records import ChannelGroup, Member, PruningPlan, ScoreTable, Structures
+from deploypipe.task import Batch, num_samples, stack_batches, take
+
+# Torch-Pruning leaves a layer as it is where a step would take all that is left of it. In one step of a large ratio
+# those are many layers, and more is left the more it is asked to remove.
+NUM_STEPS = 20
+NUM_BATCHES = 50  # FastNAS re-estimates no batch norm, and only warns, before it has seen so many
+
+
+class NotExpressedError(Exception):
+    """What a rival chose is no choice of ours."""
+
+
+def torch_pruning_plan(
+    dense: nn.Module, inputs: Any, structures: Structures, ratio: float, round_to: int | None
+) -> PruningPlan:
+    """Torch-Pruning's magnitude pruning, all layers ranked together, of what we may cut too.
+
+    Raises NotExpressedError where it cut what is not in our groups.
+    """
+    network = deepcopy(dense)
+    for parameter in network.parameters():
+        parameter.requires_grad_(True)  # it traces with autograd
+    producers = {m.module for group in structures.groups for m in group.members if m.side == "out"}
+    names = {module: name for name, module in network.named_modules()}
+    pruner = tp.pruner.BasePruner(
+        network,
+        inputs,
+        tp.importance.MagnitudeImportance(p=2),
+        global_pruning=True,
+        pruning_ratio=ratio,
+        round_to=round_to,
+        iterative_steps=NUM_STEPS,
+        ignored_layers=[m for name, m in network.named_modules() if has_two_sides(m) and name not in producers],
+        in_channel_groups={},  # its defaults are dictionaries that all pruners of a process share
+        out_channel_groups={},
+        num_heads={},
+        channel_groups={},
+    )
+    writers = [_writer(group) for group in structures.groups]
+    left = {writer.module: sorted(chain.from_iterable(writer.units)) for writer in writers}
+    for _ in range(NUM_STEPS):
+        for group in pruner.step(interactive=True):
+            _forget(left, {names.get(d.target.module, ""): set(i) for d, i in group if _is_out(pruner, d)})
+            group.prune()
+    plan = _plan_with(structures, {group.name: _kept_units(group, left) for group in structures.groups})
+    require_same_shapes(network, apply_plan(dense, plan))
+    return plan
+
+
+def _writer(group: ChannelGroup) -> Member:
+    return next(m for m in group.members if m.module == group.name.partition(":")[0] and m.side == "out")
+
+
+def _is_out(pruner: Any, dependency: Any) -> bool:
+    return bool(pruner.DG.is_out_channel_pruning_fn(dependency.handler))
+
+
+def _forget(left: dict[str, list[int]], gone: dict[str, set[int]]) -> None:
+    """Take out of each module's dense numbers those that stand where `gone` says."""
+    for name in left.keys() & gone.keys():
+        left[name] = [number for place, number in enumerate(left[name]) if place not in gone[name]]
+
+
+def _kept_units(group: ChannelGroup, left: dict[str, list[int]]) -> tuple[bool, ...]:
+    writer = _writer(group)
+    present = set(left[writer.module])
+    return tuple(not present.isdisjoint(unit) for unit in writer.units)
+
+
+def _plan_with(structures: Structures, kept: dict[str, tuple[bool, ...]]) -> PruningPlan:
+    scores = {name: tuple(map(float, units)) for name, units in kept.items()}
+    widths = {name: sum(units) for name, units in kept.items()}
+    return make_plan(structures, ScoreTable(scorer="torch-pruning", channels=scores), widths)
+
+
+def fastnas(
+    dense: nn.Module,
+    inputs: Any,
+    structures: Structures,
+    num_macs: int,
+    channel_multiple: int,
+    calib: Sequence[Batch],
+    accuracy: Callable[[nn.Module], float],
+) -> tuple[nn.Module, dict[str, int]]:
+    """The network that Model Optimizer's FastNAS finds within so many MACs, and the widths of our groups in it.
+
+    accuracy: what it maximises. Raises ImportError where the package is not installed, and NotExpressedError where it
+    cut what is not in our groups.
+    """
+    import modelopt.torch.prune as mtp  # where it is absent, the others can still be compared
+    from modelopt.torch.prune.fastnas import FastNASConfig
+
+    found, _ = mtp.prune(
+        model=deepcopy(dense),
+        mode=[("fastnas", _in_steps(FastNASConfig().model_dump(), channel_multiple))],
+        constraints={"flops": 2.0 * num_macs},  # it counts a multiplication and an addition as two
+        dummy_input=inputs,
+        config={"data_loader": _in_batches(calib, NUM_BATCHES), "score_func": accuracy, "verbose": False},
+    )
+    modules = dict(found.named_modules())
+    widths = {group.name: int(modules[group.name].weight.shape[0]) for group in structures.groups}
+    return found.eval(), widths
+
+
+def _in_batches(calib: Sequence[Batch], count: int) -> list[Batch]:
+    """The same samples in so many batches."""
+    inputs, target = stack_batches([i for i, _ in calib]), stack_batches([t for _, t in calib])
+    size = num_samples(inputs) // count
+    ends = range(size, size * count + 1, size)
+    return [(take(inputs, end, end - size), take(target, end, end - size)) for end in ends]
+
+
+def _in_steps(config: dict[str, Any], channel_multiple: int) -> dict[str, Any]:
+    """Its own step of 32 channels leaves next to nothing to choose in networks for small images."""
+    for rules in config.values():
+        for rule in rules.values():
+            for name in ("channel_divisor", "feature_divisor"):
+                if name in (rule or {}):
+                    rule[name] = channel_multiple
+    return config
+
+
+def require_same_shapes(network: nn.Module, ours: nn.Module) -> None:
+    """NotExpressedError unless both have parameters of the same shapes."""
+    if [p.shape for p in network.parameters()] != [p.shape for p in ours.parameters()]:
+        raise NotExpressedError("the network was cut where we cut nothing")

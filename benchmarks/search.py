@@ -1,0 +1,508 @@
+"""Which way of choosing widths and blocks leaves the most accurate network at the same measured latency?
+
+    python benchmarks/search.py resnet20_cifar10 --out runs/search-resnet20 [--budgets 0.5] [--trials 12] [--epochs 2]
+
+needs the environment variables of the pipeline (CIFAR10_DIR, RESNET20_WEIGHTS), and is to be run with
+OMP_NUM_THREADS=1. fp32 on ONNX Runtime's CPU provider, one thread; widths in the target's multiple of channels. All
+entrants are given the dense network, calibration samples, val, the same latency to stay below (that of `deploypipe`
+itself: the budget less 3 %) and, where the table says so, the same least-squares repair:
+
+  * ours: `deploypipe.search` as a run wires it: scores, loss curves, networks timed for a latency model, study;
+  * uniform widths: our scores, one share of every group, bisected to the measured latency;
+  * Torch-Pruning: magnitude, all layers ranked together, in 20 steps (its own pruner), ratio bisected to the latency;
+  * Optuna alone: TPE over one share for each group and a switch for each block, our scores and repair, latency as a
+    constraint; as many trials as ours, the first third of them drawn by chance;
+  * random search: the same space, as many trials;
+  * FastNAS of NVIDIA's Model Optimizer at the multiply-accumulates of our result, in steps of as many channels. It
+    judges every width of every group on the first part of val, so more networks than there are trials. Left out where
+    `nvidia-modelopt` (and torchprofile 0.0.4) cannot be imported. 0.47 ran on torch 2.13 without a GPU.
+
+Bisections take seven timings with widths in steps of 1 and seven in the target's steps; of the two networks found, the
+one more accurate on val counts. Every network is judged repaired, on val; the test split and the interleaved timing of
+all final files beside the dense one come last and choose nothing. Minutes hold what an entrant needs: its search, and
+scores or curves where it goes by them. Prints a Markdown table for each budget; a run that was killed goes on after the
+last finished entrant.
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import optuna
+import torch
+from judging import test_hits
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from rivals import NotExpressedError, fastnas, require_same_shapes, torch_pruning_plan
+from torch import nn
+
+from deploypipe.benchmark import first_batch
+from deploypipe.benchmark.accuracy import evaluate_module
+from deploypipe.benchmark.latency import time_interleaved
+from deploypipe.cli import load_target
+from deploypipe.errors import BudgetError
+from deploypipe.numerics.intervals import interval_of_drop_pp, interval_of_mean, interval_of_median_ratio
+from deploypipe.observe.moments import merge
+from deploypipe.pipeline_module import Pipeline, load_pipeline
+from deploypipe.pruning.apply import apply_plan
+from deploypipe.pruning.attention import with_slim_attention
+from deploypipe.pruning.plan import make_plan
+from deploypipe.pruning.repair import repair
+from deploypipe.pruning.structures import count_macs
+from deploypipe.recipe import Recipe
+from deploypipe.records import Candidate, Event, Interval, PrecisionRow, PruningPlan, Trial
+from deploypipe.runs import RunFolder, open_run
+from deploypipe.runtimes import find_runtime
+from deploypipe.search.allocate import uniform
+from deploypipe.search.judge import Judge
+from deploypipe.search.limits import candidate_of, search_limits, with_margin
+from deploypipe.search.looks import Results, draw_parts, pack, unpack
+from deploypipe.search.trials import History, judge_plan, most_accurate, violations
+from deploypipe.stages import Stages
+from deploypipe.target import Budget, Target
+from deploypipe.task import Splits, Task, take, take_calib
+from deploypipe.training.finetune import finetune
+
+NUM_BISECTIONS = 7
+NUM_LATENCY_SAMPLES = 200  # of a candidate, as `Judge` takes them
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tried:
+    """One candidate of an entrant."""
+
+    ratio: float  # measured latency, dense = 1
+    accuracy: float | None  # on val, or as much of it as was needed; None where it was timed only
+    fits: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Found:
+    """What an entrant came to."""
+
+    plan: PruningPlan | None  # None: there is no network, and `note` says why
+    tried: tuple[Tried, ...]
+    seconds: float
+    note: str = ""
+    shipped_hits: str = ""  # on the test split, of the rival's own network where the sliced plan is not it
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hits:
+    packed: str  # sample by sample, on the test split
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ratios:
+    by_entrant: dict[str, Interval]  # latency, dense = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One line of the table."""
+
+    label: str
+    entrant: str
+    is_repaired: bool = True
+
+    @property
+    def stage(self) -> str:
+        return f"{self.entrant}-{'repaired' if self.is_repaired else 'sliced'}"
+
+
+ROWS = (
+    Row(label="ours", entrant="ours"),
+    Row(label="uniform widths, repaired", entrant="uniform"),
+    Row(label="Torch-Pruning, as it ships", entrant="torch_pruning", is_repaired=False),
+    Row(label="Torch-Pruning, our repair", entrant="torch_pruning"),
+    Row(label="Optuna TPE alone, repaired", entrant="tpe"),
+    Row(label="random search, repaired", entrant="random"),
+    Row(label="FastNAS, as it ships", entrant="fastnas", is_repaired=False),
+    Row(label="FastNAS widths, our channels and repair", entrant="fastnas"),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pipeline")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.7, 0.5, 0.35])
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--trials", type=int, default=12)
+    parser.add_argument("--epochs", type=int, default=0)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    pipeline = load_pipeline(options.pipeline)
+    recipe = pipeline.recipe()
+    recipe = replace(
+        recipe,
+        search=replace(recipe.search, num_trials=options.trials),
+        finetune=replace(recipe.finetune, num_epochs=options.epochs),
+    )
+    target = replace(
+        load_target("x86_cpu"), batch_size=options.batch, precisions=("fp32",), runtime="onnxruntime", num_threads=1
+    )
+    model, splits, task = with_slim_attention(pipeline.build_model()), pipeline.load_data(), pipeline.task()
+    # Latencies are kept by shape: those of an earlier run, on a machine in another mood, would favour whoever is first.
+    os.environ["DEPLOYPIPE_CACHE"] = str(options.out.absolute() / "cache")
+    with open_run(options.out, _tell) as run:
+        for budget in options.budgets:
+            limited = replace(target, budget=Budget(latency_p50=f"{budget}x"))
+            afresh = replace(run, stages={}, times=[])  # numbers its stages anew, and so finds those of other budgets
+            Contest(pipeline, model, splits, task, recipe, limited, afresh).print_()
+
+
+def _tell(event: Event) -> None:
+    if event.message in ("start", "done", "cached") or event.stage == "search":
+        print(f"{time.strftime('%H:%M:%S')} {event.stage}: {event.message}", flush=True)
+
+
+class Contest:
+    """All entrants at one budget."""
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        model: nn.Module,
+        splits: Splits,
+        task: Task,
+        recipe: Recipe,
+        target: Target,
+        run: RunFolder,
+    ) -> None:
+        self.stages = Stages(model, splits, task, recipe, target, run, pipeline.source)
+        self.pipeline, self.run, self.recipe, self.target = pipeline, run, recipe, target
+        self.dense, self.splits, self.task = self.stages.model, splits, task
+        self.structures = self.stages.structures()
+        self.baseline = self.stages.baseline()
+        halves = self.stages.observe(self.structures)
+        self.moments = merge(*halves)
+        self.scores = self.stages.score(self.structures, halves, self.moments)
+        self.limits, _ = search_limits(target.budget.limits(), self.stages.ability)
+        self.most = with_margin(self.limits)["latency_p50"].value  # of the dense network's latency
+        self.row = PrecisionRow(precision="fp32", file=self.baseline.file)
+        self.candidates = self.stages.candidates(self.baseline, self.row)
+        # Beside it stands whatever an entrant is told: another network, budget or device is another contest.
+        self.key = {**self.stages.origin, "device": self.stages.device, "recipe": recipe, "budget": target.budget}
+
+    @cached_property
+    def reference(self) -> Candidate:
+        assert self.baseline.accuracy is not None
+        return candidate_of(self.baseline, self.stages.dense_opened(self.baseline), self.baseline.accuracy.value)
+
+    def print_(self) -> None:
+        entrants: dict[str, Callable[[], Found]] = {
+            "uniform": self.uniform,
+            "torch_pruning": self.torch_pruning,
+            "tpe": lambda: self.drawn(
+                optuna.samplers.TPESampler(seed=self.recipe.seed, n_startup_trials=self.recipe.search.num_trials // 3)
+            ),
+            "random": lambda: self.drawn(optuna.samplers.RandomSampler(seed=self.recipe.seed)),
+        }
+        found = {"ours": self.ours()}
+        for name, search in entrants.items():
+            found[name] = self.run.remember(name, self.key, _ignoring_folder(search), Found)
+        found["fastnas"] = self.fastnas_at(found["ours"].plan)
+        Table(self, found).print_()
+
+    def ours(self) -> Found:
+        curves = self.stages.curves(self.structures, self.scores, self.moments)
+        started = time.perf_counter()
+        try:
+            result = self.stages.search(self.structures, self.scores, curves, self.baseline, self.limits, self.row)
+        except BudgetError as error:
+            return Found(plan=None, tried=(), seconds=time.perf_counter() - started, note=str(error))
+        if result.latency_fit:
+            off = [p / m - 1 for p, m in zip(result.latency_fit.predicted, result.latency_fit.measured, strict=True)]
+            print(f"latency model, each network held out: {min(off):+.1%} to {max(off):+.1%}", flush=True)
+        return Found(
+            plan=result.trials[result.best].plan,
+            tried=tuple(map(self._tried, result.trials)),
+            seconds=self.seconds("curves", "latency", "search"),
+        )
+
+    def uniform(self) -> Found:
+        def plan_of(share: float, multiple: int) -> PruningPlan:
+            widths = uniform(self.structures, share, multiple).widths
+            return make_plan(self.structures, self.scores, widths, (), multiple)
+
+        return self._bisected(plan_of)
+
+    def torch_pruning(self) -> Found:
+        inputs = take(self.stages.calib[0][0], 2)
+
+        def plan_of(share: float, multiple: int) -> PruningPlan:
+            round_to = multiple if multiple > 1 else None
+            return torch_pruning_plan(self.dense, inputs, self.structures, 1 - share, round_to)
+
+        return self._bisected(plan_of)
+
+    def drawn(self, sampler: optuna.samplers.BaseSampler) -> Found:
+        """Optuna asks for every share and every block itself."""
+        started = time.perf_counter()
+        study = optuna.create_study(direction="maximize", sampler=sampler)
+        excess_of = partial(violations, dense=self.reference, limits=with_margin(self.limits))
+        history = History(trials=[], results={})
+        space = self._space()
+        with self._judge() as judge:
+            while len(history.trials) < self.recipe.search.num_trials:
+                asked = study.ask(space)
+                knobs = {name: float(value) for name, value in asked.params.items()}
+                trial, results = judge_plan(knobs, self._plan_of_knobs, judge, excess_of, ("accuracy",), history)
+                asked.set_constraint("latency", trial.violations["latency_p50"])
+                study.tell(asked, trial.candidate.accuracy)
+                history.add(trial, results)
+        fitting = [t for t in history.trials if t.feasible and not t.is_stopped]
+        return Found(
+            plan=most_accurate(fitting).plan if fitting else None,
+            tried=tuple(map(self._tried, history.trials)),
+            seconds=time.perf_counter() - started,
+            note="" if fitting else "no trial met the latency",
+        )
+
+    def fastnas_at(self, ours: PruningPlan | None) -> Found:
+        """Not remembered where it could not take part, so that it can once it is installed."""
+        if ours is None:
+            return Found(plan=None, tried=(), seconds=0.0, note="we have no result whose MACs it could be given")
+        try:
+            return self.run.remember("fastnas", {**self.key, "ours": ours}, lambda _: self._fastnas(ours), Found)
+        except (ImportError, NotExpressedError) as error:
+            return Found(plan=None, tried=(), seconds=0.0, note=f"{type(error).__name__}: {error}")
+
+    def _fastnas(self, ours: PruningPlan) -> Found:
+        started = time.perf_counter()
+        look, tried = draw_parts(self.splits.val, self.recipe.seed)[0], 0
+
+        def accuracy(network: nn.Module) -> float:
+            nonlocal tried
+            tried += 1
+            return float(evaluate_module(network, look, self.task).mean())
+
+        inputs = take(self.stages.calib[0][0], 1)
+        macs = count_macs(apply_plan(self.dense, ours), inputs)[1]
+        calib = take_calib(self.stages.calib, self.recipe.observe.num_samples)
+        network, widths = fastnas(
+            self.dense, inputs, self.structures, macs, self.target.channel_multiple, calib, accuracy
+        )
+        plan = make_plan(self.structures, self.scores, widths)
+        require_same_shapes(network, apply_plan(self.dense, plan))
+        seconds = time.perf_counter() - started
+        ratio = self._ratio(plan)
+        return Found(
+            plan=plan,
+            tried=(Tried(ratio=ratio, accuracy=None, fits=ratio <= self.most),),
+            seconds=seconds,
+            note=f"its own network, {macs:,} MACs asked; it judged {tried} networks to choose one",
+            shipped_hits=pack(test_hits(network, self.splits, self.task)),
+        )
+
+    def seconds(self, *stages: str) -> float:
+        return sum(t.seconds for t in self.run.times if t.stage in stages)
+
+    def repaired(self, plan: PruningPlan) -> nn.Module:
+        pruned, settings, tokens = apply_plan(self.dense, plan), self.recipe.repair, self.task.real_tokens
+        calib, seed = self.stages.calib, self.recipe.seed
+        return repair(self.dense, pruned, plan, calib, settings, real_tokens=tokens, seed=seed)[0]
+
+    def network(self, row: Row, plan: PruningPlan) -> nn.Module:
+        return self.repaired(plan) if row.is_repaired else apply_plan(self.dense, plan)
+
+    def timed_files(self, plans: Mapping[str, PruningPlan]) -> Ratios:
+        """All entrants' files and the dense one, interleaved."""
+        with TemporaryDirectory() as folder:
+            files = [self._write(plan, Path(folder) / f"{name}.onnx") for name, plan in plans.items()]
+            runtime, opened = find_runtime(self.target), self.candidates.dense_opened
+            with runtime.open(opened, num_threads=1) as session:
+                inputs = first_batch(self.stages.calib, session.input_names, self.target.batch_size)
+            timings = time_interleaved([opened, *files], inputs, runtime, self.target)
+        dense, *others = timings.samples
+        ratios = [interval_of_median_ratio(samples, dense, block=timings.block) for samples in others]
+        return Ratios(by_entrant=dict(zip(plans, ratios, strict=True)))
+
+    def tuned(self, work: Path, start: nn.Module) -> Hits:
+        settings, seed = self.recipe.finetune, self.recipe.seed
+        network, log = finetune(start, self.dense, self.splits, self.task, settings, checkpoint=work, seed=seed)
+        for file in work.glob("epoch-*"):  # of use to an interrupted fine-tune only
+            file.unlink()
+        print(f"val by epoch: {[round(100 * epoch.val_accuracy, 2) for epoch in log.epochs]}", flush=True)
+        return self.hits(network)
+
+    def hits(self, network: nn.Module) -> Hits:
+        return Hits(packed=pack(test_hits(network, self.splits, self.task)))
+
+    def _bisected(self, plan_of: Callable[..., PruningPlan]) -> Found:
+        """The widest network within the latency, in both steps; of the two the more accurate on val."""
+        started = time.perf_counter()
+        tried: list[Tried] = []
+        judged: list[tuple[float, PruningPlan]] = []
+        with self._judge() as judge:
+            for multiple in (1, self.target.channel_multiple):
+                plan, timed = self._widest(partial(plan_of, multiple=multiple))
+                tried += timed
+                if plan:
+                    accuracy = judge(plan, lambda *_: False)[0].accuracy
+                    judged.append((accuracy, plan))
+                    tried.append(Tried(ratio=self._ratio(plan), accuracy=accuracy, fits=True))
+        best = max(judged, key=lambda pair: pair[0])[1] if judged else None
+        seconds = time.perf_counter() - started
+        return Found(plan=best, tried=tuple(tried), seconds=seconds, note="" if best else "no width met the latency")
+
+    def _widest(self, plan_of: Callable[[float], PruningPlan]) -> tuple[PruningPlan | None, list[Tried]]:
+        best, tried, low, high = None, list[Tried](), 0.0, 1.0
+        for _ in range(NUM_BISECTIONS):
+            middle = (low + high) / 2
+            plan = plan_of(middle)
+            ratio = self._ratio(plan)
+            fits = ratio <= self.most
+            tried.append(Tried(ratio=ratio, accuracy=None, fits=fits))
+            best, low, high = (plan, middle, high) if fits else (best, low, middle)
+        return best, tried
+
+    def _ratio(self, plan: PruningPlan) -> float:
+        with TemporaryDirectory() as folder:
+            file = self._write(plan, Path(folder) / "candidate.onnx")
+            return self.candidates.latency_ratios([file], NUM_LATENCY_SAMPLES)[0]
+
+    def _write(self, plan: PruningPlan, path: Path) -> Path:
+        return self.candidates.write(apply_plan(self.dense, plan), plan, path)
+
+    @contextmanager
+    def _judge(self) -> Iterator[Judge]:
+        with TemporaryDirectory() as folder:
+            yield Judge(
+                candidates=self.candidates,
+                dense_p50_ms=self.reference.latency_p50_ms,
+                calib=self.stages.calib,
+                parts=draw_parts(self.splits.val, self.recipe.seed),
+                task=self.task,
+                recipe=self.recipe,
+                needs_memory=False,
+                work=Path(folder),
+            )
+
+    def _space(self) -> dict[str, BaseDistribution]:
+        """The least width of every group and its dense one, and all between; every block or not."""
+        groups, multiple = self.structures.groups, self.target.channel_multiple
+        least = {g.name: self.structures.least_width(g, multiple) / g.num_units for g in groups}
+        shares = {name: FloatDistribution(share, 1.0) for name, share in least.items()}
+        blocks = {block.name: CategoricalDistribution((0, 1)) for block in self.structures.blocks}
+        return {**shares, **blocks}
+
+    def _plan_of_knobs(self, knobs: Mapping[str, float], _: Sequence[Trial]) -> PruningPlan:
+        widths = {g.name: max(1, round(knobs[g.name] * g.num_units)) for g in self.structures.groups}
+        blocks = [block.name for block in self.structures.blocks if knobs[block.name]]
+        return make_plan(self.structures, self.scores, widths, blocks, self.target.channel_multiple)
+
+    def _tried(self, trial: Trial) -> Tried:
+        latency, dense = trial.candidate.latency_p50_ms, self.reference.latency_p50_ms
+        assert latency is not None and dense is not None
+        return Tried(ratio=latency / dense, accuracy=trial.candidate.accuracy, fits=trial.feasible)
+
+
+class Table:
+    """What came out, on the test split and the clock."""
+
+    def __init__(self, contest: Contest, found: Mapping[str, Found]) -> None:
+        self.contest, self.found, self.run = contest, found, contest.run
+        plans = {name: entrant.plan for name, entrant in found.items() if entrant.plan}
+        self.plans, key = plans, {**contest.key, "plans": plans}
+        self.ratios = self.run.remember("timed", key, lambda _: contest.timed_files(plans), Ratios).by_entrant
+        self.num_epochs = contest.recipe.finetune.num_epochs
+
+    def print_(self) -> None:
+        contest, seen = self.contest, [row for row in ROWS if row.entrant in self.plans]
+        hits = {row: self._hits(row) for row in seen}
+        tuned = {row: self._tuned(row) for row in seen if self.num_epochs and self._is_rebuilt(row)}
+        dense = self._remembered("dense-test", None, lambda _: contest.hits(contest.dense))
+        print(f"\n{contest.pipeline.name}, latency at most {contest.target.budget.latency_p50}, ", end="")
+        print(f"batch {contest.target.batch_size}; dense network: {_percent(dense)} on test\n")
+        print(
+            "| entrant | latency, dense = 1 (95 %) | MACs | test accuracy, % (95 %) | behind ours, pp (95 %) "
+            f"| after {self.num_epochs} epochs, % | met the latency | minutes |\n|---|---|---|---|---|---|---|---|"
+        )
+        for row in ROWS:
+            if row not in hits:
+                print(f"| {row.label} | none: {self.found[row.entrant].note} | | | | | | |")
+                continue
+            cells = [self._latency(row), self._macs(row), _percent(hits[row]), _behind(hits, row)]
+            after = _percent(tuned[row]) if row in tuned else ""
+            print(f"| {row.label} | {' | '.join(cells)} | {after} | {self._met(row)} | {self._minutes(row):.1f} |")
+        self._print_tried()
+
+    def _hits(self, row: Row) -> Results:
+        """Sample by sample on the test split."""
+        entrant = self.found[row.entrant]
+        if not self._is_rebuilt(row):
+            return unpack(entrant.shipped_hits)
+        contest, plan = self.contest, self.plans[row.entrant]
+        return self._remembered(row.stage, plan, lambda _: contest.hits(contest.network(row, plan)))
+
+    def _tuned(self, row: Row) -> Results:
+        contest, plan = self.contest, self.plans[row.entrant]
+        return self._remembered(
+            f"{row.stage}-tuned", plan, lambda work: contest.tuned(work, contest.network(row, plan))
+        )
+
+    def _remembered(self, stage: str, plan: PruningPlan | None, compute: Callable[[Path], Hits]) -> Results:
+        return unpack(self.run.remember(stage, {**self.contest.key, "plan": plan}, compute, Hits).packed)
+
+    def _is_rebuilt(self, row: Row) -> bool:
+        """Whether the row's network is what its plan makes of the dense one."""
+        return row.is_repaired or not self.found[row.entrant].shipped_hits
+
+    def _latency(self, row: Row) -> str:
+        ratio = self.ratios[row.entrant]
+        return f"{ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f})"
+
+    def _macs(self, row: Row) -> str:
+        contest = self.contest
+        pruned = apply_plan(contest.dense, self.plans[row.entrant])
+        return f"{count_macs(pruned, contest.stages.inputs)[1] / contest.structures.num_macs:.2f}"
+
+    def _met(self, row: Row) -> str:
+        tried = self.found[row.entrant].tried
+        return f"{sum(t.fits for t in tried)} of {len(tried)}"
+
+    def _minutes(self, row: Row) -> float:
+        needs_scores = row.is_repaired and row.entrant != "torch_pruning"
+        prepared = self.contest.seconds("observe", "score") if needs_scores else 0.0
+        return (self.found[row.entrant].seconds + prepared) / 60
+
+    def _print_tried(self) -> None:
+        for name, entrant in self.found.items():
+            told = [f"{t.ratio:.3f}{'' if t.fits else ' (over)'}{_on_val(t.accuracy)}" for t in entrant.tried]
+            print(f"\n{name}: {', '.join(told)}{'; ' if told else ''}{entrant.note}")
+        for name, plan in self.plans.items():
+            widths = [cut.num_units - len(cut.removed) for cut in plan.cuts]
+            print(f"\n{name}: widths {widths} of {[c.group for c in plan.cuts]}, without {list(plan.blocks)}")
+
+
+def _ignoring_folder(search: Callable[[], Found]) -> Callable[[Path], Found]:
+    return lambda _: search()
+
+
+def _percent(hits: Results) -> str:
+    seen = interval_of_mean(hits)
+    return f"{100 * seen.value:.2f} ({100 * seen.low:.2f} to {100 * seen.high:.2f})"
+
+
+def _behind(hits: Mapping[Row, Results], row: Row) -> str:
+    ours = hits.get(ROWS[0])
+    if ours is None or row == ROWS[0]:
+        return ""
+    drop = interval_of_drop_pp(ours, hits[row])
+    return f"{drop.value:.2f} ({drop.low:.2f} to {drop.high:.2f})"
+
+
+def _on_val(accuracy: float | None) -> str:
+    return "" if accuracy is None else f" {100 * accuracy:.2f} %"
+
+
+if __name__ == "__main__":
+    main()
