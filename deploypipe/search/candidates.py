@@ -33,6 +33,7 @@ from deploypipe.target import Target
 from deploypipe.task import Batch, take_calib
 
 _NUM_CHECKED = 2  # samples that a file is compared with its network on
+_TELLING = 0.1  # width of a latency's interval, relative: what other work on the machine blurs is not for later runs
 _FEWEST_MEASURED = 3  # peaks, before others are predicted
 _NUM_RANGED = 16  # samples that ranges of 8 bits are taken from: the times do not hang on them
 
@@ -50,6 +51,7 @@ class Candidates:
     target: Target
     builds_engines: bool  # they are what the device runs, and this machine can build them
     export: Export
+    ratios: dict[str, float] = field(default_factory=dict)  # by shape and device: latencies known so far
     measured: list[tuple[Footprint, float]] = field(default_factory=list)  # files of candidates, and their peaks in MiB
     exported: Counter[str] = field(default_factory=Counter)  # why files could not be cut out of the dense one
 
@@ -86,20 +88,22 @@ class Candidates:
 
     def latency_ratios(self, paths: Sequence[Path], num_samples: int) -> list[float]:
         """Of each file's latency to that of the dense fp32 file, all interleaved so that a drifting clock cancels. What
-        was measured once for a shape and device is not measured again."""
-        stored = [self._stored(path) for path in paths]
-        missing = [path for path, at in zip(paths, stored, strict=True) if not at.is_file()]
+        was measured once for a shape and device is not measured again; later runs find it if it was told well."""
+        keys = [self._key(path) for path in paths]
+        stored = {key: cache_folder() / "latency" / key for key in keys if key not in self.ratios}
+        self.ratios |= {key: float(at.read_text()) for key, at in stored.items() if at.is_file()}
+        missing = {key: path for key, path in zip(keys, paths, strict=True) if key not in self.ratios}
         if missing:
-            runtime = find_runtime(self.target)
-            opened = [self.dense_opened, *(self._opened(path) for path in missing)]
-            inputs = self._feed(self.dense_opened)
+            opened = [self.dense_opened, *(self._opened(path) for path in missing.values())]
+            runtime, inputs = find_runtime(self.target), self._feed(self.dense_opened)
             timings = time_interleaved(opened, inputs, runtime, self.target, num_samples=num_samples)
-            for path, times in zip(missing, timings.samples[1:], strict=True):
+            for key, times in zip(missing, timings.samples[1:], strict=True):
                 ratio = interval_of_median_ratio(times, timings.samples[0], block=timings.block)
-                at = self._stored(path)
-                at.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(at, repr(ratio.value).encode())
-        return [float(at.read_text()) for at in stored]
+                self.ratios[key] = ratio.value
+                if ratio.high - ratio.low <= _TELLING * ratio.value:
+                    stored[key].parent.mkdir(parents=True, exist_ok=True)
+                    write_atomically(stored[key], repr(ratio.value).encode())
+        return [self.ratios[key] for key in keys]
 
     @cached_property
     def _template(self) -> Template | None:
@@ -129,12 +133,11 @@ class Candidates:
     def _opened(self, path: Path) -> Path:
         return runnable(path, self.target) if self.builds_engines else path
 
-    def _stored(self, path: Path) -> Path:
+    def _key(self, path: Path) -> str:
         device = describe_environment(self.target.num_threads).device_fingerprint
         target = self.target
         made_with = [target.runtime, target.provider, target.provider_options, target.batch_size, target.batches]
-        key = digest([device, made_with, shape_signature(self.dense_onnx), shape_signature(path)])
-        return cache_folder() / "latency" / key
+        return digest([device, made_with, shape_signature(self.dense_onnx), shape_signature(path)])
 
     def _feed(self, file: Path) -> dict[str, Array]:
         with find_runtime(self.target).open(file, num_threads=1) as session:
