@@ -1,0 +1,94 @@
+"""How long does the solver take, and how does it grow with the network?
+
+    python benchmarks/allocation.py resnet18 resnet50 resnet101 vgg16 [--levels 8]
+
+ResNets and VGGs of pytorchcv with random weights at 224 pixels. Losses are drawn; the latency model is fitted to
+made-up times of 40 networks (steps of 8 channels and a fixed part a layer). For 0.7, 0.5 and 0.35 of the latency:
+seconds of one call of `allocate`, and how far its sum of costs lies below the bound. Prints Markdown.
+"""
+
+import argparse
+import importlib
+import time
+
+import numpy as np
+import torch
+
+from deploypipe.pruning.plan import make_plan
+from deploypipe.pruning.structures import list_structures
+from deploypipe.records import Curves, Cut, LossCurve, ScoreTable, Structures, TimedCut
+from deploypipe.search.allocate import Bound, allocate, allowed_widths, cost_of
+from deploypipe.search.costs import latency_costs
+from deploypipe.search.curves import width_levels
+from deploypipe.search.design import design_networks
+from deploypipe.search.latency_model import LatencyModel
+from deploypipe.search.propose import cut_of
+from deploypipe.search.sites import Site, find_sites
+
+SHARES = (0.7, 0.5, 0.35)
+NUM_TIMED = 40
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("networks", nargs="+")
+    parser.add_argument("--levels", type=int, default=8)
+    options = parser.parse_args()
+    print("\n| network | layers | groups | blocks | joint costs | s to fit |" + "".join(f" s at {s} |" for s in SHARES))
+    print("|---" * (6 + len(SHARES)) + "|")
+    for name in options.networks:
+        print(row(name, options.levels), flush=True)
+
+
+def row(name: str, num_levels: int) -> str:
+    family = "vgg" if name.startswith("vgg") else "resnet"
+    module = importlib.import_module(f"pytorchcv.models.{family}")  # all of it would want torchvision
+    network, inputs = getattr(module, name)().eval(), torch.randn(2, 3, 224, 224)
+    structures = list_structures(network, inputs)
+    sites = find_sites(network, structures, inputs)
+    curves = drawn_curves(structures, num_levels)
+    levels = allowed_widths(structures, curves)
+    scores = ScoreTable(scorer="none", channels={g.name: tuple(range(g.num_units)) for g in structures.groups})
+    cuts = [
+        cut_of(make_plan(structures, scores, chosen.widths, chosen.blocks, 8))
+        for chosen in design_networks(structures, levels, NUM_TIMED, 0)
+    ]
+    dense = made_up_time(sites, Cut(removed={}, blocks=()))
+    started = time.perf_counter()
+    model = LatencyModel(sites, [TimedCut(cut=cut, ratio=made_up_time(sites, cut) / dense) for cut in cuts])
+    fitted = time.perf_counter() - started
+    costs = latency_costs(model, structures, levels)
+    cells = []
+    for share in SHARES:
+        started = time.perf_counter()
+        chosen = allocate(structures, curves, [Bound(costs=costs, share=share)])
+        seconds = time.perf_counter() - started
+        cells.append(f"{seconds:.1f} ({100 * (share - cost_of(chosen, costs)) / share:.2f} % below)")
+    counts = [len(sites), len(structures.groups), len(structures.blocks), len(costs.pairs)]
+    return f"| {name} | " + " | ".join(map(str, counts)) + f" | {fitted:.1f} | " + " | ".join(cells) + " |"
+
+
+def drawn_curves(structures: Structures, num_levels: int) -> Curves:
+    generator = np.random.default_rng(0)
+    curves = []
+    for group in structures.groups:
+        kept = (*width_levels(group.num_units, num_levels, 8, min(8, group.num_units)), group.num_units)
+        weight = generator.lognormal(-3, 1)
+        losses = tuple(float(weight * (1 - width / group.num_units) ** 2) for width in kept)
+        curves.append(LossCurve(name=group.name, kind="channels", kept=kept, kl=losses))
+    for block in structures.blocks:
+        curves.append(LossCurve(name=block.name, kind="block", kept=(0,), kl=(float(generator.lognormal(-2, 1)),)))
+    return Curves(curves=tuple(curves), num_samples=1)
+
+
+def made_up_time(sites: tuple[Site, ...], cut: Cut) -> float:
+    total = 0.0
+    for site in sites:
+        if set(site.blocks).isdisjoint(cut.blocks):
+            share = [-(-side.width(cut.removed) // 8) * 8 / side.dense for side in (site.inputs, site.outputs)]
+            total += 1e6 + site.macs * share[0] * share[1]
+    return total
+
+
+if __name__ == "__main__":
+    main()
