@@ -374,6 +374,7 @@ class SearchResult:
     best: int  # index into `trials`
     front: tuple[int, ...] = ()  # numbers of the feasible trials that none beats in accuracy and in cost at once
     importances: dict[str, float] = field(default_factory=dict)  # knob -> share; empty where trials are too few
+    timed_again: dict[str, float] = field(default_factory=dict)  # number of a finalist -> share of the dense latency
     reach: Reach | None = None
     latency_fit: LatencyFit | None = None  # None where nothing was timed
 

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -59,7 +58,7 @@ from deploypipe.scoring.blocks import rank_blocks
 from deploypipe.search.allocate import Allocation, allowed_widths
 from deploypipe.search.candidates import Candidates
 from deploypipe.search.curves import measure_curves
-from deploypipe.search.judge import NUM_LATENCY_SAMPLES, Judge
+from deploypipe.search.judge import Judge
 from deploypipe.search.limits import bounded_shares, candidate_of, fill_range, memory_limit_mib, with_margin
 from deploypipe.search.looks import draw_parts
 from deploypipe.search.propose import Proposer
@@ -67,6 +66,7 @@ from deploypipe.search.reach import find_reach, reach_text
 from deploypipe.search.sites import find_sites
 from deploypipe.search.study import search
 from deploypipe.search.timing import time_networks
+from deploypipe.search.trials import confirm
 from deploypipe.target import Limit, Target
 from deploypipe.task import Splits, Task, num_samples, take, take_calib
 from deploypipe.training.finetune import finetune
@@ -308,7 +308,7 @@ class Stages:
                 reference=reference,
                 sites=find_sites(self.model, structures, self.inputs),
                 timed=timed.rows if timed else (),
-                measure=lambda plan: self._measure(candidates, plan, work),
+                measure=lambda plan: candidates.ratio_of(plan, work),
             )
             reach = find_reach(proposer, shares)
             self.run.notify(Event(stage="search", message=reach_text(reach, shares)))
@@ -334,15 +334,12 @@ class Stages:
                 seed=self.recipe.seed,
                 notify=self.run.notify,
             )
+            if is_timed and "latency_p50" in limits and reference.latency_p50_ms:
+                limit = limits["latency_p50"].absolute(reference.latency_p50_ms) / reference.latency_p50_ms
+                found = confirm(found, limit, lambda plan: candidates.ratio_anew(plan, work))
             return replace(found, reach=reach, latency_fit=proposer.latency_fit(found.trials))
 
         return self.run.remember("search", inputs, compute, SearchResult)
-
-    def _measure(self, candidates: Candidates, plan: PruningPlan, work: Path) -> float:
-        """Of the dense fp32 file's latency: that of the network of a plan, which does not hang on its weights."""
-        with TemporaryDirectory(dir=work, prefix=".measured.") as folder:
-            file = candidates.write(apply_plan(self.model, plan), plan, Path(folder) / "candidate.onnx")
-            return candidates.latency_ratios([file], NUM_LATENCY_SAMPLES)[0]
 
     def _plan(self, structures: Structures, scores: ScoreTable, chosen: Allocation) -> PruningPlan:
         return make_plan(structures, scores, chosen.widths, chosen.blocks, self.target.channel_multiple)

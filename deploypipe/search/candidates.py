@@ -2,10 +2,12 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import onnx
 from torch import nn
@@ -22,6 +24,7 @@ from deploypipe.export.onnx_file import export_onnx
 from deploypipe.export.sliced import slice_file
 from deploypipe.export.template import Template, open_template
 from deploypipe.numerics.intervals import interval_of_median_ratio
+from deploypipe.pruning.apply import apply_plan
 from deploypipe.recipe import Export
 from deploypipe.records import PrecisionRow, PruningPlan
 from deploypipe.runs import cache_folder, digest, write_atomically
@@ -32,6 +35,7 @@ from deploypipe.search.memory_model import fit_memory
 from deploypipe.target import Target
 from deploypipe.task import Batch, take_calib
 
+NUM_LATENCY_SAMPLES = 200  # of one candidate
 _NUM_CHECKED = 2  # samples that a file is compared with its network on
 _TELLING = 0.1  # width of a latency's interval, relative: what other work on the machine blurs is not for later runs
 _FEWEST_MEASURED = 3  # peaks, before others are predicted
@@ -104,6 +108,23 @@ class Candidates:
                     stored[key].parent.mkdir(parents=True, exist_ok=True)
                     write_atomically(stored[key], repr(ratio.value).encode())
         return [self.ratios[key] for key in keys]
+
+    def ratio_of(self, plan: PruningPlan, work: Path) -> float:
+        """The latency of a plan's network, which does not hang on its weights, as in `latency_ratios`."""
+        with self._unrepaired(plan, work) as file:
+            return self.latency_ratios([file], NUM_LATENCY_SAMPLES)[0]
+
+    def ratio_anew(self, plan: PruningPlan, work: Path) -> float:
+        """The upper end of its interval, whatever is known of it, from as many runs as the target asks for."""
+        with self._unrepaired(plan, work) as file:
+            files, runtime = (self._opened(file), self.dense_opened), find_runtime(self.target)
+            timings = time_interleaved(files, self._feed(self.dense_opened), runtime, self.target)
+        return interval_of_median_ratio(*timings.samples, block=timings.block).high
+
+    @contextmanager
+    def _unrepaired(self, plan: PruningPlan, work: Path) -> Iterator[Path]:
+        with TemporaryDirectory(dir=work, prefix=".timed.") as folder:
+            yield self.write(apply_plan(self.dense, plan), plan, Path(folder) / "candidate.onnx")
 
     @cached_property
     def _template(self) -> Template | None:

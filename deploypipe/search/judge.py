@@ -10,12 +10,10 @@ from deploypipe.pruning.repair import repair
 from deploypipe.pruning.structures import count_macs
 from deploypipe.recipe import Recipe
 from deploypipe.records import Candidate, PruningPlan
-from deploypipe.search.candidates import Candidates
+from deploypipe.search.candidates import NUM_LATENCY_SAMPLES, Candidates
 from deploypipe.search.looks import Results, evaluate_growing
 from deploypipe.search.trials import IsSettled
 from deploypipe.task import Batch, Task, take
-
-NUM_LATENCY_SAMPLES = 200
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,7 +21,7 @@ from deploypipe.records import Candidate, Edit, PruningPlan, SearchResult, Trial
 from deploypipe.search.front import pareto_front
 from deploypipe.search.looks import Results, ends_of_looks
 from deploypipe.search.study import importances, knobs, search
-from deploypipe.search.trials import IsSettled, violations
+from deploypipe.search.trials import IsSettled, confirm, violations
 from deploypipe.target import Limit
 
 DENSE = Candidate(
@@ -409,3 +409,21 @@ def test_the_clock_may_jump(tmp_path: Path) -> None:
 def test_settings_that_make_no_search_are_refused(settings: dict[str, Any], told: str) -> None:
     with pytest.raises(ValueError, match=told):
         Search(**settings)
+
+
+@pytest.mark.parametrize(
+    ("ratios", "best", "asked"),
+    [
+        ({0: 0.49, 1: 0.4, 2: 0.4}, 0, [0]),  # the most accurate holds
+        ({0: 0.52, 1: 0.51, 2: 0.5}, 2, [0, 1, 2]),
+        ({0: 0.53, 1: 0.51, 2: 0.52}, 1, [0, 1, 2]),  # none: the nearest
+    ],
+)
+def test_the_winner_is_timed_again(ratios: dict[int, float], best: int, asked: list[int]) -> None:
+    plans = {n: PruningPlan(model_fingerprint=str(n), cuts=(), edits=(), blocks=()) for n in range(4)}
+    trials = [
+        replace(trial(n, replace(DENSE, accuracy=0.9 - 0.01 * n), is_stopped=n == 3), plan=plans[n]) for n in range(4)
+    ]
+    found = SearchResult(dense=DENSE, trials=tuple(trials), best=0)
+    confirmed = confirm(found, 0.5, lambda plan: ratios[int(plan.model_fingerprint)])
+    assert confirmed.best == best and list(confirmed.timed_again) == [str(n) for n in asked]
