@@ -159,10 +159,12 @@ class RunFolder:
 
         `compute` is given a folder that outlives a kill, for checkpoints and for the stage's files, which are found
         again with `files(stage)`; what is hidden in it does not outlive one. Only a success is stored. A stage's
-        number is its place in this run.
+        number is its place in the run that came to it first.
         """
         hashes = {name: digest(value) for name, value in inputs.items()}
-        name = f"{len(self.stages) + 1:02d}-{stage}-{digest([stage, hashes])}"
+        key = f"{stage}-{digest([stage, hashes])}"
+        known = sorted(self.path.glob(f"[0-9][0-9]-{key}.*"))  # a record, or the folder of one that was interrupted
+        name = known[0].stem if known else f"{len(self.stages) + 1:02d}-{key}"
         self.notify(Event(stage=stage, message="start"))
         stored = self._read(stage, name)
         record, seconds = stored if stored else self._compute(name, hashes, compute)

@@ -126,7 +126,7 @@ def test_the_same_call_again_computes_nothing(dense: nn.Module, first: tuple[Pat
     again = compress(
         dense, tiny.load_data(), tiny.task(), tiny.recipe(), TARGET, folder, source="tiny", notify=events.append
     )
-    assert all(stage.was_cached for stage in again.stages) and len(again.stages) == 11
+    assert all(stage.was_cached for stage in again.stages) and len(again.stages) == 12
     assert to_json(replace(again, stages=result.stages)) == to_json(result)
     assert {event.message for event in events if event.stage != "gate"} == {"start", "cached"}
 
@@ -146,7 +146,7 @@ def test_a_changed_recipe_computes_only_what_depends_on_it(
 ) -> None:
     changed = run(dense, first[0], finetune=replace(tiny.recipe().finetune, num_epochs=1))
     cached = {stage.stage for stage in changed.stages if stage.was_cached}
-    assert cached == {"baseline", "structures", "observe", "score", "curves", "search", "prune"}
+    assert cached == {"baseline", "structures", "observe", "score", "curves", "latency", "search", "prune"}
     assert changed.training and len(changed.training.epochs) == 2
     assert to_json(load_result(first[0])) == to_json(changed)
 
@@ -288,7 +288,7 @@ def test_on_the_device_the_engines_are_measured(
     )
     target = replace(GPU, budget=Budget(latency_p50="4x", macs="0.5x", file_size="2x", accuracy_drop_pp=50.0))
     result = compress(dense, tiny.load_data(), tiny.task(), tiny.recipe(), target, tmp_path / "run")
-    assert set(opened) == {"dense.engine", "candidate.engine", "compressed.engine"}
+    assert {"dense.engine", "candidate.engine", "compressed.engine"} <= set(opened)
     report = result.benchmark
     assert report.dense.latency and report.compressed.latency and report.accuracy_drop_pp
     assert report.dense.file.path.endswith("/dense.engine")
