@@ -84,8 +84,7 @@ def _drop_weight_inputs(graph: onnx.GraphProto) -> None:
 def folded(proto: onnx.ModelProto, path: Path) -> onnx.ModelProto:
     """`proto` after onnxruntime's basic optimisations, unless they bring operators that are not ONNX's own.
 
-    Weights that are split or transposed before a product become plain weights, which can be in 8 bits; and which
-    onnxruntime itself is faster with than with what it folds when it loads the file (a ViT: 0.7 of the time).
+    Weights that are split or transposed before a product become plain weights, which can be in 8 bits.
     """
     with TemporaryDirectory() as scratch:
         plain_path = Path(scratch) / "plain.onnx"
