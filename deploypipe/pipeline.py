@@ -50,7 +50,8 @@ def compress(
     The same call resumes an interrupted run in the folder `out`. `source` is the text of the code that made model and
     data: when it changes, everything is computed again. The model is left as it is. Raises DeploypipeError for all that
     a user can get wrong, BudgetError when no candidate meets the target's budget. Where the dense model is within the
-    budget as it is, nothing is removed: `search` is None, and it is the dense model that the gate decides on.
+    budget as it is, or in the precision that pays on the target, nothing is removed: `search` is None, and it is the
+    dense model that the gate decides on.
 
     Where this machine is not the device (`runtimes.ability.can`), nothing is measured: sizes are chosen by MACs, the
     files are exported, an engine is built if it can be, and the gate decides HOLD.
