@@ -104,13 +104,18 @@ def fastnas(
     import modelopt.torch.prune as mtp  # where it is absent, the others can still be compared
     from modelopt.torch.prune.fastnas import FastNASConfig
 
-    found, _ = mtp.prune(
-        model=deepcopy(dense),
-        mode=[("fastnas", _in_steps(FastNASConfig().model_dump(), channel_multiple))],
-        constraints={"flops": 2.0 * num_macs},  # it counts a multiplication and an addition as two
-        dummy_input=inputs,
-        config={"data_loader": _in_batches(calib, NUM_BATCHES), "score_func": accuracy, "verbose": False},
-    )
+    try:
+        found, _ = mtp.prune(
+            model=deepcopy(dense),
+            mode=[("fastnas", _in_steps(FastNASConfig().model_dump(), channel_multiple))],
+            constraints={"flops": 2.0 * num_macs},  # it counts a multiplication and an addition as two
+            dummy_input=inputs,
+            config={"data_loader": _in_batches(calib, NUM_BATCHES), "score_func": accuracy, "verbose": False},
+        )
+    except ValueError as error:
+        if "satisfied" not in str(error):
+            raise
+        raise NotExpressedError(f"its search space holds no network of {num_macs:,} multiply-accumulates") from None
     modules = dict(found.named_modules())
     widths = {group.name: int(modules[group.name].weight.shape[0]) for group in structures.groups}
     return found.eval(), widths

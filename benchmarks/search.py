@@ -60,10 +60,11 @@ from deploypipe.records import Candidate, Event, Interval, PrecisionRow, Pruning
 from deploypipe.runs import RunFolder, open_run
 from deploypipe.runtimes import find_runtime
 from deploypipe.search.allocate import uniform
+from deploypipe.search.basis import Basis
 from deploypipe.search.judge import Judge
 from deploypipe.search.limits import candidate_of, search_limits, with_margin
 from deploypipe.search.looks import Results, draw_parts, pack, unpack
-from deploypipe.search.trials import History, judge_plan, most_accurate, violations
+from deploypipe.search.trials import History, is_same_network, judge_plan, most_accurate, violations
 from deploypipe.stages import Stages
 from deploypipe.target import Budget, Target
 from deploypipe.task import Splits, Task, take, take_calib
@@ -216,7 +217,16 @@ class Contest:
         curves = self.stages.curves(self.structures, self.scores, self.moments)
         started = time.perf_counter()
         try:
-            result = self.stages.search(self.structures, self.scores, curves, self.baseline, self.limits, self.row)
+            result = self.stages.search(
+                Basis(
+                    structures=self.structures,
+                    scores=self.scores,
+                    curves=curves,
+                    dense=self.baseline,
+                    limits=self.limits,
+                    shipping=self.row,
+                )
+            )
         except BudgetError as error:
             return Found(plan=None, tried=(), seconds=time.perf_counter() - started, note=str(error))
         if result.latency_fit:
@@ -255,10 +265,16 @@ class Contest:
             while len(history.trials) < self.recipe.search.num_trials:
                 asked = study.ask(space)
                 knobs = {name: float(value) for name, value in asked.params.items()}
-                trial, results = judge_plan(knobs, self._plan_of_knobs, judge, excess_of, ("accuracy",), history)
+                number, plan = len(history.trials), self._plan_of_knobs(knobs, history.trials)
+                twin = next((t for t in history.trials if is_same_network(t.plan, plan)), None)
+                if twin:
+                    trial, results = replace(twin, number=number, knobs=knobs), None
+                else:
+                    trial, results = judge_plan(number, knobs, plan, judge, excess_of, ("accuracy",), history)
                 asked.set_constraint("latency", trial.violations["latency_p50"])
                 study.tell(asked, trial.candidate.accuracy)
-                history.add(trial, results)
+                history.trials.append(trial)
+                history.results |= {number: results} if results is not None else {}
         fitting = [t for t in history.trials if t.feasible and not t.is_stopped]
         return Found(
             plan=most_accurate(fitting).plan if fitting else None,
@@ -383,7 +399,7 @@ class Contest:
                 parts=draw_parts(self.splits.val, self.recipe.seed),
                 task=self.task,
                 recipe=self.recipe,
-                needs_memory=False,
+                memory_limit_mib=None,
                 work=Path(folder),
             )
 

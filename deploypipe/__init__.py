@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from deploypipe.pruning.plan import make_plan
     from deploypipe.pruning.repair import repair
     from deploypipe.pruning.structures import list_structures
+    from deploypipe.release.baseline import compare_with_baseline
+    from deploypipe.release.bundle import release
     from deploypipe.release.gate import decide
+    from deploypipe.release.registry import promote
     from deploypipe.scoring import score
     from deploypipe.training.finetune import finetune
 
@@ -36,11 +39,15 @@ _HOMES = {
     "export_onnx": "export.onnx_file",
     "benchmark": "benchmark",
     "decide": "release.gate",
+    "compare_with_baseline": "release.baseline",
+    "release": "release.bundle",
+    "promote": "release.registry",
 }
 
 __all__ = [
     "apply_plan",
     "benchmark",
+    "compare_with_baseline",
     "compress",
     "decide",
     "export_onnx",
@@ -48,6 +55,8 @@ __all__ = [
     "list_structures",
     "make_plan",
     "observe",
+    "promote",
+    "release",
     "repair",
     "score",
 ]

@@ -101,6 +101,15 @@ def fingerprint(splits: Splits) -> str:
     return sha.hexdigest()[:16]
 
 
+def fingerprint_of(split: Iterable[Batch]) -> str:
+    """A hash of all that a split gives."""
+    sha = hashlib.sha256()
+    for inputs, target in split:
+        _hash_into(sha, inputs)
+        _hash_into(sha, target)
+    return sha.hexdigest()[:16]
+
+
 def _length(split: Iterable[Batch]) -> str:
     return str(len(split)) if isinstance(split, Sized) else "unknown"
 

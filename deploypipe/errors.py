@@ -47,3 +47,19 @@ class RuntimeUnavailableError(DeploypipeError):
 
 class RunFolderError(DeploypipeError):
     """The run folder is locked, unwritable, or belongs to something else."""
+
+
+class StorageError(DeploypipeError):
+    """A database that a search is shared by is away, of another version, or holds something else."""
+
+
+class RanksError(DeploypipeError):
+    """The processes of one job differ in their code, network or data, or one of them has ended."""
+
+
+class BundleError(DeploypipeError):
+    """A release bundle is incomplete, was changed, or is not signed as it should be."""
+
+
+class NoVersionError(BundleError):
+    """A registry has no version that the alias means."""

@@ -1,12 +1,15 @@
 """`compress`: the stages in order. Each is remembered in the run folder and can be called alone."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from torch import nn
 
 from deploypipe.checks import check_inputs
-from deploypipe.errors import DeploypipeError
+from deploypipe.errors import DeploypipeError, StorageError
 from deploypipe.export.engine import place_engine
+from deploypipe.export.parity import limit_of
 from deploypipe.observe.moments import merge
 from deploypipe.observe.stream import observe_halves
 from deploypipe.pruning.attention import with_slim_attention
@@ -14,9 +17,13 @@ from deploypipe.pruning.structures import list_structures
 from deploypipe.recipe import Recipe
 from deploypipe.records import (
     Event,
+    Measurement,
+    PrecisionChoice,
     PrecisionRow,
     Progress,
     ScoreSummary,
+    SearchResult,
+    Structures,
     silent,
 )
 from deploypipe.release.gate import decide
@@ -24,10 +31,14 @@ from deploypipe.runs import RunResult, open_run, place_file, save_result, start_
 from deploypipe.scoring import needs_derivatives, score_halves
 from deploypipe.scoring.null import null_shares
 from deploypipe.scoring.summary import summarise
+from deploypipe.search.basis import Basis
+from deploypipe.search.board import require_same
 from deploypipe.search.limits import candidate_of, converted, is_over_budget, search_limits, with_margin
+from deploypipe.search.storage import Storage
 from deploypipe.stages import MODEL, Stages
-from deploypipe.target import Target
+from deploypipe.target import Limit, Target
 from deploypipe.task import Splits, Task, take, take_calib
+from deploypipe.training.ranks import ALONE, Ranks
 from deploypipe.verify import GOLDEN, TENSORS
 
 ENGINE, REPORT = "model.engine", "report.html"
@@ -43,15 +54,21 @@ def compress(
     *,
     source: str = "",
     name: str = "model",
+    shared: Path | str | None = None,
+    storage: Storage | None = None,
     notify: Progress = silent,
+    ranks: Ranks = ALONE,
 ) -> RunResult:
     """Compress a trained network for one device, and decide whether the result may be shipped.
 
     The same call resumes an interrupted run in the folder `out`. `source` is the text of the code that made model and
-    data: when it changes, everything is computed again. The model is left as it is. Raises DeploypipeError for all that
-    a user can get wrong, BudgetError when no candidate meets the target's budget. Where the dense model is within the
-    budget as it is, or in the precision that pays on the target, nothing is removed: `search` is None, and it is the
-    dense model that the gate decides on.
+    data: when it changes, everything is computed again. `shared` is a folder for the stages that do not depend on the
+    target, so that runs of one network for several targets compute them once. `storage` is a database for the search's
+    trials, of which other processes (`help_search`) may then do some; the result is the same. On the first of several
+    `ranks` (`training.ranks.join`) fine-tuning is shared with the others, which are at `training.together.serve`
+    meanwhile. The model is left as it is. Raises DeploypipeError for all that a user can get wrong, BudgetError when no
+    candidate meets the target's budget. Where the dense model is within the budget as it is, or in the precision that
+    pays on the target, nothing is removed: `search` is None, and it is the dense model that the gate decides on.
 
     Where this machine is not the device (`runtimes.ability.can`), nothing is measured: sizes are chosen by MACs, the
     files are exported, an engine is built if it can be, and the gate decides HOLD.
@@ -60,9 +77,11 @@ def compress(
     `report.html` and, written last, `result.json` in `out`.
     """
     check_inputs(model, splits, task, recipe, target)
-    with open_run(Path(out), notify) as run:
+    with open_run(Path(out), notify, Path(shared) if shared else None) as run:
         start_afresh(run.path, (MODEL, GOLDEN, TENSORS, ENGINE, f"{ENGINE}.json", f"{ENGINE}.log", REPORT))
-        job = Stages(with_slim_attention(model), splits, task, recipe, target, run, source)
+        job = Stages(with_slim_attention(model), splits, task, recipe, target, run, source, storage, ranks)
+        if storage:
+            require_same(storage, job.about())  # now, and not when the search begins
         result = _run_stages(job, name)
         for entry in result.golden.files if result.golden else ():
             place_file(run.files("golden") / entry.name, run.path / entry.name)
@@ -106,26 +125,74 @@ def summarise_scores(
     return summarise(structures, table, moments, nulls)
 
 
+def help_search(
+    model: nn.Module,
+    splits: Splits,
+    task: Task,
+    recipe: Recipe,
+    target: Target,
+    storage: Storage,
+    *,
+    source: str = "",
+    notify: Progress = silent,
+) -> SearchResult:
+    """Do trials of the search that `compress` began elsewhere with the same arguments and storage, until all are done.
+
+    What was computed before the search is fetched from `storage.stages`. Raises StorageError naming the first thing
+    that this process has otherwise: a version of a package, the network, the data, the code, the device.
+    """
+    check_inputs(model, splits, task, recipe, target)
+    with (
+        TemporaryDirectory(prefix="deploypipe-worker-") as folder,
+        open_run(Path(folder), notify, source=storage.stages) as run,
+    ):
+        job = Stages(with_slim_attention(model), splits, task, recipe, target, run, source, storage)
+        require_same(storage, job.about())
+        structures = job.structures()
+        dense = job.baseline()
+        limits, _ = search_limits(job.target.budget.limits(), job.ability)
+        _, row = _dense_precision(job, dense, limits)
+        if not row:
+            raise StorageError(f"{storage.shown}: {storage.study}: the dense network is within the budget here")
+        basis, _ = _score(job, structures, dense, limits, row)
+        return job.help_search(basis, storage)
+
+
+def _dense_precision(
+    job: Stages, dense: Measurement, limits: Mapping[str, Limit]
+) -> tuple[PrecisionChoice | None, PrecisionRow | None]:
+    """The dense network in another precision, where that was tried; and what candidates are made in, unless the dense
+    network is within the limits."""
+    reference = candidate_of(dense, job.dense_opened(dense), accuracy=0.0)  # no budget of the search is about it
+    if not is_over_budget(reference, reference, with_margin(limits)):
+        return None, None
+    precision = job.dense_precision(dense)
+    row = precision.row if precision else PrecisionRow(precision="fp32", file=dense.file)
+    is_over = is_over_budget(converted(reference, row), reference, with_margin(limits))
+    return precision, row if is_over else None
+
+
+def _score(
+    job: Stages, structures: Structures, dense: Measurement, limits: Mapping[str, Limit], shipping: PrecisionRow
+) -> tuple[Basis, ScoreSummary]:
+    halves = job.observe(structures)
+    moments = merge(*halves)
+    scores = job.score(structures, halves, moments)
+    curves = job.curves(structures, scores, moments)
+    basis = Basis(structures=structures, scores=scores, curves=curves, dense=dense, limits=limits, shipping=shipping)
+    return basis, summarise(structures, scores, moments)
+
+
 def _run_stages(job: Stages, name: str) -> RunResult:
     structures = job.structures()  # first: what the recipe names is looked up here
     dense = job.baseline()
     limits, stand_in = search_limits(job.target.budget.limits(), job.ability)
-    summary, found, outcome, log, precision = None, None, None, None, None
+    summary, found, outcome, log = None, None, None, None
     file, made_by, counts = dense.file, "baseline", (dense.num_params, dense.num_macs)
-    reference = candidate_of(dense, job.dense_opened(dense), accuracy=0.0)  # no budget of the search is about it
-    is_over = is_over_budget(reference, reference, with_margin(limits))
-    row = PrecisionRow(precision="fp32", file=dense.file)
-    if is_over:
-        precision = job.dense_precision(dense)
-        row = precision.row if precision else row
-        is_over = is_over_budget(converted(reference, row), reference, with_margin(limits))
-    if is_over:
-        halves = job.observe(structures)
-        moments = merge(*halves)
-        scores = job.score(structures, halves, moments)
-        summary = summarise(structures, scores, moments)
-        curves = job.curves(structures, scores, moments)
-        found = job.search(structures, scores, curves, dense, limits, row)
+    precision, row = _dense_precision(job, dense, limits)
+    if row:
+        basis, summary = _score(job, structures, dense, limits, row)
+        found = job.finalists(job.search(basis))
         plan = found.trials[found.best].plan
         outcome = job.prune(plan)
         log = job.finetune(plan)
@@ -139,7 +206,7 @@ def _run_stages(job: Stages, name: str) -> RunResult:
     report = job.benchmark(dense, shipped, engine, counts, stand_in)
     golden = job.golden(shipped)
     job.run.notify(Event(stage="gate", message="start"))
-    decision = decide(report, job.target.budget)
+    decision = decide(report, job.target.budget, parity_limit=limit_of(job.recipe.export, shipped.file.precision))
     job.run.notify(Event(stage="gate", message="done"))
     return RunResult(
         pipeline=name,
@@ -158,6 +225,7 @@ def _run_stages(job: Stages, name: str) -> RunResult:
         stages=tuple(job.run.times),
         engine=engine,
         golden=golden,
+        origin=job.described_origin(),
     )
 
 

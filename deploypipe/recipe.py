@@ -153,6 +153,7 @@ class Search:
     """Which widths and blocks go."""
 
     num_trials: int = 12
+    num_parallel: int = 1  # trials that workers may do at once: each looks at those that many numbers before it
     sampler: Literal["tpe", "gp", "nsga2", "random"] = "tpe"  # proposes the knobs, after a few fixed first trials
     # Accuracy is raised, what stands beside it lowered. The most accurate trial within the budget wins all the same.
     objectives: tuple[ObjectiveName, ...] = ("accuracy",)
@@ -160,11 +161,15 @@ class Search:
     num_levels: int = 8  # widths tried per channel group
     num_timed: int = 40  # networks timed before the search, to predict the latency of all others
     num_repair_samples: int = 512  # for judging a trial; the winner is repaired with all of `repair.num_samples`
+    num_finalists: int = 3  # trained shortly before one of them wins; 1: the most accurate trial wins untrained
+    finalist_epochs: int = 1
     prune_blocks: bool = True
 
     def __post_init__(self) -> None:
-        _require_whole(self, "num_trials", "num_curve_samples", "num_levels", "num_timed", "num_repair_samples")
-        _require_least(self, num_trials=1, num_curve_samples=1, num_levels=2, num_timed=8, num_repair_samples=1)
+        least = {"num_trials": 1, "num_curve_samples": 1, "num_levels": 2, "num_timed": 8, "num_repair_samples": 1}
+        least |= {"num_parallel": 1, "num_finalists": 1, "finalist_epochs": 1}
+        _require_whole(self, *least)
+        _require_least(self, **least)
         _require_one_of(self, "sampler", ("tpe", "gp", "nsga2", "random"))
         if self.objectives not in _OBJECTIVES:
             known = " or ".join(map(repr, _OBJECTIVES))
@@ -241,13 +246,19 @@ class Finetune:
     distil_weight: float = 0.7  # the rest weighs the labels
     distil_temperature: float = 4.0
     mix_share: float = 0.5  # mixup: at most this share of another sample is mixed into each; 0: off. Not for token ids
+    max_gradient_norm: float = 10.0  # of all weights together; larger ones are shortened to it
     average_decay: float = 0.99  # exponential moving average of the weights, per step; 0: off
     precision: Literal["bf16", "fp32"] = "bf16"
+    accumulate: int = 1  # parts of a batch that are passed one after the other, for networks whose batch does not fit
 
     def __post_init__(self) -> None:
         _require_least(
             self, num_epochs=0, learning_rate=0, warmup_share=0, weight_decay=0, distil_weight=0, mix_share=0
         )
+        _require_whole(self, "accumulate")
+        _require_least(self, accumulate=1)
+        if not self.max_gradient_norm > 0:
+            raise ValueError(f"max_gradient_norm = {self.max_gradient_norm} lets nothing move; write a number above 0")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -350,6 +350,7 @@ class Candidate:
     file_size_mib: float
     num_params: int
     num_macs: int
+    measured_by: str = ""  # of many workers: who took the latency, when and in what state of the machine
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -362,6 +363,7 @@ class Trial:
     plan: PruningPlan
     num_val_samples: int = 0  # that its accuracy is the mean of; 0: judged when searches did not note it
     is_stopped: bool = False  # before all of val: over budget, or certainly worse than a trial before it
+    judged_by: str = ""  # of many workers: host and process
 
 
 FEWEST_FOR_IMPORTANCES = 20  # trials within the budget: the best quarter, which knobs are told from, is five
@@ -374,9 +376,16 @@ class SearchResult:
     best: int  # index into `trials`
     front: tuple[int, ...] = ()  # numbers of the feasible trials that none beats in accuracy and in cost at once
     importances: dict[str, float] = field(default_factory=dict)  # knob -> share; empty where trials are too few
-    timed_again: dict[str, float] = field(default_factory=dict)  # number of a finalist -> share of the dense latency
+    timed_again: dict[str, float] = field(default_factory=dict)  # number of a trial -> share of the dense latency
+    finalists: tuple[int, ...] = ()  # numbers of trials, the most accurate first
+    tuned: dict[str, float] = field(default_factory=dict)  # number of a finalist -> on val after a short training
     reach: Reach | None = None
     latency_fit: LatencyFit | None = None  # None where nothing was timed
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finalists:
+    accuracies: dict[str, float]  # number of a trial -> accuracy on val, repaired and after a short training
 
 
 # --- training, files, measurements ------------------------------------------------------------------------------------
@@ -625,6 +634,17 @@ class Measurement:
     per_sample_metric: tuple[float, ...]  # of the exported file, in test order; its mean is the accuracy
     accuracy: Interval | None
 
+    @property
+    def figures(self) -> dict[str, float | None]:
+        """What budgets limit, by the names they have there: ms, MiB, counts."""
+        return {
+            "latency_p50": self.latency.p50_ms.value if self.latency else None,
+            "peak_memory": self.peak_memory_mib,
+            "file_size": self.file.size_bytes / 2**20,
+            "params": self.num_params,
+            "macs": self.num_macs,
+        }
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BenchmarkReport:
@@ -638,6 +658,29 @@ class BenchmarkReport:
     is_steady: bool
     notes: tuple[str, ...] = ()
     conditions: Conditions | None = None  # None: nothing was measured
+    slices: dict[str, tuple[int, ...]] = field(default_factory=dict)  # numbers of test samples, by `Task.slices`
+    test_data: str = ""  # hash of the test split: results on another one are not compared
+    measured_at: str = ""  # ISO 8601, UTC
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BaselineComparison:
+    """A run's file against that of a bundle released before. None is 'not compared', which no gate lets pass."""
+
+    name: str
+    latency_ratio: Interval | None  # this run's file / the bundle's, timed interleaved
+    accuracy_drop_pp: Interval | None  # paired: same test samples, both files
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Origin:
+    """What a run began with, by hashes of values."""
+
+    model: str = ""
+    data: str = ""  # see `data.fingerprint`
+    source: str = ""  # of the pipeline's file
+    packages: dict[str, str] = field(default_factory=dict)  # name -> version
 
 
 class Status(StrEnum):
@@ -652,6 +695,17 @@ class Verdict(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Waiver:
+    """Somebody's word that one check need not pass, for a time."""
+
+    check: str  # name of a check
+    reason: str
+    by: str
+    granted: str  # ISO dates; counts from the first to the last, both included
+    expires: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Check:
     name: str
     status: Status
@@ -660,6 +714,12 @@ class Check:
     limit: float | None  # in `unit`, relative budgets already turned absolute
     unit: str
     reason: str
+    waiver: Waiver | None = None  # in force: the check does not hold the release
+
+    @property
+    def is_settled(self) -> bool:
+        """Passed, or waived."""
+        return self.status is Status.PASS or self.waiver is not None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,20 +12,24 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+from deploypipe.addresses import masked
 from deploypipe.errors import RunFolderError
 from deploypipe.jsonio import from_json, from_plain, to_json, to_plain
+from deploypipe.mirror import download_stage, upload_stage
 from deploypipe.recipe import Recipe
 from deploypipe.records import (
+    BaselineComparison,
     BenchmarkReport,
     EngineFile,
     Event,
     GateDecision,
     Golden,
+    Origin,
     PrecisionChoice,
     Progress,
     PruneReport,
@@ -65,6 +69,8 @@ class RunResult:
     precision: PrecisionChoice | None = None  # of a target that takes more than fp32
     engine: EngineFile | None = None  # of a target that takes one, where this machine could build it
     golden: Golden | None = None  # what `deploypipe verify` replays; in the run folder
+    origin: Origin = field(default_factory=Origin)
+    baseline: BaselineComparison | None = None  # where the gate was asked to compare with one
 
 
 def save_result(folder: Path, result: RunResult) -> None:
@@ -72,11 +78,11 @@ def save_result(folder: Path, result: RunResult) -> None:
     write_atomically(folder / RESULT, to_json(result).encode())
 
 
-def load_result(folder: Path) -> RunResult:
+def load_result(folder: Path, name: str = RESULT) -> RunResult:
     """Read `result.json`; RunFolderError where the run has not finished."""
-    path = folder / RESULT
+    path = folder / name
     if not path.is_file():
-        raise RunFolderError(f"{folder}: holds no finished run ({RESULT} is absent); finish it with `deploypipe run`")
+        raise RunFolderError(f"{folder}: holds no finished run ({name} is absent); finish it with `deploypipe run`")
     return from_json(RunResult, path.read_bytes(), str(path))
 
 
@@ -149,46 +155,67 @@ class RunFolder:
 
     path: Path
     notify: Progress = silent
-    stages: dict[str, str] = field(default_factory=dict)  # finished in this run: stage -> name of its record and folder
+    shared: Path | None = None  # where stages are that do not depend on the target, for runs for other targets too
+    source: str = ""  # of a worker: address where the run it helps left its stages, of which it computes none
+    stages: dict[str, Path] = field(default_factory=dict)  # finished in this run -> its folder; its record is beside it
     times: list[StageTime] = field(default_factory=list)
 
     def remember(
-        self, stage: str, inputs: Mapping[str, object], compute: Callable[[Path], T], record_type: type[T]
+        self,
+        stage: str,
+        inputs: Mapping[str, object],
+        compute: Callable[[Path], T],
+        record_type: type[T],
+        *,
+        is_shared: bool = False,
     ) -> T:
         """The record of `stage` for these inputs: read if it is there and whole, else computed and stored.
 
         `compute` is given a folder that outlives a kill, for checkpoints and for the stage's files, which are found
         again with `files(stage)`; what is hidden in it does not outlive one. Only a success is stored. A stage's
-        number is its place in the run that came to it first.
+        number is its place in the run that came to it first. is_shared: runs for other targets may find it.
         """
         hashes = {name: digest(value) for name, value in inputs.items()}
         key = f"{stage}-{digest([stage, hashes])}"
-        known = sorted(self.path.glob(f"[0-9][0-9]-{key}.*"))  # a record, or the folder of one that was interrupted
-        name = known[0].stem if known else f"{len(self.stages) + 1:02d}-{key}"
+        root = self.shared if is_shared and self.shared else self.path
+        known = sorted(root.glob(f"[0-9][0-9]-{key}.*"))  # a record, or the folder of one that was interrupted
+        at = root / (known[0].stem if known else f"{len(self.stages) + 1:02d}-{key}")
         self.notify(Event(stage=stage, message="start"))
-        stored = self._read(stage, name)
-        record, seconds = stored if stored else self._compute(name, hashes, compute)
-        self.stages[stage] = name
+        if self.source:
+            at = download_stage(key, self.source, root) or at
+        stored = self._read(stage, at)
+        if self.source and not stored:
+            raise RunFolderError(
+                f"{masked(self.source)}: has no sound stage {key}, so this process is not about the run that is there: "
+                f"see that it has the same pipeline, target and settings"
+            )
+        record, seconds = stored if stored else _compute(at, hashes, compute)
+        self.stages[stage] = at
         self.times.append(StageTime(stage=stage, seconds=seconds, was_cached=stored is not None))
         self.notify(Event(stage=stage, message="cached" if stored else "done"))
-        return from_plain(record_type, record, name)
+        return from_plain(record_type, record, at.name)
+
+    def publish(self, url: str) -> None:
+        """Copy the stages finished so far to where workers find them, if that is not here."""
+        for at in self.stages.values():
+            upload_stage(at, url)
 
     def files(self, stage: str) -> Path:
         """The folder with the files of a stage finished in this run."""
-        return self.path / self.stages[stage]
+        return self.stages[stage]
 
     def key(self, stage: str) -> str:
         """The key of a stage finished in this run: equal keys, equal inputs."""
-        return self.stages[stage].rsplit("-", 1)[-1]
+        return self.stages[stage].name.rsplit("-", 1)[-1]
 
-    def _read(self, stage: str, name: str) -> tuple[object, float] | None:
-        path = self.path / f"{name}.json"
+    def _read(self, stage: str, at: Path) -> tuple[object, float] | None:
+        path = _record_of(at)
         if not path.is_file():
             return None
         try:
             stored = json.loads(path.read_bytes())
             is_sound = stored["record_sha256"] == digest(stored["record"]) and all(
-                file_sha256(self.path / name / file) == sha256 for file, sha256 in stored["files"].items()
+                file_sha256(at / file) == sha256 for file, sha256 in stored["files"].items()
             )
             content = (stored["record"], float(stored["seconds"]))
         except (OSError, ValueError, KeyError, TypeError):
@@ -197,29 +224,33 @@ class RunFolder:
             return content
         self.notify(Event(stage=stage, message=f"WARNING: {path} or one of its files is damaged; computing it again"))
         path.unlink()
-        shutil.rmtree(self.path / name, ignore_errors=True)
+        shutil.rmtree(at, ignore_errors=True)
         return None
 
-    def _compute(self, name: str, hashes: dict[str, str], compute: Callable[[Path], T]) -> tuple[object, float]:
-        work = self.path / f"{name}.part"
-        final = self.path / name
-        shutil.rmtree(final, ignore_errors=True)  # renamed by a run that was killed before it wrote the record
-        work.mkdir(exist_ok=True)
-        _remove_scratch(work)
-        started = time.perf_counter()
-        record = to_plain(compute(work))
-        seconds = time.perf_counter() - started
-        files = {str(p.relative_to(work)): file_sha256(p) for p in sorted(work.rglob("*")) if p.is_file()}
-        work.replace(final)
-        stored = {
-            "inputs": hashes,
-            "seconds": seconds,
-            "files": files,
-            "record_sha256": digest(record),
-            "record": record,
-        }
-        write_atomically(self.path / f"{name}.json", json.dumps(stored).encode())
-        return record, seconds
+
+def _record_of(at: Path) -> Path:
+    return at.with_name(f"{at.name}.json")
+
+
+def _compute(at: Path, hashes: dict[str, str], compute: Callable[[Path], T]) -> tuple[object, float]:
+    work = at.with_name(f"{at.name}.part")
+    shutil.rmtree(at, ignore_errors=True)  # renamed by a run that was killed before it wrote the record
+    work.mkdir(exist_ok=True)
+    _remove_scratch(work)
+    started = time.perf_counter()
+    record = to_plain(compute(work))
+    seconds = time.perf_counter() - started
+    files = {str(p.relative_to(work)): file_sha256(p) for p in sorted(work.rglob("*")) if p.is_file()}
+    work.replace(at)
+    stored = {
+        "inputs": hashes,
+        "seconds": seconds,
+        "files": files,
+        "record_sha256": digest(record),
+        "record": record,
+    }
+    write_atomically(_record_of(at), json.dumps(stored).encode())
+    return record, seconds
 
 
 def _remove_scratch(work: Path) -> None:
@@ -232,8 +263,21 @@ def _remove_scratch(work: Path) -> None:
 
 
 @contextmanager
-def open_run(path: Path, notify: Progress = silent) -> Iterator[RunFolder]:
-    """Open (or make) a run folder, locked against a second run for as long as the block lasts."""
+def open_run(
+    path: Path, notify: Progress = silent, shared: Path | None = None, source: str = ""
+) -> Iterator[RunFolder]:
+    """Open (or make) a run folder, and that of shared stages, locked against a second run for as long as the block
+    lasts."""
+    with ExitStack() as stack:
+        for folder in (path, *([shared] if shared else [])):
+            stack.enter_context(_locked(folder))
+            for part in folder.glob(".*.part"):  # of a file that a killed run was writing
+                part.unlink()
+        yield RunFolder(path=path, notify=notify, shared=shared, source=source)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = (path / "run.lock").open("w")
@@ -245,4 +289,4 @@ def open_run(path: Path, notify: Progress = silent) -> Iterator[RunFolder]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RunFolderError(f"{path}: another run is at work here; wait for it or choose another --out") from None
-        yield RunFolder(path=path, notify=notify)
+        yield

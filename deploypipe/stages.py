@@ -1,10 +1,13 @@
 """The stages of a run, one method each: what it depends on, and so the key it is remembered by, and what it does."""
 
 import copy
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -27,26 +30,31 @@ from deploypipe.pruning.plan import make_plan
 from deploypipe.pruning.repair import repair
 from deploypipe.pruning.saved import own_weights, save_pruned
 from deploypipe.pruning.structures import count_macs, list_structures, model_fingerprint
-from deploypipe.recipe import Mpruner, Recipe
+from deploypipe.recipe import Finetune, Magnitude, Mpruner, Recipe
 from deploypipe.records import (
     BenchmarkReport,
     Curves,
     EngineFile,
     Event,
+    Finalists,
     Golden,
     Measurement,
     ModelFile,
     Observation,
+    Origin,
     PrecisionChoice,
     PrecisionRow,
+    Progress,
     PruneOutcome,
     PruningPlan,
+    RepairReport,
     ResolvedConstraints,
     ScoreTable,
     SearchResult,
     Structures,
     TimedNetworks,
     TrainLog,
+    silent,
 )
 from deploypipe.runs import RunFolder, digest, place_file
 from deploypipe.runtimes import make_runtime
@@ -55,21 +63,27 @@ from deploypipe.runtimes.engine_file import load_record
 from deploypipe.runtimes.machine import this_machine
 from deploypipe.scoring import needs_derivatives, score_halves
 from deploypipe.scoring.blocks import rank_blocks
+from deploypipe.scoring.magnitude import score_magnitudes
 from deploypipe.search.allocate import Allocation, allowed_widths
+from deploypipe.search.basis import Basis, Tools
 from deploypipe.search.candidates import Candidates
 from deploypipe.search.curves import measure_curves
+from deploypipe.search.duration import duration_text, predict_seconds
 from deploypipe.search.judge import Judge
 from deploypipe.search.limits import bounded_shares, candidate_of, fill_range, memory_limit_mib, with_margin
 from deploypipe.search.looks import draw_parts
+from deploypipe.search.measuring import OwnMeasuring, SharedMeasuring
 from deploypipe.search.propose import Proposer
 from deploypipe.search.reach import find_reach, reach_text
 from deploypipe.search.sites import find_sites
-from deploypipe.search.study import search
+from deploypipe.search.storage import Storage
+from deploypipe.search.study import rules, search
 from deploypipe.search.timing import time_networks
-from deploypipe.search.trials import confirm
-from deploypipe.target import Limit, Target
+from deploypipe.search.trials import confirm, with_finalists, with_tuned
+from deploypipe.target import Target
 from deploypipe.task import Splits, Task, num_samples, take, take_calib
-from deploypipe.training.finetune import finetune
+from deploypipe.training.ranks import ALONE, Ranks
+from deploypipe.training.together import finetune_together
 
 MODEL = "model.onnx"
 PACKAGES = ("torch", "optuna", "onnx", "onnxruntime", "onnxscript", "numpy", "scipy")
@@ -77,6 +91,7 @@ _DENSE, _COMPRESSED = "dense.onnx", "compressed.onnx"
 _TEMPLATE = "template.onnx"
 _DENSE_ENGINE, _ENGINE = "dense.engine", "compressed.engine"
 _NUM_PARITY_SAMPLES = 64
+_CONFIRMED_MARGIN = 0.5  # finalists hold that part of the margin; the gate, which measures once more, needs the rest
 _NUM_HELD_OUT = 128  # samples beside those of `export.int8`, for its errors
 _HALVES = ("first.safetensors", "second.safetensors")  # of the calibration samples
 
@@ -93,10 +108,20 @@ class Stages:
     """One run's inputs, and its stages as methods: what each depends on, and what it computes."""
 
     def __init__(
-        self, model: nn.Module, splits: Splits, task: Task, recipe: Recipe, target: Target, run: RunFolder, source: str
+        self,
+        model: nn.Module,
+        splits: Splits,
+        task: Task,
+        recipe: Recipe,
+        target: Target,
+        run: RunFolder,
+        source: str,
+        storage: Storage | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.model, self.splits, self.task = copy.deepcopy(model).cpu().eval(), splits, task
         self.recipe, self.target, self.run = recipe, target, run
+        self.storage, self.ranks = storage, ranks
         self.ability = can(target)
         self.builds = is_built(target) and self.ability.verdict != "export only"
         if self.ability.verdict != "run":
@@ -117,13 +142,19 @@ class Stages:
             "samples": target.num_latency_samples,
         }
         self.fingerprint = model_fingerprint(model)
-        self.origin = {
+        self.origin: dict[str, Any] = {
             "model": self.fingerprint,
             "data": fingerprint(splits),
             "source": source,
             "packages": {package: version(package) for package in PACKAGES},
             "seed": recipe.seed,
         }
+
+    def described_origin(self) -> Origin:
+        packages = {**self.origin["packages"], "deploypipe": version("deploypipe")}
+        return Origin(
+            model=self.fingerprint, data=self.origin["data"], source=digest(self.origin["source"]), packages=packages
+        )
 
     def baseline(self) -> Measurement:
         """The dense network, exported and measured by the method used at the end; `file` is the ONNX file."""
@@ -156,6 +187,7 @@ class Stages:
             {**self.origin, "keep": keep, "constraints": constraints},
             lambda _: list_structures(self.model, self.inputs, keep, constraints),
             Structures,
+            is_shared=True,
         )
 
     def observe(self, structures: Structures) -> tuple[Moments, Moments]:
@@ -183,7 +215,7 @@ class Stages:
             "observe": self.recipe.observe,
             "derivatives": loss is not None,
         }
-        self.run.remember("observe", inputs, compute, Observation)
+        self.run.remember("observe", inputs, compute, Observation, is_shared=True)
         first, second = (load_moments(self.run.files("observe") / name) for name in _HALVES)
         return first, second
 
@@ -198,6 +230,7 @@ class Stages:
             inputs,
             compute,
             ScoreTable,
+            is_shared=True,
         )
 
     def curves(self, structures: Structures, scores: ScoreTable, moments: Moments) -> Curves:
@@ -225,7 +258,7 @@ class Stages:
             "multiple": self.target.channel_multiple,
             "constraints": structures.constraints,
         }
-        return self.run.remember("curves", inputs, compute, Curves)
+        return self.run.remember("curves", inputs, compute, Curves, is_shared=True)
 
     def candidates(self, dense: Measurement, shipping: PrecisionRow) -> Candidates:
         """Files of pruned networks in the precision that ships, which is that of the row, and their latency."""
@@ -240,6 +273,7 @@ class Stages:
             target=self.target,
             builds_engines=self.builds,
             export=self.recipe.export,
+            measuring=SharedMeasuring(self.storage, digest(self.device)) if self.storage else OwnMeasuring(),
         )
 
     def timed_networks(
@@ -268,125 +302,216 @@ class Stages:
         }
         return self.run.remember("latency", inputs, compute, TimedNetworks)
 
-    def search(
-        self,
-        structures: Structures,
-        scores: ScoreTable,
-        curves: Curves,
-        dense: Measurement,
-        limits: Mapping[str, Limit],
-        shipping: PrecisionRow,
-    ) -> SearchResult:
-        candidates = self.candidates(dense, shipping)
-        objectives = self.recipe.search.objectives
-        is_timed = self.ability.verdict == "run" and ("latency_p50" in limits or "latency" in objectives)
-        timed = self.timed_networks(structures, scores, curves, candidates) if is_timed else None
-        inputs = {
+    def search(self, basis: Basis) -> SearchResult:
+        """The trials and their winner; with a shared storage, this process is one of those at work on them."""
+        candidates = self.candidates(basis.dense, basis.shipping)
+        timed = self._timed(basis, candidates)
+        inputs = self._search_inputs(basis, timed)
+
+        def compute(work: Path) -> SearchResult:
+            tools = self._tools(basis, candidates, timed, work)
+            reach, typical = find_reach(tools.proposer, tools.shares)
+            num_trials, wanted = self.recipe.search.num_trials, self.recipe.search.num_finalists
+            lasting = duration_text(predict_seconds(tools.judge, typical, num_trials), num_trials)
+            self._note(f"{reach_text(reach, tools.shares)}; {lasting}")
+            if self.storage:
+                self._invite_workers(self.storage)
+            found = self._run_trials(tools, inputs, self.storage or self._own_storage(inputs))
+            dense_ms = tools.reference.latency_p50_ms
+            if timed and "latency_p50" in basis.limits and dense_ms:
+                limit = with_margin(basis.limits, _CONFIRMED_MARGIN)["latency_p50"].absolute(dense_ms) / dense_ms
+                found = confirm(found, limit, lambda plan: candidates.ratio_anew(plan, work), wanted)
+            else:
+                found = with_finalists(found, wanted)
+            return replace(found, reach=reach, latency_fit=tools.proposer.latency_fit(found.trials))
+
+        return self.run.remember("search", inputs, compute, SearchResult)
+
+    def help_search(self, basis: Basis, storage: Storage) -> SearchResult:
+        """Do trials of the search that another process began, until all of them are done."""
+        candidates = self.candidates(basis.dense, basis.shipping)
+        timed = self._timed(basis, candidates)
+        with TemporaryDirectory(dir=self.run.path) as work:
+            tools = self._tools(basis, candidates, timed, Path(work))
+            return self._run_trials(tools, self._search_inputs(basis, timed), storage)
+
+    def about(self) -> dict[str, str]:
+        """What all workers of a search have to have the same, by name."""
+        return {
+            "deploypipe": version("deploypipe"),
+            **self.origin["packages"],
+            "model": self.fingerprint,
+            "data": self.origin["data"],
+            "source": digest(self.origin["source"]),
+            "device": digest(self.device),
+            "seed": str(self.recipe.seed),
+        }
+
+    def _timed(self, basis: Basis, candidates: Candidates) -> TimedNetworks | None:
+        is_asked_for = "latency_p50" in basis.limits or "latency" in self.recipe.search.objectives
+        if self.ability.verdict != "run" or not is_asked_for:
+            return None
+        return self.timed_networks(basis.structures, basis.scores, basis.curves, candidates)
+
+    def _search_inputs(self, basis: Basis, timed: TimedNetworks | None) -> dict[str, object]:
+        return {
             "curves": self.run.key("curves"),
             "baseline": self.run.key("baseline"),
             "latency": self.run.key("latency") if timed else "",
-            "precision": shipping.file,
+            "precision": basis.shipping.file,
             "budget": self.target.budget,
             "search": self.recipe.search,
             "repair": self.recipe.repair,
             "device": self.device,
         }
 
-        def compute(work: Path) -> SearchResult:
-            reference = candidate_of(dense, self.dense_opened(dense), self._dense_accuracy(dense))
-            tight = with_margin(limits)
-            shipped_mib = (shipping.file.size_bytes if shipping.file else dense.file.size_bytes) / 2**20
-            shares = bounded_shares(tight, reference, shipped_mib, is_timed=is_timed)
-            proposer = Proposer(
-                dense=self.model,
-                inputs=self.inputs,
-                structures=structures,
-                scores=scores,
-                curves=curves,
-                channel_multiple=self.target.channel_multiple,
-                shares=shares,
-                reference=reference,
-                sites=find_sites(self.model, structures, self.inputs),
-                timed=timed.rows if timed else (),
-                measure=lambda plan: candidates.ratio_of(plan, work),
-            )
-            reach = find_reach(proposer, shares)
-            self.run.notify(Event(stage="search", message=reach_text(reach, shares)))
-            judge = Judge(
-                candidates=candidates,
-                dense_p50_ms=reference.latency_p50_ms,
-                calib=self.calib,
-                parts=draw_parts(self.splits.val, self.recipe.seed),
-                task=self.task,
-                recipe=self.recipe,
-                memory_limit_mib=memory_limit_mib(tight, reference, objectives),
-                work=work,
-            )
-            found = search(
-                proposer,
-                judge,
-                reference,
-                tight,
-                fill_range(shares, tight, objectives),
-                self.recipe.search,
-                storage=work / "study.db",
-                origin={**self.origin, **inputs},
-                seed=self.recipe.seed,
-                notify=self.run.notify,
-            )
-            if is_timed and "latency_p50" in limits and reference.latency_p50_ms:
-                limit = limits["latency_p50"].absolute(reference.latency_p50_ms) / reference.latency_p50_ms
-                found = confirm(found, limit, lambda plan: candidates.ratio_anew(plan, work))
-            return replace(found, reach=reach, latency_fit=proposer.latency_fit(found.trials))
+    def _tools(self, basis: Basis, candidates: Candidates, timed: TimedNetworks | None, work: Path) -> Tools:
+        dense, shipping, structures = basis.dense, basis.shipping, basis.structures
+        reference = candidate_of(dense, self.dense_opened(dense), self._dense_accuracy(dense))
+        tight = with_margin(basis.limits)
+        shipped_mib = (shipping.file.size_bytes if shipping.file else dense.file.size_bytes) / 2**20
+        shares = bounded_shares(tight, reference, shipped_mib, is_timed=timed is not None)
+        proposer = Proposer(
+            dense=self.model,
+            inputs=self.inputs,
+            structures=structures,
+            scores=basis.scores,
+            magnitudes=score_magnitudes(self.model, structures),
+            curves=basis.curves,
+            channel_multiple=self.target.channel_multiple,
+            shares=shares,
+            reference=reference,
+            sites=find_sites(self.model, structures, self.inputs),
+            timed=timed.rows if timed else (),
+            measure=lambda plan: candidates.ratio_of(plan, work),
+        )
+        judge = Judge(
+            candidates=candidates,
+            dense_p50_ms=reference.latency_p50_ms,
+            calib=self.calib,
+            parts=draw_parts(self.splits.val, self.recipe.seed),
+            task=self.task,
+            recipe=self.recipe,
+            memory_limit_mib=memory_limit_mib(tight, reference, self.recipe.search.objectives),
+            work=work,
+        )
+        return Tools(
+            candidates=candidates,
+            timed=timed,
+            reference=reference,
+            limits=tight,
+            shares=shares,
+            proposer=proposer,
+            judge=judge,
+        )
 
-        return self.run.remember("search", inputs, compute, SearchResult)
+    def _run_trials(self, tools: Tools, inputs: Mapping[str, object], storage: Storage) -> SearchResult:
+        settings = self.recipe.search
+        return search(
+            tools.proposer,
+            tools.judge,
+            tools.reference,
+            tools.limits,
+            fill_range(tools.shares, tools.limits, settings.objectives),
+            settings,
+            magnitude=(0.0, 0.0) if isinstance(self.recipe.score, Magnitude) else (0.0, 1.0),
+            storage=storage,
+            origin={**self.about(), **{name: value for name, value in inputs.items() if name != "device"}},
+            seed=self.recipe.seed,
+            notify=self.run.notify,
+        )
+
+    def _own_storage(self, inputs: Mapping[str, object]) -> Storage:
+        """Beside the stages: a search for more trials goes on with those there are."""
+        key = digest([self.about(), {**inputs, "search": rules(self.recipe.search)}])
+        return Storage.own(self.run.path / f"study-{key}.db")
+
+    def _invite_workers(self, storage: Storage) -> None:
+        self.run.publish(storage.stages)
+        at_once = self.recipe.search.num_parallel
+        self._note(
+            f"{at_once} {'workers find' if at_once > 1 else 'worker finds'} work at a time (search.num_parallel); to "
+            f"start one: deploypipe worker --storage {storage.shown} --run {storage.study}"
+        )
+
+    def _note(self, text: str) -> None:
+        self.run.notify(Event(stage="search", message=f"NOTE: {text}"))
 
     def _plan(self, structures: Structures, scores: ScoreTable, chosen: Allocation) -> PruningPlan:
         return make_plan(structures, scores, chosen.widths, chosen.blocks, self.target.channel_multiple)
 
+    def finalists(self, found: SearchResult) -> SearchResult:
+        """The winner by what a short training makes of the best trials."""
+        short = replace(self.recipe.finetune, num_epochs=self.recipe.search.finalist_epochs)
+        if len(found.finalists) < 2 or self.recipe.finetune.num_epochs == 0:
+            return found
+
+        def compute(work: Path) -> Finalists:
+            accuracies, count = {}, len(found.finalists)
+            for place, number in enumerate(found.finalists):
+                plan = found.trials[number].plan
+                repaired, _ = self._repaired(plan, silent)
+                checkpoint = work / str(number)
+                checkpoint.mkdir(exist_ok=True)
+
+                def notify(event: Event, place: int = place) -> None:
+                    done, total = place * event.total + event.done, count * event.total
+                    message = f"finalist {place + 1} of {count}"
+                    self.run.notify(Event(stage="finalists", done=done, total=total, message=message))
+
+                _, log = self._tuned(plan, repaired, short, checkpoint, notify)
+                accuracies[str(number)] = log.epochs[log.chosen_epoch].val_accuracy
+            for number in found.finalists:
+                shutil.rmtree(work / str(number))
+            return Finalists(accuracies=accuracies)
+
+        inputs = {"search": self.run.key("search"), "finetune": short, "repair": self.recipe.repair}
+        return with_tuned(found, self.run.remember("finalists", inputs, compute, Finalists).accuracies)
+
     def prune(self, plan: PruningPlan) -> PruneOutcome:
         def compute(work: Path) -> PruneOutcome:
-            pruned = apply_plan(self.model, plan)
-            report = describe(self.model, pruned, plan, self.inputs)
-            repaired, repairs = repair(
-                self.model,
-                pruned,
-                plan,
-                self.calib,
-                self.recipe.repair,
-                real_tokens=self.task.real_tokens,
-                seed=self.recipe.seed,
-                notify=lambda e: self.run.notify(Event(stage="prune", done=e.done, total=e.total, message=e.message)),
-            )
+            report = describe(self.model, apply_plan(self.model, plan), plan, self.inputs)
+            repaired, repairs = self._repaired(plan, lambda event: self.run.notify(replace(event, stage="prune")))
             save_file(own_weights(repaired), work / "weights.safetensors")
             return PruneOutcome(prune=report, repair=repairs)
 
         inputs = {**self.origin, "plan": plan, "calib": self.run.key("observe"), "repair": self.recipe.repair}
-        return self.run.remember("prune", inputs, compute, PruneOutcome)
+        return self.run.remember("prune", inputs, compute, PruneOutcome, is_shared=True)
+
+    def _repaired(self, plan: PruningPlan, notify: Progress) -> tuple[nn.Module, RepairReport]:
+        pruned, real_tokens = apply_plan(self.model, plan), self.task.real_tokens
+        settings, seed = self.recipe.repair, self.recipe.seed
+        return repair(self.model, pruned, plan, self.calib, settings, real_tokens=real_tokens, seed=seed, notify=notify)
 
     def finetune(self, plan: PruningPlan) -> TrainLog:
         def compute(work: Path) -> TrainLog:
             checkpoints = work / "checkpoints"
             checkpoints.mkdir(exist_ok=True)
-            with one_thread_if_small(self._batch_macs()):
-                tuned, log = finetune(
-                    self.restored(plan, "prune"),
-                    self.model,
-                    self.splits,
-                    self.task,
-                    self.recipe.finetune,
-                    checkpoint=checkpoints,
-                    seed=self.recipe.seed,
-                    notify=self.run.notify,
-                )
+            repaired = self.restored(plan, "prune")
+            tuned, log = self._tuned(plan, repaired, self.recipe.finetune, checkpoints, self.run.notify)
             save_pruned(tuned, plan, self.inputs, work)
-            for file in checkpoints.iterdir():
-                file.unlink()
-            checkpoints.rmdir()
+            shutil.rmtree(checkpoints)
             return log
 
         inputs = {"prune": self.run.key("prune"), "finetune": self.recipe.finetune}
-        return self.run.remember("finetune", inputs, compute, TrainLog)
+        return self.run.remember("finetune", inputs, compute, TrainLog, is_shared=True)
+
+    def _tuned(
+        self, plan: PruningPlan, repaired: nn.Module, settings: Finetune, checkpoint: Path, notify: Progress
+    ) -> tuple[nn.Module, TrainLog]:
+        with one_thread_if_small(self._batch_macs()):
+            return finetune_together(
+                repaired,
+                plan,
+                self.model,
+                self.splits,
+                self.task,
+                settings,
+                checkpoint=checkpoint,
+                seed=self.recipe.seed,
+                notify=notify,
+                ranks=self.ranks,
+            )
 
     def export(self, plan: PruningPlan) -> ModelFile:
         def compute(work: Path) -> ModelFile:
@@ -487,12 +612,12 @@ class Stages:
         self, dense: Measurement, shipped: Shipped, engine: EngineFile | None, counts: tuple[int, int], stand_in: str
     ) -> BenchmarkReport:
         """Both files in one process, on the test split; engines where they are what the device runs."""
-        dense_file = _placed(self.dense_opened(dense), self.run.stages["baseline"])
+        dense_file = _placed(self.dense_opened(dense), self.run.files("baseline").name)
         compressed = dense_file
         if shipped.path != self.run.files("baseline") / _DENSE:
             compressed = _placed(shipped.file, shipped.path.parent.name)
         if engine and "engine" in self.run.stages:
-            compressed = _placed(as_model_file(shipped.file, engine), self.run.stages["engine"])
+            compressed = _placed(as_model_file(shipped.file, engine), self.run.files("engine").name)
 
         def compute(_: Path) -> BenchmarkReport:
             report = benchmark(

@@ -80,11 +80,19 @@ class Budget:
     params: str | None = None
     macs: str | None = None
     accuracy_drop_pp: float = 1.0  # percentage points; the upper end of the paired interval must stay below
+    slice_drop_pp: float | None = None  # the same for each of the task's slices (classes)
+    latency_regression: float = 1.05  # times the latency of the bundle released before, where the gate is given one
+    max_age_days: float | None = None  # of the measurements, when the gate is asked again
 
     def __post_init__(self) -> None:
         self.limits()
-        if self.accuracy_drop_pp < 0:
-            raise ValueError(f"accuracy_drop_pp = {self.accuracy_drop_pp} asks for a gain; write 0 or more")
+        for name in ("accuracy_drop_pp", "slice_drop_pp"):
+            if (value := getattr(self, name)) is not None and value < 0:
+                raise ValueError(f"{name} = {value} asks for a gain; write 0 or more")
+        if self.latency_regression <= 0:
+            raise ValueError(f"latency_regression = {self.latency_regression} allows nothing; write 1.05, say")
+        if self.max_age_days is not None and self.max_age_days <= 0:
+            raise ValueError(f"max_age_days = {self.max_age_days} allows nothing; write 30, say")
 
     def limits(self) -> dict[str, Limit]:
         """The bounds that are set, by budget name."""

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from deploypipe.errors import DataError
 
 Batch: TypeAlias = tuple[Any, Any]  # (inputs, target); inputs: a tensor, a tuple or a dict of tensors
+Slices: TypeAlias = Callable[[Any, Any], dict[str, Tensor]]
 RealTokens: TypeAlias = Callable[[Any], Tensor]  # inputs -> (n, tokens) bool
 
 
@@ -35,7 +36,8 @@ class Task:
 
     The mean of `metric` over a split is the accuracy that is reported, as a fraction. real_tokens(inputs) -> bool (n,
     tokens), True for what is no padding: statistics and repair leave the rest out. A dict's "attention_mask" is used
-    without being asked for.
+    without being asked for. slices(inputs, target) -> named parts of the batch, bool (n,) each, that a budget may hold
+    to a limit of their own (`slice_drop_pp`).
     """
 
     loss: Callable[[Any, Any], Tensor]
@@ -43,6 +45,7 @@ class Task:
     name: str = "accuracy"
     real_tokens: RealTokens | None = None
     class_names: tuple[str, ...] = ()  # in the order of a classifier's outputs; they go into the exported file
+    slices: Slices | None = None
 
 
 def _is_correct(outputs: Tensor, target: Tensor) -> Tensor:
@@ -50,8 +53,28 @@ def _is_correct(outputs: Tensor, target: Tensor) -> Tensor:
 
 
 def classification() -> Task:
-    """Cross-entropy and top-1 accuracy, for logits (n, classes) and integer labels (n,)."""
-    return Task(loss=F.cross_entropy, metric=_is_correct, name="top-1 accuracy")
+    """Cross-entropy and top-1 accuracy, for logits (n, classes) and integer labels (n,); a slice for each class."""
+    return Task(loss=F.cross_entropy, metric=_is_correct, name="top-1 accuracy", slices=_by_class)
+
+
+def _by_class(inputs: Any, target: Tensor) -> dict[str, Tensor]:
+    return {f"class {label}": target == label for label in sorted(set(target.tolist()))}
+
+
+def find_slices(batches: Iterable[Batch], slices: Slices | None) -> dict[str, tuple[int, ...]]:
+    """The numbers of a split's samples that are in each slice."""
+    found: dict[str, list[int]] = {}
+    start = 0
+    for inputs, target in batches if slices else ():
+        for name, mask in slices(inputs, target).items() if slices else ():
+            if mask.shape != (num_samples(inputs),):
+                raise DataError(
+                    f"task().slices gives a tensor of shape {tuple(mask.shape)} for slice {name!r} and "
+                    f"{num_samples(inputs)} samples; return one bool for each sample"
+                )
+            found.setdefault(name, []).extend((start + mask.nonzero().flatten()).tolist())
+        start += num_samples(inputs)
+    return {name: tuple(found[name]) for name in sorted(found)}
 
 
 def forward(model: nn.Module, inputs: Any) -> Any:

@@ -87,6 +87,19 @@ def verify(folder: Path) -> Verification:
     )
 
 
+def golden_inputs(folder: Path, batch_size: int) -> dict[str, Array]:
+    """A batch of the stored samples, repeated where there are fewer. Raises as `verify` does."""
+    inputs = golden_case(folder)
+    return {name: np.resize(array, (batch_size, *array.shape[1:])) for name, array in inputs.items()}
+
+
+def golden_case(folder: Path, model: str = "") -> dict[str, Array]:
+    """The first stored case: its inputs, or what a model file answered to them. Raises as `verify` does."""
+    first = tensor_name(0, model, "")
+    tensors = _read_tensors(folder / TENSORS)
+    return {name.removeprefix(first): array for name, array in tensors.items() if name.startswith(first)}
+
+
 def cells(verification: Verification) -> list[tuple[str, ...]]:
     """The rows of a table under HEADER."""
     return [

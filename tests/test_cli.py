@@ -1,5 +1,7 @@
 import json
+import re
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -56,7 +58,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
             Event(stage="search", message="done"),
         ):
             notify(event)
-        outcome = stand_in.outcome
+        outcome = next(stand_in.outcome) if isinstance(stand_in.outcome, Iterator) else stand_in.outcome
         if isinstance(outcome, BaseException):
             raise outcome
         return outcome
@@ -83,6 +85,42 @@ def test_run_passes_on_what_was_asked_and_ends_with_the_paths(home: Path, calls:
     assert "baseline    cached" in done.output and "WARNING: [damaged] file" in done.output
     assert "SHIP: all checks passed" in done.output and "\x1b" not in done.output
     assert "ONNX    runs/toy-cpu/model.onnx" in done.output
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "code"),
+    [
+        ((finished_run(), finished_run()), 0),
+        ((finished_run(), untouched_run()), 1),
+        ((BudgetError("out of reach"), finished_run()), 2),
+        ((untouched_run(), BudgetError("out of reach")), 2),
+    ],
+)
+def test_several_targets_end_with_a_table_and_the_worst_exit_code(
+    outcomes: tuple[Any, ...], code: int, home: Path, calls: list[dict[str, Any]]
+) -> None:
+    (home / "targets" / "other.toml").write_text(TARGET, encoding="utf-8")
+    sys.modules["deploypipe.pipeline"].outcome = iter(outcomes)  # type: ignore[attr-defined]
+    done = invoke("run", "./toy.py", "cpu", "other", "--set", "target.num_threads=2")
+    assert done.exit_code == code, done.output
+    assert [(call["args"][4].name, call["args"][4].num_threads) for call in calls] == [("cpu", 2), ("other", 2)]
+    assert [call["args"][5] for call in calls] == [Path("runs/toy/cpu"), Path("runs/toy/other")]
+    assert {call["shared"] for call in calls} == {Path("runs/toy/shared")}
+    assert calls[0]["args"][0] is calls[1]["args"][0]  # one network, built once
+    table = done.output[done.output.index("toy, target by target") :]
+    page = Path("runs/toy/report.html").read_text(encoding="utf-8")
+    for name, outcome in zip(("cpu", "other"), outcomes, strict=True):
+        shown = "ERROR" if isinstance(outcome, Exception) else outcome.decision.verdict.value
+        assert re.search(rf"{name} +{shown}", table)
+        assert (f'href="{name}/report.html"' in page) == (shown != "ERROR")
+    assert ("out of reach" in table) == (code == 2)
+
+
+def test_targets_of_one_name_are_refused(home: Path, calls: list[dict[str, Any]]) -> None:
+    done = invoke("run", "./toy.py", "cpu", "targets/cpu.toml")
+    assert done.exit_code == 2 and "'cpu' is named twice" in done.output and not calls
+    (home / "shared.toml").write_text(TARGET, encoding="utf-8")
+    assert "'shared' is where" in invoke("run", "./toy.py", "cpu", "shared.toml").output
 
 
 @pytest.mark.parametrize(
@@ -275,3 +313,19 @@ def test_doctor_fails_only_for_the_target_asked_about(
     monkeypatch.setitem(sys.modules, "deploypipe.doctor", SimpleNamespace(examine=lambda target: (finding,)))
     done = invoke("doctor", "cpu")
     assert done.exit_code == code and "pip install it" in done.output
+
+
+def test_compare_shows_what_two_runs_ship(tmp_path: Path) -> None:
+    first = finished_run()
+    folders = [tmp_path / name for name in ("a", "b")]
+    report = replace(first.benchmark, test_data="digits")
+    faster = replace(report.compressed, per_sample_metric=(1.0,) * 480 + (0.0,) * 20, num_params=200_000)
+    second = replace(first, benchmark=replace(report, compressed=faster))
+    for folder, result in zip(folders, (replace(first, benchmark=report), second), strict=True):
+        folder.mkdir()
+        save_result(folder, result)
+    told = invoke("compare", *map(str, folders))
+    assert told.exit_code == 0, told.output
+    assert "-2.00 pp (" in told.output and "0.500x" in told.output and "timed apart" in told.output
+    assert "their plans are equal" in told.output
+    assert invoke("compare", str(folders[0]), str(tmp_path)).exit_code == 2

@@ -4,8 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
+
+import pytest
+
+from deploypipe.cli.terminal import shown_stages
+from deploypipe.records import Event
 
 HERE = Path(__file__).parent
 TARGET = 'runtime = "onnxruntime"\nnum_latency_samples = 200\n[budget]\nmacs = "0.5x"\naccuracy_drop_pp = 10.0\n'
@@ -32,11 +38,12 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
 def test_control_c_says_how_to_go_on(tmp_path: Path) -> None:
     (tmp_path / "pipe.py").write_text("from tiny import *\n", encoding="utf-8")
     (tmp_path / "cpu.toml").write_text(TARGET, encoding="utf-8")
-    child = start(tmp_path, "run", "./pipe.py", "./cpu.toml", "--out", "out")
+    long = ("--set", "search.num_trials=200", "--set", "finetune.num_epochs=200")  # not over before the signal comes
+    child = start(tmp_path, "run", "./pipe.py", "./cpu.toml", "--out", "out", *long)
     assert child.stdout and child.stdout.readline().startswith("structures")
     child.send_signal(signal.SIGINT)
     _, said = child.communicate(timeout=60)
-    assert child.returncode == 130 and said.strip() == "interrupted; the same command resumes"
+    assert (child.returncode, said.strip()) == (130, "interrupted; the same command resumes")
     assert not (tmp_path / "out" / "result.json").exists()
 
 
@@ -48,3 +55,17 @@ def test_what_init_writes_runs_as_it_is(tmp_path: Path) -> None:
     said, errors = child.communicate(timeout=300)
     assert child.returncode in (0, 1), errors  # HOLD on a machine too busy to be steady
     assert "runs/mine-mine/model.onnx" in said and (tmp_path / "runs" / "mine-mine" / "model.onnx").is_file()
+
+
+def test_an_interrupt_that_something_swallowed_is_raised_at_the_next_event() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), shown_stages() as notify:
+            notify(Event(stage="search", message="start"))
+            with suppress(KeyboardInterrupt):  # as Python does in a finaliser
+                signal.raise_signal(signal.SIGINT)
+            notify(Event(stage="search", message="done"))
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -118,6 +118,14 @@ def test_a_kill_between_the_two_renames_is_harmless(tmp_path: Path, monkeypatch:
     assert not [path.name for path in tmp_path.iterdir() if path.name.endswith(".part")]
 
 
+def test_half_written_files_of_a_killed_run_go(tmp_path: Path) -> None:
+    for name in (".study-17.db.4711.part", ".result.json.part", ".gitignore"):
+        (tmp_path / name).write_text("half")
+    with open_run(tmp_path):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".gitignore", "run.lock"]
+
+
 def test_a_second_run_in_the_folder_is_refused_and_the_lock_is_given_back(tmp_path: Path) -> None:
     attempt = (
         f"from pathlib import Path; from deploypipe.runs import open_run\nwith open_run(Path({str(tmp_path)!r})): pass"

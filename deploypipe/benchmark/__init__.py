@@ -1,6 +1,7 @@
 """What a model file costs and what it is worth on the target: latency, memory and accuracy, with their evidence."""
 
 from collections.abc import Iterable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeAlias
 
@@ -10,16 +11,17 @@ from deploypipe.benchmark.accuracy import evaluate_file
 from deploypipe.benchmark.bench import bench_file as bench_file
 from deploypipe.benchmark.conditions import judge_conditions, read_state
 from deploypipe.benchmark.environment import describe_environment
-from deploypipe.benchmark.latency import Timings, find_unsteadiness, summarise, time_interleaved
+from deploypipe.benchmark.latency import Timings, find_unsteadiness, summarise, time_steadily
 from deploypipe.benchmark.memory import measure_peak_memory
 from deploypipe.benchmark.results import BenchResult as BenchResult
+from deploypipe.data import fingerprint_of
 from deploypipe.errors import DataError, RuntimeUnavailableError
 from deploypipe.numerics.intervals import interval_of_drop_pp, interval_of_mean, interval_of_median_ratio
 from deploypipe.records import BenchmarkReport, Event, MachineState, Measurement, ModelFile, Progress, silent
 from deploypipe.runtimes import Array, Runtime, find_runtime
 from deploypipe.runtimes.packing import feed
 from deploypipe.target import Target
-from deploypipe.task import Batch, Task, tensors
+from deploypipe.task import Batch, Task, find_slices, tensors
 
 Counts: TypeAlias = tuple[int, int]  # parameters, multiply-accumulates of one sample
 
@@ -81,6 +83,9 @@ def benchmark(
         is_steady=not unsteady,
         notes=(*conditions.reasons, *notes),
         conditions=conditions,
+        slices=find_slices(test_batches, task.slices),
+        test_data=fingerprint_of(test_batches),
+        measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 
 
@@ -144,7 +149,7 @@ def _measure_all(
         raise DataError("the split has one sample, which tells nothing of the spread; give two or more")
     notify(Event(stage=_STAGE, message="latency"))
     before = read_state()
-    timings = time_interleaved(paths, inputs, runtime, target, notify)
+    timings = time_steadily(paths, inputs, runtime, target, notify)
     measured = [
         Measurement(
             file=file,

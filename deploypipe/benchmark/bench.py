@@ -7,8 +7,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
-
 from deploypipe.benchmark.child import run_child
 from deploypipe.benchmark.conditions import judge_conditions, read_state
 from deploypipe.benchmark.energy import find_meter, measure_energy
@@ -43,8 +41,6 @@ from deploypipe.target import Target
 
 PARTS = ("latency", "memory", "cold start", "layers", "batches", "threads", "energy")
 LEAST_SAMPLES = 80  # four openings of a file
-_SECONDS = 2.0  # of timed runs of each file, where no number of them is asked for
-_MOST_SAMPLES = 4000
 _NUM_COLD_STARTS = 5
 _ONNX = "onnxruntime"
 
@@ -198,8 +194,7 @@ def _stage(name: str, notify: Progress) -> Iterator[None]:
 
 
 def _time(job: _Job, batch_size: int, num_samples: int | None, found: list[Found]) -> Timings:
-    count = num_samples or _choose_num_samples(job)
-    timings = time_interleaved(job.paths, job.inputs, job.runtime, job.target, job.notify, num_samples=count)
+    timings = time_interleaved(job.paths, job.inputs, job.runtime, job.target, job.notify, num_samples=num_samples)
     for figures, samples in zip(found, timings.samples, strict=True):
         p50 = interval_of_quantile(samples, 0.5, block=timings.block)
         figures["latency"] = LatencyFigures(
@@ -211,13 +206,6 @@ def _time(job: _Job, batch_size: int, num_samples: int | None, found: list[Found
             samples_ms=tuple(samples.tolist()),
         )
     return timings
-
-
-def _choose_num_samples(job: _Job) -> int:
-    """More runs of a quick file cost nothing, and tell more."""
-    with job.runtime.open(job.paths[0], num_threads=job.target.num_threads) as session:
-        per_run = float(np.median(time_loaded(session, job.inputs, seconds=0.1, least=3, most=20))) / 1e3
-    return max(job.target.num_latency_samples, min(_MOST_SAMPLES, int(_SECONDS / per_run)))
 
 
 def _weigh(job: _Job, batch_size: int, found: list[Found]) -> None:

@@ -32,6 +32,10 @@ _WARM_UP_ROUNDS = 30  # at most, each of `BLOCK` runs
 _WARM_UP_SECONDS = 3.0  # at most, once three rounds are done
 _REOPENED_SECONDS = 0.1  # at most, once two runs are done
 _WARM_UP_TOLERANCE = 0.02  # medians of two rounds in a row
+_SECONDS = 2.0  # of timed runs of each file, where no number of them is asked for
+_MOST_SAMPLES = 4000
+_ATTEMPTS = 3  # to find the machine steady
+_PAUSE_SECONDS = 5.0  # before the next one
 _MAX_DRIFT = 0.10  # of the median, last third against first third
 _MAX_SPREAD = 0.25  # interquartile range over the median
 
@@ -53,15 +57,16 @@ def time_interleaved(
     *,
     num_samples: int | None = None,
 ) -> Timings:
-    """`num_samples` runs of each file or some more (default: the target's), on one batch that is the same for all.
+    """`num_samples` runs of each file or some more, on one batch that is the same for all; by default the target's
+    number or, of quick files, as many as take `_SECONDS`: more runs of a quick file cost nothing, and tell more.
 
     Raises what `runtime.open` and `Session.run` raise.
     """
-    least = target.num_latency_samples if num_samples is None else num_samples
     samples: list[list[float]] = [[] for _ in paths]
     with _no_garbage_collection():
         spent = [_try(path, inputs, runtime, target) for path in paths]
         to_open, to_run = (sum(seconds) for seconds in zip(*spent, strict=True))
+        least = num_samples or max(target.num_latency_samples, min(_MOST_SAMPLES, int(_SECONDS * len(paths) / to_run)))
         openings, runs = schedule(least)
         if openings * to_open > max(_CHEAP_SECONDS, least * to_run):
             openings, runs = schedule(least, most=_FEW_OPENINGS)
@@ -77,6 +82,20 @@ def time_interleaved(
                     samples[i] += _time_runs(sessions[i], inputs, BLOCK)
             notify(Event(stage="latency", done=number + 1, total=openings))
     return Timings(samples=tuple(np.array(s) for s in samples), block=runs)
+
+
+def time_steadily(
+    paths: Sequence[Path], inputs: Mapping[str, Array], runtime: Runtime, target: Target, notify: Progress = silent
+) -> Timings:
+    """`time_interleaved`, and again after a pause where the machine was not steady. What is returned was steady, or is
+    the last of `_ATTEMPTS`: `find_unsteadiness` says which. Only steadiness decides, never how long the files took."""
+    for number in range(_ATTEMPTS):
+        timings = time_interleaved(paths, inputs, runtime, target, notify)
+        if number == _ATTEMPTS - 1 or not any(find_unsteadiness(samples) for samples in timings.samples):
+            break
+        notify(Event(stage="latency", message="the machine was not steady: once more"))
+        time.sleep(_PAUSE_SECONDS)
+    return timings
 
 
 def schedule(num_samples: int, *, most: int = _MANY_OPENINGS) -> tuple[int, int]:

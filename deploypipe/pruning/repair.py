@@ -3,7 +3,8 @@
 The pruned network runs over the calibration samples. Whenever a layer has computed its output, its weights are first
 solved so that, on the inputs it really gets in the pruned network, it gives what the dense network gives; then the run
 goes on with the corrected output. Where the output is added to a shortcut, the target is the dense sum minus the pruned
-shortcut, so that errors of the shortcut are corrected too and do not pile up with depth.
+shortcut, so that errors of the shortcut are corrected too and do not pile up with depth. Where removed blocks follow,
+the target is what those blocks gave (`ahead`).
 
 Which layers are solved is the list `observe.patches.KINDS`; where each one's output is compared, `paths`.
 """
@@ -28,6 +29,7 @@ from deploypipe.observe.patches import (
     weight_blocks,
     writes,
 )
+from deploypipe.pruning.ahead import layers_ahead
 from deploypipe.pruning.paths import End, Path, common_paths, find_paths, watching, without_path
 from deploypipe.recipe import Repair
 from deploypipe.records import Event, Progress, PruningPlan, RepairReport, RepairRow, silent
@@ -72,18 +74,23 @@ def repair(
         return _as_before(repaired, pruned), RepairReport(rows=(), num_samples=num_samples(inputs))
     teacher = copy.deepcopy(dense).eval()
     few = stack_batches([batch for batch, _ in take_calib(taken, 2)])
-    found = common_paths(find_paths(repaired, few), find_paths(teacher, few))
+    own = find_paths(teacher, few)
+    found = common_paths(find_paths(repaired, few), own)
     paths = {name: path for name, path in found.items() if not path.why_not}
     reasons = {name: path.why_not for name, path in found.items() if path.why_not} | without_path(repaired)
     rows = [RepairRow(module=name, reason=reason) for name, reason in reasons.items()]
     sampler = _Sampler(settings.positions_per_sample, seed, teacher, find_real_tokens(inputs, real_tokens))
-    targets = _dense_targets(teacher, paths, sampler, plan, inputs)
+    solvable = {name: path for name, path in own.items() if not path.why_not} | paths
+    ahead = layers_ahead(teacher, solvable, plan.blocks, few) if plan.blocks else {}
+    layers_at = {name: name for name in paths if name not in ahead}
+    layers_at |= {last: layer for layer, last in ahead.items() if layer in paths}
+    targets = _dense_targets(teacher, {name: solvable[name] for name in layers_at}, layers_at, sampler, plan, inputs)
     modules = dict(repaired.named_modules())
 
     def solve(end: End) -> Tensor:
         path = end.path
         layer, norm = modules[path.layer], modules[path.norm] if path.norm else None
-        positions = sampler.positions(path, layer, end.value)
+        positions = sampler.positions(path.layer, layer, end.value)
         target = targets.pop(path.layer)
         if end.other is not None:
             target = target - sample_outputs(layer, end.other.expand_as(end.value), positions)
@@ -111,26 +118,35 @@ class _Sampler:
         self.count, self.seed, self.real = count, seed, real
         self.order = {name: number for number, (name, _) in enumerate(model.named_modules())}
 
-    def positions(self, path: Path, layer: Mixer, output: Tensor) -> Tensor:
-        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.order[path.layer])
+    def positions(self, name: str, layer: Mixer, output: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.order[name])
         return sample_positions(layer, output, self.count, generator, self.real)
 
 
 def _dense_targets(
-    teacher: nn.Module, paths: dict[str, Path], sampler: _Sampler, plan: PruningPlan, inputs: Any
+    teacher: nn.Module,
+    paths: dict[str, Path],
+    layers_at: dict[str, str],
+    sampler: _Sampler,
+    plan: PruningPlan,
+    inputs: Any,
 ) -> dict[str, Tensor]:
-    """What the dense network has at the end of each path: (rows, outputs kept), by layer."""
+    """What the dense network has at the ends of paths: (rows, outputs kept), by the layer that is to give it.
+
+    layers_at: that layer, by the one whose path ends there; another one where the blocks between are removed.
+    """
     modules = dict(teacher.named_modules())
     targets: dict[str, Tensor] = {}
     removed: dict[str, set[int]] = {}
     for edit in plan.edits:
-        if edit.module in paths and writes(modules[edit.module], edit.side):
+        if edit.module in modules and writes(modules[edit.module], edit.side):
             removed.setdefault(edit.module, set()).update(edit.removed)
 
     def record(end: End) -> Tensor:
-        name, layer = end.path.layer, modules[end.path.layer]
+        name = layers_at[end.path.layer]
+        layer = modules[name]
         total = end.value if end.other is None else end.value + end.other
-        rows = sample_outputs(layer, total, sampler.positions(end.path, layer, end.value))
+        rows = sample_outputs(layer, total, sampler.positions(name, layer, end.value))
         kept = [i for i in range(rows.shape[1]) if i not in removed.get(name, set())]
         targets[name] = rows[:, kept]
         return end.value

@@ -1,34 +1,80 @@
 """Whether the compressed model may ship. Pure: a report and a budget in, a decision out."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
 
-from deploypipe.records import BenchmarkReport, Check, GateDecision, Interval, Measurement, Status, Verdict
+from deploypipe.numerics.intervals import interval_of_drop_pp
+from deploypipe.records import (
+    BaselineComparison,
+    BenchmarkReport,
+    Check,
+    GateDecision,
+    Interval,
+    Status,
+    Verdict,
+    Waiver,
+)
+from deploypipe.release.waivers import waived
 from deploypipe.target import Budget, Limit
 
-_MIB = 2**20
+_CLOCKS_DIFFER_DAYS = 0.05  # by so much those of two machines may
 _UNITS = {"latency_p50": "ms", "peak_memory": "MiB", "file_size": "MiB", "params": "", "macs": ""}
 
 
-def decide(report: BenchmarkReport, budget: Budget) -> GateDecision:
-    """One check for every limit that is set, and one for the accuracy. SHIP only where every check passed.
+def decide(
+    report: BenchmarkReport,
+    budget: Budget,
+    *,
+    parity_limit: float | None = None,
+    baseline: BaselineComparison | None = None,
+    waivers: Sequence[Waiver] = (),
+    now: datetime | None = None,
+) -> GateDecision:
+    """One check for every limit that is set, and for the accuracy. SHIP only where every check passed or is waived.
 
     Latency and accuracy pass when the upper end of their interval does: a relative latency by the ratio of the
     interleaved run, an absolute one by the median's interval, the accuracy by the paired drop. What was not measured,
-    or was measured on an unsteady machine, is UNKNOWN.
+    or was measured on an unsteady machine, is UNKNOWN. parity_limit: of the file's error against the network's own
+    outputs, relative to the largest of them. baseline: adds what must not be worse than in the bundle
+    released before. now: of the decision, timezone aware; by default that of the measurement.
     """
-    checks = tuple(
+    measured = datetime.fromisoformat(report.measured_at) if report.measured_at else None
+    now = now or measured or datetime.now(UTC)
+    checks = [
         _check_latency(report, limit) if name == "latency_p50" else _check_figure(report, name, limit)
         for name, limit in budget.limits().items()
-    )
-    checks += (_check_accuracy(report, budget.accuracy_drop_pp),)
+    ]
+    checks.append(_check_accuracy(report, budget.accuracy_drop_pp))
+    if parity_limit is not None:
+        checks.append(_check_parity(report.compressed.file.max_abs_error, parity_limit))
+    if budget.slice_drop_pp is not None:
+        checks.append(_check_slices(report, budget.slice_drop_pp))
+    if budget.max_age_days is not None:
+        checks.append(_check_age(measured, now, budget.max_age_days))
+    if baseline is not None:
+        checks += _check_regression(baseline, budget)
+    judged = waived(checks, waivers, now.date())
     is_dense = report.dense.file.sha256 == report.compressed.file.sha256
     unchanged = "the dense model is within the budget as it is, nothing was removed; " if is_dense else ""
-    blocking = [check for check in checks if check.status is not Status.PASS]
-    if not blocking:
-        passed = f"all {len(checks)} checks passed" if len(checks) > 1 else "the only check passed"
-        return GateDecision(verdict=Verdict.SHIP, checks=checks, reason=unchanged + passed)
-    told = "; ".join(f"{check.name} {_VERBS[check.status]} ({check.reason})" for check in blocking)
-    return GateDecision(verdict=Verdict.HOLD, checks=checks, reason=unchanged + told)
+    return GateDecision(
+        verdict=Verdict.SHIP if all(check.is_settled for check in judged) else Verdict.HOLD,
+        checks=judged,
+        reason=unchanged + _reason(judged),
+    )
+
+
+def _reason(checks: Sequence[Check]) -> str:
+    blocking = [check for check in checks if not check.is_settled]
+    if blocking:
+        return "; ".join(f"{check.name} {_VERBS[check.status]} ({check.reason})" for check in blocking)
+    excused = [f"{check.name} {_VERBS[check.status]}" for check in checks if check.status is not Status.PASS]
+    passed = len(checks) - len(excused)
+    told = f"all {passed} checks passed" if passed > 1 else "the only check passed"
+    if not excused:
+        return told
+    return f"{passed} of {len(checks)} checks passed, the rest is waived: {'; '.join(excused)}"
 
 
 _VERBS = {Status.FAIL: "failed", Status.UNKNOWN: "is unknown"}
@@ -52,7 +98,7 @@ def _check_latency(report: BenchmarkReport, limit: Limit) -> Check:
 
 
 def _check_figure(report: BenchmarkReport, name: str, limit: Limit) -> Check:
-    before, after = _figure(report.dense, name), _figure(report.compressed, name)
+    before, after = report.dense.figures[name], report.compressed.figures[name]
     if after is None or (limit.is_relative and before is None):
         return _unknown(name, _UNITS[name], None if limit.is_relative else limit.value, _not_measured(report))
     bound = limit.absolute(before or 0.0)
@@ -66,14 +112,50 @@ def _check_accuracy(report: BenchmarkReport, limit_pp: float) -> Check:
     return _judged("accuracy_drop", "pp", limit_pp, drop.value, drop, is_met=drop.high <= limit_pp)
 
 
-def _figure(measurement: Measurement, name: str) -> float | None:
-    figures: dict[str, float | None] = {
-        "peak_memory": measurement.peak_memory_mib,
-        "file_size": measurement.file.size_bytes / _MIB,
-        "params": measurement.num_params,
-        "macs": measurement.num_macs,
+def _check_parity(error: float, limit: float) -> Check:
+    return _judged("parity", "relative", limit, error, None, is_met=error <= limit)
+
+
+def _check_slices(report: BenchmarkReport, limit_pp: float) -> Check:
+    """By the slice with the highest upper end."""
+    dense, compressed = report.dense.per_sample_metric, report.compressed.per_sample_metric
+    drops = {
+        name: interval_of_drop_pp([dense[i] for i in numbers], [compressed[i] for i in numbers])
+        for name, numbers in report.slices.items()
+        if len(numbers) > 1 and dense and compressed
     }
-    return figures[name]
+    if not drops:
+        return _unknown("slice_drop", "pp", limit_pp, "the pipeline's task names no slices, or they were not measured")
+    worst = max(drops, key=lambda name: drops[name].high)
+    failed = sum(drop.high > limit_pp for drop in drops.values())
+    check = _judged("slice_drop", "pp", limit_pp, drops[worst].value, drops[worst], is_met=failed == 0)
+    told = f"{worst} ({len(report.slices[worst]):,} samples)"
+    return replace(check, reason=f"{told}: {check.reason}; {failed} of {len(drops)} slices are above it")
+
+
+def _check_age(measured: datetime | None, now: datetime, most_days: float) -> Check:
+    if measured is None:
+        return _unknown("age", "days", most_days, "when it was measured is not recorded")
+    days = (now - measured).total_seconds() / 86_400
+    if days < -_CLOCKS_DIFFER_DAYS:
+        return _unknown("age", "days", most_days, f"it was measured in the future, at {measured}: check the clock")
+    return _judged("age", "days", most_days, max(days, 0.0), None, is_met=days <= most_days)
+
+
+def _check_regression(baseline: BaselineComparison, budget: Budget) -> list[Check]:
+    why = "; ".join(("it was not compared", *baseline.notes))
+    pairs = (
+        ("latency_against_baseline", "x", budget.latency_regression, baseline.latency_ratio),
+        ("accuracy_against_baseline", "pp", budget.accuracy_drop_pp, baseline.accuracy_drop_pp),
+    )
+    checks = []
+    for name, unit, limit, interval in pairs:
+        if interval is None:
+            checks.append(_unknown(name, unit, limit, f"{baseline.name}: {why}"))
+            continue
+        check = _judged(name, unit, limit, interval.value, interval, is_met=interval.high <= limit)
+        checks.append(replace(check, reason=f"beside {baseline.name}: {check.reason}"))
+    return checks
 
 
 def _judged(name: str, unit: str, limit: float, measured: float, interval: Interval | None, *, is_met: bool) -> Check:

@@ -1,6 +1,6 @@
 """The report: one HTML file that tells the decision first and needs no network."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,12 @@ from deploypipe.report.search_text import (
     stage_rows,
 )
 from deploypipe.report.tables import (
+    OVERVIEW_HEADER,
     PRECISION_HEADER,
     before_after,
     check_cells,
     count,
+    overview_rows,
     precision_rows,
     repair_remarks,
     score_notes,
@@ -28,6 +30,8 @@ from deploypipe.report.tables import (
     seconds,
 )
 from deploypipe.runs import RunResult, write_atomically
+
+_MOST_SLICES = 30  # classes that are shown
 
 
 def write_report(result: RunResult, path: Path) -> None:
@@ -40,6 +44,16 @@ def write_scores(name: str, summary: ScoreSummary, path: Path) -> None:
     _write(path, _render("scores.html.j2", lambda: _score_figures(summary), name=name, open=True, **_about(summary)))
 
 
+def write_overview(name: str, results: Mapping[str, RunResult | str], path: Path) -> None:
+    """Write the page that leads to the reports of one network's targets, which are in folders of their names beside it.
+    DeploypipeError where plotly or jinja2 are not installed."""
+    verdicts = {"ERROR" if isinstance(result, str) else result.decision.verdict.value for result in results.values()}
+    worst = next(verdict for verdict in ("ERROR", "HOLD", "SHIP") if verdict in verdicts)
+    rows = overview_rows(results)
+    page = _render("overview.html.j2", dict, name=name, worst=worst, header=OVERVIEW_HEADER, rows=rows)
+    _write(path, page)
+
+
 def render_report(result: RunResult) -> str:
     """The report of a run as HTML."""
     return _render(
@@ -48,6 +62,7 @@ def render_report(result: RunResult) -> str:
         result=result,
         rows=before_after(result),
         checks=[check_cells(check) for check in result.decision.checks],
+        most_slices=_MOST_SLICES,
         removed_blocks=_removed_blocks(result.prune),
         remarks=[row for row in result.prune.rows if row.reason] if result.prune else [],
         unrepaired=repair_remarks(result.repair) if result.repair else [],
@@ -128,6 +143,8 @@ def _figures(result: RunResult) -> dict[str, str]:
     figures: dict[str, str] = {"stages": plots.stage_times(result.stages)}
     if result.benchmark.dense.latency or result.benchmark.compressed.latency:
         figures["latencies"] = plots.latencies(result.benchmark)
+    if any(result.benchmark.slices.values()) and result.benchmark.compressed.per_sample_metric:
+        figures["slices"] = plots.slices(result.benchmark, _MOST_SLICES)
     if result.search:
         figures |= _search_figures(result, result.search)
     if result.training and result.training.epochs:

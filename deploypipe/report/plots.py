@@ -1,7 +1,9 @@
 """The report's figures, as HTML fragments that share one copy of plotly.js."""
 
+import hashlib
 from typing import Any
 
+import numpy as np
 import plotly.graph_objects as go
 
 from deploypipe.records import (
@@ -70,6 +72,37 @@ def latencies(report: BenchmarkReport) -> str:
     return as_html(figure)
 
 
+def slices(report: BenchmarkReport, most: int) -> str:
+    """The mean metric of each class, or of what else the task names, dense and compressed; the `most` that lost most,
+    in that order."""
+    metrics = [np.array(measured.per_sample_metric) for measured in (report.dense, report.compressed)]
+    means = {name: [float(metric[list(at)].mean()) for metric in metrics] for name, at in report.slices.items() if at}
+    names = sorted(means, key=lambda name: means[name][1] - means[name][0])[:most]
+    figure = go.Figure()
+    for name in names:
+        figure.add_shape(
+            type="line",
+            y0=name,
+            y1=name,
+            x0=100 * means[name][0],
+            x1=100 * means[name][1],
+            line_color=MUTED,
+            layer="below",
+        )
+    for i, (label, colour) in enumerate((("dense", DENSE), ("compressed", COMPRESSED))):
+        figure.add_scatter(
+            y=names,
+            x=[100 * means[name][i] for name in names],
+            name=label,
+            mode="markers",
+            marker={"color": colour, "size": 14 - 4 * i},
+            customdata=[len(report.slices[name]) for name in names],
+            hovertemplate="%{y}: %{x:.2f} %, %{customdata:,} samples",
+        )
+    figure.update_layout(xaxis_title="metric, %", yaxis={"autorange": "reversed", "type": "category"})
+    return as_html(figure, height=140 + 28 * len(names))
+
+
 def _mark_median(figure: Any, p50: Interval, colour: str) -> None:
     figure.add_vline(x=p50.value, line_color=colour, line_width=2, annotation_text=f"p50 {p50.value:.4g} ms")
 
@@ -135,5 +168,6 @@ def as_html(figure: Any, height: int = 380, top: int = 30) -> str:
     )
     figure.update_yaxes(automargin=True)
     figure.update_xaxes(automargin=True)
-    text: str = figure.to_html(full_html=False, include_plotlyjs=False, config=CONFIG)
+    name = hashlib.sha256(figure.to_json().encode()).hexdigest()[:16]  # the same figure, the same bytes
+    text: str = figure.to_html(full_html=False, include_plotlyjs=False, config=CONFIG, div_id=f"figure-{name}")
     return text

@@ -1,5 +1,6 @@
 """What a search found, and what held it back, as sentences and rows: only what its records say."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import isnan
@@ -27,7 +28,9 @@ _KNOBS = {
     "exponent": "below 1 small losses count more",
     "block_weight": "how much the losses of blocks count",
     "late": "above 0 losses near the output count more",
-    "measured": "1 for widths by measured losses, 0 for uniform ones",
+    "by_importance": "1 for blocks in the order of their similarity (CKA), 0 for that of their losses",
+    "magnitude": "how much of magnitude's ranking is mixed into that of the recipe's scorer",
+    "control": "0 for widths by measured losses, 1 for uniform ones, 2 for those that magnitude alone leaves",
 }
 
 
@@ -74,6 +77,8 @@ def limit_sentences(result: RunResult, search: SearchResult, stages: tuple[Stage
     """What limited the result."""
     return [
         _trials_sentence(search),
+        *_workers_sentence(search),
+        *_finalists_sentence(search),
         *_budget_sentences(search),
         _accuracy_sentence(search, result.target),
         *_narrowest_sentence(stages, result.structures, result.target.channel_multiple),
@@ -125,6 +130,27 @@ def _trials_sentence(search: SearchResult) -> str:
     stopped = sum(trial.is_stopped for trial in feasible)
     told = f"{len(feasible)} of {len(search.trials)} trials lie within the budget"
     return f"{told}; {stopped} of them were stopped early, as certainly less accurate." if stopped else f"{told}."
+
+
+def _workers_sentence(search: SearchResult) -> list[str]:
+    counts = Counter(trial.judged_by for trial in search.trials if trial.judged_by)
+    if not counts:
+        return []
+    best = search.trials[search.best]
+    each = ", ".join(f"{worker} ({count})" for worker, count in counts.most_common())
+    taken = best.candidate.measured_by
+    measured = f"; the latency of trial {best.number} was taken by {taken}" if taken else ""
+    return [f"Trials were done by {each}{measured}."]
+
+
+def _finalists_sentence(search: SearchResult) -> list[str]:
+    if not search.tuned:
+        return []
+    each = [
+        f"{100 * search.trials[int(number)].candidate.accuracy:.2f} -> {100 * accuracy:.2f} % (trial {number})"
+        for number, accuracy in search.tuned.items()
+    ]
+    return [f"The best were trained for a short while, on val: {', '.join(each)}; trial {search.best} went on."]
 
 
 def _budget_sentences(search: SearchResult) -> list[str]:

@@ -1,8 +1,9 @@
 """The figures of a run as text: the same rows for the terminal and for the report."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
 
+from deploypipe.numerics.intervals import interval_of_drop_pp
 from deploypipe.records import (
     Check,
     Edit,
@@ -13,14 +14,14 @@ from deploypipe.records import (
     PruningPlan,
     RepairReport,
     ScoreSummary,
+    Waiver,
 )
 from deploypipe.runs import RunResult
 
 NOT_MEASURED = "not measured"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """One figure of the dense and of the compressed model."""
 
     name: str
@@ -55,6 +56,62 @@ def before_after(result: RunResult) -> tuple[Row, ...]:
     )
 
 
+OVERVIEW_HEADER = ("target", "decision", "metric", "latency p50", "peak memory", "file size", "MACs", "why")
+
+
+def overview_rows(results: Mapping[str, RunResult | str]) -> list[tuple[str, ...]]:
+    """One network on several targets: what ships for each, beside the dense model; or the error that ended its run."""
+    rows: list[tuple[str, ...]] = []
+    for name, result in results.items():
+        if isinstance(result, str):
+            rows.append((name, "ERROR", "", "", "", "", "", result))
+            continue
+        changes = {row.name: row.change for row in before_after(result)}
+        shown = (changes[key] for key in (result.metric, *OVERVIEW_HEADER[3:7]))
+        rows.append((name, result.decision.verdict.value, *shown, result.decision.reason))
+    return rows
+
+
+COMPARISON_HEADER = ("", "first", "second", "second / first")
+
+
+def comparison_rows(first: RunResult, second: RunResult) -> list[tuple[str, ...]]:
+    """What two runs ship, figure by figure. Accuracies pair where both were tested on the same samples; latencies were
+    timed apart, so their quotient is only shown for one device, and says less than an interleaved one."""
+    before, after = first.benchmark, second.benchmark
+    rows = {row.name: row.compressed for row in before_after(first)}
+    others = {row.name: row.compressed for row in before_after(second)}
+    same_device = before.environment.device_fingerprint == after.environment.device_fingerprint
+    quotients = {
+        name: _quotient(*(side.compressed.figures[figure] for side in (before, after)))
+        + (", timed apart" if name in _TIMED else "")
+        for name, figure in _FIGURES.items()
+        if same_device or name not in (*_TIMED, "peak memory")
+    }
+    metrics = (before.compressed.per_sample_metric, after.compressed.per_sample_metric)
+    if before.test_data and before.test_data == after.test_data and first.metric == second.metric and all(metrics):
+        drop = interval_of_drop_pp(*metrics)
+        quotients[first.metric] = f"{-drop.value:+.2f} pp ({-drop.high:+.2f} to {-drop.low:+.2f})"
+    return [
+        ("decision", first.decision.verdict.value, second.decision.verdict.value, ""),
+        *((name, rows.get(name, ""), others.get(name, ""), quotients.get(name, "")) for name in {**rows, **others}),
+    ]
+
+
+_TIMED = ("latency p50",)
+_FIGURES = {  # a row's name -> that of the figure
+    "latency p50": "latency_p50",
+    "peak memory": "peak_memory",
+    "file size": "file_size",
+    "parameters": "params",
+    "MACs": "macs",
+}
+
+
+def _quotient(before: float | None, after: float | None) -> str:
+    return f"{after / before:.3f}x" if before and after is not None else NOT_MEASURED
+
+
 def check_cells(check: Check) -> tuple[str, str, str, str, str]:
     """Name, status, measured, limit and reason of one gate check."""
     return (
@@ -62,8 +119,12 @@ def check_cells(check: Check) -> tuple[str, str, str, str, str]:
         str(check.status.value),
         NOT_MEASURED if check.measured is None else with_interval(check.measured, check.interval, check.unit),
         "" if check.limit is None else figure(check.limit, check.unit),
-        check.reason,
+        check.reason if check.waiver is None else f"{check.reason}; {_waived(check.waiver)}",
     )
+
+
+def _waived(waiver: Waiver) -> str:
+    return f"WAIVED by {waiver.by} from {waiver.granted} to {waiver.expires}: {waiver.reason}"
 
 
 def score_table(summary: ScoreSummary) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

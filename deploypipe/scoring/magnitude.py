@@ -15,6 +15,12 @@ def score_magnitude(
     model: nn.Module, structures: Structures, moments: Moments, config: Magnitude, seed: int
 ) -> ScoreTable:
     """Sum of |w| or w^2 (`config.power`) over all members with a weight matrix, by unit; float64."""
+    return score_magnitudes(model, structures, config)
+
+
+def score_magnitudes(model: nn.Module, structures: Structures, config: Magnitude | None = None) -> ScoreTable:
+    """`score_magnitude`, which needs no observations."""
+    config = config or Magnitude()
     modules = dict(model.named_modules())
     channels = {group.name: _group_size(group, modules, config.power) for group in structures.groups}
     return ScoreTable(scorer=config.kind, channels=channels)

@@ -11,7 +11,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
 from deploypipe.errors import DeploypipeError
-from deploypipe.records import Curves, LossCurve, Structures
+from deploypipe.records import Curves, LossCurve, ScoreTable, Structures
 from deploypipe.search.costs import STAYS, Costs, home_blocks
 
 _GAP = 1e-4
@@ -113,12 +113,30 @@ def cheapest(structures: Structures, curves: Curves, costs: Costs) -> Allocation
 
 def uniform(structures: Structures, fraction: float, multiple: int) -> Allocation:
     """The same fraction of every group kept, in steps of `multiple` channels, its least at least; no block removed."""
+    kept = {group.name: group.num_units * fraction for group in structures.groups}
+    return Allocation(widths=_in_steps(structures, kept, multiple), blocks=())
+
+
+def greedy(structures: Structures, magnitudes: ScoreTable, fraction: float, multiple: int) -> Allocation:
+    """The given fraction of all units kept, the largest of all groups by their share of their own group's sum times its
+    number of units; widths as in `uniform`."""
+    relative = {
+        name: np.array(sizes) / max(float(np.mean(sizes)), 1e-30) for name, sizes in magnitudes.channels.items()
+    }
+    ranked = np.sort(np.concatenate(list(relative.values())))[::-1]
+    threshold = ranked[min(round(fraction * len(ranked)), len(ranked) - 1)] if fraction < 1 else -np.inf
+    kept = {name: float((own > threshold).sum()) for name, own in relative.items()}
+    return Allocation(widths=_in_steps(structures, kept, multiple), blocks=())
+
+
+def _in_steps(structures: Structures, kept: Mapping[str, float], multiple: int) -> dict[str, int]:
     widths = {}
     for group in structures.groups:
-        step = group.step(multiple)
-        least = structures.least_width(group, multiple)
-        widths[group.name] = min(max(least, round(group.num_units * fraction / step) * step), group.num_units)
-    return Allocation(widths=widths, blocks=())
+        step, least = group.step(multiple), structures.least_width(group, multiple)
+        widths[group.name] = min(max(least, round(kept[group.name] / step) * step), group.num_units)
+    for names in structures.constraints.uniform:
+        widths |= dict.fromkeys(names, max(widths[name] for name in names))
+    return widths
 
 
 def allowed_widths(structures: Structures, curves: Curves) -> dict[str, tuple[int, ...]]:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -27,10 +27,11 @@ from deploypipe.numerics.intervals import interval_of_median_ratio
 from deploypipe.pruning.apply import apply_plan
 from deploypipe.recipe import Export
 from deploypipe.records import PrecisionRow, PruningPlan
-from deploypipe.runs import cache_folder, digest, write_atomically
+from deploypipe.runs import digest
 from deploypipe.runtimes import Array, find_runtime
 from deploypipe.runtimes.packing import feed
 from deploypipe.search.footprint import Footprint, footprint
+from deploypipe.search.measuring import Known, Measuring, OwnMeasuring
 from deploypipe.search.memory_model import fit_memory
 from deploypipe.target import Target
 from deploypipe.task import Batch, take_calib
@@ -55,7 +56,8 @@ class Candidates:
     target: Target
     builds_engines: bool  # they are what the device runs, and this machine can build them
     export: Export
-    ratios: dict[str, float] = field(default_factory=dict)  # by shape and device: latencies known so far
+    measuring: Measuring = field(default_factory=OwnMeasuring)
+    ratios: dict[str, Known] = field(default_factory=dict)  # by shape and device: latencies known so far
     measured: list[tuple[Footprint, float]] = field(default_factory=list)  # files of candidates, and their peaks in MiB
     exported: Counter[str] = field(default_factory=Counter)  # why files could not be cut out of the dense one
 
@@ -80,7 +82,7 @@ class Candidates:
         """Predicted once a few files were measured, and it is plain on which side of the limit the file lies; measured
         otherwise, in processes of its own, which takes seconds."""
         known = self._footprint(path)
-        if known and len(self.measured) >= _FEWEST_MEASURED:
+        if known and len(self.measured) >= _FEWEST_MEASURED and not self.measuring.is_shared:  # workers' would differ
             predicted = fit_memory([f for f, _ in self.measured], [mib for _, mib in self.measured]).predict(known)
             if not predicted.low <= limit_mib <= predicted.high:
                 return predicted.value
@@ -94,20 +96,16 @@ class Candidates:
         """Of each file's latency to that of the dense fp32 file, all interleaved so that a drifting clock cancels. What
         was measured once for a shape and device is not measured again; later runs find it if it was told well."""
         keys = [self._key(path) for path in paths]
-        stored = {key: cache_folder() / "latency" / key for key in keys if key not in self.ratios}
-        self.ratios |= {key: float(at.read_text()) for key, at in stored.items() if at.is_file()}
-        missing = {key: path for key, path in zip(keys, paths, strict=True) if key not in self.ratios}
+        missing = {key: self._opened(path) for key, path in zip(keys, paths, strict=True) if not self._is_known(key)}
         if missing:
-            opened = [self.dense_opened, *(self._opened(path) for path in missing.values())]
-            runtime, inputs = find_runtime(self.target), self._feed(self.dense_opened)
-            timings = time_interleaved(opened, inputs, runtime, self.target, num_samples=num_samples)
-            for key, times in zip(missing, timings.samples[1:], strict=True):
-                ratio = interval_of_median_ratio(times, timings.samples[0], block=timings.block)
-                self.ratios[key] = ratio.value
-                if ratio.high - ratio.low <= _TELLING * ratio.value:
-                    stored[key].parent.mkdir(parents=True, exist_ok=True)
-                    write_atomically(stored[key], repr(ratio.value).encode())
-        return [self.ratios[key] for key in keys]
+            with self.measuring.alone() as was_alone:
+                still = {key: file for key, file in missing.items() if not self._is_known(key)}  # others measure too
+                self._measure(still, num_samples, was_alone)
+        return [self.ratios[key].ratio for key in keys]
+
+    def measured_by(self, path: Path) -> str:
+        """Who took the latency of a file, when and in what state of the machine; "" where nobody else could have."""
+        return self.ratios[self._key(path)].told
 
     def ratio_of(self, plan: PruningPlan, work: Path) -> float:
         """The latency of a plan's network, which does not hang on its weights, as in `latency_ratios`."""
@@ -118,8 +116,28 @@ class Candidates:
         """The upper end of its interval, whatever is known of it, from as many runs as the target asks for."""
         with self._unrepaired(plan, work) as file:
             files, runtime = (self._opened(file), self.dense_opened), find_runtime(self.target)
-            timings = time_interleaved(files, self._feed(self.dense_opened), runtime, self.target)
+            with self.measuring.alone():
+                timings = time_interleaved(files, self._feed(self.dense_opened), runtime, self.target)
         return interval_of_median_ratio(*timings.samples, block=timings.block).high
+
+    def _is_known(self, key: str) -> bool:
+        if key not in self.ratios:
+            found = self.measuring.known(key)
+            self.ratios |= {key: found} if found else {}
+        return key in self.ratios
+
+    def _measure(self, files: Mapping[str, Path], num_samples: int, was_alone: Callable[[], bool]) -> None:
+        if not files:
+            return
+        paths, runtime = [self.dense_opened, *files.values()], find_runtime(self.target)
+        inputs = self._feed(self.dense_opened)
+        timings = time_interleaved(paths, inputs, runtime, self.target, num_samples=num_samples)
+        while not was_alone():
+            timings = time_interleaved(paths, inputs, runtime, self.target, num_samples=num_samples)
+        for key, times in zip(files, timings.samples[1:], strict=True):
+            ratio = interval_of_median_ratio(times, timings.samples[0], block=timings.block)
+            is_telling = ratio.high - ratio.low <= _TELLING * ratio.value
+            self.ratios[key] = self.measuring.publish(key, ratio.value, is_telling=is_telling)
 
     @contextmanager
     def _unrepaired(self, plan: PruningPlan, work: Path) -> Iterator[Path]:

@@ -45,6 +45,7 @@ class Judge:
                 file_size_mib=self.candidates.size_mib(file),
                 num_params=num_params,
                 num_macs=num_macs,
+                measured_by="" if self.dense_p50_ms is None else self.candidates.measured_by(file),
             )
 
         def with_accuracy(seen: Results) -> Candidate:

@@ -59,10 +59,13 @@ def is_over_budget(candidate: Candidate, dense: Candidate, limits: Mapping[str, 
     return any(excess > 0 for excess in violations(candidate, dense, limits).values())
 
 
-def with_margin(limits: Mapping[str, Limit]) -> dict[str, Limit]:
-    """What is measured a little lower: a search that fills the whole budget leaves the gate's measurement no room."""
+def with_margin(limits: Mapping[str, Limit], part: float = 1.0) -> dict[str, Limit]:
+    """What is measured a little lower: a search that fills the whole budget leaves the gate's measurement no room.
+
+    part: of the margin that is kept.
+    """
     return {
-        name: replace(limit, value=limit.value * (1 - _MARGINS[name])) if name in _MARGINS else limit
+        name: replace(limit, value=limit.value * (1 - part * _MARGINS[name])) if name in _MARGINS else limit
         for name, limit in limits.items()
     }
 

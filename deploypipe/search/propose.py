@@ -10,6 +10,7 @@ from deploypipe.pruning.apply import apply_plan
 from deploypipe.pruning.plan import make_plan
 from deploypipe.pruning.structures import count_macs
 from deploypipe.records import Candidate, Curves, Cut, LatencyFit, PruningPlan, ScoreTable, Structures, TimedCut, Trial
+from deploypipe.scoring.mixed import mixed
 from deploypipe.search.allocate import (
     Allocation,
     Bound,
@@ -17,14 +18,16 @@ from deploypipe.search.allocate import (
     allocate_to,
     allowed_widths,
     cheapest,
+    greedy,
     uniform,
 )
 from deploypipe.search.costs import Costs, latency_costs, mac_costs, param_costs
 from deploypipe.search.latency_model import LatencyModel
 from deploypipe.search.sites import Site
 
-_UNIFORM_STEPS = 64  # shares of every width that are tried
-_NUM_TIMED = 5  # networks for one trial
+_FAMILY_STEPS = 64  # shares of what is kept that are tried
+NUM_TIMED = 5  # networks for one trial
+UNIFORM, GREEDY = 1.0, 2.0  # of the knob "control"
 _FILLED = 0.97  # of the latency: as near to its limit as times can be told apart
 
 
@@ -40,6 +43,7 @@ class Proposer:
     inputs: Any  # a batch, to count multiply-accumulates with
     structures: Structures
     scores: ScoreTable
+    magnitudes: ScoreTable
     curves: Curves
     channel_multiple: int
     shares: Mapping[str, float]  # of the dense network's figures: the most by budget, those of `BOUNDED` at least one
@@ -51,8 +55,9 @@ class Proposer:
     def __call__(self, knobs: Mapping[str, float], trials: Sequence[Trial]) -> PruningPlan:
         model = self.latency_model(trials)
         shares = {name: share * knobs["fill"] for name, share in self.shares.items()}
-        if knobs["measured"] == 0.0:
-            return self.plan(self._uniform_within(list(shares.values()), model))
+        if knobs["control"]:
+            allocations = {UNIFORM: self._uniform, GREEDY: self._greedy}
+            return self.plan(self._widest_within(allocations[knobs["control"]], list(shares.values()), model))
         emphasis = Emphasis(
             exponent=knobs["exponent"],
             block_weight=knobs["block_weight"],
@@ -60,17 +65,19 @@ class Proposer:
             late=knobs["late"],
         )
         if model is None or "latency_p50" not in shares:
-            return self.plan(self.allocate(emphasis, model, shares))
-        return self._timed_within(emphasis, model, shares)
+            return self.plan(self.allocate(emphasis, model, shares), knobs["magnitude"])
+        return self._timed_within(emphasis, model, shares, knobs["magnitude"])
 
-    def _timed_within(self, emphasis: Emphasis, model: LatencyModel, shares: Mapping[str, float]) -> PruningPlan:
+    def _timed_within(
+        self, emphasis: Emphasis, model: LatencyModel, shares: Mapping[str, float], magnitude: float
+    ) -> PruningPlan:
         """What the solver finds where the model is best tends to be where the model is off: so what it finds is timed,
         the model told, and the solver asked again, until the network fills its latency. Of those within it the one that
         fills it most; the fastest where none is."""
         limit = asked = shares["latency_p50"]
         found: list[tuple[float, PruningPlan]] = []
-        for _ in range(_NUM_TIMED):
-            plan = self.plan(self.allocate(emphasis, model, {**shares, "latency_p50": asked}))
+        for _ in range(NUM_TIMED):
+            plan = self.plan(self.allocate(emphasis, model, {**shares, "latency_p50": asked}), magnitude)
             ratio = self.measure(plan)
             is_known = any(plan == other for _, other in found)
             found.append((ratio, plan))
@@ -97,9 +104,11 @@ class Proposer:
             return None
         return LatencyModel(self.sites, [*self.timed, *measured_trials(trials, self.reference)])
 
-    def plan(self, allocation: Allocation) -> PruningPlan:
+    def plan(self, allocation: Allocation, magnitude: float = 0.0) -> PruningPlan:
+        """magnitude: its weight beside the recipe's scorer, in what each group loses first."""
         widths, blocks = allocation.widths, allocation.blocks
-        return make_plan(self.structures, self.scores, widths, blocks, self.channel_multiple)
+        scores = mixed(self.scores, self.magnitudes, magnitude)
+        return make_plan(self.structures, scores, widths, blocks, self.channel_multiple)
 
     def costs(self, name: str, model: LatencyModel | None) -> Costs:
         levels = allowed_widths(self.structures, self.curves)
@@ -124,17 +133,26 @@ class Proposer:
         measured = tuple(timed.ratio for timed in model.timed)
         return LatencyFit(predicted=tuple(model.held_out().tolist()), measured=measured)
 
-    def _uniform_within(self, shares: Sequence[float], model: LatencyModel | None) -> Allocation:
-        """The widest of uniform networks within the bounds; the narrowest where none is."""
-        low, high = 0, _UNIFORM_STEPS
+    def _widest_within(
+        self, choose: Callable[[float], Allocation], shares: Sequence[float], model: LatencyModel | None
+    ) -> Allocation:
+        """Of a family of networks, by the share that is kept, the widest within the bounds; the narrowest where none
+        is."""
+        low, high = 0, _FAMILY_STEPS
         while low < high:  # share low / 64 is within, or unknown for 0
             middle = (low + high + 1) // 2
-            figures = self.figures(uniform(self.structures, middle / _UNIFORM_STEPS, self.channel_multiple), model)
+            figures = self.figures(choose(middle / _FAMILY_STEPS), model)
             if all(figure <= share for figure, share in zip(figures, shares, strict=True)):
                 low = middle
             else:
                 high = middle - 1
-        return uniform(self.structures, low / _UNIFORM_STEPS, self.channel_multiple)
+        return choose(low / _FAMILY_STEPS)
+
+    def _uniform(self, share: float) -> Allocation:
+        return uniform(self.structures, share, self.channel_multiple)
+
+    def _greedy(self, share: float) -> Allocation:
+        return greedy(self.structures, self.magnitudes, share, self.channel_multiple)
 
 
 def measured_trials(trials: Sequence[Trial], reference: Candidate) -> list[TimedCut]:

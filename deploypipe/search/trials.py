@@ -10,7 +10,7 @@ from deploypipe.search.front import cost, costs
 from deploypipe.search.looks import Results, is_certainly_worse
 from deploypipe.target import Limit
 
-NUM_FINALISTS = 5  # timed again at most
+MOST_TIMED_AGAIN = 5
 IsSettled = Callable[[Candidate, Results], bool]
 
 
@@ -30,18 +30,10 @@ Propose = Callable[[Mapping[str, float], Sequence[Trial]], PruningPlan]  # knobs
 
 @dataclass(kw_only=True, slots=True)
 class History:
-    """The finished trials, and sample by sample the results of those within the budget that saw all of val."""
+    """The trials that one looks at, and sample by sample the results of those within the budget that saw all of val."""
 
     trials: list[Trial]
     results: dict[int, Results]  # trial number ->
-
-    def add(self, trial: Trial, results: Results | None) -> None:
-        self.trials.append(trial)
-        if results is not None:
-            self.results[trial.number] = results
-
-    def same_plan(self, plan: PruningPlan) -> Trial | None:
-        return next((t for t in self.trials if t.plan.edits == plan.edits and t.plan.blocks == plan.blocks), None)
 
     def rival(self, candidate: Candidate, objectives: Sequence[ObjectiveName]) -> Results | None:
         """Of the most accurate trial so far that costs no more. With accuracy as the only objective costs are none."""
@@ -56,18 +48,15 @@ class History:
 
 
 def judge_plan(
+    number: int,
     chosen: dict[str, float],
-    propose: Propose,
+    plan: PruningPlan,
     evaluate: Evaluate,
     excess_of: Callable[[Candidate], dict[str, float]],
     objectives: Sequence[ObjectiveName],
     history: History,
 ) -> tuple[Trial, Results | None]:
-    """Propose and judge the next trial: it, and its results where later trials may be compared with them."""
-    number, plan = len(history.trials), propose(chosen, history.trials)
-    known = history.same_plan(plan)
-    if known is not None:  # other knobs, the same network: nothing new to measure
-        return replace(known, number=number, knobs=chosen), None
+    """Judge what the knobs made: the trial, and its results where later trials may be compared with them."""
     is_stopped = False
 
     def is_settled(candidate: Candidate, seen: Results) -> bool:
@@ -92,6 +81,11 @@ def judge_plan(
     return trial, results if trial.feasible and not is_stopped else None
 
 
+def is_same_network(plan: PruningPlan, other: PruningPlan) -> bool:
+    """Whether both make the same network."""
+    return plan.edits == other.edits and plan.blocks == other.blocks
+
+
 def _is_feasible(excess: Mapping[str, float]) -> bool:
     return all(value <= 0 for value in excess.values())
 
@@ -114,22 +108,48 @@ def violations(candidate: Candidate, dense: Candidate, limits: Mapping[str, Limi
 
 
 def confirm(
-    found: SearchResult, limit: float, measure: Callable[[PruningPlan], float], most: int = NUM_FINALISTS
+    found: SearchResult,
+    limit: float,
+    measure: Callable[[PruningPlan], float],
+    wanted: int = 1,
+    most: int = MOST_TIMED_AGAIN,
 ) -> SearchResult:
-    """The most accurate trial that is within its latency when it is timed once more.
+    """With the `wanted` most accurate trials that are within their latency when they are timed once more as finalists.
 
     Of many trials near a limit, those that were timed a little too fast are within it: a winner by one measurement is
-    likely one of them. limit, and what `measure` gives afresh: shares of the dense network's latency. Where none of the
-    `most` most accurate holds, the one nearest to the limit is taken.
+    likely one of them. limit, and what `measure` gives afresh: shares of the dense network's latency. At most `most`
+    are timed; where none of them holds, the one nearest to the limit is taken.
     """
-    finalists = sorted((t for t in found.trials if t.feasible and not t.is_stopped), key=rank, reverse=True)
     again: dict[int, float] = {}
-    for trial in finalists[:most]:
+    for trial in _distinct(found)[:most]:
         again[trial.number] = measure(trial.plan)
-        if again[trial.number] <= limit:
+        if sum(ratio <= limit for ratio in again.values()) == wanted:
             break
-    best = min(again, key=lambda number: (max(again[number], limit), list(again).index(number)))
-    return replace(found, best=best, timed_again={str(number): ratio for number, ratio in again.items()})
+    nearest = min(again, key=lambda number: (max(again[number], limit), list(again).index(number)))
+    held = tuple(number for number, ratio in again.items() if ratio <= limit) or (nearest,)
+    timed_again = {str(number): ratio for number, ratio in again.items()}
+    return replace(found, best=held[0], finalists=held, timed_again=timed_again)
+
+
+def with_finalists(found: SearchResult, wanted: int) -> SearchResult:
+    """With the `wanted` most accurate trials, where no latency is to be confirmed."""
+    return replace(found, finalists=tuple(trial.number for trial in _distinct(found)[:wanted]))
+
+
+def with_tuned(found: SearchResult, accuracies: Mapping[str, float]) -> SearchResult:
+    """With the finalist that a short training brought furthest as the winner. accuracies: on val, by trial number."""
+    best = max(found.finalists, key=lambda number: (accuracies[str(number)], rank(found.trials[number])))
+    return replace(found, best=best, tuned=dict(accuracies))
+
+
+def _distinct(found: SearchResult) -> list[Trial]:
+    """The feasible trials, each network once, the most accurate first."""
+    ordered = sorted((t for t in found.trials if t.feasible and not t.is_stopped), key=rank, reverse=True)
+    distinct: list[Trial] = []
+    for trial in ordered:
+        if not any(is_same_network(trial.plan, other.plan) for other in distinct):
+            distinct.append(trial)
+    return distinct
 
 
 def most_accurate(trials: Sequence[Trial]) -> Trial:

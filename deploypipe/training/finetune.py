@@ -1,11 +1,10 @@
 """A short training of the repaired network, taught by the dense one. One loop, readable from top to bottom."""
 
 import copy
-import logging
 import math
 import time
-from collections.abc import Iterator, Sized
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sized
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from deploypipe.data import fingerprint_of
 from deploypipe.errors import DataError
 from deploypipe.jsonio import from_json, to_json
 from deploypipe.recipe import Finetune
 from deploypipe.records import EpochLog, Event, Progress, TrainLog, silent
-from deploypipe.task import Splits, Task, channels_last, forward, map_tensors, tensors
+from deploypipe.task import Batch, Splits, Task, channels_last, forward, map_tensors, num_samples, tensors
+from deploypipe.training.ranks import ALONE, Part, Ranks
 
 _PRECISIONS: dict[str, Any] = {"bf16": "bf16-mixed", "fp32": "32-true"}
 
@@ -36,6 +37,7 @@ def finetune(
     checkpoint: Path | None = None,
     seed: int = 0,
     notify: Progress = silent,
+    ranks: Ranks = ALONE,
 ) -> tuple[nn.Module, TrainLog]:
     """Train a copy of `pruned` on `splits.train`; the epoch with the best metric on `splits.val` is returned.
 
@@ -44,14 +46,20 @@ def finetune(
     and cosine decay: a repaired network is destroyed by a large first step. The weights that are judged and returned
     are an exponential moving average. When no epoch beats the start, the start is returned and the log says so. With a
     `checkpoint` folder the work resumes after a kill at the last whole epoch.
+
+    On several `ranks`, each of which calls this with the same arguments, all read every batch and each passes its part
+    of it. Batches, steps, rates and gradients are those of one rank, whatever their number, which may change when the
+    work resumes. Two things are not: dropout, and batch norms, which see the samples that are passed at once (on CUDA
+    by all ranks, elsewhere by one; with `settings.accumulate`, one part). Rank 0 alone writes the checkpoint, and all
+    go on from it. RanksError, on every rank, where they read different batches.
     """
-    fabric = _quiet_fabric(_PRECISIONS[settings.precision])
+    fabric = ranks.fabric(_PRECISIONS[settings.precision])
     student = copy.deepcopy(pruned)
     state = _State(best=_weights(student), average=_weights(student))
-    steps = _count_batches(splits)
+    steps = _count_batches(ranks, splits)
     if settings.num_epochs == 0:
         return student, TrainLog(epochs=(), chosen_epoch=0, reason="no epochs asked for")
-    student = _in_channels_last(student)
+    student = ranks.with_shared_norms(_in_channels_last(student))
     teacher = fabric.to_device(_in_channels_last(copy.deepcopy(dense)).eval())
     optimizer = torch.optim.SGD(
         student.parameters(),
@@ -61,11 +69,12 @@ def finetune(
         nesterov=settings.momentum > 0,
     )
     model, optimizer = fabric.setup(student, optimizer)
-    if checkpoint is not None:
-        _restore_(state, student, optimizer, checkpoint)
+    lesson = _Lesson(fabric=fabric, ranks=ranks, model=model, teacher=teacher, task=task, settings=settings)
+    if stored := ranks.tell(_newest(checkpoint) if checkpoint is not None else None):
+        _restore_(state, student, optimizer, stored)
     if not state.log:
         started = time.perf_counter()
-        state.best_metric = _validate(fabric, model, splits, task)
+        state.best_metric = _validate(lesson, splits)
         state.log.append(_epoch(0, 0.0, math.nan, state.best_metric, started))
     for epoch in range(len(state.log), settings.num_epochs + 1):
         started = time.perf_counter()
@@ -73,27 +82,29 @@ def finetune(
         with _seeded(seed * 1_000 + epoch):
             _tell_epoch(splits.train, epoch)
             model.train()
-            for step, (inputs, target) in enumerate(splits.train):
+            for step, batch in enumerate(_in_one_order(ranks, splits.train, epoch)):
                 done = (epoch - 1) * steps + step
                 rate = learning_rate(settings, done, settings.num_epochs * steps)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
-                loss = _distilled_loss(fabric, model, teacher, task, inputs, target, settings)
                 optimizer.zero_grad(set_to_none=True)
-                fabric.backward(loss)
+                losses.append(_backward(lesson, batch, done))
+                # A network that lost much starts far from its teacher: its first gradients are 20 times the later ones,
+                # and without a limit one narrow network ended at 17 % where it now ends at 48 (pipelines/LOG.md).
+                fabric.clip_gradients(model, optimizer, max_norm=settings.max_gradient_norm, error_if_nonfinite=False)
                 optimizer.step()
                 _average_(state.average, student, min(settings.average_decay, (done + 1) / (done + 10)))
-                losses.append(float(loss.detach()))
                 notify(
                     Event(stage="finetune", done=done + 1, total=settings.num_epochs * steps, message=f"epoch {epoch}")
                 )
+        state.average = ranks.tell(state.average)  # batch norms on CPUs saw other samples elsewhere
         with _holding(student, state.average):
-            metric = _validate(fabric, model, splits, task)
+            metric = _validate(lesson, splits)
         if metric > state.best_metric and _are_finite(state.average):  # NaN logits can be right by chance
             state.best_metric, state.best = metric, {n: t.clone() for n, t in state.average.items()}
             state.best_epoch = epoch
-        state.log.append(_epoch(epoch, rate, sum(losses) / len(losses), metric, started))
-        if checkpoint is not None:
+        state.log.append(_epoch(epoch, rate, _mean(ranks, losses), metric, started))
+        if checkpoint is not None and ranks.is_first:
             _store(state, student, optimizer, checkpoint)
     return _best_of(state, pruned)
 
@@ -114,20 +125,57 @@ def learning_rate(settings: Finetune, step: int, num_steps: int) -> float:
     return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
 
 
-def _distilled_loss(
-    fabric: Fabric, model: nn.Module, teacher: nn.Module, task: Task, inputs: Any, target: Any, settings: Finetune
-) -> Tensor:
-    inputs, share = _mixed(fabric.to_device(inputs), settings.mix_share)
-    target = fabric.to_device(target)
-    outputs = forward(model, channels_last(inputs))
-    loss = task.loss(outputs, target)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Lesson:
+    """What stays the same from step to step."""
+
+    fabric: Fabric
+    ranks: Ranks
+    model: Any  # the student in Fabric's wrapper
+    teacher: nn.Module
+    task: Task
+    settings: Finetune
+
+
+def _backward(lesson: _Lesson, batch: Batch, step: int) -> Tensor:
+    """Leave the gradients of the batch's loss in the model. The mean over the ranks of what it returns is that loss."""
+    if lesson.ranks.count == 1:
+        batch = lesson.fabric.to_device(batch)  # once, not again for the samples that are mixed in
+    share = _draw_share(batch[0], lesson.settings.mix_share)
+    parts = lesson.ranks.parts(num_samples(batch[0]), lesson.settings.accumulate)
+    losses = []
+    with _own_dropout(lesson.ranks, step):
+        for part in parts:
+            with lesson.fabric.no_backward_sync(lesson.model, enabled=part is not parts[-1]):
+                loss = part.weight * _distilled_loss(lesson, batch, part, share)
+                lesson.fabric.backward(loss)
+            losses.append(loss.detach())
+    return torch.stack(losses).sum()
+
+
+def _distilled_loss(lesson: _Lesson, batch: Batch, part: Part, share: float) -> Tensor:
+    """The mean over the part's samples, each with a share of the one at its mirror place in the batch."""
+    task, to_device = lesson.task, lesson.fabric.to_device
+
+    def own(tensor: Tensor) -> Tensor:
+        return to_device(tensor[part.start : part.end])
+
+    def mirrored(tensor: Tensor) -> Tensor:
+        return to_device(tensor[len(tensor) - part.end : len(tensor) - part.start]).flip(0)
+
+    def mixed(tensor: Tensor) -> Tensor:
+        return torch.lerp(own(tensor), mirrored(tensor), share) if share else own(tensor)
+
+    inputs = channels_last(map_tensors(mixed, batch[0]))
+    outputs = forward(lesson.model, inputs)
+    loss = task.loss(outputs, map_tensors(own, batch[1]))
     if share:
-        loss = (1 - share) * loss + share * task.loss(outputs, map_tensors(_reversed, target))
-    weight, temperature = settings.distil_weight, settings.distil_temperature
+        loss = (1 - share) * loss + share * task.loss(outputs, map_tensors(mirrored, batch[1]))
+    weight, temperature = lesson.settings.distil_weight, lesson.settings.distil_temperature
     if weight == 0:
         return loss
-    with torch.no_grad(), fabric.autocast():
-        taught = forward(teacher, channels_last(inputs))
+    with torch.no_grad(), lesson.fabric.autocast():
+        taught = forward(lesson.teacher, inputs)
     soft = F.kl_div(
         (outputs.float() / temperature).flatten(0, -2).log_softmax(-1),
         (taught.float() / temperature).flatten(0, -2).log_softmax(-1),
@@ -137,32 +185,53 @@ def _distilled_loss(
     return (1 - weight) * loss + weight * temperature**2 * soft
 
 
-def _mixed(inputs: Any, largest: float) -> tuple[Any, float]:
-    """Each sample with a share of the one at its mirror place in the batch (mixup, arXiv:1710.09412), and the share.
+def _draw_share(inputs: Any, largest: float) -> float:
+    """How much of another sample is mixed into each of a batch (mixup, arXiv:1710.09412).
 
     The dense network remembers the training samples and says little more about them than their labels; about mixed ones
     it has to say what it sees (arXiv:2106.05237).
     """
     if not largest or not all(tensor.is_floating_point() for tensor in tensors(inputs)):
-        return inputs, 0.0
-    share = largest * float(torch.rand(()))
-    return map_tensors(lambda tensor: torch.lerp(tensor, _reversed(tensor), share), inputs), share
+        return 0.0
+    return largest * float(torch.rand(()))
 
 
-def _reversed(tensor: Tensor) -> Tensor:
-    return tensor.flip(0)
+def _own_dropout(ranks: Ranks, step: int) -> AbstractContextManager[None]:
+    """Each rank draws for itself inside; the generator that all draw the order and the mixing from stays in step."""
+    if ranks.count == 1:
+        return nullcontext()
+    return _seeded(torch.initial_seed() + 1 + step * ranks.count + ranks.rank)
 
 
-def _validate(fabric: Fabric, model: nn.Module, splits: Splits, task: Task) -> float:
-    model.eval()
+def _in_one_order(ranks: Ranks, batches: Iterable[Batch], epoch: int) -> Iterator[Batch]:
+    """The batches of an epoch; RanksError where another rank begins with another one."""
+    for number, (inputs, target) in enumerate(batches):
+        if number == 0 and ranks.count > 1:
+            ranks.check_equal(
+                {f"first train batch in epoch {epoch}": fingerprint_of([((), target)])},
+                "let `train` draw its order from set_epoch(epoch) or torch's own generator alone",
+            )
+        yield inputs, target
+
+
+def _mean(ranks: Ranks, losses: list[Tensor]) -> float:
+    return sum(ranks.gather(sum(map(float, losses)) / len(losses))) / ranks.count
+
+
+def _validate(lesson: _Lesson, splits: Splits) -> float:
+    """The mean metric on val; whole batches are shared out to the ranks."""
+    ranks, to_device = lesson.ranks, lesson.fabric.to_device
+    lesson.model.eval()
     with torch.no_grad():
-        parts = [
-            task.metric(forward(model, channels_last(fabric.to_device(inputs))), fabric.to_device(target)).cpu()
-            for inputs, target in splits.val
-        ]
+        own = {
+            number: lesson.task.metric(forward(lesson.model, channels_last(to_device(inputs))), to_device(target)).cpu()
+            for number, (inputs, target) in enumerate(splits.val)
+            if number % ranks.count == ranks.rank
+        }
+    parts = {number: values for rank in ranks.gather(own) for number, values in rank.items()}
     if not parts:
         raise DataError("the val split is empty; return at least one batch as `val` from load_data()")
-    return float(torch.cat(parts).double().mean())
+    return float(torch.cat([parts[number] for number in sorted(parts)]).double().mean())
 
 
 # --- weights, averages, checkpoints -----------------------------------------------------------------------------------
@@ -177,17 +246,6 @@ class _State:
     best_metric: float = -math.inf
     best_epoch: int = 0
     log: list[EpochLog] = field(default_factory=list)
-
-
-def _quiet_fabric(precision: Any) -> Fabric:
-    """Fabric on the one device there is, without its notice of the precision that the recipe asked for."""
-    logger = logging.getLogger("lightning_fabric.utilities.rank_zero")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        return Fabric(accelerator="auto", devices=1, precision=precision)
-    finally:
-        logger.setLevel(level)
 
 
 def _are_finite(weights: dict[str, Tensor]) -> bool:
@@ -233,14 +291,19 @@ def _store(state: _State, model: nn.Module, optimizer: Any, folder: Path) -> Non
             older.unlink()
 
 
-def _restore_(state: _State, model: nn.Module, optimizer: Any, folder: Path) -> None:
-    """Go on from the newest whole checkpoint in `folder`, if there is one."""
+def _newest(folder: Path) -> tuple[TrainLog, dict[str, Tensor]] | None:
+    """The newest whole checkpoint in `folder`, if there is one."""
     files = sorted(folder.glob("epoch-*.safetensors"), key=lambda p: int(p.stem.removeprefix("epoch-")))
     if not files:
-        return
+        return None
     with safe_open(files[-1], framework="pt") as stored:
         log = from_json(TrainLog, stored.metadata()["log"], str(files[-1]))
-        flat = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 (a file, not a mapping)
+        return log, {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 (a file, not a mapping)
+
+
+def _restore_(state: _State, model: nn.Module, optimizer: Any, stored: tuple[TrainLog, dict[str, Tensor]]) -> None:
+    """Go on from a checkpoint."""
+    log, flat = stored
 
     def part(prefix: str) -> dict[str, Tensor]:
         return {k.removeprefix(prefix): t for k, t in flat.items() if k.startswith(prefix)}
@@ -258,10 +321,11 @@ def _epoch(number: int, rate: float, loss: float, metric: float, started: float)
     return EpochLog(epoch=number, learning_rate=rate, train_loss=loss, val_accuracy=metric, seconds=seconds)
 
 
-def _count_batches(splits: Splits) -> int:
+def _count_batches(ranks: Ranks, splits: Splits) -> int:
     count = len(splits.train) if isinstance(splits.train, Sized) else sum(1 for _ in splits.train)
     if count == 0:
         raise DataError("the train split is empty; return at least one batch as `train` from load_data()")
+    ranks.check_equal({"number of train batches": str(count)}, "give every rank the whole `train`")
     return count
 
 
@@ -275,7 +339,8 @@ def _tell_epoch(batches: Any, epoch: int) -> None:
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     """Shuffling and dropout inside depend on the seed alone; the caller's generator is given back."""
-    with torch.random.fork_rng():
+    gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=gpus):
         torch.manual_seed(seed)
         yield
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from deploypipe.benchmark import benchmark, first_batch, measure
+from deploypipe.benchmark import benchmark, first_batch, latency, measure
 from deploypipe.benchmark.accuracy import evaluate_file, evaluate_module
 from deploypipe.benchmark.environment import describe_environment
-from deploypipe.benchmark.latency import BLOCK, find_unsteadiness, summarise, time_file
+from deploypipe.benchmark.latency import BLOCK, Timings, find_unsteadiness, summarise, time_file, time_steadily
 from deploypipe.benchmark.memory import measure_peak_memory
 from deploypipe.errors import DataError, ModelError
 from deploypipe.export.onnx_file import export_onnx
@@ -69,7 +69,6 @@ def test_report(folder: Path, large: ModelFile, small: ModelFile) -> None:
         assert measured.latency is not None
         assert len(measured.latency.samples_ms) >= 205
         assert measured.latency.p90_ms is not None
-        assert measured.latency.p99_ms is None
         np.testing.assert_array_equal(measured.per_sample_metric, evaluate_module(model, batches(), classification()))
     assert report.latency_ratio is not None
     assert 0 < report.latency_ratio.low <= report.latency_ratio.value <= report.latency_ratio.high
@@ -80,6 +79,23 @@ def test_report(folder: Path, large: ModelFile, small: ModelFile) -> None:
     assert report.compressed.peak_memory_mib is not None
     weights_mib = (large.size_bytes - small.size_bytes) / 2**20  # about 32 MiB
     assert report.dense.peak_memory_mib - report.compressed.peak_memory_mib > 0.9 * weights_mib
+
+
+def test_an_unsteady_measurement_is_repeated(folder: Path, small: ModelFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = iter(["it drifted"])
+    monkeypatch.setattr(latency, "find_unsteadiness", lambda _: next(said, ""))
+    monkeypatch.setattr(latency, "_PAUSE_SECONDS", 0)
+    told: list[str] = []
+    measure(
+        small,
+        folder=folder,
+        batches=batches(),
+        task=classification(),
+        target=TARGET,
+        counts=(1, 1),
+        notify=lambda event: told.append(event.message),
+    )
+    assert told.count("the machine was not steady: once more") == 1
 
 
 def test_runtime_that_is_absent_measures_nothing(folder: Path, large: ModelFile, small: ModelFile) -> None:
@@ -146,6 +162,21 @@ def test_percentiles_need_their_samples(folder: Path, small: ModelFile) -> None:
     assert summarise(samples[:63], TARGET, block=1).p90_ms is None
     inputs = {"input": np.zeros((1, 16), dtype=np.float32)}
     assert time_file(folder / small.path, inputs, OnnxRuntime(), TARGET, num_samples=13).shape == (13,)
+
+
+@pytest.mark.parametrize(("num_wild", "taken"), [(0, 1), (1, 2), (2, 3), (5, 3)])
+def test_an_unsteady_machine_is_timed_again_a_few_times(
+    num_wild: int, taken: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calm = np.random.default_rng(0).normal(1, 0.01, 400)
+    wild = calm * np.repeat([1.0, 1.5], 200)
+    attempts = iter([Timings(samples=(calm, wild if number < num_wild else calm), block=20) for number in range(9)])
+    done: list[Timings] = []
+    monkeypatch.setattr(latency, "_PAUSE_SECONDS", 0)
+    monkeypatch.setattr(latency, "time_interleaved", lambda *_: done.append(next(attempts)) or done[-1])
+    assert time_steadily([], {}, OnnxRuntime(), TARGET) is done[-1]
+    assert len(done) == taken
+    assert bool(find_unsteadiness(done[-1].samples[1])) == (num_wild > 2)
 
 
 def test_steadiness_verdict() -> None:

@@ -41,11 +41,14 @@ class Conv1D(nn.Module):
         return torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], self.nf)
 
 
+EVERY = 100_000  # positions: more than any output here has
+
+
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def require_regression(layer: Any, inputs: Tensor, count: int = 5000) -> None:
+def require_regression(layer: Any, inputs: Tensor, count: int = EVERY) -> None:
     with torch.no_grad():
         output = layer(inputs)
     positions = sample_positions(layer, output, count, seeded(1))
@@ -53,7 +56,7 @@ def require_regression(layer: Any, inputs: Tensor, count: int = 5000) -> None:
     predicted = rows @ weight_matrix(layer).detach().T + (0 if layer.bias is None else layer.bias.detach())
     torch.testing.assert_close(predicted, sample_outputs(layer, output, positions), atol=1e-5, rtol=1e-5)
     assert rows.shape[1] == num_inputs(layer) * layer.weight[0, 0].numel()
-    if count == 5000:  # more than there are: every position once
+    if count == EVERY:
         assert len(rows) == output.numel() // predicted.shape[1]
     assert torch.equal(from_blocks(layer, weight_blocks(layer)), layer.weight)
     assert torch.equal(blocks_of_matrix(layer, weight_matrix(layer)), weight_blocks(layer))
@@ -86,12 +89,12 @@ def convolutions(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
 
 
 @settings(deadline=None, max_examples=100)
-@given(convolutions(), st.sampled_from([3, 5000]))
+@given(convolutions(), st.sampled_from([3, EVERY]))
 def test_any_convolution_is_a_regression(problem: tuple[nn.Module, Tensor], count: int) -> None:
     require_regression(*problem, count)
 
 
-@pytest.mark.parametrize("count", [3, 5000])
+@pytest.mark.parametrize("count", [3, EVERY])
 @pytest.mark.parametrize("shape", [(6, 5), (2, 7, 5), (2, 3, 4, 5)])
 @pytest.mark.parametrize("layer", [nn.Linear(5, 4), nn.Linear(5, 4, bias=False), Conv1D(4, 5)])
 def test_linear_layers_are_regressions(layer: nn.Module, shape: tuple[int, ...], count: int) -> None:

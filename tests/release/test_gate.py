@@ -6,6 +6,7 @@ import pytest
 
 from deploypipe.records import (
     BenchmarkReport,
+    Check,
     Environment,
     Interval,
     Latency,
@@ -147,3 +148,15 @@ def test_nan_is_unknown_and_all_blocking_checks_are_named() -> None:
     decision = decide(broken, Budget(params="1 k", file_size="1 KiB"))
     assert [c.status for c in decision.checks] == [Status.FAIL, Status.FAIL, Status.UNKNOWN]
     assert all(c.name in decision.reason for c in decision.checks)
+
+
+def test_a_file_that_parts_from_the_network_is_held() -> None:
+    def parity(error: float) -> Check:
+        file = replace(REPORT.compressed.file, max_abs_error=error)
+        report = replace(REPORT, compressed=replace(REPORT.compressed, file=file))
+        decision = decide(report, Budget(), parity_limit=1e-3)
+        return next(check for check in decision.checks if check.name == "parity")
+
+    assert parity(1e-3).status is Status.PASS
+    assert parity(2e-3).status is Status.FAIL and "0.002 relative is above" in parity(2e-3).reason
+    assert parity(float("nan")).status is Status.UNKNOWN

@@ -76,6 +76,20 @@ def test_report_shows_every_part_of_a_run() -> None:
     assert "&lt;outputs&gt;" in html  # a reason is text, never markup
 
 
+def test_classes_stand_by_what_they_lost() -> None:
+    made = finished_run()
+    metric = (1.0,) * 50 + (0.0,) * 50
+    measured = [replace(m, per_sample_metric=metric) for m in (made.benchmark.dense, made.benchmark.compressed)]
+    worse = replace(measured[1], per_sample_metric=(1.0,) * 40 + (0.0,) * 60)
+    slices = {"empty": (), "kept": tuple(range(20)), "lost": tuple(range(30, 50))}
+    page = render_report(
+        replace(made, benchmark=replace(made.benchmark, dense=measured[0], compressed=worse, slices=slices))
+    )
+    figure = page[page.index("By class") :]
+    assert '"y":["lost","kept"]' in figure and '"x":[50.0,100.0]' in figure and '"x":[100.0,100.0]' in figure
+    assert "By class" not in render_report(replace(made, benchmark=replace(made.benchmark, slices={})))
+
+
 def test_report_of_an_untouched_unmeasured_model() -> None:
     html = render_report(untouched_run())
     assert "HOLD" in html and "not measured" in html and "Nothing was removed" in html

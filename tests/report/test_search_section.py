@@ -50,6 +50,16 @@ def plan(*blocks: str) -> r.PruningPlan:
     return r.PruningPlan(model_fingerprint="m", cuts=(), edits=(), blocks=blocks)
 
 
+def test_it_says_who_did_the_trials_where_there_were_several() -> None:
+    assert "Trials were done by" not in sentences(searched())
+    one = replace(trial(0, 0.12, True), judged_by="board 17")
+    one = replace(one, candidate=replace(one.candidate, measured_by="board, 2026-11-20T12:00:00+00:00, load 0.2"))
+    others = tuple(replace(trial(n, 0.2, False), judged_by="desk 4") for n in (1, 2))
+    told = sentences(searched(trials=(one, *others), best=0))
+    assert "Trials were done by desk 4 (2), board 17 (1)" in told
+    assert "the latency of trial 0 was taken by board, 2026-11-20T12:00:00+00:00, load 0.2" in told
+
+
 def test_trials_stand_apart_by_symbol_where_their_records_say() -> None:
     stopped = replace(trial(3, 0.11, True), is_stopped=True, num_val_samples=625)
     result = searched(trials=(trial(0, 0.12, True), trial(1, 0.18, False), trial(2, 0.1, True), stopped), front=(2, 0))

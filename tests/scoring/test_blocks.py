@@ -167,7 +167,8 @@ def test_planted_block_is_found(scorer: Any, splits: Splits) -> None:
     assert len(importance) == 3
     first, second = sorted(importance, key=lambda name: importance[name])[:2]
     assert first == "blocks.1"
-    assert importance[first] < 0.2 * importance[second]
+    is_repaired = getattr(scorer, "repair", None) is not None  # then little is lost without any of them
+    assert importance[first] < (0.9 if is_repaired else 0.2) * importance[second]
 
 
 class RareDirection(nn.Module):

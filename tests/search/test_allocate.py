@@ -7,7 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deploypipe.records import Block, ChannelGroup, Curves, LossCurve, Member, ResolvedConstraints, Structures
+from deploypipe.records import (
+    Block,
+    ChannelGroup,
+    Curves,
+    LossCurve,
+    Member,
+    ResolvedConstraints,
+    ScoreTable,
+    Structures,
+)
 from deploypipe.search.allocate import (
     Allocation,
     Bound,
@@ -17,6 +26,7 @@ from deploypipe.search.allocate import (
     allowed_widths,
     cheapest,
     cost_of,
+    greedy,
     uniform,
 )
 from deploypipe.search.costs import STAYS, Costs, Pair, mac_costs
@@ -236,3 +246,11 @@ def test_a_group_that_reaches_out_of_a_block_has_a_width_without_it() -> None:
     curves = curves_of(structures, [[1.0, 1.0]], [0.1])
     chosen = allocate(structures, curves, [macs_bound(structures, curves, 0.0)])
     assert chosen == Allocation(widths={"b0.g0": 1}, blocks=("b0",))
+
+
+def test_greedy_keeps_what_is_large_beside_its_own_group() -> None:
+    structures = structures_of([1.0, 1.0], [None, None], [])
+    sizes = ScoreTable(scorer="magnitude", channels={"g0": (1.0, 1.0, 1.0, 9.0), "g1": (50.0, 50.0, 50.0, 50.0)})
+    assert greedy(structures, sizes, 5 / 8, 1).widths == {"g0": 1, "g1": 4}
+    assert greedy(structures, sizes, 1.0, 1).widths == {"g0": 4, "g1": 4}
+    assert greedy(structures, sizes, 0.0, 2).widths == {"g0": 2, "g1": 2}

@@ -12,11 +12,20 @@ from deploypipe.errors import BudgetError
 from deploypipe.pruning.apply import apply_plan
 from deploypipe.pruning.structures import count_macs
 from deploypipe.records import Candidate, Curves, Cut, LossCurve, PruningPlan, ScoreTable, Trial
+from deploypipe.scoring.magnitude import score_magnitudes
 from deploypipe.search.allocate import Emphasis
 from deploypipe.search.propose import Proposer, cut_of
 from deploypipe.search.reach import find_reach
 
-PLAIN = {"fill": 1.0, "exponent": 1.0, "block_weight": 1.0, "late": 0.0, "by_importance": 0.0, "measured": 1.0}
+PLAIN = {
+    "fill": 1.0,
+    "exponent": 1.0,
+    "block_weight": 1.0,
+    "late": 0.0,
+    "by_importance": 0.0,
+    "magnitude": 0.0,
+    "control": 0.0,
+}
 DENSE = Candidate(
     accuracy=0.9, latency_p50_ms=2.0, peak_memory_mib=None, file_size_mib=1.0, num_params=1000, num_macs=1000
 )
@@ -52,6 +61,7 @@ def proposer(name: str, shares: Mapping[str, float], measure: Any = None) -> Pro
         inputs=build(name)[1],
         structures=structures,
         scores=ScoreTable(scorer="none", channels={g.name: tuple(range(g.num_units)) for g in structures.groups}),
+        magnitudes=score_magnitudes(network, structures),
         curves=Curves(curves=tuple(curves), num_samples=1),
         channel_multiple=1,
         shares=shares,
@@ -77,7 +87,13 @@ def test_a_network_fills_the_latency_that_is_measured(name: str, slower: float) 
 
 def test_several_budgets_hold_at_once() -> None:
     propose = proposer("bottleneck", {"latency_p50": 0.8, "params": 0.5, "macs": 0.9})
-    for knobs in (PLAIN, {**PLAIN, "exponent": 0.5}, {**PLAIN, "measured": 0.0}):
+    for knobs in (
+        PLAIN,
+        {**PLAIN, "exponent": 0.5},
+        {**PLAIN, "control": 1.0},
+        {**PLAIN, "control": 2.0},
+        {**PLAIN, "magnitude": 0.5},
+    ):
         plan = propose(knobs, ())
         num_params, num_macs = count_macs(apply_plan(propose.dense, plan), propose.inputs)
         assert propose.measure(plan) <= 0.82  # uniform widths are those of the model, which is not corrected
@@ -85,11 +101,13 @@ def test_several_budgets_hold_at_once() -> None:
 
 
 def test_budgets_out_of_reach_are_refused_by_name() -> None:
-    reach = find_reach(proposer("bottleneck", {"macs": 0.9}), {"macs": 0.9})
+    reach, _ = find_reach(proposer("bottleneck", {"macs": 0.9}), {"macs": 0.9})
     assert 0 < reach.least["macs"] < 0.9 and reach.log10_choices > 1
     with pytest.raises(BudgetError, match=r"budget\.macs: 0\.0001 times .* out of reach: .* relax the budget"):
         find_reach(proposer("bottleneck", {"macs": 1e-4}), {"macs": 1e-4})
-    least = find_reach(proposer("bottleneck", {"latency_p50": 0.9}), {"latency_p50": 0.9}).least["latency_p50"]
+    reach, filling = find_reach(proposer("bottleneck", {"latency_p50": 0.9}), {"latency_p50": 0.9})
+    assert filling.cuts or filling.blocks
+    least = reach.least["latency_p50"]
     asked = {"latency_p50": 0.8 * least}
     with pytest.raises(BudgetError, match=r"budget\.latency_p50"):
         find_reach(proposer("bottleneck", asked), asked)

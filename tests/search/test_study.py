@@ -1,9 +1,8 @@
 """A study that was killed goes on as if it had not been; what cannot fit is refused by name."""
 
-import hashlib
 import resource
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -14,91 +13,18 @@ import pytest
 import sqlalchemy
 from hypothesis import given
 from hypothesis import strategies as st
+from studies import DENSE, HALF, NUM_VAL, ORIGIN, SETTINGS, Evaluator, propose, run
 
 from deploypipe.errors import BudgetError, ConfigError, RunFolderError
 from deploypipe.recipe import ObjectiveName, Search
-from deploypipe.records import Candidate, Edit, PruningPlan, SearchResult, Trial
+from deploypipe.records import Candidate, PruningPlan, SearchResult, Trial
 from deploypipe.search.front import pareto_front
-from deploypipe.search.looks import Results, ends_of_looks
-from deploypipe.search.study import importances, knobs, search
-from deploypipe.search.trials import IsSettled, confirm, violations
+from deploypipe.search.looks import ends_of_looks
+from deploypipe.search.sampling import importances, knobs
+from deploypipe.search.storage import Storage
+from deploypipe.search.study import search
+from deploypipe.search.trials import confirm, violations, with_finalists, with_tuned
 from deploypipe.target import Limit
-
-DENSE = Candidate(
-    accuracy=0.9, latency_p50_ms=4.0, peak_memory_mib=None, file_size_mib=1.0, num_params=1000, num_macs=1000
-)
-HALF = {"latency_p50": Limit(value=0.5, is_relative=True)}
-SETTINGS = Search(num_trials=10)  # more than there are warm starts
-ORIGIN = {"model": "m", "data": "d", "device": "x"}
-NUM_VAL = 4000
-
-
-def propose(knobs: Mapping[str, float], _: Sequence[Trial] = ()) -> PruningPlan:
-    removed = round(100 * (1 - knobs["fill"]))
-    shape = 10 * knobs["exponent"] + knobs["block_weight"] + 2 * knobs["late"] + knobs["by_importance"]
-    style = shape if knobs["measured"] else -1
-    edit = Edit(module="conv", side="out", removed=(removed, round(style)))
-    return PruningPlan(model_fingerprint="f", cuts=(), edits=(edit,), blocks=())
-
-
-class Evaluator:
-    """Larger is more accurate and slower; raises at one call. `steepness`: how far apart styles are in accuracy."""
-
-    def __init__(
-        self,
-        kill_at: int = -1,
-        *,
-        steepness: float = 0.001,
-        is_patient: bool = False,
-        memory_mib: float | None = None,
-        before: Callable[[int], None] = lambda call: None,
-    ) -> None:
-        self.kill_at, self.before = kill_at, before
-        self.steepness, self.is_patient, self.memory_mib = steepness, is_patient, memory_mib
-        self.seen: list[PruningPlan] = []
-        self.num_samples = 0
-
-    def __call__(self, plan: PruningPlan, is_settled: IsSettled) -> tuple[Candidate, Results]:
-        if len(self.seen) == self.kill_at:
-            raise KeyboardInterrupt
-        self.before(len(self.seen))
-        self.seen.append(plan)
-        removed, style = plan.edits[0].removed
-        kept = 1 - removed / 100
-        costs = Candidate(
-            accuracy=0.0,
-            latency_p50_ms=4 * kept,
-            peak_memory_mib=None if self.memory_mib is None else self.memory_mib * (2 - kept),
-            file_size_mib=kept,
-            num_params=int(1000 * kept),
-            num_macs=int(1000 * kept),
-        )
-        hits = self._hits(plan, 0.9 - 0.2 * (1 - kept) ** 2 - self.steepness * abs(style - 7))
-        for end in ends_of_looks(NUM_VAL):
-            candidate = replace(costs, accuracy=float(hits[:end].mean()))
-            if end == NUM_VAL or (is_settled(candidate, hits[:end]) and not self.is_patient):
-                self.num_samples += end
-                return candidate, hits[:end]
-        raise AssertionError("the last look is at all of val")
-
-    def _hits(self, plan: PruningPlan, accuracy: float) -> Results:
-        """Networks of one family mostly fail on the same samples."""
-        own = int.from_bytes(hashlib.sha256(repr(plan).encode()).digest()[:8], "big")
-        shared, alone = (np.random.default_rng(s).random(NUM_VAL) for s in (0, own))
-        return np.where(alone < 0.1, np.roll(shared, own % NUM_VAL), shared).__lt__(accuracy).astype(np.float64)
-
-
-def run(
-    evaluate: Evaluator,
-    storage: Path,
-    limits: Mapping[str, Limit] = HALF,
-    seed: int = 0,
-    *,
-    settings: Search = SETTINGS,
-    origin: Mapping[str, object] = ORIGIN,
-    dense: Candidate = DENSE,
-) -> SearchResult:
-    return search(propose, evaluate, dense, limits, (0.2, 0.8), settings, storage=storage, origin=origin, seed=seed)
 
 
 def test_killed_study_ends_with_the_trials_of_an_undisturbed_one(tmp_path: Path) -> None:
@@ -115,6 +41,16 @@ def test_killed_study_ends_with_the_trials_of_an_undisturbed_one(tmp_path: Path)
     idle = Evaluator()
     assert run(idle, tmp_path / "whole.db") == whole
     assert idle.seen == []
+
+
+def test_more_or_fewer_trials_go_on_with_those_there_are(tmp_path: Path) -> None:
+    whole = run(Evaluator(), tmp_path / "whole.db")
+    with suppress(BudgetError):  # none of so few
+        run(Evaluator(), tmp_path / "study.db", settings=replace(SETTINGS, num_trials=7))
+    rest = Evaluator()
+    assert run(rest, tmp_path / "study.db") == whole and len(rest.seen) <= 3
+    few = run(rest, tmp_path / "study.db", settings=replace(SETTINGS, num_trials=9))
+    assert few.trials == whole.trials[:9] and len(rest.seen) <= 3
 
 
 @pytest.mark.parametrize(
@@ -189,13 +125,13 @@ def test_seed_decides_what_is_tried(tmp_path: Path) -> None:
 def test_same_plan_is_not_evaluated_twice(tmp_path: Path) -> None:
     evaluate = Evaluator()
     result = search(
-        lambda knobs, _: propose({**knobs, "fill": round(knobs["fill"]), "measured": 0.0}),
+        lambda knobs, _: propose({**knobs, "fill": round(knobs["fill"]), "control": 1.0}),
         evaluate,
         DENSE,
         HALF,
         (0.2, 0.8),
         SETTINGS,
-        storage=tmp_path / "study.db",
+        storage=Storage.own(tmp_path / "study.db"),
         origin=ORIGIN,
     )
     assert len(result.trials) == 10
@@ -285,7 +221,8 @@ def test_importances_name_the_knob_that_decides() -> None:
             "block_weight": weight,
             "late": 0.0,
             "by_importance": 0.0,
-            "measured": float(number % 2),
+            "magnitude": 0.0,
+            "control": float(number % 2),
         }
         accuracy = 0.9 - abs(exponent - 0.7) + 0.001 * weight
         trials.append(trial(number, replace(DENSE, accuracy=accuracy), **turned))
@@ -296,7 +233,8 @@ def test_importances_name_the_knob_that_decides() -> None:
         "block_weight",
         "late",
         "by_importance",
-        "measured",
+        "magnitude",
+        "control",
     }  # what cannot be turned has no share
     assert sum(shares.values()) == pytest.approx(1.0)
     assert shares["exponent"] > 0.5
@@ -412,18 +350,29 @@ def test_settings_that_make_no_search_are_refused(settings: dict[str, Any], told
 
 
 @pytest.mark.parametrize(
-    ("ratios", "best", "asked"),
+    ("ratios", "held", "asked"),
     [
-        ({0: 0.49, 1: 0.4, 2: 0.4}, 0, [0]),  # the most accurate holds
-        ({0: 0.52, 1: 0.51, 2: 0.5}, 2, [0, 1, 2]),
-        ({0: 0.53, 1: 0.51, 2: 0.52}, 1, [0, 1, 2]),  # none: the nearest
+        ({0: 0.49, 1: 0.4, 2: 0.4}, [0], [0]),  # the most accurate holds
+        ({0: 0.52, 1: 0.51, 2: 0.5}, [2], [0, 1, 2]),
+        ({0: 0.53, 1: 0.51, 2: 0.52}, [1], [0, 1, 2]),  # none: the nearest
+        ({0: 0.49, 1: 0.51, 2: 0.5}, [0, 2], [0, 1, 2]),
     ],
 )
-def test_the_winner_is_timed_again(ratios: dict[int, float], best: int, asked: list[int]) -> None:
-    plans = {n: PruningPlan(model_fingerprint=str(n), cuts=(), edits=(), blocks=()) for n in range(4)}
+def test_the_best_are_timed_again(ratios: dict[int, float], held: list[int], asked: list[int]) -> None:
+    plans = {n: PruningPlan(model_fingerprint=str(n), cuts=(), edits=(), blocks=(f"b{n}",)) for n in range(4)}
     trials = [
         replace(trial(n, replace(DENSE, accuracy=0.9 - 0.01 * n), is_stopped=n == 3), plan=plans[n]) for n in range(4)
     ]
     found = SearchResult(dense=DENSE, trials=tuple(trials), best=0)
-    confirmed = confirm(found, 0.5, lambda plan: ratios[int(plan.model_fingerprint)])
-    assert confirmed.best == best and list(confirmed.timed_again) == [str(n) for n in asked]
+    confirmed = confirm(found, 0.5, lambda plan: ratios[int(plan.model_fingerprint)], wanted=len(held))
+    assert confirmed.finalists == tuple(held) and confirmed.best == held[0]
+    assert list(confirmed.timed_again) == [str(n) for n in asked]
+
+
+def test_of_the_finalists_the_one_that_training_brings_furthest_wins() -> None:
+    plans = [PruningPlan(model_fingerprint="", cuts=(), edits=(), blocks=(name,)) for name in "aabc"]
+    trials = [replace(trial(n, replace(DENSE, accuracy=0.9 - 0.01 * n)), plan=plan) for n, plan in enumerate(plans)]
+    found = with_finalists(SearchResult(dense=DENSE, trials=tuple(trials), best=0), 3)
+    assert found.finalists == (0, 2, 3)  # trial 1 is the same network as trial 0
+    assert with_tuned(found, {"0": 0.91, "2": 0.93, "3": 0.92}).best == 2
+    assert with_tuned(found, {"0": 0.93, "2": 0.93, "3": 0.92}).best == 0

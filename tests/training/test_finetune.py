@@ -86,6 +86,40 @@ def accuracy(model: nn.Module) -> float:
         return float((model.eval()(inputs).argmax(1) == target).float().mean())
 
 
+def test_no_step_is_longer_than_the_limit_allows() -> None:
+    limit, rate = 0.5, 0.01
+    start = network(0)
+    task = classification()
+    steep = replace(task, loss=lambda outputs, target: 1e6 * task.loss(outputs, target), metric=Later())
+    settings = Finetune(
+        num_epochs=1,
+        learning_rate=rate,
+        warmup_share=0,
+        momentum=0,
+        weight_decay=0,
+        distil_weight=0,
+        average_decay=0,
+        precision="fp32",
+        max_gradient_norm=limit,
+    )
+    tuned, log = finetune(start, network(1), splits(train=batches(16, 0)), steep, settings)
+    assert log.chosen_epoch == 1
+    pairs = zip(tuned.parameters(), start.parameters(), strict=True)
+    moved = sum(float((after - before).detach().square().sum()) for after, before in pairs) ** 0.5
+    assert moved == pytest.approx(rate * limit, rel=1e-3)
+
+
+class Later:
+    """Every look finds the network better than the one before."""
+
+    def __init__(self) -> None:
+        self.looks = 0
+
+    def __call__(self, outputs: Tensor, target: Tensor) -> Tensor:
+        self.looks += 1
+        return torch.full((len(target),), float(self.looks))
+
+
 @pytest.mark.parametrize("rate", [50.0, 1e30])  # worse, and not a number
 def test_harmful_training_is_rolled_back(rate: float) -> None:
     good, _ = finetune(network(0), network(1), splits(), classification(), SETTINGS)

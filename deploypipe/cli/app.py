@@ -1,0 +1,38 @@
+"""The application, and what several commands take."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="deploypipe",
+    help="Compress a trained PyTorch network for one device, measure it there, and decide: SHIP or HOLD.",
+    epilog="Exit codes: 0 SHIP, 1 HOLD, 2 error, 130 interrupted. Begin with: deploypipe run digits x86_cpu",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+plans = typer.Typer(help="Look at pruning plans: what goes, and how two of them differ.", no_args_is_help=True)
+app.add_typer(plans, name="plan")
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")]
+PLAN_HELP = "A plan.json, or the folder of a finished run."
+PipelineArgument = Annotated[str, typer.Argument(metavar="PIPELINE", help="A file, or the name of one in pipelines/.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change one field: search.num_trials=4 (recipe), target.budget.latency_p50=0.5x (target), "
+        "pipeline.WEIGHTS=w.safetensors (constant of the pipeline module). May be repeated.",
+    ),
+]
+StorageOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS",
+        envvar="DEPLOYPIPE_STORAGE",
+        help="Database that the workers of one search share: postgresql://USER:PASSWORD@HOST/NAME, or sqlite:///FILE "
+        "for processes of one machine.",
+    ),
+]

@@ -1,0 +1,372 @@
+"""Compress, look, measure."""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from deploypipe.cli.app import PLAN_HELP, PipelineArgument, RunArgument, SetOption, StorageOption, app, plans
+from deploypipe.cli.named import load_target, named_targets, parse_shapes, split_settings, template
+from deploypipe.cli.terminal import (
+    EXIT_DIFFERENT,
+    EXIT_ERROR,
+    exit_code,
+    exit_codes,
+    joined_ranks,
+    show_bench,
+    show_result,
+    show_table,
+    shown_stages,
+)
+from deploypipe.errors import ConfigError, DeploypipeError
+from deploypipe.jsonio import override, to_json, to_plain
+from deploypipe.report.tables import (
+    COMPARISON_HEADER,
+    OVERVIEW_HEADER,
+    comparison_rows,
+    overview_rows,
+    plan_differences,
+    plan_rows,
+    score_notes,
+    score_table,
+)
+from deploypipe.runs import RunResult, load_plan, load_result, write_atomically
+from deploypipe.target import Target
+
+
+@app.command(epilog="Example: deploypipe run digits x86_cpu --set search.num_trials=4 --set target.num_threads=2")
+def run(
+    pipeline: PipelineArgument,
+    target: Annotated[
+        list[str], typer.Argument(metavar="TARGET...", help="TOML files, or the names of those in targets/.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder. Default: runs/PIPELINE-TARGET; for several targets runs/PIPELINE.")
+    ] = None,
+    set_: SetOption = None,
+    storage: StorageOption = None,
+    name: Annotated[
+        str | None, typer.Option(help="The search's name in --storage. Default: that of the run folder.")
+    ] = None,
+    stages: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            envvar="DEPLOYPIPE_STAGES",
+            help="Where workers find what is computed before the search: a folder, or s3://..., gs://... Default: the "
+            "run folder, for workers that see it.",
+        ),
+    ] = None,
+) -> None:
+    """Compress PIPELINE's network for TARGET, or for one target after another.
+
+    A run that was interrupted continues where it stopped, with the same command. Ends with SHIP (exit 0) or HOLD (1).
+    Several targets share what does not depend on them, also with one that is added later; the exit code is the worst.
+    With --storage, any number of `deploypipe worker` may help with the search; the result is the same.
+    Fine-tuning on four GPUs: torchrun --nproc-per-node 4 -m deploypipe run PIPELINE TARGET.
+    """
+    with exit_codes(), joined_ranks() as ranks:
+        from deploypipe.pipeline import compress  # late: brings torch, which `--help` need not wait for
+        from deploypipe.pipeline_module import load_pipeline
+        from deploypipe.search.storage import Storage
+        from deploypipe.training.together import agree, dismiss, serve
+
+        with ranks.in_turn():
+            settings = split_settings(set_ or [])
+            devices = [override(load_target(name), settings["target"], "--set target") for name in target]
+            _check_names([device.name for device in devices])
+            loaded = load_pipeline(pipeline, settings["pipeline"])
+            recipe = override(loaded.recipe(), settings["recipe"])
+            task = loaded.task()
+            with loaded.blame("the run"):
+                model, splits = loaded.build_model(), loaded.load_data()
+        agree(ranks, model, splits, loaded.source)
+
+        def shared_storage(device: Target, folder: Path) -> Storage | None:
+            job: dict[str, Any] = {
+                "pipeline": pipeline,
+                "constants": settings["pipeline"],
+                "recipe": to_plain(recipe),
+                "target": to_plain(device),
+                "stages": stages or str(folder.resolve()),
+            }
+            study = f"{name}-{device.name}" if name and len(devices) > 1 else name or folder.name
+            return Storage(url=storage, study=study, stages=job["stages"], job=job) if storage else None
+
+        def compress_for(device: Target, folder: Path, shared: Path | None = None) -> RunResult:
+            with shown_stages() as notify, loaded.blame("the run"):
+                result = compress(
+                    model,
+                    splits,
+                    task,
+                    recipe,
+                    device,
+                    folder,
+                    source=loaded.source,
+                    name=loaded.name,
+                    shared=shared,
+                    storage=shared_storage(device, folder),
+                    notify=notify,
+                    ranks=ranks,
+                )
+            show_result(result, folder)
+            return result
+
+        if not ranks.is_first:
+            with loaded.blame("the run"):
+                serve(ranks, model, splits, task)
+            code = 0
+        elif len(devices) > 1:
+            code = _run_for_all(compress_for, loaded.name, devices, out or Path("runs") / loaded.name)
+        else:
+            [device] = devices
+            code = exit_code(compress_for(device, out or Path("runs") / f"{loaded.name}-{device.name}").decision)
+        if ranks.is_first:
+            dismiss(ranks)
+    raise typer.Exit(code)
+
+
+_SHARED = "shared"  # folder beside the targets' own
+
+
+def _check_names(names: Sequence[str]) -> None:
+    for name in names if len(names) > 1 else ():
+        if names.count(name) > 1 or name == _SHARED:
+            problem = f"{name!r} is named twice" if name != _SHARED else f"{name!r} is where the common stages go"
+            raise ConfigError("TARGET", "", problem, "the run for each target has a folder of its name")
+
+
+def _run_for_all(
+    compress_for: Callable[[Target, Path, Path], RunResult], name: str, devices: Sequence[Target], out: Path
+) -> int:
+    """The worst exit code. A target that fails does not end the others."""
+    results: dict[str, RunResult | str] = {}
+    for device in devices:
+        print(f"\n{device.name}", flush=True)
+        try:
+            results[device.name] = compress_for(device, out / device.name, out / _SHARED)
+        except DeploypipeError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            results[device.name] = str(error)
+    show_table(f"{name}, target by target", OVERVIEW_HEADER, overview_rows(results))
+    from deploypipe.report.html import write_overview
+
+    try:
+        write_overview(name, results, out / "report.html")
+        print(f"report  {out / 'report.html'}")
+    except DeploypipeError as error:  # the packages for it are not installed
+        print(f"report  none: {error}")
+    return max(EXIT_ERROR if isinstance(result, str) else exit_code(result.decision) for result in results.values())
+
+
+@app.command(epilog="Example: deploypipe score digits --set score.kind=output_error")
+def score(
+    pipeline: PipelineArgument,
+    out: Annotated[Path | None, typer.Option(help="HTML file. Default: runs/PIPELINE-scores.html.")] = None,
+    set_: SetOption = None,
+) -> None:
+    """Show how much of PIPELINE's network is redundant, layer by layer, and which of its blocks do alike.
+
+    Takes one pass over the calibration samples; nothing is removed. The scorer is the recipe's. To try another: --set
+    score.kind=KIND with magnitude, mipp, layerwise_mi, output_error, conditional_mi, label_mi, taylor, fpgm,
+    batch_norm_scale or random.
+    """
+    with exit_codes():
+        settings = split_settings(set_ or [], targets=False)
+        from deploypipe.pipeline import summarise_scores
+        from deploypipe.pipeline_module import load_pipeline
+
+        loaded = load_pipeline(pipeline, settings["pipeline"])
+        recipe = override(loaded.recipe(), settings["recipe"])
+        with shown_stages() as notify, loaded.blame("the scoring"):
+            summary = summarise_scores(loaded.build_model(), loaded.load_data(), loaded.task(), recipe, notify=notify)
+        show_table(f"Redundant units in {loaded.name}, by {summary.scorer}", *score_table(summary))
+        for cluster in summary.clusters:
+            if len(cluster) > 1:
+                print(f"alike   {', '.join(cluster)}")
+        for note in score_notes(summary):
+            print(f"note    {note}")
+        from deploypipe.report.html import write_scores
+
+        path = out or Path("runs") / f"{loaded.name}-scores.html"
+        write_scores(loaded.name, summary, path)
+        print(f"figures {path}")
+
+
+@app.command(epilog="Example: deploypipe report runs/digits-x86_cpu --out digits.html")
+def report(
+    run: RunArgument,
+    out: Annotated[Path | None, typer.Option(help="HTML file. Default: RUN/report.html.")] = None,
+) -> None:
+    """Write the report of a finished run: one HTML file that needs no network."""
+    with exit_codes():
+        from deploypipe.report.html import write_report
+
+        path = out or run / "report.html"
+        write_report(load_result(run), path)
+        print(path)
+
+
+@app.command(epilog="Example: deploypipe compare runs/digits-x86_cpu runs/digits-x86_server")
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="RUN_A", help="Folder of a finished run.")],
+    second: Annotated[Path, typer.Argument(metavar="RUN_B", help="Folder of another one.")],
+) -> None:
+    """Show what two runs ship, figure by figure, and what the second removed differently."""
+    with exit_codes():
+        results = load_result(first), load_result(second)
+        show_table(f"{first} and {second}", COMPARISON_HEADER, comparison_rows(*results))
+        if all(result.search for result in results):
+            rows = plan_differences(load_plan(first), load_plan(second))
+            if rows:
+                show_table("Differences of their plans", ("what", "first", "second", "the second"), rows)
+            else:
+                print("their plans are equal")
+
+
+@app.command(epilog="Example: deploypipe doctor x86_cpu")
+def doctor(
+    target: Annotated[str | None, typer.Argument(metavar="[TARGET]", help="Look at this target's needs too.")] = None,
+) -> None:
+    """Say what this machine can do, what is missing, and how to get it. Exit 2 where it cannot run TARGET."""
+    with exit_codes():
+        from deploypipe.doctor import examine
+
+        findings = examine(load_target(target) if target else None)
+        rows = [(f.name, f.status, f.detail, f.remedy) for f in findings]
+        show_table("This machine", ("what", "status", "found", "remedy"), rows)
+        can_run = not any(f.name.startswith("target ") and f.status == "missing" for f in findings)
+    if not can_run:
+        raise typer.Exit(EXIT_ERROR)
+
+
+@app.command(epilog="Example: deploypipe init my_model && deploypipe run my_model my_model")
+def init(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the new pipeline, a Python identifier.")],
+) -> None:
+    """Write a commented pipeline (pipelines/NAME.py) and target (targets/NAME.toml) that run as they are."""
+    with exit_codes():
+        if not name.isidentifier():
+            raise ConfigError("init", name, "is not a Python identifier", "use letters, digits and underscores")
+        texts = {
+            Path("pipelines") / f"{name}.py": template("pipeline.py.txt"),
+            Path("targets") / f"{name}.toml": template("target.toml"),
+        }
+        for path in texts:
+            if path.exists():
+                raise ConfigError(str(path), "", "is there already", "choose another name, or move the file away")
+        for path, text in texts.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+            print(path)
+        print(f"Put your network and data in, or try it as it is: deploypipe run {name} {name}")
+
+
+@app.command(epilog="Example: deploypipe bench model.onnx x86_cpu --against dense.onnx --parts latency,memory")
+def bench(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="An ONNX file, not only one of ours.")],
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="A TOML file, or the name of one in targets/.")],
+    against: Annotated[Path | None, typer.Option(help="Another file, timed in turns with FILE.")] = None,
+    inputs: Annotated[Path | None, typer.Option(help="One batch, .npz or .safetensors. Default: random.")] = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=1x128", help="Shape of a random input whose axes are open. May be repeated."),
+    ] = None,
+    parts: Annotated[
+        str, typer.Option(help="What to measure: latency,memory,cold start,layers,batches,threads,energy.")
+    ] = "all",
+    samples: Annotated[
+        int | None, typer.Option(help="Timed runs of each file. Default: about two seconds of them.")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(metavar="OUT", help="Write the figures as JSON too.")] = None,
+) -> None:
+    """Measure FILE on TARGET: latency, throughput, memory, cold start, time by layer, energy.
+
+    Noise is measured too: an interval for each latency, and a verdict on the machine (steady, throttled, noisy).
+    """
+    with exit_codes():
+        device, shapes = load_target(target), parse_shapes(shape or [])
+        from deploypipe.benchmark.bench import PARTS, bench_file  # late: as in `run`
+
+        chosen = PARTS if parts == "all" else tuple(part.strip() for part in parts.split(","))
+        with shown_stages(PARTS) as notify:
+            result = bench_file(
+                file, device, against, inputs, shapes=shapes, parts=chosen, num_samples=samples, notify=notify
+            )
+        show_bench(result)
+        if json:
+            write_atomically(json, to_json(result).encode())
+
+
+@app.command()
+def targets() -> None:
+    """List the targets that have a name (those in targets/), and what this machine can do for each.
+
+    run: measured here. build only: an engine is built here and nothing is measured. export only: an ONNX file.
+    """
+    with exit_codes():
+        from deploypipe.runtimes.ability import can
+
+        rows = []
+        for name, path in sorted(named_targets().items()):
+            device = load_target(str(path))
+            limits = [f"{key} {getattr(device.budget, key)}" for key in device.budget.limits()]
+            bounds = ", ".join([*limits, f"accuracy_drop_pp {device.budget.accuracy_drop_pp:g}"])
+            ability = can(device)
+            rows.append((name, ability.verdict, ability.reason, device.runtime, device.description, bounds, str(path)))
+        header = ("name", "this machine", "why", "runtime", "description", "budget", "file")
+        show_table("Targets", header, rows)
+
+
+@app.command(epilog="Example: deploypipe reproduce digits linear --out bug")
+def reproduce(
+    pipeline: PipelineArgument,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A structure that cannot be removed.")],
+    out: Annotated[Path, typer.Option(help="Folder. Default: reproduction.")] = Path("reproduction"),
+) -> None:
+    """Write the smallest part of PIPELINE's network in which NAME cannot be removed, for a bug report.
+
+    Weights and inputs in it are random; its README.md quotes names of classes and files: read it before you send it.
+    """
+    with exit_codes():
+        from deploypipe.pipeline_module import load_pipeline
+        from deploypipe.pruning.reproduction import write_reproduction
+        from deploypipe.task import take_calib
+
+        loaded = load_pipeline(pipeline, {})
+        with loaded.blame("the reproduction"):
+            ((inputs, _),) = take_calib(loaded.load_data().calib, 2)[:1]
+            found = write_reproduction(loaded.build_model(), inputs, name, out)
+        print(f"part    {found.module or 'the whole network'}")
+        print(f"reason  {found.reason}")
+        print(f"folder  {found.folder}")
+
+
+@plans.command("show", epilog="Example: deploypipe plan show runs/digits-x86_cpu")
+def plan_show(plan: Annotated[Path, typer.Argument(metavar="PLAN", help=PLAN_HELP)]) -> None:
+    """Show what PLAN removes: the width of each group before and after, and the blocks."""
+    with exit_codes():
+        loaded = load_plan(plan)
+        show_table(
+            f"Plan for model {loaded.model_fingerprint}", ("group", "width", "asked", "reason"), plan_rows(loaded)
+        )
+        print(f"removed blocks: {', '.join(loaded.blocks) or 'none'}")
+        print(f"edited modules: {len({edit.module for edit in loaded.edits})}")
+
+
+@plans.command("diff", epilog="Exit codes: 0 equal, 1 different, 2 error. Example: deploypipe plan diff runs/a runs/b")
+def plan_diff(
+    first: Annotated[Path, typer.Argument(metavar="FIRST", help=PLAN_HELP)],
+    second: Annotated[Path, typer.Argument(metavar="SECOND", help=PLAN_HELP)],
+) -> None:
+    """Show what FIRST and SECOND remove differently; equal are plans that remove the same from the same model."""
+    with exit_codes():
+        rows = plan_differences(load_plan(first), load_plan(second))
+        if rows:
+            show_table("Differences", ("what", "first", "second", "the second"), rows)
+        else:
+            print("equal")
+    if rows:
+        raise typer.Exit(EXIT_DIFFERENT)

@@ -1,0 +1,62 @@
+"""What the user names: targets, settings, shapes."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+
+from deploypipe.errors import ConfigError
+from deploypipe.jsonio import load_toml
+from deploypipe.target import Target
+
+
+def load_target(name: str) -> Target:
+    """The target at a path, or of a bare name; it is named after its file unless it names itself."""
+    if name.endswith(".toml") or "/" in name:
+        path = Path(name)
+    elif found := named_targets().get(name):
+        path = found
+    else:
+        known = ", ".join(sorted(named_targets())) or "none is here"
+        raise ConfigError(name, "", "no target of this name", f"give a TOML file, or one of: {known}")
+    target = load_toml(Target, path)
+    return target if target.name else replace(target, name=path.stem)
+
+
+def named_targets() -> dict[str, Path]:
+    """Bare name -> file. What lies in the working folder hides what lies beside the package."""
+    folders = (Path(__file__).parents[2] / "targets", Path("targets"))
+    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.toml"))}
+
+
+def split_settings(texts: Sequence[str], *, targets: bool = True) -> dict[str, dict[str, str]]:
+    """`--set` texts, by what they change: the target (where there is one), the module's constants, or the recipe."""
+    settings: dict[str, dict[str, str]] = {"target": {}, "pipeline": {}, "recipe": {}}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise ConfigError("--set", text, "is not KEY=VALUE", "write it like --set search.num_trials=4")
+        owner, _, rest = key.partition(".")
+        if owner == "target" and not targets:
+            raise ConfigError("--set", key, "there is no target here", "leave it out, or give it to `deploypipe run`")
+        if owner in ("target", "pipeline") and rest:
+            settings[owner][rest] = value
+        else:
+            settings["recipe"][key] = value
+    return settings
+
+
+def parse_shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """`--shape` texts, NAME=1x128 (NAME= for a scalar)."""
+    shapes = {}
+    for text in texts:
+        name, _, sizes = text.rpartition("=")
+        parts = sizes.split("x") if sizes else []
+        if not name or not all(part.isdecimal() and int(part) > 0 for part in parts):
+            raise ConfigError("--shape", text, "is no shape", "write it like --shape input_ids=1x128")
+        shapes[name] = tuple(map(int, parts))
+    return shapes
+
+
+def template(name: str) -> str:
+    return (resources.files("deploypipe") / "templates" / name).read_text(encoding="utf-8")

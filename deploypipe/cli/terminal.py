@@ -1,0 +1,292 @@
+"""What the user sees: progress, tables, the end."""
+
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from deploypipe.errors import DeploypipeError, RanksError
+from deploypipe.records import Check, Event, GateDecision, Verdict
+from deploypipe.report.tables import PRECISION_HEADER, before_after, check_cells, precision_rows, seconds
+from deploypipe.runs import RunResult
+
+if TYPE_CHECKING:
+    from deploypipe.benchmark.results import BenchResult
+    from deploypipe.training.ranks import Ranks
+
+EXIT_HOLD, EXIT_DIFFERENT, EXIT_ERROR, EXIT_INTERRUPTED = 1, 1, 2, 130
+STAGES = (
+    "structures",
+    "baseline",
+    "observe",
+    "score",
+    "curves",
+    "search",
+    "finalists",
+    "prune",
+    "finetune",
+    "export",
+    "precision",
+    "engine",
+    "benchmark",
+    "golden",
+    "gate",
+)
+_QUIET_SECONDS = 10.0  # between two lines about the same stage, where there is no live list
+COLOURS = {"PASS": "green", "FAIL": "red", "UNKNOWN": "yellow", "ok": "green", "missing": "red", "limited": "yellow"}
+
+
+@contextmanager
+def exit_codes() -> Iterator[None]:
+    """Every failure leaves with its own code: HOLD (1) is a decision and never an accident."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("interrupted; the same command resumes", file=sys.stderr)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    except DeploypipeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(EXIT_ERROR) from None
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename:
+            print(f"error: {error.filename}: {error.strerror}; check the path and its rights", file=sys.stderr)
+            raise typer.Exit(EXIT_ERROR) from None
+        traceback.print_exc()
+        print("error: this is a bug in deploypipe; please report it with the lines above", file=sys.stderr)
+        raise typer.Exit(EXIT_ERROR) from None
+
+
+@contextmanager
+def joined_ranks() -> Iterator["Ranks"]:
+    """The processes that torchrun started. Those but the first say nothing about what the first one says."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # DDP warns on every rank of what we chose; torch reads this when it loads
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from deploypipe.training.ranks import join  # late: brings torch
+
+    ranks = join()
+    try:
+        yield ranks
+    except (KeyboardInterrupt, RanksError) as error:
+        if ranks.is_first:
+            raise
+        sys.exit(EXIT_ERROR if isinstance(error, RanksError) else EXIT_INTERRUPTED)
+
+
+def exit_code(decision: GateDecision) -> int:
+    return 0 if decision.verdict is Verdict.SHIP else EXIT_HOLD
+
+
+@contextmanager
+def shown_stages(names: Sequence[str] = STAGES) -> Iterator[Callable[[Event], None]]:
+    """A listener for the events of stages with these names: a live list in a terminal, plain lines elsewhere."""
+    console = Console()
+    with _kept_interrupts() as raise_if_interrupted:
+
+        def show(event: Event) -> None:
+            raise_if_interrupted()
+            stages(event)
+
+        stages: _PlainStages | _LiveStages = _PlainStages()
+        if not console.is_terminal:
+            yield show
+            return
+        columns = (
+            SpinnerColumn(finished_text="[green]✓[/]"),
+            TextColumn("{task.description:<11}"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.fields[note]:>13}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console) as progress:
+            stages = _LiveStages(progress, names)
+            yield show
+            stages.end()
+
+
+@contextmanager
+def _kept_interrupts() -> Iterator[Callable[[], None]]:
+    """Raises an interrupt again that came where Python drops exceptions: in a finaliser, or below native code."""
+    is_pressed = False
+
+    def handle(*_: object) -> None:
+        nonlocal is_pressed
+        is_pressed = True
+        raise KeyboardInterrupt
+
+    def raise_if_interrupted() -> None:
+        if is_pressed:
+            raise KeyboardInterrupt
+
+    is_ours = threading.current_thread() is threading.main_thread()
+    if not is_ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield raise_if_interrupted
+        return
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield raise_if_interrupted
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+class _PlainStages:
+    """One line for each stage that ends, and a few while it lasts.
+
+    Work inside a stage (one trial's repair, the timed runs) has events under its own name: it moves the stage's line
+    on, but it is no measure of the time that the stage has left.
+    """
+
+    def __init__(self) -> None:
+        self.stage, self.begun, self.shown = "", 0.0, 0.0
+
+    def __call__(self, event: Event) -> None:
+        now = time.monotonic()
+        if event.message.startswith("WARNING"):
+            print(event.message, file=sys.stderr, flush=True)
+        elif event.message == "start":
+            self.stage, self.begun, self.shown = event.stage, now, now
+        elif event.message == "cached":
+            print(f"{event.stage:<11} cached", flush=True)
+        elif event.message == "done":
+            print(f"{event.stage:<11} done in {seconds(now - self.begun)}", flush=True)
+        elif event.message.startswith("NOTE: "):
+            print(f"{event.stage:<11} {event.message.removeprefix('NOTE: ')}", flush=True)
+        elif event.total and event.done and now - self.shown > _QUIET_SECONDS:
+            self.shown = now
+            text = f"{event.done} of {event.total}"
+            if event.stage == self.stage:
+                left = (now - self.begun) / event.done * (event.total - event.done)
+                text += f", about {seconds(left)} left"
+            else:
+                text = f"{event.stage} {text}"
+            print(f"{self.stage:<11} {text}", flush=True)
+
+
+class _LiveStages:
+    """All stages, with a bar for the one at work."""
+
+    def __init__(self, progress: Progress, names: Sequence[str]) -> None:
+        self.progress = progress
+        self.tasks: dict[str, TaskID] = {stage: self._add(stage) for stage in names}
+        self.stage = ""
+
+    def __call__(self, event: Event) -> None:
+        if event.message.startswith("WARNING"):
+            self.progress.console.print(f"[yellow]{escape(event.message)}[/]")
+            return
+        if event.message == "start":
+            self.stage = event.stage
+            if event.stage not in self.tasks:
+                self.tasks[event.stage] = self._add(event.stage)
+            self.progress.start_task(self.tasks[event.stage])
+        task = self.tasks.get(self.stage)
+        if task is None:
+            return
+        if event.message in ("cached", "done"):
+            self.progress.update(task, total=1, completed=1, note=event.message)
+        elif event.message.startswith("NOTE: "):
+            self.progress.console.print(escape(f"{event.stage}: {event.message.removeprefix('NOTE: ')}"))
+        elif event.total and event.stage == self.stage:
+            self.progress.update(task, total=event.total, completed=event.done, note=f"{event.done}/{event.total}")
+        elif event.total:  # work inside the stage
+            self.progress.update(task, note=f"{event.stage} {event.done}/{event.total}")
+
+    def end(self) -> None:
+        """Stages that were not needed leave the list."""
+        for task in self.progress.tasks:
+            if not task.started:
+                self.progress.remove_task(task.id)
+
+    def _add(self, stage: str) -> TaskID:
+        return self.progress.add_task(stage, total=None, start=False, note="")
+
+
+def show_result(result: RunResult, folder: Path) -> None:
+    header = ("", "dense", "compressed", "change")
+    show_table(f"{result.pipeline} on {result.target.name}", header, before_after(result))
+    if result.precision:
+        show_table("Precisions", PRECISION_HEADER, precision_rows(result.precision))
+    for note in result.benchmark.notes:
+        print(f"note: {note}")
+    show_decision(result.decision)
+    print(f"ONNX    {folder / 'model.onnx'}")
+    if result.engine:
+        print(f"engine  {folder / 'model.engine'} ({', '.join(result.engine.key.compute_capabilities)})")
+    if (folder / "report.html").is_file():
+        print(f"report  {folder / 'report.html'}")
+    else:
+        print("report  none; pip install 'deploypipe[report]', then `deploypipe report` with this folder")
+
+
+def show_bench(result: "BenchResult") -> None:
+    from deploypipe.report.bench_tables import (
+        condition_rows,
+        figure_rows,
+        layer_rows,
+        missing_lines,
+        sweep_rows,
+        verdict_lines,
+    )
+
+    file, other = result.file, result.against
+    threads = f"{result.num_threads} thread{'s' * (result.num_threads != 1)}"
+    about = f"{result.target}, {result.runtime}, batch {result.batch_size}, {threads}"
+    show_table(f"{file.path} on {about}", *figure_rows(result))
+    for measured in (file, other):
+        if measured and measured.layers:
+            show_table(
+                f"Slowest operators of {measured.path}",
+                ("node", "operator", "time", "share"),
+                layer_rows(measured.layers),
+            )
+    for name, by_threads in (("batch", False), ("threads", True)):
+        points, others = ([*(m.threads if by_threads else m.batches)] if m else [] for m in (file, other))
+        if points:
+            heads = (name, "latency p50", "throughput", *(("against, p50", "throughput") if others else ()))
+            show_table(f"By {name}", heads, sweep_rows(points, others, by_threads=by_threads))
+    show_table("The machine meanwhile", ("", "before", "after"), condition_rows(result.conditions))
+    for line in (*missing_lines(result), *result.notes, *verdict_lines(result)):
+        print(line)
+
+
+def show_checks(checks: Sequence[Check], title: str = "Checks") -> None:
+    show_table(title, ("check", "status", "measured", "limit", "reason"), [check_cells(check) for check in checks])
+
+
+def show_decision(decision: GateDecision) -> None:
+    show_checks(decision.checks, "Gate")
+    colour = "green" if decision.verdict is Verdict.SHIP else "red"
+    Console(soft_wrap=True).print(
+        f"[bold {colour}]{decision.verdict.value}[/]: {escape(decision.reason)}", highlight=False
+    )
+
+
+def show_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    console = Console()
+    if not console.is_terminal:
+        lines = [list(header), *map(list, rows)]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+        print(f"\n{title}")
+        for line in lines:
+            print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        print()
+        return
+    table = Table(title=title, title_justify="left")
+    for name in header:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*(f"[{COLOURS[c]}]{c}[/]" if c in COLOURS else escape(c) for c in row))
+    console.print(table)

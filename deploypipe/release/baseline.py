@@ -1,0 +1,78 @@
+"""A run's file against that of the bundle released before: both timed here and now, in turns."""
+
+from pathlib import Path
+
+from deploypipe.benchmark.environment import describe_environment
+from deploypipe.benchmark.latency import find_unsteadiness, summarise, time_interleaved, time_steadily
+from deploypipe.errors import DeploypipeError
+from deploypipe.numerics.intervals import interval_of_drop_pp, interval_of_median_ratio
+from deploypipe.records import BaselineComparison, Check, Interval, Status
+from deploypipe.release.bundle import ENGINE, MODEL, load_bundle
+from deploypipe.runs import RunResult
+from deploypipe.runtimes import find_runtime
+from deploypipe.verify import golden_inputs
+
+
+def compare_with_baseline(run: Path, result: RunResult, bundle: Path) -> BaselineComparison:
+    """Latency from a new interleaved run on one golden sample; accuracy paired, from what both runs found on the same
+    test samples. What cannot be compared is None, and a note says why.
+
+    Raises BundleError for a bundle that was changed.
+    """
+    before = load_bundle(bundle)
+    drop, why_no_drop = _accuracy_drop(before, result)
+    ratio, why_no_ratio = _latency_ratio(run, result, bundle, before)
+    notes = tuple(note for note in (why_no_drop, why_no_ratio) if note)
+    return BaselineComparison(name=bundle.name, latency_ratio=ratio, accuracy_drop_pp=drop, notes=notes)
+
+
+def _accuracy_drop(before: RunResult, after: RunResult) -> tuple[Interval | None, str]:
+    first, second = before.benchmark.compressed.per_sample_metric, after.benchmark.compressed.per_sample_metric
+    if not first or not second:
+        return None, "accuracy: one of both was not measured"
+    if before.benchmark.test_data != after.benchmark.test_data or before.metric != after.metric:
+        return None, "accuracy: the test split or the metric is another one than the baseline's"
+    return interval_of_drop_pp(first, second), ""
+
+
+def _latency_ratio(run: Path, result: RunResult, bundle: Path, before: RunResult) -> tuple[Interval | None, str]:
+    files = [folder / (ENGINE if found.engine else MODEL) for folder, found in ((run, result), (bundle, before))]
+    try:
+        runtime = find_runtime(result.target)
+        inputs = golden_inputs(run, result.target.batch_size)
+        timings = time_steadily(files, inputs, runtime, result.target)
+    except DeploypipeError as error:
+        return None, f"latency: {error}"
+    unsteady = [reason for times in timings.samples if (reason := find_unsteadiness(times))]
+    if unsteady:
+        return None, f"latency: the timings were not steady ({'; '.join(unsteady)})"
+    return interval_of_median_ratio(*timings.samples, block=timings.block), ""
+
+
+def check_approved_latency(bundle: Path) -> Check:
+    """The bundle's model timed here, against the latency it was approved with: by its own target's limit of regression.
+
+    UNKNOWN on another device than that of the approval. Raises BundleError for a bundle that was changed.
+    """
+    approved = load_bundle(bundle)
+    target, before = approved.target, approved.benchmark.compressed.latency
+    device = approved.benchmark.environment.device_fingerprint
+    name = "approved_latency"
+    if before is None or describe_environment(target.num_threads).device_fingerprint != device:
+        why = "no latency was approved" if before is None else "it was approved on another device than this one"
+        return Check(name=name, status=Status.UNKNOWN, measured=None, interval=None, limit=None, unit="ms", reason=why)
+    limit = before.p50_ms.high * target.budget.latency_regression
+    file = bundle / (ENGINE if approved.engine else MODEL)
+    timings = time_interleaved([file], golden_inputs(bundle, target.batch_size), find_runtime(target), target)
+    now = summarise(timings.samples[0], target, block=timings.block).p50_ms
+    is_met = now.low <= limit
+    reason = f"approved {before.p50_ms.value:.4g} ms, now {now.value:.4g} ms"
+    return Check(
+        name=name,
+        status=Status.PASS if is_met else Status.FAIL,
+        measured=now.value,
+        interval=now,
+        limit=limit,
+        unit="ms",
+        reason=reason,
+    )

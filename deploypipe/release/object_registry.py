@@ -1,0 +1,74 @@
+"""A registry in an object store (S3, GCS, Azure, ...), by fsspec.
+
+ROOT/NAME/bundles/DIGEST/*, ROOT/NAME/versions/NUMBER, which holds a digest, and ROOT/NAME/aliases/ALIAS, which holds a
+number. Each small object is written in one request. A bundle's manifest is uploaded after its other files, its version
+after that and the alias last: a promotion that breaks off publishes nothing.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from deploypipe.addresses import masked
+from deploypipe.errors import BundleError, NoVersionError
+from deploypipe.release.manifest import MANIFEST, Manifest
+from deploypipe.stores import open_store
+
+
+def promote(bundle: Path, manifest: Manifest, root: str, alias: str) -> int:
+    """Upload the bundle unless it is there, and let `alias` mean its version. BundleError where the store refuses."""
+    with open_store(root, BundleError) as (store, path):
+        home = f"{path}/{manifest.name}"
+        versions = _versions(store, home)
+        known = [number for number, digest in versions.items() if digest == manifest.digest]
+        if not known:
+            _upload(store, bundle, f"{home}/bundles/{manifest.digest}")
+        number = min(known) if known else _claim(store, home, manifest.digest, max(versions, default=0) + 1)
+        store.pipe_file(f"{home}/aliases/{alias}", str(number).encode())
+        return number
+
+
+def download(address: str, alias: str, folder: Path) -> tuple[Path, str]:
+    """The bundle that ROOT/NAME and an alias mean, in a new folder inside `folder`, and the digest it was promoted
+    with. NoVersionError where there is none, BundleError where the store refuses."""
+    with open_store(address, BundleError) as (store, home):
+        try:
+            number = int(store.cat_file(f"{home}/aliases/{alias}"))
+        except FileNotFoundError:
+            raise NoVersionError(
+                f"{masked(address)}@{alias}: there is no alias {alias!r}; set it with `deploypipe promote`"
+            ) from None
+        try:
+            digest = store.cat_file(f"{home}/versions/{number}").decode()
+        except FileNotFoundError:
+            raise BundleError(
+                f"{masked(address)}@{alias}: means version {number}, which is gone; promote another one"
+            ) from None
+        local = folder / "bundle"
+        local.mkdir()
+        for remote in store.find(f"{home}/bundles/{digest}", maxdepth=1):
+            store.get_file(remote, str(local / Path(remote).name))
+        return local, digest
+
+
+def _versions(store: Any, home: str) -> dict[int, str]:
+    try:
+        found = store.ls(f"{home}/versions", detail=False)
+    except FileNotFoundError:
+        return {}
+    return {int(Path(at).name): store.cat_file(at).decode() for at in found}
+
+
+def _upload(store: Any, bundle: Path, there: str) -> None:
+    for path in sorted(bundle.iterdir(), key=lambda path: (path.name == MANIFEST, path.name)):
+        store.put_file(str(path), f"{there}/{path.name}")
+
+
+def _claim(store: Any, home: str, digest: str, number: int) -> int:
+    """The first number from `number` on that nobody else took, now this digest's. S3, GCS and Azure create an object
+    only where there is none, in one request."""
+    while True:
+        try:
+            store.pipe_file(f"{home}/versions/{number}", digest.encode(), mode="create")
+            return number
+        except FileExistsError:
+            number += 1

@@ -1,0 +1,145 @@
+"""Where bundles are found by what they are for: versions of them, and aliases such as "production" that mean one.
+
+A registry is `models:`, the MLflow server that MLFLOW_TRACKING_URI names, an address in an object store (`s3://...`),
+or a plain folder: FOLDER/NAME/VERSION/BUNDLE and FOLDER/NAME/aliases.json. A version appears whole or not at all, and
+is never changed.
+"""
+
+import fcntl
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from deploypipe.addresses import masked
+from deploypipe.errors import BundleError, NoVersionError
+from deploypipe.release.bundle import load_bundle
+from deploypipe.release.manifest import MANIFEST, check_manifest
+from deploypipe.runs import cache_folder, write_atomically
+
+_MLFLOW, _IN_STORE, _FOLDER = "models:", "://", "file://"
+_ALIASES, _LOCK = "aliases.json", ".lock"
+
+
+def promote(bundle: Path, registry: str, alias: str) -> int:
+    """Copy the bundle in, unless it is there, and let `alias` mean it: the number of its version. The same call again
+    changes nothing.
+
+    Raises BundleError for a bundle whose files are not what its manifest says, and for a server that does not answer.
+    """
+    if not alias.isidentifier():
+        raise BundleError(f"alias {alias!r} is no plain word; use letters, digits and underscores")
+    manifest = check_manifest(bundle)
+    registry = registry.removeprefix(_FOLDER)
+    if registry.rstrip("/") == _MLFLOW:
+        from deploypipe.release import mlflow_registry
+
+        return mlflow_registry.promote(bundle, manifest, load_bundle(bundle), alias)
+    if _IN_STORE in registry:
+        from deploypipe.release import object_registry
+
+        return object_registry.promote(bundle, manifest, registry, alias)
+    home = Path(registry) / manifest.name
+    with _locked(home):
+        number = _find(home, manifest.digest) or _add(home, bundle)
+        aliases = {**_aliases(home), alias: number}
+        write_atomically(home / _ALIASES, (json.dumps(aliases, indent=1, sort_keys=True) + "\n").encode())
+    return number
+
+
+def resolve(reference: str) -> Path:
+    """The folder of the bundle that a reference means: that folder, or REGISTRY/NAME@ALIAS.
+
+    NoVersionError where the registry has no such alias, BundleError where there is no bundle. What a server holds is
+    downloaded to the cache.
+    """
+    reference = reference.removeprefix(_FOLDER)
+    path, _, alias = reference.rpartition("@")
+    if not path and is_remote(reference):
+        raise BundleError(f"{masked(reference)}: names no alias; write it like {masked(reference)}@production")
+    if path.startswith(_MLFLOW):
+        from deploypipe.release import mlflow_registry
+
+        return _downloaded(mlflow_registry.download, path.removeprefix(_MLFLOW).strip("/"), alias)
+    if _IN_STORE in path:
+        from deploypipe.release import object_registry
+
+        return _downloaded(object_registry.download, path, alias)
+    if not path or Path(reference).is_dir():
+        if not (Path(reference) / MANIFEST).is_file():
+            raise BundleError(f"{reference}: is no bundle; give its folder, or REGISTRY/NAME@ALIAS")
+        return Path(reference)
+    home = Path(path)
+    aliases = _aliases(home)
+    if alias not in aliases:
+        known = ", ".join(sorted(aliases)) or "none"
+        raise NoVersionError(
+            f"{reference}: there is no alias {alias!r} (known: {known}); set it with `deploypipe promote`"
+        )
+    number, versions = aliases[alias], _versions(home)
+    if number not in versions:
+        raise BundleError(f"{reference}: means version {number}, which is gone; promote another one")
+    return versions[number]
+
+
+def is_remote(reference: str) -> bool:
+    """Whether it is the address of something on a server."""
+    return reference.startswith(_MLFLOW) or _IN_STORE in reference.removeprefix(_FOLDER)
+
+
+def _downloaded(download: Callable[[str, str, Path], tuple[Path, str]], name: str, alias: str) -> Path:
+    home = cache_folder() / "bundles"
+    home.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=home, prefix=".download.") as scratch:
+        folder, digest = download(name, alias, Path(scratch))
+        manifest = check_manifest(folder)
+        if manifest.digest != digest:
+            raise BundleError(f"{masked(name)}@{alias}: what is stored is not what was promoted; promote it again")
+        final = home / manifest.folder
+        try:
+            check_manifest(final)
+        except BundleError:  # it is not there, or was changed
+            shutil.rmtree(final, ignore_errors=True)
+            folder.rename(final)
+        return final
+
+
+def _versions(home: Path) -> dict[int, Path]:
+    """Number -> folder of the bundle."""
+    numbered = [path for path in home.iterdir() if path.name.isdecimal()] if home.is_dir() else []
+    return {int(path.name): bundle for path in numbered for bundle in path.iterdir() if (bundle / MANIFEST).is_file()}
+
+
+def _find(home: Path, digest: str) -> int | None:
+    found = (number for number, folder in _versions(home).items() if check_manifest(folder).digest == digest)
+    return min(found, default=None)
+
+
+def _add(home: Path, bundle: Path) -> int:
+    number = max(_versions(home), default=0) + 1
+    with TemporaryDirectory(dir=home, prefix=".promote.") as scratch:
+        part = Path(scratch) / str(number)
+        shutil.copytree(bundle, part / bundle.name)
+        check_manifest(part / bundle.name)
+        part.rename(home / str(number))
+    return number
+
+
+def _aliases(home: Path) -> dict[str, int]:
+    path = home / _ALIASES
+    if not path.is_file():
+        return {}
+    try:
+        return {str(alias): int(number) for alias, number in json.loads(path.read_bytes()).items()}
+    except (ValueError, AttributeError) as error:
+        raise BundleError(f"{path}: not understood ({error}); delete it and promote again") from None
+
+
+@contextmanager
+def _locked(home: Path) -> Iterator[None]:
+    home.mkdir(parents=True, exist_ok=True)
+    with (home / _LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,58 @@
+"""A decision for those who read it elsewhere: a pull request's comment, a CI server's list of tests."""
+
+from xml.etree import ElementTree
+
+from deploypipe.records import GateDecision, Status, Verdict
+from deploypipe.release.card import check_table, table
+from deploypipe.report.tables import before_after
+from deploypipe.runs import RunResult
+
+
+def markdown(result: RunResult) -> str:
+    """For a step summary or a comment: the decision, why, and what changed."""
+    mark = "✅" if result.decision.verdict is Verdict.SHIP else "🛑"
+    name = f"{result.pipeline} on {result.target.name or result.target.runtime}"
+    lines = [
+        f"## {mark} {result.decision.verdict.value}: {name}",
+        "",
+        f"{result.decision.reason}.",
+        "",
+        *check_table(result.decision.checks),
+        "",
+        "<details><summary>Before and after compression</summary>",
+        "",
+        *table(("", "dense", "compressed", "change"), before_after(result)),
+        "",
+        "</details>",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def junit(result: RunResult) -> str:
+    """One test case for each check; UNKNOWN is an error, a waived check is skipped."""
+    decision: GateDecision = result.decision
+    counts = {
+        "failures": sum(c.status is Status.FAIL and not c.is_settled for c in decision.checks),
+        "errors": sum(c.status is Status.UNKNOWN and not c.is_settled for c in decision.checks),
+        "skipped": sum(c.waiver is not None for c in decision.checks),
+    }
+    suite = ElementTree.Element(
+        "testsuite",
+        {
+            "name": f"deploypipe {result.pipeline} on {result.target.name}",
+            "tests": str(len(decision.checks)),
+            **{name: str(count) for name, count in counts.items()},
+        },
+    )
+    for check in decision.checks:
+        case = ElementTree.SubElement(suite, "testcase", name=check.name, classname="deploypipe.gate")
+        if check.waiver is not None:
+            ElementTree.SubElement(case, "skipped", message=f"waived by {check.waiver.by}: {check.waiver.reason}")
+        elif check.status is Status.FAIL:
+            ElementTree.SubElement(case, "failure", message=check.reason)
+        elif check.status is Status.UNKNOWN:
+            ElementTree.SubElement(case, "error", message=check.reason)
+        ElementTree.SubElement(case, "system-out").text = check.reason
+    ElementTree.indent(suite)
+    return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"

@@ -1,0 +1,35 @@
+"""What a search stands on, and what it works with."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from deploypipe.records import Candidate, Curves, Measurement, PrecisionRow, ScoreTable, Structures, TimedNetworks
+from deploypipe.search.candidates import Candidates
+from deploypipe.search.judge import Judge
+from deploypipe.search.propose import Proposer
+from deploypipe.target import Limit
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Basis:
+    """The stages before a search, for one target."""
+
+    structures: Structures
+    scores: ScoreTable
+    curves: Curves
+    dense: Measurement
+    limits: Mapping[str, Limit]  # those that can be held here
+    shipping: PrecisionRow  # the precision that candidates are made in
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tools:
+    """Proposes and judges the trials of one search."""
+
+    candidates: Candidates
+    timed: TimedNetworks | None  # None: no latency is asked for, or none can be taken
+    reference: Candidate  # the dense network
+    limits: Mapping[str, Limit]  # with the margin that is left to the gate
+    shares: Mapping[str, float]  # of the dense network's figures that the budgets allow
+    proposer: Proposer
+    judge: Judge

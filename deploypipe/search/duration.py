@@ -1,0 +1,39 @@
+"""How long a search will take, told before its first trial."""
+
+import time
+from dataclasses import replace
+
+from deploypipe.benchmark.accuracy import evaluate_module
+from deploypipe.pruning.apply import apply_plan
+from deploypipe.pruning.repair import repair
+from deploypipe.records import PruningPlan
+from deploypipe.search.candidates import NUM_LATENCY_SAMPLES
+from deploypipe.search.judge import Judge
+from deploypipe.search.propose import NUM_TIMED
+from deploypipe.task import num_samples, take_calib
+
+_TRIED = 8  # a repair with this part of the samples is tried
+
+
+def predict_seconds(judge: Judge, plan: PruningPlan, num_trials: int) -> float:
+    """From a smaller repair of one plan and a batch of val; each trial counted as one that sees all of val, and that
+    is timed as often as one may be. An upper bound on a quiet machine: trials that are stopped early take less."""
+    settings, dense = judge.recipe.search, judge.candidates.dense
+    few = take_calib(judge.calib, max(settings.num_repair_samples // _TRIED, 1))
+    share = sum(num_samples(batch) for batch, _ in few) / settings.num_repair_samples
+    start = time.perf_counter()
+    pruned, quick = apply_plan(dense, plan), replace(judge.recipe.repair, num_samples=settings.num_repair_samples)
+    repair(dense, pruned, plan, few, quick, real_tokens=judge.task.real_tokens, seed=judge.recipe.seed)
+    repaired = time.perf_counter()
+    batch = judge.parts[0][0]
+    evaluate_module(pruned, [batch], judge.task)
+    judged = time.perf_counter()
+    num_val = sum(num_samples(inputs) for part in judge.parts for inputs, _ in part)
+    timing = NUM_TIMED * NUM_LATENCY_SAMPLES * 2 * (judge.dense_p50_ms or 0.0) / 1000
+    own = (repaired - start) / min(share, 1.0) + (judged - repaired) * num_val / num_samples(batch[0])
+    return num_trials * (own + timing)
+
+
+def duration_text(seconds: float, num_trials: int) -> str:
+    told = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+    return f"{num_trials} trials take about {told} at most"

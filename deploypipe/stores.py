@@ -1,0 +1,29 @@
+"""Folders and object stores by their address, through fsspec."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import fsspec
+
+from deploypipe.addresses import masked, without_secrets
+from deploypipe.errors import DeploypipeError
+
+
+@contextmanager
+def open_store(address: str, refusal: type[DeploypipeError]) -> Iterator[tuple[Any, str]]:
+    """The file system of an address, what it was a moment ago forgotten, and the path in it.
+
+    DeploypipeError where the package for it is absent, `refusal` for whatever the store refuses inside the block.
+    """
+    try:
+        store, path = fsspec.url_to_fs(address)
+        store.invalidate_cache()
+        yield store, path.rstrip("/")
+    except DeploypipeError:
+        raise
+    except ImportError as error:
+        raise DeploypipeError(f"{masked(address)}: {error}") from None
+    except Exception as error:  # each store's library raises its own
+        told = without_secrets(str(error), address) or type(error).__name__
+        raise refusal(f"{masked(address)}: the store refuses ({told}); see that it can be reached") from None

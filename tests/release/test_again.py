@@ -1,0 +1,154 @@
+"""What the gate is asked later: against the bundle before, of slices and age, and with waivers."""
+
+import json
+from dataclasses import replace
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from bundles import write_run
+from typer.testing import CliRunner
+
+from deploypipe.cli import app
+from deploypipe.errors import ConfigError
+from deploypipe.records import BaselineComparison, BenchmarkReport, Interval, Status, Verdict, Waiver
+from deploypipe.release.baseline import compare_with_baseline
+from deploypipe.release.bundle import release
+from deploypipe.release.decision import decide_again
+from deploypipe.release.gate import decide
+from deploypipe.release.waivers import load_waivers
+from deploypipe.runs import load_result, save_result
+from deploypipe.target import Budget
+
+MEASURED = datetime(2026, 11, 20, 12, tzinfo=UTC)
+RUNNER = CliRunner()
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> BenchmarkReport:
+    return write_run(tmp_path_factory.mktemp("report") / "run").benchmark
+
+
+def status(report: BenchmarkReport, name: str, **asked: object) -> tuple[Status, str]:
+    decision = decide(report, **asked)  # type: ignore[arg-type]
+    check = next(check for check in decision.checks if check.name == name)
+    return check.status, check.reason
+
+
+def test_the_worst_slice_counts(report: BenchmarkReport) -> None:
+    budget = Budget(slice_drop_pp=2.0)
+    assert status(report, "slice_drop", budget=budget)[0] is Status.PASS
+    # ten more are wrong, all of one class: 2 points of all samples, 4 of that class
+    metric = (1.0,) * 480 + (0.0,) * 20
+    worse = replace(report, compressed=replace(report.compressed, per_sample_metric=metric))
+    found, reason = status(worse, "slice_drop", budget=budget)
+    assert found is Status.FAIL and reason.startswith("class 1 (250 samples)") and "1 of 2 slices" in reason
+    assert status(replace(report, slices={}), "slice_drop", budget=budget)[0] is Status.UNKNOWN
+
+
+@pytest.mark.parametrize(
+    ("days", "expected"), [(0, Status.PASS), (29, Status.PASS), (31, Status.FAIL), (-2, Status.UNKNOWN)]
+)
+def test_old_measurements_and_clocks_in_the_past(days: int, expected: Status, report: BenchmarkReport) -> None:
+    now = MEASURED + timedelta(days=days)
+    assert status(report, "age", budget=Budget(max_age_days=30), now=now)[0] is expected
+    undated = replace(report, measured_at="")
+    assert status(undated, "age", budget=Budget(max_age_days=30), now=now)[0] is Status.UNKNOWN
+
+
+def test_a_file_that_computes_something_else_is_held(tmp_path: Path) -> None:
+    result = write_run(tmp_path / "run")
+    shipped = result.benchmark.compressed
+    for error, verdict in ((2e-5, Verdict.SHIP), (2e-2, Verdict.HOLD)):
+        measured = replace(shipped, file=replace(shipped.file, max_abs_error=error))
+        other = replace(result, benchmark=replace(result.benchmark, compressed=measured))
+        assert decide_again(tmp_path / "run", other, None, (), MEASURED).decision.verdict is verdict
+
+
+def interval(low: float, high: float) -> Interval:
+    return Interval(value=(low + high) / 2, low=low, high=high)
+
+
+def test_nothing_may_be_worse_than_before(report: BenchmarkReport) -> None:
+    good = BaselineComparison(name="v1", latency_ratio=interval(0.9, 1.04), accuracy_drop_pp=interval(-1, 0.5))
+    assert decide(report, Budget(), baseline=good).verdict is Verdict.SHIP
+    slow = replace(good, latency_ratio=interval(1.0, 1.06))
+    found, reason = status(report, "latency_against_baseline", budget=Budget(), baseline=slow)
+    assert found is Status.FAIL and reason.startswith("beside v1: ")
+    worse = replace(good, accuracy_drop_pp=interval(0.5, 1.5))
+    assert status(report, "accuracy_against_baseline", budget=Budget(), baseline=worse)[0] is Status.FAIL
+    other = replace(good, accuracy_drop_pp=None, notes=("accuracy: another test split",))
+    found, reason = status(report, "accuracy_against_baseline", budget=Budget(), baseline=other)
+    assert found is Status.UNKNOWN and "another test split" in reason
+
+
+def test_a_run_is_compared_with_a_bundle(tmp_path: Path) -> None:
+    write_run(tmp_path / "v1")
+    bundle = release(tmp_path / "v1", tmp_path / "bundles")
+    result = write_run(tmp_path / "v2", seed=1, num_wrong=5)
+    found = compare_with_baseline(tmp_path / "v2", result, bundle)
+    assert found.accuracy_drop_pp and found.accuracy_drop_pp.value == pytest.approx(1.0)
+    assert found.latency_ratio or "not steady" in found.notes[0]
+    elsewhere = replace(result, benchmark=replace(result.benchmark, test_data="other"))
+    found = compare_with_baseline(tmp_path / "v2", elsewhere, bundle)
+    assert found.accuracy_drop_pp is None and "test split" in found.notes[0]
+
+
+WAIVER = Waiver(check="accuracy_drop", reason="known", by="ada", granted="2026-11-01", expires="2026-11-30")
+
+
+@pytest.mark.parametrize(
+    ("today", "verdict", "told"),
+    [
+        (date(2026, 11, 1), Verdict.SHIP, "the rest is waived: accuracy_drop failed"),
+        (date(2026, 11, 30), Verdict.SHIP, "the rest is waived"),
+        (date(2026, 12, 1), Verdict.HOLD, "the waiver by ada ran out on 2026-11-30"),
+        (date(2026, 10, 31), Verdict.HOLD, "the waiver by ada begins on 2026-11-01, and today is 2026-10-31"),
+    ],
+)
+def test_a_waiver_counts_for_its_time(today: date, verdict: Verdict, told: str, report: BenchmarkReport) -> None:
+    now = datetime.combine(today, datetime.min.time(), UTC)
+    strict = Budget(accuracy_drop_pp=0.0)
+    assert decide(report, strict, now=now).verdict is Verdict.HOLD
+    decision = decide(report, strict, waivers=[WAIVER], now=now)
+    assert decision.verdict is verdict and told in decision.reason
+    other = replace(WAIVER, check="latency_p50")
+    assert decide(report, strict, waivers=[other], now=now).verdict is Verdict.HOLD
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ('by = ""', r"waiver\.0\.by.*is empty"),
+        ('expires = "soon"', r"waiver\.0\.expires.*'soon' is no date"),
+        ("expires = 2026-10-01", "is before it was granted"),
+        ("until = 2026-10-01", "until"),
+    ],
+)
+def test_waivers_that_say_too_little_are_refused(line: str, told: str, tmp_path: Path) -> None:
+    lines = {"check": '"age"', "reason": '"r"', "by": '"b"', "granted": "2026-11-01", "expires": "2026-11-30"}
+    name, _, value = line.partition(" = ")
+    path = tmp_path / "waivers.toml"
+    path.write_text("[[waiver]]\n" + "\n".join(f"{key} = {text}" for key, text in (lines | {name: value}).items()))
+    with pytest.raises(ConfigError, match=told):
+        load_waivers(path)
+
+
+def test_the_command_remembers_and_tells(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    result = write_run(run, num_wrong=30)
+    save_result(run, result)
+    told = RUNNER.invoke(app, ["gate", str(run), "--json"])
+    assert told.exit_code == 1 and json.loads(told.output)["verdict"] == "HOLD"
+    waivers = tmp_path / "w.toml"
+    lines = ['check = "accuracy_drop"', 'reason = "r"', 'by = "ada"', "granted = 2020-01-01", "expires = 2999-01-01"]
+    waivers.write_text("\n".join(["[[waiver]]", *lines]))
+    files = ["--markdown", str(tmp_path / "c.md"), "--junit", str(tmp_path / "j.xml")]
+    assert RUNNER.invoke(app, ["gate", str(run), "--waivers", str(waivers), *files]).exit_code == 0
+    assert load_result(run).decision.verdict is Verdict.SHIP
+    assert "WAIVED by ada" in (tmp_path / "c.md").read_text() and "SHIP" in (tmp_path / "c.md").read_text()
+    suite = ElementTree.parse(tmp_path / "j.xml").getroot()
+    assert suite.get("failures") == "0" and suite.get("skipped") == "1"
+    assert "WAIVED by ada" in (run / "report.html").read_text()
+    assert RUNNER.invoke(app, ["gate", str(run), "--baseline", str(tmp_path)]).exit_code == 2

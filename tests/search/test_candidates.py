@@ -1,0 +1,73 @@
+"""What is timed, and what is timed again."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+
+from deploypipe.benchmark.latency import Timings
+from deploypipe.recipe import Export
+from deploypipe.records import PrecisionRow
+from deploypipe.search import candidates
+from deploypipe.search.candidates import Candidates
+from deploypipe.search.measuring import Known, OwnMeasuring
+
+
+class Interrupted(OwnMeasuring):
+    """Somebody else measured beside the first `times` measurements."""
+
+    def __init__(self, times: int) -> None:
+        self.left, self.published = times, dict[str, float]()
+
+    def known(self, key: str) -> Known | None:
+        return None
+
+    def publish(self, key: str, ratio: float, *, is_telling: bool) -> Known:
+        self.published[key] = ratio
+        return Known(ratio=ratio, told="me")
+
+    @contextmanager
+    def alone(self) -> Iterator[Callable[[], bool]]:
+        def was_alone() -> bool:
+            self.left -= 1
+            return self.left < 0
+
+        yield was_alone
+
+
+@pytest.mark.parametrize("times", [0, 2])
+def test_what_was_timed_beside_another_is_timed_again(
+    times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense, file = tmp_path / "dense.onnx", tmp_path / "candidate.onnx"
+    taken: list[float] = []
+
+    def time_interleaved(files: Sequence[Path], *_: Any, **__: Mapping[str, Any]) -> Timings:
+        assert list(files) == [dense, file]
+        taken.append(0.5 + 0.1 * (times - len(taken)))  # only the last is undisturbed
+        return Timings(samples=(np.full(200, 1.0), np.full(200, taken[-1])), block=20)
+
+    monkeypatch.setattr(candidates, "time_interleaved", time_interleaved)
+    monkeypatch.setattr(Candidates, "_key", lambda _, path: path.name)
+    monkeypatch.setattr(Candidates, "_feed", lambda *_: {})
+    measuring = Interrupted(times)
+    subject = Candidates(
+        dense=tiny.Network(),
+        dense_onnx=dense,
+        dense_opened=dense,
+        template=dense,
+        precision=PrecisionRow(precision="fp32", file=None),
+        calib=(),
+        target=tiny.target(),
+        builds_engines=False,
+        export=Export(),
+        measuring=measuring,
+    )
+    assert subject.latency_ratios([file], 200) == [pytest.approx(0.5)]
+    assert len(taken) == times + 1 and subject.measured_by(file) == "me"
+    assert subject.latency_ratios([file], 200) == [pytest.approx(0.5)] and len(taken) == times + 1
+    assert measuring.published == {file.name: pytest.approx(0.5)}

@@ -1,0 +1,130 @@
+"""What only one may do at a time, and who has it when its holder is gone."""
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+import sqlalchemy as sa
+
+from deploypipe.search import leases
+from deploypipe.search.leases import Held, Leases, is_gone, this_process
+from deploypipe.search.measuring import SharedMeasuring
+from deploypipe.search.storage import Storage
+
+T = TypeVar("T")
+
+
+def at_once(call: Callable[[], T]) -> T:
+    return call()
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> sa.Engine:
+    return sa.create_engine(f"sqlite:///{tmp_path}/leases.db", connect_args={"timeout": 30})
+
+
+def test_one_at_a_time(engine: sa.Engine) -> None:
+    inside, most, count = 0, 0, 0
+
+    def work() -> None:
+        nonlocal inside, most, count
+        for _ in range(3):
+            with Leases(engine, at_once, 60).held("slot") as held:
+                inside += 1
+                most = max(most, inside)
+                time.sleep(0.01)
+                inside -= 1
+                count += 1
+            assert not held.lost.is_set()
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (most, count) == (1, 12)
+
+
+def test_two_names_do_not_wait_for_each_other(engine: sa.Engine) -> None:
+    both = Leases(engine, at_once, 60)
+    with both.held("a"), both.held("b"):
+        pass
+
+
+def test_a_holder_that_stands_still_loses_it_and_is_told(engine: sa.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow, quick = Leases(engine, at_once, 0.6), Leases(engine, at_once, 0.6)
+    monkeypatch.setattr(Leases, "_beat", lambda *_: None)
+    with slow.held("slot") as still:
+        assert slow.is_held(still)
+        started = time.monotonic()
+        with quick.held("slot") as taken:
+            assert time.monotonic() - started > 0.6
+            assert quick.is_held(taken) and not slow.is_held(still)
+    assert still.lost.is_set()
+
+
+def test_a_holder_at_work_keeps_it(engine: sa.Engine) -> None:
+    both, got = Leases(engine, at_once, 0.6), threading.Event()
+
+    def wait() -> None:
+        with both.held("slot"):
+            got.set()
+
+    with both.held("slot") as held:
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        assert not got.wait(2.0)  # three times as long as one that does not move may keep it
+        assert both.is_held(held)
+    waiting.join()
+    assert got.is_set()
+
+
+def test_what_a_dead_process_held_is_free_at_once(engine: sa.Engine) -> None:
+    code = "from deploypipe.search.leases import this_process; print(this_process())"
+    dead = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    assert is_gone(dead) and not is_gone(this_process())
+    host, pid, _ = dead.split(":")
+    assert not is_gone(f"{host}:{pid}:another-place") and not is_gone(f"{host}:{pid}:")
+    assert not is_gone("") and not is_gone("a word")
+    patient = Leases(engine, at_once, 3600)
+    assert patient._insert(Held(name="slot", holder=f"{dead} 1"))
+    with patient.held("slot") as held:
+        assert patient.is_held(held)
+
+
+def test_the_first_time_that_was_taken_counts_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = Storage(url=f"sqlite:///{tmp_path}/study.db", study="one")
+    monkeypatch.setenv("DEPLOYPIPE_CACHE", str(tmp_path / "first"))
+    first, second = (SharedMeasuring(storage, "device") for _ in range(2))
+    assert first.known("network") is None
+    assert first.publish("network", 0.5, is_telling=False).ratio == 0.5
+    assert second.publish("network", 0.7, is_telling=True).ratio == 0.5
+    known = second.known("network")
+    assert known and known.ratio == 0.5 and "load" in known.told
+    other = SharedMeasuring(Storage(url=storage.url, study="another"), "device")
+    found = other.known("network")  # what this machine remembers of an earlier search
+    assert found and found.ratio == 0.7 and found.told == "an earlier run here"
+
+
+def test_only_one_worker_of_a_machine_measures(tmp_path: Path) -> None:
+    storage = Storage(url=f"sqlite:///{tmp_path}/study.db", study="one", grace_s=60)
+    first, second = (SharedMeasuring(storage, "device") for _ in range(2))
+    got = threading.Event()
+
+    def wait() -> None:
+        with second.alone() as was_alone:
+            got.set()
+            assert was_alone()
+
+    with first.alone() as was_alone:
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        assert not got.wait(0.8) and was_alone()
+    waiting.join()
+    assert got.is_set()
+    assert leases.machine() and not leases.machine().isspace()

@@ -1,0 +1,104 @@
+"""Files that other machines read: they fit their schemas, and the story they tell can be played."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from deploypipe.runs import load_result
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize(
+    ("path", "schema"),
+    [
+        (".github/workflows/compress.yml", "vendor.github-workflows"),
+        (".github/actions/compress/action.yml", "vendor.github-actions"),
+        ("examples/ci/github.yml", "vendor.github-workflows"),
+        ("examples/ci/gitlab.yml", "vendor.gitlab-ci"),
+    ],
+)
+def test_ci_files_fit_their_schemas(path: str, schema: str) -> None:
+    checker = pytest.importorskip("check_jsonschema", reason="check-jsonschema, which holds the schemas, is absent")
+    command = [sys.executable, "-m", checker.__name__, "--builtin-schema", schema, str(ROOT / path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "examples/release_story.sh",
+        "examples/ci/job.sh",
+        "examples/fleet/slurm.sh",
+        ".ci/run",
+        ".ci/check",
+    ],
+)
+def test_scripts_are_bash(path: str) -> None:
+    assert subprocess.run(["bash", "-n", str(ROOT / path)]).returncode == 0
+    assert os.access(ROOT / path, os.X_OK)
+
+
+def test_kubernetes_takes_the_manifest() -> None:
+    checker = pytest.importorskip(
+        "kubernetes_validate", reason="kubernetes-validate, which holds the schemas, is absent"
+    )
+    manifest = ROOT / "examples/fleet/kubernetes.yaml"
+    resources = list(yaml.safe_load_all(manifest.read_text()))
+    assert [resource["kind"] for resource in resources] == ["Secret", "Job", "PersistentVolumeClaim", "Deployment"]
+    for resource in resources:
+        checker.validate(resource, "1.31", strict=True)
+    with pytest.raises(checker.ValidationError):
+        checker.validate({**resources[3], "spec": {"replicas": "seven"}}, "1.31", strict=True)
+
+
+@pytest.mark.slow
+def test_the_slurm_script_runs_a_search_with_a_worker(tmp_path: Path) -> None:
+    """Two tasks of its array, as Slurm would start them."""
+    pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "DEPLOYPIPE_STORAGE": f"sqlite:///{tmp_path}/searches.db",
+        "DEPLOYPIPE_CACHE": str(tmp_path / "cache"),
+        "SLURM_ARRAY_JOB_ID": "17",
+        "SLURM_ARRAY_TASK_COUNT": "2",
+    }
+    command = ["bash", str(ROOT / "examples/fleet/slurm.sh"), "digits", "x86_cpu"]
+    tasks = [
+        subprocess.Popen(
+            command,
+            cwd=tmp_path,
+            env={**environment, "SLURM_ARRAY_TASK_ID": number},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for number in "01"
+    ]
+    told = [task.communicate(timeout=600)[0] for task in tasks]
+    assert tasks[0].returncode in (0, 1) and "Gate" in told[0], told[0]
+    assert tasks[1].returncode == 0 and "trials are done" in told[1], told[1]
+    result = load_result(tmp_path / "runs" / "digits-x86_cpu-17")
+    assert result.search and {trial.judged_by for trial in result.search.trials} != {""}
+
+
+@pytest.mark.slow
+def test_the_release_story(tmp_path: Path) -> None:
+    """Release, hold, mend, release, verify, tamper: the script fails where one ends otherwise."""
+    pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
+    scripts = str(Path(sys.executable).parent)
+    environment = {**os.environ, "PATH": f"{scripts}:{os.environ['PATH']}"}
+    story = [str(ROOT / "examples/release_story.sh"), str(tmp_path)]
+    done = subprocess.run(story, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "HOLD" in (tmp_path / "comment.md").read_text()
+    aliases = json.loads((tmp_path / "registry/digits-x86_cpu/aliases.json").read_text())
+    assert aliases == {"production": 2}

@@ -1,0 +1,148 @@
+"""A search that one process begins and another goes on with, by the stages that the first left."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from s3 import Store
+
+from deploypipe.errors import DeploypipeError, RunFolderError, StorageError
+from deploypipe.pipeline import compress, help_search
+from deploypipe.records import Event
+from deploypipe.runs import RunResult
+from deploypipe.search.storage import Storage
+
+NUM_TRIALS = 8
+RECIPE = replace(tiny.recipe(), search=replace(tiny.recipe().search, num_trials=NUM_TRIALS, num_parallel=3))
+TARGET = tiny.target(macs="0.5x")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    return compress(tiny.build_model(), tiny.load_data(), tiny.task(), RECIPE, TARGET, folder)
+
+
+def choice(result: RunResult) -> object:
+    assert result.search
+    trials = [(t.number, t.knobs, t.plan, t.candidate.accuracy, t.feasible) for t in result.search.trials]
+    return trials, result.search.best, result.search.finalists
+
+
+def interrupt_at_trial(number: int, done: list[int]) -> object:
+    def notify(event: Event) -> None:
+        if event.stage == "search" and event.total:
+            done.append(event.done)
+            if event.done == number:
+                raise KeyboardInterrupt
+
+    return notify
+
+
+@pytest.fixture(params=["folder", "s3"])
+def stages(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "folder":
+        return str(tmp_path / "run")  # the run folder itself
+    store = Store()
+    request.addfinalizer(store.stop)
+    return f"{store.new_bucket(monkeypatch)}/stages"
+
+
+def begin(storage: Storage, folder: Path) -> None:
+    """The first process, ended by Ctrl-C after two trials."""
+    with pytest.raises(KeyboardInterrupt):
+        compress(
+            tiny.build_model(),
+            tiny.load_data(),
+            tiny.task(),
+            RECIPE,
+            TARGET,
+            folder,
+            storage=storage,
+            notify=interrupt_at_trial(2, []),  # type: ignore[arg-type]
+        )
+
+
+def test_a_worker_goes_on_with_the_search_of_a_run(stages: str, alone: RunResult, tmp_path: Path) -> None:
+    storage = Storage(url=f"sqlite:///{tmp_path}/study.db", study="tiny", stages=stages)
+    begin(storage, tmp_path / "run")
+    told: list[int] = []
+    model, data, task = tiny.build_model(), tiny.load_data(), tiny.task()
+    found = help_search(
+        model,
+        data,
+        task,
+        RECIPE,
+        TARGET,
+        storage,
+        notify=interrupt_at_trial(0, told),  # type: ignore[arg-type]
+    )
+    assert told == list(range(1, NUM_TRIALS + 1)) and len(found.trials) == NUM_TRIALS
+    result = compress(model, data, task, RECIPE, TARGET, tmp_path / "run", storage=storage)
+    assert choice(result) == choice(alone)
+    assert result.search and all(trial.judged_by for trial in result.search.trials)
+
+
+def test_a_worker_with_something_else_is_refused_by_name(tmp_path: Path) -> None:
+    storage = Storage(url=f"sqlite:///{tmp_path}/study.db", study="tiny", stages=str(tmp_path / "run"))
+    begin(storage, tmp_path / "run")
+    model, data, task = tiny.build_model(), tiny.load_data(), tiny.task()
+
+    def refusal(**other: object) -> str:
+        given = {"model": model, "splits": data, "task": task, "recipe": RECIPE, "target": TARGET, **other}
+        with pytest.raises(DeploypipeError) as told:
+            help_search(storage=storage, **given)  # type: ignore[arg-type]
+        return str(told.value)
+
+    another = tiny.build_model()
+    with torch.no_grad():
+        another.head.bias += 1.0
+    assert "made with another 'model'" in refusal(model=another)
+    few = replace(data, val=tiny.TensorBatches(*tiny.images(100, seed=5), 100))
+    assert "made with another 'data'" in refusal(splits=few)
+    assert "made with another 'source'" in refusal(source="other code")
+    assert "made with another 'device'" in refusal(target=replace(TARGET, num_threads=2))
+    sampled = replace(RECIPE, search=replace(RECIPE.search, sampler="random"))
+    assert "made with another 'search'" in refusal(recipe=sampled)
+    observed = replace(RECIPE, observe=replace(RECIPE.observe, num_samples=64))
+    assert "has no sound stage observe-" in refusal(recipe=observed)
+
+
+def test_a_stage_that_was_changed_is_not_used(tmp_path: Path) -> None:
+    storage = Storage(url=f"sqlite:///{tmp_path}/study.db", study="tiny", stages=str(tmp_path / "run"))
+    begin(storage, tmp_path / "run")
+    [moments] = (tmp_path / "run").glob("*-observe-*/first.safetensors")
+    moments.write_bytes(moments.read_bytes()[:-1])
+    with pytest.raises(RunFolderError, match="has no sound stage observe-"):
+        help_search(tiny.build_model(), tiny.load_data(), tiny.task(), RECIPE, TARGET, storage)
+
+
+@pytest.mark.parametrize(
+    ("address", "told"),
+    [
+        ("postgresql://ada:hunter2@127.0.0.1:9/none", r"postgresql://127\.0\.0\.1:9/none: the study cannot be read"),
+        ("no address", "is no address of a database"),
+        ("sqlite:////no/such/folder/study.db", "cannot be read or written .*unable to open"),
+        ("oracle://ada:hunter2@db/none", "write postgresql://..., and pip install"),
+    ],
+)
+def test_a_storage_that_cannot_be_used_is_told_without_its_password(address: str, told: str, tmp_path: Path) -> None:
+    storage = Storage(url=address, study="tiny", stages=str(tmp_path))
+    with pytest.raises(StorageError, match=told) as refused:
+        help_search(tiny.build_model(), tiny.load_data(), tiny.task(), RECIPE, TARGET, storage)
+    assert "hunter2" not in str(refused.value)
+    seen: list[Event] = []
+    with pytest.raises(StorageError, match=told):
+        compress(
+            tiny.build_model(),
+            tiny.load_data(),
+            tiny.task(),
+            RECIPE,
+            TARGET,
+            tmp_path / "run",
+            storage=storage,
+            notify=seen.append,
+        )
+    assert seen == []  # before the first stage
