@@ -163,11 +163,12 @@ class Search:
     num_repair_samples: int = 512  # for judging a trial; the winner is repaired with all of `repair.num_samples`
     num_finalists: int = 3  # trained shortly before one of them wins; 1: the most accurate trial wins untrained
     finalist_epochs: int = 1
+    num_attempts: int = 3  # networks trained to the end, each faster, until the benchmark finds one within its latency
     prune_blocks: bool = True
 
     def __post_init__(self) -> None:
         least = {"num_trials": 1, "num_curve_samples": 1, "num_levels": 2, "num_timed": 8, "num_repair_samples": 1}
-        least |= {"num_parallel": 1, "num_finalists": 1, "finalist_epochs": 1}
+        least |= {"num_parallel": 1, "num_finalists": 1, "finalist_epochs": 1, "num_attempts": 1}
         _require_whole(self, *least)
         _require_least(self, **least)
         _require_one_of(self, "sampler", ("tpe", "gp", "nsga2", "random"))

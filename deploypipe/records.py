@@ -364,6 +364,7 @@ class Trial:
     num_val_samples: int = 0  # that its accuracy is the mean of; 0: judged when searches did not note it
     is_stopped: bool = False  # before all of val: over budget, or certainly worse than a trial before it
     judged_by: str = ""  # of many workers: host and process
+    narrowed_from: int | None = None  # number of the trial that this one is a faster version of
 
 
 FEWEST_FOR_IMPORTANCES = 20  # trials within the budget: the best quarter, which knobs are told from, is five

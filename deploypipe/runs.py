@@ -71,6 +71,7 @@ class RunResult:
     golden: Golden | None = None  # what `deploypipe verify` replays; in the run folder
     origin: Origin = field(default_factory=Origin)
     baseline: BaselineComparison | None = None  # where the gate was asked to compare with one
+    too_slow: tuple[str, ...] = ()  # of each network trained before this one: what the benchmark said of it
 
 
 def save_result(folder: Path, result: RunResult) -> None:
@@ -179,7 +180,7 @@ class RunFolder:
         key = f"{stage}-{digest([stage, hashes])}"
         root = self.shared if is_shared and self.shared else self.path
         known = sorted(root.glob(f"[0-9][0-9]-{key}.*"))  # a record, or the folder of one that was interrupted
-        at = root / (known[0].stem if known else f"{len(self.stages) + 1:02d}-{key}")
+        at = root / (known[0].stem if known else f"{len(self.times) + 1:02d}-{key}")
         self.notify(Event(stage=stage, message="start"))
         if self.source:
             at = download_stage(key, self.source, root) or at

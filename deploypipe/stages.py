@@ -4,6 +4,7 @@ import copy
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -54,6 +55,7 @@ from deploypipe.records import (
     Structures,
     TimedNetworks,
     TrainLog,
+    Trial,
     silent,
 )
 from deploypipe.runs import RunFolder, digest, place_file
@@ -69,8 +71,16 @@ from deploypipe.search.basis import Basis, Tools
 from deploypipe.search.candidates import Candidates
 from deploypipe.search.curves import measure_curves
 from deploypipe.search.duration import duration_text, predict_seconds
+from deploypipe.search.finalists import confirm, with_finalists, with_tuned
 from deploypipe.search.judge import Judge
-from deploypipe.search.limits import bounded_shares, candidate_of, fill_range, memory_limit_mib, with_margin
+from deploypipe.search.limits import (
+    bounded_shares,
+    candidate_of,
+    fill_range,
+    memory_limit_mib,
+    share_to_confirm,
+    with_margin,
+)
 from deploypipe.search.looks import draw_parts
 from deploypipe.search.measuring import OwnMeasuring, SharedMeasuring
 from deploypipe.search.propose import Proposer
@@ -79,8 +89,8 @@ from deploypipe.search.sites import find_sites
 from deploypipe.search.storage import Storage
 from deploypipe.search.study import rules, search
 from deploypipe.search.timing import time_networks
-from deploypipe.search.trials import confirm, with_finalists, with_tuned
-from deploypipe.target import Target
+from deploypipe.search.trials import History, judge_plan, violations
+from deploypipe.target import Limit, Target
 from deploypipe.task import Splits, Task, num_samples, take, take_calib
 from deploypipe.training.ranks import ALONE, Ranks
 from deploypipe.training.together import finetune_together
@@ -91,7 +101,6 @@ _DENSE, _COMPRESSED = "dense.onnx", "compressed.onnx"
 _TEMPLATE = "template.onnx"
 _DENSE_ENGINE, _ENGINE = "dense.engine", "compressed.engine"
 _NUM_PARITY_SAMPLES = 64
-_CONFIRMED_MARGIN = 0.5  # finalists hold that part of the margin; the gate, which measures once more, needs the rest
 _NUM_HELD_OUT = 128  # samples beside those of `export.int8`, for its errors
 _HALVES = ("first.safetensors", "second.safetensors")  # of the calibration samples
 
@@ -277,9 +286,18 @@ class Stages:
         )
 
     def timed_networks(
-        self, structures: Structures, scores: ScoreTable, curves: Curves, candidates: Candidates
-    ) -> TimedNetworks:
-        """Networks timed on the target, for a latency model to learn from."""
+        self,
+        structures: Structures,
+        scores: ScoreTable,
+        curves: Curves,
+        candidates: Candidates,
+        limits: Mapping[str, Limit],
+    ) -> TimedNetworks | None:
+        """Networks timed on the target, for a latency model to learn from; None where nothing asks for latency, or it
+        cannot be taken here."""
+        is_asked_for = "latency_p50" in limits or "latency" in self.recipe.search.objectives
+        if self.ability.verdict != "run" or not is_asked_for:
+            return None
 
         def compute(work: Path) -> TimedNetworks:
             return time_networks(
@@ -304,36 +322,49 @@ class Stages:
 
     def search(self, basis: Basis) -> SearchResult:
         """The trials and their winner; with a shared storage, this process is one of those at work on them."""
-        candidates = self.candidates(basis.dense, basis.shipping)
-        timed = self._timed(basis, candidates)
-        inputs = self._search_inputs(basis, timed)
+        inputs = self._search_inputs(basis)
 
         def compute(work: Path) -> SearchResult:
-            tools = self._tools(basis, candidates, timed, work)
+            tools = self._tools(basis, work)
             reach, typical = find_reach(tools.proposer, tools.shares)
-            num_trials, wanted = self.recipe.search.num_trials, self.recipe.search.num_finalists
+            num_trials = self.recipe.search.num_trials
             lasting = duration_text(predict_seconds(tools.judge, typical, num_trials), num_trials)
             self._note(f"{reach_text(reach, tools.shares)}; {lasting}")
             if self.storage:
                 self._invite_workers(self.storage)
             found = self._run_trials(tools, inputs, self.storage or self._own_storage(inputs))
-            dense_ms = tools.reference.latency_p50_ms
-            if timed and "latency_p50" in basis.limits and dense_ms:
-                limit = with_margin(basis.limits, _CONFIRMED_MARGIN)["latency_p50"].absolute(dense_ms) / dense_ms
-                found = confirm(found, limit, lambda plan: candidates.ratio_anew(plan, work), wanted)
-            else:
-                found = with_finalists(found, wanted)
             return replace(found, reach=reach, latency_fit=tools.proposer.latency_fit(found.trials))
 
         return self.run.remember("search", inputs, compute, SearchResult)
 
+    def confirm(self, basis: Basis, found: SearchResult, part: float = 1.0) -> SearchResult:
+        """The best trials that are within `part` of the latency limit when they are timed once more."""
+        wanted = self.recipe.search.num_finalists
+        if not basis.timed or "latency_p50" not in basis.limits:
+            return with_finalists(found, wanted)
+
+        def compute(work: Path) -> SearchResult:
+            tools = self._tools(basis, work)
+
+            def narrow(trial: Trial, number: int, share: float) -> Trial:
+                shares = {**tools.shares, "latency_p50": share / trial.knobs["fill"]}
+                plan = replace(tools.proposer, shares=shares)(trial.knobs, found.trials)
+                excess_of = partial(violations, dense=tools.reference, limits=tools.limits)
+                history = History(trials=[], results={})
+                objectives = self.recipe.search.objectives
+                return judge_plan(number, trial.knobs, plan, tools.judge, excess_of, objectives, history)[0]
+
+            limit = part * share_to_confirm(basis.limits, found.dense)
+            return confirm(found, limit, lambda plan: basis.candidates.ratio_anew(plan, work), narrow, wanted)
+
+        inputs = {"search": self.run.key("search"), "part": part}
+        return self.run.remember("confirm", inputs, compute, SearchResult)
+
     def help_search(self, basis: Basis, storage: Storage) -> SearchResult:
         """Do trials of the search that another process began, until all of them are done."""
-        candidates = self.candidates(basis.dense, basis.shipping)
-        timed = self._timed(basis, candidates)
         with TemporaryDirectory(dir=self.run.path) as work:
-            tools = self._tools(basis, candidates, timed, Path(work))
-            return self._run_trials(tools, self._search_inputs(basis, timed), storage)
+            tools = self._tools(basis, Path(work))
+            return self._run_trials(tools, self._search_inputs(basis), storage)
 
     def about(self) -> dict[str, str]:
         """What all workers of a search have to have the same, by name."""
@@ -347,17 +378,11 @@ class Stages:
             "seed": str(self.recipe.seed),
         }
 
-    def _timed(self, basis: Basis, candidates: Candidates) -> TimedNetworks | None:
-        is_asked_for = "latency_p50" in basis.limits or "latency" in self.recipe.search.objectives
-        if self.ability.verdict != "run" or not is_asked_for:
-            return None
-        return self.timed_networks(basis.structures, basis.scores, basis.curves, candidates)
-
-    def _search_inputs(self, basis: Basis, timed: TimedNetworks | None) -> dict[str, object]:
+    def _search_inputs(self, basis: Basis) -> dict[str, object]:
         return {
             "curves": self.run.key("curves"),
             "baseline": self.run.key("baseline"),
-            "latency": self.run.key("latency") if timed else "",
+            "latency": self.run.key("latency") if basis.timed else "",
             "precision": basis.shipping.file,
             "budget": self.target.budget,
             "search": self.recipe.search,
@@ -365,12 +390,12 @@ class Stages:
             "device": self.device,
         }
 
-    def _tools(self, basis: Basis, candidates: Candidates, timed: TimedNetworks | None, work: Path) -> Tools:
+    def _tools(self, basis: Basis, work: Path) -> Tools:
         dense, shipping, structures = basis.dense, basis.shipping, basis.structures
         reference = candidate_of(dense, self.dense_opened(dense), self._dense_accuracy(dense))
         tight = with_margin(basis.limits)
         shipped_mib = (shipping.file.size_bytes if shipping.file else dense.file.size_bytes) / 2**20
-        shares = bounded_shares(tight, reference, shipped_mib, is_timed=timed is not None)
+        shares = bounded_shares(tight, reference, shipped_mib, is_timed=basis.timed is not None)
         proposer = Proposer(
             dense=self.model,
             inputs=self.inputs,
@@ -382,11 +407,11 @@ class Stages:
             shares=shares,
             reference=reference,
             sites=find_sites(self.model, structures, self.inputs),
-            timed=timed.rows if timed else (),
-            measure=lambda plan: candidates.ratio_of(plan, work),
+            timed=basis.timed.rows if basis.timed else (),
+            measure=lambda plan: basis.candidates.ratio_of(plan, work),
         )
         judge = Judge(
-            candidates=candidates,
+            candidates=basis.candidates,
             dense_p50_ms=reference.latency_p50_ms,
             calib=self.calib,
             parts=draw_parts(self.splits.val, self.recipe.seed),
@@ -396,8 +421,6 @@ class Stages:
             work=work,
         )
         return Tools(
-            candidates=candidates,
-            timed=timed,
             reference=reference,
             limits=tight,
             shares=shares,
@@ -447,9 +470,8 @@ class Stages:
             return found
 
         def compute(work: Path) -> Finalists:
-            accuracies, count = {}, len(found.finalists)
-            for place, number in enumerate(found.finalists):
-                plan = found.trials[number].plan
+            accuracies, count = {}, len(plans)
+            for place, (number, plan) in enumerate(plans.items()):
                 repaired, _ = self._repaired(plan, silent)
                 checkpoint = work / str(number)
                 checkpoint.mkdir(exist_ok=True)
@@ -461,11 +483,18 @@ class Stages:
 
                 _, log = self._tuned(plan, repaired, short, checkpoint, notify)
                 accuracies[str(number)] = log.epochs[log.chosen_epoch].val_accuracy
-            for number in found.finalists:
+            for number in plans:
                 shutil.rmtree(work / str(number))
             return Finalists(accuracies=accuracies)
 
-        inputs = {"search": self.run.key("search"), "finetune": short, "repair": self.recipe.repair}
+        plans = {number: found.trials[number].plan for number in found.finalists}
+        inputs = {
+            **self.origin,
+            "plans": list(plans.items()),
+            "calib": self.run.key("observe"),
+            "finetune": short,
+            "repair": self.recipe.repair,
+        }
         return with_tuned(found, self.run.remember("finalists", inputs, compute, Finalists).accuracies)
 
     def prune(self, plan: PruningPlan) -> PruneOutcome:

@@ -1,13 +1,16 @@
 """`compress` from end to end, on a network that takes seconds."""
 
 import importlib
+import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 import tiny
@@ -15,6 +18,7 @@ import torch
 from torch import nn
 
 import deploypipe
+from deploypipe.benchmark.latency import Timings
 from deploypipe.errors import RunFolderError
 from deploypipe.jsonio import to_json
 from deploypipe.pipeline import compress
@@ -125,7 +129,7 @@ def test_the_same_call_again_computes_nothing(dense: nn.Module, first: tuple[Pat
     again = compress(
         dense, tiny.load_data(), tiny.task(), tiny.recipe(), TARGET, folder, source="tiny", notify=events.append
     )
-    assert all(stage.was_cached for stage in again.stages) and len(again.stages) == 12
+    assert all(stage.was_cached for stage in again.stages) and len(again.stages) == 13
     assert to_json(replace(again, stages=result.stages)) == to_json(result)
     assert {event.message for event in events if event.stage != "gate"} == {"start", "cached"}
 
@@ -173,7 +177,7 @@ def test_a_changed_recipe_computes_only_what_depends_on_it(
 ) -> None:
     changed = run(dense, first[0], finetune=replace(tiny.recipe().finetune, num_epochs=1))
     cached = {stage.stage for stage in changed.stages if stage.was_cached}
-    assert cached == {"baseline", "structures", "observe", "score", "curves", "latency", "search", "prune"}
+    assert cached == {"baseline", "structures", "observe", "score", "curves", "latency", "search", "confirm", "prune"}
     assert changed.training and len(changed.training.epochs) == 2
     assert to_json(load_result(first[0])) == to_json(changed)
 
@@ -197,6 +201,64 @@ def test_a_search_of_another_run_is_not_taken_up(dense: nn.Module, tmp_path: Pat
     shutil.copyfile(interrupted(0), interrupted(1))
     with pytest.raises(RunFolderError, match=r"study-.*\.db: this study was made with another 'seed'"):
         run(dense, tmp_path, seed=1)
+
+
+class Clock:
+    """A machine on which a network takes as long as it has parameters, and longer wherever `slower` says so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **slower: float) -> None:
+        self.slower = slower
+        monkeypatch.setattr("deploypipe.search.candidates.time_interleaved", self.in_the_search)
+        monkeypatch.setattr(
+            importlib.import_module("deploypipe.benchmark"), "time_steadily", partial(self.time, "benchmark")
+        )
+
+    def in_the_search(self, *args: object, num_samples: int | None = None) -> Timings:
+        return self.time("again" if num_samples is None else "search", *args)
+
+    def time(self, where: str, paths: Sequence[Path], *_: object) -> Timings:
+        sizes = [sum(math.prod(w.dims) for w in onnx.load(path).graph.initializer) for path in paths]
+        by = self.slower.get(where, 1.0)  # all but the dense one
+        ms = tuple(np.full(200, size * (by if size < max(sizes) else 1.0) / 1e3) for size in sizes)
+        return Timings(samples=ms, block=20)
+
+
+def timed_run(dense: nn.Module, folder: Path, **search: object) -> RunResult:
+    recipe = replace(tiny.recipe(), search=replace(tiny.recipe().search, **search))  # type: ignore[arg-type]
+    target = tiny.target(latency_p50="0.6x", macs="0.9x")
+    return compress(dense, tiny.load_data(), tiny.task(), recipe, target, folder, source="tiny")
+
+
+def test_a_network_that_the_benchmark_takes_for_too_slow_is_followed_by_a_faster_one(
+    dense: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DEPLOYPIPE_CACHE", str(tmp_path / "cache"))
+    Clock(monkeypatch, benchmark=1.3)
+    once = timed_run(dense, tmp_path / "run", num_attempts=1)
+    assert once.decision.verdict is Verdict.HOLD and not once.too_slow
+    result = timed_run(dense, tmp_path / "run")
+    assert result.decision.verdict is Verdict.SHIP
+    assert len(result.too_slow) == 1 and "above the limit" in result.too_slow[0]
+    assert once.search and result.search
+    assert to_json(result.search.trials[: len(once.search.trials)]) == to_json(once.search.trials)
+    assert result.benchmark.compressed.num_params < once.benchmark.compressed.num_params
+    assert "measured too slow" in (tmp_path / "run" / "report.html").read_text()
+    again = timed_run(dense, tmp_path / "run")
+    assert all(stage.was_cached for stage in again.stages)
+    assert to_json(again.search) == to_json(result.search) and again.too_slow == result.too_slow
+
+
+def test_where_no_finalist_holds_its_latency_a_faster_one_is_made(
+    dense: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DEPLOYPIPE_CACHE", str(tmp_path / "cache"))
+    Clock(monkeypatch, again=1.3, benchmark=1.3)
+    result = timed_run(dense, tmp_path / "run")
+    assert result.search and result.decision.verdict is Verdict.SHIP
+    assert not result.too_slow  # found out before anything was trained to the end
+    best = result.search.trials[result.search.best]
+    assert best.narrowed_from is not None and best.number >= tiny.recipe().search.num_trials
+    assert "did not hold their latency" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_every_plan_holds_to_the_constraints(dense: nn.Module, first: tuple[Path, RunResult, bool]) -> None:

@@ -34,6 +34,7 @@ STAGES = (
     "score",
     "curves",
     "search",
+    "confirm",
     "finalists",
     "prune",
     "finetune",

@@ -78,7 +78,9 @@ def limit_sentences(result: RunResult, search: SearchResult, stages: tuple[Stage
     return [
         _trials_sentence(search),
         *_workers_sentence(search),
+        *_narrowed_sentence(search),
         *_finalists_sentence(search),
+        *_too_slow_sentence(result),
         *_budget_sentences(search),
         _accuracy_sentence(search, result.target),
         *_narrowest_sentence(stages, result.structures, result.target.channel_multiple),
@@ -141,6 +143,20 @@ def _workers_sentence(search: SearchResult) -> list[str]:
     taken = best.candidate.measured_by
     measured = f"; the latency of trial {best.number} was taken by {taken}" if taken else ""
     return [f"Trials were done by {each}{measured}."]
+
+
+def _narrowed_sentence(search: SearchResult) -> list[str]:
+    narrowed = [trial for trial in search.trials if trial.narrowed_from is not None]
+    if not narrowed:
+        return []
+    made = ", ".join(f"{trial.number} from {trial.narrowed_from}" for trial in narrowed)
+    return [f"The best trials did not hold their latency when they were timed again; faster ones were made: {made}."]
+
+
+def _too_slow_sentence(result: RunResult) -> list[str]:
+    if not result.too_slow:
+        return []
+    return [f"Trained before this network, and measured too slow at last: {'; '.join(result.too_slow)}."]
 
 
 def _finalists_sentence(search: SearchResult) -> list[str]:

@@ -20,14 +20,14 @@ class Basis:
     dense: Measurement
     limits: Mapping[str, Limit]  # those that can be held here
     shipping: PrecisionRow  # the precision that candidates are made in
+    candidates: Candidates
+    timed: TimedNetworks | None  # None: no latency is asked for, or none can be taken
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tools:
     """Proposes and judges the trials of one search."""
 
-    candidates: Candidates
-    timed: TimedNetworks | None  # None: no latency is asked for, or none can be taken
     reference: Candidate  # the dense network
     limits: Mapping[str, Limit]  # with the margin that is left to the gate
     shares: Mapping[str, float]  # of the dense network's figures that the budgets allow

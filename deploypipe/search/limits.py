@@ -3,12 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from deploypipe.records import Candidate, Measurement, ModelFile, PrecisionRow
+from deploypipe.records import Candidate, Check, Measurement, ModelFile, PrecisionRow, SearchResult
 from deploypipe.runtimes.ability import Ability
 from deploypipe.search.trials import violations
 from deploypipe.target import Limit
 
 _MARGINS = {"latency_p50": 0.03, "peak_memory": 0.05}
+_CONFIRMED = 0.5  # finalists keep that part of the margin; the gate, which measures once more, needs the rest
 _STAND_IN = 0.5  # of the dense MACs, for a limit that has no share
 _SMALLEST_SHARE = 0.1  # of a budget; below, no candidate was ever worth repairing
 _MIB_PER_PARAM = 4 / 2**20
@@ -68,6 +69,28 @@ def with_margin(limits: Mapping[str, Limit], part: float = 1.0) -> dict[str, Lim
         name: replace(limit, value=limit.value * (1 - part * _MARGINS[name])) if name in _MARGINS else limit
         for name, limit in limits.items()
     }
+
+
+def share_to_confirm(limits: Mapping[str, Limit], dense: Candidate) -> float:
+    """Of the dense network's latency, which was timed: the most that finalists may take when timed once more."""
+    limit = with_margin(limits, _CONFIRMED)["latency_p50"]
+    return limit.absolute(timed_ms(dense)) / timed_ms(dense)
+
+
+def part_to_hold(limits: Mapping[str, Limit], found: SearchResult, failed: Check) -> float:
+    """The part of the latency limit that finalists have to be held to, for a benchmark like the one that `failed` to
+    pass: it took the winner for slower than it was when it was timed again."""
+    if failed.interval is None or failed.limit is None:
+        raise ValueError(f"{failed.name} was not measured")
+    measured = limits["latency_p50"].absolute(timed_ms(found.dense)) * failed.interval.high / failed.limit
+    return found.timed_again[str(found.best)] * timed_ms(found.dense) / measured
+
+
+def timed_ms(candidate: Candidate) -> float:
+    """The latency of a network that was timed."""
+    if candidate.latency_p50_ms is None:
+        raise ValueError("the network was not timed")
+    return candidate.latency_p50_ms
 
 
 def bounded_shares(

@@ -46,10 +46,7 @@ def search(
     costs(dense, settings.objectives)  # what cannot be measured is refused before the first trial
     space, warm = knobs(fill, magnitude), warm_starts(fill)
     excess_of = partial(violations, dense=dense, limits=limits)
-    about = {
-        name: _told(value)
-        for name, value in {**origin, "search": replace(settings, num_trials=1), "seed": seed}.items()
-    }
+    about = {name: _told(value) for name, value in {**origin, "search": rules(settings), "seed": seed}.items()}
 
     def turned(number: int, seen: Seen) -> tuple[dict[str, Any], dict[str, Any]]:
         return next_knobs(number, seen, space, warm, settings, seed)
@@ -92,7 +89,7 @@ def search(
 
 def rules(settings: Search) -> Search:
     """What decides about a trial: not how many there are to be, and what becomes of the best."""
-    return replace(settings, num_trials=1, num_finalists=1, finalist_epochs=1)
+    return replace(settings, num_trials=1, num_finalists=1, finalist_epochs=1, num_attempts=1)
 
 
 class _NobodyBelowError(Exception):

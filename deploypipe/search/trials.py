@@ -1,16 +1,15 @@
-"""One trial after the other: what each is compared with, when it is stopped, and who wins. Without optuna."""
+"""One trial after the other: what each is compared with, and when it is stopped. Without optuna."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 from deploypipe.recipe import ObjectiveName
-from deploypipe.records import Candidate, PruningPlan, SearchResult, Trial
+from deploypipe.records import Candidate, PruningPlan, Trial
 from deploypipe.search.front import cost, costs
 from deploypipe.search.looks import Results, is_certainly_worse
 from deploypipe.target import Limit
 
-MOST_TIMED_AGAIN = 5
 IsSettled = Callable[[Candidate, Results], bool]
 
 
@@ -105,51 +104,6 @@ def violations(candidate: Candidate, dense: Candidate, limits: Mapping[str, Limi
         if measured is not None and reference is not None:  # what cannot be measured here, the gate says
             excess[name] = measured / limit.absolute(reference) - 1
     return excess
-
-
-def confirm(
-    found: SearchResult,
-    limit: float,
-    measure: Callable[[PruningPlan], float],
-    wanted: int = 1,
-    most: int = MOST_TIMED_AGAIN,
-) -> SearchResult:
-    """With the `wanted` most accurate trials that are within their latency when they are timed once more as finalists.
-
-    Of many trials near a limit, those that were timed a little too fast are within it: a winner by one measurement is
-    likely one of them. limit, and what `measure` gives afresh: shares of the dense network's latency. At most `most`
-    are timed; where none of them holds, the one nearest to the limit is taken.
-    """
-    again: dict[int, float] = {}
-    for trial in _distinct(found)[:most]:
-        again[trial.number] = measure(trial.plan)
-        if sum(ratio <= limit for ratio in again.values()) == wanted:
-            break
-    nearest = min(again, key=lambda number: (max(again[number], limit), list(again).index(number)))
-    held = tuple(number for number, ratio in again.items() if ratio <= limit) or (nearest,)
-    timed_again = {str(number): ratio for number, ratio in again.items()}
-    return replace(found, best=held[0], finalists=held, timed_again=timed_again)
-
-
-def with_finalists(found: SearchResult, wanted: int) -> SearchResult:
-    """With the `wanted` most accurate trials, where no latency is to be confirmed."""
-    return replace(found, finalists=tuple(trial.number for trial in _distinct(found)[:wanted]))
-
-
-def with_tuned(found: SearchResult, accuracies: Mapping[str, float]) -> SearchResult:
-    """With the finalist that a short training brought furthest as the winner. accuracies: on val, by trial number."""
-    best = max(found.finalists, key=lambda number: (accuracies[str(number)], rank(found.trials[number])))
-    return replace(found, best=best, tuned=dict(accuracies))
-
-
-def _distinct(found: SearchResult) -> list[Trial]:
-    """The feasible trials, each network once, the most accurate first."""
-    ordered = sorted((t for t in found.trials if t.feasible and not t.is_stopped), key=rank, reverse=True)
-    distinct: list[Trial] = []
-    for trial in ordered:
-        if not any(is_same_network(trial.plan, other.plan) for other in distinct):
-            distinct.append(trial)
-    return distinct
 
 
 def most_accurate(trials: Sequence[Trial]) -> Trial:

@@ -17,13 +17,13 @@ from studies import DENSE, HALF, NUM_VAL, ORIGIN, SETTINGS, Evaluator, propose, 
 
 from deploypipe.errors import BudgetError, ConfigError, RunFolderError
 from deploypipe.recipe import ObjectiveName, Search
-from deploypipe.records import Candidate, PruningPlan, SearchResult, Trial
+from deploypipe.records import Candidate, PruningPlan, Trial
 from deploypipe.search.front import pareto_front
 from deploypipe.search.looks import ends_of_looks
 from deploypipe.search.sampling import importances, knobs
 from deploypipe.search.storage import Storage
 from deploypipe.search.study import search
-from deploypipe.search.trials import confirm, violations, with_finalists, with_tuned
+from deploypipe.search.trials import violations
 from deploypipe.target import Limit
 
 
@@ -347,32 +347,3 @@ def test_the_clock_may_jump(tmp_path: Path) -> None:
 def test_settings_that_make_no_search_are_refused(settings: dict[str, Any], told: str) -> None:
     with pytest.raises(ValueError, match=told):
         Search(**settings)
-
-
-@pytest.mark.parametrize(
-    ("ratios", "held", "asked"),
-    [
-        ({0: 0.49, 1: 0.4, 2: 0.4}, [0], [0]),  # the most accurate holds
-        ({0: 0.52, 1: 0.51, 2: 0.5}, [2], [0, 1, 2]),
-        ({0: 0.53, 1: 0.51, 2: 0.52}, [1], [0, 1, 2]),  # none: the nearest
-        ({0: 0.49, 1: 0.51, 2: 0.5}, [0, 2], [0, 1, 2]),
-    ],
-)
-def test_the_best_are_timed_again(ratios: dict[int, float], held: list[int], asked: list[int]) -> None:
-    plans = {n: PruningPlan(model_fingerprint=str(n), cuts=(), edits=(), blocks=(f"b{n}",)) for n in range(4)}
-    trials = [
-        replace(trial(n, replace(DENSE, accuracy=0.9 - 0.01 * n), is_stopped=n == 3), plan=plans[n]) for n in range(4)
-    ]
-    found = SearchResult(dense=DENSE, trials=tuple(trials), best=0)
-    confirmed = confirm(found, 0.5, lambda plan: ratios[int(plan.model_fingerprint)], wanted=len(held))
-    assert confirmed.finalists == tuple(held) and confirmed.best == held[0]
-    assert list(confirmed.timed_again) == [str(n) for n in asked]
-
-
-def test_of_the_finalists_the_one_that_training_brings_furthest_wins() -> None:
-    plans = [PruningPlan(model_fingerprint="", cuts=(), edits=(), blocks=(name,)) for name in "aabc"]
-    trials = [replace(trial(n, replace(DENSE, accuracy=0.9 - 0.01 * n)), plan=plan) for n, plan in enumerate(plans)]
-    found = with_finalists(SearchResult(dense=DENSE, trials=tuple(trials), best=0), 3)
-    assert found.finalists == (0, 2, 3)  # trial 1 is the same network as trial 0
-    assert with_tuned(found, {"0": 0.91, "2": 0.93, "3": 0.92}).best == 2
-    assert with_tuned(found, {"0": 0.93, "2": 0.93, "3": 0.92}).best == 0
