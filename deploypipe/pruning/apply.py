@@ -8,7 +8,7 @@ from torch import nn
 from deploypipe.errors import PlanError
 from deploypipe.pruning.config import fit_configs, write_configs_
 from deploypipe.pruning.slicing import cut_, forget_caches_, mask_, replace_by_identity_
-from deploypipe.pruning.structures import count_macs, model_fingerprint
+from deploypipe.pruning.structures import count_macs, model_fingerprint, structure_fingerprint
 from deploypipe.records import Edit, PruneReport, PruneRow, PruningPlan
 
 
@@ -43,7 +43,8 @@ def cut_out(dense: nn.Module, plan: PruningPlan) -> nn.Module:
 
 def check_fingerprint(dense: nn.Module, plan: PruningPlan, structure_only: bool = False) -> None:
     """Raise PlanError, saying whether structure or weights differ, unless `plan` was made for this very model."""
-    seen, expected = model_fingerprint(dense), plan.model_fingerprint
+    seen = structure_fingerprint(dense) if structure_only else model_fingerprint(dense)
+    expected = plan.model_fingerprint
     if seen.partition("-")[0] != expected.partition("-")[0]:
         raise PlanError(
             f"the plan was made for a model of another structure (fingerprint {expected}, this one has {seen}); "

@@ -55,6 +55,7 @@ def repair(
     batches: Sequence[Batch],
     settings: Repair,
     *,
+    arriving: Sequence[Batch] | None = None,
     real_tokens: RealTokens | None = None,
     seed: int = 0,
     notify: Progress = silent,
@@ -64,8 +65,9 @@ def repair(
     Cost: two forward passes over at most `settings.num_samples` samples (held in memory as one batch) and one solve a
     layer. Every layer after the first change is solved, also those that were not cut: they correct what arrives wrong.
     A solution that does not lower the layer's error is not kept. Layers whose input was not cut and that feed no
-    addition are solved too. Labels are not used. Padding, as `Task.real_tokens` tells it, counts for nothing. The
-    report first lists the layers that cannot be solved.
+    addition are solved too. arriving: what the pruned network reads instead of `batches`, sample by sample, where both
+    stand behind layers that were pruned before. Labels are not used. Padding, as `Task.real_tokens` tells it, counts
+    for nothing. The report first lists the layers that cannot be solved.
     """
     taken = take_calib(batches, settings.num_samples)
     inputs = channels_last(stack_batches([batch for batch, _ in taken]))
@@ -99,6 +101,8 @@ def repair(
         notify(Event(stage="repair", done=len(rows) - len(reasons), total=len(paths), message=path.layer))
         return output
 
+    if arriving is not None:
+        inputs = channels_last(stack_batches([batch for batch, _ in take_calib(arriving, settings.num_samples)]))
     with torch.no_grad(), watching(repaired, paths, solve):
         forward(repaired, inputs)
     return _as_before(repaired, pruned), RepairReport(rows=tuple(rows), num_samples=num_samples(inputs))

@@ -1,7 +1,8 @@
 """A pruned network on disk, without pickle: the plan and its weights, and a program that needs no class."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from io import BytesIO
 from pathlib import Path
@@ -17,8 +18,10 @@ from deploypipe.pruning.apply import check_fingerprint, cut_out
 from deploypipe.pruning.structures import pair_of
 from deploypipe.records import PruningPlan
 from deploypipe.runs import PLAN, file_sha256, load_plan, write_atomically
+from deploypipe.weights import INDEX_SUFFIX, WeightFiles, without_weights
 
 WEIGHTS, PROGRAM, HASHES = "weights.safetensors", "model.pt2", "hashes.json"
+INDEX = f"weights{INDEX_SUFFIX}"
 
 
 def save_pruned(model: nn.Module, plan: PruningPlan, inputs: Any, folder: Path) -> None:
@@ -32,7 +35,21 @@ def save_pruned(model: nn.Module, plan: PruningPlan, inputs: Any, folder: Path) 
     write_atomically(folder / PLAN, to_json(plan).encode())
     write_atomically(folder / WEIGHTS, save(own_weights(model)))
     write_atomically(folder / PROGRAM, _program(model, inputs))
-    hashes = {name: file_sha256(folder / name) for name in (PLAN, WEIGHTS, PROGRAM)}
+    _write_hashes(folder, (PLAN, WEIGHTS, PROGRAM))
+
+
+def save_parts(folder: Path, plan: PruningPlan, parts: Sequence[Path]) -> None:
+    """Finish a folder in which the weights lie already, in several files: the plan, an index as `transformers` writes
+    it, and the hashes. There is no program, which would take the whole network to export."""
+    names = {name: part.name for part in parts for name in WeightFiles(part).names}
+    index = {"metadata": {"total_size": sum(part.stat().st_size for part in parts)}, "weight_map": names}
+    write_atomically(folder / PLAN, to_json(plan).encode())
+    write_atomically(folder / INDEX, json.dumps(index, indent=2, sort_keys=True).encode())
+    _write_hashes(folder, [PLAN, INDEX, *(part.name for part in parts)])
+
+
+def _write_hashes(folder: Path, names: Sequence[str]) -> None:
+    hashes = {name: file_sha256(folder / name) for name in names}
     write_atomically(folder / HASHES, json.dumps(hashes, indent=2, sort_keys=True).encode())
 
 
@@ -46,14 +63,21 @@ def load_pruned(folder: Path, build_model: Callable[[], nn.Module] | None = None
 
     Without it: the exported program, which can only be run. The dense network needs the structure the plan was made
     for; its weights are replaced, so they do not matter. Files that differ from hashes.json are refused before use.
+    What was saved in parts has no program; its weights stay in their files until they are looked at.
     """
-    _check_hashes(folder)
+    is_in_parts = _check_hashes(folder)
     if build_model is None:
+        if is_in_parts:
+            raise ModelError(f"{folder}: was saved block by block, without a program; load it with build_model")
         return torch.export.load(folder / PROGRAM).module()
     plan = load_plan(folder / PLAN)
-    dense = build_model()
+    with without_weights() if is_in_parts else nullcontext():
+        dense = build_model()
     check_fingerprint(dense, plan, structure_only=True)
     model = cut_out(dense, plan)
+    if is_in_parts:
+        WeightFiles(folder / INDEX).load_(model)
+        return model.eval()
     try:
         model.load_state_dict(load_file(folder / WEIGHTS), strict=True)
     except RuntimeError as error:
@@ -101,16 +125,19 @@ def _zeros(inputs: Any) -> Any:
     return tuple(torch.zeros_like(value) for value in inputs)
 
 
-def _check_hashes(folder: Path) -> None:
+def _check_hashes(folder: Path) -> bool:
+    """Whether the weights are in several parts."""
     try:
         expected = json.loads((folder / HASHES).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder} holds no finished pruned network ({HASHES}: {error}); save it again") from error
-    for name in (PLAN, WEIGHTS, PROGRAM):
-        path = folder / name
+    is_in_parts = INDEX in expected
+    for name in expected if is_in_parts else (PLAN, WEIGHTS, PROGRAM):
+        path = folder / Path(name).name
         if not path.is_file():
             raise ModelError(f"{path} is absent; save the network again")
         if file_sha256(path) != expected.get(name):
             raise ModelError(
                 f"{path} was changed after it was saved (its sha256 is not the one in {HASHES}); save again"
             )
+    return is_in_parts

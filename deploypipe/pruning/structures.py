@@ -1,7 +1,7 @@
 """What can be removed from a network: channel groups and blocks, each tried out before it is offered."""
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -147,10 +147,27 @@ def count_macs(model: nn.Module, inputs: Any) -> tuple[int, int]:
 
 def model_fingerprint(model: nn.Module) -> str:
     """ "<structure>-<weights>": two hashes over the state dict, of names, shapes and dtypes, and of the values."""
-    structure, weights = hashlib.sha256(), hashlib.sha256()
+    return fingerprint_of(model.state_dict().items())
+
+
+def structure_fingerprint(model: nn.Module) -> str:
+    """The first part of `model_fingerprint`."""
+    structure = hashlib.sha256()
     for name, value in model.state_dict().items():
+        structure.update(_described(name, value))
+    return structure.hexdigest()[:32]
+
+
+def _described(name: str, value: Any) -> bytes:
+    return f"{name}:{tuple(value.shape)}:{value.dtype};".encode() if isinstance(value, Tensor) else b""
+
+
+def fingerprint_of(state: Iterable[tuple[str, Any]]) -> str:
+    """`model_fingerprint` of the network with these names and tensors."""
+    structure, weights = hashlib.sha256(), hashlib.sha256()
+    for name, value in state:
         if isinstance(value, Tensor):
-            structure.update(f"{name}:{tuple(value.shape)}:{value.dtype};".encode())
+            structure.update(_described(name, value))
             weights.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return f"{structure.hexdigest()[:32]}-{weights.hexdigest()[:32]}"
 
