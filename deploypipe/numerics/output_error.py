@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from deploypipe.numerics.gaussian_mi import DelayedMatrix, between, divide, grouped_rows, pivot_rows, ridged_cholesky
+from deploypipe.numerics.least_squares import regular_cholesky
 
 
 class SequentialErrorRemoval:
@@ -40,7 +41,8 @@ class SequentialErrorRemoval:
     def losses(self, some: Sequence[int] | None = None) -> Tensor:
         """Error (*, groups) that removing each group (or each of `some`) alone, now, would add. Meaningless for removed
         groups."""
-        solved = torch.linalg.solve(self._precision.blocks, self._coefficients.blocks)
+        factor = regular_cholesky(self._precision.blocks, 0.0)
+        solved = torch.cholesky_solve(self._coefficients.blocks, factor)
         return self._precision.by_group(solved.diagonal(dim1=-2, dim2=-1).sum(-1), some)
 
     def remove_(self, group: int | Tensor) -> None:

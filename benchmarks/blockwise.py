@@ -1,0 +1,126 @@
+"""A random Llama with a billion parameters, a quarter of its heads and hidden units removed block by block.
+
+    python benchmarks/blockwise.py [--layers 22] [--out FOLDER]
+
+Prints the weights' size, the peak memory of the process that prunes, and what was left. The weights are made in
+another process, and the pruned network is loaded in a third. Peak memory is what the operating system counts, shared
+libraries and pages of the weights' file included.
+"""
+
+import argparse
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from deploypipe.blockwise import prune_blockwise
+from deploypipe.pruning.saved import load_pruned
+from deploypipe.recipe import Magnitude, Observe, OutputError, Recipe, Repair
+from deploypipe.records import Event
+from deploypipe.weights import without_weights
+
+_KEPT, _SAMPLES, _TOKENS, _BATCH = 0.75, 32, 256, 4
+_SCORES = {"output_error": OutputError(), "magnitude": Magnitude()}
+
+
+def build_model(num_layers: int) -> nn.Module:
+    """Shaped like TinyLlama-1.1B, whose 22 layers are 1.1 billion parameters."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=32_000,
+            hidden_size=2048,
+            num_hidden_layers=num_layers,
+            num_attention_heads=32,
+            num_key_value_heads=4,
+            intermediate_size=5632,
+            use_cache=False,
+        )
+    )
+
+
+def write_weights(num_layers: int, path: Path) -> None:
+    with without_weights():
+        model = build_model(num_layers)
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        name: torch.ones(value.shape) if value.dim() == 1 else 0.02 * torch.randn(value.shape, generator=generator)
+        for name, value in model.state_dict().items()
+    }
+    save_file(tensors, path)
+
+
+def prune(num_layers: int, weights: Path, folder: Path, score: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    batches = [
+        ({"input_ids": torch.randint(0, 32_000, (_BATCH, _TOKENS), generator=generator)}, torch.zeros(_BATCH))
+        for _ in range(_SAMPLES // _BATCH)
+    ]
+    recipe = Recipe(
+        score=_SCORES[score],
+        observe=Observe(num_samples=_SAMPLES, positions_per_sample=_TOKENS),
+        repair=Repair(num_samples=_SAMPLES, positions_per_sample=_TOKENS),
+    )
+
+    def tell(event: Event) -> None:
+        print(f"{_peak_mib():6,.0f} MiB  {event.done} of {event.total}: {event.message}", flush=True)
+
+    began = time.perf_counter()
+    done = prune_blockwise(lambda: build_model(num_layers), weights, batches, folder, recipe, kept=_KEPT, notify=tell)
+    size = weights.stat().st_size / 2**20
+    groups = [cut for block in done.blocks for cut in block.cuts]
+    removed, units = sum(len(cut.removed) for cut in groups), sum(cut.num_units for cut in groups)
+    solved = [row for block in done.blocks for row in block.repair if row.error_after is not None and not row.reason]
+    print(f"weights {size:,.0f} MiB, {done.params_before:,} parameters; after {done.params_after:,}")
+    print(f"{len(groups)} groups, {removed:,} of {units:,} units removed by {score}; {len(solved)} layers repaired")
+    print(
+        f"peak memory {_peak_mib():,.0f} MiB, {_peak_mib() / size:.2f}x the weights; {time.perf_counter() - began:.0f} s"
+    )
+
+
+def load(num_layers: int, folder: Path) -> None:
+    network = load_pruned(folder, lambda: build_model(num_layers))
+    with torch.no_grad():
+        logits = network(input_ids=torch.arange(16)[None]).logits
+    print(
+        f"loaded: {sum(p.numel() for p in network.parameters()):,} parameters, logits {tuple(logits.shape)}, "
+        f"finite {bool(logits.isfinite().all())}, peak memory {_peak_mib():,.0f} MiB"
+    )
+
+
+def _peak_mib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=22)
+    parser.add_argument("--score", choices=sorted(_SCORES), default="output_error")
+    parser.add_argument("--out", type=Path, help="keep what is made, and go on there")
+    parser.add_argument("--step", choices=["weights", "prune", "load"], help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    with TemporaryDirectory() as temporary:
+        out = options.out or Path(temporary)
+        out.mkdir(parents=True, exist_ok=True)
+        weights, folder = out / "dense.safetensors", out / "pruned"
+        if options.step == "weights" and not weights.is_file():
+            write_weights(options.layers, weights)
+        elif options.step == "prune":
+            prune(options.layers, weights, folder, options.score)
+        elif options.step == "load":
+            load(options.layers, folder)
+        elif options.step is None:
+            for step in ("weights", "prune", "load"):
+                own = ["--layers", str(options.layers), "--score", options.score, "--out", str(out), "--step", step]
+                subprocess.run([sys.executable, __file__, *own], check=True)
+
+
+if __name__ == "__main__":
+    main()
