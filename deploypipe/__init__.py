@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from deploypipe.benchmark import benchmark
+    from deploypipe.blockwise import prune_blockwise
     from deploypipe.export.onnx_file import export_onnx
     from deploypipe.observe.stream import observe
     from deploypipe.pipeline import compress
     from deploypipe.pruning.apply import apply_plan
     from deploypipe.pruning.plan import make_plan
     from deploypipe.pruning.repair import repair
+    from deploypipe.pruning.saved import load_pruned
     from deploypipe.pruning.structures import list_structures
     from deploypipe.release.baseline import compare_with_baseline
     from deploypipe.release.bundle import release
@@ -42,6 +44,8 @@ _HOMES = {
     "compare_with_baseline": "release.baseline",
     "release": "release.bundle",
     "promote": "release.registry",
+    "prune_blockwise": "blockwise",
+    "load_pruned": "pruning.saved",
 }
 
 __all__ = [
@@ -53,9 +57,11 @@ __all__ = [
     "export_onnx",
     "finetune",
     "list_structures",
+    "load_pruned",
     "make_plan",
     "observe",
     "promote",
+    "prune_blockwise",
     "release",
     "repair",
     "score",

@@ -96,6 +96,8 @@ def prune_blockwise(
     with without_weights():
         model = build_model().eval()
     names = tuple(blocks) or find_blocks_in_a_row(model)
+    for name in set(names) - dict(model.named_modules()).keys():
+        raise ModelError(f"the network has no module {name!r} (blocks=...); see named_modules()")
     fingerprint = fingerprint_of(files.tensors_of(model))
     settings = [names, kept, channel_multiple, recipe.score, recipe.observe, recipe.repair, recipe.seed]
     work = _Work(folder, {"model": fingerprint, "data": _digest_of(batches), "settings": digest(settings)})
@@ -423,10 +425,11 @@ class _Work:
         return [self._part(number) for number in range(count)]
 
     def write_rest(self, files: WeightFiles, model: nn.Module, names: Sequence[str]) -> Path:
-        """What lies outside of the blocks, as it is."""
-        outside = [name for name in model.state_dict() if not any(name.startswith(f"{block}.") for block in names)]
+        """What lies outside of the blocks as it is in the files, where what is shared may be there once."""
+        stored = [name for name in model.state_dict() if name in files.names]
+        outside = [name for name in stored if not any(name.startswith(f"{block}.") for block in names)]
         path = self.folder / "weights-outside.safetensors"
-        save_file({name: value.contiguous() for name, value in files.read_of(model, outside).items()}, path)
+        save_file(files.read(outside), path)
         return path
 
     def remove(self) -> None:

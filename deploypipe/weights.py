@@ -47,10 +47,14 @@ class WeightFiles:
         `read`. A parameter that a module has under several names need be there under one of them.
         """
         state = self.read_of(module, module.state_dict() if names is None else names, prefix)
+        tied = _tied(module)
         try:
             module.load_state_dict(state, assign=True, strict=names is None)
         except RuntimeError as error:
             raise ModelError(f"{self.path}: does not fit the network: {error}") from error
+        for name, *others in tied:
+            for other in others:
+                _set_(module, other, module.get_parameter(name))
 
     def read_of(self, module: nn.Module, names: Iterable[str], prefix: str = "") -> dict[str, Tensor]:
         """Those of the state dict of `module`, by their names in it."""
@@ -117,9 +121,25 @@ def _drop_after(block: nn.Module, *_: Any) -> None:
 
 def drop_weights_(module: nn.Module) -> None:
     """Give the memory of all parameters back; their shapes stay."""
-    for part in module.modules():
-        for name, parameter in part.named_parameters(recurse=False):
-            part.register_parameter(name, nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad))
+    tied = _tied(module)
+    for name, parameter in list(module.named_parameters()):
+        _set_(module, name, nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad))
+    for name, *others in tied:
+        for other in others:
+            _set_(module, other, module.get_parameter(name))
+
+
+def _tied(module: nn.Module) -> list[list[str]]:
+    """The names of each parameter that has several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [same for same in names.values() if len(same) > 1]
+
+
+def _set_(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    owner, _, own = name.rpartition(".")
+    module.get_submodule(owner).register_parameter(own, parameter)
 
 
 def _read_index(path: Path) -> dict[str, Path]:

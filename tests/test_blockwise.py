@@ -1,0 +1,337 @@
+"""Blocks pruned one at a time from their file are those of the whole network, pruned at once."""
+
+import json
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deploypipe import blockwise
+from deploypipe.blockwise import BlockwiseResult, find_blocks_in_a_row, prune_blockwise
+from deploypipe.errors import ConfigError, DataError, DeploypipeError, ModelError, RunFolderError
+from deploypipe.jsonio import to_json
+from deploypipe.pruning.apply import apply_plan, masked_dense
+from deploypipe.pruning.saved import load_pruned, own_weights
+from deploypipe.pruning.structures import model_fingerprint
+from deploypipe.recipe import Observe, OutputError, Recipe, Repair, Taylor
+from deploypipe.records import Event
+from deploypipe.task import Batch
+from deploypipe.weights import WeightFiles, streamed, without_weights
+
+WIDTH, LENGTH, VOCABULARY = 24, 6, 31
+
+
+class Block(nn.Module):
+    """A feed-forward block that is also given a mask with a row for each sample, and gives a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 40), nn.Linear(40, WIDTH)
+
+    def forward(self, x: Tensor, shift: Tensor, mask: Tensor, gain: float) -> tuple[Tensor, None]:
+        return x + gain * mask.unsqueeze(-1) * self.down(F.relu(self.up(self.norm(x) + shift))), None
+
+
+class Network(nn.Module):
+    """The first and the last layer share their weights."""
+
+    def __init__(self, num_blocks: int = 4) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, WIDTH)
+        self.register_buffer("shift", torch.linspace(-1, 1, LENGTH).view(1, LENGTH, 1), persistent=False)
+        self.blocks = nn.ModuleList(Block() for _ in range(num_blocks))
+        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x, mask = self.embed(tokens), (tokens > 2).float()
+        for block in self.blocks:
+            x = block(x, self.shift, mask=mask, gain=0.5)[0]
+        return self.head(x)
+
+
+def build_llama() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        intermediate_size=64,
+        use_cache=False,
+    )
+    return LlamaForCausalLM(config)
+
+
+def build_network() -> nn.Module:
+    torch.manual_seed(0)
+    return Network()
+
+
+def batches(count: int = 6, length: int = LENGTH) -> list[Batch]:
+    generator = torch.Generator().manual_seed(1)
+    drawn = [torch.randint(0, VOCABULARY, (16, length), generator=generator) for _ in range(count)]
+    return [(tokens, torch.zeros(16, dtype=torch.long)) for tokens in drawn]
+
+
+RECIPE = Recipe(score=OutputError(), observe=Observe(positions_per_sample=6), repair=Repair(positions_per_sample=6))
+
+
+@pytest.fixture(params=[build_network, build_llama])
+def build(request: pytest.FixtureRequest) -> Callable[[], nn.Module]:
+    chosen: Callable[[], nn.Module] = request.param
+    return chosen
+
+
+def saved(build: Callable[[], nn.Module], folder: Path) -> Path:
+    """The dense weights; what is shared is there once."""
+    weights = own_weights(build())
+    for tied in ("head.weight", "lm_head.weight") if build is build_network else ():
+        weights.pop(tied, None)
+    save_file(weights, folder / "dense.safetensors")
+    return folder / "dense.safetensors"
+
+
+def prune(build: Callable[[], nn.Module], at: Path, **changes: Any) -> BlockwiseResult:
+    weights = changes.pop("weights", None) or saved(build, at)
+    given: dict[str, Any] = {"batches": batches(), "recipe": RECIPE, "kept": 0.6, "folder": at / "out"} | changes
+    return prune_blockwise(build, weights, **given)
+
+
+def test_the_plan_is_one_of_the_whole_network(build: Callable[[], nn.Module], tmp_path: Path) -> None:
+    result, dense = prune(build, tmp_path), build().eval()
+    assert result.plan.model_fingerprint == model_fingerprint(dense)
+    pruned, tokens = apply_plan(dense, result.plan), batches(1)[0][0]
+    torch.testing.assert_close(logits(pruned, tokens), logits(masked_dense(dense, result.plan), tokens))
+    loaded = load_pruned(tmp_path / "out", build)
+    assert {n: p.shape for n, p in loaded.state_dict().items()} == {n: p.shape for n, p in pruned.state_dict().items()}
+    assert sum(p.numel() for p in loaded.parameters()) == result.params_after < result.params_before
+    wrong, repaired = (error(network, dense, tokens) for network in (pruned, loaded))
+    assert repaired < 0.7 * wrong
+    outside = [name for name in dense.state_dict() if "blocks." not in name and "layers." not in name]
+    assert outside and all(torch.equal(loaded.state_dict()[name], dense.state_dict()[name]) for name in outside)
+    assert not (tmp_path / "out" / ".work").exists()
+
+
+def logits(network: nn.Module, tokens: Tensor) -> Tensor:
+    with torch.no_grad():
+        outputs = network(tokens)
+    values: Tensor = outputs if isinstance(outputs, Tensor) else outputs.logits
+    return values
+
+
+def error(network: nn.Module, dense: nn.Module, tokens: Tensor) -> float:
+    return float((logits(network, tokens) - logits(dense, tokens)).square().mean())
+
+
+def test_repair_starts_from_what_the_pruned_blocks_give(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Errors that arrive are corrected: behind the last block there are fewer than where each is repaired alone."""
+    both = prune(build_llama, tmp_path).blocks[-1].error
+    real = blockwise.repair
+    monkeypatch.setattr(blockwise, "repair", lambda *args, arriving, **given: real(*args, **given))
+    alone = prune(build_llama, tmp_path, folder=tmp_path / "alone").blocks[-1].error
+    assert both < 0.7 * alone
+
+
+def test_one_block_at_a_time_has_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: dict[str, list[weakref.ref[Tensor]]] = {}
+    load_ = WeightFiles.load_
+
+    def noting(files: WeightFiles, module: nn.Module, prefix: str = "", names: Any = None) -> None:
+        for other, references in alive.items():
+            assert all(reference() is None for reference in references), f"{other} is there beside {prefix}"
+        load_(files, module, prefix, names)
+        if prefix:
+            alive[prefix] = [weakref.ref(value) for value in module.parameters()]
+
+    monkeypatch.setattr(WeightFiles, "load_", noting)
+    prune(build_network, tmp_path)
+    assert list(alive) == [f"blocks.{i}." for i in range(4)]
+
+
+def test_a_killed_run_goes_on(build: Callable[[], nn.Module], tmp_path: Path) -> None:
+    whole = prune(build, tmp_path, folder=tmp_path / "whole")
+    for number in range(1, len(whole.blocks)):
+
+        def kill(event: Event, number: int = number) -> None:
+            if event.done == number:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            prune(build, tmp_path, notify=kill)
+        with pytest.raises(RunFolderError, match="another network, other samples or settings"):
+            prune(build, tmp_path, kept=0.7)
+    told: list[Event] = []
+    result = prune(build, tmp_path, notify=told.append)
+    assert to_json(result.plan) == to_json(whole.plan)
+    assert {f.name: f.read_bytes() for f in (tmp_path / "out").iterdir()} == {
+        f.name: f.read_bytes() for f in (tmp_path / "whole").iterdir()
+    }
+    with pytest.raises(RunFolderError, match="holds something already"):
+        prune(build, tmp_path)
+
+
+def test_a_block_that_was_not_finished_is_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = prune(build_network, tmp_path, folder=tmp_path / "whole")
+    monkeypatch.setattr(blockwise, "write_atomically", fail_at("block-00001"))
+    with pytest.raises(OSError, match="disk full"):
+        prune(build_network, tmp_path)
+    monkeypatch.undo()
+    assert to_json(prune(build_network, tmp_path).plan) == to_json(whole.plan)
+
+
+def fail_at(name: str) -> Callable[[Path, bytes], None]:
+    real = blockwise.write_atomically
+
+    def write(path: Path, content: bytes) -> None:
+        if path.name.startswith(name):
+            raise OSError("disk full")
+        real(path, content)
+
+    return write
+
+
+def test_weights_may_be_in_several_files(tmp_path: Path) -> None:
+    whole = prune(build_network, tmp_path, folder=tmp_path / "whole")
+    index = in_two(load_file(tmp_path / "dense.safetensors"), tmp_path / "parts")
+    assert to_json(prune(build_network, tmp_path, weights=index).plan) == to_json(whole.plan)
+
+
+def in_two(weights: dict[str, Tensor], folder: Path) -> Path:
+    folder.mkdir()
+    names = sorted(weights)
+    places = {}
+    for number, own in enumerate((names[::2], names[1::2])):
+        file = f"model-{number}.safetensors"
+        save_file({name: weights[name] for name in own}, folder / file)
+        places |= dict.fromkeys(own, file)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": places}))
+    return index
+
+
+def test_a_network_without_weights_can_be_called_block_by_block(tmp_path: Path) -> None:
+    with without_weights():
+        empty = build_network().eval()
+    tokens, blocks = batches(1)[0][0], find_blocks_in_a_row(empty)
+    with torch.no_grad(), streamed(empty, WeightFiles(saved(build_network, tmp_path)), blocks):
+        assert torch.equal(empty(tokens), logits(build_network().eval(), tokens))
+        assert all(value.is_meta for value in empty.get_submodule("blocks").parameters())
+    assert all(value.is_meta for value in empty.parameters())
+
+
+def test_without_weights_keeps_buffers_and_what_is_shared() -> None:
+    with without_weights():
+        empty = build_network()
+    assert isinstance(empty, Network) and empty.head.weight is empty.embed.weight and empty.embed.weight.is_meta
+    assert torch.equal(empty.shift, torch.linspace(-1, 1, LENGTH).view(1, LENGTH, 1))
+    with pytest.raises(ZeroDivisionError), without_weights():
+        raise ZeroDivisionError
+    assert not nn.Linear(2, 2).weight.is_meta
+
+
+def test_what_was_saved_in_parts_is_checked(tmp_path: Path) -> None:
+    prune(build_network, tmp_path)
+    with pytest.raises(ModelError, match="load it with build_model"):
+        load_pruned(tmp_path / "out")
+    part = tmp_path / "out" / "weights-00002.safetensors"
+    content = bytearray(part.read_bytes())
+    content[-1] ^= 1
+    part.write_bytes(content)
+    with pytest.raises(ModelError, match=r"weights-00002.*was changed after it was saved"):
+        load_pruned(tmp_path / "out", build_network)
+    part.unlink()
+    with pytest.raises(ModelError, match=r"weights-00002.* is absent"):
+        load_pruned(tmp_path / "out", build_network)
+
+
+def of_two_lengths() -> list[Batch]:
+    return [*batches(1), *batches(1, LENGTH - 1)]
+
+
+class Shuffled(Network):
+    """Its blocks run in another order than they are listed in."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x, mask = self.embed(tokens), (tokens > 2).float()
+        for at in (1, 0, 2, 3):
+            x = self.blocks[at](x, self.shift, mask=mask, gain=0.5)[0]
+        return self.head(x)
+
+
+class Growing(Network):
+    """What its blocks are given changes from one to the next."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x, mask = self.embed(tokens), (tokens > 2).float()
+        for at, block in enumerate(self.blocks):
+            x = block(x, self.shift, mask=mask, gain=0.5 + at)[0]
+        return self.head(x)
+
+
+@pytest.mark.parametrize(
+    ("build", "changes", "kind", "told"),
+    [
+        (Network, {"kept": 0.0}, ConfigError, "kept.*0.0 is no share"),
+        (Network, {"kept": 1.0}, ConfigError, "kept.*1.0 is no share"),
+        (Network, {"recipe": Recipe(score=Taylor())}, ConfigError, r"score.kind.*'taylor' needs the whole network"),
+        (Network, {"batches": []}, DataError, "no batches"),
+        (
+            build_llama,
+            {"batches": of_two_lengths()},
+            ModelError,
+            "from batch to batch: take samples of one length",
+        ),
+        (Network, {"blocks": ("blocks.1", "blocks.0")}, ModelError, "'blocks.0' does not read what block 'blocks.1'"),
+        (Network, {"blocks": ("blocks.0", "blocks.7")}, ModelError, "has no module 'blocks.7'"),
+        (Shuffled, {}, ModelError, "does not read what block"),
+        (Growing, {}, ModelError, "changes from block to block"),
+        (lambda: Network(1), {}, ModelError, "no list of blocks of one class"),
+        (lambda: Network(5), {}, ModelError, "holds no tensor 'blocks.4.norm.weight'"),
+    ],
+)
+def test_what_cannot_be_pruned_so_is_refused_before_anything_is_written(
+    build: Callable[[], nn.Module], changes: dict[str, Any], kind: type[DeploypipeError], told: str, tmp_path: Path
+) -> None:
+    weights = saved(build if build is build_llama else build_network, tmp_path)
+    with pytest.raises(kind, match=told):
+        prune(build, tmp_path, weights=weights, **changes)
+    assert not list((tmp_path / "out").glob("weights*"))
+
+
+def test_files_that_are_not_sound_are_refused(tmp_path: Path) -> None:
+    weights = saved(build_network, tmp_path)
+    short = tmp_path / "short.safetensors"
+    short.write_bytes(weights.read_bytes()[:-10])
+    index = in_two(load_file(weights), tmp_path / "parts")
+    for text, why in (
+        ("{", "is no index of weights"),
+        ('{"weight_map": {"embed.weight": "../dense.safetensors"}}', "which is not beside it; refused"),
+        ('{"weight_map": []}', "is no index of weights"),
+    ):
+        index.write_text(text)
+        with pytest.raises(ModelError, match=why):
+            WeightFiles(index)
+    for path in (short, tmp_path / "absent.safetensors"):
+        with pytest.raises(ModelError, match="cannot be read as safetensors"):
+            prune(build_network, tmp_path, weights=path)
+
+
+def test_the_longest_list_of_one_class_is_taken() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.short = nn.ModuleList(nn.Linear(2, 2) for _ in range(2))
+            self.mixed = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2), nn.ReLU())
+            self.long = nn.Sequential(*(nn.Linear(2, 2) for _ in range(3)))
+
+    assert find_blocks_in_a_row(Two()) == ("long.0", "long.1", "long.2")
