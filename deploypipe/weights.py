@@ -1,6 +1,7 @@
 """Weights that stay in their file until they are read: networks that do not fit into memory twice."""
 
 import json
+import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -89,7 +90,9 @@ def without_weights() -> Iterator[None]:
 
     nn.Module.register_parameter = register_empty  # type: ignore[method-assign, assignment]
     try:
-        yield
+        with warnings.catch_warnings():  # of each weight that a constructor loads, and that goes nowhere
+            warnings.filterwarnings("ignore", message=".*to a meta parameter in the current model, which is a no-op")
+            yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
