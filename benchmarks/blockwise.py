@@ -80,9 +80,8 @@ def prune(num_layers: int, weights: Path, folder: Path, score: str) -> None:
     solved = [row for block in done.blocks for row in block.repair if row.error_after is not None and not row.reason]
     print(f"weights {size:,.0f} MiB, {done.params_before:,} parameters; after {done.params_after:,}")
     print(f"{len(groups)} groups, {removed:,} of {units:,} units removed by {score}; {len(solved)} layers repaired")
-    print(
-        f"peak memory {_peak_mib():,.0f} MiB, {_peak_mib() / size:.2f}x the weights; {time.perf_counter() - began:.0f} s"
-    )
+    taken = f"{time.perf_counter() - began:.0f} s"
+    print(f"peak memory {_peak_mib():,.0f} MiB, {_peak_mib() / size:.2f}x the weights; {taken}")
 
 
 def load(num_layers: int, folder: Path) -> None:

@@ -217,16 +217,18 @@ class Contest:
         curves = self.stages.curves(self.structures, self.scores, self.moments)
         started = time.perf_counter()
         try:
-            result = self.stages.search(
-                Basis(
-                    structures=self.structures,
-                    scores=self.scores,
-                    curves=curves,
-                    dense=self.baseline,
-                    limits=self.limits,
-                    shipping=self.row,
-                )
+            candidates = self.stages.candidates(self.baseline, self.row)
+            basis = Basis(
+                structures=self.structures,
+                scores=self.scores,
+                curves=curves,
+                dense=self.baseline,
+                limits=self.limits,
+                shipping=self.row,
+                candidates=candidates,
+                timed=self.stages.timed_networks(self.structures, self.scores, curves, candidates, self.limits),
             )
+            result = self.stages.confirm(basis, self.stages.search(basis))
         except BudgetError as error:
             return Found(plan=None, tried=(), seconds=time.perf_counter() - started, note=str(error))
         if result.latency_fit:
@@ -235,7 +237,7 @@ class Contest:
         return Found(
             plan=result.trials[result.best].plan,
             tried=tuple(map(self._tried, result.trials)),
-            seconds=self.seconds("curves", "latency", "search"),
+            seconds=self.seconds("curves", "latency", "search", "confirm"),
         )
 
     def uniform(self) -> Found:
