@@ -17,12 +17,14 @@ INDEX_SUFFIX = ".safetensors.index.json"
 
 
 class WeightFiles:
-    """The tensors of a `.safetensors` file, or of those that an index (`*.safetensors.index.json`) names, by name."""
+    """The tensors of `.safetensors` files, or of those that an index (`*.safetensors.index.json`) names, by name."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, *paths: Path) -> None:
         """Raises ModelError where a file is absent or is not what its name says."""
-        self.path = path
-        self._files = _read_index(path) if path.name.endswith(INDEX_SUFFIX) else _read_names(path)
+        self.path = paths[0] if len(paths) == 1 else paths[0].parent
+        self._files: dict[str, Path] = {}
+        for path in paths:
+            self._files |= _read_index(path) if path.name.endswith(INDEX_SUFFIX) else _read_names(path)
 
     @property
     def names(self) -> tuple[str, ...]:

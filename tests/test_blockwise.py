@@ -12,8 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deploypipe import blockwise
-from deploypipe.blockwise import BlockwiseResult, find_blocks_in_a_row, prune_blockwise
+from deploypipe.blockwise import BlockwiseResult, blocks, find_blocks_in_a_row, prune_blockwise, work
 from deploypipe.errors import ConfigError, DataError, DeploypipeError, ModelError, RunFolderError
 from deploypipe.jsonio import to_json
 from deploypipe.pruning.apply import apply_plan, masked_dense
@@ -95,8 +94,8 @@ def build(request: pytest.FixtureRequest) -> Callable[[], nn.Module]:
 def saved(build: Callable[[], nn.Module], folder: Path) -> Path:
     """The dense weights; what is shared is there once."""
     weights = own_weights(build())
-    for tied in ("head.weight", "lm_head.weight") if build is build_network else ():
-        weights.pop(tied, None)
+    if build is not build_llama:
+        weights.pop("head.weight")
     save_file(weights, folder / "dense.safetensors")
     return folder / "dense.safetensors"
 
@@ -136,8 +135,8 @@ def error(network: nn.Module, dense: nn.Module, tokens: Tensor) -> float:
 def test_repair_starts_from_what_the_pruned_blocks_give(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Errors that arrive are corrected: behind the last block there are fewer than where each is repaired alone."""
     both = prune(build_llama, tmp_path).blocks[-1].error
-    real = blockwise.repair
-    monkeypatch.setattr(blockwise, "repair", lambda *args, arriving, **given: real(*args, **given))
+    real = blocks.repair
+    monkeypatch.setattr(blocks, "repair", lambda *args, arriving, **given: real(*args, **given))
     alone = prune(build_llama, tmp_path, folder=tmp_path / "alone").blocks[-1].error
     assert both < 0.7 * alone
 
@@ -182,7 +181,7 @@ def test_a_killed_run_goes_on(build: Callable[[], nn.Module], tmp_path: Path) ->
 
 def test_a_block_that_was_not_finished_is_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = prune(build_network, tmp_path, folder=tmp_path / "whole")
-    monkeypatch.setattr(blockwise, "write_atomically", fail_at("block-00001"))
+    monkeypatch.setattr(work, "write_atomically", fail_at("block-00001"))
     with pytest.raises(OSError, match="disk full"):
         prune(build_network, tmp_path)
     monkeypatch.undo()
@@ -190,7 +189,7 @@ def test_a_block_that_was_not_finished_is_done_again(tmp_path: Path, monkeypatch
 
 
 def fail_at(name: str) -> Callable[[Path, bytes], None]:
-    real = blockwise.write_atomically
+    real = work.write_atomically
 
     def write(path: Path, content: bytes) -> None:
         if path.name.startswith(name):
@@ -268,14 +267,63 @@ class Shuffled(Network):
         return self.head(x)
 
 
-class Growing(Network):
-    """What its blocks are given changes from one to the next."""
+class Remembering(Network):
+    """Every block is given what the first one made, beside what the last one did."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         x, mask = self.embed(tokens), (tokens > 2).float()
-        for at, block in enumerate(self.blocks):
-            x = block(x, self.shift, mask=mask, gain=0.5 + at)[0]
+        first = None
+        for block in self.blocks:
+            x = block(x, self.shift if first is None else first, mask=mask, gain=0.5)[0]
+            first = x if first is None else first
         return self.head(x)
+
+
+class Hidden(Network):
+    """The second block gets what the first one made in a way that its call does not show."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x, mask = self.embed(tokens), (tokens > 2).float()
+        for number, block in enumerate(self.blocks):
+            gain = 0.5 if number == 0 else float(x.std())
+            x = block(x, self.shift, mask=mask, gain=gain)[0]
+        return self.head(x)
+
+
+class Bare(Network):
+    """Blocks with nothing inside that could go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+class Alternating(Network):
+    """As in Gemma and ModernBERT: every other block is called otherwise, here with a mask that each sample has."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        masks = [(tokens > 2).float(), (tokens > 9).float()]
+        for number, block in enumerate(self.blocks):
+            x = block(x, self.shift, mask=masks[number % 2], gain=0.5 + number % 2)[0]
+        return self.head(x)
+
+
+def build_alternating() -> nn.Module:
+    torch.manual_seed(0)
+    return Alternating()
+
+
+def test_blocks_may_be_called_otherwise(tmp_path: Path) -> None:
+    result, dense = prune(build_alternating, tmp_path), build_alternating().eval()
+    loaded, tokens = load_pruned(tmp_path / "out", build_alternating), batches(1)[0][0]
+    assert error(loaded, dense, tokens) < 0.7 * error(apply_plan(dense, result.plan), dense, tokens)
 
 
 @pytest.mark.parametrize(
@@ -294,7 +342,8 @@ class Growing(Network):
         (Network, {"blocks": ("blocks.1", "blocks.0")}, ModelError, "'blocks.0' does not read what block 'blocks.1'"),
         (Network, {"blocks": ("blocks.0", "blocks.7")}, ModelError, "has no module 'blocks.7'"),
         (Shuffled, {}, ModelError, "does not read what block"),
-        (Growing, {}, ModelError, "changes from block to block"),
+        (Remembering, {}, ModelError, "'blocks.2' reads more of block 'blocks.0'"),
+        (Hidden, {}, ModelError, "changes from batch to batch"),
         (lambda: Network(1), {}, ModelError, "no list of blocks of one class"),
         (lambda: Network(5), {}, ModelError, "holds no tensor 'blocks.4.norm.weight'"),
     ],
@@ -302,10 +351,29 @@ class Growing(Network):
 def test_what_cannot_be_pruned_so_is_refused_before_anything_is_written(
     build: Callable[[], nn.Module], changes: dict[str, Any], kind: type[DeploypipeError], told: str, tmp_path: Path
 ) -> None:
-    weights = saved(build if build is build_llama else build_network, tmp_path)
+    weights = saved(build if build in (build_llama,) else build_network, tmp_path)
     with pytest.raises(kind, match=told):
         prune(build, tmp_path, weights=weights, **changes)
     assert not list((tmp_path / "out").glob("weights*"))
+
+
+def test_blocks_in_which_nothing_can_go_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"nothing inside of 'blocks\.0' and the blocks after it can be removed"):
+        prune(Bare, tmp_path, weights=saved(Bare, tmp_path))
+
+
+def test_blocks_that_do_not_fit_together_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one pass over the dense network cannot show: together, the pruned ones give something else."""
+    real = blocks.Pruner.prune
+
+    def doubled(self: Any, name: str, block: nn.Module, streams: Any) -> Any:
+        row, pruned, (dense, after) = real(self, name, block, streams)
+        return row, pruned, (dense, [2 * value for value in after])
+
+    monkeypatch.setattr(blocks.Pruner, "prune", doubled)
+    with pytest.raises(ModelError, match="together do not give what they gave one by one"):
+        prune(build_network, tmp_path)
+    assert not (tmp_path / "out" / "hashes.json").exists()
 
 
 def test_files_that_are_not_sound_are_refused(tmp_path: Path) -> None:

@@ -1,0 +1,156 @@
+"""A network that does not fit into memory twice, pruned one block after the other.
+
+The weights stay in their file. One block at a time is read, observed, scored, cut, repaired and written, on what the
+dense blocks before it give. Beside it runs what the pruned ones give: repair starts from that, so errors are corrected
+on the way (as GPTQ does it for rounding, arXiv:2210.17323, section 3.3). Both streams lie on disk between two blocks.
+What ties blocks together stays: the width of their common stream, and each block as a whole.
+"""
+
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deploypipe.blockwise.blocks import PrunedBlock, Pruner, summary
+from deploypipe.blockwise.calls import find_calls, stream_of
+from deploypipe.blockwise.work import Work
+from deploypipe.errors import ConfigError, ModelError
+from deploypipe.pruning.apply import cut_out
+from deploypipe.pruning.saved import own_weights, save_parts
+from deploypipe.pruning.structures import fingerprint_of
+from deploypipe.recipe import Recipe
+from deploypipe.records import Event, Progress, PruningPlan, silent
+from deploypipe.runs import digest
+from deploypipe.scoring import needs_derivatives
+from deploypipe.task import Batch, forward, tensors
+from deploypipe.weights import WeightFiles, streamed, without_weights
+
+_TOLERANCE = (
+    0.01  # of the length of what the last block gives; half precision, in other batches, is off by a thousandth
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockwiseResult:
+    """What `prune_blockwise` did; the network is in its folder."""
+
+    plan: PruningPlan
+    blocks: tuple[PrunedBlock, ...]
+    params_before: int
+    params_after: int
+
+
+def prune_blockwise(
+    build_model: Callable[[], nn.Module],
+    weights: Path | str,
+    batches: Sequence[Batch],
+    folder: Path | str,
+    recipe: Recipe,
+    *,
+    kept: float,
+    channel_multiple: int = 1,
+    blocks: Sequence[str] = (),
+    notify: Progress = silent,
+) -> BlockwiseResult:
+    """Keep the share `kept` of every group of units and heads inside the blocks, and save what is left.
+
+    build_model: its parameters are made without memory, and what it loads into them is dropped. weights: a
+    `.safetensors` file, or the index of several. batches: calibration samples, all of one length. recipe: its score,
+    observe, repair and seed count. blocks: names of modules of which each reads what the one before gives; by default
+    the longest list of modules of one class. `load_pruned(folder, build_model)` is the pruned network.
+
+    Memory: a few times one block, its second moments, and what one of its layers does with the samples of
+    `recipe.repair` at once. The same call goes on where a killed one was. Raises ConfigError for a share or a score
+    that cannot be used, ModelError where the blocks do not feed one another or the file has not their weights,
+    DataError for samples of several lengths, RunFolderError where the folder holds something else.
+    """
+    _check_settings(recipe, kept)
+    folder, files = Path(folder), WeightFiles(Path(weights))
+    with without_weights():
+        model = build_model().eval()
+    names = tuple(blocks) or find_blocks_in_a_row(model)
+    for name in set(names) - dict(model.named_modules()).keys():
+        raise ModelError(f"the network has no module {name!r} (blocks=...); see named_modules()")
+    fingerprint = fingerprint_of(files.tensors_of(model))
+    settings = [names, kept, channel_multiple, recipe.score, recipe.observe, recipe.repair, recipe.seed]
+    work = Work(folder, {"model": fingerprint, "data": _digest_of(batches), "settings": digest(settings)})
+    with streamed(model, files, names):
+        calls = find_calls(model, names, batches)
+    pruner = Pruner(calls, recipe, kept, channel_multiple)
+    done = work.finished(len(names))
+    for number, name in enumerate(names):
+        if number == len(done):
+            done.append(_prune(number, name, model, files, pruner, work))
+        notify(Event(stage="blocks", done=number + 1, total=len(names), message=summary(done[number])))
+    plan = PruningPlan(
+        model_fingerprint=fingerprint,
+        cuts=tuple(cut for row in done for cut in row.cuts),
+        edits=tuple(edit for row in done for edit in row.edits),
+        blocks=(),
+    )
+    if not plan.edits:
+        raise ModelError(
+            f"nothing inside of {names[0]!r} and the blocks after it can be removed; name others (blocks=...)"
+        )
+    parts = [*work.parts(len(names)), work.write_rest(files, model, names)]
+    _require_same(cut_out(model, plan), parts, names, batches[0][0], work.streams(len(names))[1][0])
+    save_parts(folder, plan, parts)
+    work.remove()
+    before = sum(p.numel() for p in model.parameters())
+    after = before - sum(row.params_before - row.params_after for row in done)
+    return BlockwiseResult(plan=plan, blocks=tuple(done), params_before=before, params_after=after)
+
+
+def find_blocks_in_a_row(model: nn.Module) -> tuple[str, ...]:
+    """Names of the modules in the longest list of modules of one class; of equally long ones, the first."""
+    lists = [
+        tuple(f"{name}.{child}" if name else child for child, _ in module.named_children())
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList | nn.Sequential) and len({type(child) for child in module.children()}) == 1
+    ]
+    longest = max(lists, key=len, default=())
+    if len(longest) < 2:
+        raise ModelError("the network has no list of blocks of one class; name them (blocks=...), in order")
+    return longest
+
+
+def _prune(number: int, name: str, model: nn.Module, files: WeightFiles, pruner: Pruner, work: Work) -> PrunedBlock:
+    """Read, prune and write one block; nothing of it stays in memory."""
+    block = deepcopy(model.get_submodule(name))
+    files.load_(block, f"{name}.")
+    row, pruned, streams = pruner.prune(name, block, work.streams(number) if number else None)
+    work.finish(number, row, {f"{name}.{key}": value for key, value in own_weights(pruned).items()}, streams)
+    return row
+
+
+def _require_same(
+    pruned: nn.Module, parts: Sequence[Path], names: Sequence[str], inputs: Any, expected: Tensor
+) -> None:
+    """ModelError unless the blocks, put together, give a batch what they gave it one by one."""
+    given: list[Tensor] = []
+    hook = pruned.get_submodule(names[-1]).register_forward_hook(lambda *call: given.append(stream_of(call[2])))
+    with torch.no_grad(), streamed(pruned, WeightFiles(*parts), names):
+        forward(pruned, inputs)
+    hook.remove()
+    off = float((given[0] - expected).double().norm() / expected.double().norm().clamp_min(1e-30))
+    if not off < _TOLERANCE:
+        raise ModelError(
+            f"the pruned blocks together do not give what they gave one by one ({off:.1%} off): they hang on more than "
+            f"what they hand on to each other; prune this network as a whole"
+        )
+
+
+def _check_settings(recipe: Recipe, kept: float) -> None:
+    if not 0 < kept < 1:
+        raise ConfigError("prune_blockwise", "kept", f"{kept!r} is no share of units to keep", "write 0 < kept < 1")
+    if needs_derivatives(recipe.score):
+        remedy = "take one that needs no loss, as output_error, mipp or magnitude"
+        raise ConfigError("the recipe", "score.kind", f"{recipe.score.kind!r} needs the whole network at once", remedy)
+
+
+def _digest_of(batches: Sequence[Batch]) -> str:
+    return digest([digest(value.tolist()) for inputs, _ in batches for value in tensors(inputs)])

@@ -1,0 +1,226 @@
+"""What the blocks of a network are called with, found by running it: once through all of them, then up to the first."""
+
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from deploypipe.errors import DataError, ModelError
+from deploypipe.task import Batch, forward, take
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Form:
+    """How a block is called: what is the same for all samples, and where the rest has its place."""
+
+    leaves: list[Any]  # of args and kwargs; None at the places of what differs
+    places: tuple[int, ...]  # of the stream, and of what else differs between samples
+    spec: pytree.TreeSpec
+
+    def __deepcopy__(self, _: Any) -> "Form":
+        return self  # nothing changes it, and copies of a block need none of their own
+
+    def call(self, block: nn.Module, values: Sequence[Tensor]) -> Any:
+        leaves = list(self.leaves)
+        for at, value in zip(self.places, values, strict=True):
+            leaves[at] = value
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        return block(*args, **kwargs)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kind:
+    """Blocks that are called alike."""
+
+    form: Form
+    varying: list[tuple[Tensor, ...]]  # of each batch, what beside the stream has a row for each sample
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Calls:
+    """The calls of all blocks, but for the stream, of which each block makes what the next one reads."""
+
+    stream: list[Tensor]  # (samples, ...) of each batch, at the first block
+    targets: list[Any]
+    kinds: Mapping[str, Kind]  # by the name of a block
+
+    def alone(self, name: str, block: nn.Module) -> "Alone":
+        return Alone(block, self.kinds[name].form)
+
+    def batches(self, name: str, stream: Sequence[Tensor]) -> list[Batch]:
+        """Each batch's inputs of the block, where it stands alone and the stream arrives."""
+        varying = self.kinds[name].varying
+        inputs = [(own, *others) if others else own for own, others in zip(stream, varying, strict=True)]
+        return list(zip(inputs, self.targets, strict=True))
+
+
+class Alone(nn.Module):
+    """A block as a network of its own: its inputs are the stream, and what else differs between samples."""
+
+    def __init__(self, block: nn.Module, form: Form) -> None:
+        super().__init__()
+        self.block, self.form = block, form
+
+    def forward(self, *values: Tensor) -> Tensor:
+        return stream_of(self.form.call(self.block, values))
+
+
+def stream_of(outputs: Any) -> Tensor:
+    """What the next block reads: the first of what a block gives."""
+    first = outputs if isinstance(outputs, Tensor) else outputs[0]
+    if not isinstance(first, Tensor):
+        raise ModelError(f"a block gives {type(first).__name__} first, and no tensor that the next one could read")
+    return first
+
+
+def find_calls(model: nn.Module, names: Sequence[str], batches: Sequence[Batch]) -> Calls:
+    """How the network calls its blocks `names`, in order. It has to be one that can be called.
+
+    Runs two samples through all blocks, then all batches up to the first block, and further where a later block is
+    called otherwise. Raises ModelError where a block does not read what the one before it gives, or reads what depends
+    on another one beside that, and DataError without batches.
+    """
+    if not batches:
+        raise DataError("the calibration split has no batches")
+    with torch.no_grad():
+        seen = _watch(model, names, take(batches[0][0], 2))
+        _require_chain(names, seen)
+        models = _models(names, seen)
+        captured = {name: [_call_of(model, name, inputs) for inputs, _ in batches] for name in set(models.values())}
+    kinds = {name: _kind(name, calls) for name, calls in captured.items()}
+    first = captured[names[0]]
+    at = kinds[names[0]].form.places[0]
+    return Calls(
+        stream=[leaves[at] for leaves, _ in first],
+        targets=[target for _, target in batches],
+        kinds={name: kinds[models[name]] for name in names},
+    )
+
+
+Leaves = list[Any]  # of the arguments of a call
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Seen:
+    """A call of a block, and what it gave."""
+
+    leaves: Leaves
+    stream: Tensor
+    others: list[Tensor]  # that it gave beside the stream
+
+
+def _watch(model: nn.Module, names: Sequence[str], inputs: Any) -> dict[str, _Seen]:
+    seen: dict[str, _Seen] = {}
+
+    def note(name: str, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        stream = stream_of(output)
+        given = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf is not stream]
+        seen[name] = _Seen(leaves=pytree.tree_leaves((args, kwargs)), stream=stream, others=given)
+
+    hooks = [model.get_submodule(name).register_forward_hook(partial(note, name), with_kwargs=True) for name in names]
+    try:
+        forward(model, inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for name in names:
+        if name not in seen:
+            raise ModelError(f"the network never calls its block {name!r}")
+    return seen
+
+
+def _require_chain(names: Sequence[str], seen: Mapping[str, _Seen]) -> None:
+    for before, name in pairwise(names):
+        read = next((leaf for leaf in seen[name].leaves if isinstance(leaf, Tensor)), None)
+        if read is None or not _is_same(read, seen[before].stream):
+            raise ModelError(f"block {name!r} does not read what block {before!r} gives; name others (blocks=...)")
+    for number, name in enumerate(names):
+        rest = [leaf for leaf in _rest(seen[name].leaves) if isinstance(leaf, Tensor)]
+        for before in names[:number]:
+            made = [seen[before].stream] if before != names[number - 1] else []
+            if any(leaf is other for leaf in rest for other in (*made, *seen[before].others)):
+                raise ModelError(
+                    f"block {name!r} reads more of block {before!r} than the blocks hand on to each other; they cannot "
+                    f"be pruned one by one"
+                )
+
+
+def _models(names: Sequence[str], seen: Mapping[str, _Seen]) -> dict[str, str]:
+    """Of each block the first that is called as it is."""
+    found: dict[str, str] = {}
+    for name in names:
+        rest = _rest(seen[name].leaves)
+        same = (other for other in dict.fromkeys(found.values()) if _are_same(_rest(seen[other].leaves), rest))
+        found[name] = next(same, name)
+    return found
+
+
+class _Reached(Exception):
+    """The block is called: the rest of the network need not run."""
+
+
+def _call_of(model: nn.Module, name: str, inputs: Any) -> tuple[Leaves, pytree.TreeSpec]:
+    calls: list[tuple[Any, Any]] = []
+
+    def stop(_: nn.Module, args: Any, kwargs: Any) -> None:
+        calls.append((args, kwargs))
+        raise _Reached
+
+    hook = model.get_submodule(name).register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        with suppress(_Reached):
+            forward(model, inputs)
+    finally:
+        hook.remove()
+    leaves, spec = pytree.tree_flatten(calls[0])
+    return leaves, spec
+
+
+def _kind(name: str, calls: Sequence[tuple[Leaves, pytree.TreeSpec]]) -> Kind:
+    leaves, spec = calls[0]
+    stream_at = _stream_at(leaves)
+    count = len(leaves[stream_at])
+    varying_at = tuple(
+        at
+        for at, leaf in enumerate(leaves)
+        if at != stream_at and isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == count > 1
+    )
+    places = (stream_at, *varying_at)
+    fixed = _without(leaves, places)
+    for others, _ in calls:
+        if not _are_same(fixed, _without(others, places)):
+            raise ModelError(
+                f"what block {name!r} is called with changes from batch to batch: take samples of one length, and "
+                f"switch caches off (use_cache=False)"
+            )
+    varying = [tuple(own[at] for at in varying_at) for own, _ in calls]
+    return Kind(form=Form(leaves=fixed, places=places, spec=spec), varying=varying)
+
+
+def _stream_at(leaves: Leaves) -> int:
+    return next(at for at, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
+
+
+def _rest(leaves: Leaves) -> Leaves:
+    """All but the stream."""
+    return _without(leaves, {_stream_at(leaves)})
+
+
+def _without(leaves: Leaves, places: Collection[int]) -> Leaves:
+    return [None if at in places else leaf for at, leaf in enumerate(leaves)]
+
+
+def _are_same(some: Leaves, others: Leaves) -> bool:
+    return len(some) == len(others) and all(_is_same(one, other) for one, other in zip(some, others, strict=True))
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and torch.equal(one, other)
+    return type(one) is type(other) and bool(one is other or one == other)
