@@ -1,10 +1,12 @@
 """A random Llama with a billion parameters, a quarter of its heads and hidden units removed block by block.
 
     python benchmarks/blockwise.py [--layers 22] [--out FOLDER]
+    python benchmarks/blockwise.py --architectures
 
 Prints the weights' size, the peak memory of the process that prunes, and what was left. The weights are made in
 another process, and the pruned network is loaded in a third. Peak memory is what the operating system counts, shared
-libraries and pages of the weights' file included.
+libraries and pages of the weights' file included. The second command prunes the networks of `zoo` that `transformers`
+builds, small and random, the longest list of blocks in each, and says which are refused, and why.
 """
 
 import argparse
@@ -16,11 +18,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+import zoo
 from safetensors.torch import save_file
 from torch import nn
 
 from deploypipe.blockwise import prune_blockwise
-from deploypipe.pruning.saved import load_pruned
+from deploypipe.errors import DeploypipeError
+from deploypipe.pruning.saved import load_pruned, own_weights
 from deploypipe.recipe import Magnitude, Observe, OutputError, Recipe, Repair
 from deploypipe.records import Event
 from deploypipe.weights import without_weights
@@ -94,6 +98,43 @@ def load(num_layers: int, folder: Path) -> None:
     )
 
 
+def prune_architectures() -> None:
+    recipe = Recipe(score=OutputError(), observe=Observe(positions_per_sample=8), repair=Repair(positions_per_sample=8))
+    networks = [network for network in zoo.NETWORKS.values() if network.source == "transformers"]
+    num_pruned = 0
+    for network in networks:
+        dense, inputs = network.build()
+        with TemporaryDirectory() as folder:
+            weights = Path(folder) / "dense.safetensors"
+            save_file(own_weights(dense), weights)
+            batches = [(_samples(inputs, seed), torch.zeros(8, dtype=torch.long)) for seed in range(4)]
+            try:
+                done = prune_blockwise(
+                    lambda network=network: network.build()[0], weights, batches, Path(folder) / "out", recipe, kept=0.6
+                )
+            except DeploypipeError as error:
+                print(f"{network.name}: refused: {error}", flush=True)
+                continue
+        num_pruned += 1
+        print(f"{network.name}: {len(done.blocks)} blocks, {done.params_before:,} -> {done.params_after:,}", flush=True)
+    print(f"{num_pruned} of {len(networks)} pruned; of each, what the blocks give together is what they gave alone")
+
+
+def _samples(inputs: zoo.Inputs, seed: int) -> zoo.Inputs:
+    """Eight samples like the two there are."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = {}
+    for name, value in inputs.items():
+        shape = (8, *value.shape[1:])
+        if value.is_floating_point():
+            drawn[name] = torch.randn(shape, generator=generator)
+        elif name.endswith("mask") or name.endswith("type_ids"):
+            drawn[name] = value.repeat(4, *[1] * (value.dim() - 1))
+        else:
+            drawn[name] = torch.randint(3, int(value.max()) + 1, shape, generator=generator)
+    return drawn
+
+
 def _peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
@@ -103,8 +144,11 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=22)
     parser.add_argument("--score", choices=sorted(_SCORES), default="output_error")
     parser.add_argument("--out", type=Path, help="keep what is made, and go on there")
+    parser.add_argument("--architectures", action="store_true")
     parser.add_argument("--step", choices=["weights", "prune", "load"], help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.architectures:
+        return prune_architectures()
     with TemporaryDirectory() as temporary:
         out = options.out or Path(temporary)
         out.mkdir(parents=True, exist_ok=True)
