@@ -1,11 +1,12 @@
 """The report: one HTML file that tells the decision first and needs no network."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from deploypipe.errors import DeploypipeError
 from deploypipe.records import PruneReport, ScoreSummary, SearchResult
+from deploypipe.report.joint_front import Judged, front_sentence, judged_networks
 from deploypipe.report.layers import Stage, stages_of
 from deploypipe.report.search_text import (
     REACH_HEADER,
@@ -50,8 +51,24 @@ def write_overview(name: str, results: Mapping[str, RunResult | str], path: Path
     verdicts = {"ERROR" if isinstance(result, str) else result.decision.verdict.value for result in results.values()}
     worst = next(verdict for verdict in ("ERROR", "HOLD", "SHIP") if verdict in verdicts)
     rows = overview_rows(results)
-    page = _render("overview.html.j2", dict, name=name, worst=worst, header=OVERVIEW_HEADER, rows=rows)
+    networks = judged_networks(results)
+    page = _render(
+        "overview.html.j2",
+        lambda: _overview_figures(networks, results),
+        name=name,
+        worst=worst,
+        header=OVERVIEW_HEADER,
+        rows=rows,
+        about_front=front_sentence(networks) if networks else "",
+    )
     _write(path, page)
+
+
+def _overview_figures(networks: Sequence[Judged], results: Mapping[str, RunResult | str]) -> dict[str, str]:
+    from deploypipe.report import search_plots
+
+    dense = next((r.search.dense for r in results.values() if not isinstance(r, str) and r.search), None)
+    return {"front": search_plots.all_targets(networks, dense)} if dense else {}
 
 
 def render_report(result: RunResult) -> str:

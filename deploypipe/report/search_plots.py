@@ -6,6 +6,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from deploypipe.records import Candidate, LatencyFit, SearchResult, Trial
+from deploypipe.report.joint_front import Judged, joint_front
 from deploypipe.report.layers import Stage
 from deploypipe.report.plots import COMPRESSED, DENSE, LIMIT, MUTED, as_html
 from deploypipe.report.search_text import held_budgets
@@ -41,6 +42,37 @@ def trials(search: SearchResult, target: Target, objectives: Sequence[str]) -> s
     figure.update_layout(
         xaxis_title="latency p50, ms" if is_timed else "MACs", yaxis_title="accuracy on val, %", hovermode="closest"
     )
+    return as_html(figure, height=440)
+
+
+def all_targets(networks: Sequence[Judged], dense: Candidate) -> str:
+    """Accuracy against MACs of every network that was judged for any target, with their common front."""
+
+    def places(some: Sequence[Judged]) -> dict[str, list[float]]:
+        shares = [n.candidate.num_macs / dense.num_macs for n in some]
+        return {"x": shares, "y": [100 * n.candidate.accuracy for n in some]}
+
+    figure = go.Figure()
+    line = {"shape": "hv", "color": DENSE, "width": 1, "dash": "dot"}
+    figure.add_scatter(
+        **places(joint_front(networks)), mode="lines", line=line, name="beaten by none", hoverinfo="skip"
+    )
+    for target in dict.fromkeys(n.target for n in networks):
+        own = [n for n in networks if n.target == target]
+        figure.add_scatter(
+            **places(own),
+            mode="markers",
+            marker={
+                "size": [16 if n.is_winner else 9 for n in own],
+                "symbol": ["star" if n.is_winner else "circle" for n in own],
+            },
+            name=target,
+            text=[f"{target}, trial {n.trial}{', chosen' if n.is_winner else ''}" for n in own],
+            hovertemplate="%{text}<br>%{y:.2f} %, %{x:.3f}x the MACs<extra></extra>",
+        )
+    marker = {"color": DENSE, "symbol": "diamond", "size": 11}
+    figure.add_scatter(x=[1.0], y=[100 * dense.accuracy], mode="markers", name="dense", marker=marker)
+    figure.update_layout(xaxis_title="MACs, as a share of the dense network's", yaxis_title="accuracy on val, %")
     return as_html(figure, height=440)
 
 
