@@ -46,4 +46,4 @@ def front_sentence(networks: Sequence[Judged]) -> str:
     """How many were judged, and for which targets those of the front were made."""
     front = joint_front(networks)
     each = ", ".join(f"{count} for {target}" for target, count in Counter(n.target for n in front).items())
-    return f"{len(networks)} networks were judged for all targets; {len(front)} of them are beaten by none: {each}."
+    return f"{len(networks)} networks were judged for all targets; beaten by none: {each}."
