@@ -18,15 +18,16 @@ from torch import Tensor, nn
 from deploypipe.blockwise.blocks import PrunedBlock, Pruner, summary
 from deploypipe.blockwise.calls import find_calls, stream_of
 from deploypipe.blockwise.work import Work
+from deploypipe.data import fingerprint_of
 from deploypipe.errors import ConfigError, ModelError
 from deploypipe.pruning.apply import cut_out
 from deploypipe.pruning.saved import own_weights, save_parts
-from deploypipe.pruning.structures import fingerprint_of
+from deploypipe.pruning.structures import state_fingerprint
 from deploypipe.recipe import Recipe
 from deploypipe.records import Event, Progress, PruningPlan, silent
 from deploypipe.runs import digest
 from deploypipe.scoring import needs_derivatives
-from deploypipe.task import Batch, forward, tensors
+from deploypipe.task import Batch, forward
 from deploypipe.weights import WeightFiles, streamed, without_weights
 
 _TOLERANCE = (
@@ -63,10 +64,10 @@ def prune_blockwise(
     observe, repair and seed count. blocks: names of modules of which each reads what the one before gives; by default
     the longest list of modules of one class. `load_pruned(folder, build_model)` is the pruned network.
 
-    Memory: a few times one block, its second moments, and what one of its layers does with the samples of
+    Memory: a few times one block, its second moments, both streams, and what a layer does with the samples of
     `recipe.repair` at once. The same call goes on where a killed one was. Raises ConfigError for a share or a score
-    that cannot be used, ModelError where the blocks do not feed one another or the file has not their weights,
-    DataError for samples of several lengths, RunFolderError where the folder holds something else.
+    that cannot be used, ModelError where the blocks do not feed one another, the samples are of several lengths or the
+    file has not the weights, DataError without samples, RunFolderError where the folder holds something else.
     """
     _check_settings(recipe, kept)
     folder, files = Path(folder), WeightFiles(Path(weights))
@@ -75,9 +76,9 @@ def prune_blockwise(
     names = tuple(blocks) or find_blocks_in_a_row(model)
     for name in set(names) - dict(model.named_modules()).keys():
         raise ModelError(f"the network has no module {name!r} (blocks=...); see named_modules()")
-    fingerprint = fingerprint_of(files.tensors_of(model))
+    fingerprint = state_fingerprint(files.tensors_of(model))
     settings = [names, kept, channel_multiple, recipe.score, recipe.observe, recipe.repair, recipe.seed]
-    work = Work(folder, {"model": fingerprint, "data": _digest_of(batches), "settings": digest(settings)})
+    work = Work(folder, {"model": fingerprint, "data": fingerprint_of(batches), "settings": digest(settings)})
     with streamed(model, files, names):
         calls = find_calls(model, names, batches)
     pruner = Pruner(calls, recipe, kept, channel_multiple)
@@ -150,7 +151,3 @@ def _check_settings(recipe: Recipe, kept: float) -> None:
     if needs_derivatives(recipe.score):
         remedy = "take one that needs no loss, as output_error, mipp or magnitude"
         raise ConfigError("the recipe", "score.kind", f"{recipe.score.kind!r} needs the whole network at once", remedy)
-
-
-def _digest_of(batches: Sequence[Batch]) -> str:
-    return digest([digest(value.tolist()) for inputs, _ in batches for value in tensors(inputs)])

@@ -147,7 +147,7 @@ def count_macs(model: nn.Module, inputs: Any) -> tuple[int, int]:
 
 def model_fingerprint(model: nn.Module) -> str:
     """ "<structure>-<weights>": two hashes over the state dict, of names, shapes and dtypes, and of the values."""
-    return fingerprint_of(model.state_dict().items())
+    return state_fingerprint(model.state_dict().items())
 
 
 def structure_fingerprint(model: nn.Module) -> str:
@@ -162,7 +162,7 @@ def _described(name: str, value: Any) -> bytes:
     return f"{name}:{tuple(value.shape)}:{value.dtype};".encode() if isinstance(value, Tensor) else b""
 
 
-def fingerprint_of(state: Iterable[tuple[str, Any]]) -> str:
+def state_fingerprint(state: Iterable[tuple[str, Any]]) -> str:
     """`model_fingerprint` of the network with these names and tensors."""
     structure, weights = hashlib.sha256(), hashlib.sha256()
     for name, value in state:
