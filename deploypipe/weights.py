@@ -65,10 +65,10 @@ class WeightFiles:
         found = self.read(dict.fromkeys(known.values()))
         return {name: found[stored] for name, stored in known.items()}
 
-    def tensors_of(self, module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    def tensors_of(self, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         """Name and value of everything in the state dict of `module`, one at a time, as in `load_`."""
         for name in module.state_dict():
-            yield from self.read_of(module, [name], prefix).items()
+            yield from self.read_of(module, [name]).items()
 
     def _known_as(self, module: nn.Module, name: str, prefix: str) -> str:
         if prefix + name in self._files:
@@ -113,7 +113,7 @@ def streamed(model: nn.Module, files: WeightFiles, blocks: Sequence[str]) -> Ite
     finally:
         for hook in hooks:
             hook.remove()
-        drop_weights_(model)
+        _drop_weights_(model)
 
 
 def _load_before(files: WeightFiles, prefix: str, block: nn.Module, _: Any) -> None:
@@ -121,10 +121,10 @@ def _load_before(files: WeightFiles, prefix: str, block: nn.Module, _: Any) -> N
 
 
 def _drop_after(block: nn.Module, *_: Any) -> None:
-    drop_weights_(block)
+    _drop_weights_(block)
 
 
-def drop_weights_(module: nn.Module) -> None:
+def _drop_weights_(module: nn.Module) -> None:
     """Give the memory of all parameters back; their shapes stay."""
     tied = _tied(module)
     for name, parameter in list(module.named_parameters()):
