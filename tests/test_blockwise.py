@@ -279,6 +279,26 @@ class Remembering(Network):
         return self.head(x)
 
 
+class Handing(Network):
+    """As in T5: what the first block gives beside its output, all others read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Giving() for _ in range(4))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x, mask, extra = self.embed(tokens), (tokens > 2).float(), self.shift
+        for block in self.blocks:
+            x, given = block(x, extra, mask=mask, gain=0.5)
+            extra = extra if extra is not self.shift else given
+        return self.head(x)
+
+
+class Giving(Block):
+    def forward(self, x: Tensor, shift: Tensor, mask: Tensor, gain: float) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return super().forward(x, shift, mask, gain)[0], x.mean(-1, keepdim=True)
+
+
 class Hidden(Network):
     """The second block gets what the first one made in a way that its call does not show."""
 
@@ -343,6 +363,7 @@ def test_blocks_may_be_called_otherwise(tmp_path: Path) -> None:
         (Network, {"blocks": ("blocks.0", "blocks.7")}, ModelError, "has no module 'blocks.7'"),
         (Shuffled, {}, ModelError, "does not read what block"),
         (Remembering, {}, ModelError, "'blocks.2' reads more of block 'blocks.0'"),
+        (Handing, {}, ModelError, "'blocks.1' reads more of block 'blocks.0'"),
         (Hidden, {}, ModelError, "changes from batch to batch"),
         (lambda: Network(1), {}, ModelError, "no list of blocks of one class"),
         (lambda: Network(5), {}, ModelError, "holds no tensor 'blocks.4.norm.weight'"),
