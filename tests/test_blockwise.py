@@ -167,6 +167,7 @@ def test_a_killed_run_goes_on(build: Callable[[], nn.Module], tmp_path: Path) ->
 
         with pytest.raises(KeyboardInterrupt):
             prune(build, tmp_path, notify=kill)
+        assert len(list((tmp_path / "out" / ".work").glob("streams-*"))) == 1  # they are as large as all samples
         with pytest.raises(RunFolderError, match="another network, other samples or settings"):
             prune(build, tmp_path, kept=0.7)
     told: list[Event] = []
