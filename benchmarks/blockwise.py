@@ -2,11 +2,13 @@
 
     python benchmarks/blockwise.py [--layers 22] [--out FOLDER]
     python benchmarks/blockwise.py --architectures
+    python benchmarks/blockwise.py --trained
 
 Prints the weights' size, the peak memory of the process that prunes, and what was left. The weights are made in
 another process, and the pruned network is loaded in a third. Peak memory is what the operating system counts, shared
 libraries and pages of the weights' file included. The second command prunes the networks of `zoo` that `transformers`
-builds, small and random, the longest list of blocks in each, and says which are refused, and why.
+builds, small and random, the longest list of blocks in each, and says which are refused, and why. The third compares
+the trained ViT (CIFAR10_DIR, VIT_WEIGHTS), pruned so and as a whole.
 """
 
 import argparse
@@ -22,12 +24,21 @@ import zoo
 from safetensors.torch import save_file
 from torch import nn
 
+from deploypipe.benchmark.accuracy import evaluate_module
 from deploypipe.blockwise import prune_blockwise
 from deploypipe.errors import DeploypipeError
+from deploypipe.observe.stream import observe
+from deploypipe.pruning.apply import apply_plan
+from deploypipe.pruning.plan import make_plan
+from deploypipe.pruning.repair import repair
 from deploypipe.pruning.saved import load_pruned, own_weights
+from deploypipe.pruning.structures import list_structures
 from deploypipe.recipe import Magnitude, Observe, OutputError, Recipe, Repair
 from deploypipe.records import Event
+from deploypipe.scoring import score
+from deploypipe.task import take, take_calib
 from deploypipe.weights import without_weights
+from pipelines import vit_cifar10
 
 _KEPT, _SAMPLES, _TOKENS, _BATCH = 0.75, 32, 256, 4
 _SCORES = {"output_error": OutputError(), "magnitude": Magnitude()}
@@ -120,6 +131,34 @@ def prune_architectures() -> None:
     print(f"{num_pruned} of {len(networks)} pruned; of each, what the blocks give together is what they gave alone")
 
 
+def compare_with_whole(kept: float) -> dict[str, float]:
+    """Accuracy on 4,000 test images of the trained ViT with the share `kept` of its heads and hidden units."""
+    dense, splits = vit_cifar10.build_model(), vit_cifar10.load_data()
+    calib, test = take_calib(splits.calib, 1024), take_calib(splits.test, 4000)
+    recipe = Recipe(
+        score=OutputError(),
+        observe=Observe(positions_per_sample=8),
+        repair=Repair(num_samples=512, positions_per_sample=16),
+    )
+    with TemporaryDirectory() as folder:
+        weights, out = Path(folder) / "dense.safetensors", Path(folder) / "pruned"
+        save_file(own_weights(dense), weights)
+        result = prune_blockwise(vit_cifar10.build_model, weights, calib, out, recipe, kept=kept)
+        blockwise = load_pruned(out, vit_cifar10.build_model)
+        structures = list_structures(dense, take(calib[0][0], 2))
+        scores = score(dense, structures, observe(dense, structures, calib, recipe.observe), recipe.score)
+        plan = make_plan(structures, scores, {c.group: c.num_units - len(c.removed) for c in result.plan.cuts})
+        whole, _ = repair(dense, apply_plan(dense, plan), plan, calib, recipe.repair)
+        networks = {
+            "dense": dense,
+            "not repaired": apply_plan(dense, result.plan),
+            "as a whole": whole,
+            "block by block": blockwise,
+        }
+        task = vit_cifar10.task()
+        return {name: float(evaluate_module(network, test, task).mean()) for name, network in networks.items()}
+
+
 def _samples(inputs: zoo.Inputs, seed: int) -> zoo.Inputs:
     """Eight samples like the two there are."""
     generator = torch.Generator().manual_seed(seed)
@@ -145,10 +184,16 @@ def main() -> None:
     parser.add_argument("--score", choices=sorted(_SCORES), default="output_error")
     parser.add_argument("--out", type=Path, help="keep what is made, and go on there")
     parser.add_argument("--architectures", action="store_true")
+    parser.add_argument("--trained", action="store_true")
     parser.add_argument("--step", choices=["weights", "prune", "load"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.architectures:
         return prune_architectures()
+    if options.trained:
+        for kept in (0.75, 0.5):
+            each = ", ".join(f"{name} {100 * share:.2f} %" for name, share in compare_with_whole(kept).items())
+            print(f"{kept:.0%} kept: {each}", flush=True)
+        return None
     with TemporaryDirectory() as temporary:
         out = options.out or Path(temporary)
         out.mkdir(parents=True, exist_ok=True)

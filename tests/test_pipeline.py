@@ -242,7 +242,8 @@ def test_a_network_that_the_benchmark_takes_for_too_slow_is_followed_by_a_faster
     assert once.search and result.search
     assert to_json(result.search.trials[: len(once.search.trials)]) == to_json(once.search.trials)
     assert result.benchmark.compressed.num_params < once.benchmark.compressed.num_params
-    assert "measured too slow" in (tmp_path / "run" / "report.html").read_text()
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "measured too slow" in page and "confirm (2)" in page and "confirm (3)" not in page
     again = timed_run(dense, tmp_path / "run")
     assert all(stage.was_cached for stage in again.stages)
     assert to_json(again.search) == to_json(result.search) and again.too_slow == result.too_slow

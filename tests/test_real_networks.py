@@ -7,20 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from blockwise import compare_with_whole
 from typer.testing import CliRunner
 
 from deploypipe.benchmark.accuracy import evaluate_module
-from deploypipe.blockwise import prune_blockwise
 from deploypipe.cli import app
 from deploypipe.jsonio import to_json
 from deploypipe.observe.stream import observe
 from deploypipe.pruning.apply import apply_plan
 from deploypipe.pruning.plan import make_plan
 from deploypipe.pruning.repair import repair
-from deploypipe.pruning.saved import load_pruned, own_weights
 from deploypipe.pruning.structures import count_macs, list_structures
-from deploypipe.recipe import Magnitude, Observe, OutputError, Recipe, Repair, Search
+from deploypipe.recipe import Magnitude, Observe, Repair, Search
 from deploypipe.runs import load_result
 from deploypipe.scoring import score
 from deploypipe.search.allocate import Allocation, Bound, allocate_to, allowed_widths, uniform
@@ -106,31 +104,11 @@ def test_resnet20_runs_through_all_stages_and_resumes(
 
 @pytest.mark.parametrize("kept", [0.75, 0.5])
 def test_block_by_block_a_network_keeps_what_it_keeps_as_a_whole(
-    kept: float, cifar10_dir: Path, vit_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kept: float, cifar10_dir: Path, vit_weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The ViT on 4,000 test images, heads and hidden units removed and repaired, not trained: the same shares."""
     monkeypatch.setattr(vit_cifar10, "CIFAR10_DIR", str(cifar10_dir))
     monkeypatch.setattr(vit_cifar10, "WEIGHTS", str(vit_weights))
-    dense, splits = vit_cifar10.build_model(), vit_cifar10.load_data()
-    calib, test = take_calib(splits.calib, 1024), take_calib(splits.test, 4000)
-    recipe = Recipe(
-        score=OutputError(),
-        observe=Observe(positions_per_sample=8),
-        repair=Repair(num_samples=512, positions_per_sample=16),
-    )
-    save_file(own_weights(dense), tmp_path / "dense.safetensors")
-    result = prune_blockwise(
-        vit_cifar10.build_model, tmp_path / "dense.safetensors", calib, tmp_path / "pruned", recipe, kept=kept
-    )
-    structures = list_structures(dense, take(calib[0][0], 2))
-    moments = observe(dense, structures, calib, recipe.observe)
-    inside = {cut.group for block in result.blocks for cut in block.cuts}
-    widths = {name: width for name, width in uniform(structures, kept, 1).widths.items() if name in inside}
-    plan = make_plan(structures, score(dense, structures, moments, recipe.score), widths)
-    whole, _ = repair(dense, apply_plan(dense, plan), plan, calib, recipe.repair)
-    blockwise = load_pruned(tmp_path / "pruned", vit_cifar10.build_model)
-    assert sum(p.numel() for p in blockwise.parameters()) == sum(p.numel() for p in whole.parameters())
-    networks = (dense, apply_plan(dense, result.plan), whole, blockwise)
-    accuracies = [float(evaluate_module(network, test, classification()).mean()) for network in networks]
-    assert accuracies[3] >= accuracies[2] - 0.02, accuracies
-    assert accuracies[3] >= accuracies[1] + 0.08, accuracies
+    accuracies = compare_with_whole(kept)
+    assert accuracies["block by block"] >= accuracies["as a whole"] - 0.02, accuracies
+    assert accuracies["block by block"] >= accuracies["not repaired"] + 0.08, accuracies

@@ -142,11 +142,13 @@ def repair_errors(report: RepairReport) -> str:
 
 
 def stage_times(stages: tuple[StageTime, ...]) -> str:
-    """Seconds of each stage; those read from an earlier run are pale."""
+    """Seconds of each stage, numbered where it was done for several networks; those of an earlier run are pale."""
+    names = [stage.stage for stage in stages]
+    turns = [names[: number + 1].count(name) for number, name in enumerate(names)]
     colours = [MUTED if stage.was_cached else COMPRESSED for stage in stages]
     figure = go.Figure()
     figure.add_bar(
-        y=[stage.stage for stage in stages],
+        y=[name if turn == 1 else f"{name} ({turn})" for name, turn in zip(names, turns, strict=True)],
         x=[stage.seconds for stage in stages],
         orientation="h",
         marker_color=colours,
