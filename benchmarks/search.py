@@ -59,6 +59,7 @@ from deploypipe.recipe import Recipe
 from deploypipe.records import Candidate, Event, Interval, PrecisionRow, PruningPlan, Trial
 from deploypipe.runs import RunFolder, open_run
 from deploypipe.runtimes import find_runtime
+from deploypipe.search.accuracies import Accuracies
 from deploypipe.search.allocate import uniform
 from deploypipe.search.basis import Basis
 from deploypipe.search.judge import Judge
@@ -403,6 +404,7 @@ class Contest:
                 recipe=self.recipe,
                 memory_limit_mib=None,
                 work=Path(folder),
+                accuracies=Accuracies(Path(folder)),
             )
 
     def _space(self) -> dict[str, BaseDistribution]:

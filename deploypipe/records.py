@@ -384,11 +384,6 @@ class SearchResult:
     latency_fit: LatencyFit | None = None  # None where nothing was timed
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Finalists:
-    accuracies: dict[str, float]  # number of a trial -> accuracy on val, repaired and after a short training
-
-
 # --- training, files, measurements ------------------------------------------------------------------------------------
 
 

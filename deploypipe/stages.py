@@ -37,7 +37,6 @@ from deploypipe.records import (
     Curves,
     EngineFile,
     Event,
-    Finalists,
     Golden,
     Measurement,
     ModelFile,
@@ -66,6 +65,7 @@ from deploypipe.runtimes.machine import this_machine
 from deploypipe.scoring import needs_derivatives, score_halves
 from deploypipe.scoring.blocks import rank_blocks
 from deploypipe.scoring.magnitude import score_magnitudes
+from deploypipe.search.accuracies import Accuracies
 from deploypipe.search.allocate import Allocation, allowed_widths
 from deploypipe.search.basis import Basis, Tools
 from deploypipe.search.candidates import Candidates
@@ -419,6 +419,7 @@ class Stages:
             recipe=self.recipe,
             memory_limit_mib=memory_limit_mib(tight, reference, self.recipe.search.objectives),
             work=work,
+            accuracies=self._accuracies(),
         )
         return Tools(
             reference=reference,
@@ -427,6 +428,12 @@ class Stages:
             proposer=proposer,
             judge=judge,
         )
+
+    def _accuracies(self) -> Accuracies:
+        """Of the repaired networks that this search, or one for another target or budget, has judged."""
+        settings = {"repair": self.recipe.repair, "num_samples": self.recipe.search.num_repair_samples}
+        key = digest([self.origin, self.run.key("observe"), settings])
+        return Accuracies((self.run.shared or self.run.path) / f"accuracies-{key}")
 
     def _run_trials(self, tools: Tools, inputs: Mapping[str, object], storage: Storage) -> SearchResult:
         settings = self.recipe.search
@@ -465,37 +472,37 @@ class Stages:
 
     def finalists(self, found: SearchResult) -> SearchResult:
         """The winner by what a short training makes of the best trials."""
-        short = replace(self.recipe.finetune, num_epochs=self.recipe.search.finalist_epochs)
         if len(found.finalists) < 2 or self.recipe.finetune.num_epochs == 0:
             return found
+        return with_tuned(found, {str(number): self._finalist(found, number) for number in found.finalists})
 
-        def compute(work: Path) -> Finalists:
-            accuracies, count = {}, len(plans)
-            for place, (number, plan) in enumerate(plans.items()):
-                repaired, _ = self._repaired(plan, silent)
-                checkpoint = work / str(number)
-                checkpoint.mkdir(exist_ok=True)
+    def _finalist(self, found: SearchResult, number: int) -> float:
+        """The accuracy on val that a short training brings a trial to."""
+        plan = found.trials[number].plan
+        short = replace(self.recipe.finetune, num_epochs=self.recipe.search.finalist_epochs)
+        told = f"trial {number}, {found.finalists.index(number) + 1} of {len(found.finalists)}"
 
-                def notify(event: Event, place: int = place) -> None:
-                    done, total = place * event.total + event.done, count * event.total
-                    message = f"finalist {place + 1} of {count}"
-                    self.run.notify(Event(stage="finalists", done=done, total=total, message=message))
+        def compute(work: Path) -> TrainLog:
+            repaired, _ = self._repaired(plan, silent)
+            checkpoint = work / "checkpoints"
+            checkpoint.mkdir(exist_ok=True)
 
-                _, log = self._tuned(plan, repaired, short, checkpoint, notify)
-                accuracies[str(number)] = log.epochs[log.chosen_epoch].val_accuracy
-            for number in plans:
-                shutil.rmtree(work / str(number))
-            return Finalists(accuracies=accuracies)
+            def notify(event: Event) -> None:
+                self.run.notify(replace(event, stage="finalist", message=told))
 
-        plans = {number: found.trials[number].plan for number in found.finalists}
+            _, log = self._tuned(plan, repaired, short, checkpoint, notify)
+            shutil.rmtree(checkpoint)
+            return log
+
         inputs = {
             **self.origin,
-            "plans": list(plans.items()),
+            "plan": plan,
             "calib": self.run.key("observe"),
             "finetune": short,
             "repair": self.recipe.repair,
         }
-        return with_tuned(found, self.run.remember("finalists", inputs, compute, Finalists).accuracies)
+        log = self.run.remember("finalist", inputs, compute, TrainLog, is_shared=True)
+        return log.epochs[log.chosen_epoch].val_accuracy
 
     def prune(self, plan: PruningPlan) -> PruneOutcome:
         def compute(work: Path) -> PruneOutcome:

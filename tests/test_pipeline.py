@@ -135,10 +135,10 @@ def test_the_same_call_again_computes_nothing(dense: nn.Module, first: tuple[Pat
 
 
 def test_runs_for_several_targets_share_what_does_not_depend_on_them(
-    dense: nn.Module, first: tuple[Path, RunResult, bool], tmp_path: Path
+    dense: nn.Module, first: tuple[Path, RunResult, bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run_for(name: str, macs: str) -> RunResult:
-        target = replace(TARGET, name=name, budget=replace(TARGET.budget, macs=macs))
+    def run_for(name: str, macs: str, **changes: int) -> RunResult:
+        target = replace(TARGET, name=name, budget=replace(TARGET.budget, macs=macs), **changes)
         return compress(
             dense,
             tiny.load_data(),
@@ -156,8 +156,16 @@ def test_runs_for_several_targets_share_what_does_not_depend_on_them(
     cached = {stage.stage for stage in other.stages if stage.was_cached}
     assert cached >= {"structures", "observe", "score", "curves"} and "search" not in cached
     assert {path.name[3:].rsplit("-", 1)[0] for path in (tmp_path / "shared").glob("*.json")} == {
-        *("structures", "observe", "score", "curves", "prune", "finetune")
+        *("structures", "observe", "score", "curves", "finalist", "prune", "finetune")
     }
+
+    def repair_again(*_: object, **__: object) -> None:
+        raise AssertionError("what a repaired network comes to on val is known from the other targets")
+
+    monkeypatch.setattr("deploypipe.search.judge.repair", repair_again)
+    timed_otherwise = run_for("timed_otherwise", first[1].target.budget.macs, num_latency_samples=250)
+    assert "search" not in {stage.stage for stage in timed_otherwise.stages if stage.was_cached}
+    assert plans(timed_otherwise) == plans(same)
     for name in ("same", "other"):
         assert verify(tmp_path / name).is_same
 

@@ -35,7 +35,7 @@ STAGES = (
     "curves",
     "search",
     "confirm",
-    "finalists",
+    "finalist",
     "prune",
     "finetune",
     "export",

@@ -5,11 +5,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from torch import nn
+
 from deploypipe.pruning.apply import apply_plan
 from deploypipe.pruning.repair import repair
 from deploypipe.pruning.structures import count_macs
 from deploypipe.recipe import Recipe
 from deploypipe.records import Candidate, PruningPlan
+from deploypipe.search.accuracies import Accuracies
 from deploypipe.search.candidates import NUM_LATENCY_SAMPLES, Candidates
 from deploypipe.search.looks import Results, evaluate_growing
 from deploypipe.search.trials import IsSettled
@@ -28,17 +31,36 @@ class Judge:
     recipe: Recipe
     memory_limit_mib: float | None  # None: nothing asks for it
     work: Path
+    accuracies: Accuracies  # what is known, and what this one adds to it
 
     def __call__(self, plan: PruningPlan, is_settled: IsSettled) -> tuple[Candidate, Results]:
         pruned = apply_plan(self.candidates.dense, plan)
-        num_params, num_macs = count_macs(pruned, take(self.calib[0][0], 2))
+        costs = self._costs(pruned, plan)
+
+        def with_accuracy(seen: Results) -> Candidate:
+            return replace(costs, accuracy=float(seen.mean()))
+
+        seen = evaluate_growing(
+            lambda: self._repaired(pruned, plan),
+            self.accuracies.of(plan),
+            self.parts,
+            self.task,
+            lambda seen: is_settled(with_accuracy(seen), seen),
+        )
+        self.accuracies.keep(plan, seen)
+        return with_accuracy(seen), seen
+
+    def _repaired(self, pruned: nn.Module, plan: PruningPlan) -> nn.Module:
         quick = replace(self.recipe.repair, num_samples=self.recipe.search.num_repair_samples)
-        real_tokens, seed = self.task.real_tokens, self.recipe.seed
-        dense = self.candidates.dense
-        network, _ = repair(dense, pruned, plan, self.calib, quick, real_tokens=real_tokens, seed=seed)
+        dense, real_tokens, seed = self.candidates.dense, self.task.real_tokens, self.recipe.seed
+        return repair(dense, pruned, plan, self.calib, quick, real_tokens=real_tokens, seed=seed)[0]
+
+    def _costs(self, pruned: nn.Module, plan: PruningPlan) -> Candidate:
+        """All but the accuracy; none of it hangs on the weights."""
+        num_params, num_macs = count_macs(pruned, take(self.calib[0][0], 2))
         with TemporaryDirectory(dir=self.work, prefix=".candidate.") as folder:
-            file = self.candidates.write(network, plan, Path(folder) / "candidate.onnx")
-            costs = Candidate(
+            file = self.candidates.write(pruned, plan, Path(folder) / "candidate.onnx")
+            return Candidate(
                 accuracy=0.0,
                 latency_p50_ms=self._latency(file),
                 peak_memory_mib=self._peak_memory(file),
@@ -47,12 +69,6 @@ class Judge:
                 num_macs=num_macs,
                 measured_by="" if self.dense_p50_ms is None else self.candidates.measured_by(file),
             )
-
-        def with_accuracy(seen: Results) -> Candidate:
-            return replace(costs, accuracy=float(seen.mean()))
-
-        seen = evaluate_growing(network, self.parts, self.task, lambda seen: is_settled(with_accuracy(seen), seen))
-        return with_accuracy(seen), seen
 
     def _latency(self, file: Path) -> float | None:
         if self.dense_p50_ms is None:

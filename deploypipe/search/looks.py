@@ -52,12 +52,24 @@ def _pick(batch: Batch, rows: NDArray[np.intp]) -> Batch:
 
 
 def evaluate_growing(
-    network: nn.Module, parts: Sequence[Sequence[Batch]], task: Task, is_settled: Callable[[Results], bool]
+    make_network: Callable[[], nn.Module],
+    known: Results,
+    parts: Sequence[Sequence[Batch]],
+    task: Task,
+    is_settled: Callable[[Results], bool],
 ) -> Results:
-    """The metric, sample by sample, on one part after the other, until it is settled or there are no more."""
-    seen = np.empty(0)
+    """The metric, sample by sample, on one part after the other, until it is settled or there are no more.
+
+    known: the results of the first samples, as far as there are any; the network is made where they do not suffice.
+    """
+    seen, network = np.empty(0), None
     for number, part in enumerate(parts, start=1):
-        seen = np.concatenate([seen, evaluate_module(network, part, task)])
+        end = len(seen) + sum(num_samples(inputs) for inputs, _ in part)
+        if len(known) >= end:
+            seen = known[:end]
+        else:
+            network = network or make_network()
+            seen = np.concatenate([seen, evaluate_module(network, part, task)])
         if number < len(parts) and is_settled(seen):
             break
     return seen

@@ -66,11 +66,21 @@ def test_parts_are_evaluated_until_it_is_settled() -> None:
     batches = TensorBatches(torch.arange(2000.0)[:, None], torch.arange(2000.0), 128)
     parts = draw_parts(batches, seed=3)
     asked: list[int] = []
-    whole = evaluate_growing(Flawed(1500), parts, TASK, lambda seen: bool(asked.append(len(seen))))
+    whole = evaluate_growing(lambda: Flawed(1500), np.empty(0), parts, TASK, lambda seen: bool(asked.append(len(seen))))
     assert asked == [500, 1000] and len(whole) == 2000  # nobody asks after the last
     assert whole.mean() == 0.75
-    early = evaluate_growing(Flawed(1500), parts, TASK, lambda seen: len(seen) == 1000)
+    early = evaluate_growing(lambda: Flawed(1500), np.empty(0), parts, TASK, lambda seen: len(seen) == 1000)
     np.testing.assert_array_equal(early, whole[:1000])
+    for known in (whole[:1000], whole[:700], whole):  # a part is either known or not
+        made: list[None] = []
+
+        def make(made: list[None] = made) -> nn.Module:
+            made.append(None)
+            return Flawed(1500)
+
+        again = evaluate_growing(make, known, parts, TASK, lambda seen: False)
+        np.testing.assert_array_equal(again, whole)
+        assert len(made) == (len(known) < 2000)
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40))

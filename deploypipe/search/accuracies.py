@@ -1,0 +1,37 @@
+"""What candidates came to on val, kept beside the stages: a search for another target need not repair them again."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from deploypipe.records import PruningPlan
+from deploypipe.runs import digest, write_atomically
+from deploypipe.search.looks import Results, pack, unpack
+
+
+@dataclass(frozen=True, slots=True)
+class Accuracies:
+    """A file for each network in a folder that belongs to one dense network, data, repair and seed."""
+
+    folder: Path
+
+    def of(self, plan: PruningPlan) -> Results:
+        """The results of the samples that were judged, in the order of val's parts; none where nothing is known, or
+        where the file is damaged."""
+        try:
+            stored = json.loads(self._file(plan).read_bytes())
+            return unpack(stored["results"]) if stored["sha256"] == digest(stored["results"]) else np.empty(0)
+        except (OSError, ValueError, KeyError, TypeError):
+            return np.empty(0)
+
+    def keep(self, plan: PruningPlan, results: Results) -> None:
+        """Remember them, unless more is known."""
+        if len(results) > len(self.of(plan)):
+            self.folder.mkdir(exist_ok=True)
+            packed = pack(results)
+            write_atomically(self._file(plan), json.dumps({"results": packed, "sha256": digest(packed)}).encode())
+
+    def _file(self, plan: PruningPlan) -> Path:
+        return self.folder / f"{digest([plan.edits, plan.blocks])}.json"
