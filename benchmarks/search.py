@@ -183,7 +183,7 @@ class Contest:
         self.pipeline, self.run, self.recipe, self.target = pipeline, run, recipe, target
         self.dense, self.splits, self.task = self.stages.model, splits, task
         self.structures = self.stages.structures()
-        self.baseline = self.stages.baseline()
+        self.baseline = self.stages.baseline(self.stages.dense_export())
         halves = self.stages.observe(self.structures)
         self.moments = merge(*halves)
         self.scores = self.stages.score(self.structures, halves, self.moments)

@@ -163,7 +163,7 @@ def help_search(
         job = Stages(with_slim_attention(model), splits, task, recipe, target, run, source, storage)
         require_same(storage, job.about())
         structures = job.structures()
-        dense = job.baseline()
+        dense = job.baseline(job.dense_export())
         limits, _ = search_limits(job.target.budget.limits(), job.ability)
         _, row = _dense_precision(job, dense, limits)
         if not row:
@@ -224,7 +224,7 @@ class _Made:
 
 def _run_stages(job: Stages, name: str) -> RunResult:
     structures = job.structures()  # first: what the recipe names is looked up here
-    dense = job.baseline()
+    dense = job.baseline(job.dense_export())
     limits, stand_in = search_limits(job.target.budget.limits(), job.ability)
     summary = None
     precision, row = _dense_precision(job, dense, limits)

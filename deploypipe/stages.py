@@ -165,12 +165,22 @@ class Stages:
             model=self.fingerprint, data=self.origin["data"], source=digest(self.origin["source"]), packages=packages
         )
 
-    def baseline(self) -> Measurement:
-        """The dense network, exported and measured by the method used at the end; `file` is the ONNX file."""
+    def dense_export(self) -> ModelFile:
+        """The dense network's ONNX file, and beside it the template that candidates are cut out of."""
+
+        def compute(work: Path) -> ModelFile:
+            template = work / _TEMPLATE
+            return export_onnx(self.model, self.parity_batches, work / _DENSE, self.recipe.export, template=template)
+
+        inputs = {**self.origin, "export": self.recipe.export}
+        return self.run.remember("dense_export", inputs, compute, ModelFile, is_shared=True)
+
+    def baseline(self, file: ModelFile) -> Measurement:
+        """The dense network's file, measured by the method used at the end."""
 
         def compute(work: Path) -> Measurement:
-            template = work / _TEMPLATE
-            file = export_onnx(self.model, self.parity_batches, work / _DENSE, self.recipe.export, template=template)
+            for path in self.run.files("dense_export").iterdir():
+                place_file(path, work / path.name)
             counts = count_macs(self.model, self.inputs)
             opened = as_model_file(file, build_engine(work / _DENSE, self.target, work)) if self.builds else file
             if self.ability.verdict != "run":
@@ -186,7 +196,7 @@ class Stages:
             )
             return replace(measured, file=file)
 
-        inputs = {**self.origin, "device": self.device, "export": self.recipe.export}
+        inputs = {**self.origin, "device": self.device, "file": file.sha256}
         return self.run.remember("baseline", inputs, compute, Measurement)
 
     def structures(self) -> Structures:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 EXIT_HOLD, EXIT_DIFFERENT, EXIT_ERROR, EXIT_INTERRUPTED = 1, 1, 2, 130
 STAGES = (
     "structures",
+    "dense_export",
     "baseline",
     "observe",
     "score",
