@@ -91,6 +91,7 @@ def test_the_slurm_script_runs_a_search_with_a_worker(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_the_release_story(tmp_path: Path) -> None:
     """Release, hold, mend, release, verify, tamper: the script fails where one ends otherwise."""
     pytest.importorskip("sklearn", reason="the digits come with scikit-learn")

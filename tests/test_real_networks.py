@@ -30,6 +30,7 @@ from pipelines import cifar_resnet, vit_cifar10
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.alone
 def test_digits_ship(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The README's first command, its default settings."""
     monkeypatch.setenv("DEPLOYPIPE_CACHE", str(tmp_path / "cache"))
