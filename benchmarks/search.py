@@ -66,7 +66,8 @@ from deploypipe.search.judge import Judge
 from deploypipe.search.limits import candidate_of, search_limits, with_margin
 from deploypipe.search.looks import Results, draw_parts, pack, unpack
 from deploypipe.search.trials import History, is_same_network, judge_plan, most_accurate, violations
-from deploypipe.stages import Stages
+from deploypipe.stages import analysis, searching
+from deploypipe.stages.job import Job
 from deploypipe.target import Budget, Target
 from deploypipe.task import Splits, Task, take, take_calib
 from deploypipe.training.finetune import finetune
@@ -179,25 +180,25 @@ class Contest:
         target: Target,
         run: RunFolder,
     ) -> None:
-        self.stages = Stages(model, splits, task, recipe, target, run, pipeline.source)
+        self.job = Job(model, splits, task, recipe, target, run, pipeline.source)
         self.pipeline, self.run, self.recipe, self.target = pipeline, run, recipe, target
-        self.dense, self.splits, self.task = self.stages.model, splits, task
-        self.structures = self.stages.structures()
-        self.baseline = self.stages.baseline(self.stages.dense_export())
-        halves = self.stages.observe(self.structures)
+        self.dense, self.splits, self.task = self.job.model, splits, task
+        self.structures = analysis.structures(self.job)
+        self.baseline = analysis.baseline(self.job, analysis.dense_export(self.job))
+        halves = analysis.observe(self.job, self.structures)
         self.moments = merge(*halves)
-        self.scores = self.stages.score(self.structures, halves, self.moments)
-        self.limits, _ = search_limits(target.budget.limits(), self.stages.ability)
+        self.scores = analysis.score(self.job, self.structures, halves, self.moments)
+        self.limits, _ = search_limits(target.budget.limits(), self.job.ability)
         self.most = with_margin(self.limits)["latency_p50"].value  # of the dense network's latency
         self.row = PrecisionRow(precision="fp32", file=self.baseline.file)
-        self.candidates = self.stages.candidates(self.baseline, self.row)
+        self.candidates = searching.candidates(self.job, self.baseline, self.row)
         # Beside it stands whatever an entrant is told: another network, budget or device is another contest.
-        self.key = {**self.stages.origin, "device": self.stages.device, "recipe": recipe, "budget": target.budget}
+        self.key = {**self.job.origin, "device": self.job.device, "recipe": recipe, "budget": target.budget}
 
     @cached_property
     def reference(self) -> Candidate:
         assert self.baseline.accuracy is not None
-        return candidate_of(self.baseline, self.stages.dense_opened(self.baseline), self.baseline.accuracy.value)
+        return candidate_of(self.baseline, analysis.dense_opened(self.job, self.baseline), self.baseline.accuracy.value)
 
     def print_(self) -> None:
         entrants: dict[str, Callable[[], Found]] = {
@@ -215,10 +216,10 @@ class Contest:
         Table(self, found).print_()
 
     def ours(self) -> Found:
-        curves = self.stages.curves(self.structures, self.scores, self.moments)
+        curves = analysis.curves(self.job, self.structures, self.scores, self.moments)
         started = time.perf_counter()
         try:
-            candidates = self.stages.candidates(self.baseline, self.row)
+            candidates = searching.candidates(self.job, self.baseline, self.row)
             basis = Basis(
                 structures=self.structures,
                 scores=self.scores,
@@ -227,9 +228,9 @@ class Contest:
                 limits=self.limits,
                 shipping=self.row,
                 candidates=candidates,
-                timed=self.stages.timed_networks(self.structures, self.scores, curves, candidates, self.limits),
+                timed=searching.timed_networks(self.job, self.structures, self.scores, curves, candidates, self.limits),
             )
-            result = self.stages.confirm(basis, self.stages.search(basis))
+            result = searching.confirm(self.job, basis, searching.search(self.job, basis))
         except BudgetError as error:
             return Found(plan=None, tried=(), seconds=time.perf_counter() - started, note=str(error))
         if result.latency_fit:
@@ -249,7 +250,7 @@ class Contest:
         return self._bisected(plan_of)
 
     def torch_pruning(self) -> Found:
-        inputs = take(self.stages.calib[0][0], 2)
+        inputs = take(self.job.calib[0][0], 2)
 
         def plan_of(share: float, multiple: int) -> PruningPlan:
             round_to = multiple if multiple > 1 else None
@@ -304,9 +305,9 @@ class Contest:
             tried += 1
             return float(evaluate_module(network, look, self.task).mean())
 
-        inputs = take(self.stages.calib[0][0], 1)
+        inputs = take(self.job.calib[0][0], 1)
         macs = count_macs(apply_plan(self.dense, ours), inputs)[1]
-        calib = take_calib(self.stages.calib, self.recipe.observe.num_samples)
+        calib = take_calib(self.job.calib, self.recipe.observe.num_samples)
         network, widths = fastnas(
             self.dense, inputs, self.structures, macs, self.target.channel_multiple, calib, accuracy
         )
@@ -327,7 +328,7 @@ class Contest:
 
     def repaired(self, plan: PruningPlan) -> nn.Module:
         pruned, settings, tokens = apply_plan(self.dense, plan), self.recipe.repair, self.task.real_tokens
-        calib, seed = self.stages.calib, self.recipe.seed
+        calib, seed = self.job.calib, self.recipe.seed
         return repair(self.dense, pruned, plan, calib, settings, real_tokens=tokens, seed=seed)[0]
 
     def network(self, row: Row, plan: PruningPlan) -> nn.Module:
@@ -339,7 +340,7 @@ class Contest:
             files = [self._write(plan, Path(folder) / f"{name}.onnx") for name, plan in plans.items()]
             runtime, opened = find_runtime(self.target), self.candidates.dense_opened
             with runtime.open(opened, num_threads=1) as session:
-                inputs = first_batch(self.stages.calib, session.input_names, self.target.batch_size)
+                inputs = first_batch(self.job.calib, session.input_names, self.target.batch_size)
             timings = time_interleaved([opened, *files], inputs, runtime, self.target)
         dense, *others = timings.samples
         ratios = [interval_of_median_ratio(samples, dense, block=timings.block) for samples in others]
@@ -398,7 +399,7 @@ class Contest:
             yield Judge(
                 candidates=self.candidates,
                 dense_p50_ms=self.reference.latency_p50_ms,
-                calib=self.stages.calib,
+                calib=self.job.calib,
                 parts=draw_parts(self.splits.val, self.recipe.seed),
                 task=self.task,
                 recipe=self.recipe,

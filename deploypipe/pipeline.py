@@ -49,7 +49,9 @@ from deploypipe.search.limits import (
     with_margin,
 )
 from deploypipe.search.storage import Storage
-from deploypipe.stages import MODEL, Shipped, Stages
+from deploypipe.stages import analysis, making, searching, shipping
+from deploypipe.stages.job import Job
+from deploypipe.stages.shipping import MODEL, Shipped
 from deploypipe.target import Limit, Target
 from deploypipe.task import Splits, Task, take, take_calib
 from deploypipe.training.ranks import ALONE, Ranks
@@ -93,14 +95,14 @@ def compress(
     check_inputs(model, splits, task, recipe, target)
     with open_run(Path(out), notify, Path(shared) if shared else None) as run:
         start_afresh(run.path, (MODEL, GOLDEN, TENSORS, ENGINE, f"{ENGINE}.json", f"{ENGINE}.log", REPORT))
-        job = Stages(with_slim_attention(model), splits, task, recipe, target, run, source, storage, ranks)
+        job = Job(with_slim_attention(model), splits, task, recipe, target, run, source, storage, ranks)
         if storage:
             require_same(storage, job.about())  # now, and not when the search begins
         result = _run_stages(job, name)
         for entry in result.golden.files if result.golden else ():
             place_file(run.files("golden") / entry.name, run.path / entry.name)
         if result.engine:
-            place_engine(job.engine_file, run.path, ENGINE)
+            place_engine(shipping.engine_file(job), run.path, ENGINE)
         _write_report(result, run.path, notify)
         save_result(run.path, result)
         return result
@@ -160,40 +162,42 @@ def help_search(
         TemporaryDirectory(prefix="deploypipe-worker-") as folder,
         open_run(Path(folder), notify, source=storage.stages) as run,
     ):
-        job = Stages(with_slim_attention(model), splits, task, recipe, target, run, source, storage)
+        job = Job(with_slim_attention(model), splits, task, recipe, target, run, source, storage)
         require_same(storage, job.about())
-        structures = job.structures()
-        dense = job.baseline(job.dense_export())
+        structures = analysis.structures(job)
+        dense = analysis.baseline(job, analysis.dense_export(job))
         limits, _ = search_limits(job.target.budget.limits(), job.ability)
         _, row = _dense_precision(job, dense, limits)
         if not row:
             raise StorageError(f"{storage.shown}: {storage.study}: the dense network is within the budget here")
         basis, _ = _score(job, structures, dense, limits, row)
-        return job.help_search(basis, storage)
+        return searching.help_search(job, basis, storage)
 
 
 def _dense_precision(
-    job: Stages, dense: Measurement, limits: Mapping[str, Limit]
+    job: Job, dense: Measurement, limits: Mapping[str, Limit]
 ) -> tuple[PrecisionChoice | None, PrecisionRow | None]:
     """The dense network in another precision, where that was tried; and what candidates are made in, unless the dense
     network is within the limits."""
-    reference = candidate_of(dense, job.dense_opened(dense), accuracy=0.0)  # no budget of the search is about it
+    reference = candidate_of(
+        dense, analysis.dense_opened(job, dense), accuracy=0.0
+    )  # no budget of the search is about it
     if not is_over_budget(reference, reference, with_margin(limits)):
         return None, None
-    precision = job.dense_precision(dense)
+    precision = shipping.dense_precision(job, dense)
     row = precision.row if precision else PrecisionRow(precision="fp32", file=dense.file)
     is_over = is_over_budget(converted(reference, row), reference, with_margin(limits))
     return precision, row if is_over else None
 
 
 def _score(
-    job: Stages, structures: Structures, dense: Measurement, limits: Mapping[str, Limit], shipping: PrecisionRow
+    job: Job, structures: Structures, dense: Measurement, limits: Mapping[str, Limit], shipping: PrecisionRow
 ) -> tuple[Basis, ScoreSummary]:
-    halves = job.observe(structures)
+    halves = analysis.observe(job, structures)
     moments = merge(*halves)
-    scores = job.score(structures, halves, moments)
-    curves = job.curves(structures, scores, moments)
-    candidates = job.candidates(dense, shipping)
+    scores = analysis.score(job, structures, halves, moments)
+    curves = analysis.curves(job, structures, scores, moments)
+    candidates = searching.candidates(job, dense, shipping)
     basis = Basis(
         structures=structures,
         scores=scores,
@@ -202,7 +206,7 @@ def _score(
         limits=limits,
         shipping=shipping,
         candidates=candidates,
-        timed=job.timed_networks(structures, scores, curves, candidates, limits),
+        timed=searching.timed_networks(job, structures, scores, curves, candidates, limits),
     )
     return basis, summarise(structures, scores, moments)
 
@@ -222,9 +226,9 @@ class _Made:
     too_slow: tuple[str, ...] = ()  # what was said of those made before it
 
 
-def _run_stages(job: Stages, name: str) -> RunResult:
-    structures = job.structures()  # first: what the recipe names is looked up here
-    dense = job.baseline(job.dense_export())
+def _run_stages(job: Job, name: str) -> RunResult:
+    structures = analysis.structures(job)  # first: what the recipe names is looked up here
+    dense = analysis.baseline(job, analysis.dense_export(job))
     limits, stand_in = search_limits(job.target.budget.limits(), job.ability)
     summary = None
     precision, row = _dense_precision(job, dense, limits)
@@ -232,10 +236,10 @@ def _run_stages(job: Stages, name: str) -> RunResult:
         basis, summary = _score(job, structures, dense, limits, row)
         made = _make_smaller(job, basis, stand_in)
     else:
-        precision = precision or job.dense_precision(dense)
-        shipped = job.shipped(dense.file, "baseline", precision)
+        precision = precision or shipping.dense_precision(job, dense)
+        shipped = shipping.shipped(job, dense.file, "baseline", precision)
         made = _judge(job, dense, shipped, (dense.num_params, dense.num_macs), stand_in, precision)
-    golden = job.golden(made.shipped)
+    golden = shipping.golden(job, made.shipped)
     return RunResult(
         pipeline=name,
         metric=job.task.name,
@@ -258,23 +262,23 @@ def _run_stages(job: Stages, name: str) -> RunResult:
     )
 
 
-def _make_smaller(job: Stages, basis: Basis, stand_in: str) -> _Made:
+def _make_smaller(job: Job, basis: Basis, stand_in: str) -> _Made:
     """The network that the search finds; where the benchmark then takes it for too slow, a faster one, and so on.
 
     Latency moves by a few percent from one minute to the next: what the search found within its limit, the benchmark
     sometimes does not.
     """
-    trials, part = job.search(basis), 1.0
+    trials, part = searching.search(job, basis), 1.0
     too_slow: list[str] = []
     most = job.recipe.search.num_attempts
     for number in range(1, most + 1):
-        found = job.finalists(job.confirm(basis, trials, part))
+        found = searching.finalists(job, searching.confirm(job, basis, trials, part))
         plan = found.trials[found.best].plan
-        outcome = job.prune(plan)
-        training = job.finetune(plan)
-        file = job.export(plan)
-        precision = job.precision(file)
-        shipped = job.shipped(file, "export", precision)
+        outcome = making.prune(job, plan)
+        training = making.finetune(job, plan)
+        file = making.export(job, plan)
+        precision = shipping.precision(job, file)
+        shipped = shipping.shipped(job, file, "export", precision)
         counts = (outcome.prune.params_after, outcome.prune.macs_after)
         made = _judge(job, basis.dense, shipped, counts, stand_in, precision)
         made = replace(made, search=found, outcome=outcome, training=training, too_slow=tuple(too_slow))
@@ -289,15 +293,15 @@ def _make_smaller(job: Stages, basis: Basis, stand_in: str) -> _Made:
 
 
 def _judge(
-    job: Stages,
+    job: Job,
     dense: Measurement,
     shipped: Shipped,
     counts: tuple[int, int],
     stand_in: str,
     precision: PrecisionChoice | None,
 ) -> _Made:
-    engine = job.engine(shipped)
-    report = job.benchmark(dense, shipped, engine, counts, stand_in)
+    engine = shipping.engine(job, shipped)
+    report = shipping.benchmark(job, dense, shipped, engine, counts, stand_in)
     job.run.notify(Event(stage="gate", message="start"))
     decision = decide(report, job.target.budget, parity_limit=limit_of(job.recipe.export, shipped.file.precision))
     job.run.notify(Event(stage="gate", message="done"))

@@ -20,7 +20,7 @@ class Narrow(Protocol):
     def __call__(self, trial: Trial, number: int, share: float) -> Trial: ...
 
 
-def confirm(
+def confirm_finalists(
     found: SearchResult, limit: float, measure: Callable[[PruningPlan], float], narrow: Narrow, wanted: int = 1
 ) -> SearchResult:
     """With the `wanted` most accurate trials that are within their latency when they are timed once more as finalists.

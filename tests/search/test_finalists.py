@@ -7,7 +7,7 @@ import pytest
 from studies import DENSE, HALF
 
 from deploypipe.records import Check, Interval, PruningPlan, SearchResult, Status, Trial
-from deploypipe.search.finalists import confirm, with_finalists, with_tuned
+from deploypipe.search.finalists import confirm_finalists, with_finalists, with_tuned
 from deploypipe.search.limits import part_to_hold, share_to_confirm
 
 
@@ -47,7 +47,7 @@ def nothing_narrower(trial: Trial, number: int, share: float) -> Trial:
 )
 def test_the_best_are_timed_again(ratios: Mapping[int, float], held: list[int], asked: list[int]) -> None:
     found = found_of([trial(n, is_stopped=n == 3) for n in range(4)])
-    confirmed = confirm(
+    confirmed = confirm_finalists(
         found, 0.5, lambda plan: ratios[int(plan.model_fingerprint)], nothing_narrower, wanted=len(held)
     )
     assert confirmed.finalists == tuple(held) and confirmed.best == held[0]
@@ -78,7 +78,7 @@ def narrowed(trial: Trial, number: int, share: float) -> Trial:
 
 def test_where_none_holds_the_most_accurate_is_narrowed() -> None:
     found, machine = found_of([named(0, 0.5), named(1, 0.49)]), Machine({})
-    confirmed = confirm(found, 0.495, machine.measure, narrowed)
+    confirmed = confirm_finalists(found, 0.495, machine.measure, narrowed)
     assert [t.narrowed_from for t in confirmed.trials] == [None, None, 0]
     assert confirmed.best == 2 and confirmed.finalists == (2,)
     assert machine.timed == ["0.5000", "0.4900", f"{0.99 * 0.495 / 1.04:.4f}"]
@@ -87,14 +87,14 @@ def test_where_none_holds_the_most_accurate_is_narrowed() -> None:
 
 def test_a_narrower_network_that_does_not_hold_is_narrowed_further() -> None:
     found, machine = found_of([named(0, 0.5)]), Machine({"0.5000": 0.02}, slowest=0.06)
-    confirmed = confirm(found, 0.495, machine.measure, narrowed)
+    confirmed = confirm_finalists(found, 0.495, machine.measure, narrowed)
     assert [t.narrowed_from for t in confirmed.trials] == [None, 0, 1]
     assert confirmed.best == 2 and max(confirmed.timed_again["0"], confirmed.timed_again["1"]) > 0.495
 
 
 def test_narrowing_ends_where_nothing_is_narrower_and_the_nearest_is_taken() -> None:
     found, machine = found_of([named(0, 0.5), named(1, 0.49)]), Machine({})
-    confirmed = confirm(found, 0.3, machine.measure, lambda trial, number, share: named(number, 0.45))
+    confirmed = confirm_finalists(found, 0.3, machine.measure, lambda trial, number, share: named(number, 0.45))
     assert confirmed.best == 2 and len(confirmed.trials) == 3  # the second narrower network is the first
     assert machine.timed == ["0.5000", "0.4900", "0.4500"]
 
@@ -102,14 +102,18 @@ def test_narrowing_ends_where_nothing_is_narrower_and_the_nearest_is_taken() -> 
 def test_a_network_that_did_not_hold_is_not_timed_until_it_does() -> None:
     found, machine = found_of([named(0, 0.5), named(1, 0.49)]), Machine({})
     answers = iter([0.49, 0.45])  # the first is trial 1 again
-    confirmed = confirm(found, 0.495, machine.measure, lambda trial, number, share: named(number, next(answers)))
+    confirmed = confirm_finalists(
+        found, 0.495, machine.measure, lambda trial, number, share: named(number, next(answers))
+    )
     assert confirmed.best == 3
     assert machine.timed == ["0.5000", "0.4900", "0.4500"]
 
 
 def test_narrowing_is_given_up_after_a_few_networks() -> None:
     found, machine = found_of([named(0, 0.5)]), Machine({})
-    confirmed = confirm(found, 0.1, machine.measure, lambda trial, number, share: named(number, 0.5 - 0.01 * number))
+    confirmed = confirm_finalists(
+        found, 0.1, machine.measure, lambda trial, number, share: named(number, 0.5 - 0.01 * number)
+    )
     assert len(confirmed.trials) == 6 and confirmed.best == 5
 
 

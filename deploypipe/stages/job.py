@@ -1,0 +1,89 @@
+"""What a run is about: the same for all of its stages."""
+
+import copy
+from importlib.metadata import version
+from typing import Any
+
+from torch import nn
+
+from deploypipe.benchmark.environment import describe_environment
+from deploypipe.data import fingerprint
+from deploypipe.export.engine import is_built
+from deploypipe.pruning.structures import model_fingerprint
+from deploypipe.recipe import Recipe
+from deploypipe.records import Event, Origin
+from deploypipe.runs import RunFolder, digest
+from deploypipe.runtimes.ability import can
+from deploypipe.runtimes.machine import this_machine
+from deploypipe.search.storage import Storage
+from deploypipe.target import Target
+from deploypipe.task import Splits, Task, take, take_calib
+from deploypipe.training.ranks import ALONE, Ranks
+
+PACKAGES = ("torch", "optuna", "onnx", "onnxruntime", "onnxscript", "numpy", "scipy")
+_NUM_PARITY_SAMPLES = 64
+
+
+class Job:
+    """One run's inputs, and what they come to. `calib` holds the samples of observation and repair."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        splits: Splits,
+        task: Task,
+        recipe: Recipe,
+        target: Target,
+        run: RunFolder,
+        source: str,
+        storage: Storage | None = None,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.model, self.splits, self.task = copy.deepcopy(model).cpu().eval(), splits, task
+        self.recipe, self.target, self.run = recipe, target, run
+        self.storage, self.ranks = storage, ranks
+        self.ability = can(target)
+        self.builds = is_built(target) and self.ability.verdict != "export only"
+        if self.ability.verdict != "run":
+            told = f"nothing can be measured for {target.name or target.runtime} here, so the run will end in HOLD"
+            run.notify(Event(stage="check", message=f"WARNING: {told}: {self.ability.reason}"))
+        self.calib = take_calib(splits.calib, max(recipe.observe.num_samples, recipe.repair.num_samples))
+        self.parity_batches = take_calib(self.calib, _NUM_PARITY_SAMPLES)
+        self.inputs = take(self.calib[0][0], 2)
+        self.device = {
+            "fingerprint": describe_environment(target.num_threads).device_fingerprint,
+            "gpu": this_machine().gpus,
+            "driver": this_machine().driver,
+            "ability": self.ability.verdict,
+            "runtime": [target.runtime, target.provider, target.provider_options, target.allow_cpu_fallback],
+            "engine": [target.batches, target.dynamic_dims, target.workspace, target.compute_capabilities],
+            "batch": target.batch_size,
+            "threads": target.num_threads,
+            "samples": target.num_latency_samples,
+        }
+        self.fingerprint = model_fingerprint(model)
+        self.origin: dict[str, Any] = {
+            "model": self.fingerprint,
+            "data": fingerprint(splits),
+            "source": source,
+            "packages": {package: version(package) for package in PACKAGES},
+            "seed": recipe.seed,
+        }
+
+    def described_origin(self) -> Origin:
+        packages = {**self.origin["packages"], "deploypipe": version("deploypipe")}
+        return Origin(
+            model=self.fingerprint, data=self.origin["data"], source=digest(self.origin["source"]), packages=packages
+        )
+
+    def about(self) -> dict[str, str]:
+        """What all workers of a search have to have the same, by name."""
+        return {
+            "deploypipe": version("deploypipe"),
+            **self.origin["packages"],
+            "model": self.fingerprint,
+            "data": self.origin["data"],
+            "source": digest(self.origin["source"]),
+            "device": digest(self.device),
+            "seed": str(self.recipe.seed),
+        }

@@ -1,0 +1,293 @@
+"""From scores to the plan that wins."""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from deploypipe.pruning.plan import make_plan
+from deploypipe.recipe import Magnitude
+from deploypipe.records import (
+    Curves,
+    Event,
+    Measurement,
+    PrecisionRow,
+    PruningPlan,
+    ScoreTable,
+    SearchResult,
+    Structures,
+    TimedNetworks,
+    TrainLog,
+    Trial,
+    silent,
+)
+from deploypipe.runs import digest
+from deploypipe.scoring.magnitude import score_magnitudes
+from deploypipe.search import study
+from deploypipe.search.accuracies import Accuracies
+from deploypipe.search.allocate import Allocation, allowed_widths
+from deploypipe.search.basis import Basis, Tools
+from deploypipe.search.candidates import Candidates
+from deploypipe.search.duration import duration_text, predict_seconds
+from deploypipe.search.finalists import confirm_finalists, with_finalists, with_tuned
+from deploypipe.search.judge import Judge
+from deploypipe.search.limits import (
+    bounded_shares,
+    candidate_of,
+    fill_range,
+    memory_limit_mib,
+    share_to_confirm,
+    with_margin,
+)
+from deploypipe.search.looks import draw_parts
+from deploypipe.search.measuring import OwnMeasuring, SharedMeasuring
+from deploypipe.search.propose import Proposer
+from deploypipe.search.reach import find_reach, reach_text
+from deploypipe.search.sites import find_sites
+from deploypipe.search.storage import Storage
+from deploypipe.search.timing import time_networks
+from deploypipe.search.trials import History, judge_plan, violations
+from deploypipe.stages import analysis, making
+from deploypipe.stages.job import Job
+from deploypipe.target import Limit
+
+
+def candidates(job: Job, dense: Measurement, shipping: PrecisionRow) -> Candidates:
+    """Files of pruned networks in the precision that ships, which is that of the row, and their latency."""
+    baseline = job.run.files("baseline")
+    return Candidates(
+        dense=job.model,
+        dense_onnx=baseline / analysis.DENSE,
+        dense_opened=baseline / analysis.dense_opened(job, dense).path,
+        template=baseline / analysis.TEMPLATE,
+        precision=shipping,
+        calib=job.calib,
+        target=job.target,
+        builds_engines=job.builds,
+        export=job.recipe.export,
+        measuring=SharedMeasuring(job.storage, digest(job.device)) if job.storage else OwnMeasuring(),
+    )
+
+
+def timed_networks(
+    job: Job,
+    structures: Structures,
+    scores: ScoreTable,
+    curves: Curves,
+    candidates: Candidates,
+    limits: Mapping[str, Limit],
+) -> TimedNetworks | None:
+    """Networks timed on the target, for a latency model to learn from; None where nothing asks for latency, or it
+    cannot be taken here."""
+    is_asked_for = "latency_p50" in limits or "latency" in job.recipe.search.objectives
+    if job.ability.verdict != "run" or not is_asked_for:
+        return None
+
+    def compute(work: Path) -> TimedNetworks:
+        return time_networks(
+            candidates,
+            structures,
+            allowed_widths(structures, curves),
+            lambda chosen: _plan(job, structures, scores, chosen),
+            work,
+            count=job.recipe.search.num_timed,
+            seed=job.recipe.seed,
+            notify=job.run.notify,
+        )
+
+    inputs = {
+        "baseline": job.run.key("baseline"),
+        "curves": job.run.key("curves"),
+        "precision": candidates.precision.file,
+        "count": job.recipe.search.num_timed,
+        "device": job.device,
+    }
+    return job.run.remember("latency", inputs, compute, TimedNetworks)
+
+
+def search(job: Job, basis: Basis) -> SearchResult:
+    """The trials and their winner; with a shared storage, this process is one of those at work on them."""
+    inputs = _search_inputs(job, basis)
+
+    def compute(work: Path) -> SearchResult:
+        tools = _tools(job, basis, work)
+        reach, typical = find_reach(tools.proposer, tools.shares)
+        num_trials = job.recipe.search.num_trials
+        lasting = duration_text(predict_seconds(tools.judge, typical, num_trials), num_trials)
+        _note(job, f"{reach_text(reach, tools.shares)}; {lasting}")
+        if job.storage:
+            _invite_workers(job, job.storage)
+        found = _run_trials(job, tools, inputs, job.storage or _own_storage(job, inputs))
+        return replace(found, reach=reach, latency_fit=tools.proposer.latency_fit(found.trials))
+
+    return job.run.remember("search", inputs, compute, SearchResult)
+
+
+def confirm(job: Job, basis: Basis, found: SearchResult, part: float = 1.0) -> SearchResult:
+    """The best trials that are within `part` of the latency limit when they are timed once more."""
+    wanted = job.recipe.search.num_finalists
+    if not basis.timed or "latency_p50" not in basis.limits:
+        return with_finalists(found, wanted)
+
+    def compute(work: Path) -> SearchResult:
+        tools = _tools(job, basis, work)
+
+        def narrow(trial: Trial, number: int, share: float) -> Trial:
+            shares = {**tools.shares, "latency_p50": share / trial.knobs["fill"]}
+            plan = replace(tools.proposer, shares=shares)(trial.knobs, found.trials)
+            excess_of = partial(violations, dense=tools.reference, limits=tools.limits)
+            history = History(trials=[], results={})
+            objectives = job.recipe.search.objectives
+            return judge_plan(number, trial.knobs, plan, tools.judge, excess_of, objectives, history)[0]
+
+        limit = part * share_to_confirm(basis.limits, found.dense)
+        return confirm_finalists(found, limit, lambda plan: basis.candidates.ratio_anew(plan, work), narrow, wanted)
+
+    inputs = {"search": job.run.key("search"), "part": part}
+    return job.run.remember("confirm", inputs, compute, SearchResult)
+
+
+def help_search(job: Job, basis: Basis, storage: Storage) -> SearchResult:
+    """Do trials of the search that another process began, until all of them are done."""
+    with TemporaryDirectory(dir=job.run.path) as work:
+        tools = _tools(job, basis, Path(work))
+        return _run_trials(job, tools, _search_inputs(job, basis), storage)
+
+
+def finalists(job: Job, found: SearchResult) -> SearchResult:
+    """The winner by what a short training makes of the best trials."""
+    if len(found.finalists) < 2 or job.recipe.finetune.num_epochs == 0:
+        return found
+    return with_tuned(found, {str(number): _finalist(job, found, number) for number in found.finalists})
+
+
+def _finalist(job: Job, found: SearchResult, number: int) -> float:
+    """The accuracy on val that a short training brings a trial to."""
+    plan = found.trials[number].plan
+    short = replace(job.recipe.finetune, num_epochs=job.recipe.search.finalist_epochs)
+    told = f"trial {number}, {found.finalists.index(number) + 1} of {len(found.finalists)}"
+
+    def compute(work: Path) -> TrainLog:
+        repaired, _ = making.make_repaired(job, plan, silent)
+        checkpoint = work / "checkpoints"
+        checkpoint.mkdir(exist_ok=True)
+
+        def notify(event: Event) -> None:
+            job.run.notify(replace(event, stage="finalist", message=told))
+
+        _, log = making.tune(job, plan, repaired, short, checkpoint, notify)
+        shutil.rmtree(checkpoint)
+        return log
+
+    inputs = {
+        **job.origin,
+        "plan": plan,
+        "calib": job.run.key("observe"),
+        "finetune": short,
+        "repair": job.recipe.repair,
+    }
+    log = job.run.remember("finalist", inputs, compute, TrainLog, is_shared=True)
+    return log.epochs[log.chosen_epoch].val_accuracy
+
+
+def _search_inputs(job: Job, basis: Basis) -> dict[str, object]:
+    return {
+        "curves": job.run.key("curves"),
+        "baseline": job.run.key("baseline"),
+        "latency": job.run.key("latency") if basis.timed else "",
+        "precision": basis.shipping.file,
+        "budget": job.target.budget,
+        "search": job.recipe.search,
+        "repair": job.recipe.repair,
+        "device": job.device,
+    }
+
+
+def _tools(job: Job, basis: Basis, work: Path) -> Tools:
+    dense, shipping, structures = basis.dense, basis.shipping, basis.structures
+    reference = candidate_of(dense, analysis.dense_opened(job, dense), analysis.dense_accuracy(job, dense))
+    tight = with_margin(basis.limits)
+    shipped_mib = (shipping.file.size_bytes if shipping.file else dense.file.size_bytes) / 2**20
+    shares = bounded_shares(tight, reference, shipped_mib, is_timed=basis.timed is not None)
+    proposer = Proposer(
+        dense=job.model,
+        inputs=job.inputs,
+        structures=structures,
+        scores=basis.scores,
+        magnitudes=score_magnitudes(job.model, structures),
+        curves=basis.curves,
+        channel_multiple=job.target.channel_multiple,
+        shares=shares,
+        reference=reference,
+        sites=find_sites(job.model, structures, job.inputs),
+        timed=basis.timed.rows if basis.timed else (),
+        measure=lambda plan: basis.candidates.ratio_of(plan, work),
+    )
+    judge = Judge(
+        candidates=basis.candidates,
+        dense_p50_ms=reference.latency_p50_ms,
+        calib=job.calib,
+        parts=draw_parts(job.splits.val, job.recipe.seed),
+        task=job.task,
+        recipe=job.recipe,
+        memory_limit_mib=memory_limit_mib(tight, reference, job.recipe.search.objectives),
+        work=work,
+        accuracies=_accuracies(job),
+    )
+    return Tools(
+        reference=reference,
+        limits=tight,
+        shares=shares,
+        proposer=proposer,
+        judge=judge,
+    )
+
+
+def _accuracies(job: Job) -> Accuracies:
+    """Of the repaired networks that this search, or one for another target or budget, has judged."""
+    settings = {"repair": job.recipe.repair, "num_samples": job.recipe.search.num_repair_samples}
+    key = digest([job.origin, job.run.key("observe"), settings])
+    return Accuracies((job.run.shared or job.run.path) / f"accuracies-{key}")
+
+
+def _run_trials(job: Job, tools: Tools, inputs: Mapping[str, object], storage: Storage) -> SearchResult:
+    settings = job.recipe.search
+    return study.search(
+        tools.proposer,
+        tools.judge,
+        tools.reference,
+        tools.limits,
+        fill_range(tools.shares, tools.limits, settings.objectives),
+        settings,
+        magnitude=(0.0, 0.0) if isinstance(job.recipe.score, Magnitude) else (0.0, 1.0),
+        storage=storage,
+        origin={**job.about(), **{name: value for name, value in inputs.items() if name != "device"}},
+        seed=job.recipe.seed,
+        notify=job.run.notify,
+    )
+
+
+def _own_storage(job: Job, inputs: Mapping[str, object]) -> Storage:
+    """Beside the stages: a search for more trials goes on with those there are."""
+    key = digest([job.about(), {**inputs, "search": study.rules(job.recipe.search)}])
+    return Storage.own(job.run.path / f"study-{key}.db")
+
+
+def _invite_workers(job: Job, storage: Storage) -> None:
+    job.run.publish(storage.stages)
+    at_once = job.recipe.search.num_parallel
+    _note(
+        job,
+        f"{at_once} {'workers find' if at_once > 1 else 'worker finds'} work at a time (search.num_parallel); to "
+        f"start one: deploypipe worker --storage {storage.shown} --run {storage.study}",
+    )
+
+
+def _note(job: Job, text: str) -> None:
+    job.run.notify(Event(stage="search", message=f"NOTE: {text}"))
+
+
+def _plan(job: Job, structures: Structures, scores: ScoreTable, chosen: Allocation) -> PruningPlan:
+    return make_plan(structures, scores, chosen.widths, chosen.blocks, job.target.channel_multiple)
