@@ -31,9 +31,11 @@ STAGES = (
     "structures",
     "dense_export",
     "baseline",
+    "dense_precision",
     "observe",
     "score",
     "curves",
+    "latency",
     "search",
     "confirm",
     "finalist",
@@ -46,6 +48,7 @@ STAGES = (
     "golden",
     "gate",
 )
+_WIDTH = max(map(len, STAGES))
 _QUIET_SECONDS = 10.0  # between two lines about the same stage, where there is no live list
 COLOURS = {"PASS": "green", "FAIL": "red", "UNKNOWN": "yellow", "ok": "green", "missing": "red", "limited": "yellow"}
 
@@ -106,7 +109,7 @@ def shown_stages(names: Sequence[str] = STAGES) -> Iterator[Callable[[Event], No
             return
         columns = (
             SpinnerColumn(finished_text="[green]✓[/]"),
-            TextColumn("{task.description:<11}"),
+            TextColumn(f"{{task.description:<{_WIDTH}}}"),
             BarColumn(bar_width=30),
             TextColumn("{task.fields[note]:>13}"),
             TimeElapsedColumn(),
@@ -161,11 +164,11 @@ class _PlainStages:
         elif event.message == "start":
             self.stage, self.begun, self.shown = event.stage, now, now
         elif event.message == "cached":
-            print(f"{event.stage:<11} cached", flush=True)
+            print(f"{event.stage:<{_WIDTH}} cached", flush=True)
         elif event.message == "done":
-            print(f"{event.stage:<11} done in {seconds(now - self.begun)}", flush=True)
+            print(f"{event.stage:<{_WIDTH}} done in {seconds(now - self.begun)}", flush=True)
         elif event.message.startswith("NOTE: "):
-            print(f"{event.stage:<11} {event.message.removeprefix('NOTE: ')}", flush=True)
+            print(f"{event.stage:<{_WIDTH}} {event.message.removeprefix('NOTE: ')}", flush=True)
         elif event.total and event.done and now - self.shown > _QUIET_SECONDS:
             self.shown = now
             text = f"{event.done} of {event.total}"
@@ -174,7 +177,7 @@ class _PlainStages:
                 text += f", about {seconds(left)} left"
             else:
                 text = f"{event.stage} {text}"
-            print(f"{self.stage:<11} {text}", flush=True)
+            print(f"{self.stage:<{_WIDTH}} {text}", flush=True)
 
 
 class _LiveStages:
@@ -194,6 +197,7 @@ class _LiveStages:
             if event.stage not in self.tasks:
                 self.tasks[event.stage] = self._add(event.stage)
             self.progress.start_task(self.tasks[event.stage])
+            self.progress.update(self.tasks[event.stage], total=None, completed=0, note="")  # done a second time
         task = self.tasks.get(self.stage)
         if task is None:
             return
