@@ -113,6 +113,7 @@ def place_file(source: Path, path: Path) -> None:
     except OSError:
         shutil.copyfile(source, part)
     part.replace(path)
+    part.unlink(missing_ok=True)  # two names of one file are not renamed to each other
 
 
 def cache_folder() -> Path:

@@ -82,7 +82,7 @@ def test_run_passes_on_what_was_asked_and_ends_with_the_paths(home: Path, calls:
     assert model.out_features == 7 and recipe.search.num_trials == 3
     assert (target.name, target.num_threads, target.budget.latency_p50) == ("cpu", 2, "0.5x")
     assert out == Path("runs/toy-cpu") and call["name"] == "toy" and "WIDTH = 7" in call["source"]
-    assert "baseline    cached" in done.output and "WARNING: [damaged] file" in done.output
+    assert "baseline        cached" in done.output and "WARNING: [damaged] file" in done.output
     assert "SHIP: all checks passed" in done.output and "\x1b" not in done.output
     assert "ONNX    runs/toy-cpu/model.onnx" in done.output
 

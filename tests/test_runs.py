@@ -11,7 +11,7 @@ from finished_runs import finished_run
 from deploypipe import runs
 from deploypipe.errors import RunFolderError
 from deploypipe.records import Event, Interval
-from deploypipe.runs import load_result, open_run, save_result
+from deploypipe.runs import load_result, open_run, place_file, save_result
 
 RECORD = Interval(value=1.0, low=0.5, high=1.5)
 
@@ -124,6 +124,16 @@ def test_half_written_files_of_a_killed_run_go(tmp_path: Path) -> None:
     with open_run(tmp_path):
         pass
     assert sorted(path.name for path in tmp_path.iterdir()) == [".gitignore", "run.lock"]
+
+
+def test_a_file_placed_twice_leaves_no_other_name(tmp_path: Path) -> None:
+    source, there = tmp_path / "source", tmp_path / "there"
+    for content in (b"first", b"other"):
+        source.write_bytes(content)
+        place_file(source, there)
+        place_file(source, there)
+        assert there.read_bytes() == content
+        assert {path.name for path in tmp_path.iterdir()} == {"source", "there"}
 
 
 def test_a_second_run_in_the_folder_is_refused_and_the_lock_is_given_back(tmp_path: Path) -> None:
