@@ -179,9 +179,8 @@ def _dense_precision(
 ) -> tuple[PrecisionChoice | None, PrecisionRow | None]:
     """The dense network in another precision, where that was tried; and what candidates are made in, unless the dense
     network is within the limits."""
-    reference = candidate_of(
-        dense, analysis.dense_opened(job, dense), accuracy=0.0
-    )  # no budget of the search is about it
+    # No budget of the search is about accuracy.
+    reference = candidate_of(dense, analysis.dense_opened(job, dense), accuracy=0.0)
     if not is_over_budget(reference, reference, with_margin(limits)):
         return None, None
     precision = shipping.dense_precision(job, dense)
@@ -191,20 +190,20 @@ def _dense_precision(
 
 
 def _score(
-    job: Job, structures: Structures, dense: Measurement, limits: Mapping[str, Limit], shipping: PrecisionRow
+    job: Job, structures: Structures, dense: Measurement, limits: Mapping[str, Limit], row: PrecisionRow
 ) -> tuple[Basis, ScoreSummary]:
     halves = analysis.observe(job, structures)
     moments = merge(*halves)
     scores = analysis.score(job, structures, halves, moments)
     curves = analysis.curves(job, structures, scores, moments)
-    candidates = searching.candidates(job, dense, shipping)
+    candidates = searching.candidates(job, dense, row)
     basis = Basis(
         structures=structures,
         scores=scores,
         curves=curves,
         dense=dense,
         limits=limits,
-        shipping=shipping,
+        shipping=row,
         candidates=candidates,
         timed=searching.timed_networks(job, structures, scores, curves, candidates, limits),
     )

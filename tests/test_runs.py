@@ -119,11 +119,12 @@ def test_a_kill_between_the_two_renames_is_harmless(tmp_path: Path, monkeypatch:
 
 
 def test_half_written_files_of_a_killed_run_go(tmp_path: Path) -> None:
-    for name in (".study-17.db.4711.part", ".result.json.part", ".gitignore"):
+    (tmp_path / "accuracies-0").mkdir()
+    for name in (".study-17.db.4711.part", ".result.json.part", ".gitignore", "accuracies-0/.plan.json.part"):
         (tmp_path / name).write_text("half")
     with open_run(tmp_path):
         pass
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".gitignore", "run.lock"]
+    assert sorted(p.name for p in tmp_path.rglob("*")) == [".gitignore", "accuracies-0", "run.lock"]
 
 
 def test_a_file_placed_twice_leaves_no_other_name(tmp_path: Path) -> None:
