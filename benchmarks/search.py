@@ -49,15 +49,14 @@ from deploypipe.cli import load_target
 from deploypipe.errors import BudgetError
 from deploypipe.numerics.intervals import interval_of_drop_pp, interval_of_mean, interval_of_median_ratio
 from deploypipe.observe.moments import merge
-from deploypipe.pipeline_module import Pipeline, load_pipeline
+from deploypipe.pipeline_module import load_pipeline
 from deploypipe.pruning.apply import apply_plan
 from deploypipe.pruning.attention import with_slim_attention
 from deploypipe.pruning.plan import make_plan
 from deploypipe.pruning.repair import repair
 from deploypipe.pruning.structures import count_macs
-from deploypipe.recipe import Recipe
 from deploypipe.records import Candidate, Event, Interval, PrecisionRow, PruningPlan, Trial
-from deploypipe.runs import RunFolder, open_run
+from deploypipe.runs import open_run
 from deploypipe.runtimes import find_runtime
 from deploypipe.search.accuracies import Accuracies
 from deploypipe.search.allocate import uniform
@@ -68,8 +67,8 @@ from deploypipe.search.looks import Results, draw_parts, pack, unpack
 from deploypipe.search.trials import History, is_same_network, judge_plan, most_accurate, violations
 from deploypipe.stages import analysis, searching
 from deploypipe.stages.job import Job
-from deploypipe.target import Budget, Target
-from deploypipe.task import Splits, Task, take, take_calib
+from deploypipe.target import Budget
+from deploypipe.task import take, take_calib
 from deploypipe.training.finetune import finetune
 
 NUM_BISECTIONS = 7
@@ -159,7 +158,7 @@ def main() -> None:
         for budget in options.budgets:
             limited = replace(target, budget=Budget(latency_p50=f"{budget}x"))
             afresh = replace(run, stages={}, times=[])  # numbers its stages anew, and so finds those of other budgets
-            Contest(pipeline, model, splits, task, recipe, limited, afresh).print_()
+            Contest(Job(model, splits, task, recipe, limited, afresh, pipeline.source)).print_()
 
 
 def _tell(event: Event) -> None:
@@ -170,30 +169,20 @@ def _tell(event: Event) -> None:
 class Contest:
     """All entrants at one budget."""
 
-    def __init__(
-        self,
-        pipeline: Pipeline,
-        model: nn.Module,
-        splits: Splits,
-        task: Task,
-        recipe: Recipe,
-        target: Target,
-        run: RunFolder,
-    ) -> None:
-        self.job = Job(model, splits, task, recipe, target, run, pipeline.source)
-        self.pipeline, self.run, self.recipe, self.target = pipeline, run, recipe, target
-        self.dense, self.splits, self.task = self.job.model, splits, task
-        self.structures = analysis.structures(self.job)
-        self.baseline = analysis.baseline(self.job, analysis.dense_export(self.job))
-        halves = analysis.observe(self.job, self.structures)
+    def __init__(self, job: Job) -> None:
+        self.job, self.run, self.recipe, self.target = job, job.run, job.recipe, job.target
+        self.dense, self.splits, self.task = job.model, job.splits, job.task
+        self.structures = analysis.structures(job)
+        self.baseline = analysis.baseline(job, analysis.dense_export(job))
+        halves = analysis.observe(job, self.structures)
         self.moments = merge(*halves)
-        self.scores = analysis.score(self.job, self.structures, halves, self.moments)
-        self.limits, _ = search_limits(target.budget.limits(), self.job.ability)
+        self.scores = analysis.score(job, self.structures, halves, self.moments)
+        self.limits, _ = search_limits(self.target.budget.limits(), job.ability)
         self.most = with_margin(self.limits)["latency_p50"].value  # of the dense network's latency
         self.row = PrecisionRow(precision="fp32", file=self.baseline.file)
-        self.candidates = searching.candidates(self.job, self.baseline, self.row)
+        self.candidates = searching.candidates(job, self.baseline, self.row)
         # Beside it stands whatever an entrant is told: another network, budget or device is another contest.
-        self.key = {**self.job.origin, "device": self.job.device, "recipe": recipe, "budget": target.budget}
+        self.key = {**job.origin, "device": job.device, "recipe": self.recipe, "budget": self.target.budget}
 
     @cached_property
     def reference(self) -> Candidate:

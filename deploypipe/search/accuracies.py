@@ -9,6 +9,7 @@ import numpy as np
 from deploypipe.records import PruningPlan
 from deploypipe.runs import digest, write_atomically
 from deploypipe.search.looks import Results, pack, unpack
+from deploypipe.search.trials import network_key
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,4 +35,4 @@ class Accuracies:
             write_atomically(self._file(plan), json.dumps({"results": packed, "sha256": digest(packed)}).encode())
 
     def _file(self, plan: PruningPlan) -> Path:
-        return self.folder / f"{digest([plan.edits, plan.blocks])}.json"
+        return self.folder / f"{network_key(plan)}.json"

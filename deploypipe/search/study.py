@@ -16,7 +16,7 @@ from deploypipe.search.front import costs, pareto_front
 from deploypipe.search.limits import Range
 from deploypipe.search.sampling import Seen, Space, importances, knobs, next_knobs, warm_starts
 from deploypipe.search.storage import Storage
-from deploypipe.search.trials import Evaluate, History, Propose, judge_plan, most_accurate, violations
+from deploypipe.search.trials import Evaluate, History, Propose, judge_plan, most_accurate, network_key, violations
 from deploypipe.target import Limit
 
 _POLL_S, _LONGEST_POLL_S = 0.5, 5.0  # where a trial has to wait for those of other workers
@@ -107,7 +107,7 @@ def _history(done: Done, last: int) -> History:
 
 def _find_twin(board: Board, claim: Claim, plan: PruningPlan) -> Trial | None:
     """The trial with a lower number that makes the same network, waited for where another worker is at it."""
-    own = digest([plan.edits, plan.blocks])
+    own = network_key(plan)
     board.note_plan(claim, own)
     while True:
         below = board.plans_below(claim.number)

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from deploypipe.recipe import ObjectiveName
 from deploypipe.records import Candidate, PruningPlan, Trial
+from deploypipe.runs import digest
 from deploypipe.search.front import cost, costs
 from deploypipe.search.looks import Results, is_certainly_worse
 from deploypipe.target import Limit
@@ -83,6 +84,11 @@ def judge_plan(
 def is_same_network(plan: PruningPlan, other: PruningPlan) -> bool:
     """Whether both make the same network."""
     return plan.edits == other.edits and plan.blocks == other.blocks
+
+
+def network_key(plan: PruningPlan) -> str:
+    """The same for all plans that make the same network."""
+    return digest([plan.edits, plan.blocks])
 
 
 def _is_feasible(excess: Mapping[str, float]) -> bool:

@@ -126,13 +126,7 @@ def score(job: Job, structures: Structures, halves: tuple[Moments, Moments], mom
             return score_halves(job.model, structures, halves, moments, job.recipe.score, seed=job.recipe.seed)
 
     inputs = {"observe": job.run.key("observe"), "score": job.recipe.score}
-    return job.run.remember(
-        "score",
-        inputs,
-        compute,
-        ScoreTable,
-        is_shared=True,
-    )
+    return job.run.remember("score", inputs, compute, ScoreTable, is_shared=True)
 
 
 def curves(job: Job, structures: Structures, scores: ScoreTable, moments: Moments) -> Curves:

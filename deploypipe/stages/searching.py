@@ -234,7 +234,7 @@ def _tools(job: Job, basis: Basis, work: Path) -> Tools:
         recipe=job.recipe,
         memory_limit_mib=memory_limit_mib(tight, reference, job.recipe.search.objectives),
         work=work,
-        accuracies=_accuracies(job),
+        accuracies=known_accuracies(job),
     )
     return Tools(
         reference=reference,
@@ -245,7 +245,7 @@ def _tools(job: Job, basis: Basis, work: Path) -> Tools:
     )
 
 
-def _accuracies(job: Job) -> Accuracies:
+def known_accuracies(job: Job) -> Accuracies:
     """Of the repaired networks that this search, or one for another target or budget, has judged."""
     settings = {"repair": job.recipe.repair, "num_samples": job.recipe.search.num_repair_samples}
     key = digest([job.origin, job.run.key("observe"), settings])
