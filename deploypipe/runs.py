@@ -273,7 +273,10 @@ def open_run(
     with ExitStack() as stack:
         for folder in (path, *([shared] if shared else [])):
             stack.enter_context(_locked(folder))
-            for part in [*folder.glob(".*.part"), *folder.glob("*/.*.part")]:  # of files a killed run was writing
+            for part in [
+                *folder.glob(".*.part*"),
+                *folder.glob("*/.*.part"),
+            ]:  # of files, and SQLite's journals, in the making
                 part.unlink()
         yield RunFolder(path=path, notify=notify, shared=shared, source=source)
 

@@ -120,7 +120,13 @@ def test_a_kill_between_the_two_renames_is_harmless(tmp_path: Path, monkeypatch:
 
 def test_half_written_files_of_a_killed_run_go(tmp_path: Path) -> None:
     (tmp_path / "accuracies-0").mkdir()
-    for name in (".study-17.db.4711.part", ".result.json.part", ".gitignore", "accuracies-0/.plan.json.part"):
+    for name in (
+        ".study-17.db.4711.part",
+        ".study-17.db.4711.part-journal",
+        ".result.json.part",
+        ".gitignore",
+        "accuracies-0/.plan.json.part",
+    ):
         (tmp_path / name).write_text("half")
     with open_run(tmp_path):
         pass
