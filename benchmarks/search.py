@@ -182,7 +182,9 @@ class Contest:
         self.row = PrecisionRow(precision="fp32", file=self.baseline.file)
         self.candidates = searching.candidates(job, self.baseline, self.row)
         # Beside it stands whatever an entrant is told: another network, budget or device is another contest.
-        self.key = {**job.origin, "device": job.device, "recipe": self.recipe, "budget": self.target.budget}
+        # How the networks are trained afterwards decides nothing.
+        untrained = replace(self.recipe, finetune=replace(self.recipe.finetune, num_epochs=0))
+        self.key = {**job.origin, "device": job.device, "recipe": untrained, "budget": self.target.budget}
 
     @cached_property
     def reference(self) -> Candidate:
@@ -457,11 +459,16 @@ class Table:
     def _tuned(self, row: Row) -> Results:
         contest, plan = self.contest, self.plans[row.entrant]
         return self._remembered(
-            f"{row.stage}-tuned", plan, lambda work: contest.tuned(work, contest.network(row, plan))
+            f"{row.stage}-tuned",
+            plan,
+            lambda work: contest.tuned(work, contest.network(row, plan)),
+            finetune=contest.recipe.finetune,
         )
 
-    def _remembered(self, stage: str, plan: PruningPlan | None, compute: Callable[[Path], Hits]) -> Results:
-        return unpack(self.run.remember(stage, {**self.contest.key, "plan": plan}, compute, Hits).packed)
+    def _remembered(
+        self, stage: str, plan: PruningPlan | None, compute: Callable[[Path], Hits], **inputs: object
+    ) -> Results:
+        return unpack(self.run.remember(stage, {**self.contest.key, "plan": plan, **inputs}, compute, Hits).packed)
 
     def _is_rebuilt(self, row: Row) -> bool:
         """Whether the row's network is what its plan makes of the dense one."""
