@@ -339,7 +339,16 @@ class Contest:
 
     def tuned(self, work: Path, start: nn.Module) -> Hits:
         settings, seed = self.recipe.finetune, self.recipe.seed
-        network, log = finetune(start, self.dense, self.splits, self.task, settings, checkpoint=work, seed=seed)
+        network, log = finetune(
+            start,
+            self.dense,
+            self.splits,
+            self.task,
+            settings,
+            checkpoint=work,
+            answers=self.run.path / "answers",
+            seed=seed,
+        )
         for file in work.glob("epoch-*"):  # of use to an interrupted fine-tune only
             file.unlink()
         print(f"val by epoch: {[round(100 * epoch.val_accuracy, 2) for epoch in log.epochs]}", flush=True)

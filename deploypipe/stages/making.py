@@ -64,7 +64,11 @@ def finetune(job: Job, plan: PruningPlan) -> TrainLog:
 def tune(
     job: Job, plan: PruningPlan, repaired: nn.Module, settings: Finetune, checkpoint: Path, notify: Progress
 ) -> tuple[nn.Module, TrainLog]:
-    """Train a repaired network on all ranks, resumed from its checkpoint where there is one; not remembered."""
+    """Train a repaired network on all ranks, resumed from its checkpoint where there is one; not remembered.
+
+    What the dense network answers to the batches is kept for the trainings of other plans, also for other targets.
+    """
+    answers = (job.run.shared or job.run.path) / f"answers-{digest([job.origin, settings.precision])}"
     with one_thread_if_small(_batch_macs(job)):
         return finetune_together(
             repaired,
@@ -74,6 +78,7 @@ def tune(
             job.task,
             settings,
             checkpoint=checkpoint,
+            answers=answers,
             seed=job.recipe.seed,
             notify=notify,
             ranks=job.ranks,

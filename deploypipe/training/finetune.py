@@ -4,7 +4,7 @@ import copy
 import math
 import time
 from collections.abc import Iterable, Iterator, Sized
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from deploypipe.recipe import Finetune
 from deploypipe.records import EpochLog, Event, Progress, TrainLog, silent
 from deploypipe.task import Batch, Splits, Task, channels_last, forward, map_tensors, num_samples, tensors
 from deploypipe.training.ranks import ALONE, Part, Ranks
+from deploypipe.training.teacher import Teacher
 
 _PRECISIONS: dict[str, Any] = {"bf16": "bf16-mixed", "fp32": "32-true"}
 
@@ -35,6 +36,7 @@ def finetune(
     settings: Finetune,
     *,
     checkpoint: Path | None = None,
+    answers: Path | None = None,
     seed: int = 0,
     notify: Progress = silent,
     ranks: Ranks = ALONE,
@@ -45,7 +47,9 @@ def finetune(
     are mixed in pairs, so `task.loss` has to be a mean over the batch. SGD with Nesterov momentum, warm-up from zero
     and cosine decay: a repaired network is destroyed by a large first step. The weights that are judged and returned
     are an exponential moving average. When no epoch beats the start, the start is returned and the log says so. With a
-    `checkpoint` folder the work resumes after a kill at the last whole epoch.
+    `checkpoint` folder the work resumes after a kill at the last whole epoch. `answers` is a folder of this teacher's
+    outputs, for trainings with the same seed and precision; one rank on a CPU reads and writes it (a GPU would wait
+    longer for the comparison of batches than for the teacher).
 
     On several `ranks`, each of which calls this with the same arguments, all read every batch and each passes its part
     of it. Batches, steps, rates and gradients are those of one rank, whatever their number, which may change when the
@@ -60,7 +64,10 @@ def finetune(
     if settings.num_epochs == 0:
         return student, TrainLog(epochs=(), chosen_epoch=0, reason="no epochs asked for")
     student = ranks.with_shared_norms(_in_channels_last(student))
-    teacher = fabric.to_device(_in_channels_last(copy.deepcopy(dense)).eval())
+    teacher = Teacher(
+        fabric.to_device(_in_channels_last(copy.deepcopy(dense)).eval()),
+        folder=answers if ranks.count == 1 and fabric.device.type == "cpu" else None,
+    )
     optimizer = torch.optim.SGD(
         student.parameters(),
         lr=0.0,
@@ -79,7 +86,7 @@ def finetune(
     for epoch in range(len(state.log), settings.num_epochs + 1):
         started = time.perf_counter()
         losses = []
-        with _seeded(seed * 1_000 + epoch):
+        with _seeded(seed * 1_000 + epoch), teacher.epoch(epoch):
             _tell_epoch(splits.train, epoch)
             model.train()
             for step, batch in enumerate(_in_one_order(ranks, splits.train, epoch)):
@@ -132,7 +139,7 @@ class _Lesson:
     fabric: Fabric
     ranks: Ranks
     model: Any  # the student in Fabric's wrapper
-    teacher: nn.Module
+    teacher: Teacher
     task: Task
     settings: Finetune
 
@@ -175,7 +182,7 @@ def _distilled_loss(lesson: _Lesson, batch: Batch, part: Part, share: float) -> 
     if weight == 0:
         return loss
     with torch.no_grad(), lesson.fabric.autocast():
-        taught = forward(lesson.teacher, inputs)
+        taught = lesson.teacher(inputs)
     soft = F.kl_div(
         (outputs.float() / temperature).flatten(0, -2).log_softmax(-1),
         (taught.float() / temperature).flatten(0, -2).log_softmax(-1),
@@ -197,9 +204,7 @@ def _draw_share(inputs: Any, largest: float) -> float:
 
 
 def _own_dropout(ranks: Ranks, step: int) -> AbstractContextManager[None]:
-    """Each rank draws for itself inside; the generator that all draw the order and the mixing from stays in step."""
-    if ranks.count == 1:
-        return nullcontext()
+    """What a network draws inside is its rank's own: order and mixing depend neither on the rank nor on the network."""
     return _seeded(torch.initial_seed() + 1 + step * ranks.count + ranks.rank)
 
 

@@ -56,6 +56,7 @@ def finetune_together(
     settings: Finetune,
     *,
     checkpoint: Path | None = None,
+    answers: Path | None = None,
     seed: int = 0,
     notify: Progress = silent,
     ranks: Ranks = ALONE,
@@ -69,7 +70,16 @@ def finetune_together(
         _replay(ranks, dense, plan)
     with ranks.watched():
         return finetune(
-            pruned, dense, splits, task, settings, checkpoint=checkpoint, seed=seed, notify=notify, ranks=ranks
+            pruned,
+            dense,
+            splits,
+            task,
+            settings,
+            checkpoint=checkpoint,
+            answers=answers,
+            seed=seed,
+            notify=notify,
+            ranks=ranks,
         )
 
 
