@@ -75,9 +75,9 @@ def drawn_curves(structures: Structures, num_levels: int) -> Curves:
         kept = (*width_levels(group.num_units, num_levels, 8, min(8, group.num_units)), group.num_units)
         weight = generator.lognormal(-3, 1)
         losses = tuple(float(weight * (1 - width / group.num_units) ** 2) for width in kept)
-        curves.append(LossCurve(name=group.name, kind="channels", kept=kept, kl=losses))
+        curves.append(LossCurve(name=group.name, kind="channels", kept=kept, losses=losses))
     for block in structures.blocks:
-        curves.append(LossCurve(name=block.name, kind="block", kept=(0,), kl=(float(generator.lognormal(-2, 1)),)))
+        curves.append(LossCurve(name=block.name, kind="block", kept=(0,), losses=(float(generator.lognormal(-2, 1)),)))
     return Curves(curves=tuple(curves), num_samples=1)
 
 

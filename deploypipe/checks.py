@@ -26,8 +26,10 @@ def check_inputs(model: nn.Module, splits: Splits, task: Task, recipe: Recipe, t
     for name in ("calib", "val", "test", *(["train"] if recipe.finetune.num_epochs else [])):
         inputs, labels = _first(getattr(splits, name), name)
         outputs = _try(model, take(inputs, 2), name)
-        if name == "calib":
-            _check_outputs(outputs)
+        if name == "calib" and not all(torch.isfinite(tensor).all() for tensor in name_outputs(outputs).values()):
+            raise DataError(
+                "the network's output holds NaN or infinity on the calib split; check its weights and its data"
+            )
         if name == "val":
             evaluate_module(model, [(take(inputs, 2), take(labels, 2))], task)
 
@@ -72,19 +74,3 @@ def _try(model: nn.Module, inputs: Any, name: str) -> Any:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def _check_outputs(outputs: Any) -> None:
-    named = name_outputs(outputs)
-    if len(named) > 1 or not isinstance(outputs, Tensor):
-        raise ModelError(
-            f"the network returns a {type(outputs).__name__} of {len(named)} ({', '.join(named)}); loss curves and "
-            "distillation read one tensor of logits: wrap the network so that forward() returns that alone"
-        )
-    if outputs.dim() < 2 or outputs.shape[-1] < 2:
-        raise ModelError(
-            f"the network's output has shape {['n', *outputs.shape[1:]]}; loss curves and distillation read logits, "
-            "shape [n, ..., classes] with two classes or more: for one logit z, return [0, z]"
-        )
-    if not torch.isfinite(outputs).all():
-        raise DataError("the network's output holds NaN or infinity on the calib split; check its weights and its data")

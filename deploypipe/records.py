@@ -281,12 +281,12 @@ class ScoreSummary:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossCurve:
-    """Measured harm of cutting one structure alone: `kl[i]` nats when `kept[i]` units stay, after repair."""
+    """Measured harm of cutting one structure alone: `losses[i]` when `kept[i]` units stay, after repair."""
 
     name: str
     kind: Literal["channels", "block"]
     kept: tuple[int, ...]
-    kl: tuple[float, ...]
+    losses: tuple[float, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

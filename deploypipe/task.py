@@ -13,6 +13,7 @@ from deploypipe.errors import DataError
 
 Batch: TypeAlias = tuple[Any, Any]  # (inputs, target); inputs: a tensor, a tuple or a dict of tensors
 Slices: TypeAlias = Callable[[Any, Any], dict[str, Tensor]]
+Divergence: TypeAlias = Callable[[Any, Any, float], Tensor]  # (outputs, expected, temperature) -> scalar
 RealTokens: TypeAlias = Callable[[Any], Tensor]  # inputs -> (n, tokens) bool
 
 
@@ -37,7 +38,9 @@ class Task:
     The mean of `metric` over a split is the accuracy that is reported, as a fraction. real_tokens(inputs) -> bool (n,
     tokens), True for what is no padding: statistics and repair leave the rest out. A dict's "attention_mask" is used
     without being asked for. slices(inputs, target) -> named parts of the batch, bool (n,) each, that a budget may hold
-    to a limit of their own (`slice_drop_pp`).
+    to a limit of their own (`slice_drop_pp`). divergence(outputs, the dense network's, temperature) -> scalar: how far
+    the answers are apart, in the unit of `loss`; fine-tuning and loss curves go by it. Found from a batch where it is
+    not given: that of classes for integer targets, that of values for all others (`deploypipe.answers`).
     """
 
     loss: Callable[[Any, Any], Tensor]
@@ -46,9 +49,16 @@ class Task:
     real_tokens: RealTokens | None = None
     class_names: tuple[str, ...] = ()  # in the order of a classifier's outputs; they go into the exported file
     slices: Slices | None = None
+    divergence: Divergence | None = None
 
 
-def _is_correct(outputs: Tensor, target: Tensor) -> Tensor:
+def _is_correct(outputs: Any, target: Tensor) -> Tensor:
+    if not isinstance(outputs, Tensor) or outputs.dim() < 2 or outputs.shape[1] < 2:
+        found = f"shape {['n', *outputs.shape[1:]]}" if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise DataError(
+            f"classification() reads logits, one tensor of shape [n, classes], and the network returns {found}; "
+            "give task() a loss and a metric for these outputs: Task(loss=..., metric=...)"
+        )
     return (outputs.argmax(dim=1) == target).to(torch.float32)
 
 
@@ -122,6 +132,13 @@ def find_real_tokens(inputs: Any, real_tokens: RealTokens | None) -> Tensor | No
 def take(inputs: Any, end: int, start: int = 0) -> Any:
     """The samples from `start` to before `end` of a batch."""
     return map_tensors(lambda tensor: tensor[start:end], inputs)
+
+
+def first_of(batches: Iterable[Batch], split: str) -> Batch:
+    """The first batch of a split; DataError where it has none."""
+    for batch in batches:
+        return batch
+    raise DataError(f"the {split} split is empty; return at least one batch as `{split}` from load_data()")
 
 
 def take_calib(batches: Iterable[Batch], count: int) -> list[Batch]:

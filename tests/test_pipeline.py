@@ -1,6 +1,7 @@
 """`compress` from end to end, on a network that takes seconds."""
 
 import importlib
+import json
 import math
 import os
 import shutil
@@ -15,7 +16,8 @@ import onnx
 import pytest
 import tiny
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import deploypipe
 from deploypipe.benchmark.latency import Timings
@@ -31,6 +33,7 @@ from deploypipe.runtimes.engine_file import load_record
 from deploypipe.runtimes.machine import Gpu, this_machine
 from deploypipe.runtimes.onnxruntime import OnnxRuntime
 from deploypipe.target import Budget, Target
+from deploypipe.task import Task
 from deploypipe.verify import verify
 
 
@@ -121,6 +124,35 @@ def test_a_run_ends_in_a_decision(first: tuple[Path, RunResult, bool]) -> None:
     metadata = {entry.key: entry.value for entry in onnx.load(folder / "model.onnx").metadata_props}
     assert metadata["deploypipe.recipe"] == digest(result.recipe)
     assert result.search and metadata["deploypipe.plan"] == digest(result.search.trials[result.search.best].plan)
+
+
+class TwoHeads(nn.Module):
+    """Answers which quarter is bright, and where that is."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network, self.where = network, nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        logits = self.network(x)
+        return {"logits": logits, "where": self.where(logits)}
+
+
+def test_several_outputs_of_other_kinds(dense: nn.Module, tmp_path: Path) -> None:
+    def loss(outputs: dict[str, Tensor], target: Tensor) -> Tensor:
+        places = torch.stack([target // 2, target % 2], 1).float()
+        return F.cross_entropy(outputs["logits"], target) + F.mse_loss(outputs["where"], places)
+
+    task = Task(loss=loss, metric=lambda outputs, target: (outputs["logits"].argmax(1) == target).float())
+    torch.manual_seed(0)
+    result = compress(
+        TwoHeads(dense).eval(), tiny.load_data(), task, tiny.recipe(), tiny.target(), tmp_path, source="two heads"
+    )
+    assert result.decision.verdict is Verdict.SHIP
+    assert result.training and len(result.training.epochs) > 1
+    (stored,) = tmp_path.glob("*-curves-*.json")
+    assert all(curve["losses"][0] > 0 for curve in json.loads(stored.read_text())["record"]["curves"])
+    assert verify(tmp_path).is_same
 
 
 def test_the_same_call_again_computes_nothing(dense: nn.Module, first: tuple[Path, RunResult, bool]) -> None:

@@ -305,16 +305,17 @@ def _options(structures: Structures, curves: Curves, emphasis: Emphasis) -> list
 def _reordered(blocks: Sequence[LossCurve], importance: Mapping[str, float]) -> list[LossCurve]:
     """The same losses, the least for the least important block."""
     ranked = sorted(blocks, key=lambda block: importance[block.name])
-    losses = {b.name: kl for b, kl in zip(ranked, sorted(block.kl for block in blocks), strict=True)}
-    return [replace(block, kl=losses[block.name]) for block in blocks]
+    ascending = sorted(block.losses for block in blocks)
+    losses = {block.name: loss for block, loss in zip(ranked, ascending, strict=True)}
+    return [replace(block, losses=losses[block.name]) for block in blocks]
 
 
 def _rising(curve: LossCurve) -> list[float]:
     """The losses made monotone: keeping less never counts as better, whatever the noise says."""
-    losses: list[float] = []
-    for kl in reversed(curve.kl):
-        losses.append(max(kl, losses[-1]) if losses else kl)
-    return losses[::-1]
+    rising: list[float] = []
+    for loss in reversed(curve.losses):
+        rising.append(max(loss, rising[-1]) if rising else loss)
+    return rising[::-1]
 
 
 @contextmanager

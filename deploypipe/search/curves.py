@@ -1,6 +1,6 @@
 """Measured loss curves: what cutting one structure alone does to the network's answers.
 
-Summed scores allocate worse than uniform widths; the measured KL divergence of the logits allocates far better. Scores
+Summed scores allocate worse than uniform widths; the measured divergence of the answers allocates far better. Scores
 say which units of a group go, these curves say how many.
 """
 
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deploypipe.answers import of_classes
 from deploypipe.errors import DataError
 from deploypipe.numerics.least_squares import solve_towards
 from deploypipe.observe.moments import InputMoments, Moments
@@ -30,7 +31,17 @@ from deploypipe.observe.stream import hooked
 from deploypipe.pruning.slicing import Bypass, cut_, looks_across, mask_
 from deploypipe.recipe import Search
 from deploypipe.records import ChannelGroup, Curves, Edit, Event, LossCurve, Progress, ScoreTable, Structures, silent
-from deploypipe.task import Batch, channels_last, evaluating, forward, num_samples, stack_batches, take_calib
+from deploypipe.runtimes.packing import name_outputs
+from deploypipe.task import (
+    Batch,
+    Divergence,
+    channels_last,
+    evaluating,
+    forward,
+    num_samples,
+    stack_batches,
+    take_calib,
+)
 
 _RIDGE = 1e-3
 # On images a network has memorised its answers are saturated, and the KL at temperature 1 hangs on a few of them. At a
@@ -47,11 +58,12 @@ def measure_curves(
     settings: Search,
     *,
     channel_multiple: int = 1,
+    divergence: Divergence | None = None,
     notify: Progress = silent,
 ) -> Curves:
-    """KL(dense || cut) of each group at several widths, and of each block without it.
+    """How far the answers are from the dense network's with each group at several widths, and without each block.
 
-    In nats a sample, at `TEMPERATURE` and times its square.
+    By `divergence` at `TEMPERATURE`; without one, that of classes: nats a sample.
 
     The cut is simulated on the dense network (removed inputs of the consumers set to zero, which is what surgery does),
     with the consumers' weights repaired in closed form from `moments`. Cost: a forward pass a point; blocks that ran
@@ -59,7 +71,7 @@ def measure_curves(
     """
     taken = take_calib(batches, settings.num_curve_samples)
     inputs = channels_last(stack_batches([batch for batch, _ in taken]))
-    probe = _Probe(dense, structures, inputs)
+    probe = _Probe(dense, structures, inputs, divergence or of_classes())
     curves: list[LossCurve] = []
     jobs: list[Callable[[], LossCurve]] = [
         partial(
@@ -83,7 +95,7 @@ def measure_curves(
 
 
 def _block_curve(probe: "_Probe", name: str) -> LossCurve:
-    return LossCurve(name=name, kind="block", kept=(0,), kl=(probe.loss_without(name),))
+    return LossCurve(name=name, kind="block", kept=(0,), losses=(probe.loss_without(name),))
 
 
 def _group_curve(
@@ -98,7 +110,7 @@ def _group_curve(
     ranked = sorted(range(group.num_units), key=lambda i: (-scores.channels[group.name][i], i))
     widths = width_levels(group.num_units, num_levels, group.step(multiple), least)
     losses = [probe.loss_at(group, ranked[:width], moments) for width in widths]
-    return LossCurve(name=group.name, kind="channels", kept=(*widths, group.num_units), kl=(*losses, 0.0))
+    return LossCurve(name=group.name, kind="channels", kept=(*widths, group.num_units), losses=(*losses, 0.0))
 
 
 def width_levels(num_units: int, count: int, multiple: int, least: int = 1) -> list[int]:
@@ -112,19 +124,19 @@ def width_levels(num_units: int, count: int, multiple: int, least: int = 1) -> l
 class _Probe:
     """Runs the dense network with one structure cut and compares its answers."""
 
-    def __init__(self, dense: nn.Module, structures: Structures, inputs: Any) -> None:
+    def __init__(self, dense: nn.Module, structures: Structures, inputs: Any, divergence: Divergence) -> None:
         self.model = dense
-        self.inputs = inputs
+        self.inputs, self.divergence = inputs, divergence
         self.modules = dict(dense.named_modules())
         self.order = [block.name for block in structures.blocks]
         self.blocks = {block.name: Bypass(self.modules[block.name], block.returns) for block in structures.blocks}
         self.block_outputs: dict[str, Any] = {}
         hooks = [(name, self._keep_output(name)) for name in self.order]
         with evaluating(dense), torch.no_grad(), hooked(dense, hooks):
-            self.dense_logits = self._log_probabilities(dense)
+            self.dense_answers = self._answers(dense)
 
     def loss_at(self, group: ChannelGroup, kept: Sequence[int], moments: Moments) -> float:
-        """KL with only the units `kept` of a group."""
+        """The divergence with only the units `kept` of a group."""
         readers = [m for m in group.members if reads(self.modules[m.module], m.side)]
         if not readers or any(looks_across(self.modules[m.module]) for m in group.members):
             return self._loss_cut(group, kept)
@@ -152,7 +164,7 @@ class _Probe:
             return self._loss(smaller)
 
     def loss_without(self, block: str) -> float:
-        """KL with a block replaced by the identity."""
+        """The divergence with a block replaced by the identity."""
         with evaluating(self.model), torch.no_grad(), ExitStack() as stack:
             self._skip_before(self.order.index(block), stack)
             stack.enter_context(_forward_as(self.modules[block], self.blocks[block].forward))
@@ -174,17 +186,14 @@ class _Probe:
             output = self.block_outputs[name]
             stack.enter_context(_forward_as(self.modules[name], lambda *_a, o=output, **_k: deepcopy(o)))
 
-    def _log_probabilities(self, model: nn.Module) -> Tensor:
+    def _answers(self, model: nn.Module) -> Any:
         outputs = forward(model, self.inputs)
-        if not isinstance(outputs, Tensor):
-            raise DataError("the loss curves need a network with one output tensor of logits")
-        if not torch.isfinite(outputs).all():
+        if not all(torch.isfinite(tensor).all() for tensor in name_outputs(outputs).values()):
             raise DataError("the network's outputs are not finite on the calibration samples; check data and model")
-        return (outputs.double() / TEMPERATURE).flatten(0, -2).log_softmax(dim=-1)
+        return outputs.double() if isinstance(outputs, Tensor) else outputs
 
     def _loss(self, model: nn.Module) -> float:
-        difference = self.dense_logits - self._log_probabilities(model)
-        return max(float((self.dense_logits.exp() * difference).sum(-1).mean()), 0.0) * TEMPERATURE**2
+        return max(float(self.divergence(self._answers(model), self.dense_answers, TEMPERATURE)), 0.0)
 
 
 @contextmanager

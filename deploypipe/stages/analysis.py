@@ -141,6 +141,7 @@ def curves(job: Job, structures: Structures, scores: ScoreTable, moments: Moment
             job.calib,
             job.recipe.search,
             channel_multiple=job.target.channel_multiple,
+            divergence=job.task.divergence,
             notify=job.run.notify,
         )
         if not settings.prune_blocks or not structures.blocks:

@@ -4,8 +4,10 @@ import copy
 from importlib.metadata import version
 from typing import Any
 
+import torch
 from torch import nn
 
+from deploypipe.answers import with_divergence
 from deploypipe.benchmark.environment import describe_environment
 from deploypipe.data import fingerprint
 from deploypipe.export.engine import is_built
@@ -17,7 +19,7 @@ from deploypipe.runtimes.ability import can
 from deploypipe.runtimes.machine import this_machine
 from deploypipe.search.storage import Storage
 from deploypipe.target import Target
-from deploypipe.task import Splits, Task, take, take_calib
+from deploypipe.task import Splits, Task, first_of, forward, take, take_calib
 from deploypipe.training.ranks import ALONE, Ranks
 
 PACKAGES = ("torch", "optuna", "onnx", "onnxruntime", "onnxscript", "numpy", "scipy")
@@ -39,7 +41,8 @@ class Job:
         storage: Storage | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
-        self.model, self.splits, self.task = copy.deepcopy(model).cpu().eval(), splits, task
+        self.model, self.splits = copy.deepcopy(model).cpu().eval(), splits
+        self.task = _with_divergence(task, self.model, splits)
         self.recipe, self.target, self.run = recipe, target, run
         self.storage, self.ranks = storage, ranks
         self.ability = can(target)
@@ -87,3 +90,9 @@ class Job:
             "device": digest(self.device),
             "seed": str(self.recipe.seed),
         }
+
+
+def _with_divergence(task: Task, model: nn.Module, splits: Splits) -> Task:
+    inputs, target = first_of(splits.val, "val")
+    with torch.no_grad():
+        return with_divergence(task, forward(model, inputs), target)

@@ -14,14 +14,14 @@ from lightning_fabric import Fabric
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from deploypipe.answers import with_divergence
 from deploypipe.data import fingerprint_of
 from deploypipe.errors import DataError
 from deploypipe.jsonio import from_json, to_json
 from deploypipe.recipe import Finetune
 from deploypipe.records import EpochLog, Event, Progress, TrainLog, silent
-from deploypipe.task import Batch, Splits, Task, channels_last, forward, map_tensors, num_samples, tensors
+from deploypipe.task import Batch, Splits, Task, channels_last, first_of, forward, map_tensors, num_samples, tensors
 from deploypipe.training.ranks import ALONE, Part, Ranks
 from deploypipe.training.teacher import Teacher
 
@@ -43,7 +43,7 @@ def finetune(
 ) -> tuple[nn.Module, TrainLog]:
     """Train a copy of `pruned` on `splits.train`; the epoch with the best metric on `splits.val` is returned.
 
-    Loss: (1 - w) * task.loss + w * T^2 * KL(teacher || student) at temperature T, the teacher being `dense`; samples
+    Loss: (1 - w) * task.loss + w * task.divergence from the answers of the teacher, which is `dense`; samples
     are mixed in pairs, so `task.loss` has to be a mean over the batch. SGD with Nesterov momentum, warm-up from zero
     and cosine decay: a repaired network is destroyed by a large first step. The weights that are judged and returned
     are an exponential moving average. When no epoch beats the start, the start is returned and the log says so. With a
@@ -76,7 +76,14 @@ def finetune(
         nesterov=settings.momentum > 0,
     )
     model, optimizer = fabric.setup(student, optimizer)
-    lesson = _Lesson(fabric=fabric, ranks=ranks, model=model, teacher=teacher, task=task, settings=settings)
+    lesson = _Lesson(
+        fabric=fabric,
+        ranks=ranks,
+        model=model,
+        teacher=teacher,
+        task=_with_divergence(fabric, teacher, splits, task),
+        settings=settings,
+    )
     if stored := ranks.tell(_newest(checkpoint) if checkpoint is not None else None):
         _restore_(state, student, optimizer, stored)
     if not state.log:
@@ -183,13 +190,14 @@ def _distilled_loss(lesson: _Lesson, batch: Batch, part: Part, share: float) -> 
         return loss
     with torch.no_grad(), lesson.fabric.autocast():
         taught = lesson.teacher(inputs)
-    soft = F.kl_div(
-        (outputs.float() / temperature).flatten(0, -2).log_softmax(-1),
-        (taught.float() / temperature).flatten(0, -2).log_softmax(-1),
-        log_target=True,
-        reduction="batchmean",
-    )
-    return (1 - weight) * loss + weight * temperature**2 * soft
+    assert task.divergence is not None
+    return (1 - weight) * loss + weight * task.divergence(outputs, taught, temperature)
+
+
+def _with_divergence(fabric: Fabric, teacher: Teacher, splits: Splits, task: Task) -> Task:
+    inputs, target = first_of(splits.val, "val")
+    with torch.no_grad():
+        return with_divergence(task, forward(teacher.dense, fabric.to_device(inputs)), target)
 
 
 def _draw_share(inputs: Any, largest: float) -> float:
@@ -234,8 +242,6 @@ def _validate(lesson: _Lesson, splits: Splits) -> float:
             if number % ranks.count == ranks.rank
         }
     parts = {number: values for rank in ranks.gather(own) for number, values in rank.items()}
-    if not parts:
-        raise DataError("the val split is empty; return at least one batch as `val` from load_data()")
     return float(torch.cat([parts[number] for number in sorted(parts)]).double().mean())
 
 

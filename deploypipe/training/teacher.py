@@ -21,7 +21,8 @@ class Teacher:
 
     A folder belongs to one dense network and precision of its arithmetic. It holds a file for each epoch: the outputs
     of its batches, by what was in them. The first training writes it at the epoch's end, those after it read it, and
-    what a file does not hold is computed. Where the outputs of all epochs take more than 1 GiB, the rest is not kept.
+    what a file does not hold is computed. Where the outputs of all epochs take more than 1 GiB, or are several
+    tensors, the rest is not kept.
     """
 
     def __init__(self, dense: nn.Module, folder: Path | None = None) -> None:
@@ -47,18 +48,19 @@ class Teacher:
         finally:
             self._known, self._new = {}, None
 
-    def __call__(self, inputs: Any) -> Tensor:
+    def __call__(self, inputs: Any) -> Any:
         if not self._known and self._new is None:
-            return forward(self.dense, inputs)  # type: ignore[no-any-return]
+            return forward(self.dense, inputs)
         name = _digest(inputs)
         if name in self._known:
             return self._known[name]
-        outputs: Tensor = forward(self.dense, inputs)
+        outputs = forward(self.dense, inputs)
         if self._new is not None:
-            self._new[name] = outputs.contiguous().clone()  # what a network returns may lie in a tensor of its own
-            self._room -= outputs.nbytes
+            self._room -= outputs.nbytes if isinstance(outputs, Tensor) else self._room + 1
             if self._room < 0:
                 self._new = None
+            else:
+                self._new[name] = outputs.contiguous().clone()  # it may lie in a tensor that all answers share
         return outputs
 
 

@@ -50,11 +50,11 @@ def structures_of(macs: list[float], homes: list[int | None], blocks: list[float
 
 def curves_of(structures: Structures, channel_kl: list[list[float]], block_kl: list[float]) -> Curves:
     curves = [
-        LossCurve(name=g.name, kind="channels", kept=(1, 2, WIDTH), kl=(*kl, 0.0))
+        LossCurve(name=g.name, kind="channels", kept=(1, 2, WIDTH), losses=(*kl, 0.0))
         for g, kl in zip(structures.groups, channel_kl, strict=True)
     ]
     curves += [
-        LossCurve(name=b.name, kind="block", kept=(0,), kl=(kl,))
+        LossCurve(name=b.name, kind="block", kept=(0,), losses=(kl,))
         for b, kl in zip(structures.blocks, block_kl, strict=True)
     ]
     return Curves(curves=tuple(curves), num_samples=1)
@@ -68,11 +68,11 @@ def cost_by_hand(choice: Allocation, structures: Structures, curves: Curves, exp
         if group.name in choice.widths:
             kept = choice.widths[group.name]
             curve = table[group.name]
-            loss += max(kl for k, kl in zip(curve.kept, curve.kl, strict=True) if k >= kept) ** exponent
+            loss += max(kl for k, kl in zip(curve.kept, curve.losses, strict=True) if k >= kept) ** exponent
             saving += (group.num_units - kept) * group.macs_per_unit
     for block in structures.blocks:
         if block.name in choice.blocks:
-            loss += table[block.name].kl[0] ** exponent
+            loss += table[block.name].losses[0] ** exponent
             saving += block.macs
     return loss, saving
 

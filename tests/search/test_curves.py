@@ -51,7 +51,7 @@ def kl(dense: nn.Module, other: nn.Module, inputs: Tensor) -> float:
 
 
 def points(curves: Curves) -> list[tuple[LossCurve, int, float]]:
-    return [(c, k, loss) for c in curves.curves for k, loss in zip(c.kept, c.kl, strict=True)]
+    return [(c, k, loss) for c in curves.curves for k, loss in zip(c.kept, c.losses, strict=True)]
 
 
 @pytest.mark.parametrize("name", sorted(networks.NETWORKS))
@@ -78,9 +78,9 @@ def test_repaired_points_are_the_pruned_networks_with_that_layer_solved(name: st
         curve = next(c for c in curves.curves if c.name == group.name)
         pruned = apply_plan(model, make_plan(structures, scores, {group.name: curve.kept[0]}))
         solve_(pruned, model, readers[0].module, inputs)
-        assert curve.kl[0] == pytest.approx(kl(model, pruned, inputs), rel=2e-2, abs=1e-5)
+        assert curve.losses[0] == pytest.approx(kl(model, pruned, inputs), rel=2e-2, abs=1e-5)
         assert curve.kept[-1] == group.num_units
-        assert curve.kl[-1] == 0
+        assert curve.losses[-1] == 0
 
 
 class Joined(nn.Module):
@@ -105,7 +105,7 @@ def test_tied_groups_have_one_curve_with_all_their_readers_repaired() -> None:
     assert (curve.name, curve.kept) == ("left", (3, 7, 8))
     pruned = apply_plan(model, make_plan(structures, scores, {"left": 3}))
     solve_(pruned, model, "last", inputs)
-    assert curve.kl[0] == pytest.approx(kl(model, pruned, inputs), rel=2e-2)
+    assert curve.losses[0] == pytest.approx(kl(model, pruned, inputs), rel=2e-2)
 
 
 def solve_(pruned: nn.Module, dense: nn.Module, name: str, inputs: Tensor) -> None:

@@ -51,11 +51,11 @@ def proposer(name: str, shares: Mapping[str, float], measure: Any = None) -> Pro
             name=g.name,
             kind="channels",
             kept=tuple(levels[g.name]),
-            kl=tuple(0.1 * (1 - kept / g.num_units) ** 2 for kept in levels[g.name]),
+            losses=tuple(0.1 * (1 - kept / g.num_units) ** 2 for kept in levels[g.name]),
         )
         for g in structures.groups
     ]
-    curves += [LossCurve(name=b.name, kind="block", kept=(0,), kl=(0.2,)) for b in structures.blocks]
+    curves += [LossCurve(name=b.name, kind="block", kept=(0,), losses=(0.2,)) for b in structures.blocks]
     return Proposer(
         dense=network,
         inputs=build(name)[1],

@@ -69,7 +69,7 @@ def test_another_network_learns_from_the_same_answers(tmp_path: Path, precision:
     assert sorted(file.name for file in folder.iterdir()) == ["epoch-1.safetensors", "epoch-2.safetensors"]
     Dense.asked = 0
     assert same(train(6, folder, precision=precision), expected[6])
-    assert Dense.asked == 0
+    assert Dense.asked == 1  # for what its answers are like
 
 
 def damage(file: Path) -> None:
@@ -85,7 +85,7 @@ def test_answers_that_are_lost_are_asked_for(harm: Callable[[Path], Any], tmp_pa
     harm(tmp_path / "epoch-2.safetensors")
     Dense.asked = 0
     assert same(train(8, tmp_path), expected)
-    assert Dense.asked == 4
+    assert Dense.asked == 1 + 4
     assert (tmp_path / "epoch-2.safetensors").read_bytes() == whole
 
 

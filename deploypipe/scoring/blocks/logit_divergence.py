@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deploypipe.answers import of_classes
 from deploypipe.errors import DataError
 from deploypipe.observe.moments import Moments
 from deploypipe.pruning.apply import check_fingerprint, cut_out
@@ -14,7 +15,7 @@ from deploypipe.pruning.plan import empty_plan
 from deploypipe.pruning.repair import repair
 from deploypipe.recipe import LogitDivergence
 from deploypipe.records import BlockRanking, Structures
-from deploypipe.task import Batch, evaluating, forward, take_calib
+from deploypipe.task import Batch, evaluating, forward, num_samples, take_calib
 
 
 def rank_by_divergence(
@@ -47,18 +48,17 @@ def divergence(dense: nn.Module, other: nn.Module, batches: Iterable[Batch], tem
     total, count = 0.0, 0
     with evaluating(dense), evaluating(other), torch.no_grad():
         for inputs, _ in batches:
-            expected = _log_probabilities(dense, inputs, temperature)
-            seen = _log_probabilities(other, inputs, temperature)
-            total += float((expected.exp() * (expected - seen)).sum())
-            count += len(expected)
-    return max(total / count, 0.0) * temperature**2
+            apart = of_classes()(_logits(other, inputs), _logits(dense, inputs), temperature)
+            total += float(apart) * num_samples(inputs)
+            count += num_samples(inputs)
+    return max(total / count, 0.0)
 
 
-def _log_probabilities(model: nn.Module, inputs: Any, temperature: float) -> Tensor:
-    """(samples * positions, classes) float64."""
+def _logits(model: nn.Module, inputs: Any) -> Tensor:
+    """(samples, ..., classes) float64."""
     outputs = forward(model, inputs)
     if not isinstance(outputs, Tensor):
         raise DataError("the divergence of answers needs a network with one output tensor of logits")
     if not torch.isfinite(outputs).all():
         raise DataError("the network's outputs are not finite on the calibration samples; check data and model")
-    return (outputs.double() / temperature).flatten(0, -2).log_softmax(dim=-1)
+    return outputs.double()

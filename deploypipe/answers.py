@@ -1,0 +1,73 @@
+"""How far a network's answers are from those of the dense one: what fine-tuning and loss curves go by."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from deploypipe.runtimes.packing import name_outputs
+from deploypipe.task import Divergence, Task
+
+
+def of_classes(dim: int = -1) -> Divergence:
+    """T^2 KL(expected || seen) of the classes along `dim` at temperature T (arXiv:1503.02531): a mean over samples and
+    positions, in nats."""
+
+    def divergence(seen: Tensor, expected: Tensor, temperature: float) -> Tensor:
+        def log_probabilities(logits: Tensor) -> Tensor:
+            return (_promoted(logits) / temperature).movedim(dim, -1).flatten(0, -2).log_softmax(-1)
+
+        told = log_probabilities(expected)
+        return temperature**2 * F.kl_div(log_probabilities(seen), told, log_target=True, reduction="batchmean")
+
+    return divergence
+
+
+def of_values(outputs: Any) -> Divergence:
+    """Mean squared difference, relative to the variance over the samples of `outputs`, the dense network's for one
+    batch; the mean of that over the tensors of real numbers, however they are packed. Knows no temperature."""
+    spreads = {name: _variance(tensor) for name, tensor in _real_ones(outputs).items()}
+
+    def divergence(seen: Any, expected: Any, _: float) -> Tensor:
+        own, told = _real_ones(seen), _real_ones(expected)
+        return torch.stack([F.mse_loss(own[name], told[name]) / spread for name, spread in spreads.items()]).mean()
+
+    return divergence
+
+
+def with_divergence(task: Task, outputs: Any, target: Any) -> Task:
+    """The task with a `divergence`: its own, or what suits the dense network's outputs for one batch."""
+    return task if task.divergence else replace(task, divergence=_suited(outputs, target))
+
+
+def _suited(outputs: Any, target: Any) -> Divergence:
+    dim = _dim_of_classes(outputs, target)
+    return of_values(outputs) if dim is None else of_classes(dim)
+
+
+def _dim_of_classes(outputs: Any, target: Any) -> int | None:
+    """Which dimension the outputs have beyond those of targets that number classes: torch's place for them, or the
+    last."""
+    if not isinstance(outputs, Tensor) or not isinstance(target, Tensor):
+        return None
+    if target.is_floating_point() or outputs.dim() != target.dim() + 1:
+        return None
+    is_second = outputs.shape[:1] + outputs.shape[2:] == target.shape
+    dim = 1 if is_second else outputs.dim() - 1
+    return dim if outputs.shape[dim] > 1 else None
+
+
+def _real_ones(outputs: Any) -> dict[str, Tensor]:
+    return {name: _promoted(tensor) for name, tensor in name_outputs(outputs).items() if tensor.is_floating_point()}
+
+
+def _promoted(tensor: Tensor) -> Tensor:
+    """At least in single precision."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _variance(tensor: Tensor) -> float:
+    variance = float(tensor.double().var(dim=0, correction=0).mean())
+    return variance or 1.0
