@@ -41,12 +41,12 @@ def finetune(
     notify: Progress = silent,
     ranks: Ranks = ALONE,
 ) -> tuple[nn.Module, TrainLog]:
-    """Train a copy of `pruned` on `splits.train`; the epoch with the best metric on `splits.val` is returned.
+    """Train a copy of `pruned` on `splits.train`; the epoch with the best metric on `splits.val` is returned, the last of several.
 
     Loss: (1 - w) * task.loss + w * task.divergence from the answers of the teacher, which is `dense`; samples
     are mixed in pairs, so `task.loss` has to be a mean over the batch. SGD with Nesterov momentum, warm-up from zero
     and cosine decay: a repaired network is destroyed by a large first step. The weights that are judged and returned
-    are an exponential moving average. When no epoch beats the start, the start is returned and the log says so. With a
+    are an exponential moving average. When all epochs are worse than the start, that is returned and the log says so. With a
     `checkpoint` folder the work resumes after a kill at the last whole epoch. `answers` is a folder of this teacher's
     outputs, for trainings with the same seed and precision; one rank on a CPU reads and writes it (a GPU would wait
     longer for the comparison of batches than for the teacher).
@@ -114,7 +114,8 @@ def finetune(
         state.average = ranks.tell(state.average)  # batch norms on CPUs saw other samples elsewhere
         with _holding(student, state.average):
             metric = _validate(lesson, splits)
-        if metric > state.best_metric and _are_finite(state.average):  # NaN logits can be right by chance
+        # Of equals the one that learned more: ResNet-56 at 0.7x, 99.24 % on val before and after (pipelines/LOG.md).
+        if metric >= state.best_metric and _are_finite(state.average):  # NaN logits can be right by chance
             state.best_metric, state.best = metric, {n: t.clone() for n, t in state.average.items()}
             state.best_epoch = epoch
         state.log.append(_epoch(epoch, rate, _mean(ranks, losses), metric, started))
@@ -126,7 +127,7 @@ def finetune(
 def _best_of(state: "_State", pruned: nn.Module) -> tuple[nn.Module, TrainLog]:
     tuned = copy.deepcopy(pruned)
     tuned.load_state_dict(state.best)
-    reason = "" if state.best_epoch else "no epoch was better on val than the start; the start is kept"
+    reason = "" if state.best_epoch else "every epoch was worse on val than the start, which is kept"
     return tuned, TrainLog(epochs=tuple(state.log), chosen_epoch=state.best_epoch, reason=reason)
 
 

@@ -67,7 +67,7 @@ def test_loss_falls_and_the_best_epoch_is_returned(precision: Any, capfd: pytest
     assert log.epochs[-1].train_loss < log.epochs[1].train_loss
     accuracies = [epoch.val_accuracy for epoch in log.epochs]
     assert [epoch.epoch for epoch in log.epochs] == [0, 1, 2, 3]
-    assert log.chosen_epoch == accuracies.index(max(accuracies)) > 0
+    assert log.chosen_epoch == 3 - accuracies[::-1].index(max(accuracies)) > 0
     assert log.reason == ""
     assert accuracy(tuned) == pytest.approx(max(accuracies), abs=0.05 if precision == "bf16" else 1e-6)
     assert teacher.training
@@ -109,6 +109,13 @@ def test_no_step_is_longer_than_the_limit_allows() -> None:
     assert moved == pytest.approx(rate * limit, rel=1e-3)
 
 
+def test_of_epochs_that_are_alike_the_last_is_returned() -> None:
+    task = replace(classification(), metric=lambda outputs, target: torch.ones(len(target)))
+    tuned, log = finetune(network(0), network(1), splits(), task, SETTINGS)
+    assert log.chosen_epoch == 3 and log.reason == ""
+    assert not torch.equal(tuned[0].weight, network(0)[0].weight)
+
+
 class Later:
     """Every look finds the network better than the one before."""
 
@@ -132,7 +139,7 @@ def test_harmful_training_is_rolled_back(rate: float) -> None:
             good[-1].bias[0] -= 100
     kept, log = finetune(good, good, splits(val=val), classification(), settings)
     assert log.chosen_epoch == 0
-    assert "start is kept" in log.reason
+    assert "start, which is kept" in log.reason
     assert all(torch.equal(value, good.state_dict()[key]) for key, value in kept.state_dict().items())
 
 
