@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from deploypipe.errors import ModelError
 from deploypipe.runtimes.packing import name_outputs
 from deploypipe.task import Divergence, Task
 
@@ -27,8 +28,11 @@ def of_classes(dim: int = -1) -> Divergence:
 
 def of_values(outputs: Any) -> Divergence:
     """Mean squared difference, relative to the variance over the samples of `outputs`, the dense network's for one
-    batch; the mean of that over the tensors of real numbers, however they are packed. Knows no temperature."""
+    batch; the mean of that over the tensors of real numbers, however they are packed. Knows no temperature. ModelError
+    where none is."""
     spreads = {name: _variance(tensor) for name, tensor in _real_ones(outputs).items()}
+    if not spreads:
+        raise ModelError("the network returns no real numbers; return the scores that its answers are chosen by")
 
     def divergence(seen: Any, expected: Any, _: float) -> Tensor:
         own, told = _real_ones(seen), _real_ones(expected)

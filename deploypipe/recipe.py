@@ -245,7 +245,7 @@ class Finetune:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     distil_weight: float = 0.7  # the rest weighs the labels
-    distil_temperature: float = 4.0
+    distil_temperature: float = 4.0  # of a classifier's answers
     mix_share: float = 0.5  # mixup: at most this share of another sample is mixed into each; 0: off. Not for token ids
     max_gradient_norm: float = 10.0  # of all weights together; larger ones are shortened to it
     average_decay: float = 0.99  # exponential moving average of the weights, per step; 0: off

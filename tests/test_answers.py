@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from deploypipe.answers import of_classes, of_values, with_divergence
+from deploypipe.errors import ModelError
 from deploypipe.task import Task, classification
 
 T = 3.0
@@ -70,6 +71,11 @@ def test_the_kind_of_answers_is_found(
     apart = found(seen, expected, T)
     assert apart.dtype == torch.float32 and apart > 0
     assert torch.equal(apart, suited(seen, expected, T))
+
+
+def test_choices_without_scores_are_refused() -> None:
+    with pytest.raises(ModelError, match="no real numbers"):
+        with_divergence(classification(), draw(5, 4).argmax(1), torch.zeros(5, dtype=torch.long))
 
 
 def test_a_task_keeps_its_own() -> None:

@@ -41,12 +41,12 @@ def finetune(
     notify: Progress = silent,
     ranks: Ranks = ALONE,
 ) -> tuple[nn.Module, TrainLog]:
-    """Train a copy of `pruned` on `splits.train`; the epoch with the best metric on `splits.val` is returned, the last of several.
+    """Train a copy of `pruned` on `splits.train`; of the epochs with the best metric on `splits.val` return the last.
 
-    Loss: (1 - w) * task.loss + w * task.divergence from the answers of the teacher, which is `dense`; samples
-    are mixed in pairs, so `task.loss` has to be a mean over the batch. SGD with Nesterov momentum, warm-up from zero
-    and cosine decay: a repaired network is destroyed by a large first step. The weights that are judged and returned
-    are an exponential moving average. When all epochs are worse than the start, that is returned and the log says so. With a
+    Loss: (1 - w) * task.loss + w * task.divergence from the answers of the teacher, which is `dense`; samples are mixed
+    in pairs, so `task.loss` has to be a mean over the batch. SGD with Nesterov momentum, warm-up from zero and cosine
+    decay: a repaired network is destroyed by a large first step. The weights that are judged and returned are an
+    exponential moving average. When all epochs are worse than the start, that is returned and the log says so. With a
     `checkpoint` folder the work resumes after a kill at the last whole epoch. `answers` is a folder of this teacher's
     outputs, for trainings with the same seed and precision; one rank on a CPU reads and writes it (a GPU would wait
     longer for the comparison of batches than for the teacher).
