@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deploypipe.errors import ModelError
+from deploypipe.errors import DataError, ModelError
 from deploypipe.runtimes.packing import name_outputs
 from deploypipe.task import Divergence, Task
 
@@ -42,13 +42,26 @@ def of_values(outputs: Any) -> Divergence:
 
 
 def with_divergence(task: Task, outputs: Any, target: Any) -> Task:
-    """The task with a `divergence`: its own, or what suits the dense network's outputs for one batch."""
-    return task if task.divergence else replace(task, divergence=_suited(outputs, target))
+    """The task with a `divergence`: its own, or what suits the dense network's outputs for one batch.
+
+    DataError where its own gives something else than a finite number, ModelError where no outputs are real numbers.
+    """
+    if task.divergence is None:
+        dim = _dim_of_classes(outputs, target)
+        return replace(task, divergence=of_values(outputs) if dim is None else of_classes(dim))
+    found = task.divergence(outputs, outputs, 1.0)
+    if not isinstance(found, Tensor) or found.dim() or not torch.isfinite(found):
+        raise DataError(
+            f"task().divergence gives {_told(found)} for the dense network's outputs and themselves; return one finite "
+            "number, a mean over the samples, as a tensor without dimensions"
+        )
+    return task
 
 
-def _suited(outputs: Any, target: Any) -> Divergence:
-    dim = _dim_of_classes(outputs, target)
-    return of_values(outputs) if dim is None else of_classes(dim)
+def _told(found: Any) -> str:
+    if not isinstance(found, Tensor):
+        return f"a {type(found).__name__}"
+    return f"a tensor of shape {tuple(found.shape)}" if found.dim() else str(float(found))
 
 
 def _dim_of_classes(outputs: Any, target: Any) -> int | None:

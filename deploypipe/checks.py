@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deploypipe.answers import with_divergence
 from deploypipe.benchmark.accuracy import evaluate_module
 from deploypipe.errors import ConfigError, DataError, ModelError, RuntimeUnavailableError
 from deploypipe.pruning.structures import require_trainable
@@ -32,6 +33,7 @@ def check_inputs(model: nn.Module, splits: Splits, task: Task, recipe: Recipe, t
             )
         if name == "val":
             evaluate_module(model, [(take(inputs, 2), take(labels, 2))], task)
+            with_divergence(task, outputs, take(labels, 2))
 
 
 def _check_target(target: Target) -> None:

@@ -1,5 +1,6 @@
 """How far answers are apart: by definition, and which kind of answers a network gives."""
 
+import math
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deploypipe.answers import of_classes, of_values, with_divergence
-from deploypipe.errors import ModelError
+from deploypipe.errors import DataError, ModelError
 from deploypipe.task import Task, classification
 
 T = 3.0
@@ -76,6 +77,15 @@ def test_the_kind_of_answers_is_found(
 def test_choices_without_scores_are_refused() -> None:
     with pytest.raises(ModelError, match="no real numbers"):
         with_divergence(classification(), draw(5, 4).argmax(1), torch.zeros(5, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    ("found", "said"), [(3, "a int"), (torch.ones(5), r"a tensor of shape \(5,\)"), (torch.tensor(math.nan), "nan")]
+)
+def test_a_divergence_that_is_no_number_is_refused(found: Any, said: str) -> None:
+    task = Task(loss=torch.sub, metric=torch.sub, divergence=lambda *_: found)
+    with pytest.raises(DataError, match=f"task.*gives {said}.*one finite number"):
+        with_divergence(task, draw(5, 4), torch.zeros(5, dtype=torch.long))
 
 
 def test_a_task_keeps_its_own() -> None:

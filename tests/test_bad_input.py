@@ -54,6 +54,10 @@ class One(Network):
 def build_model(): return One().eval()
 """
 MEAN_METRIC = "def task(): return Task(loss=F.cross_entropy, metric=lambda y, t: (y.argmax(1) == t).float().mean())\n"
+WIDE_DIVERGENCE = """
+def task():
+    return Task(loss=F.cross_entropy, metric=classification().metric, divergence=lambda a, b, _: (a - b).sum(1))
+"""
 BROKEN_METRIC = "def task(): return Task(loss=F.cross_entropy, metric=lambda y, t: y.no_such())\n"
 
 
@@ -99,6 +103,7 @@ def told(done: Any) -> str:
         (TWO_OUTPUTS, ["logits, one tensor", "returns dict", "Task(loss=..., metric=...)"]),
         (ONE_NUMBER, ["logits, one tensor", "shape ['n']"]),
         (MEAN_METRIC, ["one value per sample"]),
+        (WIDE_DIVERGENCE, ["task().divergence gives a tensor of shape (2,)", "one finite number"]),
         (BROKEN_METRIC, ["pipe.py, line", "no_such"]),
     ],
 )
