@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typer.testing import CliRunner
 
 from deploypipe.blockwise import BlockwiseResult, blocks, find_blocks_in_a_row, prune_blockwise, work
+from deploypipe.cli import app
 from deploypipe.errors import ConfigError, DataError, DeploypipeError, ModelError, RunFolderError
 from deploypipe.jsonio import to_json
 from deploypipe.pruning.apply import apply_plan, masked_dense
@@ -425,3 +427,55 @@ def test_the_longest_list_of_one_class_is_taken() -> None:
             self.long = nn.Sequential(*(nn.Linear(2, 2) for _ in range(3)))
 
     assert find_blocks_in_a_row(Two()) == ("long.0", "long.1", "long.2")
+
+
+PIPELINE = """
+from test_blockwise import RECIPE, batches, build_network as build_model
+from deploypipe.task import Splits, classification
+def load_data(): return Splits(calib=batches(), train=[], val=batches(1), test=batches(1))
+def task(): return classification()
+def recipe(): return RECIPE
+"""
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "pipe.py").write_text(PIPELINE, encoding="utf-8")
+    save_file(own_weights(build_network()), tmp_path / "w.safetensors")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_command_is_the_function(home: Path) -> None:
+    done = CliRunner().invoke(
+        app, ["blockwise", "./pipe.py", "w.safetensors", "--kept", "0.5", "--channel-multiple", "4"]
+    )
+    assert done.exit_code == 0, done.output
+    expected = prune_blockwise(
+        build_network, "w.safetensors", batches(), "expected", RECIPE, kept=0.5, channel_multiple=4
+    )
+    assert f"{expected.params_before:,} -> {expected.params_after:,}" in done.output
+    assert all(f"blocks.{number}: " in done.output for number in range(4))
+    files = {file.relative_to("expected"): file.read_bytes() for file in Path("expected").rglob("*") if file.is_file()}
+    assert files == {
+        file.relative_to("runs/pipe-blockwise"): file.read_bytes()
+        for file in Path("runs/pipe-blockwise").rglob("*")
+        if file.is_file()
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["w.safetensors", "--kept", "1.5"], ["kept", "1.5", "0 < kept < 1"]),
+        (["none.safetensors", "--kept", "0.5"], ["none.safetensors"]),
+        (["w.safetensors", "--kept", "0.5", "--set", "score.kind=taylor"], ["score.kind", "whole network at once"]),
+        (["w.safetensors", "--kept", "0.5", "--block", "blocks.9"], ["blocks.9"]),
+    ],
+)
+def test_wrong_arguments_of_the_command(arguments: list[str], said: list[str], home: Path) -> None:
+    done = CliRunner().invoke(app, ["blockwise", "./pipe.py", *arguments])
+    assert done.exit_code == 2, (done.output, done.exception)
+    (line,) = [line for line in done.output.splitlines() if line.startswith("error: ")]
+    assert all(text in line for text in said), line
+    assert not (home / "runs").exists()
