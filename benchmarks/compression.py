@@ -228,9 +228,9 @@ class Comparison:
             print(f"| {label} | 1/{speedup:.2f} | {seen.percent:.2f} ({seen.low:.2f} to {seen.high:.2f}) | |")
         for label, log, report in logs:
             speedup = report.dense.num_macs / report.compressed.num_macs
-            seen, ratio = report.compressed.accuracy, report.latency_ratio
-            assert seen is not None and ratio is not None
-            accuracy = f"{seen.value * 100:.2f} ({seen.low * 100:.2f} to {seen.high * 100:.2f})"
+            measured, ratio = report.compressed.accuracy, report.latency_ratio
+            assert measured is not None and ratio is not None
+            accuracy = f"{measured.value * 100:.2f} ({measured.low * 100:.2f} to {measured.high * 100:.2f})"
             latency = f"{ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f})"
             print(f"| {label} ({log.chosen_epoch} epochs) | 1/{speedup:.2f} | {accuracy} | {latency} |")
         for label, log, report in logs:

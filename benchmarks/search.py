@@ -158,7 +158,7 @@ def main() -> None:
         for budget in options.budgets:
             limited = replace(target, budget=Budget(latency_p50=f"{budget}x"))
             afresh = replace(run, stages={}, times=[])  # numbers its stages anew, and so finds those of other budgets
-            Contest(Job(model, splits, task, recipe, limited, afresh, pipeline.source)).print_()
+            Contest(pipeline.name, Job(model, splits, task, recipe, limited, afresh, pipeline.source)).print_()
 
 
 def _tell(event: Event) -> None:
@@ -169,8 +169,8 @@ def _tell(event: Event) -> None:
 class Contest:
     """All entrants at one budget."""
 
-    def __init__(self, job: Job) -> None:
-        self.job, self.run, self.recipe, self.target = job, job.run, job.recipe, job.target
+    def __init__(self, name: str, job: Job) -> None:
+        self.name, self.job, self.run, self.recipe, self.target = name, job, job.run, job.recipe, job.target
         self.dense, self.splits, self.task = job.model, job.splits, job.task
         self.structures = analysis.structures(job)
         self.baseline = analysis.baseline(job, analysis.dense_export(job))
@@ -442,19 +442,21 @@ class Table:
         hits = {row: self._hits(row) for row in seen}
         tuned = {row: self._tuned(row) for row in seen if self.num_epochs and self._is_rebuilt(row)}
         dense = self._remembered("dense-test", None, lambda _: contest.hits(contest.dense))
-        print(f"\n{contest.pipeline.name}, latency at most {contest.target.budget.latency_p50}, ", end="")
+        print(f"\n{contest.name}, latency at most {contest.target.budget.latency_p50}, ", end="")
         print(f"batch {contest.target.batch_size}; dense network: {_percent(dense)} on test\n")
+        epochs = "one epoch" if self.num_epochs == 1 else f"{self.num_epochs} epochs"
         print(
             "| entrant | latency, dense = 1 (95 %) | MACs | test accuracy, % (95 %) | behind ours, pp (95 %) "
-            f"| after {self.num_epochs} epochs, % | met the latency | minutes |\n|---|---|---|---|---|---|---|---|"
+            f"| after {epochs}, % (95 %) | then behind ours, pp (95 %) | met the latency | minutes |\n"
+            "|---|---|---|---|---|---|---|---|---|"
         )
         for row in ROWS:
             if row not in hits:
-                print(f"| {row.label} | none: {self.found[row.entrant].note} | | | | | | |")
+                print(f"| {row.label} | none: {self.found[row.entrant].note} | | | | | | | |")
                 continue
             cells = [self._latency(row), self._macs(row), _percent(hits[row]), _behind(hits, row)]
-            after = _percent(tuned[row]) if row in tuned else ""
-            print(f"| {row.label} | {' | '.join(cells)} | {after} | {self._met(row)} | {self._minutes(row):.1f} |")
+            cells += [_percent(tuned[row]), _behind(tuned, row)] if row in tuned else ["", ""]
+            print(f"| {row.label} | {' | '.join(cells)} | {self._met(row)} | {self._minutes(row):.1f} |")
         self._print_tried()
 
     def _hits(self, row: Row) -> Results:
@@ -490,7 +492,7 @@ class Table:
     def _macs(self, row: Row) -> str:
         contest = self.contest
         pruned = apply_plan(contest.dense, self.plans[row.entrant])
-        return f"{count_macs(pruned, contest.stages.inputs)[1] / contest.structures.num_macs:.2f}"
+        return f"{count_macs(pruned, contest.job.inputs)[1] / contest.structures.num_macs:.2f}"
 
     def _met(self, row: Row) -> str:
         tried = self.found[row.entrant].tried
