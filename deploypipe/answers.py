@@ -14,11 +14,12 @@ from deploypipe.task import Divergence, Task
 
 def of_classes(dim: int = -1) -> Divergence:
     """T^2 KL(expected || seen) of the classes along `dim` at temperature T (arXiv:1503.02531): a mean over samples and
-    positions, in nats."""
+    positions, in nats. For outputs that are one tensor of logits, alone or in a tuple or a dict."""
 
-    def divergence(seen: Tensor, expected: Tensor, temperature: float) -> Tensor:
-        def log_probabilities(logits: Tensor) -> Tensor:
-            return (_promoted(logits) / temperature).movedim(dim, -1).flatten(0, -2).log_softmax(-1)
+    def divergence(seen: Any, expected: Any, temperature: float) -> Tensor:
+        def log_probabilities(outputs: Any) -> Tensor:
+            (logits,) = _real_ones(outputs).values()
+            return (logits / temperature).movedim(dim, -1).flatten(0, -2).log_softmax(-1)
 
         told = log_probabilities(expected)
         return temperature**2 * F.kl_div(log_probabilities(seen), told, log_target=True, reduction="batchmean")
@@ -67,13 +68,14 @@ def _told(found: Any) -> str:
 def _dim_of_classes(outputs: Any, target: Any) -> int | None:
     """Which dimension the outputs have beyond those of targets that number classes: torch's place for them, or the
     last."""
-    if not isinstance(outputs, Tensor) or not isinstance(target, Tensor):
+    named = list(_real_ones(outputs).values())
+    if len(named) != 1 or not isinstance(target, Tensor) or target.is_floating_point():
         return None
-    if target.is_floating_point() or outputs.dim() != target.dim() + 1:
+    shape = named[0].shape
+    if len(shape) != target.dim() + 1:
         return None
-    is_second = outputs.shape[:1] + outputs.shape[2:] == target.shape
-    dim = 1 if is_second else outputs.dim() - 1
-    return dim if outputs.shape[dim] > 1 else None
+    dim = 1 if shape[:1] + shape[2:] == target.shape else len(shape) - 1
+    return dim if shape[dim] > 1 else None
 
 
 def _real_ones(outputs: Any) -> dict[str, Tensor]:

@@ -61,15 +61,16 @@ def test_several_tensors_count_alike_and_indices_not_at_all(pack: Any) -> None:
         ((6, 4), {"boxes": torch.zeros(6)}, None),
     ],
 )
+@pytest.mark.parametrize("pack", [lambda tensor: tensor, lambda tensor: {"logits": tensor, "none": None}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_kind_of_answers_is_found(
-    outputs: tuple[int, ...], target: Any, dim: int | None, dtype: torch.dtype
+    outputs: tuple[int, ...], target: Any, dim: int | None, dtype: torch.dtype, pack: Any
 ) -> None:
     expected, seen = draw(*outputs).to(dtype), draw(*outputs, seed=1)
     suited = of_values(expected) if dim is None else of_classes(dim)
-    found = with_divergence(classification(), expected, target).divergence
+    found = with_divergence(classification(), pack(expected), target).divergence
     assert found is not None
-    apart = found(seen, expected, T)
+    apart = found(pack(seen), pack(expected), T)
     assert apart.dtype == torch.float32 and apart > 0
     assert torch.equal(apart, suited(seen, expected, T))
 
