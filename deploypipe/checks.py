@@ -14,7 +14,7 @@ from deploypipe.recipe import Recipe
 from deploypipe.runtimes.ability import can
 from deploypipe.runtimes.packing import name_outputs
 from deploypipe.target import Target
-from deploypipe.task import Batch, Splits, Task, forward, num_samples, take, tensors
+from deploypipe.task import Batch, Splits, Task, empty_split, forward, num_samples, take, tensors
 
 
 def check_inputs(model: nn.Module, splits: Splits, task: Task, recipe: Recipe, target: Target) -> None:
@@ -57,7 +57,7 @@ def _first(split: Iterable[Batch], name: str) -> Batch:
             raise DataError(f"the {name} split gives inputs of type {type(inputs).__name__}; give tensors")
         if num_samples(inputs):
             return inputs, target
-    raise DataError(f"the {name} split is empty; return at least one batch as `{name}` from load_data()")
+    raise empty_split(name)
 
 
 def _try(model: nn.Module, inputs: Any, name: str) -> Any:

@@ -273,10 +273,8 @@ def open_run(
     with ExitStack() as stack:
         for folder in (path, *([shared] if shared else [])):
             stack.enter_context(_locked(folder))
-            for part in [
-                *folder.glob(".*.part*"),
-                *folder.glob("*/.*.part"),
-            ]:  # of files, and SQLite's journals, in the making
+            # Of files, and SQLite's journals, that a killed run had in the making.
+            for part in [*folder.glob(".*.part*"), *folder.glob("*/.*.part")]:
                 part.unlink()
         yield RunFolder(path=path, notify=notify, shared=shared, source=source)
 

@@ -138,7 +138,12 @@ def first_of(batches: Iterable[Batch], split: str) -> Batch:
     """The first batch of a split; DataError where it has none."""
     for batch in batches:
         return batch
-    raise DataError(f"the {split} split is empty; return at least one batch as `{split}` from load_data()")
+    raise empty_split(split)
+
+
+def empty_split(split: str) -> DataError:
+    """The error to raise for a split without batches."""
+    return DataError(f"the {split} split is empty; return at least one batch as `{split}` from load_data()")
 
 
 def take_calib(batches: Iterable[Batch], count: int) -> list[Batch]:
@@ -153,7 +158,7 @@ def take_calib(batches: Iterable[Batch], count: int) -> list[Batch]:
             break
         taken.append((take(inputs, left), take(target, left)))
     if not taken:
-        raise DataError("the calibration split is empty; return at least one batch as `calib` from load_data()")
+        raise empty_split("calib")
     return taken
 
 

@@ -17,11 +17,21 @@ from torch import Tensor, nn
 
 from deploypipe.answers import with_divergence
 from deploypipe.data import fingerprint_of
-from deploypipe.errors import DataError
 from deploypipe.jsonio import from_json, to_json
 from deploypipe.recipe import Finetune
 from deploypipe.records import EpochLog, Event, Progress, TrainLog, silent
-from deploypipe.task import Batch, Splits, Task, channels_last, first_of, forward, map_tensors, num_samples, tensors
+from deploypipe.task import (
+    Batch,
+    Splits,
+    Task,
+    channels_last,
+    empty_split,
+    first_of,
+    forward,
+    map_tensors,
+    num_samples,
+    tensors,
+)
 from deploypipe.training.ranks import ALONE, Part, Ranks
 from deploypipe.training.teacher import Teacher
 
@@ -196,6 +206,8 @@ def _distilled_loss(lesson: _Lesson, batch: Batch, part: Part, share: float) -> 
 
 
 def _with_divergence(fabric: Fabric, teacher: Teacher, splits: Splits, task: Task) -> Task:
+    if task.divergence is not None:
+        return task
     inputs, target = first_of(splits.val, "val")
     with torch.no_grad():
         return with_divergence(task, forward(teacher.dense, fabric.to_device(inputs)), target)
@@ -336,7 +348,7 @@ def _epoch(number: int, rate: float, loss: float, metric: float, started: float)
 def _count_batches(ranks: Ranks, splits: Splits) -> int:
     count = len(splits.train) if isinstance(splits.train, Sized) else sum(1 for _ in splits.train)
     if count == 0:
-        raise DataError("the train split is empty; return at least one batch as `train` from load_data()")
+        raise empty_split("train")
     ranks.check_equal({"number of train batches": str(count)}, "give every rank the whole `train`")
     return count
 

@@ -56,12 +56,15 @@ class Teacher:
             return self._known[name]
         outputs = forward(self.dense, inputs)
         if self._new is not None:
-            self._room -= outputs.nbytes if isinstance(outputs, Tensor) else self._room + 1
-            if self._room < 0:
-                self._new = None
-            else:
-                self._new[name] = outputs.contiguous().clone()  # it may lie in a tensor that all answers share
+            self._keep(name, outputs, self._new)
         return outputs
+
+    def _keep(self, name: str, outputs: Any, new: dict[str, Tensor]) -> None:
+        if not isinstance(outputs, Tensor) or outputs.nbytes > self._room:
+            self._new = None  # for the rest of the epoch
+            return
+        new[name] = outputs.contiguous().clone()  # it may lie in a tensor that all answers share
+        self._room -= outputs.nbytes
 
 
 def _digest(value: Any) -> str:
