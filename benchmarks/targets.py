@@ -1,50 +1,68 @@
 """How much longer do runs for several targets take than one for one of them, beyond the measuring on the devices?
 
-    python benchmarks/targets.py digits x86_cpu raspberry_pi_5 jetson_orin_nano --out runs/targets
+    python benchmarks/targets.py digits x86_cpu raspberry_pi_5 jetson_orin_nano --out runs/targets [--jobs 3]
 
-Every target alone, in a folder of its own, then all of them one after the other with shared stages. Measuring is what
-runs files for their latency and peak memory; latencies that earlier runs left in the cache are not used. Prints a
-Markdown table; what a target costs together is what it costs in its place.
+Every target alone, in a folder of its own, then all of them with shared stages, one after another or several at a time
+in processes of their own, which share the threads. Measuring is what runs files for their latency and peak memory:
+nothing else runs meanwhile. Latencies that earlier runs left in the cache are not used. Prints a Markdown table; what a
+target costs together is what it costs in its place.
 """
 
 import argparse
+import multiprocessing
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
+import torch
 from torch import nn
 
-from deploypipe.benchmark.latency import time_interleaved
-from deploypipe.benchmark.memory import measure_peak_memory
 from deploypipe.cli import load_target
 from deploypipe.pipeline import compress
 from deploypipe.pipeline_module import Pipeline, load_pipeline
-from deploypipe.target import Target
+from deploypipe.side_by_side import alone
+
+_THREADS = torch.get_num_threads()
 
 
 @dataclass(slots=True)
 class Clock:
-    """Counts the seconds inside the functions it was put around."""
+    """Counts the seconds of measuring."""
 
     seconds: float = 0.0
 
-    def put_around(self, function: Callable[..., Any]) -> None:
-        def timed(*args: Any, **kwargs: Any) -> Any:
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        with alone():
             start = time.perf_counter()
             try:
-                return function(*args, **kwargs)
+                yield
             finally:
                 self.seconds += time.perf_counter() - start
 
-        for name, module in list(sys.modules.items()):
-            if name.startswith("deploypipe") and getattr(module, function.__name__, None) is function:
-                setattr(module, function.__name__, timed)
+
+@cache
+def clock() -> Clock:
+    """This process's, which runs from now on."""
+    made = Clock()
+    for name, module in list(sys.modules.items()):
+        if name.startswith("deploypipe.") and getattr(module, "alone", None) is alone:
+            setattr(module, "alone", made.alone)  # noqa: B010
+    return made
+
+
+@cache
+def loaded(pipeline: str) -> tuple[Pipeline, nn.Module]:
+    job = load_pipeline(pipeline)
+    return job, job.build_model()
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,38 +83,59 @@ def main() -> None:
     parser.add_argument("pipeline")
     parser.add_argument("targets", nargs="+", help="targets of ./targets, or paths")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--jobs", type=int, default=1, help="targets at a time")
     args = parser.parse_args()
     shutil.rmtree(args.out, ignore_errors=True)
-    clock = Clock()
-    for function in (time_interleaved, measure_peak_memory):
-        clock.put_around(function)
-    job = load_pipeline(args.pipeline)
-    model, targets = job.build_model(), [load_target(name) for name in args.targets]
-    shared = args.out / "together" / "shared"
-    alone = {t.name: run(clock, job, model, t, args.out / "alone" / t.name, None) for t in targets}
-    together = {t.name: run(clock, job, model, t, shared.with_name(t.name), shared) for t in targets}
-    print(table(alone, together))
+    names = [load_target(name).name for name in args.targets]
+    runs = [
+        run(args.pipeline, target, args.out / "alone" / name, None)
+        for target, name in zip(args.targets, names, strict=True)
+    ]
+    together, seconds = run_together(args.pipeline, args.targets, args.out / "together", args.jobs)
+    print(table(dict(zip(names, runs, strict=True)), dict(zip(names, together, strict=True)), seconds))
 
 
-def run(clock: Clock, job: Pipeline, model: nn.Module, target: Target, out: Path, shared: Path | None) -> Run:
-    with TemporaryDirectory() as cache:
-        os.environ["DEPLOYPIPE_CACHE"] = cache
-        start, measured = time.perf_counter(), clock.seconds
+def run_together(pipeline: str, targets: Sequence[str], out: Path, jobs: int) -> tuple[list[Run], float]:
+    """The runs, and the seconds they took in all. Processes have loaded their libraries and the network before."""
+    shared = out / "shared"
+    if jobs == 1:
+        start = time.perf_counter()
+        return [run(pipeline, t, out / load_target(t).name, shared) for t in targets], time.perf_counter() - start
+    os.environ["OMP_NUM_THREADS"] = str(max(1, _THREADS // jobs))
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        for ready in [pool.submit(be_ready, pipeline) for _ in range(jobs)]:
+            ready.result()
+        start = time.perf_counter()
+        runs = [pool.submit(run, pipeline, t, out / load_target(t).name, shared) for t in targets]
+        return [r.result() for r in runs], time.perf_counter() - start
+
+
+def be_ready(pipeline: str) -> None:
+    loaded(pipeline)
+    time.sleep(3.0)  # or one process would be ready for all
+
+
+def run(pipeline: str, target: str, out: Path, shared: Path | None) -> Run:
+    job, model = loaded(pipeline)
+    with TemporaryDirectory() as folder:
+        os.environ["DEPLOYPIPE_CACHE"] = folder
+        start, measured = time.perf_counter(), clock().seconds
+        device = load_target(target)
         result = compress(
-            model, job.load_data(), job.task(), job.recipe(), target, out, source=job.source, shared=shared
+            model, job.load_data(), job.task(), job.recipe(), device, out, source=job.source, shared=shared
         )
         seconds = time.perf_counter() - start
     found = result.benchmark.latency_ratio
     return Run(
         seconds=seconds,
-        measuring=clock.seconds - measured,
+        measuring=clock().seconds - measured,
         latency=found.value if found else None,
         decision=result.decision.verdict.value,
         cached=[stage.stage for stage in result.stages if stage.was_cached],
     )
 
 
-def table(alone: dict[str, Run], together: dict[str, Run]) -> str:
+def table(alone: dict[str, Run], together: dict[str, Run], seconds: float) -> str:
     lines = [
         "| target | alone, s | of it measuring | together, s | of it measuring | latency, then together | found |",
         "|---|---|---|---|---|---|---|",
@@ -107,7 +146,7 @@ def table(alone: dict[str, Run], together: dict[str, Run]) -> str:
         times = " | ".join(f"{r.seconds:.1f} | {r.measuring:.1f}" for r in (one, other))
         lines.append(f"| {name} | {times} | {latencies} | {', '.join(other.cached)} |")
     mean = sum(r.beyond for r in alone.values()) / len(alone)
-    all_of_them = sum(r.beyond for r in together.values())
+    all_of_them = seconds - sum(r.measuring for r in together.values())
     lines.append("")
     lines.append(
         f"Beyond measuring: one target {mean:.1f} s on average, all {len(alone)} {all_of_them:.1f} s, "

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 from deploypipe.addresses import masked
 from deploypipe.errors import RunFolderError
@@ -42,11 +42,13 @@ from deploypipe.records import (
     TrainLog,
     silent,
 )
+from deploypipe.side_by_side import give_way, side_by_side, try_lock
 from deploypipe.target import Target
 
 T = TypeVar("T")
 
 RESULT, PLAN = "result.json", "plan.json"
+_POLL_S = 0.1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,7 +136,7 @@ def file_sha256(path: Path) -> str:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write and flush beside `path`, then rename over it: readers see the old content or the new, never a part."""
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # others may be at the same file
     with part.open("wb") as stream:
         stream.write(content)
         stream.flush()
@@ -175,14 +177,28 @@ class RunFolder:
 
         `compute` is given a folder that outlives a kill, for checkpoints and for the stage's files, which are found
         again with `files(stage)`; what is hidden in it does not outlive one. Only a success is stored. A stage's
-        number is its place in the run that came to it first. is_shared: runs for other targets may find it.
+        number is its place in the run that came to it first. is_shared: runs for other targets may find it, also those
+        that are at work at the same time.
         """
         hashes = {name: digest(value) for name, value in inputs.items()}
         key = f"{stage}-{digest([stage, hashes])}"
-        root = self.shared if is_shared and self.shared else self.path
+        self.notify(Event(stage=stage, message="start"))
+        if not (is_shared and self.shared):
+            return self._remember(stage, key, self.path, hashes, compute, record_type)
+        with self._in_turn(stage, self.shared / f"{key}.lock"):
+            return self._remember(stage, key, self.shared, hashes, compute, record_type)
+
+    def _remember(
+        self,
+        stage: str,
+        key: str,
+        root: Path,
+        hashes: dict[str, str],
+        compute: Callable[[Path], T],
+        record_type: type[T],
+    ) -> T:
         known = sorted(root.glob(f"[0-9][0-9]-{key}.*"))  # a record, or the folder of one that was interrupted
         at = root / (known[0].stem if known else f"{len(self.times) + 1:02d}-{key}")
-        self.notify(Event(stage=stage, message="start"))
         if self.source:
             at = download_stage(key, self.source, root) or at
         stored = self._read(stage, at)
@@ -196,6 +212,17 @@ class RunFolder:
         self.times.append(StageTime(stage=stage, seconds=seconds, was_cached=stored is not None))
         self.notify(Event(stage=stage, message="cached" if stored else "done"))
         return from_plain(record_type, record, at.name)
+
+    @contextmanager
+    def _in_turn(self, stage: str, path: Path) -> Iterator[None]:
+        """Of runs side by side one computes a stage; the others wait, and find it."""
+        with path.open("w") as lock:
+            if not try_lock(lock, fcntl.LOCK_EX):
+                self.notify(Event(stage=stage, message="NOTE: waits for another run, which is at it"))
+                while not try_lock(lock, fcntl.LOCK_EX):
+                    time.sleep(_POLL_S)
+                    self.notify(Event(stage=stage, message="waiting"))
+            yield
 
     def publish(self, url: str) -> None:
         """Copy the stages finished so far to where workers find them, if that is not here."""
@@ -268,19 +295,46 @@ def _remove_scratch(work: Path) -> None:
 def open_run(
     path: Path, notify: Progress = silent, shared: Path | None = None, source: str = ""
 ) -> Iterator[RunFolder]:
-    """Open (or make) a run folder, and that of shared stages, locked against a second run for as long as the block
-    lasts."""
+    """Open (or make) a run folder, locked against a second run for as long as the block lasts.
+
+    Runs with one folder `shared` may be at work side by side: what one computes the others find, and on one machine
+    they all stand still while one of them measures.
+    """
     with ExitStack() as stack:
-        for folder in (path, *([shared] if shared else [])):
-            stack.enter_context(_locked(folder))
-            # Of files, and SQLite's journals, that a killed run had in the making.
-            for part in [*folder.glob(".*.part*"), *folder.glob("*/.*.part")]:
-                part.unlink()
-        yield RunFolder(path=path, notify=notify, shared=shared, source=source)
+        stack.enter_context(_locked(path))
+        if shared:
+            stack.enter_context(_joined(shared))
+            stack.enter_context(side_by_side(shared))
+
+        def told(event: Event) -> None:
+            notify(event)
+            give_way()
+
+        yield RunFolder(path=path, notify=told, shared=shared, source=source)
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
+    """Alone in the folder."""
+    with _opened_lock(path) as lock:
+        if not try_lock(lock, fcntl.LOCK_EX):
+            raise RunFolderError(f"{path}: another run is at work here; wait for it or choose another --out")
+        _remove_parts(path)
+        yield
+
+
+@contextmanager
+def _joined(path: Path) -> Iterator[None]:
+    """In the folder with other runs."""
+    with _opened_lock(path) as lock:
+        if try_lock(lock, fcntl.LOCK_EX):  # what is half-written is nobody's
+            _remove_parts(path)
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        yield
+
+
+@contextmanager
+def _opened_lock(path: Path) -> Iterator[TextIO]:
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = (path / "run.lock").open("w")
@@ -288,8 +342,10 @@ def _locked(path: Path) -> Iterator[None]:
         problem = "is a file" if path.is_file() else f"cannot be written ({error.strerror})"
         raise RunFolderError(f"{path}: {problem}; choose another folder with --out") from None
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunFolderError(f"{path}: another run is at work here; wait for it or choose another --out") from None
-        yield
+        yield lock
+
+
+def _remove_parts(folder: Path) -> None:
+    """Files, and SQLite's journals, that a killed run had in the making."""
+    for part in [*folder.glob(".*.part*"), *folder.glob("*/.*.part")]:
+        part.unlink()

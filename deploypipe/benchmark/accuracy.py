@@ -12,6 +12,7 @@ from torch import nn
 from deploypipe.errors import DataError
 from deploypipe.runtimes import Runtime
 from deploypipe.runtimes.packing import feed, name_outputs, repack
+from deploypipe.side_by_side import give_way
 from deploypipe.task import Batch, Task, evaluating, forward, num_samples
 
 
@@ -40,6 +41,7 @@ def evaluate_file(
 def _evaluate(call: Callable[[Any], Any], batches: Iterable[Batch], task: Task, who: str) -> NDArray[np.float64]:
     values = []
     for number, (inputs, target) in enumerate(batches):
+        give_way()
         outputs = call(inputs)
         for name, tensor in name_outputs(outputs).items():
             if not torch.isfinite(tensor).all():

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from deploypipe.numerics.intervals import interval_of_quantile
 from deploypipe.records import Event, Interval, Latency, Progress, silent
 from deploypipe.runtimes import Array, Runtime, Session
+from deploypipe.side_by_side import alone
 from deploypipe.target import Target
 
 BLOCK = 10  # timed runs in a row
@@ -63,7 +64,7 @@ def time_interleaved(
     Raises what `runtime.open` and `Session.run` raise.
     """
     samples: list[list[float]] = [[] for _ in paths]
-    with _no_garbage_collection():
+    with alone(), _no_garbage_collection():
         spent = [_try(path, inputs, runtime, target) for path in paths]
         to_open, to_run = (sum(seconds) for seconds in zip(*spent, strict=True))
         least = num_samples or max(target.num_latency_samples, min(_MOST_SAMPLES, int(_SECONDS * len(paths) / to_run)))

@@ -13,6 +13,7 @@ from statistics import median
 
 from deploypipe.benchmark.child import run_child
 from deploypipe.runtimes import Array
+from deploypipe.side_by_side import alone
 from deploypipe.target import Target
 
 _NUM_CHILDREN = 3
@@ -25,5 +26,6 @@ def measure_peak_memory(path: Path, inputs: Mapping[str, Array], target: Target)
     """
     if not sys.platform.startswith("linux"):
         return None, f"peak memory is read from /proc, which {sys.platform} does not have"
-    outputs = run_child("memory_child.py", path, inputs, target, repeats=_NUM_CHILDREN, what="memory")
+    with alone():
+        outputs = run_child("memory_child.py", path, inputs, target, repeats=_NUM_CHILDREN, what="memory")
     return median(int(kib) for kib in outputs) / 1024, ""

@@ -1,164 +1,31 @@
 """Compress, look, measure."""
 
-import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from deploypipe.cli.app import PLAN_HELP, PipelineArgument, RunArgument, SetOption, StorageOption, app, plans
+from deploypipe.cli.app import PLAN_HELP, PipelineArgument, RunArgument, SetOption, app, plans
 from deploypipe.cli.named import load_target, named_targets, parse_shapes, split_settings, template
 from deploypipe.cli.terminal import (
     EXIT_DIFFERENT,
     EXIT_ERROR,
-    exit_code,
     exit_codes,
-    joined_ranks,
     show_bench,
-    show_result,
     show_table,
     shown_stages,
 )
-from deploypipe.errors import ConfigError, DeploypipeError
-from deploypipe.jsonio import override, to_json, to_plain
+from deploypipe.errors import ConfigError
+from deploypipe.jsonio import override, to_json
 from deploypipe.report.tables import (
     COMPARISON_HEADER,
-    OVERVIEW_HEADER,
     comparison_rows,
-    overview_rows,
     plan_differences,
     plan_rows,
     score_notes,
     score_table,
 )
-from deploypipe.runs import RunResult, load_plan, load_result, write_atomically
-from deploypipe.target import Target
-
-
-@app.command(epilog="Example: deploypipe run digits x86_cpu --set search.num_trials=4 --set target.num_threads=2")
-def run(
-    pipeline: PipelineArgument,
-    target: Annotated[
-        list[str], typer.Argument(metavar="TARGET...", help="TOML files, or the names of those in targets/.")
-    ],
-    out: Annotated[
-        Path | None, typer.Option(help="Run folder. Default: runs/PIPELINE-TARGET; for several targets runs/PIPELINE.")
-    ] = None,
-    set_: SetOption = None,
-    storage: StorageOption = None,
-    name: Annotated[
-        str | None, typer.Option(help="The search's name in --storage. Default: that of the run folder.")
-    ] = None,
-    stages: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ADDRESS",
-            envvar="DEPLOYPIPE_STAGES",
-            help="Where workers find what is computed before the search: a folder, or s3://..., gs://... Default: the "
-            "run folder, for workers that see it.",
-        ),
-    ] = None,
-) -> None:
-    """Compress PIPELINE's network for TARGET, or for one target after another.
-
-    A run that was interrupted continues where it stopped, with the same command. Ends with SHIP (exit 0) or HOLD (1).
-    Several targets share what does not depend on them, also with one that is added later; the exit code is the worst.
-    With --storage, any number of `deploypipe worker` may help with the search; the result is the same.
-    Fine-tuning on four GPUs: torchrun --nproc-per-node 4 -m deploypipe run PIPELINE TARGET.
-    """
-    with exit_codes(), joined_ranks() as ranks:
-        from deploypipe.pipeline import compress  # late: brings torch, which `--help` need not wait for
-        from deploypipe.pipeline_module import load_pipeline
-        from deploypipe.search.storage import Storage
-        from deploypipe.training.together import agree, dismiss, serve
-
-        with ranks.in_turn():
-            settings = split_settings(set_ or [])
-            devices = [override(load_target(name), settings["target"], "--set target") for name in target]
-            _check_names([device.name for device in devices])
-            loaded = load_pipeline(pipeline, settings["pipeline"])
-            recipe = override(loaded.recipe(), settings["recipe"])
-            task = loaded.task()
-            with loaded.blame("the run"):
-                model, splits = loaded.build_model(), loaded.load_data()
-        agree(ranks, model, splits, loaded.source)
-
-        def shared_storage(device: Target, folder: Path) -> Storage | None:
-            job: dict[str, Any] = {
-                "pipeline": pipeline,
-                "constants": settings["pipeline"],
-                "recipe": to_plain(recipe),
-                "target": to_plain(device),
-                "stages": stages or str(folder.resolve()),
-            }
-            study = f"{name}-{device.name}" if name and len(devices) > 1 else name or folder.name
-            return Storage(url=storage, study=study, stages=job["stages"], job=job) if storage else None
-
-        def compress_for(device: Target, folder: Path, shared: Path | None = None) -> RunResult:
-            with shown_stages() as notify, loaded.blame("the run"):
-                result = compress(
-                    model,
-                    splits,
-                    task,
-                    recipe,
-                    device,
-                    folder,
-                    source=loaded.source,
-                    name=loaded.name,
-                    shared=shared,
-                    storage=shared_storage(device, folder),
-                    notify=notify,
-                    ranks=ranks,
-                )
-            show_result(result, folder)
-            return result
-
-        if not ranks.is_first:
-            with loaded.blame("the run"):
-                serve(ranks, model, splits, task)
-            code = 0
-        elif len(devices) > 1:
-            code = _run_for_all(compress_for, loaded.name, devices, out or Path("runs") / loaded.name)
-        else:
-            [device] = devices
-            code = exit_code(compress_for(device, out or Path("runs") / f"{loaded.name}-{device.name}").decision)
-        if ranks.is_first:
-            dismiss(ranks)
-    raise typer.Exit(code)
-
-
-_SHARED = "shared"  # folder beside the targets' own
-
-
-def _check_names(names: Sequence[str]) -> None:
-    for name in names if len(names) > 1 else ():
-        if names.count(name) > 1 or name == _SHARED:
-            problem = f"{name!r} is named twice" if name != _SHARED else f"{name!r} is where the common stages go"
-            raise ConfigError("TARGET", "", problem, "the run for each target has a folder of its name")
-
-
-def _run_for_all(
-    compress_for: Callable[[Target, Path, Path], RunResult], name: str, devices: Sequence[Target], out: Path
-) -> int:
-    """The worst exit code. A target that fails does not end the others."""
-    results: dict[str, RunResult | str] = {}
-    for device in devices:
-        print(f"\n{device.name}", flush=True)
-        try:
-            results[device.name] = compress_for(device, out / device.name, out / _SHARED)
-        except DeploypipeError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            results[device.name] = str(error)
-    show_table(f"{name}, target by target", OVERVIEW_HEADER, overview_rows(results))
-    from deploypipe.report.html import write_overview
-
-    try:
-        write_overview(name, results, out / "report.html")
-        print(f"report  {out / 'report.html'}")
-    except DeploypipeError as error:  # the packages for it are not installed
-        print(f"report  none: {error}")
-    return max(EXIT_ERROR if isinstance(result, str) else exit_code(result.decision) for result in results.values())
+from deploypipe.runs import load_plan, load_result, write_atomically
 
 
 @app.command(epilog="Example: deploypipe score digits --set score.kind=output_error")

@@ -13,6 +13,7 @@ from scipy.sparse import csr_array
 from deploypipe.errors import DeploypipeError
 from deploypipe.records import Curves, LossCurve, ScoreTable, Structures
 from deploypipe.search.costs import STAYS, Costs, home_blocks
+from deploypipe.side_by_side import give_way
 
 _GAP = 1e-4
 _MAX_NODES = 2000  # of the branch and bound: unlike a time limit, the same on every run
@@ -55,6 +56,7 @@ def allocate(
     over both). Where no choice meets the bounds it is the cheapest by the first of them, as far as
     `structures.constraints` allow.
     """
+    give_way()
     program = _Program(structures, curves, emphasis or Emphasis(), [bound.costs for bound in bounds])
     limits = [(row, bound.share) for row, bound in zip(program.costs, bounds, strict=True)]
     chosen = program.solve(program.losses, limits)

@@ -16,6 +16,7 @@ from deploypipe.search.accuracies import Accuracies
 from deploypipe.search.candidates import NUM_LATENCY_SAMPLES, Candidates
 from deploypipe.search.looks import Results, evaluate_growing
 from deploypipe.search.trials import IsSettled
+from deploypipe.side_by_side import give_way
 from deploypipe.task import Batch, Task, take
 
 
@@ -35,6 +36,7 @@ class Judge:
 
     def __call__(self, plan: PruningPlan, is_settled: IsSettled) -> tuple[Candidate, Results]:
         pruned = apply_plan(self.candidates.dense, plan)
+        give_way()
         costs = self._costs(pruned, plan)
 
         def with_accuracy(seen: Results) -> Candidate:

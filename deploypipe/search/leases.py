@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Protocol, TypeVar
 
 import sqlalchemy as sa
+
+from deploypipe.side_by_side import machine
 
 T = TypeVar("T")
 
@@ -146,14 +147,6 @@ def make_table(engine: sa.Engine, table: sa.Table) -> None:
 def this_process() -> str:
     """HOST:PID:PLACE, where PLACE tells machines and containers apart, in which the number means another process."""
     return f"{os.uname().nodename}:{os.getpid()}:{_place()}"
-
-
-def machine() -> str:
-    """This machine since it was started, the same in all of its containers; its name where the system does not tell."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return os.uname().nodename
 
 
 def is_gone(process: str) -> bool:

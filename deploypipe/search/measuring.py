@@ -12,8 +12,9 @@ import sqlalchemy as sa
 
 from deploypipe.benchmark.conditions import read_state
 from deploypipe.runs import cache_folder, write_atomically
-from deploypipe.search.leases import Held, Leases, machine, make_table
+from deploypipe.search.leases import Held, Leases, make_table
 from deploypipe.search.storage import Storage
+from deploypipe.side_by_side import machine
 
 T = TypeVar("T")
 

@@ -24,6 +24,7 @@ from deploypipe.search.allocate import (
 from deploypipe.search.costs import Costs, latency_costs, mac_costs, param_costs
 from deploypipe.search.latency_model import LatencyModel
 from deploypipe.search.sites import Site
+from deploypipe.side_by_side import give_way
 
 _FAMILY_STEPS = 64  # shares of what is kept that are tried
 NUM_TIMED = 5  # networks for one trial
@@ -102,6 +103,7 @@ class Proposer:
         """Of what was measured before the search and, as they are real, of its trials."""
         if not self.timed:
             return None
+        give_way()
         return LatencyModel(self.sites, [*self.timed, *measured_trials(trials, self.reference)])
 
     def plan(self, allocation: Allocation, magnitude: float = 0.0) -> PruningPlan:

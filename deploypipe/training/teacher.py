@@ -1,6 +1,7 @@
 """The dense network as a teacher, and what it answered: other plans, also for other targets, learn from the same."""
 
 import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,6 +88,6 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 def _write(path: Path, outputs: dict[str, Tensor]) -> None:
     path.parent.mkdir(exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # others may be at the same file
     save_file(outputs, part, metadata={"digest": _digest([outputs[name] for name in sorted(outputs)])})
     part.replace(path)

@@ -1,0 +1,102 @@
+"""Runs side by side on one machine: they compute together, and one that measures has the machine to itself.
+
+Between two steps of its work a run gives way to those that wait to measure. The locks are the kernel's: a run that is
+killed holds none.
+"""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import TextIO
+
+
+def machine() -> str:
+    """This machine since it was started, the same in all of its containers; its name where the system does not tell."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return os.uname().nodename
+
+
+class _Place:
+    """A run's place beside others: it holds `room` shared while it computes, and alone while it measures.
+
+    Who wants to measure closes `door` first, so that nobody comes back into the room before it had its turn.
+    """
+
+    def __init__(self, door: TextIO, room: TextIO) -> None:
+        self._door, self._room = door, room
+        self._is_alone = False
+        self._enter()
+
+    def give_way(self) -> None:
+        """Wait outside for as long as others measure, or wait to."""
+        if self._is_alone:
+            return
+        if try_lock(self._door, fcntl.LOCK_SH):
+            fcntl.flock(self._door, fcntl.LOCK_UN)
+        else:
+            fcntl.flock(self._room, fcntl.LOCK_UN)
+            self._enter()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        fcntl.flock(self._room, fcntl.LOCK_UN)
+        fcntl.flock(self._door, fcntl.LOCK_EX)
+        fcntl.flock(self._room, fcntl.LOCK_EX)
+        self._is_alone = True
+        try:
+            yield
+        finally:
+            self._is_alone = False
+            fcntl.flock(self._room, fcntl.LOCK_SH)
+            fcntl.flock(self._door, fcntl.LOCK_UN)
+
+    def _enter(self) -> None:
+        fcntl.flock(self._door, fcntl.LOCK_SH)
+        fcntl.flock(self._room, fcntl.LOCK_SH)
+        fcntl.flock(self._door, fcntl.LOCK_UN)
+
+
+_PLACE: ContextVar[_Place | None] = ContextVar("place", default=None)  # where a file is timed, no run is in hand
+
+
+@contextmanager
+def side_by_side(folder: Path) -> Iterator[None]:
+    """This run computes and measures in turn with all on this machine that are side by side in `folder`."""
+    door, room = (folder / f"{machine()[:8]}-{name}.lock" for name in ("door", "room"))
+    with door.open("w") as opened_door, room.open("w") as opened_room:
+        token = _PLACE.set(_Place(opened_door, opened_room))
+        try:
+            yield
+        finally:
+            _PLACE.reset(token)
+
+
+def give_way() -> None:
+    """Between two steps of a run's work: wait for as long as runs beside it measure, or wait to."""
+    if place := _PLACE.get():
+        place.give_way()
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """For as long as the block lasts, no run beside this one computes or measures. Blocks do not nest."""
+    place = _PLACE.get()
+    if place is None:
+        yield
+        return
+    with place.alone():
+        yield
+
+
+def try_lock(file: TextIO, kind: int) -> bool:
+    """Whether the lock (`fcntl.LOCK_EX` or `LOCK_SH`) was to be had at once, and is held now."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,0 +1,87 @@
+"""Runs side by side: computing together, measuring alone."""
+
+import multiprocessing
+import os
+import signal
+import time
+from multiprocessing.queues import Queue
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+
+from deploypipe.side_by_side import alone, give_way, side_by_side
+
+NUM_PROCESSES, NUM_TURNS = 3, 8
+CONTEXT = multiprocessing.get_context("spawn")
+Work = tuple[str, float, float]  # what, and from when to when by the clock that all processes share
+
+
+def do_turns(folder: Path, ready: Barrier, done: "Queue[list[Work]]") -> None:
+    work: list[Work] = []
+    with side_by_side(folder):
+        ready.wait()
+        for _ in range(NUM_TURNS):
+            for _ in range(4):
+                work.append(spend("compute"))
+                give_way()
+            with alone():
+                work.append(spend("measure"))
+                give_way()  # as progress does, also in there
+    done.put(work)
+
+
+def spend(what: str) -> Work:
+    start = time.monotonic()
+    time.sleep(0.01)
+    return what, start, time.monotonic()
+
+
+def overlap(one: Work, other: Work) -> bool:
+    return one[1] < other[2] and other[1] < one[2]
+
+
+def test_who_measures_is_alone_and_who_computes_is_not(tmp_path: Path) -> None:
+    ready, done = CONTEXT.Barrier(NUM_PROCESSES), CONTEXT.Queue()
+    processes = [CONTEXT.Process(target=do_turns, args=(tmp_path, ready, done)) for _ in range(NUM_PROCESSES)]
+    for process in processes:
+        process.start()
+    by_process = [done.get(timeout=120) for _ in processes]
+    for process in processes:
+        process.join()
+    pairs = [
+        (one, other)
+        for i, mine in enumerate(by_process)
+        for theirs in by_process[i + 1 :]
+        for one in mine
+        for other in theirs
+        if overlap(one, other)
+    ]
+    assert pairs and all(one[0] == other[0] == "compute" for one, other in pairs)
+
+
+def hold(folder: Path, is_alone: bool, held: "Queue[bool]") -> None:
+    with side_by_side(folder):
+        if is_alone:
+            with alone():
+                held.put(True)
+                time.sleep(600)
+        held.put(True)
+        time.sleep(600)
+
+
+def test_one_that_is_killed_holds_up_nobody(tmp_path: Path) -> None:
+    for is_alone in (True, False):
+        held: Queue[bool] = CONTEXT.Queue()
+        process = CONTEXT.Process(target=hold, args=(tmp_path, is_alone, held))
+        process.start()
+        assert held.get(timeout=60)
+        assert process.pid
+        os.kill(process.pid, signal.SIGKILL)
+        with side_by_side(tmp_path), alone():  # would hang
+            pass
+        process.join()
+
+
+def test_without_others_nothing_waits() -> None:
+    with alone():
+        give_way()
+    give_way()
