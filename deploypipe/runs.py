@@ -300,6 +300,8 @@ def open_run(
     Runs with one folder `shared` may be at work side by side: what one computes the others find, and on one machine
     they all stand still while one of them measures.
     """
+    if shared and shared.resolve() == path.resolve():
+        raise RunFolderError(f"{path}: a run's own folder is not that of all runs; choose another folder with --shared")
     with ExitStack() as stack:
         stack.enter_context(_locked(path))
         if shared:

@@ -190,6 +190,11 @@ def test_constraints_that_cannot_be_met_end_a_run_before_its_first_stage(
     assert told(scored) == line
 
 
+def test_folder_of_a_run_is_not_shared(home: Path) -> None:
+    assert "--shared" in told(invoke(home, "", "./cpu.toml", "--out", "out", "--shared", "./out"))
+    assert not (home / "out").exists()
+
+
 def test_locked_folder(home: Path) -> None:
     (home / "out").mkdir()
     with (home / "out" / "run.lock").open("w") as lock:

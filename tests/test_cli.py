@@ -2,6 +2,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -114,6 +115,13 @@ def test_several_targets_end_with_a_table_and_the_worst_exit_code(
         assert re.search(rf"{name} +{shown}", table)
         assert (f'href="{name}/report.html"' in page) == (shown != "ERROR")
     assert ("out of reach" in table) == (code == 2)
+
+
+def test_several_at_a_time_are_not_for_torchrun(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = SimpleNamespace(count=2, is_first=True)
+    monkeypatch.setattr(sys.modules["deploypipe.cli.run"], "joined_ranks", lambda: nullcontext(ranks))
+    done = invoke("run", "./toy.py", "cpu", "other", "--jobs", "2")  # before it looks at anything else
+    assert done.exit_code == 2 and "--jobs: torchrun starts processes of its own" in done.output
 
 
 def test_targets_of_one_name_are_refused(home: Path, calls: list[dict[str, Any]]) -> None:

@@ -54,8 +54,16 @@ class Judge:
 
     def _repaired(self, pruned: nn.Module, plan: PruningPlan) -> nn.Module:
         quick = replace(self.recipe.repair, num_samples=self.recipe.search.num_repair_samples)
-        dense, real_tokens, seed = self.candidates.dense, self.task.real_tokens, self.recipe.seed
-        return repair(dense, pruned, plan, self.calib, quick, real_tokens=real_tokens, seed=seed)[0]
+        return repair(
+            self.candidates.dense,
+            pruned,
+            plan,
+            self.calib,
+            quick,
+            real_tokens=self.task.real_tokens,
+            seed=self.recipe.seed,
+            notify=lambda event: give_way(),
+        )[0]
 
     def _costs(self, pruned: nn.Module, plan: PruningPlan) -> Candidate:
         """All but the accuracy; none of it hangs on the weights."""
