@@ -55,6 +55,11 @@ class _Place:
             fcntl.flock(self._room, fcntl.LOCK_SH)
             fcntl.flock(self._door, fcntl.LOCK_UN)
 
+    def leave(self) -> None:
+        """What was forked meanwhile, a data loader's workers, has the files open still: closing them is not enough."""
+        fcntl.flock(self._room, fcntl.LOCK_UN)
+        fcntl.flock(self._door, fcntl.LOCK_UN)
+
     def _enter(self) -> None:
         fcntl.flock(self._door, fcntl.LOCK_SH)
         fcntl.flock(self._room, fcntl.LOCK_SH)
@@ -69,11 +74,13 @@ def side_by_side(folder: Path) -> Iterator[None]:
     """This run computes and measures in turn with all on this machine that are side by side in `folder`."""
     door, room = (folder / f"{machine()[:8]}-{name}.lock" for name in ("door", "room"))
     with door.open("w") as opened_door, room.open("w") as opened_room:
-        token = _PLACE.set(_Place(opened_door, opened_room))
+        place = _Place(opened_door, opened_room)
+        token = _PLACE.set(place)
         try:
             yield
         finally:
             _PLACE.reset(token)
+            place.leave()
 
 
 def give_way() -> None:

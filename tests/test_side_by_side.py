@@ -4,6 +4,8 @@ import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -33,6 +35,22 @@ def spend(what: str) -> Work:
     start = time.monotonic()
     time.sleep(0.01)
     return what, start, time.monotonic()
+
+
+@contextmanager
+def soon() -> Iterator[None]:
+    """Fails where the block waits for a lock that nobody gives back."""
+
+    def give_up(*_: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(30)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def overlap(one: Work, other: Work) -> bool:
@@ -76,9 +94,21 @@ def test_one_that_is_killed_holds_up_nobody(tmp_path: Path) -> None:
         assert held.get(timeout=60)
         assert process.pid
         os.kill(process.pid, signal.SIGKILL)
-        with side_by_side(tmp_path), alone():  # would hang
+        with soon(), side_by_side(tmp_path), alone():
             pass
         process.join()
+
+
+def test_one_that_leaves_is_gone_though_what_it_forked_lives_on(tmp_path: Path) -> None:
+    forking = multiprocessing.get_context("fork")
+    with side_by_side(tmp_path):
+        worker = forking.Process(target=time.sleep, args=(600,))
+        worker.start()
+    with soon(), side_by_side(tmp_path), alone():
+        pass
+    assert worker.is_alive()
+    worker.kill()
+    worker.join()
 
 
 def test_without_others_nothing_waits() -> None:
