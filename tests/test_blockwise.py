@@ -448,11 +448,11 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_command_is_the_function(home: Path) -> None:
     done = CliRunner().invoke(
-        app, ["blockwise", "./pipe.py", "w.safetensors", "--kept", "0.5", "--channel-multiple", "4"]
+        app, ["blockwise", "./pipe.py", "w.safetensors", "--kept", "0.55", "--channel-multiple", "4"]
     )
     assert done.exit_code == 0, done.output
     expected = prune_blockwise(
-        build_network, "w.safetensors", batches(), "expected", RECIPE, kept=0.5, channel_multiple=4
+        build_network, "w.safetensors", batches(), "expected", RECIPE, kept=0.55, channel_multiple=4
     )
     assert f"{expected.params_before:,} -> {expected.params_after:,}" in done.output
     assert all(f"blocks.{number}: " in done.output for number in range(4))

@@ -2,7 +2,10 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -131,6 +134,39 @@ def test_half_written_files_of_a_killed_run_go(tmp_path: Path) -> None:
     with open_run(tmp_path):
         pass
     assert sorted(p.name for p in tmp_path.rglob("*")) == [".gitignore", "accuracies-0", "run.lock"]
+
+
+def test_of_runs_side_by_side_one_computes_a_stage_and_the_other_finds_it(tmp_path: Path) -> None:
+    begun, num_calls, messages = threading.Event(), [], []
+
+    def work(folder: Path) -> Interval:
+        num_calls.append(1)
+        begun.set()
+        time.sleep(0.5)
+        return RECORD
+
+    def run_beside(name: str) -> Interval:
+        if name == "second":
+            begun.wait(30)
+        with open_run(tmp_path / name, lambda e: messages.append((name, e.message)), tmp_path / "shared") as run:
+            return run.remember("score", {}, work, Interval, is_shared=True)
+
+    with ThreadPoolExecutor() as pool:
+        assert list(pool.map(run_beside, ("first", "second"))) == [RECORD, RECORD]
+    assert len(num_calls) == 1
+    assert [told for name, told in messages if name == "second"][-1] == "cached"
+    assert ("second", "NOTE: waits for another run, which is at it") in messages
+
+
+def test_what_others_have_in_the_making_stays(tmp_path: Path) -> None:
+    part = tmp_path / "shared" / ".plan.json.4711.part"
+    with open_run(tmp_path / "first", shared=tmp_path / "shared"):
+        part.write_text("half")
+        with open_run(tmp_path / "second", shared=tmp_path / "shared"):
+            pass
+    assert part.exists()
+    with open_run(tmp_path / "first", shared=tmp_path / "shared"):
+        assert not part.exists()
 
 
 def test_a_file_placed_twice_leaves_no_other_name(tmp_path: Path) -> None:

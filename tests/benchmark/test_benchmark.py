@@ -1,18 +1,29 @@
 """Figures come from the files themselves, in the order the samples came, and say when they cannot be had."""
 
+import fcntl
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from deploypipe.benchmark import benchmark, first_batch, latency, measure
+from deploypipe.benchmark import benchmark, first_batch, latency, measure, memory
 from deploypipe.benchmark.accuracy import evaluate_file, evaluate_module
+from deploypipe.benchmark.child import run_child
 from deploypipe.benchmark.environment import describe_environment
-from deploypipe.benchmark.latency import BLOCK, Timings, find_unsteadiness, summarise, time_file, time_steadily
+from deploypipe.benchmark.latency import (
+    BLOCK,
+    Timings,
+    find_unsteadiness,
+    summarise,
+    time_file,
+    time_interleaved,
+    time_steadily,
+)
 from deploypipe.benchmark.memory import measure_peak_memory
 from deploypipe.errors import DataError, ModelError
 from deploypipe.export.onnx_file import export_onnx
@@ -20,6 +31,7 @@ from deploypipe.jsonio import from_json, to_json
 from deploypipe.recipe import Export
 from deploypipe.records import BenchmarkReport, ModelFile
 from deploypipe.runtimes.onnxruntime import OnnxRuntime
+from deploypipe.side_by_side import side_by_side, try_lock
 from deploypipe.target import Target
 from deploypipe.task import Batch, classification
 
@@ -111,6 +123,27 @@ def test_runtime_that_is_absent_measures_nothing(folder: Path, large: ModelFile,
     assert (report.latency_ratio, report.accuracy_drop_pp, report.dense.accuracy) == (None, None, None)
     assert (report.compressed.latency, report.compressed.peak_memory_mib) == (None, None)
     assert "tensorrt" in report.notes[0]
+
+
+def test_who_measures_is_alone(folder: Path, small: ModelFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, inputs, seen = folder / small.path, {"input": np.zeros((1, 16), dtype=np.float32)}, []
+
+    def is_alone() -> bool:
+        with next(tmp_path.glob("*-room.lock")).open("w") as room:
+            return not try_lock(room, fcntl.LOCK_SH)
+
+    def watched_child(*arguments: Any, **settings: Any) -> list[str]:
+        seen.append(is_alone())
+        return run_child(*arguments, **settings)
+
+    monkeypatch.setattr(memory, "run_child", watched_child)
+    with side_by_side(tmp_path):
+        assert not is_alone()
+        time_interleaved([path], inputs, OnnxRuntime(), TARGET, lambda event: seen.append(is_alone()), num_samples=20)
+        in_time = len(seen)
+        measure_peak_memory(path, inputs, TARGET)
+        assert not is_alone()
+    assert in_time and len(seen) > in_time and all(seen)
 
 
 def test_memory_that_cannot_be_told(folder: Path, small: ModelFile, monkeypatch: pytest.MonkeyPatch) -> None:
