@@ -399,7 +399,7 @@ class EpochLog:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainLog:
     epochs: tuple[EpochLog, ...]
-    chosen_epoch: int  # best on val; 0 means the training was rolled back
+    chosen_epoch: int  # the last that is not worse on val than the best; 0 means the training was rolled back
     reason: str = ""
 
 

@@ -87,6 +87,10 @@ class _NamedLines(io.TextIOBase):
     def __init__(self, stream: TextIO, name: str) -> None:
         self._stream, self._name, self._begun = stream, name, ""
 
+    def fileno(self) -> int:
+        """What a pipeline's own processes write to."""
+        return self._stream.fileno()
+
     def write(self, text: str) -> int:
         *lines, self._begun = (self._begun + text).split("\n")
         for line in lines:

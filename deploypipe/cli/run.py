@@ -239,8 +239,10 @@ def _run_at_once(asked: _Asked, jobs: int, ranks: "Ranks") -> int:
     results: dict[str, RunResult | str] = {}
     for device in asked.devices:
         code = codes[device.name]
-        finished = code in (0, EXIT_HOLD)
-        results[device.name] = load_result(asked.folder_of(device)) if finished else f"ended with exit code {code}"
+        if code in (0, EXIT_HOLD):
+            results[device.name] = load_result(asked.folder_of(device))
+        else:
+            results[device.name] = f"ended with exit code {code}" if code > 0 else f"killed by signal {-code}"
     return _show_overview(results, asked)
 
 

@@ -1,5 +1,6 @@
 """Fine-tuning gains or changes nothing, and a killed one goes on as if it had not been."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -114,6 +115,29 @@ def test_of_epochs_that_are_alike_the_last_is_returned() -> None:
     tuned, log = finetune(network(0), network(1), splits(), task, SETTINGS)
     assert log.chosen_epoch == 3 and log.reason == ""
     assert not torch.equal(tuned[0].weight, network(0)[0].weight)
+
+
+@pytest.mark.parametrize(
+    ("shares", "chosen"),
+    [
+        ((0.8, 0.95, 0.93, 0.94), 3),  # chance
+        ((0.8, 0.95, 0.94, 0.5), 2),
+        ((0.8, 0.95, 0.5, 0.94), 3),
+        ((0.95, 0.5, 0.5, 0.5), 0),
+        ((0.8, 0.95, math.nan, math.nan), 1),
+        ((math.nan, 0.5, 0.9, 0.5), 2),
+    ],
+)
+def test_the_last_epoch_that_is_no_worse_than_the_best_is_returned(shares: tuple[float, ...], chosen: int) -> None:
+    looks = iter(shares)
+
+    def metric(outputs: Tensor, target: Tensor) -> Tensor:
+        share, count = next(looks), len(target)
+        return torch.full((count,), share) if math.isnan(share) else (torch.arange(count) < share * count).float()
+
+    data = splits(val=[samples(64, 1)])
+    _, log = finetune(network(0), network(1), data, replace(classification(), metric=metric), SETTINGS)
+    assert log.chosen_epoch == chosen
 
 
 class Later:
