@@ -19,6 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -102,17 +103,18 @@ def run_together(pipeline: str, targets: Sequence[str], out: Path, jobs: int) ->
         start = time.perf_counter()
         return [run(pipeline, t, out / load_target(t).name, shared) for t in targets], time.perf_counter() - start
     os.environ["OMP_NUM_THREADS"] = str(max(1, _THREADS // jobs))
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        for ready in [pool.submit(be_ready, pipeline) for _ in range(jobs)]:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, context, initializer=be_ready, initargs=(pipeline, context.Barrier(jobs))) as pool:
+        for ready in [pool.submit(os.getpid) for _ in range(jobs)]:
             ready.result()
         start = time.perf_counter()
         runs = [pool.submit(run, pipeline, t, out / load_target(t).name, shared) for t in targets]
         return [r.result() for r in runs], time.perf_counter() - start
 
 
-def be_ready(pipeline: str) -> None:
+def be_ready(pipeline: str, all_are: Barrier) -> None:
     loaded(pipeline)
-    time.sleep(3.0)  # or one process would be ready for all
+    all_are.wait()
 
 
 def run(pipeline: str, target: str, out: Path, shared: Path | None) -> Run:

@@ -42,7 +42,7 @@ from deploypipe.records import (
     TrainLog,
     silent,
 )
-from deploypipe.side_by_side import give_way, side_by_side, try_lock
+from deploypipe.side_by_side import give_way, pause, side_by_side, try_lock
 from deploypipe.target import Target
 
 T = TypeVar("T")
@@ -220,8 +220,7 @@ class RunFolder:
             if not try_lock(lock, fcntl.LOCK_EX):
                 self.notify(Event(stage=stage, message="NOTE: waits for another run, which is at it"))
                 while not try_lock(lock, fcntl.LOCK_EX):
-                    time.sleep(_POLL_S)
-                    self.notify(Event(stage=stage, message="waiting"))
+                    pause(_POLL_S)
             yield
 
     def publish(self, url: str) -> None:

@@ -6,6 +6,7 @@ killed holds none.
 
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -87,6 +88,12 @@ def give_way() -> None:
     """Between two steps of a run's work: wait for as long as runs beside it measure, or wait to."""
     if place := _PLACE.get():
         place.give_way()
+
+
+def pause(seconds: float) -> None:
+    """A step of waiting for others: who waits holds up nobody that wants to measure, least of all whom it waits for."""
+    time.sleep(seconds)
+    give_way()
 
 
 @contextmanager

@@ -1,38 +1,16 @@
 """Whole programs as children: an interrupted run, and what `init` writes."""
 
-import os
 import signal
-import subprocess
-import sys
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import pytest
+from programs import start
 
 from deploypipe.cli.terminal import shown_stages
 from deploypipe.records import Event
 
-HERE = Path(__file__).parent
 TARGET = 'runtime = "onnxruntime"\nnum_latency_samples = 200\n[budget]\nmacs = "0.5x"\naccuracy_drop_pp = 10.0\n'
-
-
-def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(HERE),
-        "DEPLOYPIPE_CACHE": str(folder / "cache"),
-    }
-    return subprocess.Popen(
-        [sys.executable, "-m", "deploypipe", *arguments],
-        cwd=folder,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        # A shell's background jobs, which tests may run in, are started with the signal ignored.
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
-    )
 
 
 def test_control_c_says_how_to_go_on(tmp_path: Path) -> None:

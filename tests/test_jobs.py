@@ -1,25 +1,23 @@
 """`deploypipe run --jobs`: real runs for two of three targets at a time."""
 
-import os
 import signal
 import subprocess
-import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
+from programs import start
 
 from deploypipe.runs import RunResult, load_result
 
-HERE = Path(__file__).parent
 QUICK = ("search.num_trials=3", "search.num_finalists=1", "finetune.num_epochs=1", "search.num_levels=3")
+PIPELINE = "from tiny import *\nprint(torch.get_num_threads(), 'thread')\n"
 NAMES = ("half", "most", "never")
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    (tmp_path / "pipe.py").write_text("from tiny import *\n", encoding="utf-8")
+    (tmp_path / "pipe.py").write_text(PIPELINE, encoding="utf-8")
     for name, macs in zip(NAMES, ("0.5x", "0.8x", "0.0001x"), strict=True):
         text = (
             f'runtime = "onnxruntime"\nnum_latency_samples = 200\n[budget]\nmacs = "{macs}"\naccuracy_drop_pp = 20.0\n'
@@ -28,23 +26,10 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def start(folder: Path, out: str, *arguments: str) -> subprocess.Popen[str]:
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(HERE),
-        "DEPLOYPIPE_CACHE": str(folder / "cache"),
-    }
+def run(folder: Path, out: str, *arguments: str, num_threads: int = 1) -> subprocess.Popen[str]:
     settings = [part for setting in QUICK for part in ("--set", setting)]
     targets = [f"./{name}.toml" for name in NAMES]
-    return subprocess.Popen(
-        [sys.executable, "-m", "deploypipe", "run", "./pipe.py", *targets, "--out", out, *settings, *arguments],
-        cwd=folder,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
-    )
+    return start(folder, "run", "./pipe.py", *targets, "--out", out, *settings, *arguments, num_threads=num_threads)
 
 
 def choice(result: RunResult) -> object:
@@ -77,13 +62,14 @@ def wait_until_two_search(child: subprocess.Popen[str]) -> None:
 
 def test_two_at_a_time_find_what_they_find_one_after_the_other(folder: Path) -> None:
     """Of three targets one cannot be reached, which does not end the others."""
-    at_once, in_turn = start(folder, "at_once", "--jobs", "2"), start(folder, "in_turn")
+    at_once, in_turn = run(folder, "at_once", "--jobs", "2", num_threads=2), run(folder, "in_turn")
     said, errors = at_once.communicate(timeout=300)
     assert at_once.returncode == 2
     assert [line.startswith("never  error: ") and "macs" in line for line in errors.splitlines()] == [True], errors
     table = said[said.index("target by target") :]
     assert "ended with exit code 2" in table and all(f"\n{name} " in table for name in NAMES)
     assert (folder / "at_once" / "report.html").is_file()
+    assert all(f"{name:<5}  1 thread\n" in said for name in NAMES)  # of two, for two at a time
     for stage in ("structures", "dense_export", "observe", "score", "curves"):
         assert len(list((folder / "at_once" / "shared").glob(f"*-{stage}-*.json"))) == 1
     assert in_turn.communicate(timeout=300) and in_turn.returncode == 2
@@ -94,14 +80,14 @@ def test_two_at_a_time_find_what_they_find_one_after_the_other(folder: Path) -> 
 
 def test_interrupted_or_killed_it_leaves_nobody_behind_and_goes_on(folder: Path) -> None:
     long = ("--jobs", "2", "--set", "search.num_trials=200")
-    child = start(folder, "out", *long)
+    child = run(folder, "out", *long)
     wait_until_two_search(child)
     child.send_signal(signal.SIGINT)  # to it alone; a terminal interrupts all
     _, errors = child.communicate(timeout=60)
     assert child.returncode == 130 and not is_at_work(folder)
     told = "interrupted; the same command resumes"
     assert sorted(errors.splitlines()) == sorted([told, f"half   {told}", f"most   {told}"])
-    child = start(folder, "out", *long)
+    child = run(folder, "out", *long)
     wait_until_two_search(child)
     child.kill()
     said, _ = child.communicate(timeout=60)
@@ -109,7 +95,7 @@ def test_interrupted_or_killed_it_leaves_nobody_behind_and_goes_on(folder: Path)
     while is_at_work(folder) and time.monotonic() < end:
         time.sleep(0.1)
     assert not is_at_work(folder)
-    again = start(folder, "out", "--jobs", "2")
+    again = run(folder, "out", "--jobs", "2")
     said, errors = again.communicate(timeout=300)
     assert again.returncode == 2, errors
     for name in NAMES[:2]:

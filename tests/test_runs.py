@@ -15,6 +15,7 @@ from deploypipe import runs
 from deploypipe.errors import RunFolderError
 from deploypipe.records import Event, Interval
 from deploypipe.runs import load_result, open_run, place_file, save_result
+from deploypipe.side_by_side import alone, side_by_side
 
 RECORD = Interval(value=1.0, low=0.5, high=1.5)
 
@@ -156,6 +157,25 @@ def test_of_runs_side_by_side_one_computes_a_stage_and_the_other_finds_it(tmp_pa
     assert len(num_calls) == 1
     assert [told for name, told in messages if name == "second"][-1] == "cached"
     assert ("second", "NOTE: waits for another run, which is at it") in messages
+
+
+def test_a_run_gives_way_at_each_step_to_one_that_measures(tmp_path: Path) -> None:
+    measured = threading.Event()
+
+    def measure() -> None:
+        with side_by_side(tmp_path / "shared"), alone():
+            measured.set()
+
+    with open_run(tmp_path / "run", shared=tmp_path / "shared") as run:
+        beside = threading.Thread(target=measure, daemon=True)
+        beside.start()
+        assert not measured.wait(0.5)
+        for _ in range(100):
+            run.notify(Event(stage="finetune", done=1, total=2))
+            if measured.wait(0.1):
+                break
+        assert measured.is_set()
+    beside.join()
 
 
 def test_what_others_have_in_the_making_stays(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Protocol, TypeVar
 
 import sqlalchemy as sa
 
-from deploypipe.side_by_side import machine
+from deploypipe.side_by_side import machine, pause
 
 T = TypeVar("T")
 
@@ -91,7 +91,7 @@ class Leases:
             is_stale = time.monotonic() - since > self.expiry_s or is_gone(row[0])
             if is_stale and self.patiently(partial(self._take_over, held, row)):
                 return
-            time.sleep(_POLL_S)
+            pause(_POLL_S)
 
     def _insert(self, held: Held) -> bool:
         try:

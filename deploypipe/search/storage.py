@@ -23,6 +23,7 @@ from sqlalchemy.exc import (
 
 from deploypipe.addresses import masked, without_secrets
 from deploypipe.errors import RunFolderError, StorageError
+from deploypipe.side_by_side import pause
 
 T = TypeVar("T")
 
@@ -97,7 +98,7 @@ class Storage:
                 is_away = isinstance(cause, DBAPIError) and not isinstance(cause, IntegrityError)
                 if not is_away or time.monotonic() >= until:
                     raise
-            time.sleep(_PAUSE_S)
+            pause(_PAUSE_S)
 
     @contextmanager
     def errors_told(self) -> Iterator[None]:

@@ -1,6 +1,5 @@
 """The search: trial after trial is proposed, judged repaired and measured, and remembered, by one process or many."""
 
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -17,6 +16,7 @@ from deploypipe.search.limits import Range
 from deploypipe.search.sampling import Seen, Space, importances, knobs, next_knobs, warm_starts
 from deploypipe.search.storage import Storage
 from deploypipe.search.trials import Evaluate, History, Propose, judge_plan, most_accurate, network_key, violations
+from deploypipe.side_by_side import pause
 from deploypipe.target import Limit
 
 _POLL_S, _LONGEST_POLL_S = 0.5, 5.0  # where a trial has to wait for those of other workers
@@ -67,7 +67,7 @@ def search(
 
     with open_board(storage, space, settings.objectives, about) as board:
         told: set[int] = set()
-        pause = _POLL_S
+        wait_s = _POLL_S
         while True:
             done = {number: known for number, known in board.done().items() if number < settings.num_trials}
             for number in sorted(done.keys() - told):
@@ -78,10 +78,10 @@ def search(
                 break
             claim = board.claim(settings.num_trials, settings.num_parallel, turned)
             if claim is None:
-                time.sleep(pause)
-                pause = min(1.5 * pause, _LONGEST_POLL_S)
+                pause(wait_s)
+                wait_s = min(1.5 * wait_s, _LONGEST_POLL_S)
                 continue
-            pause = _POLL_S
+            wait_s = _POLL_S
             with suppress(_NobodyBelowError), board.at_work(claim):
                 do(board, claim)
     return _conclude([trial for trial, _ in done.values()], dense, settings.objectives, space)
@@ -118,7 +118,7 @@ def _find_twin(board: Board, claim: Claim, plan: PruningPlan) -> Trial | None:
             return None
         if len(below) < claim.number:
             raise _NobodyBelowError
-        time.sleep(_POLL_S)
+        pause(_POLL_S)
 
 
 def _told(value: object) -> str:

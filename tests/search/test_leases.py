@@ -15,6 +15,7 @@ from deploypipe.search import leases
 from deploypipe.search.leases import Held, Leases, is_gone, this_process
 from deploypipe.search.measuring import SharedMeasuring
 from deploypipe.search.storage import Storage
+from deploypipe.side_by_side import alone, side_by_side
 
 T = TypeVar("T")
 
@@ -128,3 +129,28 @@ def test_only_one_worker_of_a_machine_measures(tmp_path: Path) -> None:
     waiting.join()
     assert got.is_set()
     assert leases.machine() and not leases.machine().isspace()
+
+
+def test_who_waits_for_the_lease_does_not_hold_up_its_holder(engine: sa.Engine, tmp_path: Path) -> None:
+    """Two runs side by side: the one with the lease measures, for which the other has to stand aside."""
+    waits = threading.Event()
+
+    def wait_for_it() -> None:
+        with side_by_side(tmp_path):
+            waits.set()
+            with Leases(engine, at_once, 60).held("slot"):
+                pass
+
+    other, done = threading.Thread(target=wait_for_it, daemon=True), threading.Event()
+
+    def hold_it() -> None:
+        with side_by_side(tmp_path), Leases(engine, at_once, 60).held("slot"):
+            other.start()
+            assert waits.wait(30)
+            with alone():
+                done.set()
+
+    threading.Thread(target=hold_it, daemon=True).start()
+    assert done.wait(30)
+    other.join(30)
+    assert not other.is_alive()
