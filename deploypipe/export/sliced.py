@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
-import torch
 from onnx import numpy_helper
 from onnxscript import ir
 from onnxscript.rewriter import rewrite
@@ -16,12 +15,12 @@ from deploypipe.errors import DeploypipeError
 from deploypipe.export.metadata import describe, forget_shapes, module_of
 from deploypipe.export.onnx_file import export_onnx, run_eager
 from deploypipe.export.parity import measure_parity, require_parity
-from deploypipe.export.precision import folded, scratch_beside
+from deploypipe.export.precision import fold, scratch_beside
 from deploypipe.export.refit import Refit, UnfitError, facts_of
 from deploypipe.export.template import Template, tensors_of
 from deploypipe.recipe import Export
 from deploypipe.records import CandidateFile, PruningPlan
-from deploypipe.runtimes.onnxruntime import OnnxRuntime
+from deploypipe.runtimes.onnxruntime import OnnxSession
 from deploypipe.task import Batch, evaluating, take
 
 _NORM_RULES = [fuse_batchnorm_into_gemm_rule, fuse_batchnorm_into_conv_transpose_rule]
@@ -47,11 +46,11 @@ def slice_file(
     try:
         with evaluating(pruned), scratch_beside(path) as scratch:
             part = scratch / path.name
-            proto = folded(_without_norms(cut_graph(template, dense, pruned, plan)), path)
+            proto, session = fold(_without_norms(cut_graph(template, dense, pruned, plan)), path)
+            _compare(pruned, batches, session, settings)
             forget_shapes(proto)
             describe(proto, precision="fp32", origin=origin or {})
             part.write_bytes(proto.SerializeToString(deterministic=True))
-            _compare(pruned, batches, part, settings)
             part.replace(path)
         return CandidateFile(path=path.name, size_bytes=path.stat().st_size)
     except (UnfitError, DeploypipeError) as error:
@@ -169,9 +168,8 @@ def _numbers(network: nn.Module, path: str) -> dict[str, int]:
     return {name: value for name, value in attributes.items() if type(value) is int}
 
 
-def _compare(pruned: nn.Module, batches: Sequence[Batch], path: Path, settings: Export) -> None:
-    """ParityError where the file does not compute what the network computes."""
+def _compare(pruned: nn.Module, batches: Sequence[Batch], session: OnnxSession, settings: Export) -> None:
+    """ParityError where the session does not compute what the network computes."""
     inputs = take(batches[0][0], _NUM_CHECKED)
     _, expected = run_eager(pruned, [inputs])
-    with OnnxRuntime().open(path, num_threads=torch.get_num_threads()) as session:
-        require_parity(measure_parity(session, [inputs], expected), settings, path)
+    require_parity(measure_parity(session, [inputs], expected), settings, session.path)
