@@ -60,7 +60,6 @@ from deploypipe.runs import open_run
 from deploypipe.runtimes import find_runtime
 from deploypipe.search.accuracies import Accuracies
 from deploypipe.search.allocate import uniform
-from deploypipe.search.basis import Basis
 from deploypipe.search.judge import Judge
 from deploypipe.search.limits import candidate_of, search_limits, with_margin
 from deploypipe.search.looks import Results, draw_parts, pack, unpack
@@ -207,20 +206,13 @@ class Contest:
         Table(self, found).print_()
 
     def ours(self) -> Found:
-        curves = analysis.curves(self.job, self.structures, self.scores, self.moments)
         started = time.perf_counter()
         try:
-            candidates = searching.candidates(self.job, self.baseline, self.row)
-            basis = Basis(
-                structures=self.structures,
-                scores=self.scores,
-                curves=curves,
-                dense=self.baseline,
-                limits=self.limits,
-                shipping=self.row,
-                candidates=candidates,
-                timed=searching.timed_networks(self.job, self.structures, self.scores, curves, candidates, self.limits),
-            )
+            basis = searching.unobserved(self.job, self.structures, self.baseline, self.limits, self.row)
+            basis = replace(basis, timed=searching.timed_networks(self.job, basis))
+            basis = replace(basis, reach=searching.reach(self.job, basis))
+            curves = analysis.curves(self.job, self.structures, self.scores, self.moments)
+            basis = replace(basis, scores=self.scores, curves=curves)
             result = searching.confirm(self.job, basis, searching.search(self.job, basis))
         except BudgetError as error:
             return Found(plan=None, tried=(), seconds=time.perf_counter() - started, note=str(error))
@@ -230,7 +222,7 @@ class Contest:
         return Found(
             plan=result.trials[result.best].plan,
             tried=tuple(map(self._tried, result.trials)),
-            seconds=self.seconds("curves", "latency", "search", "confirm"),
+            seconds=self.seconds("latency", "reach", "curves", "search", "confirm"),
         )
 
     def uniform(self) -> Found:

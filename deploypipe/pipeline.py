@@ -170,7 +170,7 @@ def help_search(
         _, row = _dense_precision(job, dense, limits)
         if not row:
             raise StorageError(f"{storage.shown}: {storage.study}: the dense network is within the budget here")
-        basis, _ = _score(job, structures, dense, limits, row)
+        basis, _ = _observed(job, structures, dense, limits, row)
         return searching.help_search(job, basis, storage)
 
 
@@ -189,25 +189,17 @@ def _dense_precision(
     return precision, row if is_over else None
 
 
-def _score(
+def _observed(
     job: Job, structures: Structures, dense: Measurement, limits: Mapping[str, Limit], row: PrecisionRow
 ) -> tuple[Basis, ScoreSummary]:
+    basis = searching.unobserved(job, structures, dense, limits, row)
+    basis = replace(basis, timed=searching.timed_networks(job, basis))
+    basis = replace(basis, reach=searching.reach(job, basis))  # a budget out of reach ends here
     halves = analysis.observe(job, structures)
     moments = merge(*halves)
     scores = analysis.score(job, structures, halves, moments)
     curves = analysis.curves(job, structures, scores, moments)
-    candidates = searching.candidates(job, dense, row)
-    basis = Basis(
-        structures=structures,
-        scores=scores,
-        curves=curves,
-        dense=dense,
-        limits=limits,
-        shipping=row,
-        candidates=candidates,
-        timed=searching.timed_networks(job, structures, scores, curves, candidates, limits),
-    )
-    return basis, summarise(structures, scores, moments)
+    return replace(basis, scores=scores, curves=curves), summarise(structures, scores, moments)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -232,7 +224,7 @@ def _run_stages(job: Job, name: str) -> RunResult:
     summary = None
     precision, row = _dense_precision(job, dense, limits)
     if row:
-        basis, summary = _score(job, structures, dense, limits, row)
+        basis, summary = _observed(job, structures, dense, limits, row)
         made = _make_smaller(job, basis, stand_in)
     else:
         precision = precision or shipping.dense_precision(job, dense)

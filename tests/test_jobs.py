@@ -56,7 +56,7 @@ def wait_until_two_search(child: subprocess.Popen[str]) -> None:
     while len(told) < 2:
         line = child.stdout.readline()
         assert line, "the run is over"
-        if "in reach" in line:
+        if "trials take about" in line:
             told.add(line.split()[0])
 
 

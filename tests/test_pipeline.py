@@ -161,7 +161,7 @@ def test_the_same_call_again_computes_nothing(dense: nn.Module, first: tuple[Pat
     again = compress(
         dense, tiny.load_data(), tiny.task(), tiny.recipe(), TARGET, folder, source="tiny", notify=events.append
     )
-    assert all(stage.was_cached for stage in again.stages) and len(again.stages) == 14
+    assert all(stage.was_cached for stage in again.stages) and len(again.stages) == 15
     assert to_json(replace(again, stages=result.stages)) == to_json(result)
     assert {event.message for event in events if event.stage != "gate"} == {"start", "cached"}
 
@@ -218,8 +218,8 @@ def test_a_changed_recipe_computes_only_what_depends_on_it(
 ) -> None:
     changed = run(dense, first[0], finetune=replace(tiny.recipe().finetune, num_epochs=1))
     cached = {stage.stage for stage in changed.stages if stage.was_cached}
-    before_training = {"structures", "dense_export", "baseline", "observe", "score", "curves", "latency", "search"}
-    assert cached == before_training | {"confirm", "prune"}
+    before_search = {"structures", "dense_export", "baseline", "latency", "reach", "observe", "score", "curves"}
+    assert cached == before_search | {"search", "confirm", "prune"}
     assert changed.training and len(changed.training.epochs) == 2
     assert to_json(load_result(first[0])) == to_json(changed)
 

@@ -3,7 +3,16 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from deploypipe.records import Candidate, Curves, Measurement, PrecisionRow, ScoreTable, Structures, TimedNetworks
+from deploypipe.records import (
+    Candidate,
+    Curves,
+    Measurement,
+    PrecisionRow,
+    Reach,
+    ScoreTable,
+    Structures,
+    TimedNetworks,
+)
 from deploypipe.search.candidates import Candidates
 from deploypipe.search.judge import Judge
 from deploypipe.search.propose import Proposer
@@ -15,13 +24,14 @@ class Basis:
     """The stages before a search, for one target."""
 
     structures: Structures
-    scores: ScoreTable
+    scores: ScoreTable  # all alike, as the curves are, before anything is observed
     curves: Curves
     dense: Measurement
     limits: Mapping[str, Limit]  # those that can be held here
     shipping: PrecisionRow  # the precision that candidates are made in
     candidates: Candidates
-    timed: TimedNetworks | None  # None: no latency is asked for, or none can be taken
+    timed: TimedNetworks | None = None  # None: no latency is asked for, or none can be taken
+    reach: Reach | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

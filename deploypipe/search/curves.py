@@ -7,7 +7,7 @@ say which units of a group go, these curves say how many.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -72,45 +72,36 @@ def measure_curves(
     taken = take_calib(batches, settings.num_curve_samples)
     inputs = channels_last(stack_batches([batch for batch, _ in taken]))
     probe = _Probe(dense, structures, inputs, divergence or of_classes())
+    offered = unmeasured_curves(structures, settings, channel_multiple).curves
+    groups = {group.name: group for group in structures.groups}
     curves: list[LossCurve] = []
-    jobs: list[Callable[[], LossCurve]] = [
-        partial(
-            _group_curve,
-            probe,
-            group,
-            scores,
-            moments,
-            settings.num_levels,
-            channel_multiple,
-            structures.least_width(group, channel_multiple),
-        )
-        for group in structures.groups
-    ]
-    if settings.prune_blocks:
-        jobs += [partial(_block_curve, probe, block.name) for block in structures.blocks]
-    for number, job in enumerate(jobs, start=1):
-        curves.append(job())
-        notify(Event(stage="curves", done=number, total=len(jobs), message=curves[-1].name))
+    for curve in offered:
+        if curve.kind == "block":
+            losses = [probe.loss_without(curve.name)]
+        else:
+            losses = _group_losses(probe, groups[curve.name], curve.kept, scores, moments)
+        curves.append(replace(curve, losses=tuple(losses)))
+        notify(Event(stage="curves", done=len(curves), total=len(offered), message=curve.name))
     return Curves(curves=tuple(curves), num_samples=num_samples(inputs))
 
 
-def _block_curve(probe: "_Probe", name: str) -> LossCurve:
-    return LossCurve(name=name, kind="block", kept=(0,), losses=(probe.loss_without(name),))
+def unmeasured_curves(structures: Structures, settings: Search, channel_multiple: int) -> Curves:
+    """All that `measure_curves` measures, at no loss: what may be chosen is known before anything is observed."""
+    curves = []
+    for group in structures.groups:
+        least, step = structures.least_width(group, channel_multiple), group.step(channel_multiple)
+        kept = (*width_levels(group.num_units, settings.num_levels, step, least), group.num_units)
+        curves.append(LossCurve(name=group.name, kind="channels", kept=kept, losses=(0.0,) * len(kept)))
+    if settings.prune_blocks:
+        curves += [LossCurve(name=block.name, kind="block", kept=(0,), losses=(0.0,)) for block in structures.blocks]
+    return Curves(curves=tuple(curves), num_samples=0)
 
 
-def _group_curve(
-    probe: "_Probe",
-    group: ChannelGroup,
-    scores: ScoreTable,
-    moments: Moments,
-    num_levels: int,
-    multiple: int,
-    least: int,
-) -> LossCurve:
+def _group_losses(
+    probe: "_Probe", group: ChannelGroup, widths: Sequence[int], scores: ScoreTable, moments: Moments
+) -> list[float]:
     ranked = sorted(range(group.num_units), key=lambda i: (-scores.channels[group.name][i], i))
-    widths = width_levels(group.num_units, num_levels, group.step(multiple), least)
-    losses = [probe.loss_at(group, ranked[:width], moments) for width in widths]
-    return LossCurve(name=group.name, kind="channels", kept=(*widths, group.num_units), losses=(*losses, 0.0))
+    return [probe.loss_at(group, ranked[:width], moments) if width < group.num_units else 0.0 for width in widths]
 
 
 def width_levels(num_units: int, count: int, multiple: int, least: int = 1) -> list[int]:

@@ -95,6 +95,10 @@ class Proposer:
         bounds = [Bound(costs=self.costs(name, model), share=share) for name, share in shares.items()]
         return allocate_to(self.structures, self.curves, bounds, lambda chosen: self.figures(chosen, model), emphasis)
 
+    def plain(self) -> PruningPlan:
+        """The choice of least loss as measured, within the shares as predicted before the search."""
+        return self.plan(self.allocate(Emphasis(), self.latency_model(()), self.shares))
+
     def cheapest(self, name: str) -> Allocation:
         """The choice that costs least by one of the budgets."""
         return cheapest(self.structures, self.curves, self.costs(name, self.latency_model(())))

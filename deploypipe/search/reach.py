@@ -1,18 +1,18 @@
-"""What a search can come to, told before its first trial; a budget out of reach ends there."""
+"""What a search can come to, told before anything is observed; a budget out of reach ends there."""
 
 from collections.abc import Mapping
 from math import log10
 
 from deploypipe.errors import BudgetError
-from deploypipe.records import PruningPlan, Reach
+from deploypipe.records import Reach
 from deploypipe.search.allocate import Allocation, Emphasis, allowed_widths
 from deploypipe.search.propose import Proposer
 
 _TOLERANCE = 0.03  # relative: a budget that is predicted to be missed by less may be met
 
 
-def find_reach(proposer: Proposer, shares: Mapping[str, float]) -> tuple[Reach, PruningPlan]:
-    """The least share of each bounded figure, how many choices there are, and a network that fills the budgets.
+def find_reach(proposer: Proposer, shares: Mapping[str, float]) -> Reach:
+    """The least share of each bounded figure, and how many choices there are. What they lose does not matter.
 
     Raises BudgetError where a budget is below the least there is, or where all of them together are, naming the
     nearest that can be had.
@@ -41,7 +41,7 @@ def find_reach(proposer: Proposer, shares: Mapping[str, float]) -> tuple[Reach, 
                 f"budget.{name}: {share:.3g} times the dense network's cannot be had together with {others}; the "
                 f"nearest network comes to {reached:.3g} times it: relax one of them in the target"
             )
-    return Reach(least=least, log10_choices=_log10_choices(proposer)), proposer.plan(together)
+    return Reach(least=least, log10_choices=_log10_choices(proposer))
 
 
 def round_up(share: float) -> float:

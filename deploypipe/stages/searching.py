@@ -10,11 +10,11 @@ from tempfile import TemporaryDirectory
 from deploypipe.pruning.plan import make_plan
 from deploypipe.recipe import Magnitude
 from deploypipe.records import (
-    Curves,
     Event,
     Measurement,
     PrecisionRow,
     PruningPlan,
+    Reach,
     ScoreTable,
     SearchResult,
     Structures,
@@ -30,6 +30,7 @@ from deploypipe.search.accuracies import Accuracies
 from deploypipe.search.allocate import Allocation, allowed_widths
 from deploypipe.search.basis import Basis, Tools
 from deploypipe.search.candidates import Candidates
+from deploypipe.search.curves import unmeasured_curves
 from deploypipe.search.duration import duration_text, predict_seconds
 from deploypipe.search.finalists import confirm_finalists, with_finalists, with_tuned
 from deploypipe.search.judge import Judge
@@ -71,26 +72,38 @@ def candidates(job: Job, dense: Measurement, shipping: PrecisionRow) -> Candidat
     )
 
 
-def timed_networks(
-    job: Job,
-    structures: Structures,
-    scores: ScoreTable,
-    curves: Curves,
-    candidates: Candidates,
-    limits: Mapping[str, Limit],
-) -> TimedNetworks | None:
+def unobserved(
+    job: Job, structures: Structures, dense: Measurement, limits: Mapping[str, Limit], row: PrecisionRow
+) -> Basis:
+    """What is known before anything is observed. The row: the precision that candidates are made in."""
+    return Basis(
+        structures=structures,
+        scores=ScoreTable(scorer="none", channels={g.name: (0.0,) * g.num_units for g in structures.groups}),
+        curves=unmeasured_curves(structures, job.recipe.search, job.target.channel_multiple),
+        dense=dense,
+        limits=limits,
+        shipping=row,
+        candidates=candidates(job, dense, row),
+    )
+
+
+def timed_networks(job: Job, basis: Basis) -> TimedNetworks | None:
     """Networks timed on the target, for a latency model to learn from; None where nothing asks for latency, or it
     cannot be taken here."""
-    is_asked_for = "latency_p50" in limits or "latency" in job.recipe.search.objectives
+    is_asked_for = "latency_p50" in basis.limits or "latency" in job.recipe.search.objectives
     if job.ability.verdict != "run" or not is_asked_for:
         return None
+    levels = allowed_widths(basis.structures, basis.curves)
+
+    def plan_for(chosen: Allocation) -> PruningPlan:
+        return make_plan(basis.structures, basis.scores, chosen.widths, chosen.blocks, job.target.channel_multiple)
 
     def compute(work: Path) -> TimedNetworks:
         return time_networks(
-            candidates,
-            structures,
-            allowed_widths(structures, curves),
-            lambda chosen: _plan(job, structures, scores, chosen),
+            basis.candidates,
+            basis.structures,
+            levels,
+            plan_for,
             work,
             count=job.recipe.search.num_timed,
             seed=job.recipe.seed,
@@ -99,12 +112,33 @@ def timed_networks(
 
     inputs = {
         "baseline": job.run.key("baseline"),
-        "curves": job.run.key("curves"),
-        "precision": candidates.precision.file,
+        "structures": basis.structures,
+        "levels": levels,
+        "precision": basis.shipping.file,
         "count": job.recipe.search.num_timed,
         "device": job.device,
     }
     return job.run.remember("latency", inputs, compute, TimedNetworks)
+
+
+def reach(job: Job, basis: Basis) -> Reach:
+    """What networks can come to; BudgetError where that is not within the budgets."""
+
+    def compute(work: Path) -> Reach:
+        proposer = _proposer(job, basis, work)
+        found = find_reach(proposer, proposer.shares)
+        _note(job, reach_text(found, proposer.shares), stage="reach")
+        return found
+
+    inputs = {
+        "baseline": job.run.key("baseline"),
+        "structures": basis.structures,
+        "curves": basis.curves,
+        "latency": job.run.key("latency") if basis.timed else "",
+        "precision": basis.shipping.file,
+        "budget": job.target.budget,
+    }
+    return job.run.remember("reach", inputs, compute, Reach)
 
 
 def search(job: Job, basis: Basis) -> SearchResult:
@@ -113,14 +147,12 @@ def search(job: Job, basis: Basis) -> SearchResult:
 
     def compute(work: Path) -> SearchResult:
         tools = _tools(job, basis, work)
-        reach, typical = find_reach(tools.proposer, tools.shares)
-        num_trials = job.recipe.search.num_trials
-        lasting = duration_text(predict_seconds(tools.judge, typical, num_trials), num_trials)
-        _note(job, f"{reach_text(reach, tools.shares)}; {lasting}")
+        typical, num_trials = tools.proposer.plain(), job.recipe.search.num_trials
+        _note(job, duration_text(predict_seconds(tools.judge, typical, num_trials), num_trials))
         if job.storage:
             _invite_workers(job, job.storage)
         found = _run_trials(job, tools, inputs, job.storage or _own_storage(job, inputs))
-        return replace(found, reach=reach, latency_fit=tools.proposer.latency_fit(found.trials))
+        return replace(found, reach=basis.reach, latency_fit=tools.proposer.latency_fit(found.trials))
 
     return job.run.remember("search", inputs, compute, SearchResult)
 
@@ -205,13 +237,11 @@ def _search_inputs(job: Job, basis: Basis) -> dict[str, object]:
     }
 
 
-def _tools(job: Job, basis: Basis, work: Path) -> Tools:
-    dense, shipping, structures = basis.dense, basis.shipping, basis.structures
+def _proposer(job: Job, basis: Basis, work: Path) -> Proposer:
+    dense, structures, shipped = basis.dense, basis.structures, basis.shipping.file or basis.dense.file
     reference = candidate_of(dense, analysis.dense_opened(job, dense), analysis.dense_accuracy(job, dense))
-    tight = with_margin(basis.limits)
-    shipped_mib = (shipping.file.size_bytes if shipping.file else dense.file.size_bytes) / 2**20
-    shares = bounded_shares(tight, reference, shipped_mib, is_timed=basis.timed is not None)
-    proposer = Proposer(
+    is_timed = basis.timed is not None
+    return Proposer(
         dense=job.model,
         inputs=job.inputs,
         structures=structures,
@@ -219,12 +249,17 @@ def _tools(job: Job, basis: Basis, work: Path) -> Tools:
         magnitudes=score_magnitudes(job.model, structures),
         curves=basis.curves,
         channel_multiple=job.target.channel_multiple,
-        shares=shares,
+        shares=bounded_shares(with_margin(basis.limits), reference, shipped.size_bytes / 2**20, is_timed=is_timed),
         reference=reference,
         sites=find_sites(job.model, structures, job.inputs),
         timed=basis.timed.rows if basis.timed else (),
         measure=lambda plan: basis.candidates.ratio_of(plan, work),
     )
+
+
+def _tools(job: Job, basis: Basis, work: Path) -> Tools:
+    tight, proposer = with_margin(basis.limits), _proposer(job, basis, work)
+    reference = proposer.reference
     judge = Judge(
         candidates=basis.candidates,
         dense_p50_ms=reference.latency_p50_ms,
@@ -236,13 +271,7 @@ def _tools(job: Job, basis: Basis, work: Path) -> Tools:
         work=work,
         accuracies=known_accuracies(job),
     )
-    return Tools(
-        reference=reference,
-        limits=tight,
-        shares=shares,
-        proposer=proposer,
-        judge=judge,
-    )
+    return Tools(reference=reference, limits=tight, shares=proposer.shares, proposer=proposer, judge=judge)
 
 
 def known_accuracies(job: Job) -> Accuracies:
@@ -285,9 +314,5 @@ def _invite_workers(job: Job, storage: Storage) -> None:
     )
 
 
-def _note(job: Job, text: str) -> None:
-    job.run.notify(Event(stage="search", message=f"NOTE: {text}"))
-
-
-def _plan(job: Job, structures: Structures, scores: ScoreTable, chosen: Allocation) -> PruningPlan:
-    return make_plan(structures, scores, chosen.widths, chosen.blocks, job.target.channel_multiple)
+def _note(job: Job, text: str, stage: str = "search") -> None:
+    job.run.notify(Event(stage=stage, message=f"NOTE: {text}"))
