@@ -302,9 +302,10 @@ def open_run(
     if shared and shared.resolve() == path.resolve():
         raise RunFolderError(f"{path}: a run's own folder is not that of all runs; choose another folder with --shared")
     with ExitStack() as stack:
-        stack.enter_context(_locked(path))
         if shared:
             stack.enter_context(_joined(shared))
+        stack.enter_context(_locked(path))
+        if shared:
             stack.enter_context(side_by_side(shared))
 
         def told(event: Event) -> None:
@@ -317,7 +318,7 @@ def open_run(
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Alone in the folder."""
-    with _opened_lock(path) as lock:
+    with _opened_lock(path, "--out") as lock:
         if not try_lock(lock, fcntl.LOCK_EX):
             raise RunFolderError(f"{path}: another run is at work here; wait for it or choose another --out")
         _remove_parts(path)
@@ -327,7 +328,7 @@ def _locked(path: Path) -> Iterator[None]:
 @contextmanager
 def _joined(path: Path) -> Iterator[None]:
     """In the folder with other runs."""
-    with _opened_lock(path) as lock:
+    with _opened_lock(path, "--shared") as lock:
         if try_lock(lock, fcntl.LOCK_EX):  # what is half-written is nobody's
             _remove_parts(path)
         fcntl.flock(lock, fcntl.LOCK_SH)
@@ -335,13 +336,13 @@ def _joined(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _opened_lock(path: Path) -> Iterator[TextIO]:
+def _opened_lock(path: Path, option: str) -> Iterator[TextIO]:
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = (path / "run.lock").open("w")
     except OSError as error:
         problem = "is a file" if path.is_file() else f"cannot be written ({error.strerror})"
-        raise RunFolderError(f"{path}: {problem}; choose another folder with --out") from None
+        raise RunFolderError(f"{path}: {problem}; choose another folder with {option}") from None
     with lock:
         yield lock
 

@@ -155,6 +155,7 @@ def test_wrong_target(old: str, new: str, said: list[str], home: Path) -> None:
         (["--out", "a_file"], ["a_file: is a file", "--out"]),
         (["--out", "a_file/below"], ["a_file/below", "--out"]),
         (["--out", "/proc/nowhere"], ["/proc/nowhere: cannot be written", "--out"]),
+        (["--shared", "a_file"], ["a_file: is a file", "--shared"]),
     ],
 )
 def test_wrong_arguments(arguments: list[str], said: list[str], home: Path) -> None:
