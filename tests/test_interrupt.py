@@ -1,7 +1,7 @@
 """Whole programs as children: an interrupted run, and what `init` writes."""
 
 import signal
-from contextlib import suppress
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,15 +35,28 @@ def test_what_init_writes_runs_as_it_is(tmp_path: Path) -> None:
     assert "runs/mine-mine/model.onnx" in said and (tmp_path / "runs" / "mine-mine" / "model.onnx").is_file()
 
 
-def test_an_interrupt_that_something_swallowed_is_raised_at_the_next_event() -> None:
+class Interrupting:
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+
+class Faulty:
+    def __del__(self) -> None:
+        raise ValueError
+
+
+def test_an_interrupt_that_python_swallowed_is_raised_at_the_next_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[type] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda dropped: told.append(dropped.exc_type))
     before = signal.getsignal(signal.SIGINT)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt), shown_stages() as notify:
             notify(Event(stage="search", message="start"))
-            with suppress(KeyboardInterrupt):  # as Python does in a finaliser
-                signal.raise_signal(signal.SIGINT)
+            Interrupting()  # is gone at once
+            Faulty()
             notify(Event(stage="search", message="done"))
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert told == [ValueError]
     finally:
         signal.signal(signal.SIGINT, before)

@@ -125,7 +125,8 @@ def shown_stages(names: Sequence[str] = STAGES) -> Iterator[Callable[[Event], No
 
 @contextmanager
 def _kept_interrupts() -> Iterator[Callable[[], None]]:
-    """Raises an interrupt again that came where Python drops exceptions: in a finaliser, or below native code."""
+    """Raises an interrupt again that came where Python drops exceptions: in a finaliser, or below native code. Of the
+    drop itself, which Python would print with a traceback, nothing is said."""
     is_pressed = False
 
     def handle(*_: object) -> None:
@@ -137,15 +138,22 @@ def _kept_interrupts() -> Iterator[Callable[[], None]]:
         if is_pressed:
             raise KeyboardInterrupt
 
+    def tell_dropped(dropped: "sys.UnraisableHookArgs") -> None:
+        if not isinstance(dropped.exc_value, KeyboardInterrupt):
+            tell_others(dropped)
+
     is_ours = threading.current_thread() is threading.main_thread()
     if not is_ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield raise_if_interrupted
         return
+    tell_others = sys.unraisablehook
+    sys.unraisablehook = tell_dropped
     signal.signal(signal.SIGINT, handle)
     try:
         yield raise_if_interrupted
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.unraisablehook = tell_others
 
 
 class _PlainStages:
