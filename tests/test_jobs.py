@@ -1,8 +1,10 @@
 """`deploypipe run --jobs`: real runs for two of three targets at a time."""
 
+import os
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -39,15 +41,14 @@ def choice(result: RunResult) -> object:
     return trials, result.search.best, result.benchmark.compressed.file.sha256
 
 
-def is_at_work(folder: Path) -> bool:
-    """Whether a process has its working folder here."""
+def at_work(folder: Path) -> dict[int, bytes]:
+    """The processes with their working folder here, and what they were started as."""
+    found: dict[int, bytes] = {}
     for entry in Path("/proc").glob("[0-9]*/cwd"):
-        try:
-            if entry.resolve() == folder.resolve() and (entry.parent / "cmdline").read_bytes():
-                return True
-        except OSError:
-            continue
-    return False
+        with suppress(OSError):
+            if entry.resolve() == folder.resolve() and (started := (entry.parent / "cmdline").read_bytes()):
+                found[int(entry.parent.name)] = started
+    return found
 
 
 def wait_until_two_search(child: subprocess.Popen[str]) -> None:
@@ -84,7 +85,7 @@ def test_interrupted_or_killed_it_leaves_nobody_behind_and_goes_on(folder: Path)
     wait_until_two_search(child)
     child.send_signal(signal.SIGINT)  # to it alone; a terminal interrupts all
     _, errors = child.communicate(timeout=60)
-    assert child.returncode == 130 and not is_at_work(folder)
+    assert child.returncode == 130 and not at_work(folder)
     told = "interrupted; the same command resumes"
     assert sorted(errors.splitlines()) == sorted([told, f"half   {told}", f"most   {told}"])
     child = run(folder, "out", *long)
@@ -92,11 +93,24 @@ def test_interrupted_or_killed_it_leaves_nobody_behind_and_goes_on(folder: Path)
     child.kill()
     said, _ = child.communicate(timeout=60)
     end = time.monotonic() + 30
-    while is_at_work(folder) and time.monotonic() < end:
+    while at_work(folder) and time.monotonic() < end:
         time.sleep(0.1)
-    assert not is_at_work(folder)
+    assert not at_work(folder)
     again = run(folder, "out", "--jobs", "2")
     said, errors = again.communicate(timeout=300)
     assert again.returncode == 2, errors
     for name in NAMES[:2]:
         assert f"{name}   observe         cached" in said and load_result(folder / "out" / name).decision
+
+
+def test_interrupted_at_once_it_prints_no_traceback(folder: Path) -> None:
+    """As a terminal does it: all processes at a time, those among them that are still loading."""
+    child = run(folder, "out", "--jobs", "2")
+    while sum(b"spawn_main" in started for started in at_work(folder).values()) < 2:
+        assert child.poll() is None
+        time.sleep(0.01)
+    for process in at_work(folder):
+        os.kill(process, signal.SIGINT)
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == 130 and not at_work(folder)
+    assert errors.splitlines()[-1] == "interrupted; the same command resumes" and "Traceback" not in errors

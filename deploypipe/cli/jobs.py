@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
 from typing import TextIO
@@ -34,7 +35,8 @@ def run_commands(commands: Mapping[str, Sequence[str]], at_once: int, num_thread
         while waiting or at_work:
             while waiting and len(at_work) < at_once:
                 name, process = waiting.pop(0)
-                process.start()
+                with _no_interrupts():  # nor in the process, until it can end well
+                    process.start()
                 at_work[name] = process
             wait([process.sentinel for process in at_work.values()])
             for name, process in list(at_work.items()):
@@ -55,10 +57,22 @@ def _interrupt(process: SpawnProcess) -> None:
     process.join()
 
 
+@contextmanager
+def _no_interrupts() -> Iterator[None]:
+    """They come when the block ends."""
+    resource_tracker.ensure_running()  # the first process would start it, which lets interrupts through again
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
 def _run(name: str, command: list[str]) -> None:
     threading.Thread(target=_die_with_parent, daemon=True).start()
     with _named(name):
         try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             app(command)
         except KeyboardInterrupt:
             sys.exit(EXIT_INTERRUPTED)
