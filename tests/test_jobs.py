@@ -80,7 +80,7 @@ def test_two_at_a_time_find_what_they_find_one_after_the_other(folder: Path) -> 
 
 
 def test_interrupted_or_killed_it_leaves_nobody_behind_and_goes_on(folder: Path) -> None:
-    long = ("--jobs", "2", "--set", "search.num_trials=200")
+    long = ("--jobs", "2", "--set", "search.num_trials=2000")  # far from over when the signal comes
     child = run(folder, "out", *long)
     wait_until_two_search(child)
     child.send_signal(signal.SIGINT)  # to it alone; a terminal interrupts all
