@@ -93,7 +93,8 @@ def compress(
     `report.html` and, written last, `result.json` in `out`.
     """
     check_inputs(model, splits, task, recipe, target)
-    with open_run(Path(out), notify, Path(shared) if shared else None) as run:
+    place = storage.place if storage else None
+    with open_run(Path(out), notify, Path(shared) if shared else None, place=place) as run:
         start_afresh(run.path, (MODEL, GOLDEN, TENSORS, ENGINE, f"{ENGINE}.json", f"{ENGINE}.log", REPORT))
         job = Job(with_slim_attention(model), splits, task, recipe, target, run, source, storage, ranks)
         if storage:
@@ -160,7 +161,7 @@ def help_search(
     check_inputs(model, splits, task, recipe, target)
     with (
         TemporaryDirectory(prefix="deploypipe-worker-") as folder,
-        open_run(Path(folder), notify, source=storage.stages) as run,
+        open_run(Path(folder), notify, source=storage.stages, place=storage.place) as run,
     ):
         job = Job(with_slim_attention(model), splits, task, recipe, target, run, source, storage)
         require_same(storage, job.about())

@@ -292,12 +292,12 @@ def _remove_scratch(work: Path) -> None:
 
 @contextmanager
 def open_run(
-    path: Path, notify: Progress = silent, shared: Path | None = None, source: str = ""
+    path: Path, notify: Progress = silent, shared: Path | None = None, source: str = "", place: Path | None = None
 ) -> Iterator[RunFolder]:
     """Open (or make) a run folder, locked against a second run for as long as the block lasts.
 
-    Runs with one folder `shared` may be at work side by side: what one computes the others find, and on one machine
-    they all stand still while one of them measures.
+    Runs with one folder `shared` may be at work side by side: what one computes the others find. Those with one `place`
+    (which is `shared`, unless it is given) stand still on one machine while one of them measures.
     """
     if shared and shared.resolve() == path.resolve():
         raise RunFolderError(f"{path}: a run's own folder is not that of all runs; choose another folder with --shared")
@@ -305,8 +305,8 @@ def open_run(
         if shared:
             stack.enter_context(_joined(shared))
         stack.enter_context(_locked(path))
-        if shared:
-            stack.enter_context(side_by_side(shared))
+        if place := place or shared:
+            stack.enter_context(side_by_side(place))
 
         def told(event: Event) -> None:
             notify(event)

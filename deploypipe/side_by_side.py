@@ -1,7 +1,7 @@
 """Runs side by side on one machine: they compute together, and one that measures has the machine to itself.
 
 Between two steps of its work a run gives way to those that wait to measure. The locks are the kernel's: a run that is
-killed holds none.
+killed holds none, and for one that is stopped (Ctrl-Z) nobody waits.
 """
 
 import fcntl
@@ -10,8 +10,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import count
 from pathlib import Path
 from typing import TextIO
+
+_POLL_S = 0.01
+_LOOK_EVERY = 25  # polls, at who holds the lock
 
 
 def machine() -> str:
@@ -46,14 +50,14 @@ class _Place:
     @contextmanager
     def alone(self) -> Iterator[None]:
         fcntl.flock(self._room, fcntl.LOCK_UN)
-        fcntl.flock(self._door, fcntl.LOCK_EX)
-        fcntl.flock(self._room, fcntl.LOCK_EX)
+        _wait_for(self._door, fcntl.LOCK_EX)
+        _wait_for(self._room, fcntl.LOCK_EX)
         self._is_alone = True
         try:
             yield
         finally:
             self._is_alone = False
-            fcntl.flock(self._room, fcntl.LOCK_SH)
+            _wait_for(self._room, fcntl.LOCK_SH)
             fcntl.flock(self._door, fcntl.LOCK_UN)
 
     def leave(self) -> None:
@@ -62,8 +66,8 @@ class _Place:
         fcntl.flock(self._door, fcntl.LOCK_UN)
 
     def _enter(self) -> None:
-        fcntl.flock(self._door, fcntl.LOCK_SH)
-        fcntl.flock(self._room, fcntl.LOCK_SH)
+        _wait_for(self._door, fcntl.LOCK_SH)
+        _wait_for(self._room, fcntl.LOCK_SH)
         fcntl.flock(self._door, fcntl.LOCK_UN)
 
 
@@ -73,6 +77,7 @@ _PLACE: ContextVar[_Place | None] = ContextVar("place", default=None)  # where a
 @contextmanager
 def side_by_side(folder: Path) -> Iterator[None]:
     """This run computes and measures in turn with all on this machine that are side by side in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
     door, room = (folder / f"{machine()[:8]}-{name}.lock" for name in ("door", "room"))
     with door.open("w") as opened_door, room.open("w") as opened_room:
         place = _Place(opened_door, opened_room)
@@ -114,3 +119,25 @@ def try_lock(file: TextIO, kind: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def _wait_for(file: TextIO, kind: int) -> None:
+    """Until the lock is there, or held by nobody but processes that were stopped: they disturb nobody, and may never go
+    on."""
+    for number in count(1):
+        if try_lock(file, kind) or (number % _LOOK_EVERY == 0 and _is_held_by_stopped(file)):
+            return
+        time.sleep(_POLL_S)
+
+
+def _is_held_by_stopped(file: TextIO) -> bool:
+    """Whether all that hold the lock are stopped; False where the system does not tell."""
+    inode = str(os.fstat(file.fileno()).st_ino)
+    try:
+        locks = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+        # 7: FLOCK ADVISORY READ 4711 fe:00:2146689 0 EOF
+        holders = {lock[4] for lock in locks if lock[1] == "FLOCK" and lock[5].rpartition(":")[2] == inode}
+        states = [Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] for process in holders]
+    except OSError:
+        return False
+    return bool(states) and all(state in "Tt" for state in states)

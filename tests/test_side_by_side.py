@@ -10,6 +10,8 @@ from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
+import pytest
+
 from deploypipe.side_by_side import alone, give_way, side_by_side
 
 NUM_PROCESSES, NUM_TURNS = 3, 8
@@ -97,6 +99,22 @@ def test_one_that_is_killed_holds_up_nobody(tmp_path: Path) -> None:
         with soon(), side_by_side(tmp_path), alone():
             pass
         process.join()
+
+
+@pytest.mark.parametrize("is_alone", [True, False])
+def test_one_that_is_stopped_holds_up_nobody(tmp_path: Path, is_alone: bool) -> None:
+    held: Queue[bool] = CONTEXT.Queue()
+    process = CONTEXT.Process(target=hold, args=(tmp_path, is_alone, held))
+    process.start()
+    assert held.get(timeout=60) and process.pid
+    os.kill(process.pid, signal.SIGSTOP)
+    with soon(), side_by_side(tmp_path):
+        give_way()
+        with alone():
+            pass
+        give_way()
+    process.kill()
+    process.join()
 
 
 def test_one_that_leaves_is_gone_though_what_it_forked_lives_on(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A search that one process begins and another goes on with, by the stages that the first left."""
 
+import fcntl
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from deploypipe.pipeline import compress, help_search
 from deploypipe.records import Event
 from deploypipe.runs import RunResult
 from deploypipe.search.storage import Storage
+from deploypipe.side_by_side import try_lock
 
 NUM_TRIALS = 8
 RECIPE = replace(tiny.recipe(), search=replace(tiny.recipe().search, num_trials=NUM_TRIALS, num_parallel=3))
@@ -83,6 +85,25 @@ def test_a_worker_goes_on_with_the_search_of_a_run(stages: str, alone: RunResult
     result = compress(model, data, task, RECIPE, TARGET, tmp_path / "run", storage=storage)
     assert choice(result) == choice(alone)
     assert result.search and all(trial.judged_by for trial in result.search.trials)
+
+
+def test_run_and_workers_of_one_database_are_side_by_side(tmp_path: Path) -> None:
+    storage = Storage(url=f"sqlite:///{tmp_path}/study.db", study="tiny", stages=str(tmp_path / "run"))
+    could_measure: list[bool] = []
+
+    def notify(event: Event) -> None:
+        (room,) = storage.place.glob("*-room.lock")
+        with room.open() as opened:
+            could_measure.append(try_lock(opened, fcntl.LOCK_EX))
+        if event.stage == "search" and event.done == 2:
+            raise KeyboardInterrupt
+
+    model, data, task = tiny.build_model(), tiny.load_data(), tiny.task()
+    with pytest.raises(KeyboardInterrupt):
+        compress(model, data, task, RECIPE, TARGET, tmp_path / "run", storage=storage, notify=notify)
+    with pytest.raises(KeyboardInterrupt):
+        help_search(model, data, task, RECIPE, TARGET, storage, notify=notify)
+    assert could_measure and not any(could_measure)
 
 
 def test_a_worker_with_something_else_is_refused_by_name(tmp_path: Path) -> None:

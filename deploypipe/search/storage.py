@@ -23,6 +23,7 @@ from sqlalchemy.exc import (
 
 from deploypipe.addresses import masked, without_secrets
 from deploypipe.errors import RunFolderError, StorageError
+from deploypipe.runs import cache_folder, digest
 from deploypipe.side_by_side import pause
 
 T = TypeVar("T")
@@ -63,6 +64,11 @@ class Storage:
     def shown(self) -> str:
         """How it is named to people: the file, or the address without what is secret in it."""
         return masked(self.url) if self.is_shared else self.url.removeprefix("sqlite:///")
+
+    @property
+    def place(self) -> Path:
+        """Where all that work with it on this machine are side by side."""
+        return cache_folder() / "side_by_side" / digest(self.shown)
 
     def open(self) -> RDBStorage:
         """The database, with Optuna's tables in it. StorageError where it cannot be used, SQLAlchemyError where it is
