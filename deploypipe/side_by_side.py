@@ -6,16 +6,15 @@ killed holds none, and for one that is stopped (Ctrl-Z) nobody waits.
 
 import fcntl
 import os
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from itertools import count
 from pathlib import Path
 from typing import TextIO
 
-_POLL_S = 0.01
-_LOOK_EVERY = 25  # polls, at who holds the lock
+_LOOK_EVERY_S = 0.25  # at who holds a lock
 
 
 def machine() -> str:
@@ -26,49 +25,104 @@ def machine() -> str:
         return os.uname().nodename
 
 
+class _Lock:
+    """A file's lock, in the order of asking."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("w")
+
+    def take(self, kind: int) -> None:
+        """Wait for it (`fcntl.LOCK_EX` or `LOCK_SH`), but not for processes that were stopped: they disturb nobody, and
+        may never go on."""
+        if try_lock(self._file, kind):
+            return
+        waiting = _Waiting(self._file, kind)
+        while not waiting.has_ended(_LOOK_EVERY_S):
+            if _is_held_by_stopped(self._file) and waiting.give_up():
+                self._file = self._path.open("w")
+                return
+
+    def is_free(self) -> bool:
+        """Whether it could be shared at once."""
+        if is_free := try_lock(self._file, fcntl.LOCK_SH):
+            self.give_back()
+        return is_free
+
+    def give_back(self) -> None:
+        fcntl.flock(self._file, fcntl.LOCK_UN)
+
+    def leave(self) -> None:
+        """What was forked meanwhile, a data loader's workers, has the file open still: closing it is not enough."""
+        self.give_back()
+        self._file.close()
+
+
+class _Waiting:
+    """A thread waits for the lock in the kernel's queue: who only looked now and then would never come before one that
+    takes the lock again and again."""
+
+    def __init__(self, file: TextIO, kind: int) -> None:
+        self._file, self._kind = file, kind
+        self._guard, self._ended, self._is_over = threading.Lock(), threading.Event(), False
+        threading.Thread(target=self._wait, daemon=True).start()
+
+    def has_ended(self, seconds: float) -> bool:
+        return self._ended.wait(seconds)
+
+    def give_up(self) -> bool:
+        """The lock goes back, and the file is closed, as soon as it is there. False where it is there already."""
+        with self._guard:
+            self._is_over = not self._ended.is_set()
+            return self._is_over
+
+    def _wait(self) -> None:
+        fcntl.flock(self._file, self._kind)
+        with self._guard:
+            if self._is_over:
+                fcntl.flock(self._file, fcntl.LOCK_UN)
+                self._file.close()
+            self._ended.set()
+
+
 class _Place:
     """A run's place beside others: it holds `room` shared while it computes, and alone while it measures.
 
     Who wants to measure closes `door` first, so that nobody comes back into the room before it had its turn.
     """
 
-    def __init__(self, door: TextIO, room: TextIO) -> None:
+    def __init__(self, door: _Lock, room: _Lock) -> None:
         self._door, self._room = door, room
         self._is_alone = False
         self._enter()
 
     def give_way(self) -> None:
         """Wait outside for as long as others measure, or wait to."""
-        if self._is_alone:
-            return
-        if try_lock(self._door, fcntl.LOCK_SH):
-            fcntl.flock(self._door, fcntl.LOCK_UN)
-        else:
-            fcntl.flock(self._room, fcntl.LOCK_UN)
+        if not self._is_alone and not self._door.is_free():
+            self._room.give_back()
             self._enter()
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        fcntl.flock(self._room, fcntl.LOCK_UN)
-        _wait_for(self._door, fcntl.LOCK_EX)
-        _wait_for(self._room, fcntl.LOCK_EX)
+        self._room.give_back()
+        self._door.take(fcntl.LOCK_EX)
+        self._room.take(fcntl.LOCK_EX)
         self._is_alone = True
         try:
             yield
         finally:
             self._is_alone = False
-            _wait_for(self._room, fcntl.LOCK_SH)
-            fcntl.flock(self._door, fcntl.LOCK_UN)
+            self._room.take(fcntl.LOCK_SH)
+            self._door.give_back()
 
     def leave(self) -> None:
-        """What was forked meanwhile, a data loader's workers, has the files open still: closing them is not enough."""
-        fcntl.flock(self._room, fcntl.LOCK_UN)
-        fcntl.flock(self._door, fcntl.LOCK_UN)
+        self._room.leave()
+        self._door.leave()
 
     def _enter(self) -> None:
-        _wait_for(self._door, fcntl.LOCK_SH)
-        _wait_for(self._room, fcntl.LOCK_SH)
-        fcntl.flock(self._door, fcntl.LOCK_UN)
+        self._door.take(fcntl.LOCK_SH)
+        self._room.take(fcntl.LOCK_SH)
+        self._door.give_back()
 
 
 _PLACE: ContextVar[_Place | None] = ContextVar("place", default=None)  # where a file is timed, no run is in hand
@@ -78,15 +132,13 @@ _PLACE: ContextVar[_Place | None] = ContextVar("place", default=None)  # where a
 def side_by_side(folder: Path) -> Iterator[None]:
     """This run computes and measures in turn with all on this machine that are side by side in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    door, room = (folder / f"{machine()[:8]}-{name}.lock" for name in ("door", "room"))
-    with door.open("w") as opened_door, room.open("w") as opened_room:
-        place = _Place(opened_door, opened_room)
-        token = _PLACE.set(place)
-        try:
-            yield
-        finally:
-            _PLACE.reset(token)
-            place.leave()
+    place = _Place(*(_Lock(folder / f"{machine()[:8]}-{name}.lock") for name in ("door", "room")))
+    token = _PLACE.set(place)
+    try:
+        yield
+    finally:
+        _PLACE.reset(token)
+        place.leave()
 
 
 def give_way() -> None:
@@ -119,15 +171,6 @@ def try_lock(file: TextIO, kind: int) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def _wait_for(file: TextIO, kind: int) -> None:
-    """Until the lock is there, or held by nobody but processes that were stopped: they disturb nobody, and may never go
-    on."""
-    for number in count(1):
-        if try_lock(file, kind) or (number % _LOOK_EVERY == 0 and _is_held_by_stopped(file)):
-            return
-        time.sleep(_POLL_S)
 
 
 def _is_held_by_stopped(file: TextIO) -> bool:
