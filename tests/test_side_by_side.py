@@ -101,6 +101,29 @@ def test_one_that_is_killed_holds_up_nobody(tmp_path: Path) -> None:
         process.join()
 
 
+def measure(folder: Path, times: int, rest_s: float, ready: Barrier, done: "Queue[list[Work]]") -> None:
+    work: list[Work] = []
+    with side_by_side(folder):
+        ready.wait()
+        for _ in range(times):
+            time.sleep(rest_s)
+            with alone():
+                work.append(spend("measure"))
+    done.put(work)
+
+
+def test_one_that_measures_again_and_again_keeps_nobody_from_it(tmp_path: Path) -> None:
+    ready, done = CONTEXT.Barrier(2), CONTEXT.Queue()
+    turns = ((2, 0.1), (100, 0.0))
+    processes = [CONTEXT.Process(target=measure, args=(tmp_path, *each, ready, done)) for each in turns]
+    for process in processes:
+        process.start()
+    few, many = sorted((done.get(timeout=60) for _ in processes), key=len)
+    for process in processes:
+        process.join()
+    assert few[-1][2] < many[-1][1]
+
+
 @pytest.mark.parametrize("is_alone", [True, False])
 def test_one_that_is_stopped_holds_up_nobody(tmp_path: Path, is_alone: bool) -> None:
     held: Queue[bool] = CONTEXT.Queue()
