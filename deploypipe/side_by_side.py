@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TextIO
 
 _LOOK_EVERY_S = 0.25  # at who holds a lock
+_POLL_S = 0.01
 
 
 def machine() -> str:
@@ -31,16 +32,21 @@ class _Lock:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file = path.open("w")
+        self._saw_stopped = False
 
     def take(self, kind: int) -> None:
         """Wait for it (`fcntl.LOCK_EX` or `LOCK_SH`), but not for processes that were stopped: they disturb nobody, and
         may never go on."""
         if try_lock(self._file, kind):
             return
+        if self._saw_stopped:  # each thread that gave up waits on
+            while not (_is_held_by_stopped(self._file) or try_lock(self._file, kind)):
+                time.sleep(_POLL_S)
+            return
         waiting = _Waiting(self._file, kind)
         while not waiting.has_ended(_LOOK_EVERY_S):
             if _is_held_by_stopped(self._file) and waiting.give_up():
-                self._file = self._path.open("w")
+                self._file, self._saw_stopped = self._path.open("w"), True
                 return
 
     def is_free(self) -> bool:

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -131,11 +132,13 @@ def test_one_that_is_stopped_holds_up_nobody(tmp_path: Path, is_alone: bool) -> 
     process.start()
     assert held.get(timeout=60) and process.pid
     os.kill(process.pid, signal.SIGSTOP)
+    num_threads = threading.active_count()
     with soon(), side_by_side(tmp_path):
-        give_way()
-        with alone():
-            pass
-        give_way()
+        for _ in range(20):
+            give_way()
+            with alone():
+                pass
+        assert threading.active_count() <= num_threads + 2  # of those that wait on, one for each lock
     process.kill()
     process.join()
 
