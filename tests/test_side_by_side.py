@@ -133,14 +133,16 @@ def test_one_that_is_stopped_holds_up_nobody(tmp_path: Path, is_alone: bool) -> 
     assert held.get(timeout=60) and process.pid
     os.kill(process.pid, signal.SIGSTOP)
     num_threads = threading.active_count()
-    with soon(), side_by_side(tmp_path):
-        for _ in range(20):
-            give_way()
-            with alone():
-                pass
-        assert threading.active_count() <= num_threads + 2  # of those that wait on, one for each lock
-    process.kill()
-    process.join()
+    try:
+        with soon(), side_by_side(tmp_path):
+            for _ in range(20):
+                give_way()
+                with alone():
+                    pass
+            assert threading.active_count() <= num_threads + 2  # of those that wait on, one for each lock
+    finally:
+        process.kill()
+        process.join()
 
 
 def test_one_that_leaves_is_gone_though_what_it_forked_lives_on(tmp_path: Path) -> None:
