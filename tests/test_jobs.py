@@ -84,7 +84,7 @@ def test_interrupted_or_killed_it_leaves_nobody_behind_and_goes_on(folder: Path)
     child = run(folder, "out", *long)
     wait_until_two_search(child)
     child.send_signal(signal.SIGINT)  # to it alone; a terminal interrupts all
-    _, errors = child.communicate(timeout=60)
+    _, errors = child.communicate(timeout=300)
     assert child.returncode == 130 and not at_work(folder)
     told = "interrupted; the same command resumes"
     assert sorted(errors.splitlines()) == sorted([told, f"half   {told}", f"most   {told}"])
@@ -111,6 +111,6 @@ def test_interrupted_at_once_it_prints_no_traceback(folder: Path) -> None:
         time.sleep(0.01)
     for process in at_work(folder):
         os.kill(process, signal.SIGINT)
-    _, errors = child.communicate(timeout=60)
+    _, errors = child.communicate(timeout=300)
     assert child.returncode == 130 and not at_work(folder)
     assert errors.splitlines()[-1] == "interrupted; the same command resumes" and "Traceback" not in errors

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
@@ -44,17 +45,20 @@ def run_commands(commands: Mapping[str, Sequence[str]], at_once: int, num_thread
                     codes[name] = process.exitcode
                     del at_work[name]
     except KeyboardInterrupt:
-        for process in at_work.values():
-            _interrupt(process)
+        _interrupt(list(at_work.values()))
         raise
     return {name: codes[name] for name in commands}
 
 
-def _interrupt(process: SpawnProcess) -> None:
-    process.join(_GRACE_S)
-    if process.pid is not None and process.is_alive():
-        os.kill(process.pid, signal.SIGINT)
-    process.join()
+def _interrupt(processes: Sequence[SpawnProcess]) -> None:
+    until = time.monotonic() + _GRACE_S
+    for process in processes:
+        process.join(max(0.0, until - time.monotonic()))
+    for process in processes:
+        if process.pid is not None and process.is_alive():
+            os.kill(process.pid, signal.SIGINT)
+    for process in processes:
+        process.join()
 
 
 @contextmanager
