@@ -105,8 +105,7 @@ def fold(proto: onnx.ModelProto, path: Path) -> tuple[onnx.ModelProto, OnnxSessi
         plain.opset_import.extend(opsets)
         plain.producer_name, plain.producer_version = proto.producer_name, proto.producer_version
         proto = plain
-    names = ([value.name for value in values] for values in (session.get_inputs(), session.get_outputs()))
-    return proto, OnnxSession(path, session, *map(tuple, names))
+    return proto, OnnxSession.around(session, path)
 
 
 def _name_nodes(graph: onnx.GraphProto, taken: set[str]) -> None:

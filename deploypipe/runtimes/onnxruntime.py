@@ -61,6 +61,16 @@ class OnnxSession:
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
 
+    @classmethod
+    def around(cls, session: Any, path: Path) -> "OnnxSession":
+        """path: of the file that is loaded, for errors."""
+        return cls(
+            path=path,
+            session=session,
+            input_names=tuple(i.name for i in session.get_inputs()),
+            output_names=tuple(o.name for o in session.get_outputs()),
+        )
+
     def run(self, inputs: Mapping[str, np.ndarray[Any, np.dtype[Any]]]) -> list[np.ndarray[Any, np.dtype[Any]]]:
         try:
             return list(self.session.run(None, dict(inputs)))
@@ -118,12 +128,7 @@ class OnnxRuntime:
             ) from error
         if not is_cpu:
             self._require_placement(path, session)
-        yield OnnxSession(
-            path=path,
-            session=session,
-            input_names=tuple(i.name for i in session.get_inputs()),
-            output_names=tuple(o.name for o in session.get_outputs()),
-        )
+        yield OnnxSession.around(session, path)
 
     def _providers(self, num_threads: int) -> list[tuple[str, dict[str, str]]]:
         first, *others = self.provider.names

@@ -38,8 +38,6 @@ class Basis:
 class Tools:
     """Proposes and judges the trials of one search."""
 
-    reference: Candidate  # the dense network
     limits: Mapping[str, Limit]  # with the margin that is left to the gate
-    shares: Mapping[str, float]  # of the dense network's figures that the budgets allow
     proposer: Proposer
     judge: Judge

@@ -92,6 +92,15 @@ class Candidates:
             self.measured.append((known, peak))
         return peak
 
+    def least_peak_memory_mib(self, plans: Sequence[PruningPlan], work: Path) -> float | None:
+        """Of the plans' networks, whose weights do not matter to it; None where none can be measured."""
+        peaks = []
+        for plan in plans:
+            with self._unrepaired(plan, work) as file:
+                opened = self._opened(file)
+                peaks.append(measure_peak_memory(opened, self._feed(opened), self.target)[0])
+        return min((peak for peak in peaks if peak is not None), default=None)
+
     def latency_ratios(self, paths: Sequence[Path], num_samples: int) -> list[float]:
         """Of each file's latency to that of the dense fp32 file, all interleaved so that a drifting clock cancels. What
         was measured once for a shape and device is not measured again; later runs find it if it was told well."""

@@ -25,13 +25,7 @@ def find_reach(proposer: Proposer, shares: Mapping[str, float]) -> Reach:
 
     least = {name: figure(name, proposer.cheapest(name)) for name in shares}
     for name, share in shares.items():
-        if least[name] > share * (1 + _TOLERANCE):
-            raise BudgetError(
-                f"budget.{name}: {share:.3g} times the dense network's is out of reach: the smallest network that the "
-                f"recipe allows comes to {least[name]:.3g} times it; relax the budget in the target to "
-                f"{round_up(least[name]):.2f}x or more, or let more go (recipe: keep, constraints; target: "
-                "channel_multiple)"
-            )
+        require_in_reach(name, least[name], share)
     together = proposer.allocate(Emphasis(), model, dict(shares))
     for name, share in shares.items():
         reached = figure(name, together)
@@ -42,6 +36,16 @@ def find_reach(proposer: Proposer, shares: Mapping[str, float]) -> Reach:
                 f"nearest network comes to {reached:.3g} times it: relax one of them in the target"
             )
     return Reach(least=least, log10_choices=_log10_choices(proposer))
+
+
+def require_in_reach(name: str, least: float, share: float) -> None:
+    """BudgetError where the least there is of a figure is more than the share of the dense one that is allowed."""
+    if least > share * (1 + _TOLERANCE):
+        raise BudgetError(
+            f"budget.{name}: {share:.3g} times the dense network's is out of reach: the smallest network that the "
+            f"recipe allows comes to {least:.3g} times it; relax the budget in the target to {round_up(least):.2f}x or "
+            "more, or let more go (recipe: keep, constraints; target: channel_multiple)"
+        )
 
 
 def round_up(share: float) -> float:

@@ -45,7 +45,7 @@ from deploypipe.search.limits import (
 from deploypipe.search.looks import draw_parts
 from deploypipe.search.measuring import OwnMeasuring, SharedMeasuring
 from deploypipe.search.propose import Proposer
-from deploypipe.search.reach import find_reach, reach_text
+from deploypipe.search.reach import find_reach, reach_text, require_in_reach
 from deploypipe.search.sites import find_sites
 from deploypipe.search.storage import Storage
 from deploypipe.search.timing import time_networks
@@ -126,8 +126,16 @@ def reach(job: Job, basis: Basis) -> Reach:
 
     def compute(work: Path) -> Reach:
         proposer = _proposer(job, basis, work)
-        found = find_reach(proposer, proposer.shares)
-        _note(job, reach_text(found, proposer.shares), stage="reach")
+        found, shares = find_reach(proposer, proposer.shares), dict(proposer.shares)
+        dense = proposer.reference.peak_memory_mib
+        limit = memory_limit_mib(with_margin(basis.limits), proposer.reference, ())
+        if dense and limit:  # what predicts it learns from the search's candidates: here it is measured
+            smallest = [proposer.plan(proposer.cheapest(name)) for name in ("params", "macs")]
+            if least := basis.candidates.least_peak_memory_mib(smallest, work):
+                shares["peak_memory"] = limit / dense
+                require_in_reach("peak_memory", least / dense, shares["peak_memory"])
+                found = replace(found, least={**found.least, "peak_memory": least / dense})
+        _note(job, reach_text(found, shares), stage="reach")
         return found
 
     inputs = {
@@ -167,9 +175,9 @@ def confirm(job: Job, basis: Basis, found: SearchResult, part: float = 1.0) -> S
         tools = _tools(job, basis, work)
 
         def narrow(trial: Trial, number: int, share: float) -> Trial:
-            shares = {**tools.shares, "latency_p50": share / trial.knobs["fill"]}
+            shares = {**tools.proposer.shares, "latency_p50": share / trial.knobs["fill"]}
             plan = replace(tools.proposer, shares=shares)(trial.knobs, found.trials)
-            excess_of = partial(violations, dense=tools.reference, limits=tools.limits)
+            excess_of = partial(violations, dense=tools.proposer.reference, limits=tools.limits)
             history = History(trials=[], results={})
             objectives = job.recipe.search.objectives
             return judge_plan(number, trial.knobs, plan, tools.judge, excess_of, objectives, history)[0]
@@ -271,7 +279,7 @@ def _tools(job: Job, basis: Basis, work: Path) -> Tools:
         work=work,
         accuracies=known_accuracies(job),
     )
-    return Tools(reference=reference, limits=tight, shares=proposer.shares, proposer=proposer, judge=judge)
+    return Tools(limits=tight, proposer=proposer, judge=judge)
 
 
 def known_accuracies(job: Job) -> Accuracies:
@@ -286,9 +294,9 @@ def _run_trials(job: Job, tools: Tools, inputs: Mapping[str, object], storage: S
     return study.search(
         tools.proposer,
         tools.judge,
-        tools.reference,
+        tools.proposer.reference,
         tools.limits,
-        fill_range(tools.shares, tools.limits, settings.objectives),
+        fill_range(tools.proposer.shares, tools.limits, settings.objectives),
         settings,
         magnitude=(0.0, 0.0) if isinstance(job.recipe.score, Magnitude) else (0.0, 1.0),
         storage=storage,
