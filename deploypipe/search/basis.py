@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from deploypipe.records import (
-    Candidate,
     Curves,
     Measurement,
     PrecisionRow,
