@@ -11,13 +11,14 @@ from deploypipe.checks import check_inputs
 from deploypipe.errors import DeploypipeError, StorageError
 from deploypipe.export.engine import place_engine
 from deploypipe.export.parity import limit_of
-from deploypipe.observe.moments import merge
+from deploypipe.observe.moments import Moments, merge
 from deploypipe.observe.stream import observe_halves
 from deploypipe.pruning.attention import with_slim_attention
 from deploypipe.pruning.structures import list_structures
 from deploypipe.recipe import Recipe
 from deploypipe.records import (
     BenchmarkReport,
+    Curves,
     EngineFile,
     Event,
     GateDecision,
@@ -27,6 +28,7 @@ from deploypipe.records import (
     Progress,
     PruneOutcome,
     ScoreSummary,
+    ScoreTable,
     SearchResult,
     Status,
     Structures,
@@ -196,11 +198,15 @@ def _observed(
     basis = searching.unobserved(job, structures, dense, limits, row)
     basis = replace(basis, timed=searching.timed_networks(job, basis))
     basis = replace(basis, reach=searching.reach(job, basis))  # a budget out of reach ends here
+    moments, scores, curves = _analysed(job, structures)
+    return replace(basis, scores=scores, curves=curves), summarise(structures, scores, moments)
+
+
+def _analysed(job: Job, structures: Structures) -> tuple[Moments, ScoreTable, Curves]:
     halves = analysis.observe(job, structures)
     moments = merge(*halves)
     scores = analysis.score(job, structures, halves, moments)
-    curves = analysis.curves(job, structures, scores, moments)
-    return replace(basis, scores=scores, curves=curves), summarise(structures, scores, moments)
+    return moments, scores, analysis.curves(job, structures, scores, moments)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -220,7 +226,7 @@ class _Made:
 
 def _run_stages(job: Job, name: str) -> RunResult:
     structures = analysis.structures(job)  # first: what the recipe names is looked up here
-    dense = analysis.baseline(job, analysis.dense_export(job))
+    dense = analysis.baseline(job, analysis.dense_export(job, meanwhile=lambda: _analysed(job, structures)))
     limits, stand_in = search_limits(job.target.budget.limits(), job.ability)
     summary = None
     precision, row = _dense_precision(job, dense, limits)

@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO, TypeVar
@@ -163,6 +163,7 @@ class RunFolder:
     source: str = ""  # of a worker: address where the run it helps left its stages, of which it computes none
     stages: dict[str, Path] = field(default_factory=dict)  # finished in this run -> its folder; its record is beside it
     times: list[StageTime] = field(default_factory=list)
+    _is_ahead: bool = False  # at what comes later, while another run is at a stage
 
     def remember(
         self,
@@ -172,20 +173,22 @@ class RunFolder:
         record_type: type[T],
         *,
         is_shared: bool = False,
+        meanwhile: Callable[[], object] | None = None,
     ) -> T:
         """The record of `stage` for these inputs: read if it is there and whole, else computed and stored.
 
         `compute` is given a folder that outlives a kill, for checkpoints and for the stage's files, which are found
         again with `files(stage)`; what is hidden in it does not outlive one. Only a success is stored. A stage's
         number is its place in the run that came to it first. is_shared: runs for other targets may find it, also those
-        that are at work at the same time.
+        that are at work at the same time. Where one of them is at this stage, `meanwhile` is done first, up to a stage
+        that one of them is at.
         """
         hashes = {name: digest(value) for name, value in inputs.items()}
         key = f"{stage}-{digest([stage, hashes])}"
         self.notify(Event(stage=stage, message="start"))
         if not (is_shared and self.shared):
             return self._remember(stage, key, self.path, hashes, compute, record_type)
-        with self._in_turn(stage, self.shared / f"{key}.lock"):
+        with self._in_turn(stage, self.shared / f"{key}.lock", meanwhile):
             return self._remember(stage, key, self.shared, hashes, compute, record_type)
 
     def _remember(
@@ -208,20 +211,35 @@ class RunFolder:
                 f"see that it has the same pipeline, target and settings"
             )
         record, seconds = stored if stored else _compute(at, hashes, compute)
+        if self.stages.get(stage) != at:  # else this run was ahead with it
+            self.times.append(StageTime(stage=stage, seconds=seconds, was_cached=stored is not None))
         self.stages[stage] = at
-        self.times.append(StageTime(stage=stage, seconds=seconds, was_cached=stored is not None))
         self.notify(Event(stage=stage, message="cached" if stored else "done"))
         return from_plain(record_type, record, at.name)
 
     @contextmanager
-    def _in_turn(self, stage: str, path: Path) -> Iterator[None]:
+    def _in_turn(self, stage: str, path: Path, meanwhile: Callable[[], object] | None) -> Iterator[None]:
         """Of runs side by side one computes a stage; the others wait, and find it."""
         with path.open("w") as lock:
-            if not try_lock(lock, fcntl.LOCK_EX):
+            is_ours = try_lock(lock, fcntl.LOCK_EX)
+            if not is_ours and self._is_ahead:
+                raise _InOtherHands
+            if not is_ours and meanwhile:
+                self._go_ahead(meanwhile)
+                is_ours = try_lock(lock, fcntl.LOCK_EX)
+            if not is_ours:
                 self.notify(Event(stage=stage, message="NOTE: waits for another run, which is at it"))
                 while not try_lock(lock, fcntl.LOCK_EX):
                     pause(_POLL_S)
             yield
+
+    def _go_ahead(self, work: Callable[[], object]) -> None:
+        self._is_ahead = True
+        try:
+            with suppress(_InOtherHands):
+                work()
+        finally:
+            self._is_ahead = False
 
     def publish(self, url: str) -> None:
         """Copy the stages finished so far to where workers find them, if that is not here."""
@@ -254,6 +272,10 @@ class RunFolder:
         path.unlink()
         shutil.rmtree(at, ignore_errors=True)
         return None
+
+
+class _InOtherHands(Exception):
+    """Another run is at a stage that this one would be ahead with."""
 
 
 def _record_of(at: Path) -> Path:

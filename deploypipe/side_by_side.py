@@ -16,6 +16,7 @@ from typing import TextIO
 
 _LOOK_EVERY_S = 0.25  # at who holds a lock
 _POLL_S = 0.01
+_TURN_S = 0.002  # enough for the next at the door to take it, before this run goes in again and has to give way
 
 
 def machine() -> str:
@@ -108,6 +109,15 @@ class _Place:
             self._room.give_back()
             self._enter()
 
+    def pause(self, seconds: float) -> None:
+        """Outside: who sleeps disturbs nobody, and holds up nobody that wants to measure."""
+        if self._is_alone:
+            time.sleep(seconds)
+            return
+        self._room.give_back()
+        time.sleep(seconds)
+        self._enter()
+
     @contextmanager
     def alone(self) -> Iterator[None]:
         self._room.give_back()
@@ -120,6 +130,7 @@ class _Place:
             self._is_alone = False
             self._room.take(fcntl.LOCK_SH)
             self._door.give_back()
+            self.pause(_TURN_S)
 
     def leave(self) -> None:
         self._room.leave()
@@ -154,9 +165,11 @@ def give_way() -> None:
 
 
 def pause(seconds: float) -> None:
-    """A step of waiting for others: who waits holds up nobody that wants to measure, least of all whom it waits for."""
-    time.sleep(seconds)
-    give_way()
+    """Sleep, and let others measure meanwhile: least of all may a run hold up what it waits for."""
+    if place := _PLACE.get():
+        place.pause(seconds)
+    else:
+        time.sleep(seconds)
 
 
 @contextmanager

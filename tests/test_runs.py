@@ -159,6 +159,50 @@ def test_of_runs_side_by_side_one_computes_a_stage_and_the_other_finds_it(tmp_pa
     assert ("second", "NOTE: waits for another run, which is at it") in messages
 
 
+def test_while_others_are_at_a_stage_a_run_does_what_comes_later_unless_others_are_at_that_too(tmp_path: Path) -> None:
+    at_export, at_score, came, went_back = (threading.Event() for _ in range(4))
+    scored: list[str] = []
+
+    def export(folder: Path) -> Interval:
+        at_export.set()
+        assert at_score.wait(30) and came.wait(30)
+        return RECORD
+
+    def first() -> None:
+        with open_run(tmp_path / "first", shared=tmp_path / "shared") as run:
+            run.remember("export", {}, export, Interval, is_shared=True)
+
+    def beside(name: str) -> list[tuple[str, bool]]:
+        def score(folder: Path) -> Interval:
+            scored.append(name)
+            at_score.set()
+            assert went_back.wait(30)
+            return RECORD
+
+        def go_ahead() -> None:
+            if name == "third":
+                came.set()
+            run.remember("score", {}, score, Interval, is_shared=True)
+
+        with open_run(tmp_path / name, shared=tmp_path / "shared") as run:
+            run.remember("export", {}, export, Interval, is_shared=True, meanwhile=go_ahead)
+            if name == "third":
+                went_back.set()
+            run.remember("score", {}, score, Interval, is_shared=True)
+            return [(stage.stage, stage.was_cached) for stage in run.times]
+
+    with ThreadPoolExecutor() as pool:
+        exporting = pool.submit(first)
+        assert at_export.wait(30)
+        second = pool.submit(beside, "second")
+        assert at_score.wait(30)
+        third = pool.submit(beside, "third")
+        assert second.result() == [("score", False), ("export", True)]
+        assert third.result() == [("export", True), ("score", True)]
+        exporting.result()
+    assert scored == ["second"]
+
+
 def test_a_run_gives_way_at_each_step_to_one_that_measures(tmp_path: Path) -> None:
     measured = threading.Event()
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from deploypipe.side_by_side import alone, give_way, side_by_side
+from deploypipe.side_by_side import alone, give_way, pause, side_by_side
 
 NUM_PROCESSES, NUM_TURNS = 3, 8
 CONTEXT = multiprocessing.get_context("spawn")
@@ -123,6 +123,38 @@ def test_one_that_measures_again_and_again_keeps_nobody_from_it(tmp_path: Path) 
     for process in processes:
         process.join()
     assert few[-1][2] < many[-1][1]
+
+
+def start_measuring(folder: Path) -> threading.Event:
+    """A run beside this one, which measures as soon as it can; set when it does."""
+    measured = threading.Event()
+
+    def measure_once() -> None:
+        with side_by_side(folder), alone():
+            measured.set()
+
+    threading.Thread(target=measure_once, daemon=True).start()
+    return measured
+
+
+def test_while_one_sleeps_others_measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    has_measured: list[bool] = []
+    with side_by_side(tmp_path):
+        measured = start_measuring(tmp_path)
+        monkeypatch.setattr(time, "sleep", lambda seconds: has_measured.append(measured.wait(30)))
+        pause(1)
+    assert has_measured[0]
+
+
+def test_who_waits_to_measure_comes_before_who_has_measured_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deploypipe.side_by_side._TURN_S", 1.0)  # the other thread may be late on a busy machine
+    with side_by_side(tmp_path):
+        with alone():
+            measured = start_measuring(tmp_path)
+            assert not measured.wait(0.5)
+        assert measured.is_set()
 
 
 @pytest.mark.parametrize("is_alone", [True, False])

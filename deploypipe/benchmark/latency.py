@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from deploypipe.numerics.intervals import interval_of_quantile
 from deploypipe.records import Event, Interval, Latency, Progress, silent
 from deploypipe.runtimes import Array, Runtime, Session
-from deploypipe.side_by_side import alone
+from deploypipe.side_by_side import alone, pause
 from deploypipe.target import Target
 
 BLOCK = 10  # timed runs in a row
@@ -95,7 +95,7 @@ def time_steadily(
         if number == _ATTEMPTS - 1 or not any(find_unsteadiness(samples) for samples in timings.samples):
             break
         notify(Event(stage="latency", message="the machine was not steady: once more"))
-        time.sleep(_PAUSE_SECONDS)
+        pause(_PAUSE_SECONDS)
     return timings
 
 

@@ -17,6 +17,7 @@ from deploypipe.observe.patches import columns, num_taps, reads, weight_matrix, 
 from deploypipe.recipe import Magnitude
 from deploypipe.records import ChannelGroup, ScoreTable, Structures
 from deploypipe.scoring.magnitude import score_magnitude
+from deploypipe.side_by_side import give_way
 
 UNOBSERVED = "none of its consumers could be observed; scored by magnitude"
 STEP = 1e-9  # keeps the order in which units were taken where nothing is lost or gained
@@ -77,6 +78,7 @@ def score_top_down(
         for names in _of_one_shape({name: readers for name, readers in observed.items() if readers}):
             together = zip(*(observed[name] for name in names), strict=True)
             rankings |= zip(names, rank([_side_by_side(readers) for readers in together]), strict=True)
+            give_way()
         for group in run:
             if not observed[group.name]:
                 reasons[group.name] = UNOBSERVED

@@ -15,6 +15,7 @@ from scipy.optimize import minimize
 
 from deploypipe.records import Cut, Interval, TimedCut
 from deploypipe.search.sites import Site
+from deploypipe.side_by_side import give_way
 
 Floats = NDArray[np.float64]
 Widths = tuple[int, int]  # inputs, outputs of a layer
@@ -158,5 +159,6 @@ def _fit_prior(design: Floats, times: Floats, owners: NDArray[np.int64]) -> tupl
 
     start = np.array([_START] * len(parts) + [_START_NOISE])
     bounds = [_LOG_BOUNDS] * len(parts) + [_LOG_NOISE_BOUNDS]
-    best = np.exp(minimize(negative, start, jac=True, bounds=bounds, method="L-BFGS-B").x)
+    found = minimize(negative, start, jac=True, bounds=bounds, method="L-BFGS-B", callback=lambda _: give_way())
+    best = np.exp(found.x)
     return best[:-1], float(best[-1])

@@ -1,5 +1,6 @@
 """What is found out about the dense network: its files, its structures, its speed, what its layers do."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def structures(job: Job) -> Structures:
     )
 
 
-def dense_export(job: Job) -> ModelFile:
+def dense_export(job: Job, meanwhile: Callable[[], object] | None = None) -> ModelFile:
     """The dense network's ONNX file, and beside it the template that candidates are cut out of."""
 
     def compute(work: Path) -> ModelFile:
@@ -45,7 +46,7 @@ def dense_export(job: Job) -> ModelFile:
         return export_onnx(job.model, job.parity_batches, work / DENSE, job.recipe.export, template=template)
 
     inputs = {**job.origin, "export": job.recipe.export}
-    return job.run.remember("dense_export", inputs, compute, ModelFile, is_shared=True)
+    return job.run.remember("dense_export", inputs, compute, ModelFile, is_shared=True, meanwhile=meanwhile)
 
 
 def baseline(job: Job, file: ModelFile) -> Measurement:
