@@ -1,6 +1,7 @@
-"""What each step is worth: CIFAR-10 ResNets at 2.1x fewer MACs.
+"""What each step is worth: CIFAR-10 ResNets at 2.1x fewer MACs, or another number.
 
-    python benchmarks/compression.py resnet56_cifar10 --out runs/bench-resnet56 [--epochs 5] [--scorer magnitude]
+    python benchmarks/compression.py resnet56_cifar10 --out runs/bench-resnet56 [--epochs 5] [--speedup 2.1] [--seed 0]
+        [--scorer magnitude]
 
 needs the environment variables of the pipeline (CIFAR10_DIR, RESNET56_WEIGHTS). For one network and one seed it takes
 
@@ -76,12 +77,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--speedup", type=float, default=2.1)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scorer", choices=SCORERS, default="magnitude")
     options = parser.parse_args()
     loaded = load_pipeline(options.pipeline)
     recipe = loaded.recipe()
     recipe = replace(
-        recipe, score=SCORERS[options.scorer], finetune=replace(recipe.finetune, num_epochs=options.epochs)
+        recipe,
+        seed=options.seed,
+        score=SCORERS[options.scorer],
+        finetune=replace(recipe.finetune, num_epochs=options.epochs),
     )
     with open_run(options.out) as run:
         Comparison(

@@ -251,6 +251,7 @@ class Finetune:
     average_decay: float = 0.99  # exponential moving average of the weights, per step; 0: off
     precision: Literal["bf16", "fp32"] = "bf16"
     accumulate: int = 1  # parts of a batch that are passed one after the other, for networks whose batch does not fit
+    compile: bool = False  # with torch.compile: a minute or two once, then faster for some networks, for long trainings
 
     def __post_init__(self) -> None:
         _require_least(

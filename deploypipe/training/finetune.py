@@ -4,7 +4,7 @@ import copy
 import math
 import time
 from collections.abc import Iterable, Iterator, Sized
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from deploypipe.answers import with_divergence
 from deploypipe.data import fingerprint_of
+from deploypipe.errors import ModelError
 from deploypipe.jsonio import from_json, to_json
 from deploypipe.numerics.intervals import interval_of_drop_pp
 from deploypipe.recipe import Finetune
@@ -74,7 +76,6 @@ def finetune(
     """
     fabric = ranks.fabric(_PRECISIONS[settings.precision])
     student = copy.deepcopy(pruned)
-    state = _State(best=_weights(student), average=_weights(student))
     steps = _count_batches(ranks, splits)
     if settings.num_epochs == 0:
         return student, TrainLog(epochs=(), chosen_epoch=0, reason="no epochs asked for")
@@ -90,7 +91,8 @@ def finetune(
         weight_decay=settings.weight_decay,
         nesterov=settings.momentum > 0,
     )
-    model, optimizer = fabric.setup(student, optimizer)
+    model, optimizer = fabric.setup(_compiled(student) if settings.compile else student, optimizer)
+    state = _State(best=_weights(student), average=_weights(student))
     lesson = _Lesson(
         fabric=fabric,
         ranks=ranks,
@@ -126,7 +128,7 @@ def finetune(
                 notify(
                     Event(stage="finetune", done=done + 1, total=settings.num_epochs * steps, message=f"epoch {epoch}")
                 )
-        state.average = ranks.tell(state.average)  # batch norms on CPUs saw other samples elsewhere
+        _agree_(state.average, ranks)
         with _holding(student, state.average):
             results = _validate(lesson, splits)
         # ResNet-56 at 0.5x: 97.24 % on val after epoch 3 and 97.18 after epoch 5, on test 91.56 and 91.84 (LOG.md).
@@ -174,7 +176,7 @@ def _backward(lesson: _Lesson, batch: Batch, step: int) -> Tensor:
     share = _draw_share(batch[0], lesson.settings.mix_share)
     parts = lesson.ranks.parts(num_samples(batch[0]), lesson.settings.accumulate)
     losses = []
-    with _own_dropout(lesson.ranks, step):
+    with _own_dropout(lesson.ranks, step), _compiling(lesson.settings):
         for part in parts:
             with lesson.fabric.no_backward_sync(lesson.model, enabled=part is not parts[-1]):
                 loss = part.weight * _distilled_loss(lesson, batch, part, share)
@@ -253,7 +255,9 @@ def _validate(lesson: _Lesson, splits: Splits) -> NDArray[np.float64]:
     """(samples,) metric on val; whole batches are shared out to the ranks."""
     ranks, to_device = lesson.ranks, lesson.fabric.to_device
     lesson.model.eval()
-    with torch.no_grad():
+    # Compiling once more, for this, would not pay.
+    eager = torch.compiler.set_stance("force_eager") if lesson.settings.compile else nullcontext()
+    with torch.no_grad(), eager:
         own = {
             number: lesson.task.metric(forward(lesson.model, channels_last(to_device(inputs))), to_device(target)).cpu()
             for number, (inputs, target) in enumerate(splits.val)
@@ -299,10 +303,18 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _average_(average: dict[str, Tensor], model: nn.Module, decay: float) -> None:
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point():
-            average[name].lerp_(tensor.detach().to(average[name].device), 1 - decay)
-        else:
+    weights = model.state_dict()
+    real = [name for name, tensor in weights.items() if tensor.is_floating_point()]
+    update = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]  # all tensors in one go
+    update([average[name] for name in real], [weights[name] for name in real], len(real))
+    for name in weights.keys() - set(real):
+        average[name].copy_(weights[name])
+
+
+def _agree_(average: dict[str, Tensor], ranks: Ranks) -> None:
+    """All ranks take the first one's: batch norms on processors saw other samples elsewhere."""
+    if ranks.count > 1:
+        for name, tensor in ranks.tell({n: t.cpu() for n, t in average.items()}).items():
             average[name].copy_(tensor)
 
 
@@ -352,7 +364,9 @@ def _restore_(state: _State, model: nn.Module, optimizer: Any, stored: tuple[Tra
         return {k.removeprefix(prefix): t for k, t in flat.items() if k.startswith(prefix)}
 
     state.log, state.best_epoch, state.top = list(log.epochs), log.chosen_epoch, flat["top"].numpy()
-    state.best, state.average = part("best/"), part("average/")
+    for name in state.average:
+        state.best[name].copy_(flat[f"best/{name}"])
+        state.average[name].copy_(flat[f"average/{name}"])
     model.load_state_dict(part("model/"))
     plain = optimizer.state_dict()
     plain["state"] = {int(i): {"momentum_buffer": t} for i, t in part("momentum/").items()}
@@ -386,6 +400,28 @@ def _seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=gpus):
         torch.manual_seed(seed)
         yield
+
+
+def _compiled(model: nn.Module) -> nn.Module:
+    return torch.compile(model)  # type: ignore[return-value]  # a module, of a module
+
+
+@contextmanager
+def _compiling(settings: Finetune) -> Iterator[None]:
+    """ModelError where the network should be compiled, and cannot be."""
+    if not settings.compile:
+        yield
+        return
+    from torch._dynamo.exc import TorchDynamoException  # takes a second to import
+
+    try:
+        yield
+    except TorchDynamoException as error:
+        reason = next(line for line in str(error).splitlines() if line.strip())
+        raise ModelError(
+            f"finetune.compile: torch.compile cannot compile this network here ({reason}); "
+            "write finetune.compile=false, or see to what it names"
+        ) from error
 
 
 def _in_channels_last(model: nn.Module) -> nn.Module:

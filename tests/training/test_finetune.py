@@ -1,6 +1,7 @@
 """Fine-tuning gains or changes nothing, and a killed one goes on as if it had not been."""
 
 import math
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deploypipe.errors import DataError
+from deploypipe.errors import DataError, ModelError
 from deploypipe.recipe import Finetune
 from deploypipe.task import Batch, Splits, classification
 from deploypipe.training.finetune import finetune, learning_rate
@@ -256,3 +257,26 @@ def test_no_epochs_is_the_start() -> None:
     same, log = finetune(start, network(1), splits(), classification(), replace(SETTINGS, num_epochs=0))
     assert log.epochs == ()
     assert all(torch.equal(value, start.state_dict()[key]) for key, value in same.state_dict().items())
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_it_ends_where_it_does_otherwise() -> None:
+    def tuned(*, is_compiled: bool) -> dict[str, Tensor]:
+        pruned = network(0)
+        pruned[4] = nn.Identity()  # what dropout draws, compiling changes
+        settings = replace(SETTINGS, compile=is_compiled)
+        return finetune(pruned, network(1), splits(), classification(), settings, seed=3)[0].state_dict()
+
+    plain, compiled, again = (tuned(is_compiled=flag) for flag in (False, True, True))
+    for name, weights in plain.items():
+        torch.testing.assert_close(compiled[name], weights, rtol=1e-3, atol=1e-4)
+        assert torch.equal(compiled[name], again[name])
+
+
+def test_what_cannot_be_compiled_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import config
+
+    monkeypatch.setattr(config.cpp, "cxx", (None, "no-such-compiler"))
+    torch.compiler.reset()  # what was compiled before
+    with pytest.raises(ModelError, match=r"finetune\.compile: .*no-such-compiler.*finetune\.compile=false"):
+        finetune(network(0), network(1), splits(), classification(), replace(SETTINGS, compile=True), seed=3)
