@@ -4,8 +4,8 @@
 
 Every target alone, in a folder of its own, then all of them with shared stages, one after another or several at a time
 in processes of their own, which share the threads. Measuring is what runs files for their latency and peak memory:
-nothing else runs meanwhile. Latencies that earlier runs left in the cache are not used. Prints a Markdown table; what a
-target costs together is what it costs in its place.
+nothing else runs meanwhile. Latencies that earlier runs left in the cache are not used; runs together have one cache.
+Prints a Markdown table; what a target costs together is what it costs in its place.
 """
 
 import argparse
@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from functools import cache
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from torch import nn
@@ -89,7 +88,7 @@ def main() -> None:
     shutil.rmtree(args.out, ignore_errors=True)
     names = [load_target(name).name for name in args.targets]
     runs = [
-        run(args.pipeline, target, args.out / "alone" / name, None)
+        run(args.pipeline, target, args.out / "alone" / name, None, args.out / "caches" / name)
         for target, name in zip(args.targets, names, strict=True)
     ]
     together, seconds = run_together(args.pipeline, args.targets, args.out / "together", args.jobs)
@@ -98,18 +97,19 @@ def main() -> None:
 
 def run_together(pipeline: str, targets: Sequence[str], out: Path, jobs: int) -> tuple[list[Run], float]:
     """The runs, and the seconds they took in all. Processes have loaded their libraries and the network before."""
-    shared = out / "shared"
+    shared, cache = out / "shared", out / "cache"
     if jobs == 1:
         start = time.perf_counter()
-        return [run(pipeline, t, out / load_target(t).name, shared) for t in targets], time.perf_counter() - start
+        runs = [run(pipeline, t, out / load_target(t).name, shared, cache) for t in targets]
+        return runs, time.perf_counter() - start
     os.environ["OMP_NUM_THREADS"] = str(max(1, _THREADS // jobs))
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, context, initializer=be_ready, initargs=(pipeline, context.Barrier(jobs))) as pool:
         for ready in [pool.submit(os.getpid) for _ in range(jobs)]:
             ready.result()
         start = time.perf_counter()
-        runs = [pool.submit(run, pipeline, t, out / load_target(t).name, shared) for t in targets]
-        return [r.result() for r in runs], time.perf_counter() - start
+        begun = [pool.submit(run, pipeline, t, out / load_target(t).name, shared, cache) for t in targets]
+        return [each.result() for each in begun], time.perf_counter() - start
 
 
 def be_ready(pipeline: str, all_are: Barrier) -> None:
@@ -117,16 +117,13 @@ def be_ready(pipeline: str, all_are: Barrier) -> None:
     all_are.wait()
 
 
-def run(pipeline: str, target: str, out: Path, shared: Path | None) -> Run:
+def run(pipeline: str, target: str, out: Path, shared: Path | None, cache: Path) -> Run:
     job, model = loaded(pipeline)
-    with TemporaryDirectory() as folder:
-        os.environ["DEPLOYPIPE_CACHE"] = folder
-        start, measured = time.perf_counter(), clock().seconds
-        device = load_target(target)
-        result = compress(
-            model, job.load_data(), job.task(), job.recipe(), device, out, source=job.source, shared=shared
-        )
-        seconds = time.perf_counter() - start
+    os.environ["DEPLOYPIPE_CACHE"] = str(cache.absolute())
+    start, measured = time.perf_counter(), clock().seconds
+    device = load_target(target)
+    result = compress(model, job.load_data(), job.task(), job.recipe(), device, out, source=job.source, shared=shared)
+    seconds = time.perf_counter() - start
     found = result.benchmark.latency_ratio
     return Run(
         seconds=seconds,

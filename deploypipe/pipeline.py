@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -226,8 +227,9 @@ class _Made:
 
 def _run_stages(job: Job, name: str) -> RunResult:
     structures = analysis.structures(job)  # first: what the recipe names is looked up here
-    dense = analysis.baseline(job, analysis.dense_export(job, meanwhile=lambda: _analysed(job, structures)))
     limits, stand_in = search_limits(job.target.budget.limits(), job.ability)
+    meanwhile = partial(_analysed, job, structures) if limits else None  # without, there is nothing to search for
+    dense = analysis.baseline(job, analysis.dense_export(job, meanwhile))
     summary = None
     precision, row = _dense_precision(job, dense, limits)
     if row:
