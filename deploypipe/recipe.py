@@ -11,6 +11,13 @@ def _require_least(record: object, **least: float) -> None:
             raise ValueError(f"{name} = {getattr(record, name)} is too small; write {bound} or more")
 
 
+def _require_most(record: object, **most: float) -> None:
+    """ValueError for the first field that lies above its greatest value."""
+    for name, bound in most.items():
+        if getattr(record, name) > bound:
+            raise ValueError(f"{name} = {getattr(record, name)} is too large; write {bound} or less")
+
+
 def _require_share(record: object, name: str) -> None:
     value = getattr(record, name)
     if not 0 < value <= 1:
@@ -254,11 +261,14 @@ class Finetune:
     compile: bool = False  # with torch.compile: a minute or two once, then faster for some networks, for long trainings
 
     def __post_init__(self) -> None:
-        _require_least(
-            self, num_epochs=0, learning_rate=0, warmup_share=0, weight_decay=0, distil_weight=0, mix_share=0
-        )
+        shares = ("warmup_share", "momentum", "distil_weight", "mix_share", "average_decay")
+        _require_least(self, num_epochs=0, learning_rate=0, weight_decay=0, **dict.fromkeys(shares, 0))
+        _require_most(self, **dict.fromkeys(shares, 1))
         _require_whole(self, "accumulate")
         _require_least(self, accumulate=1)
+        if not self.distil_temperature > 0:
+            told = f"distil_temperature = {self.distil_temperature} is no temperature"
+            raise ValueError(f"{told}; write a number above 0")
         if not self.max_gradient_norm > 0:
             raise ValueError(f"max_gradient_norm = {self.max_gradient_norm} lets nothing move; write a number above 0")
 

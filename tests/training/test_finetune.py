@@ -1,6 +1,7 @@
 """Fine-tuning gains or changes nothing, and a killed one goes on as if it had not been."""
 
 import math
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -280,3 +281,16 @@ def test_what_cannot_be_compiled_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
     torch.compiler.reset()  # what was compiled before
     with pytest.raises(ModelError, match=r"finetune\.compile: .*no-such-compiler.*finetune\.compile=false"):
         finetune(network(0), network(1), splits(), classification(), replace(SETTINGS, compile=True), seed=3)
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ({"average_decay": 1.5}, "average_decay = 1.5 is too large; write 1 or less"),
+        ({"momentum": -0.1}, "momentum = -0.1 is too small; write 0 or more"),
+        ({"distil_temperature": 0.0}, "distil_temperature = 0.0 is no temperature; write a number above 0"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(setting: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(told)):
+        Finetune(**setting)
