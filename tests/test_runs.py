@@ -9,13 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from beside import start_measuring
 from finished_runs import finished_run
 
 from deploypipe import runs
 from deploypipe.errors import RunFolderError
 from deploypipe.records import Event, Interval
 from deploypipe.runs import load_result, open_run, place_file, save_result
-from deploypipe.side_by_side import alone, side_by_side
 
 RECORD = Interval(value=1.0, low=0.5, high=1.5)
 
@@ -204,22 +204,14 @@ def test_while_others_are_at_a_stage_a_run_does_what_comes_later_unless_others_a
 
 
 def test_a_run_gives_way_at_each_step_to_one_that_measures(tmp_path: Path) -> None:
-    measured = threading.Event()
-
-    def measure() -> None:
-        with side_by_side(tmp_path / "shared"), alone():
-            measured.set()
-
     with open_run(tmp_path / "run", shared=tmp_path / "shared") as run:
-        beside = threading.Thread(target=measure, daemon=True)
-        beside.start()
+        measured = start_measuring(tmp_path / "shared")
         assert not measured.wait(0.5)
         for _ in range(100):
             run.notify(Event(stage="finetune", done=1, total=2))
             if measured.wait(0.1):
                 break
         assert measured.is_set()
-    beside.join()
 
 
 def test_what_others_have_in_the_making_stays(tmp_path: Path) -> None:

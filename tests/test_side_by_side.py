@@ -12,6 +12,7 @@ from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
+from beside import start_measuring
 
 from deploypipe.side_by_side import alone, give_way, pause, side_by_side
 
@@ -123,18 +124,6 @@ def test_one_that_measures_again_and_again_keeps_nobody_from_it(tmp_path: Path) 
     for process in processes:
         process.join()
     assert few[-1][2] < many[-1][1]
-
-
-def start_measuring(folder: Path) -> threading.Event:
-    """A run beside this one, which measures as soon as it can; set when it does."""
-    measured = threading.Event()
-
-    def measure_once() -> None:
-        with side_by_side(folder), alone():
-            measured.set()
-
-    threading.Thread(target=measure_once, daemon=True).start()
-    return measured
 
 
 def test_while_one_sleeps_others_measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,18 @@
+"""A run beside the one under test."""
+
+import threading
+from pathlib import Path
+
+from deploypipe.side_by_side import alone, side_by_side
+
+
+def start_measuring(folder: Path) -> threading.Event:
+    """A run beside this one, which measures as soon as it can; set when it does."""
+    measured = threading.Event()
+
+    def measure_once() -> None:
+        with side_by_side(folder), alone():
+            measured.set()
+
+    threading.Thread(target=measure_once, daemon=True).start()
+    return measured
