@@ -1,5 +1,6 @@
 """`compress` from end to end, on a network that takes seconds."""
 
+import fcntl
 import importlib
 import json
 import math
@@ -201,6 +202,37 @@ def test_runs_for_several_targets_share_what_does_not_depend_on_them(
     assert plans(timed_otherwise) == plans(same)
     for name in ("same", "other"):
         assert verify(tmp_path / name).is_same
+
+
+def test_while_another_run_exports_the_dense_network_this_one_scores_it(
+    dense: nn.Module, first: tuple[Path, RunResult, bool], tmp_path: Path
+) -> None:
+    (exported,) = first[0].glob("*-dense_export-*.json")
+    done: list[str] = []
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    with (shared / f"{exported.stem[3:]}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
+        def tell(event: Event) -> None:
+            if event.message == "done":
+                done.append(event.stage)
+            elif event.message.startswith("NOTE: waits for another run"):
+                fcntl.flock(lock, fcntl.LOCK_UN)
+
+        beside = compress(
+            dense,
+            tiny.load_data(),
+            tiny.task(),
+            tiny.recipe(),
+            TARGET,
+            tmp_path / "beside",
+            source="tiny",
+            shared=shared,
+            notify=tell,
+        )
+    assert done.index("curves") < done.index("dense_export") < done.index("baseline")
+    assert plans(beside) == plans(first[1])
 
 
 def test_same_seed_same_plan_in_another_folder(
