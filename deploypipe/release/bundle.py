@@ -16,6 +16,7 @@ from deploypipe.release.manifest import SIGNATURE, check_manifest, write_manifes
 from deploypipe.release.provenance import provenance
 from deploypipe.report.html import render_report
 from deploypipe.runs import RunResult, file_sha256, load_result
+from deploypipe.seal import seal
 
 REPORT = "report.json"
 MODEL, ENGINE = "model.onnx", "model.engine"
@@ -83,7 +84,7 @@ def _check_files(run: Path, result: RunResult) -> list[FileEntry]:
 
 def _documents(result: RunResult, model_files: list[FileEntry]) -> dict[str, str]:
     documents = {
-        REPORT: to_json(result) + "\n",
+        REPORT: seal(to_json(result)).decode(),
         "report.html": render_report(result),
         "README.md": model_card(result),
         "recipe.json": _pretty(to_plain(result.recipe)),
