@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 
 from deploypipe.benchmark.environment import describe_environment
+from deploypipe.installed import ONNXRUNTIME, distributions_of, find_package
 from deploypipe.records import Environment
 from deploypipe.runtimes import RUNTIMES, is_installed
 from deploypipe.runtimes.ability import can
@@ -46,6 +47,7 @@ def examine(target: Target | None) -> tuple[Finding, ...]:
     findings = [
         _packages(environment),
         Finding(name="runtimes", status="ok", detail=", ".join(sorted(RUNTIMES))),
+        _onnxruntime(),
         _providers(),
         _processor(environment),
         _clock(environment),
@@ -61,6 +63,20 @@ def examine(target: Target | None) -> tuple[Finding, ...]:
 def _packages(environment: Environment) -> Finding:
     listed = ", ".join(f"{name} {version}" for name, version in environment.versions.items())
     return Finding(name="packages", status="ok", detail=listed)
+
+
+def _onnxruntime() -> Finding:
+    """Its packages (CPU, GPU, OpenVINO, QNN) write the same files: of two, what runs is what was installed last."""
+    loaded, found = find_package(ONNXRUNTIME), distributions_of(ONNXRUNTIME)
+    detail = f"{loaded.name} {loaded.version}"
+    if len(found) < 2:
+        return Finding(name=ONNXRUNTIME, status="ok", detail=detail)
+    return Finding(
+        name=ONNXRUNTIME,
+        status="limited",
+        detail=f"{detail}; {' and '.join(found)} are installed and overwrite each other's files",
+        remedy=f"pip uninstall {' '.join(found)}, then install one of them",
+    )
 
 
 def _providers() -> Finding:

@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from deploypipe.errors import DeploypipeError, ModelError
+from deploypipe.installed import load_onnxruntime
 from deploypipe.numerics.differences import difference
 from deploypipe.onnx_check import check_onnx_file
 from deploypipe.records import FileEntry, Parity
@@ -190,8 +191,7 @@ def _read_tensor(content: memoryview, entry: dict[str, Any]) -> Array:
 
 
 def _replay(folder: Path, model: GoldenModel, num_cases: int, tensors: dict[str, Array]) -> Replay:
-    import onnxruntime
-
+    onnxruntime = load_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only
     if model.precision == "fp16":  # see `runtimes.onnxruntime.OnnxRuntime`

@@ -10,7 +10,6 @@ import textwrap
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, fx, nn
 
 from deploypipe.errors import ModelError
+from deploypipe.installed import package_versions
 from deploypipe.pruning.calls import evaluating
 from deploypipe.pruning.saved import program_bytes
 from deploypipe.pruning.structures import find_structures, pair_of
@@ -214,7 +214,7 @@ def _where(program: torch.export.ExportedProgram, reason: str) -> str:
 def _readme(module: nn.Module, values: Any, found: Reproduction, program_note: str, where: str) -> str:
     cls = type(module)
     named = values if isinstance(values, dict) else {str(i): tensor for i, tensor in enumerate(values)}
-    versions = {"deploypipe": version("deploypipe"), "torch": torch.__version__, "python": platform.python_version()}
+    versions = {**package_versions("deploypipe", "torch"), "python": platform.python_version()}
     try:
         place = f"{inspect.getsourcefile(cls.forward)}:{inspect.getsourcelines(cls.forward)[1]}"
     except (OSError, TypeError):

@@ -17,6 +17,7 @@ import onnx
 
 from deploypipe.addresses import masked, without_secrets
 from deploypipe.errors import BundleError, DeploypipeError, NoVersionError
+from deploypipe.installed import ONNXRUNTIME, find_package
 from deploypipe.jsonio import to_plain
 from deploypipe.release.bundle import MODEL
 from deploypipe.release.manifest import Manifest
@@ -134,7 +135,7 @@ def _log_model(mlflow: ModuleType, bundle: Path, result: RunResult) -> None:
         onnx.load(bundle / MODEL),
         name=_MODEL,
         signature=mlflow.models.infer_signature(golden_case(bundle), golden_case(bundle, MODEL)),
-        pip_requirements=["onnx", "onnxruntime", "numpy", "pandas"],
+        pip_requirements=["onnx", find_package(ONNXRUNTIME).name, "numpy", "pandas"],
         onnx_execution_providers=[
             *(["CUDAExecutionProvider"] if result.target.needs_gpu else []),
             "CPUExecutionProvider",

@@ -12,6 +12,7 @@ import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
 from deploypipe.errors import DataError, ModelError, RuntimeUnavailableError
+from deploypipe.installed import ONNXRUNTIME, find_package
 
 _CPU = "CPUExecutionProvider"
 
@@ -163,12 +164,13 @@ def missing_provider(provider: Provider) -> str:
         ):
             return (
                 f"onnxruntime {onnxruntime.__version__} does not tell which nodes ran on which provider; "
-                f"pip install 'onnxruntime>=1.24' (as {provider.package})"
+                f"pip install '{provider.package.partition(' ')[0]}>=1.24'"
             )
         return ""
+    installed = find_package(ONNXRUNTIME)
     return (
-        f"{provider.names[0]} is not in the installed onnxruntime {onnxruntime.__version__} (it has "
-        f"{', '.join(available)}); pip uninstall onnxruntime && pip install {provider.package}"
+        f"{provider.names[0]} is not in the installed {installed.name} {installed.version} (it has "
+        f"{', '.join(available)}); pip uninstall {installed.name} && pip install {provider.package}"
     )
 
 
