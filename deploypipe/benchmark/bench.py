@@ -57,6 +57,7 @@ class _Job:
     runtime: Runtime
     num_cpus: int
     has_open_batch: bool
+    trust_program: bool
     notify: Progress
 
 
@@ -69,6 +70,7 @@ def bench_file(
     shapes: Mapping[str, Sequence[int]] | None = None,
     parts: Sequence[str] = PARTS,
     num_samples: int | None = None,
+    trust_program: bool = False,
     notify: Progress = silent,
 ) -> BenchResult:
     """Measure `path` on the target, timed interleaved with `against` where that is given.
@@ -76,13 +78,14 @@ def bench_file(
     `inputs` is one batch: arrays, or an .npz or .safetensors file. Without it values are random, with the target's
     batch size and the `shapes` of inputs whose other axes are open. `num_samples` runs of each file are timed; by
     default about two seconds of them, the target's number at least. `parts` are some of `PARTS`; what a part cannot
-    tell here is missing with its reason.
+    tell here is missing with its reason. A .pt2 program is opened only where `trust_program` says so: it can run any
+    code.
 
     Raises ModelError for files that are absent, damaged or do not run, DataError for inputs that do not fit,
     ConfigError for unknown parts or too few samples, RuntimeUnavailableError where this machine cannot run the target.
     """
     _check_request(parts, num_samples)
-    runtime = find_runtime(target)
+    runtime = find_runtime(target, trust_program=trust_program)
     paths = (path,) if against is None else (path, against)
     batch, is_open, source = _find_inputs(paths, target, inputs, shapes or {})
     sizes = {array.shape[:1] for array in batch.values()}
@@ -96,6 +99,7 @@ def bench_file(
         runtime=runtime,
         num_cpus=environment.num_cpus,
         has_open_batch=is_open and is_shared,
+        trust_program=trust_program,
         notify=notify,
     )
     before = read_state()
@@ -210,7 +214,9 @@ def _time(job: _Job, batch_size: int, num_samples: int | None, found: list[Found
 
 def _weigh(job: _Job, batch_size: int, found: list[Found]) -> None:
     for path, figures in zip(job.paths, found, strict=True):
-        figures["peak_memory_mib"], reason = measure_peak_memory(path, job.inputs, job.target)
+        figures["peak_memory_mib"], reason = measure_peak_memory(
+            path, job.inputs, job.target, trust_program=job.trust_program
+        )
         if reason:
             figures["missing"]["memory"] = reason
 
@@ -218,7 +224,13 @@ def _weigh(job: _Job, batch_size: int, found: list[Found]) -> None:
 def _start(job: _Job, batch_size: int, found: list[Found]) -> None:
     for path, figures in zip(job.paths, found, strict=True):
         lines = run_child(
-            "cold_start_child.py", path, job.inputs, job.target, repeats=_NUM_COLD_STARTS, what="cold start"
+            "cold_start_child.py",
+            path,
+            job.inputs,
+            job.target,
+            repeats=_NUM_COLD_STARTS,
+            what="cold start",
+            trust_program=job.trust_program,
         )
         imports, loads, runs = zip(*(map(float, line.split()) for line in lines), strict=True)
         totals = sorted(load + run for load, run in zip(loads, runs, strict=True))

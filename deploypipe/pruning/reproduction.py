@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, fx, nn
 
@@ -24,9 +25,14 @@ from deploypipe.pruning.saved import program_bytes
 from deploypipe.pruning.structures import find_structures, pair_of
 from deploypipe.records import Frozen
 from deploypipe.runs import write_atomically
+from deploypipe.runtimes.program_file import load_program
 from deploypipe.task import forward, map_tensors
 
 PROGRAM, INPUTS, README = "module.pt2", "inputs.safetensors", "README.md"
+_SAFE_WAY = (
+    "give an instance of the class that its README names, or, if you trust whoever sent it, allow it with "
+    "trust_program=True"
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,19 +67,24 @@ def write_reproduction(model: nn.Module, inputs: Any, name: str, folder: Path) -
     raise ModelError(f"no part of the network keeps {name!r} with other weights and inputs; report {row.reason!r}")
 
 
-def reproduce(folder: Path, module: nn.Module | None = None) -> str:
+def reproduce(folder: Path, module: nn.Module | None = None, *, trust_program: bool = False) -> str:
     """What `list_structures` freezes in a reproduction, one structure a line.
 
-    module: an instance of the class that the README names, where it asks for one. Its weights are replaced.
+    module: an instance of the class that the README names, where it asks for one. Its weights are replaced. Without it
+    module.pt2 is loaded, which can run any code: ModelError unless `trust_program`.
     """
-    return "\n".join(map(_line, _reproduced(folder, module)))
+    return "\n".join(map(_line, _reproduced(folder, module, trust_program=trust_program)))
 
 
-def _reproduced(folder: Path, module: nn.Module | None = None) -> tuple[Frozen, ...]:
-    values = _unpacked(load_file(folder / INPUTS))
+def _reproduced(folder: Path, module: nn.Module | None = None, *, trust_program: bool) -> tuple[Frozen, ...]:
+    try:
+        values = _unpacked(load_file(folder / INPUTS))
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{folder / INPUTS}: cannot be read as safetensors ({error}); ask for it again") from None
     if module is not None:
         return find_structures(_redrawn(module), values).frozen
-    return find_structures(_with_layers(torch.export.load(folder / PROGRAM).module()), values).frozen
+    program = load_program(folder / PROGRAM, is_trusted=trust_program, remedy=_SAFE_WAY)
+    return find_structures(_with_layers(program.module()), values).frozen
 
 
 # --- finding the part -------------------------------------------------------------------------------------------------
@@ -188,7 +199,7 @@ def _write(module: nn.Module, values: Any, row: Frozen, part: str, folder: Path)
         program = torch.export.export(module, () if keywords else values, keywords)
         where = _where(program, row.reason)
         write_atomically(folder / PROGRAM, program_bytes(program))
-        needs_class = not any(_is_same(each, row) for each in _reproduced(folder))
+        needs_class = not any(_is_same(each, row) for each in _reproduced(folder, trust_program=True))
         program_note = (
             "does not give this reason: the sizes in it are constants, and the classes are gone"
             if needs_class
@@ -220,7 +231,8 @@ def _readme(module: nn.Module, values: Any, found: Reproduction, program_note: s
     except (OSError, TypeError):
         place = "source not found"
     making = f"module = ...  # a {cls.__module__}.{cls.__qualname__} as printed below; its weights do not matter\n"
-    argument = ", module" if found.needs_class else ""
+    argument = ", module" if found.needs_class else ", trust_program=True"
+    warning = "" if found.needs_class else f" Loading `{PROGRAM}` can run any code: do so only if you trust the sender."
     parts = [
         f"# {found.reason}",
         f"Frozen by `deploypipe.pruning.structures.list_structures` in "
@@ -230,7 +242,7 @@ def _readme(module: nn.Module, values: Any, found: Reproduction, program_note: s
         "## How to see it\n\nIn this folder:",
         "```python\nfrom pathlib import Path\n\nfrom deploypipe.pruning.reproduction import reproduce\n\n"
         f"{making if found.needs_class else ''}print(reproduce(Path('.'){argument}))\n```",
-        f"`{PROGRAM}` {program_note}.",
+        f"`{PROGRAM}` {program_note}.{warning}",
         f"## The module\n\nClass `{cls.__module__}.{cls.__qualname__}`, `forward()` at {place}",
         f"```\n{module!r}\n```",
         "\n".join(f"- input `{name}`: {tuple(t.shape)} {t.dtype}" for name, t in named.items()),

@@ -8,7 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from deploypipe.errors import DataError, ModelError, RuntimeUnavailableError
+from deploypipe.errors import DataError, RuntimeUnavailableError
+from deploypipe.runtimes.program_file import load_program
+
+_REMEDY = "measure the ONNX file instead, or, if you trust whoever made it, allow it with `bench --trust-program`"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,9 +66,13 @@ class EagerSession:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EagerRuntime:
-    """Runs on `device`, "cpu" or "cuda". A CUDA session returns when the GPU has finished."""
+    """Runs on `device`, "cpu" or "cuda". A CUDA session returns when the GPU has finished.
+
+    is_trusted: whether files may be opened at all, since a program can run any code when it is loaded.
+    """
 
     device: str = "cpu"
+    is_trusted: bool = False
 
     @contextmanager
     def open(self, path: Path, *, num_threads: int) -> Iterator[EagerSession]:
@@ -76,7 +83,8 @@ class EagerRuntime:
 
         if self.device == "cuda" and not torch.cuda.is_available():
             raise RuntimeUnavailableError("torch finds no CUDA device; install a CUDA build of torch on a GPU machine")
-        program = move_to_device_pass(_load(path), self.device)
+        loaded = load_program(path, is_trusted=self.is_trusted, remedy=_REMEDY)
+        program = move_to_device_pass(loaded, self.device)
         signature = program.module_call_graph[0].signature
         threads = torch.get_num_threads()
         torch.set_num_threads(num_threads)
@@ -98,21 +106,6 @@ class EagerRuntime:
             )
         finally:
             torch.set_num_threads(threads)
-
-
-def _load(path: Path) -> Any:
-    import torch
-
-    if not path.is_file():
-        raise ModelError(f"{path}: there is no such file; give a program that torch.export.save wrote (model.pt2)")
-    try:
-        return torch.export.load(path)
-    except Exception as error:  # a damaged archive fails in many ways
-        told = str(error).partition("\n")[0]
-        raise ModelError(
-            f"{path}: torch.export cannot load it ({type(error).__name__}: {told}); eager torch takes .pt2 programs: "
-            "save the network again"
-        ) from error
 
 
 def _output_names(pytree: Any, spec: Any) -> tuple[str, ...]:
