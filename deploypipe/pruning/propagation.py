@@ -17,8 +17,9 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from deploypipe.pruning.attributes import lists_of_whole_numbers, whole_numbers
 from deploypipe.pruning.indices import Atoms, Axes, Axis, Factor, Indices, fixed, has_atoms, size_of
-from deploypipe.pruning.rules import RULES, pointwise
+from deploypipe.pruning.rules import RULES, Arguments, Rule, pointwise
 from deploypipe.pruning.slicing import looks_across
 from deploypipe.pruning.statistics import FunctionCalls, all_tensors, side_of
 from deploypipe.task import tensors
@@ -99,7 +100,7 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **kwargs)
         results = all_tensors([result])
         if not operands:
-            axes: Any = [tuple(fixed(size, is_free=True) for size in t.shape) for t in results]
+            axes = [tuple(fixed(size, is_free=True) for size in t.shape) for t in results]
         elif name == "set_":  # the code lets go of a tensor's memory
             axes = [tuple(fixed(size) for size in t.shape) for t in results]
         elif rule is None or any(0 in t.shape for t in (*operands, *results)):
@@ -107,11 +108,23 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
         else:
             arguments = {a.name: a.default_value for a in func._schema.arguments if a.has_default_value()}
             arguments |= {a.name: v for a, v in zip(func._schema.arguments, args, strict=False)} | kwargs
-            axes = rule(self, arguments, result)
-        axes = [axes] if isinstance(result, Tensor) and isinstance(axes, tuple) else list(axes)
+            axes = self.ruled(name, rule, arguments, result, operands)
         for tensor, each in zip(results, axes, strict=True):
             self.axes[tensor] = each
         return result
+
+    def ruled(self, name: str, rule: Rule, arguments: Arguments, result: Any, operands: Sequence[Tensor]) -> list[Axes]:
+        """What the rule says of each result. A rule that fails is our fault and not the network's, which goes on."""
+        results = all_tensors([result])
+        try:
+            found = rule(self, arguments, result)
+            axes = [found] if isinstance(result, Tensor) and isinstance(found, tuple) else list(found)
+            if [tuple(map(size_of, each)) for each in axes] != [tuple(tensor.shape) for tensor in results]:
+                raise AssertionError(f"gives axes of other sizes than {[tuple(tensor.shape) for tensor in results]}")
+        except Exception as error:  # whatever mistake a rule has
+            said = f"{type(error).__name__}: {error}"
+            return self.give_up(name, operands, results, f"for which deploypipe's own rule fails ({said})")
+        return axes
 
     def of(self, tensor: Tensor) -> Axes:
         """Axes of a tensor; nothing can be removed from one that the code took from elsewhere."""
@@ -122,10 +135,16 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def can_shrink(self, tensor: Tensor) -> bool:
         return any(map(has_atoms, self.of(tensor)))
 
-    def give_up(self, name: str, operands: Sequence[Tensor], results: Sequence[Tensor]) -> list[Axes]:
+    def give_up(
+        self,
+        name: str,
+        operands: Sequence[Tensor],
+        results: Sequence[Tensor],
+        why: str = "through which channels cannot be followed",
+    ) -> list[Axes]:
         for operand in operands:
             for axis in self.of(operand):
-                self.keep(axis, f"reaches {name}(), through which channels cannot be followed")
+                self.keep(axis, f"reaches {name}(), {why}")
         return [tuple(fixed(size) for size in t.shape) for t in results]
 
     def keep(self, axis: Axis, why: str) -> None:
@@ -190,18 +209,18 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
         where = self.running[-1]
         # PyTorch's own becomes a SlimAttention when it is cut, which counts nothing but its heads.
         is_own = isinstance(self.modules[where], nn.MultiheadAttention)
-        for name, value in vars(self.modules[where]).items():
+        for name, value in whole_numbers(self.modules[where]).items():
             if is_own and name != "num_heads":
                 continue
-            is_size = value == factor.size and isinstance(value, int) and _names_a_width(name)
+            is_size = value == factor.size and _names_a_width(name)
             if is_size and factor.atoms is not None and (not is_certain or _names_a_count(name) == is_outer):
                 self.sized.setdefault((where, name), []).append(factor.atoms)
 
     def count_pieces(self, sizes: Sequence[int], pieces: Sequence[Axis]) -> None:
         """A list of the running module that holds the sizes of the parts of a split shrinks with the parts."""
         where = self.running[-1]
-        for name, value in vars(self.modules[where]).items():
-            if isinstance(value, list | tuple) and list(value) == list(sizes):
+        for name, value in lists_of_whole_numbers(self.modules[where]).items():
+            if value == list(sizes):
                 for number, piece in enumerate(pieces):
                     if len(piece) == 1 and piece[0].atoms is not None:
                         self.sized.setdefault((where, f"{name}.{number}"), []).append(piece[0].atoms)
@@ -209,10 +228,10 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def count_shape(self, axes: Axes) -> None:
         """A list of the running module that holds the last sizes of a view shrinks with its axes."""
         where = self.running[-1]
-        for value in vars(self.modules[where]).values():
-            if isinstance(value, list | tuple) and 1 < len(value) <= len(axes):
+        for value in lists_of_whole_numbers(self.modules[where]).values():
+            if 1 < len(value) <= len(axes):
                 last = axes[len(axes) - len(value) :]
-                if list(value) == [size_of(axis) for axis in last]:
+                if value == [size_of(axis) for axis in last]:
                     self.count_pieces(value, last)
 
     def note_attention(self, batch: Sequence[Axis], inner: Axis) -> None:

@@ -16,6 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from deploypipe.errors import PlanError
 from deploypipe.pruning.attention import SlimAttention
+from deploypipe.pruning.attributes import is_plain
 from deploypipe.pruning.statistics import is_statistic, narrow_
 from deploypipe.records import Edit, Names, Side
 
@@ -231,7 +232,7 @@ def _numbered(model: nn.Module) -> dict[Any, list[Any]]:
     found: dict[Any, list[Any]] = defaultdict(list)
     for name, module in model.named_modules():
         if isinstance(vars(module).get("layer_idx"), int) and not isinstance(module, Bypass):
-            masks = [(n, v) for n, v in vars(module).items() if "sliding" in n or "layer_type" in n]
+            masks = [(n, v) for n, v in vars(module).items() if ("sliding" in n or "layer_type" in n) and is_plain(v)]
             found[re.sub(r"\d+", "#", name, count=1), type(module), repr(masks)].append(module)
     return found
 

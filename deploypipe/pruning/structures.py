@@ -271,10 +271,14 @@ class _Probe:
         try:
             mask_(masked, edits)
             cut_(cut, edits)
+            expected = self._run(masked)
+        except Exception as error:  # of ours, or of a module of an unknown class that lets nothing be replaced in it
+            return f"deploypipe cannot cut these channels: {type(error).__name__}: {error}"
+        try:
             outputs = self._run(cut)
         except Exception as error:  # whatever the user's forward() raises on widths it was not written for
             return f"the network fails without these channels: {type(error).__name__}: {error}"
-        return _differ(self._run(masked), outputs, "the traced coupling is wrong (sizes written into the code?)")
+        return _differ(expected, outputs, "the traced coupling is wrong (sizes written into the code?)")
 
     def blocks(self, blocks: Sequence[Block]) -> dict[str, str]:
         """Why blocks cannot be replaced by the identity, for each that cannot."""
@@ -288,7 +292,10 @@ class _Probe:
 
     def _try_blocks(self, blocks: Sequence[Block]) -> str:
         copy = deepcopy(self.model)
-        replace_by_identity_(copy, {block.name: block.returns for block in blocks})
+        try:
+            replace_by_identity_(copy, {block.name: block.returns for block in blocks})
+        except Exception as error:  # as above
+            return f"deploypipe cannot replace this block: {type(error).__name__}: {error}"
         try:
             outputs = self._run(copy)
         except Exception as error:  # as above
