@@ -84,7 +84,7 @@ def verify(folder: Path) -> Verification:
     others = sorted(path.name for path in folder.iterdir() if path.name not in {*known, GOLDEN})
     return Verification(
         replays=tuple(_replay(folder, model, content["num_cases"], tensors) for model in content["models"]),
-        notes=(f"not listed, not checked: {_shown(others)}",) if others else (),
+        notes=(f"not listed, not checked: {shown(others)}",) if others else (),
     )
 
 
@@ -116,7 +116,8 @@ def cells(verification: Verification) -> list[tuple[str, ...]]:
     ]
 
 
-def _shown(names: list[str]) -> str:
+def shown(names: Sequence[str]) -> str:
+    """The first names of a list, and how many more there are."""
     more = len(names) - _MOST_SHOWN
     return ", ".join(names[:_MOST_SHOWN]) + (f" and {more} more" if more > 0 else "")
 

@@ -27,7 +27,7 @@ def ends_of(*metrics: Array) -> tuple[float, float]:
     seen, zero included: simulated with log-normal losses, once the range is too little for samples of 50.
     """
     low, high = min(float(m.min()) for m in metrics), max(float(m.max()) for m in metrics)
-    if 0 <= low and high <= 1:
+    if low >= 0 and high <= 1:
         return 0.0, 1.0
     low, high = min(0.0, low), max(0.0, high)
     return low - (high - low) / 2, high + (high - low) / 2

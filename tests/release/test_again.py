@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from deploypipe.cli import app
 from deploypipe.errors import ConfigError
+from deploypipe.numerics.intervals import interval_of_drop_pp
 from deploypipe.records import BaselineComparison, BenchmarkReport, Interval, Status, Verdict, Waiver
 from deploypipe.release.baseline import compare_with_baseline
 from deploypipe.release.bundle import release
@@ -45,6 +46,39 @@ def test_the_worst_slice_counts(report: BenchmarkReport) -> None:
     found, reason = status(worse, "slice_drop", budget=budget)
     assert found is Status.FAIL and reason.startswith("class 1 (250 samples)") and "1 of 2 slices" in reason
     assert status(replace(report, slices={}), "slice_drop", budget=budget)[0] is Status.UNKNOWN
+    failing = replace(worse, slices={**worse.slices, "class 2": (1,)})
+    found, reason = status(failing, "slice_drop", budget=budget)
+    assert found is Status.FAIL and reason.endswith("fewer than 2 test samples in class 2")
+
+
+@pytest.mark.parametrize("others", [{"class 2": (7,)}, {"class 2": (), "night": (1,)}])
+def test_a_slice_of_one_sample_or_none_is_unknown_and_named(
+    others: dict[str, tuple[int, ...]], report: BenchmarkReport
+) -> None:
+    for slices in ({**report.slices, **others}, others):
+        found, reason = status(replace(report, slices=slices), "slice_drop", budget=Budget(slice_drop_pp=2.0))
+        assert found is Status.UNKNOWN and reason.endswith(f"fewer than 2 test samples in {', '.join(others)}")
+
+
+@pytest.mark.parametrize("metric", [(1.0,) * 40, (0.9,) * 40], ids=["hits", "fractions"])
+def test_a_slice_too_small_for_the_limit_fails_and_says_how_many_it_takes(
+    metric: tuple[float, ...], report: BenchmarkReport
+) -> None:
+    """No sample differs, and 40 could hide a loss of several points all the same."""
+    same = replace(
+        report,
+        dense=replace(report.dense, per_sample_metric=metric),
+        compressed=replace(report.compressed, per_sample_metric=metric),
+        accuracy_drop_pp=interval_of_drop_pp(metric, metric),
+        slices={"night": tuple(range(40))},
+    )
+    for name, budget in (
+        ("slice_drop", Budget(slice_drop_pp=1.0, accuracy_drop_pp=50)),
+        ("accuracy_drop", Budget(accuracy_drop_pp=1.0)),
+    ):
+        found, reason = status(same, name, budget=budget)
+        assert found is Status.FAIL and "40 samples cannot show it even where none is worse, about 35" in reason
+    assert status(same, "slice_drop", budget=Budget(slice_drop_pp=10.0))[0] is Status.PASS
 
 
 @pytest.mark.parametrize(
