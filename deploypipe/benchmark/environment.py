@@ -43,7 +43,7 @@ def describe_environment(num_threads: int) -> Environment:
     """
     cpu, features = _describe_cpu()
     versions = {"python": platform.python_version(), **package_versions(*_PACKAGES)}
-    num_cpus = _count_cpus()
+    num_cpus = count_cpus()
     governor = _read(_GOVERNOR).strip()
     system = f"{platform.system()} {platform.release()} {platform.machine()}"
     deciding = [
@@ -84,7 +84,7 @@ def _describe_cpu() -> tuple[str, tuple[str, ...]]:
     return name, tuple(feature for feature in _FEATURES if feature in flags)
 
 
-def _count_cpus() -> int:
+def count_cpus() -> int:
     """Processors this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

@@ -38,9 +38,9 @@ def decide(
 
     Latency and accuracy pass when the upper end of their interval does: a relative latency by the ratio of the
     interleaved run, an absolute one by the median's interval, the accuracy by the paired drop. What was not measured,
-    or was measured on an unsteady machine, is UNKNOWN. parity_limit: of the file's error against the network's own
-    outputs, relative to the largest of them. baseline: adds what must not be worse than in the bundle
-    released before. now: of the decision, timezone aware; by default that of the measurement.
+    and a time that was taken while the machine was throttled, noisy or unsteady, is UNKNOWN. parity_limit: of the
+    file's error against the network's own outputs, relative to the largest of them. baseline: adds what must not be
+    worse than in the bundle released before. now: of the decision, timezone aware; by default that of the measurement.
     """
     measured = datetime.fromisoformat(report.measured_at) if report.measured_at else None
     now = now or measured or datetime.now(UTC)
@@ -92,11 +92,9 @@ def _check_latency(report: BenchmarkReport, limit: Limit) -> Check:
         bound, interval, unit_free = limit.value * scale, _scaled(ratio, scale), ratio.high
     else:
         bound, interval, unit_free = limit.value, after.p50_ms, after.p50_ms.high
-    if not report.is_steady:
-        why = "; ".join(report.notes) or "no reason was recorded"
-        return _unknown(name, unit, bound, f"the timings were not steady: {why}")
     # The comparison is made in the limit's own terms: scaling both sides could round a tie either way.
-    return _judged(name, unit, bound, interval.value, interval, is_met=unit_free <= limit.value)
+    check = _judged(name, unit, bound, interval.value, interval, is_met=unit_free <= limit.value)
+    return doubted(check, report.doubts)
 
 
 def _check_figure(report: BenchmarkReport, name: str, limit: Limit) -> Check:
@@ -176,8 +174,15 @@ def _check_regression(baseline: BaselineComparison, budget: Budget) -> list[Chec
             checks.append(_unknown(name, unit, limit, f"{baseline.name}: {why}"))
             continue
         check = _judged(name, unit, limit, interval.value, interval, is_met=interval.high <= limit)
+        if unit == "x":
+            check = doubted(check, baseline.latency_doubts)
         checks.append(replace(check, reason=f"beside {baseline.name}: {check.reason}"))
     return checks
+
+
+def doubted(check: Check, doubts: str) -> Check:
+    """UNKNOWN where there are doubts about its figure, which stays with its interval and the limit."""
+    return replace(check, status=Status.UNKNOWN, reason=doubts) if doubts else check
 
 
 def _judged(name: str, unit: str, limit: float, measured: float, interval: Interval | None, *, is_met: bool) -> Check:

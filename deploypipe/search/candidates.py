@@ -14,7 +14,7 @@ from torch import nn
 
 from deploypipe.benchmark import first_batch
 from deploypipe.benchmark.environment import describe_environment
-from deploypipe.benchmark.latency import time_interleaved
+from deploypipe.benchmark.latency import find_doubts, time_interleaved
 from deploypipe.benchmark.memory import measure_peak_memory
 from deploypipe.errors import ModelError
 from deploypipe.export.engine import runnable
@@ -143,9 +143,10 @@ class Candidates:
         timings = time_interleaved(paths, inputs, runtime, self.target, num_samples=num_samples)
         while not was_alone():
             timings = time_interleaved(paths, inputs, runtime, self.target, num_samples=num_samples)
+        is_steady = not find_doubts(timings, [path.name for path in paths], self.target.num_threads)
         for key, times in zip(files, timings.samples[1:], strict=True):
             ratio = interval_of_median_ratio(times, timings.samples[0], block=timings.block)
-            is_telling = ratio.high - ratio.low <= _TELLING * ratio.value
+            is_telling = is_steady and ratio.high - ratio.low <= _TELLING * ratio.value
             self.ratios[key] = self.measuring.publish(key, ratio.value, is_telling=is_telling)
 
     @contextmanager
