@@ -20,6 +20,7 @@ import numpy as np
 
 from deploypipe.errors import DeploypipeError, ModelError
 from deploypipe.installed import load_onnxruntime
+from deploypipe.names import name_problem
 from deploypipe.numerics.differences import difference
 from deploypipe.onnx_check import check_onnx_file
 from deploypipe.records import FileEntry, Parity
@@ -154,9 +155,8 @@ def _typed(content: dict[str, Any], **types: type) -> dict[str, Any]:
 
 def _check_hash(folder: Path, entry: FileEntry) -> None:
     path = folder / entry.name
-    is_plain = Path(entry.name).name == entry.name and entry.name not in ("", "..")
-    if not is_plain or "\\" in entry.name or "\0" in entry.name:
-        raise ModelError(f"{folder / GOLDEN}: {entry.name!r} is not the name of a file in this folder; do not use it")
+    if problem := name_problem(entry.name):
+        raise ModelError(f"{folder / GOLDEN}: the file name {problem.partition('; ')[0]}; do not use it")
     if path.is_symlink() or not path.is_file():
         raise ModelError(f"{path}: {'is a link' if path.is_symlink() else 'is absent'}; copy the folder again")
     size = path.stat().st_size

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from deploypipe.cli.app import PLAN_HELP, PipelineArgument, RunArgument, SetOption, app, plans
-from deploypipe.cli.named import load_target, named_targets, parse_shapes, split_settings, template
+from deploypipe.cli.named import load_target, named_targets, parse_shapes, require_name, split_settings, template
 from deploypipe.cli.terminal import (
     EXIT_DIFFERENT,
     EXIT_ERROR,
@@ -117,6 +117,7 @@ def init(
     with exit_codes():
         if not name.isidentifier():
             raise ConfigError("init", name, "is not a Python identifier", "use letters, digits and underscores")
+        require_name(name, "init")
         texts = {
             Path("pipelines") / f"{name}.py": template("pipeline.py.txt"),
             Path("targets") / f"{name}.toml": template("target.toml"),

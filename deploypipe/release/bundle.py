@@ -9,6 +9,7 @@ from typing import Any
 
 from deploypipe.errors import BundleError
 from deploypipe.jsonio import to_json, to_plain
+from deploypipe.names import name_problem
 from deploypipe.records import FileEntry, Verdict
 from deploypipe.release.bom import bill_of_materials
 from deploypipe.release.card import model_card
@@ -58,7 +59,9 @@ def release(run: Path, out: Path, *, sign: Callable[[Path], None] | None = None)
 
 
 def bundle_name(result: RunResult) -> str:
-    """Bundles of one name are versions of one another."""
+    """Bundles of one name are versions of one another. BundleError for a pipeline's name that is not one."""
+    if problem := name_problem(result.pipeline):
+        raise BundleError(f"the run's pipeline has a name that cannot be a folder: {problem}")
     return f"{result.pipeline}-{result.target.name or result.target.runtime}"
 
 
@@ -76,6 +79,8 @@ def _check_files(run: Path, result: RunResult) -> list[FileEntry]:
     if result.engine:
         entries[ENGINE] = result.engine.sha256
     for name, sha256 in entries.items():
+        if problem := name_problem(name):
+            raise BundleError(f"{run}: lists a file whose name {problem}; run it again")
         if not (run / name).is_file() or file_sha256(run / name) != sha256:
             raise BundleError(f"{run / name}: is not the file that was measured; run it again with the same command")
     weights = {entry.name for entry in result.benchmark.compressed.file.data}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from deploypipe.errors import BundleError, ConfigError
 from deploypipe.jsonio import from_json
+from deploypipe.names import MOST_BYTES, name_problem
 from deploypipe.records import FileEntry
 from deploypipe.runs import file_sha256, write_atomically
 from deploypipe.verify import shown
@@ -89,8 +90,8 @@ def _read(folder: Path) -> Manifest:
     if manifest.digest != _digest(manifest.name, manifest.files) or content != _as_bytes(manifest):
         raise BundleError(f"{path}: was changed (it does not have its own digest); copy the bundle again")
     for name in (manifest.name, *(entry.name for entry in manifest.files)):
-        if not name or name != Path(name).name or name.startswith("."):
-            raise BundleError(f"{path}: {name!r} is no plain name; do not use this bundle")
+        if problem := name_problem(name, most_bytes=2 * MOST_BYTES + 1):  # a bundle is named pipeline-target
+            raise BundleError(f"{path}: the name {problem.partition('; ')[0]}; do not use this bundle")
     return manifest
 
 

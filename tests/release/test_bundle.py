@@ -175,7 +175,7 @@ def test_a_manifest_that_points_out_of_the_folder_is_refused(signed: tuple[Path,
     entry = FileEntry(name="../outside", sha256="0", size_bytes=0)
     made = m.Manifest(format=m.FORMAT, name="n", files=(entry,), digest=m._digest("n", (entry,)))
     (tmp_path / MANIFEST).write_bytes(m._as_bytes(made))
-    with pytest.raises(BundleError, match="is no plain name"):
+    with pytest.raises(BundleError, match=r"the name '\.\./outside' holds '/'; do not use"):
         check_manifest(tmp_path)
 
 
@@ -263,7 +263,7 @@ def test_registry_counts_versions_and_moves_aliases(tmp_path: Path) -> None:
         resolve(f"{registry}/digits-x86_cpu@nobody")
     with pytest.raises(BundleError, match="is no bundle"):
         resolve(str(tmp_path))
-    with pytest.raises(BundleError, match="is no plain word"):
+    with pytest.raises(BundleError, match=r"the alias '\.\./up' holds '/'"):
         promote(first, registry, "../up")
     shutil.rmtree(tmp_path / "registry" / "digits-x86_cpu" / "2")
     with pytest.raises(BundleError, match="means version 2, which is gone"):
