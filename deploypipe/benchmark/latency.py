@@ -77,7 +77,7 @@ def time_interleaved(
         openings, runs = schedule(least)
         if openings * to_open > max(_CHEAP_SECONDS, least * to_run):
             openings, runs = schedule(least, most=_FEW_OPENINGS)
-        for number, (opening, timing) in enumerate(_orders(len(paths), openings)):
+        for number, (opening, timing) in enumerate(mirrored_orders(len(paths), openings, np.random.default_rng())):
             with ExitStack() as stack:
                 sessions = {
                     i: stack.enter_context(runtime.open(paths[i], num_threads=target.num_threads)) for i in opening
@@ -170,10 +170,11 @@ def _try(path: Path, inputs: Mapping[str, Array], runtime: Runtime, target: Targ
         return opened - begun, _warm_up(session, inputs) / 1e3
 
 
-def _orders(num_files: int, openings: int) -> Iterator[tuple[list[int], list[int]]]:
+def mirrored_orders(
+    num_files: int, openings: int, generator: np.random.Generator
+) -> Iterator[tuple[list[int], list[int]]]:
     """For each opening the order to open the files in, and to time them in. Chance decides, so that nothing periodic
     in the machine can favour one file; and within `_ORDERS` openings each of two files comes first equally often."""
-    generator = np.random.default_rng()
     ahead = list(range(num_files))
     for number in range(openings):
         if number % _ORDERS == 0:

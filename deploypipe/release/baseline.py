@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from deploypipe.benchmark.environment import describe_environment
-from deploypipe.benchmark.latency import find_doubts, summarise, time_steadily
+from deploypipe.benchmark.latency import conditions_of, find_doubts, summarise, time_steadily
 from deploypipe.errors import DeploypipeError
 from deploypipe.numerics.intervals import interval_of_drop_pp, interval_of_median_ratio
 from deploypipe.records import BaselineComparison, Check, Interval, Status
 from deploypipe.release.bundle import ENGINE, MODEL, load_bundle
 from deploypipe.release.gate import doubted
+from deploypipe.report.tables import what_is_covered
 from deploypipe.runs import RunResult
 from deploypipe.runtimes import find_runtime
 from deploypipe.verify import golden_inputs
@@ -78,5 +79,7 @@ def check_approved_latency(bundle: Path) -> Check:
     status = Status.PASS if now.high <= limit else Status.FAIL
     if now.low <= limit < now.high:
         status, reason = Status.UNKNOWN, f"{reason}: its interval holds the limit, so that both could be; try again"
+    seen = conditions_of(timings, [file.name], target.num_threads)
+    reason = f"{reason}; {what_is_covered(seen)}"
     check = Check(name=name, status=status, measured=now.value, interval=now, limit=limit, unit="ms", reason=reason)
     return doubted(check, _told(find_doubts(timings, [file.name], target.num_threads)))

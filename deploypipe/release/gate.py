@@ -17,6 +17,7 @@ from deploypipe.records import (
     Waiver,
 )
 from deploypipe.release.waivers import waived
+from deploypipe.report.tables import what_is_covered
 from deploypipe.target import Budget, Limit
 from deploypipe.verify import shown
 
@@ -94,6 +95,8 @@ def _check_latency(report: BenchmarkReport, limit: Limit) -> Check:
         bound, interval, unit_free = limit.value, after.p50_ms, after.p50_ms.high
     # The comparison is made in the limit's own terms: scaling both sides could round a tie either way.
     check = _judged(name, unit, bound, interval.value, interval, is_met=unit_free <= limit.value)
+    if not limit.is_relative:
+        check = replace(check, reason=f"{check.reason}; {what_is_covered(report.conditions)}")
     return doubted(check, report.doubts)
 
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from deploypipe.numerics.intervals import interval_of_drop_pp
 from deploypipe.records import (
     Check,
+    Conditions,
     Edit,
     GroupCut,
     Interval,
@@ -120,6 +121,15 @@ def check_cells(check: Check) -> tuple[str, str, str, str, str]:
         NOT_MEASURED if check.measured is None else with_interval(check.measured, check.interval, check.unit),
         "" if check.limit is None else figure(check.limit, check.unit),
         check.reason if check.waiver is None else f"{check.reason}; {_waived(check.waiver)}",
+    )
+
+
+def what_is_covered(conditions: Conditions | None) -> str:
+    """What the interval of an absolute latency is about, in words."""
+    lasted = f", {conditions.after.at_s - conditions.before.at_s:.0f} s" if conditions else ""
+    return (
+        f"the interval covers this machine's median under drifts as slow as the measurement{lasted}, "
+        "not those from day to day"
     )
 
 

@@ -29,20 +29,18 @@ def test_median_interval_covers_the_true_median() -> None:
     for _ in range(300):
         interval = interval_of_quantile(generator.lognormal(size=100), 0.5, num_resamples=400)
         hits += interval.low <= 1.0 <= interval.high
-    assert 0.91 <= hits / 300 <= 0.99
+    assert hits / 300 >= 0.95
 
 
 def test_blocks_keep_the_coverage_of_slowly_drifting_timings() -> None:
     generator = np.random.default_rng(1)
-    hits = {1: 0, 10: 0}
+    hits = 0
     for _ in range(150):
         spells = np.repeat(generator.normal(scale=1.0, size=40), 10)  # the machine is slow for ten runs at a time
         samples = 10 + spells + generator.normal(scale=0.1, size=400)
-        for block in hits:
-            interval = interval_of_quantile(samples, 0.5, block=block, num_resamples=300)
-            hits[block] += interval.low <= 10 <= interval.high
-    assert hits[10] / 150 >= 0.88
-    assert hits[1] / 150 < 0.7  # what ignoring the spells would claim
+        interval = interval_of_quantile(samples, 0.5, block=10, num_resamples=300)
+        hits += interval.low <= 10 <= interval.high
+    assert hits / 150 >= 0.93
 
 
 def test_ratio_interval_cancels_what_both_files_suffered() -> None:
@@ -127,14 +125,14 @@ def test_few_blocks_leave_student_alone() -> None:
         interval_of_median_ratio([1.0, 0.0], [1.0, 1.0])
 
 
-@pytest.mark.parametrize(("share", "truth", "least"), [(0.5, 0.0, 0.92), (0.9, 1.2816, 0.88)])
+@pytest.mark.parametrize(("share", "truth", "least"), [(0.5, 10.0, 0.93), (0.9, 11.2816, 0.93)])
 def test_quantile_interval_covers_with_few_blocks_of_dependent_samples(
     share: float, truth: float, least: float
 ) -> None:
     generator = np.random.default_rng(7)
     hits = 0
     for _ in range(200):
-        samples = generator.normal(size=(20, 40)) * 0.8 + 0.6 * generator.normal(size=(20, 1))  # variance 1
+        samples = 10 + generator.normal(size=(20, 40)) * 0.8 + 0.6 * generator.normal(size=(20, 1))  # variance 1
         interval = interval_of_quantile(samples.ravel(), share, block=40, num_resamples=300)
         hits += interval.low <= truth <= interval.high
     assert hits / 200 >= least

@@ -166,6 +166,13 @@ def test_a_throttled_or_noisy_machine_decides_no_latency(
     assert shown.startswith("4.8 ms (4.7 to ") and "not measured" not in decision.reason
 
 
+def test_an_absolute_latency_says_what_its_interval_covers() -> None:
+    timed = replace(REPORT, conditions=conditions("steady"))
+    absolute, relative = (decide(timed, Budget(latency_p50=limit)).checks[0].reason for limit in ("5 ms", "0.9x"))
+    assert "under drifts as slow as the measurement, 6 s, not those from day to day" in absolute
+    assert "day to day" not in relative  # both files meet a drift
+
+
 def test_nan_is_unknown_and_all_blocking_checks_are_named() -> None:
     broken = replace(REPORT, accuracy_drop_pp=interval(0, float("nan"), float("nan")))
     decision = decide(broken, Budget(params="1 k", file_size="1 KiB"))
