@@ -92,6 +92,7 @@ def load_result(folder: Path, name: str = RESULT) -> RunResult:
         text = unseal(path.read_bytes())
     except ValueError as error:
         remedy = "run the same command again, which takes seconds where the run's stages are kept"
+        remedy = remedy if name == RESULT else "copy the bundle again from where it was built"
         raise RunFolderError(f"{path}: {error}; {remedy}") from None
     return from_json(RunResult, text, str(path))
 
