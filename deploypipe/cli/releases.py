@@ -82,7 +82,7 @@ def _find_baseline(
     result: RunResult, baseline: str | None, registry: str | None, alias: str, key: Path | None
 ) -> Path | None:
     """The bundle to compare with; a registry that has none yet is told of."""
-    from deploypipe.addresses import masked
+    from deploypipe.addresses import masked_reference
     from deploypipe.release.bundle import bundle_name
     from deploypipe.release.registry import resolve
     from deploypipe.release.signing import check_signature
@@ -97,7 +97,9 @@ def _find_baseline(
     except NoVersionError:
         if baseline:
             raise
-        print(f"note: {masked(reference)} does not exist yet: there is nothing to compare with", file=sys.stderr)
+        print(
+            f"note: {masked_reference(reference)} does not exist yet: there is nothing to compare with", file=sys.stderr
+        )
         return None
     if key:
         check_signature(found, key)

@@ -192,11 +192,12 @@ def _server() -> Iterator[ModuleType]:
         import mlflow.onnx
         from mlflow.exceptions import MlflowException
         from requests.exceptions import RequestException
+        from sqlalchemy.exc import SQLAlchemyError
     except ImportError as error:
         raise DeploypipeError(f"{error.name} is missing; pip install 'deploypipe[mlflow]'") from None
     try:
         yield mlflow
-    except (MlflowException, RequestException) as error:
+    except (MlflowException, RequestException, SQLAlchemyError, ValueError) as error:  # the last: an odd address
         text = (str(error).splitlines() or [type(error).__name__])[0][:_LONGEST_TOLD]
         address = mlflow.get_tracking_uri()
         told = without_secrets(text, address)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from deploypipe.addresses import masked
+from deploypipe.addresses import masked, masked_reference
 from deploypipe.errors import BundleError, NoVersionError
 from deploypipe.names import MOST_BYTES, name_problem
 from deploypipe.release.bundle import load_bundle
@@ -78,7 +78,8 @@ def resolve(reference: str) -> Path:
     if alias not in aliases:
         known = ", ".join(sorted(aliases)) or "none"
         raise NoVersionError(
-            f"{reference}: there is no alias {alias!r} (known: {known}); set it with `deploypipe promote`"
+            f"{masked_reference(reference)}: there is no alias {alias!r} (known: {known}); set it with "
+            "`deploypipe promote`"
         )
     number, versions = aliases[alias], _versions(home)
     if number not in versions:
