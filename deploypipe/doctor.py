@@ -11,6 +11,7 @@ from deploypipe.installed import ONNXRUNTIME, distributions_of, find_package
 from deploypipe.records import Environment
 from deploypipe.runtimes import RUNTIMES, is_installed
 from deploypipe.runtimes.ability import can
+from deploypipe.runtimes.int8_kernels import saturates_here
 from deploypipe.runtimes.machine import this_machine
 from deploypipe.runtimes.onnxruntime import PROVIDERS, missing_provider
 from deploypipe.target import Target
@@ -50,6 +51,7 @@ def examine(target: Target | None) -> tuple[Finding, ...]:
         _onnxruntime(),
         _providers(),
         _processor(environment),
+        _int8_sums(),
         _clock(environment),
         _load(environment),
         _gpu(environment),
@@ -96,6 +98,14 @@ def _processor(environment: Environment) -> Finding:
         detail=f"{detail}; none of {', '.join(_SPEED_FEATURES)} was found",
         remedy="measure on the device that will run the model; its latencies will differ from those seen here",
     )
+
+
+def _int8_sums() -> Finding:
+    """No fault of a machine: INT8 files are made to fit."""
+    if not saturates_here():
+        return Finding(name="int8 sums", status="ok", detail="exact: 8-bit products are added in 32 bits")
+    detail = "saturate at 16 bits (no VNNI): INT8 files get weights of 7 bits here, which compute the same everywhere"
+    return Finding(name="int8 sums", status="limited", detail=detail)
 
 
 def _clock(environment: Environment) -> Finding:

@@ -472,6 +472,9 @@ class Converted:
     num_converted: int
     kept_float: tuple[FloatLayer, ...]
     runtime: str = ""  # whose recipe int8 followed
+    # What an int8 file is approved for. "exact": kernels that add 8-bit products in 32 bits (x86 with VNNI, ARM, GPUs).
+    # "any": its weights have 7 bits, so that kernels that add pairs in 16 bits (x86 without VNNI) do not saturate.
+    int8_arithmetic: Literal["", "exact", "any"] = ""
     num_calib_samples: int = 0
     method: str = ""  # of `calibrations`, the one chosen
     calibrations: tuple[Calibration, ...] = ()

@@ -180,9 +180,10 @@ def run_file(path: Path, inputs: Sequence[Feed]) -> Outputs:
     return outputs
 
 
-def compare_file(path: Path, inputs: Sequence[Feed], expected: Outputs) -> Parity:
-    """How far a candidate's outputs are from `expected`; NaN errors where they are not finite."""
-    with OnnxRuntime().open(path, num_threads=torch.get_num_threads()) as session:
+def compare_file(path: Path, inputs: Sequence[Feed], expected: Outputs, *, is_plain: bool = False) -> Parity:
+    """How far a candidate's outputs are from `expected`; NaN errors where they are not finite. is_plain: computed in
+    float between the roundings, not by this machine's 8-bit kernels."""
+    with OnnxRuntime(is_plain=is_plain).open(path, num_threads=torch.get_num_threads()) as session:
         return _difference(expected, [session.run(batch) for batch in inputs])
 
 

@@ -87,8 +87,9 @@ class OnnxSession:
 class OnnxRuntime:
     """Operators one after another, all graph optimisations.
 
-    is_plain: basic optimisations only. onnxruntime 1.31 dies of a fault in its fusion of MatMul and Transpose when it
-    loads some half-precision transformers on a CPU, which other runtimes take.
+    is_plain: basic optimisations only, which leave 8-bit files in float between their roundings. onnxruntime 1.31
+    crashes in its fusion of MatMul and Transpose when it loads some half-precision transformers on a CPU, which other
+    runtimes take.
 
     Raises RuntimeUnavailableError where the provider is not in the installed package, does not start here, or leaves
     nodes to the CPU without `allow_cpu_fallback`.

@@ -29,6 +29,7 @@ from deploypipe.recipe import Export
 from deploypipe.records import PrecisionRow, PruningPlan
 from deploypipe.runs import digest
 from deploypipe.runtimes import Array, find_runtime
+from deploypipe.runtimes.int8_kernels import kernels_of
 from deploypipe.runtimes.packing import feed
 from deploypipe.search.footprint import Footprint, footprint
 from deploypipe.search.measuring import Known, Measuring, OwnMeasuring
@@ -164,7 +165,7 @@ class Candidates:
     def _convert(self, plain: Path, path: Path) -> None:
         if self.precision.precision == "int8":
             kept = [row.layer for row in self.precision.conversion.kept_float] if self.precision.conversion else []
-            sketch_int8(plain, path, take_calib(self.calib, _NUM_RANGED), self.target.runtime, kept)
+            sketch_int8(plain, path, take_calib(self.calib, _NUM_RANGED), kernels_of(self.target), kept)
         elif self.precision.precision == "fp16":
             to_fp16(plain, path, take_calib(self.calib, _NUM_RANGED), self.export)
         else:
