@@ -20,7 +20,7 @@ from deploypipe.records import BenchmarkReport, Event, Measurement, ModelFile, P
 from deploypipe.runtimes import Array, Runtime, find_runtime
 from deploypipe.runtimes.packing import feed
 from deploypipe.target import Target
-from deploypipe.task import Batch, Task, find_slices, tensors
+from deploypipe.task import Batch, Task, find_slices, num_samples
 
 Counts: TypeAlias = tuple[int, int]  # parameters, multiply-accumulates of one sample
 
@@ -118,10 +118,14 @@ def first_batch(batches: Iterable[Batch], input_names: Iterable[str], batch_size
     """The inputs that latency and memory are measured with: the first `batch_size` samples of the first batch,
     repeated where it holds fewer. DataError for an empty split."""
     for inputs, _ in batches:
-        if any(len(tensor) == 0 for tensor in tensors(inputs)):
+        size = num_samples(inputs)
+        if not size:
             break
         arrays = feed(inputs, tuple(input_names))
-        return {name: np.resize(a, (batch_size, *a.shape[1:])) for name, a in arrays.items()}
+        return {
+            name: np.resize(a, (batch_size, *a.shape[1:])) if a.ndim and len(a) == size else a
+            for name, a in arrays.items()
+        }
     raise DataError("the split is empty; load_data() must return batches that can be read repeatedly")
 
 

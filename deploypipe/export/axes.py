@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from deploypipe.errors import ConfigError
 from deploypipe.recipe import Export
-from deploypipe.task import tensors
+from deploypipe.trees import tensors
 
 Axes: TypeAlias = dict[str, dict[int, str]]  # input -> axis from 1 -> name; axes of one name have one size
 

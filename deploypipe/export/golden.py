@@ -16,7 +16,8 @@ from deploypipe.runtimes import Array
 from deploypipe.runtimes.int8_kernels import saturates_here
 from deploypipe.runtimes.onnxruntime import OnnxRuntime
 from deploypipe.runtimes.packing import feed
-from deploypipe.task import Batch, num_samples, take, tensors
+from deploypipe.task import Batch, num_samples, take
+from deploypipe.trees import tensors
 from deploypipe.verify import FORMAT, GOLDEN, TENSORS, GoldenModel, tensor_name
 
 NUM_SAMPLES = 4  # of each of the first batches that differ in shape

@@ -29,7 +29,8 @@ from deploypipe.runs import file_sha256
 from deploypipe.runtimes import Array
 from deploypipe.runtimes.onnxruntime import OnnxRuntime
 from deploypipe.runtimes.packing import name_outputs
-from deploypipe.task import Batch, forward, map_tensors, num_samples, take, tensors
+from deploypipe.task import Batch, forward, map_samples, num_samples, take
+from deploypipe.trees import map_tensors, tensors
 
 _LEAST_TRACED = 2  # torch.export takes an axis of size one for a constant
 _PRECISION = "fp32"
@@ -250,7 +251,7 @@ def _at_least(inputs: Any, count: int) -> Any:
     if size == 0:
         raise DataError("the first batch is empty; batches need one sample or more")
     repeats = -(-count // size)
-    return map_tensors(lambda tensor: torch.cat([tensor] * repeats), inputs)
+    return map_samples(lambda tensor: torch.cat([tensor] * repeats), inputs)
 
 
 def _root_cause(error: BaseException) -> str:

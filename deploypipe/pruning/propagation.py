@@ -22,7 +22,7 @@ from deploypipe.pruning.indices import Atoms, Axes, Axis, Factor, Indices, fixed
 from deploypipe.pruning.rules import RULES, Arguments, Rule, pointwise
 from deploypipe.pruning.slicing import looks_across
 from deploypipe.pruning.statistics import FunctionCalls, all_tensors, side_of
-from deploypipe.task import tensors
+from deploypipe.trees import tensors
 
 Side = tuple[str, str]  # (module, side)
 

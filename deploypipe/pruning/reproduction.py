@@ -7,7 +7,7 @@ import inspect
 import platform
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +26,8 @@ from deploypipe.pruning.structures import find_structures, pair_of
 from deploypipe.records import Frozen
 from deploypipe.runs import write_atomically
 from deploypipe.runtimes.program_file import load_program
-from deploypipe.task import forward, map_tensors
+from deploypipe.task import forward
+from deploypipe.trees import map_tensors
 
 PROGRAM, INPUTS, README = "module.pt2", "inputs.safetensors", "README.md"
 _SAFE_WAY = (
@@ -115,7 +116,7 @@ def _parts(model: nn.Module, inputs: Any, name: str) -> Iterator[tuple[str, Any]
     """The module and all that it lies in, smallest first, each with what it is given, drawn anew."""
     steps = name.split(".")
     names = [".".join(steps[:count]) for count in range(len(steps), -1, -1)]
-    given: dict[str, Any] = {"": inputs if isinstance(inputs, dict | tuple) else (inputs,)}
+    given: dict[str, Any] = {"": inputs if isinstance(inputs, Mapping | tuple | list) else (inputs,)}
 
     def keep(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given.setdefault(name, _tensors_given(module, args, kwargs))

@@ -26,7 +26,7 @@ from deploypipe.pruning.slicing import (
 )
 from deploypipe.recipe import Constraints
 from deploypipe.records import Block, ChannelGroup, Edit, Frozen, Structures
-from deploypipe.task import forward, map_tensors, num_samples, take
+from deploypipe.task import forward, map_samples, num_samples, take
 
 _TOLERANCE = 1e-3  # of the largest output: float32 sums in another order differ by 1e-6, a wrong coupling by 1e-1
 
@@ -176,7 +176,7 @@ def pair_of(inputs: Any) -> Any:
     """Two samples: enough to see shapes, and batch 1 would hide mistakes in the batch axis."""
     if num_samples(inputs) >= 2:
         return take(inputs, 2)
-    return map_tensors(lambda t: torch.cat([t, t]), inputs)
+    return map_samples(lambda t: torch.cat([t, t]), inputs)
 
 
 def _inside(model: nn.Module, name: str) -> list[str]:

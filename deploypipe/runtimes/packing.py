@@ -14,7 +14,7 @@ from torch import Tensor
 
 from deploypipe.errors import DataError, ModelError
 from deploypipe.runtimes import Array
-from deploypipe.task import tensors
+from deploypipe.trees import tensors
 
 _SINGLE = "output"
 _RETURN = "; return a tensor, or tuples and dicts of tensors"
