@@ -92,11 +92,15 @@ def find_slices(batches: Iterable[Batch], slices: Slices | None) -> dict[str, tu
 
 def forward(model: nn.Module, inputs: Any) -> Any:
     """Call `model` with one batch of inputs, however they are packed."""
+    args, kwargs = as_arguments(inputs)
+    return model(*args, **kwargs)
+
+
+def as_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What forward() is called with: a mapping goes by name, a tuple or list by position, anything else alone."""
     if isinstance(inputs, Mapping):
-        return model(**inputs)
-    if isinstance(inputs, (tuple, list)):
-        return model(*inputs)
-    return model(inputs)
+        return (), dict(inputs)
+    return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
 
 
 def num_samples(inputs: Any) -> int:

@@ -4,6 +4,7 @@ A container is a tuple, a NamedTuple, a list, a mapping or a dataclass; its clas
 """
 
 import copy
+import re
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
@@ -27,6 +28,12 @@ def leaves(tree: Any, name: str = "inputs") -> Iterator[Leaf]:
         return
     for key, part in zip(keys, _parts(tree), strict=True):
         yield from leaves(part, name + key)
+
+
+def path_leaves(name: str, tree: Any) -> Iterator[Leaf]:
+    """The leaves with places that files use: `cond.text`, `extra.0`."""
+    for leaf in leaves(tree, ""):
+        yield Leaf(place=name + re.sub(r"""\["?(.*?)"?\]""", r".\1", leaf.place), value=leaf.value)
 
 
 def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:

@@ -16,7 +16,7 @@ from deploypipe.runtimes import Array
 from deploypipe.runtimes.int8_kernels import saturates_here
 from deploypipe.runtimes.onnxruntime import OnnxRuntime
 from deploypipe.runtimes.packing import feed
-from deploypipe.task import Batch, num_samples, take
+from deploypipe.task import Batch, has_batch_axis, num_samples, take
 from deploypipe.trees import tensors
 from deploypipe.verify import FORMAT, GOLDEN, TENSORS, GoldenModel, tensor_name
 
@@ -71,7 +71,8 @@ def _choose_cases(batches: Sequence[Batch]) -> list[Any]:
     cases: dict[str, Any] = {}
     for inputs, _ in batches:
         case = take(inputs, NUM_SAMPLES)
-        shapes = str([tuple(value.shape[1:]) for value in tensors(case)])
+        size = num_samples(case)
+        shapes = str([tuple(v.shape[1:] if has_batch_axis(v, size) else v.shape) for v in tensors(case)])
         if shapes not in cases and len(cases) < _MAX_CASES and num_samples(case):
             cases[shapes] = case
     if not cases:

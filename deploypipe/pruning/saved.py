@@ -20,6 +20,8 @@ from deploypipe.pruning.structures import pair_of
 from deploypipe.records import PruningPlan
 from deploypipe.runs import PLAN, file_sha256, load_plan, write_atomically
 from deploypipe.runtimes.program_file import load_program
+from deploypipe.task import as_arguments, has_batch_axis, num_samples
+from deploypipe.trees import map_leaves, map_tensors
 from deploypipe.weights import INDEX_SUFFIX, WeightFiles, without_weights
 
 WEIGHTS, PROGRAM, HASHES = "weights.safetensors", "model.pt2", "hashes.json"
@@ -101,16 +103,16 @@ def load_pruned(
 def _program(model: nn.Module, inputs: Any) -> bytes:
     """The exported program, without example values and without the source paths torch records."""
     batch = torch.export.Dim("batch", min=1)
-    zeros = _zeros(pair_of(inputs))
-    is_named = isinstance(zeros, dict)
-    values = list(zeros.values()) if is_named else list(zeros) if isinstance(zeros, tuple) else [zeros]
-    axes = [{0: batch} for _ in values]
+    zeros = map_tensors(torch.zeros_like, pair_of(inputs))
+    args, kwargs = as_arguments(zeros)
+    size = num_samples(zeros)
+    axes = map_leaves(lambda leaf: {0: batch} if has_batch_axis(leaf, size) else None, kwargs or args)
     try:
         program = torch.export.export(
             deepcopy(model).eval(),
-            args=() if is_named else tuple(values),
-            kwargs=zeros if is_named else None,
-            dynamic_shapes=dict(zip(zeros, axes, strict=True)) if is_named else tuple(axes),
+            args=args,
+            kwargs=kwargs,
+            dynamic_shapes=axes,
         )
     except Exception as error:  # torch.export raises many classes on code it cannot follow
         raise ModelError(
@@ -128,14 +130,6 @@ def program_bytes(program: torch.export.ExportedProgram) -> bytes:
     buffer = BytesIO()
     torch.export.save(program, buffer)
     return buffer.getvalue()
-
-
-def _zeros(inputs: Any) -> Any:
-    if isinstance(inputs, Tensor):
-        return torch.zeros_like(inputs)
-    if isinstance(inputs, dict):
-        return {name: torch.zeros_like(value) for name, value in inputs.items()}
-    return tuple(torch.zeros_like(value) for value in inputs)
 
 
 def _check_hashes(folder: Path) -> bool:

@@ -23,6 +23,7 @@ class EagerSession:
     in_spec: Any  # of (args, kwargs)
     device: str
     expected: Mapping[str, tuple[Any, tuple[int | None, ...]]]  # input -> (torch dtype, shape; None: any size)
+    constants: Mapping[str, Any]  # all that forward() takes, in order; for a number or a flag, what it was made with
     output_names: tuple[str, ...]
 
     @property
@@ -36,7 +37,7 @@ class EagerSession:
         values = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in inputs.items()}
         if not self._fit(values):
             raise DataError(self._misfit(inputs, "names, types or shapes differ"))
-        flat = [values[name].to(self.device) for name in self.input_names]
+        flat = [values[n].to(self.device) if n in values else value for n, value in self.constants.items()]
         args, kwargs = pytree.tree_unflatten(flat, self.in_spec)
         try:
             with torch.no_grad():
@@ -78,6 +79,7 @@ class EagerRuntime:
     def open(self, path: Path, *, num_threads: int) -> Iterator[EagerSession]:
         """See `deploypipe.runtimes.Runtime`. The number of threads is the process's: it is put back at the end."""
         import torch
+        from torch.export.graph_signature import InputKind
         from torch.export.passes import move_to_device_pass
         from torch.utils import _pytree as pytree
 
@@ -101,6 +103,11 @@ class EagerRuntime:
                     )
                     for node in program.graph.nodes
                     if node.op == "placeholder" and node.name in program.graph_signature.user_inputs
+                },
+                constants={
+                    spec.arg.name: getattr(spec.arg, "value", None)
+                    for spec in program.graph_signature.input_specs
+                    if spec.kind is InputKind.USER_INPUT
                 },
                 output_names=_output_names(pytree, signature.out_spec),
             )
