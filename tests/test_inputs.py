@@ -80,17 +80,20 @@ def network() -> nn.Module:
 def test_a_whole_run_carries_them_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DEPLOYPIPE_CACHE", str(tmp_path / "cache"))
     splits = Splits(
-        calib=Batches((16, 16, 7, 1), 1), train=Batches((16, 16), 2), val=Batches((16, 9, 1), 3), test=Batches((9, 1), 4)
+        calib=Batches((16, 16, 7, 1), 1),
+        train=Batches((16, 16), 2),
+        val=Batches((16, 9, 1), 3),
+        test=Batches((9, 1), 4),
     )
     result = compress(network(), splits, denoising(), tiny.recipe(), tiny.target(), tmp_path / "run")
     assert result.benchmark.compressed.num_macs <= 0.5 * result.benchmark.dense.num_macs
-    assert result.shipped.input_names == ("x", "step", "settings.shift", "settings.scale.0")
-    assert not verify(tmp_path / "run").failures
+    assert verify(tmp_path / "run").is_same
 
     # The file answers as the network does for a batch of a size that it has never seen, and another time step.
     ((inputs, _),) = Batches((5,), 9)
     inputs["step"] = torch.tensor(3)
     with OnnxRuntime().open(tmp_path / "run" / "model.onnx", num_threads=1) as session:
+        assert session.input_names == ("x", "step", "settings.shift", "settings.scale.0")
         at_3 = repack(session.output_names, session.run(feed(inputs, session.input_names)))
         at_5 = repack(session.output_names, session.run(feed(inputs | {"step": torch.tensor(5)}, session.input_names)))
     assert at_3["noise"].shape == (5, 3, 8, 8) and not torch.allclose(at_3["noise"], at_5["noise"])
@@ -105,7 +108,7 @@ def test_structures_are_found_with_a_batch_of_any_size(size: int) -> None:
 def test_a_constant_that_changes_from_batch_to_batch_is_named(tmp_path: Path) -> None:
     batches = list(Batches((4, 4), 0))
     batches[1][0]["mode"] = "other"
-    with pytest.raises(DataError, match=r"""inputs\["mode"\] is 'noise' in the first batch and 'other' in batch 1; .*"""):
+    with pytest.raises(DataError, match=r"""inputs\["mode"\] is 'noise' in the first batch and 'other' in"""):
         export_onnx(network(), batches, tmp_path / "model.onnx", Export())
     assert not list(tmp_path.iterdir())
 

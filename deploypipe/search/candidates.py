@@ -21,6 +21,7 @@ from deploypipe.export.engine import runnable
 from deploypipe.export.fp16 import to_fp16
 from deploypipe.export.int8 import sketch_int8
 from deploypipe.export.onnx_file import export_onnx
+from deploypipe.export.refit import UnfitError
 from deploypipe.export.sliced import slice_file
 from deploypipe.export.template import Template, open_template
 from deploypipe.numerics.intervals import interval_of_median_ratio
@@ -160,7 +161,11 @@ class Candidates:
         if not self.template.is_file():
             return None
         names = [value.name for value in onnx.load(self.template).graph.input]
-        return open_template(self.template, self.dense, feed(take_calib(self.calib, _NUM_CHECKED)[0][0], names))
+        try:
+            return open_template(self.template, self.dense, feed(take_calib(self.calib, _NUM_CHECKED)[0][0], names))
+        except UnfitError as error:
+            self.exported[str(error)] += 1
+            return None
 
     def _convert(self, plain: Path, path: Path) -> None:
         if self.precision.precision == "int8":
