@@ -19,6 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from deploypipe.pruning.attributes import lists_of_whole_numbers, whole_numbers
 from deploypipe.pruning.indices import Atoms, Axes, Axis, Factor, Indices, fixed, has_atoms, size_of
+from deploypipe.pruning.partial import SLICING, PartialReads
 from deploypipe.pruning.rules import RULES, Arguments, Rule, pointwise
 from deploypipe.pruning.slicing import looks_across
 from deploypipe.pruning.statistics import FunctionCalls, all_tensors, side_of
@@ -57,6 +58,9 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.calls = FunctionCalls(whole={F.local_response_norm: self.normalise_locally})
         self.statistics: dict[tuple[str, str], Atoms] = {}  # (module, side of an operation) -> what it sees
         self.picked: Any = WeakIdKeyDictionary()  # tensor -> the axis it is one index of
+        self.partial = PartialReads()
+        self.called: set[str] = set()  # layers whose weight was used as a layer's weight, and so writes channels
+        self.used: set[int] = set()  # ids of parameters and buffers that some operation read
         self.label_weights_()
         for tensor in tensors(inputs):
             self.axes[tensor] = tuple(fixed(size) for size in tensor.shape)
@@ -85,9 +89,7 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         operands = all_tensors([*args, *kwargs.values()])
-        for operand in operands:
-            if operand in self.picked:  # some only want its shape
-                self.keep(self.picked.pop(operand), "is picked out by the code")
+        self.note_use(operands)
         name = func.overloadpacket._qualified_op_name.split("::")[1]
         rule = RULES.get(name) or RULES.get(name.rstrip("_"))
         if rule is None and torch.Tag.pointwise in func.tags:
@@ -109,9 +111,18 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
             arguments = {a.name: a.default_value for a in func._schema.arguments if a.has_default_value()}
             arguments |= {a.name: v for a, v in zip(func._schema.arguments, args, strict=False)} | kwargs
             axes = self.ruled(name, rule, arguments, result, operands)
+        if name not in SLICING:
+            self.partial.consume((axis for t in operands for axis in self.of(t)), (a for each in axes for a in each))
         for tensor, each in zip(results, axes, strict=True):
             self.axes[tensor] = each
         return result
+
+    def note_use(self, operands: Sequence[Tensor]) -> None:
+        for operand in operands:
+            self.used.add(id(operand))
+            self.partial.use(operand)
+            if operand in self.picked:  # some only want its shape
+                self.keep(self.picked.pop(operand), "is picked out by the code")
 
     def ruled(self, name: str, rule: Rule, arguments: Arguments, result: Any, operands: Sequence[Tensor]) -> list[Axes]:
         """What the rule says of each result. A rule that fails is our fault and not the network's, which goes on."""
@@ -134,6 +145,15 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def can_shrink(self, tensor: Tensor) -> bool:
         return any(map(has_atoms, self.of(tensor)))
+
+    def pick(self, axis: Axis, places: Atoms, result: Tensor) -> Axis:
+        """A part of an axis, which `result` has. What no part reads may be read at another size (see `partial`)."""
+        if not has_atoms(axis):
+            return fixed(len(places))
+        whole = self.indices.joined(axis).atoms
+        assert whole is not None
+        self.partial.note(result, whole, whole[places])
+        return self.indices.pick(axis, places)
 
     def give_up(
         self,

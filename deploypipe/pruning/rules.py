@@ -151,7 +151,7 @@ def _pieces(t: "Propagation", a: Arguments, result: Any) -> list[Axes]:
     found, start = [], 0
     for part in result:
         size = part.shape[dim]
-        piece = t.indices.pick(axes[dim], np.arange(start, start + size))
+        piece = t.pick(axes[dim], np.arange(start, start + size), part)
         found.append((*axes[:dim], piece, *axes[dim + 1 :]))
         t.count((piece,))
         start += size
@@ -170,7 +170,7 @@ def _slice(t: "Propagation", a: Arguments, result: Tensor) -> Axes:
     axes = t.of(a["self"])
     dim, size = a["dim"] % len(axes), a["self"].shape[a["dim"]]
     places = np.arange(size)[slice(a["start"], a["end"], a["step"])]
-    piece = axes[dim] if len(places) == size else t.indices.pick(axes[dim], places)
+    piece = axes[dim] if len(places) == size else t.pick(axes[dim], places, result)
     return (*axes[:dim], piece, *axes[dim + 1 :])
 
 
@@ -216,6 +216,7 @@ def _gather(t: "Propagation", a: Arguments, result: Tensor) -> Axes:
 def _embedding(t: "Propagation", a: Arguments, result: Tensor) -> Axes:
     rows, columns = t.of(a["weight"])
     t.keep(rows, "is looked up by an index")
+    t.called.add(t.owners.get(id(a["weight"]), ("", ""))[0])
     return (*t.of(a["indices"]), columns)
 
 
@@ -320,6 +321,7 @@ def _note_reader(t: "Propagation", weight: Tensor, read: Axis) -> None:
     is_computed = own is not None and id(weight) not in t.owners and own.shape == weight.shape  # from its own, masked
     if own is not weight and not is_computed:  # called by another module than its own
         where, _ = t.owners.get(id(weight), ("", ""))
+    t.called.add(where)
     atoms = t.indices.joined(read).atoms if has_atoms(read) else None
     if where and atoms is not None:
         t.reads[where] = atoms
