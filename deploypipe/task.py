@@ -1,5 +1,6 @@
 """What the user's network is for: its data, its loss and its measure of quality."""
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -167,6 +168,42 @@ def find_real_tokens(inputs: Any, real_tokens: RealTokens | None) -> Tensor | No
         return mask.bool()
     given = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
     return given.bool() if isinstance(given, Tensor) and given.dim() == 2 else None
+
+
+def repeat_samples(model: nn.Module, inputs: Any, count: int) -> Any:
+    """The batch, repeated until it has `count` samples or more; in evaluation mode, `model` takes what comes out.
+
+    In a batch of one sample, a tensor with one row may belong to the sample or to the whole batch. What the network
+    cannot take when all of them are repeated tells which: one of them stays as it is, or all but the widest.
+    """
+    size = num_samples(inputs)
+    if size == 0:
+        raise DataError("the first batch is empty; batches need one sample or more")
+    if size >= count:
+        return inputs
+    places = [leaf.place for leaf in leaves(inputs) if has_batch_axis(leaf.value, size)]
+    narrow = [leaf.place for leaf in leaves(inputs) if has_batch_axis(leaf.value, 1) and leaf.value.dim() < 2]
+    kept_ones = [[], *([place] for place in narrow), narrow] if size == 1 and narrow else [[]]
+    repeats = -(-count // size)
+    for kept in kept_ones:
+        repeated = _repeated(inputs, {place for place in places if place not in kept}, repeats)
+        if len(kept_ones) == 1 or _accepts(model, repeated):
+            return repeated
+    return _repeated(inputs, set(places), repeats)
+
+
+def _repeated(inputs: Any, places: set[str], repeats: int) -> Any:
+    own = iter([leaf.place for leaf in leaves(inputs)])
+    return map_leaves(lambda leaf: torch.cat([leaf] * repeats) if next(own) in places else leaf, inputs)
+
+
+def _accepts(model: nn.Module, inputs: Any) -> bool:
+    with evaluating(model), torch.no_grad():
+        try:
+            forward(model, copy.deepcopy(inputs))
+        except Exception:  # whatever the user's forward() raises on shapes that it is not written for
+            return False
+    return True
 
 
 def first_of(batches: Iterable[Batch], split: str) -> Batch:

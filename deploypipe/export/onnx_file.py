@@ -29,7 +29,7 @@ from deploypipe.runs import file_sha256
 from deploypipe.runtimes import Array
 from deploypipe.runtimes.onnxruntime import OnnxRuntime
 from deploypipe.runtimes.packing import name_outputs
-from deploypipe.task import Batch, as_arguments, forward, map_samples, num_samples, take
+from deploypipe.task import Batch, as_arguments, forward, repeat_samples, take
 from deploypipe.trees import map_tensors
 
 _LEAST_TRACED = 2  # torch.export takes an axis of size one for a constant
@@ -160,7 +160,7 @@ def _export(
 ) -> Any:
     """The exporter's program, not optimised yet; ModelError where there is none, ConfigError where its opset is another
     than asked."""
-    example = _at_least(inputs, _LEAST_TRACED)
+    example = repeat_samples(network, inputs, _LEAST_TRACED)
     batch = torch.export.Dim("batch")  # unlike a name alone, raises where the network binds it in any way
     args, kwargs = as_arguments(example)
     try:
@@ -244,17 +244,6 @@ def _place(part: Path, data: Sequence[FileEntry], path: Path) -> None:
 
 def _entry(path: Path) -> FileEntry:
     return FileEntry(name=path.name, sha256=file_sha256(path), size_bytes=path.stat().st_size)
-
-
-def _at_least(inputs: Any, count: int) -> Any:
-    """A batch of `count` samples or more, by repeating."""
-    size = num_samples(inputs)
-    if size >= count:
-        return inputs
-    if size == 0:
-        raise DataError("the first batch is empty; batches need one sample or more")
-    repeats = -(-count // size)
-    return map_samples(lambda tensor: torch.cat([tensor] * repeats), inputs)
 
 
 def _root_cause(error: BaseException) -> str:

@@ -55,7 +55,7 @@ def write_reproduction(model: nn.Module, inputs: Any, name: str, folder: Path) -
     is not frozen, and where no part of the network gives the reason with other weights and inputs.
     """
     row = _frozen(model, inputs, name)
-    for part, values in _parts(model, pair_of(inputs), row.name.partition(":")[0]):
+    for part, values in _parts(model, pair_of(model, inputs), row.name.partition(":")[0]):
         module = _redrawn(model.get_submodule(part))
         local = row.name[len(part) :].lstrip(".")
         try:

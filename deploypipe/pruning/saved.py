@@ -103,7 +103,7 @@ def load_pruned(
 def _program(model: nn.Module, inputs: Any) -> bytes:
     """The exported program, without example values and without the source paths torch records."""
     batch = torch.export.Dim("batch", min=1)
-    zeros = map_tensors(torch.zeros_like, pair_of(inputs))
+    zeros = map_tensors(torch.zeros_like, pair_of(model, inputs))
     args, kwargs = as_arguments(zeros)
     size = num_samples(zeros)
     axes = map_leaves(lambda leaf: {0: batch} if has_batch_axis(leaf, size) else None, kwargs or args)

@@ -26,7 +26,7 @@ from deploypipe.pruning.slicing import (
 )
 from deploypipe.recipe import Constraints
 from deploypipe.records import Block, ChannelGroup, Edit, Frozen, Structures
-from deploypipe.task import forward, map_samples, num_samples, take
+from deploypipe.task import forward, num_samples, repeat_samples, take
 
 _TOLERANCE = 1e-3  # of the largest output: float32 sums in another order differ by 1e-6, a wrong coupling by 1e-1
 
@@ -57,7 +57,7 @@ def find_structures(
     require_trainable(model)
     for pattern in keep:
         matching("keep", pattern, [name for name, _ in model.named_modules()], "module")
-    inputs = pair_of(inputs)
+    inputs = pair_of(model, inputs)
     calls = record_calls(model, inputs)
     place = {name: call.place for name, call in calls.items()}
     with one_thread_if_small(num_samples(inputs) * sum(call.macs for call in calls.values())):
@@ -172,11 +172,9 @@ def state_fingerprint(state: Iterable[tuple[str, Any]]) -> str:
     return f"{structure.hexdigest()[:32]}-{weights.hexdigest()[:32]}"
 
 
-def pair_of(inputs: Any) -> Any:
+def pair_of(model: nn.Module, inputs: Any) -> Any:
     """Two samples: enough to see shapes, and batch 1 would hide mistakes in the batch axis."""
-    if num_samples(inputs) >= 2:
-        return take(inputs, 2)
-    return map_samples(lambda t: torch.cat([t, t]), inputs)
+    return take(repeat_samples(model, inputs, 2), 2)
 
 
 def _inside(model: nn.Module, name: str) -> list[str]:
