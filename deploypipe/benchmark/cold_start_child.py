@@ -1,6 +1,6 @@
-"""The process whose start is timed: `cold_start_child.py SETTINGS MODEL INPUTS.npz` writes milliseconds to stdout.
+"""The process whose start is timed: `cold_start_child.py TARGET MODEL INPUTS.npz` writes milliseconds to stdout.
 
-SETTINGS is as in `memory_child.py`. Three numbers: importing the runtime, loading the file, the first run.
+TARGET is as in `memory_child.py`. Three numbers: importing the runtime, loading the file, the first run.
 """
 
 import json
@@ -20,9 +20,8 @@ def main(settings: str, model: str, inputs: str) -> tuple[float, float, float]:
     from deploypipe.runtimes import make_runtime
     from deploypipe.target import Target
 
-    given = json.loads(settings)
-    target = Target(**given["target"])
-    runtime = make_runtime(target, trust_program=given["trust_program"])
+    target = Target(**json.loads(settings))
+    runtime = make_runtime(target)
     marks.append(time.perf_counter())
     with runtime.open(Path(model), num_threads=target.num_threads) as session:
         marks.append(time.perf_counter())

@@ -19,9 +19,7 @@ from deploypipe.target import Target
 _NUM_CHILDREN = 3
 
 
-def measure_peak_memory(
-    path: Path, inputs: Mapping[str, Array], target: Target, *, trust_program: bool = False
-) -> tuple[float | None, str]:
+def measure_peak_memory(path: Path, inputs: Mapping[str, Array], target: Target) -> tuple[float | None, str]:
     """(MiB, "") that `path` adds at its peak under the target's settings; (None, reason) where that cannot be told.
 
     Needs Linux, whose kernel keeps a peak that can be reset. Raises ModelError where the file does not run in a child.
@@ -29,7 +27,5 @@ def measure_peak_memory(
     if not sys.platform.startswith("linux"):
         return None, f"peak memory is read from /proc, which {sys.platform} does not have"
     with alone():
-        outputs = run_child(
-            "memory_child.py", path, inputs, target, repeats=_NUM_CHILDREN, what="memory", trust_program=trust_program
-        )
+        outputs = run_child("memory_child.py", path, inputs, target, repeats=_NUM_CHILDREN, what="memory")
     return median(int(kib) for kib in outputs) / 1024, ""

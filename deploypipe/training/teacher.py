@@ -12,8 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from deploypipe.task import forward
-from deploypipe.trees import leaves
+from deploypipe.task import forward, tensors
 
 _MOST_BYTES = 2**30  # in a folder
 
@@ -71,12 +70,9 @@ class Teacher:
 
 def _digest(value: Any) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    for leaf in leaves(value):
-        if isinstance(tensor := leaf.value, Tensor):
-            digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        else:
-            digest.update(repr(leaf.value).encode())
+    for tensor in tensors(value):
+        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -166,12 +166,10 @@ def test_damage_is_found_before_anything_is_parsed(
     assert name in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "name", ["../one.onnx", "/etc/passwd", "sub/one.onnx", "..", "", "a\\b", "a\0b", "one.onnx\n", "-one.onnx"]
-)
+@pytest.mark.parametrize("name", ["../one.onnx", "/etc/passwd", "sub/one.onnx", "..", "", "a\\b", "a\0b"])
 def test_names_that_leave_the_folder(name: str, folder: Path) -> None:
     rewrite(folder, lambda content: content["files"][0].update(name=name))
-    with pytest.raises(ModelError, match=r"golden\.json: the file name .*; do not use it"):
+    with pytest.raises(ModelError, match="not the name of a file in this folder"):
         verify(folder)
 
 
