@@ -26,6 +26,7 @@ from deploypipe.pruning.attention import with_slim_attention
 from deploypipe.pruning.plan import make_plan
 from deploypipe.pruning.structures import list_structures
 from deploypipe.records import PrecisionRow, ScoreTable, TimedNetworks
+from deploypipe.runtimes.int8_kernels import kernels_of
 from deploypipe.search.allocate import Allocation
 from deploypipe.search.candidates import Candidates
 from deploypipe.search.curves import width_levels
@@ -73,7 +74,7 @@ def row(name: str, pipeline: Pipeline, folder: Path, options: argparse.Namespace
     fp32 = export_onnx(dense, calib[:1], file, recipe.export, template=template)
     shipping = PrecisionRow(precision="fp32", file=fp32)
     if options.precision == "int8":
-        made = to_int8(file, folder / "int8.onnx", calib, None, target.runtime, recipe.export)
+        made = to_int8(file, folder / "int8.onnx", calib, None, kernels_of(target), recipe.export)
         shipping = PrecisionRow(precision="int8", file=made.file, conversion=made)
 
     def plan_for(chosen: Allocation):  # type: ignore[no-untyped-def]

@@ -35,11 +35,17 @@ from deploypipe.pipeline_module import Pipeline, load_pipeline
 from deploypipe.pruning.attention import with_slim_attention
 from deploypipe.records import Converted, Interval
 from deploypipe.runtimes import is_installed
+from deploypipe.runtimes.int8_kernels import Int8Kernels, saturates_here
 from deploypipe.runtimes.onnxruntime import OnnxRuntime
 from deploypipe.target import Target
 from deploypipe.task import Batch, take_calib
 
 BATCH_SIZES = (1, 16)
+KERNELS = {
+    "int8 for onnxruntime": Int8Kernels(runtime="onnxruntime"),
+    "int8 without VNNI": Int8Kernels(runtime="onnxruntime", saturate=True),
+    "int8 for tensorrt": Int8Kernels(runtime="tensorrt"),
+}
 RTX = Target(
     runtime="tensorrt-rtx", compute_capabilities=("8.6", "8.9", "12.0"), dynamic_dims={"sequence": (1, 48, 512)}
 )
@@ -51,6 +57,7 @@ class Entrant:
     name: str
     path: Path
     converted: Converted | None  # None: fp32
+    is_plain: bool = False  # evaluated in float between its roundings
 
 
 def main() -> None:
@@ -82,25 +89,27 @@ def convert(pipeline: Pipeline, folder: Path, num_threads: int) -> list[Entrant]
     export_onnx(model.eval(), take_calib(splits.calib, NUM_PARITY), dense, settings)
     task, judged = pipeline.task(), take_calib(splits.val, NUM_JUDGED)
 
-    def judge(path: Path) -> float:
-        return float(np.mean(evaluate_file(path, judged, task, OnnxRuntime(), num_threads)))
-
     entrants = [Entrant(name="fp32", path=dense, converted=None)]
     half = folder / "fp16.onnx"
     entrants.append(Entrant(name="fp16", path=half, converted=to_fp16(dense, half, splits.calib, settings)))
-    for runtime in ("onnxruntime", "tensorrt"):
-        path = folder / f"int8-{runtime}.onnx"
-        converted = to_int8(dense, path, splits.calib, judge, runtime, settings)
-        entrants.append(Entrant(name=f"int8 for {runtime}", path=path, converted=converted))
+    for name, kernels in KERNELS.items():
+        path = folder / f"{name.replace(' ', '-')}.onnx"
+        reader = OnnxRuntime(is_plain=kernels.are_emulated_here)
+
+        def judge(path: Path, reader: OnnxRuntime = reader) -> float:
+            return float(np.mean(evaluate_file(path, judged, task, reader, num_threads)))
+
+        converted = to_int8(dense, path, splits.calib, judge, kernels, settings)
+        entrants.append(Entrant(name=name, path=path, converted=converted, is_plain=kernels.are_emulated_here))
     return entrants
 
 
 def describe_conditions(num_threads: int) -> str:
     environment = describe_environment(num_threads)
     versions = ", ".join(f"{name} {version}" for name, version in environment.versions.items())
-    vnni = "with" if "avx512_vnni" in environment.cpu_features else "without"
+    sums = "saturating" if saturates_here() else "exact"
     return (
-        f"{environment.cpu}, {vnni} AVX-512 VNNI, {environment.num_cpus} processors, {num_threads} thread(s) and "
+        f"{environment.cpu}, {sums} 8-bit sums, {environment.num_cpus} processors, {num_threads} thread(s) and "
         f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', '')}, load before {environment.load_before:.1f}; "
         f"{versions}"
     )
@@ -124,7 +133,7 @@ def show_figures(
 ) -> None:
     test, task = pipeline.load_data().test, pipeline.task()
     batches = take_calib(test, num_test)
-    metrics = [evaluate_file(e.path, batches, task, OnnxRuntime(), num_threads) for e in entrants]
+    metrics = [evaluate_file(e.path, batches, task, OnnxRuntime(is_plain=e.is_plain), num_threads) for e in entrants]
     latencies = [time_files(entrants, batches, size, num_samples, num_threads) for size in BATCH_SIZES]
     columns = "".join(f" p50 ms, batch {n} | of fp32 |" for n in BATCH_SIZES)
     print(f"\n| file | MiB | max error | top-1 kept | {task.name}, % | drop, pp |{columns}")

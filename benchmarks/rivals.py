@@ -12,7 +12,7 @@ from deploypipe.pruning.apply import apply_plan
 from deploypipe.pruning.plan import make_plan
 from deploypipe.pruning.slicing import has_two_sides
 from deploypipe.records import ChannelGroup, Member, PruningPlan, ScoreTable, Structures
-from deploypipe.task import Batch, num_samples, stack_batches, take
+from deploypipe.task import Batch, num_samples, stack_batches, take_batch
 
 # Torch-Pruning leaves a layer as it is where a step would take all that is left of it. In one step of a large ratio
 # those are many layers, and more is left the more it is asked to remove.
@@ -126,7 +126,7 @@ def _in_batches(calib: Sequence[Batch], count: int) -> list[Batch]:
     inputs, target = stack_batches([i for i, _ in calib]), stack_batches([t for _, t in calib])
     size = num_samples(inputs) // count
     ends = range(size, size * count + 1, size)
-    return [(take(inputs, end, end - size), take(target, end, end - size)) for end in ends]
+    return [take_batch((inputs, target), end, end - size) for end in ends]
 
 
 def _in_steps(config: dict[str, Any], channel_multiple: int) -> dict[str, Any]:

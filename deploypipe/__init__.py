@@ -11,6 +11,8 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from deploypipe.installed import load_onnxruntime
+
 if TYPE_CHECKING:
     from deploypipe.benchmark import benchmark
     from deploypipe.blockwise import prune_blockwise
@@ -71,7 +73,12 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'deploypipe' has no attribute {name!r}")
-    return getattr(import_module(f"deploypipe.{_HOMES[name]}"), name)
+    try:
+        home = import_module(f"deploypipe.{_HOMES[name]}")
+    except ImportError:
+        load_onnxruntime()  # says which extra to install, if it was that
+        raise
+    return getattr(home, name)
 
 
 class _Package(ModuleType):

@@ -1,19 +1,61 @@
-"""Addresses of servers and stores, as they may be told."""
+"""Addresses of servers and stores, as they may be shown: never with a user, a password, a token or a query.
 
-from urllib.parse import urlsplit
+What users write is often not a valid address (a password with '/', '#', '?' or '[' that is not encoded), and libraries
+disagree about what it means. So nothing is parsed here: what could be secret under any reading is left out.
+"""
+
+import re
+from urllib.parse import quote, unquote, unquote_plus
+
+_HIDDEN = "***"
+_OF_A_FILE = ("sqlite", "file", "local")  # schemes without a server: an '@' belongs to the path
+_SECRET_KEYS = re.compile(r"(?i)\b(password|passwd|pwd|secret|token|sig|signature|api_?key|access_?key)\s*=")
+_LEAST_PIECE = 3  # characters of a part of a secret that is looked for in a text
 
 
 def masked(address: str) -> str:
-    """Without user, password and query, which may hold a token."""
-    parts = urlsplit(address)
-    if not parts.netloc:
-        return address
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    """Scheme, host and path; "***" for what may hold a secret. A plain path is left as it is."""
+    scheme, is_address, rest = address.partition("://")
+    if not is_address:
+        is_secret = re.match(r"(?!models:)[^@]*:[^@]*@", address) or _SECRET_KEYS.search(address)
+        return _HIDDEN if is_secret else address
+    if scheme.partition("+")[0] in _OF_A_FILE:
+        return f"{scheme}://{re.split('[?#]', rest)[0]}"
+    head, _, place = rest.rpartition("@")
+    place = re.split("[?#;]", place)[0]
+    host, _, path = place.partition("/")
+    port = host.rpartition("]")[2].rpartition(":")[2] if ":" in host else ""
+    is_odd = (port and not port.isdecimal()) or _SECRET_KEYS.search(path)
+    if re.search("[?#;]", head) or is_odd:  # a query with an '@' in it, or a password with an odd sign: which one?
+        return f"{scheme}://{_HIDDEN}"
+    return f"{scheme}://{place}"
+
+
+def masked_reference(reference: str) -> str:
+    """The same of REGISTRY/NAME@ALIAS, with its alias."""
+    path, at, alias = reference.rpartition("@")
+    is_alias = at and "/" not in alias and "/" in path.partition(":")[2].removeprefix("//")
+    return f"{masked(path)}@{alias}" if is_alias else masked(reference)
 
 
 def without_secrets(text: str, address: str) -> str:
-    """The words of an error about an address, without what `masked` leaves out of the address."""
-    parts = urlsplit(address)
-    for secret in (parts.netloc.rpartition("@")[0], parts.password, parts.query, parts.fragment):
-        text = text.replace(secret, "***") if secret else text
+    """The words of an error about an address, without what `masked` leaves out of the address, whole or in parts: a
+    driver that reads a password as part of the host says so."""
+    shown = masked(address)
+    if shown == address:
+        return text
+    scheme, _, rest = address.rpartition("://") if address.count("://") == 1 else ("", "", address)
+    head, _, place = ("", "", rest) if scheme in _OF_A_FILE else rest.rpartition("@")
+    hidden = {rest} if shown.endswith(_HIDDEN) else {head, *re.split("[?#;]", place, maxsplit=1)[1:]}
+    wholes = {address, *hidden, head.partition(":")[2]}
+    pieces = {piece for whole in hidden for way in (str, unquote_plus) for piece in re.split(r"[\W_]+", way(whole))}
+    secrets = {way(secret) for secret in wholes | pieces for way in (str, unquote, unquote_plus, quote, _escaped)}
+    for secret in sorted(secrets, key=lambda secret: (-len(secret), secret)):
+        if len(secret) >= _LEAST_PIECE:
+            text = text.replace(secret, _HIDDEN)
     return text
+
+
+def _escaped(secret: str) -> str:
+    """As Python prints it."""
+    return repr(secret)[1:-1]

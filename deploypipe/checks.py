@@ -14,7 +14,8 @@ from deploypipe.recipe import Recipe
 from deploypipe.runtimes.ability import can
 from deploypipe.runtimes.packing import name_outputs
 from deploypipe.target import Target
-from deploypipe.task import Batch, Splits, Task, empty_split, forward, num_samples, take, tensors
+from deploypipe.task import Batch, Splits, Task, empty_split, forward, num_samples, take_batch
+from deploypipe.trees import tensors
 
 
 def check_inputs(model: nn.Module, splits: Splits, task: Task, recipe: Recipe, target: Target) -> None:
@@ -25,15 +26,15 @@ def check_inputs(model: nn.Module, splits: Splits, task: Task, recipe: Recipe, t
         if isinstance(value, Tensor) and value.is_floating_point() and not torch.isfinite(value).all():
             raise ModelError(f"weight {name!r} holds NaN or infinity; load or train the network again")
     for name in ("calib", "val", "test", *(["train"] if recipe.finetune.num_epochs else [])):
-        inputs, labels = _first(getattr(splits, name), name)
-        outputs = _try(model, take(inputs, 2), name)
+        pair = take_batch(_first(getattr(splits, name), name), 2)
+        outputs = _try(model, pair[0], name)
         if name == "calib" and not all(torch.isfinite(tensor).all() for tensor in name_outputs(outputs).values()):
             raise DataError(
                 "the network's output holds NaN or infinity on the calib split; check its weights and its data"
             )
         if name == "val":
-            evaluate_module(model, [(take(inputs, 2), take(labels, 2))], task)
-            with_divergence(task, outputs, take(labels, 2))
+            evaluate_module(model, [pair], task)
+            with_divergence(task, outputs, pair[1])
 
 
 def _check_target(target: Target) -> None:
@@ -53,7 +54,7 @@ def _first(split: Iterable[Batch], name: str) -> Batch:
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             raise DataError(f"the {name} split gives a {type(batch).__name__}; each batch is a pair (inputs, target)")
         inputs, target = batch
-        if not tensors(inputs) or not all(isinstance(t, Tensor) for t in tensors(inputs)):
+        if not tensors(inputs):
             raise DataError(f"the {name} split gives inputs of type {type(inputs).__name__}; give tensors")
         if num_samples(inputs):
             return inputs, target

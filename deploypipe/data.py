@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterable, Iterator, Sized
 from itertools import islice
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from deploypipe.errors import DataError
-from deploypipe.task import Batch, Splits, tensors
+from deploypipe.task import Batch, Splits
+from deploypipe.trees import leaves
 
 Augment: TypeAlias = Callable[[Tensor, torch.Generator], Tensor]
 
@@ -115,9 +117,14 @@ def _length(split: Iterable[Batch]) -> str:
 
 
 def _hash_into(sha: Any, value: Any) -> None:
-    for tensor in tensors(value):
-        if isinstance(tensor, Tensor):
+    for leaf in leaves(value, ""):
+        sha.update(f"{leaf.place} ".encode())
+        if isinstance(tensor := leaf.value, Tensor):
             sha.update(f"{tuple(tensor.shape)} {tensor.dtype}\n".encode())
             sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        else:
-            sha.update(repr(tensor).encode())
+        elif isinstance(leaf.value, np.ndarray | np.generic):
+            sha.update(f"{leaf.value.dtype} {leaf.value.shape}\n".encode() + leaf.value.tobytes())
+        elif leaf.value is None or isinstance(leaf.value, bool | int | float | complex | str | bytes):
+            sha.update(f"{leaf.value!r}\n".encode())
+        else:  # the text of an unknown object may hold its address
+            sha.update(f"{type(leaf.value).__qualname__}\n".encode())

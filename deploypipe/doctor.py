@@ -7,9 +7,11 @@ from typing import Literal
 import torch
 
 from deploypipe.benchmark.environment import describe_environment
+from deploypipe.installed import ONNXRUNTIME, distributions_of, find_package
 from deploypipe.records import Environment
 from deploypipe.runtimes import RUNTIMES, is_installed
 from deploypipe.runtimes.ability import can
+from deploypipe.runtimes.int8_kernels import saturates_here
 from deploypipe.runtimes.machine import this_machine
 from deploypipe.runtimes.onnxruntime import PROVIDERS, missing_provider
 from deploypipe.target import Target
@@ -46,8 +48,10 @@ def examine(target: Target | None) -> tuple[Finding, ...]:
     findings = [
         _packages(environment),
         Finding(name="runtimes", status="ok", detail=", ".join(sorted(RUNTIMES))),
+        _onnxruntime(),
         _providers(),
         _processor(environment),
+        _int8_sums(),
         _clock(environment),
         _load(environment),
         _gpu(environment),
@@ -61,6 +65,20 @@ def examine(target: Target | None) -> tuple[Finding, ...]:
 def _packages(environment: Environment) -> Finding:
     listed = ", ".join(f"{name} {version}" for name, version in environment.versions.items())
     return Finding(name="packages", status="ok", detail=listed)
+
+
+def _onnxruntime() -> Finding:
+    """Its packages (CPU, GPU, OpenVINO, QNN) write the same files: of two, what runs is what was installed last."""
+    loaded, found = find_package(ONNXRUNTIME), distributions_of(ONNXRUNTIME)
+    detail = f"{loaded.name} {loaded.version}"
+    if len(found) < 2:
+        return Finding(name=ONNXRUNTIME, status="ok", detail=detail)
+    return Finding(
+        name=ONNXRUNTIME,
+        status="limited",
+        detail=f"{detail}; {' and '.join(found)} are installed and overwrite each other's files",
+        remedy=f"pip uninstall {' '.join(found)}, then install one of them",
+    )
 
 
 def _providers() -> Finding:
@@ -80,6 +98,14 @@ def _processor(environment: Environment) -> Finding:
         detail=f"{detail}; none of {', '.join(_SPEED_FEATURES)} was found",
         remedy="measure on the device that will run the model; its latencies will differ from those seen here",
     )
+
+
+def _int8_sums() -> Finding:
+    """No fault of a machine: INT8 files are made to fit."""
+    if not saturates_here():
+        return Finding(name="int8 sums", status="ok", detail="exact: 8-bit products are added in 32 bits")
+    detail = "saturate at 16 bits (no VNNI): INT8 files get weights of 7 bits here, which compute the same everywhere"
+    return Finding(name="int8 sums", status="limited", detail=detail)
 
 
 def _clock(environment: Environment) -> Finding:

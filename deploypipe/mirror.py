@@ -6,6 +6,7 @@ from pathlib import Path, PurePosixPath
 from fsspec.implementations.local import LocalFileSystem
 
 from deploypipe.errors import RunFolderError
+from deploypipe.names import name_problem
 from deploypipe.stores import open_store
 
 
@@ -42,9 +43,9 @@ def download_stage(key: str, url: str, folder: Path) -> Path | None:
 
 def _files_of(record: bytes, name: str) -> list[str]:
     try:
-        files = list(json.loads(record)["files"])
-    except (ValueError, KeyError, TypeError):
+        files = [str(file) for file in json.loads(record)["files"]]
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise RunFolderError(f"{name}: is no record of a stage; delete it, and repeat the run that made it") from None
-    if any(".." in PurePosixPath(file).parts or PurePosixPath(file).is_absolute() for file in files):
+    if any(name_problem(part) for file in files for part in file.split("/")):
         raise RunFolderError(f"{name}: names files outside of its folder; do not use this location")
     return files

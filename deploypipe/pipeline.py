@@ -9,9 +9,10 @@ from tempfile import TemporaryDirectory
 from torch import nn
 
 from deploypipe.checks import check_inputs
-from deploypipe.errors import DeploypipeError, StorageError
+from deploypipe.errors import ConfigError, DeploypipeError, StorageError
 from deploypipe.export.engine import place_engine
 from deploypipe.export.parity import limit_of
+from deploypipe.names import name_problem
 from deploypipe.observe.moments import Moments, merge
 from deploypipe.observe.stream import observe_halves
 from deploypipe.pruning.attention import with_slim_attention
@@ -95,6 +96,8 @@ def compress(
     A finished run leaves `model.onnx` (and `model.engine` for TensorRT), the samples that `deploypipe verify` replays,
     `report.html` and, written last, `result.json` in `out`.
     """
+    if problem := name_problem(name):
+        raise ConfigError("compress", "name", *problem.split("; "))
     check_inputs(model, splits, task, recipe, target)
     place = storage.place if storage else None
     with open_run(Path(out), notify, Path(shared) if shared else None, place=place) as run:

@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from deploypipe.errors import ConfigError, DeploypipeError, PipelineError
+from deploypipe.names import name_problem
 from deploypipe.recipe import Recipe
 from deploypipe.task import Splits, Task
 
@@ -91,6 +92,8 @@ def load_pipeline(name: str, constants: Mapping[str, str] | None = None) -> Pipe
     `constants` are new values for the module's UPPER_CASE constants, as text, read by the type of the present value.
     """
     path = find_pipeline(name)
+    if problem := name_problem(path.stem):
+        raise PipelineError(f"{path}: a pipeline is named after its file, and {problem}")
     with _own_code(path, "the module"):
         module = _import(path)
     _check_functions(module, path)

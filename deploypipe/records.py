@@ -472,6 +472,9 @@ class Converted:
     num_converted: int
     kept_float: tuple[FloatLayer, ...]
     runtime: str = ""  # whose recipe int8 followed
+    # What an int8 file is approved for. "exact": kernels that add 8-bit products in 32 bits (x86 with VNNI, ARM, GPUs).
+    # "any": its weights have 7 bits, so that kernels that add pairs in 16 bits (x86 without VNNI) do not saturate.
+    int8_arithmetic: Literal["", "exact", "any"] = ""
     num_calib_samples: int = 0
     method: str = ""  # of `calibrations`, the one chosen
     calibrations: tuple[Calibration, ...] = ()
@@ -651,12 +654,22 @@ class BenchmarkReport:
     latency_ratio: Interval | None  # compressed / dense
     accuracy_drop_pp: Interval | None  # paired: same samples, both files
     environment: Environment
-    is_steady: bool
+    is_steady: bool  # nothing speaks against the timings; see `conditions` too
     notes: tuple[str, ...] = ()
     conditions: Conditions | None = None  # None: nothing was measured
     slices: dict[str, tuple[int, ...]] = field(default_factory=dict)  # numbers of test samples, by `Task.slices`
     test_data: str = ""  # hash of the test split: results on another one are not compared
     measured_at: str = ""  # ISO 8601, UTC
+
+    @property
+    def doubts(self) -> str:
+        """Why no timing of this report decides anything; "" where nothing speaks against them."""
+        if self.conditions and self.conditions.verdict != "steady":
+            told = "; ".join(self.conditions.reasons) or "no reason was recorded"
+            return f"the timings were not steady: the machine was {self.conditions.verdict}: {told}"
+        if not self.is_steady:
+            return f"the timings were not steady: {'; '.join(self.notes) or 'no reason was recorded'}"
+        return ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -667,6 +680,7 @@ class BaselineComparison:
     latency_ratio: Interval | None  # this run's file / the bundle's, timed interleaved
     accuracy_drop_pp: Interval | None  # paired: same test samples, both files
     notes: tuple[str, ...] = ()
+    latency_doubts: str = ""  # why the ratio decides nothing, though it was measured
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,7 +2,8 @@
 
 Each stage leaves `NN-stage-<key>.json` (the record, and the hashes of its files) beside a folder of the same name with
 its files. The key is a hash of everything the stage depends on. A record is written last and by rename, so it either
-exists whole or not at all; what fails its hash is computed again, loudly.
+exists whole or not at all. It is sealed, and names its key: a changed record, or one that lies under another stage's
+name, is computed again, with a warning.
 """
 
 import fcntl
@@ -42,6 +43,7 @@ from deploypipe.records import (
     TrainLog,
     silent,
 )
+from deploypipe.seal import seal, unseal
 from deploypipe.side_by_side import give_way, pause, side_by_side, try_lock
 from deploypipe.target import Target
 
@@ -77,16 +79,22 @@ class RunResult:
 
 
 def save_result(folder: Path, result: RunResult) -> None:
-    """Write `result.json` atomically."""
-    write_atomically(folder / RESULT, to_json(result).encode())
+    """Write `result.json` atomically, sealed."""
+    write_atomically(folder / RESULT, seal(to_json(result)))
 
 
 def load_result(folder: Path, name: str = RESULT) -> RunResult:
-    """Read `result.json`; RunFolderError where the run has not finished."""
+    """Read `result.json`; RunFolderError where the run has not finished, or the file was changed after it."""
     path = folder / name
     if not path.is_file():
         raise RunFolderError(f"{folder}: holds no finished run ({name} is absent); finish it with `deploypipe run`")
-    return from_json(RunResult, path.read_bytes(), str(path))
+    try:
+        text = unseal(path.read_bytes())
+    except ValueError as error:
+        remedy = "run the same command again, which takes seconds where the run's stages are kept"
+        remedy = remedy if name == RESULT else "copy the bundle again from where it was built"
+        raise RunFolderError(f"{path}: {error}; {remedy}") from None
+    return from_json(RunResult, text, str(path))
 
 
 def load_plan(path: Path) -> PruningPlan:
@@ -204,13 +212,13 @@ class RunFolder:
         at = root / (known[0].stem if known else f"{len(self.times) + 1:02d}-{key}")
         if self.source:
             at = download_stage(key, self.source, root) or at
-        stored = self._read(stage, at)
+        stored = self._read(stage, key, at)
         if self.source and not stored:
             raise RunFolderError(
                 f"{masked(self.source)}: has no sound stage {key}, so this process is not about the run that is there: "
                 f"see that it has the same pipeline, target and settings"
             )
-        record, seconds = stored if stored else _compute(at, hashes, compute)
+        record, seconds = stored if stored else _compute(at, key, hashes, compute)
         if self.stages.get(stage) != at:  # else this run was ahead with it
             self.times.append(StageTime(stage=stage, seconds=seconds, was_cached=stored is not None))
         self.stages[stage] = at
@@ -254,13 +262,13 @@ class RunFolder:
         """The key of a stage finished in this run: equal keys, equal inputs."""
         return self.stages[stage].name.rsplit("-", 1)[-1]
 
-    def _read(self, stage: str, at: Path) -> tuple[object, float] | None:
+    def _read(self, stage: str, key: str, at: Path) -> tuple[object, float] | None:
         path = _record_of(at)
         if not path.is_file():
             return None
         try:
-            stored = json.loads(path.read_bytes())
-            is_sound = stored["record_sha256"] == digest(stored["record"]) and all(
+            stored = json.loads(unseal(path.read_bytes()))
+            is_sound = stored["key"] == key and all(
                 file_sha256(at / file) == sha256 for file, sha256 in stored["files"].items()
             )
             content = (stored["record"], float(stored["seconds"]))
@@ -282,7 +290,7 @@ def _record_of(at: Path) -> Path:
     return at.with_name(f"{at.name}.json")
 
 
-def _compute(at: Path, hashes: dict[str, str], compute: Callable[[Path], T]) -> tuple[object, float]:
+def _compute(at: Path, key: str, hashes: dict[str, str], compute: Callable[[Path], T]) -> tuple[object, float]:
     work = at.with_name(f"{at.name}.part")
     shutil.rmtree(at, ignore_errors=True)  # renamed by a run that was killed before it wrote the record
     work.mkdir(exist_ok=True)
@@ -292,14 +300,8 @@ def _compute(at: Path, hashes: dict[str, str], compute: Callable[[Path], T]) -> 
     seconds = time.perf_counter() - started
     files = {str(p.relative_to(work)): file_sha256(p) for p in sorted(work.rglob("*")) if p.is_file()}
     work.replace(at)
-    stored = {
-        "inputs": hashes,
-        "seconds": seconds,
-        "files": files,
-        "record_sha256": digest(record),
-        "record": record,
-    }
-    write_atomically(_record_of(at), json.dumps(stored).encode())
+    stored = {"key": key, "inputs": hashes, "seconds": seconds, "files": files, "record": record}
+    write_atomically(_record_of(at), seal(json.dumps(stored)))
     return record, seconds
 
 

@@ -23,7 +23,7 @@ def open_store(address: str, refusal: type[DeploypipeError]) -> Iterator[tuple[A
     except DeploypipeError:
         raise
     except ImportError as error:
-        raise DeploypipeError(f"{masked(address)}: {error}") from None
+        raise DeploypipeError(f"{masked(address)}: {without_secrets(str(error), address)}") from None
     except Exception as error:  # each store's library raises its own
         told = without_secrets(str(error), address) or type(error).__name__
         raise refusal(f"{masked(address)}: the store refuses ({told}); see that it can be reached") from None

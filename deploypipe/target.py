@@ -4,6 +4,8 @@ import re
 from dataclasses import dataclass, field, fields
 from typing import Literal, TypeAlias
 
+from deploypipe.names import name_problem
+
 RELATIVE = "x"
 Runtime: TypeAlias = Literal["onnxruntime", "tensorrt", "tensorrt-rtx", "eager"]
 Provider: TypeAlias = Literal["cpu", "cuda", "tensorrt", "openvino", "coreml", "qnn"]
@@ -143,6 +145,8 @@ class Target:
     budget: Budget = field(default_factory=Budget)
 
     def __post_init__(self) -> None:
+        if self.name and (problem := name_problem(self.name)):
+            raise ValueError(f"name = {problem}")
         least_values = {"batch_size": 1, "num_threads": 1, "channel_multiple": 1, "num_latency_samples": 200}
         for key, least in least_values.items():
             if getattr(self, key) < least:

@@ -1,6 +1,7 @@
 """What the user's network is for: its data, its loss and its measure of quality."""
 
-from collections.abc import Callable, Iterable, Iterator
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -10,8 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deploypipe.errors import DataError
+from deploypipe.trees import Leaf, leaves, map_leaves, same_value, structure, tensors
 
-Batch: TypeAlias = tuple[Any, Any]  # (inputs, target); inputs: a tensor, a tuple or a dict of tensors
+# (inputs, target); inputs: a tensor, or a tuple, list or mapping of tensors and values, as deep as one likes. A mapping
+# goes to forward() by name, a tuple or list by position.
+Batch: TypeAlias = tuple[Any, Any]
 Slices: TypeAlias = Callable[[Any, Any], dict[str, Tensor]]
 Divergence: TypeAlias = Callable[[Any, Any, float], Tensor]  # (outputs, expected, temperature) -> scalar
 RealTokens: TypeAlias = Callable[[Any], Tensor]  # inputs -> (n, tokens) bool
@@ -89,30 +93,67 @@ def find_slices(batches: Iterable[Batch], slices: Slices | None) -> dict[str, tu
 
 def forward(model: nn.Module, inputs: Any) -> Any:
     """Call `model` with one batch of inputs, however they are packed."""
-    if isinstance(inputs, dict):
-        return model(**inputs)
-    if isinstance(inputs, (tuple, list)):
-        return model(*inputs)
-    return model(inputs)
+    args, kwargs = as_arguments(inputs)
+    return model(*args, **kwargs)
 
 
-def tensors(inputs: Any) -> list[Tensor]:
-    """The tensors of one batch of inputs, in order."""
-    if isinstance(inputs, dict):
-        return list(inputs.values())
-    return list(inputs) if isinstance(inputs, (tuple, list)) else [inputs]
-
-
-def map_tensors(function: Callable[[Tensor], Tensor], inputs: Any) -> Any:
-    """The same batch of inputs (or targets) with `function` applied to each of its tensors."""
-    if isinstance(inputs, dict):
-        return {name: function(tensor) for name, tensor in inputs.items()}
-    return tuple(map(function, inputs)) if isinstance(inputs, (tuple, list)) else function(inputs)
+def as_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What forward() is called with: a mapping goes by name, a tuple or list by position, anything else alone."""
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
 
 
 def num_samples(inputs: Any) -> int:
-    """The batch size."""
-    return len(tensors(inputs)[0])
+    """The batch size: the first axis of the tensor that has most dimensions (the first of those that have as many).
+
+    Which members of a batch have a batch axis follows from it: the tensors whose first axis has that size. All others
+    (tensors of another size or without dimensions, numbers, flags, text, None) belong to the batch as a whole; no
+    sample has a part of its own of them. DataError where no tensor has a dimension.
+    """
+    size = batch_size_of([tuple(tensor.shape) for tensor in tensors(inputs)])
+    if size is None:
+        raise DataError(
+            f"a batch has no tensor with a batch axis: it is {_described(inputs)}; give the samples as tensors whose "
+            "first axis is the batch"
+        )
+    return size
+
+
+def batch_size_of(shapes: Iterable[tuple[int, ...]]) -> int | None:
+    """The rule of `num_samples`, for the shapes of a batch's members in their order."""
+    widest = max(shapes, key=len, default=())
+    return widest[0] if widest else None
+
+
+def _described(inputs: Any) -> str:
+    return ", ".join(f"{leaf.place} = {type(leaf.value).__name__}" for leaf in leaves(inputs)) or "empty"
+
+
+def has_batch_axis(value: Any, size: int) -> bool:
+    """Whether a member of a batch of `size` samples has a row for each of them; see `num_samples`."""
+    return isinstance(value, Tensor) and value.dim() > 0 and len(value) == size
+
+
+def map_samples(function: Callable[[Tensor], Tensor], values: Any, size: int | None = None) -> Any:
+    """The same inputs (or targets) with `function` applied to each tensor that has a batch axis.
+
+    size: the batch size, which targets alone may not show; by default that of `values`.
+    """
+    size = num_samples(values) if size is None else size
+    return map_leaves(lambda leaf: function(leaf) if has_batch_axis(leaf, size) else leaf, values)
+
+
+def take(inputs: Any, end: int, start: int = 0) -> Any:
+    """The samples from `start` to before `end` of a batch's inputs."""
+    return map_samples(lambda tensor: tensor[start:end], inputs)
+
+
+def take_batch(batch: Batch, end: int, start: int = 0) -> Batch:
+    """The samples from `start` to before `end` of a batch, inputs and target."""
+    inputs, target = batch
+    size = num_samples(inputs)
+    return take(inputs, end, start), map_samples(lambda tensor: tensor[start:end], target, size)
 
 
 def find_real_tokens(inputs: Any, real_tokens: RealTokens | None) -> Tensor | None:
@@ -125,13 +166,44 @@ def find_real_tokens(inputs: Any, real_tokens: RealTokens | None) -> Tensor | No
                 "return one of shape (samples, tokens), True for what is no padding"
             )
         return mask.bool()
-    given = inputs.get("attention_mask") if isinstance(inputs, dict) else None
+    given = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
     return given.bool() if isinstance(given, Tensor) and given.dim() == 2 else None
 
 
-def take(inputs: Any, end: int, start: int = 0) -> Any:
-    """The samples from `start` to before `end` of a batch."""
-    return map_tensors(lambda tensor: tensor[start:end], inputs)
+def repeat_samples(model: nn.Module, inputs: Any, count: int) -> Any:
+    """The batch, repeated until it has `count` samples or more; in evaluation mode, `model` takes what comes out.
+
+    In a batch of one sample, a tensor with one row may belong to the sample or to the whole batch. What the network
+    cannot take when all of them are repeated tells which: one of them stays as it is, or all but the widest.
+    """
+    size = num_samples(inputs)
+    if size == 0:
+        raise DataError("the first batch is empty; batches need one sample or more")
+    if size >= count:
+        return inputs
+    places = [leaf.place for leaf in leaves(inputs) if has_batch_axis(leaf.value, size)]
+    narrow = [leaf.place for leaf in leaves(inputs) if has_batch_axis(leaf.value, 1) and leaf.value.dim() < 2]
+    kept_ones = [[], *([place] for place in narrow), narrow] if size == 1 and narrow else [[]]
+    repeats = -(-count // size)
+    for kept in kept_ones:
+        repeated = _repeated(inputs, {place for place in places if place not in kept}, repeats)
+        if len(kept_ones) == 1 or _accepts(model, repeated):
+            return repeated
+    return _repeated(inputs, set(places), repeats)
+
+
+def _repeated(inputs: Any, places: set[str], repeats: int) -> Any:
+    own = iter([leaf.place for leaf in leaves(inputs)])
+    return map_leaves(lambda leaf: torch.cat([leaf] * repeats) if next(own) in places else leaf, inputs)
+
+
+def _accepts(model: nn.Module, inputs: Any) -> bool:
+    with evaluating(model), torch.no_grad():
+        try:
+            forward(model, copy.deepcopy(inputs))
+        except Exception:  # whatever the user's forward() raises on shapes that it is not written for
+            return False
+    return True
 
 
 def first_of(batches: Iterable[Batch], split: str) -> Batch:
@@ -152,23 +224,50 @@ def take_calib(batches: Iterable[Batch], count: int) -> list[Batch]:
     DataError where it has none.
     """
     taken: list[Batch] = []
-    for inputs, target in batches:
+    for batch in batches:
         left = count - sum(num_samples(i) for i, _ in taken)
         if left <= 0:
             break
-        taken.append((take(inputs, left), take(target, left)))
+        taken.append(take_batch(batch, left))
     if not taken:
         raise empty_split("calib")
     return taken
 
 
-def stack_batches(inputs: list[Any]) -> Any:
-    """Several batches of inputs as one."""
-    if isinstance(inputs[0], dict):
-        return {name: torch.cat([i[name] for i in inputs]) for name in inputs[0]}
-    if isinstance(inputs[0], (tuple, list)):
-        return tuple(torch.cat(parts) for parts in zip(*inputs, strict=True))
-    return torch.cat(inputs)
+def stack_batches(inputs: Sequence[Any]) -> Any:
+    """Several batches of inputs as one.
+
+    DataError that names the place where they cannot be: members that are not alike, or that belong to a whole batch and
+    differ from one batch to another.
+    """
+    rows = [list(leaves(each)) for each in inputs]
+    sizes = [num_samples(each) for each in inputs]
+    if len({structure(each) for each in inputs}) > 1:
+        raise DataError("batches differ in what they hold; give the same members in the same order in each")
+    stacked = iter([_stacked(column, sizes) for column in zip(*rows, strict=True)])
+    return map_leaves(lambda _: next(stacked), inputs[0])
+
+
+def _stacked(column: Sequence[Leaf], sizes: Sequence[int]) -> Any:
+    values = [leaf.value for leaf in column]
+    if all(has_batch_axis(value, size) for value, size in zip(values, sizes, strict=True)):
+        if len({value.shape[1:] for value in values}) > 1:
+            shapes = ", ".join(sorted({str(tuple(value.shape[1:])) for value in values})[:3])
+            raise DataError(f"{column[0].place} has samples of several shapes ({shapes}), which cannot be one batch")
+        return torch.cat(values)
+    if all(is_same(values[0], value) for value in values[1:]):
+        return values[0]
+    raise DataError(
+        f"{column[0].place} belongs to the whole batch and differs from one batch to another; give a value for each "
+        "sample (a tensor whose first axis is the batch), or the same value in every batch"
+    )
+
+
+def is_same(one: Any, other: Any) -> bool:
+    """Whether two members of batches are equal: tensors by shape, type and values."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
+    return same_value(one, other)
 
 
 def channels_last(inputs: Any) -> Any:

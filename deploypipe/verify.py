@@ -19,6 +19,8 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from deploypipe.errors import DeploypipeError, ModelError
+from deploypipe.installed import load_onnxruntime
+from deploypipe.names import name_problem
 from deploypipe.numerics.differences import difference
 from deploypipe.onnx_check import check_onnx_file
 from deploypipe.records import FileEntry, Parity
@@ -83,7 +85,7 @@ def verify(folder: Path) -> Verification:
     others = sorted(path.name for path in folder.iterdir() if path.name not in {*known, GOLDEN})
     return Verification(
         replays=tuple(_replay(folder, model, content["num_cases"], tensors) for model in content["models"]),
-        notes=(f"not listed, not checked: {_shown(others)}",) if others else (),
+        notes=(f"not listed, not checked: {shown(others)}",) if others else (),
     )
 
 
@@ -115,7 +117,8 @@ def cells(verification: Verification) -> list[tuple[str, ...]]:
     ]
 
 
-def _shown(names: list[str]) -> str:
+def shown(names: Sequence[str]) -> str:
+    """The first names of a list, and how many more there are."""
     more = len(names) - _MOST_SHOWN
     return ", ".join(names[:_MOST_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
@@ -152,9 +155,8 @@ def _typed(content: dict[str, Any], **types: type) -> dict[str, Any]:
 
 def _check_hash(folder: Path, entry: FileEntry) -> None:
     path = folder / entry.name
-    is_plain = Path(entry.name).name == entry.name and entry.name not in ("", "..")
-    if not is_plain or "\\" in entry.name or "\0" in entry.name:
-        raise ModelError(f"{folder / GOLDEN}: {entry.name!r} is not the name of a file in this folder; do not use it")
+    if problem := name_problem(entry.name):
+        raise ModelError(f"{folder / GOLDEN}: the file name {problem.partition('; ')[0]}; do not use it")
     if path.is_symlink() or not path.is_file():
         raise ModelError(f"{path}: {'is a link' if path.is_symlink() else 'is absent'}; copy the folder again")
     size = path.stat().st_size
@@ -190,8 +192,7 @@ def _read_tensor(content: memoryview, entry: dict[str, Any]) -> Array:
 
 
 def _replay(folder: Path, model: GoldenModel, num_cases: int, tensors: dict[str, Array]) -> Replay:
-    import onnxruntime
-
+    onnxruntime = load_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only
     if model.precision == "fp16":  # see `runtimes.onnxruntime.OnnxRuntime`

@@ -11,6 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from deploypipe import records as r
 from deploypipe.export.golden import write_golden
+from deploypipe.export.parity import limit_of
 from deploypipe.numerics.intervals import interval_of_drop_pp
 from deploypipe.release.gate import decide
 from deploypipe.runs import RunResult, file_sha256, save_result
@@ -60,8 +61,13 @@ def write_run(folder: Path, *, seed: int = 0, num_wrong: int = 0, **budget: floa
     )
     target = replace(made.target, budget=Budget(latency_p50="0.7x", accuracy_drop_pp=2.0, **budget))
     origin = r.Origin(model="m", data="d", source="s", packages={"torch": "2.13.0", "deploypipe": "0.1"})
-    result = replace(
-        made, benchmark=report, target=target, golden=golden, origin=origin, decision=decide(report, target.budget)
-    )
+    result = replace(made, benchmark=report, target=target, golden=golden, origin=origin)
+    result = replace(result, decision=decision_of(result))
     save_result(folder, result)
     return result
+
+
+def decision_of(result: RunResult) -> r.GateDecision:
+    """By the gate, as a run has it."""
+    limit = limit_of(result.recipe.export, result.benchmark.compressed.file.precision)
+    return decide(result.benchmark, result.target.budget, parity_limit=limit)

@@ -1,11 +1,30 @@
 """A finished run, written by hand."""
 
 from dataclasses import replace
+from typing import Literal
 
 from deploypipe import records as r
 from deploypipe.recipe import Recipe
 from deploypipe.runs import RunResult
 from deploypipe.target import Budget, Target
+
+_STATE = r.MachineState(
+    load=0.1,
+    clock_mhz=3000.0,
+    temperature_c=50.0,
+    num_throttled=3,
+    num_quota_throttled=5,
+    busy_s=100.0,
+    stolen_s=1.0,
+    own_s=10.0,
+    at_s=1000.0,
+)
+
+
+def conditions(verdict: Literal["steady", "throttled", "noisy"], *reasons: str) -> r.Conditions:
+    """Of a measurement of six seconds."""
+    after = replace(_STATE, at_s=1006.0)
+    return r.Conditions(before=_STATE, after=after, other_cpus=0.0, stolen_share=0.0, verdict=verdict, reasons=reasons)
 
 
 def interval(value: float, half: float) -> r.Interval:

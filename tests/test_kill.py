@@ -13,7 +13,8 @@ import pytest
 import tiny
 from safetensors.torch import save_file
 
-from deploypipe.runs import RunResult, digest, file_sha256, load_result
+from deploypipe.runs import RunResult, file_sha256, load_result
+from deploypipe.seal import unseal
 
 NUM_KILLS = 30
 LONGEST = 2.5  # seconds a child lives
@@ -59,9 +60,9 @@ def choice(result: RunResult) -> object:
 def assert_whole(folder: Path) -> None:
     """Every record and every file that a record names is there and unbroken."""
     for path in folder.glob("*.json"):
-        stored = json.loads(path.read_bytes())
         if path.name not in ("result.json", "golden.json"):
-            assert stored["record_sha256"] == digest(stored["record"])
+            stored = json.loads(unseal(path.read_bytes()))
+            assert path.stem.endswith(stored["key"])
             assert all(file_sha256(folder / path.stem / f) == sha256 for f, sha256 in stored["files"].items())
 
 

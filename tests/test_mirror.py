@@ -30,6 +30,8 @@ def test_a_stage_is_found_by_its_key(tmp_path: Path) -> None:
     [
         ({"files": {"../../stolen": "hash"}}, "names files outside of its folder"),
         ({"files": {"/etc/passwd": "hash"}}, "names files outside of its folder"),
+        ({"files": {"deep/.hidden": "hash"}}, "names files outside of its folder"),
+        ({"files": {"a\0b": "hash"}}, "names files outside of its folder"),
         ({"record": 1}, "is no record of a stage"),
     ],
 )

@@ -59,8 +59,14 @@ def test_other_inputs_are_another_stage(tmp_path: Path) -> None:
 
 
 def _tamper_record(path: Path) -> None:
+    text = path.read_text()
+    assert '"value": 1.0' in text
+    path.write_text(text.replace('"value": 1.0', '"value": 2.0'))
+
+
+def _forget_file(path: Path) -> None:
     stored = json.loads(path.read_text())
-    stored["record"]["value"] = 2.0
+    stored["files"].clear()
     path.write_text(json.dumps(stored))
 
 
@@ -69,6 +75,7 @@ DAMAGES: dict[str, Callable[[Path, Path], object]] = {
     "record empty": lambda record, files: record.write_bytes(b""),
     "record not ours": lambda record, files: record.write_bytes(b"[1]"),
     "record changed": lambda record, files: _tamper_record(record),
+    "a file no longer named": lambda record, files: _forget_file(record),
     "file changed": lambda record, files: (files / "sub" / "weights.bin").write_bytes(b"weightz"),
     "file gone": lambda record, files: (files / "sub" / "weights.bin").unlink(),
 }
@@ -84,6 +91,26 @@ def test_damage_is_computed_again_loudly(damage: str, tmp_path: Path) -> None:
     assert any(message.startswith("WARNING") and "score" in message for message in messages)
     assert (files / "sub" / "weights.bin").read_bytes() == b"weights"
     assert once(tmp_path, work, seed=1)[1] == ["start", "cached"]
+
+
+def test_records_that_changed_places_are_computed_again(tmp_path: Path) -> None:
+    """Each is whole, and lies under the name of another stage, or of the same stage for other inputs."""
+    stages = (("score", 1, RECORD), ("score", 2, Interval(value=2.0, low=2.0, high=2.0)))
+    stages += (("curves", 1, Interval(value=3.0, low=3.0, high=3.0)),)
+
+    def run_all() -> list[tuple[Interval, bool]]:
+        with open_run(tmp_path) as run:
+            found = [run.remember(name, {"seed": seed}, Work(record), Interval) for name, seed, record in stages]
+            return [(record, time.was_cached) for record, time in zip(found, run.times, strict=True)]
+
+    expected = [record for *_, record in stages]
+    assert run_all() == [(record, False) for record in expected]
+    records = sorted(tmp_path.glob("*.json"))
+    contents = [path.read_bytes() for path in records]
+    for path, content in zip(records, contents[1:] + contents[:1], strict=True):
+        path.write_bytes(content)
+    assert run_all() == [(record, False) for record in expected]
+    assert run_all() == [(record, True) for record in expected]
 
 
 def test_a_failure_is_not_kept_but_its_checkpoint_is(tmp_path: Path) -> None:
@@ -268,6 +295,16 @@ def test_result_comes_back_and_its_absence_is_explained(tmp_path: Path) -> None:
     save_result(tmp_path, finished_run())
     assert load_result(tmp_path) == finished_run()
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+
+
+@pytest.mark.parametrize("edit", [("SHIP", "HOLD"), ("0.2", "0.3"), (" ", ""), ("\n", "")])
+def test_an_edited_result_is_an_error_that_names_the_remedy(edit: tuple[str, str], tmp_path: Path) -> None:
+    save_result(tmp_path, finished_run())
+    path = tmp_path / "result.json"
+    assert edit[0] in path.read_text()
+    path.write_text(edit[1].join(path.read_text().rsplit(edit[0], 1)))
+    with pytest.raises(RunFolderError, match=r"result\.json: .*content_sha256.*; run the same command again"):
+        load_result(tmp_path)
 
 
 def test_events_carry_the_stage(tmp_path: Path) -> None:

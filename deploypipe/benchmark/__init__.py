@@ -9,19 +9,18 @@ import numpy as np
 
 from deploypipe.benchmark.accuracy import evaluate_file
 from deploypipe.benchmark.bench import bench_file as bench_file
-from deploypipe.benchmark.conditions import judge_conditions, read_state
 from deploypipe.benchmark.environment import describe_environment
-from deploypipe.benchmark.latency import Timings, find_unsteadiness, summarise, time_steadily
+from deploypipe.benchmark.latency import Timings, conditions_of, find_doubts, summarise, time_steadily
 from deploypipe.benchmark.memory import measure_peak_memory
 from deploypipe.benchmark.results import BenchResult as BenchResult
 from deploypipe.data import fingerprint_of
 from deploypipe.errors import DataError, RuntimeUnavailableError
 from deploypipe.numerics.intervals import interval_of_drop_pp, interval_of_mean, interval_of_median_ratio
-from deploypipe.records import BenchmarkReport, Event, MachineState, Measurement, ModelFile, Progress, silent
+from deploypipe.records import BenchmarkReport, Event, Measurement, ModelFile, Progress, silent
 from deploypipe.runtimes import Array, Runtime, find_runtime
 from deploypipe.runtimes.packing import feed
 from deploypipe.target import Target
-from deploypipe.task import Batch, Task, find_slices, tensors
+from deploypipe.task import Batch, Task, find_slices, num_samples
 
 Counts: TypeAlias = tuple[int, int]  # parameters, multiply-accumulates of one sample
 
@@ -58,7 +57,7 @@ def benchmark(
             is_steady=False,
             notes=(f"nothing was measured: {error}",),
         )
-    measured, timings, before, notes = _measure_all(
+    measured, timings, notes = _measure_all(
         files,
         folder=folder,
         batches=test_batches,
@@ -67,12 +66,10 @@ def benchmark(
         counts=counts,
         runtime=runtime,
         notify=notify,
+        minds_others=True,
     )
-    named = zip(("dense", "compressed"), timings.samples, strict=True)
-    unsteady = [f"{name}: {reason}" for name, times in named if (reason := find_unsteadiness(times))]
-    conditions = judge_conditions(
-        before, read_state(), num_cpus=environment.num_cpus, num_threads=target.num_threads, unsteady=unsteady
-    )
+    names = ("dense", "compressed")
+    doubts = find_doubts(timings, names, target.num_threads)
     first, second = measured
     return BenchmarkReport(
         dense=first,
@@ -80,9 +77,9 @@ def benchmark(
         latency_ratio=interval_of_median_ratio(*timings.samples[::-1], block=timings.block),
         accuracy_drop_pp=interval_of_drop_pp(first.per_sample_metric, second.per_sample_metric),
         environment=environment,
-        is_steady=not unsteady,
-        notes=(*conditions.reasons, *notes),
-        conditions=conditions,
+        is_steady=not doubts,
+        notes=(*doubts, *notes),
+        conditions=conditions_of(timings, names, target.num_threads),
         slices=find_slices(test_batches, task.slices),
         test_data=fingerprint_of(test_batches),
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -99,7 +96,10 @@ def measure(
     counts: Counts,
     notify: Progress = silent,
 ) -> Measurement:
-    """One file, by the method of `benchmark`. Raises as it does, and RuntimeUnavailableError without the runtime."""
+    """One file, by the method of `benchmark`, for figures that no verdict rests on.
+
+    Raises as `benchmark` does, and RuntimeUnavailableError without the runtime.
+    """
     measured, *_ = _measure_all(
         (file,),
         folder=folder,
@@ -109,6 +109,7 @@ def measure(
         counts=(counts,),
         runtime=find_runtime(target),
         notify=notify,
+        minds_others=False,
     )
     return measured[0]
 
@@ -117,10 +118,14 @@ def first_batch(batches: Iterable[Batch], input_names: Iterable[str], batch_size
     """The inputs that latency and memory are measured with: the first `batch_size` samples of the first batch,
     repeated where it holds fewer. DataError for an empty split."""
     for inputs, _ in batches:
-        if any(len(tensor) == 0 for tensor in tensors(inputs)):
+        size = num_samples(inputs)
+        if not size:
             break
         arrays = feed(inputs, tuple(input_names))
-        return {name: np.resize(a, (batch_size, *a.shape[1:])) for name, a in arrays.items()}
+        return {
+            name: np.resize(a, (batch_size, *a.shape[1:])) if a.ndim and len(a) == size else a
+            for name, a in arrays.items()
+        }
     raise DataError("the split is empty; load_data() must return batches that can be read repeatedly")
 
 
@@ -134,10 +139,11 @@ def _measure_all(
     counts: tuple[Counts, ...],
     runtime: Runtime,
     notify: Progress,
-) -> tuple[list[Measurement], Timings, MachineState, list[str]]:
-    """Measurements and latency samples in the order of `files`, the machine before it took the latter, and notes.
+    minds_others: bool,
+) -> tuple[list[Measurement], Timings, list[str]]:
+    """Measurements and latency samples in the order of `files`, and notes. Memory first: it leaves the caches cold.
 
-    Memory first: it leaves the caches cold. Latency last, so that the caller can look at the machine right after it.
+    minds_others: as in `time_steadily`.
     """
     paths = [folder / file.path for file in files]
     inputs = first_batch(batches, files[0].input_names, target.batch_size)
@@ -148,8 +154,7 @@ def _measure_all(
     if len(metrics[0]) < 2:
         raise DataError("the split has one sample, which tells nothing of the spread; give two or more")
     notify(Event(stage=_STAGE, message="latency"))
-    before = read_state()
-    timings = time_steadily(paths, inputs, runtime, target, notify)
+    timings = time_steadily(paths, inputs, runtime, target, notify, minds_others)
     measured = [
         Measurement(
             file=file,
@@ -164,7 +169,7 @@ def _measure_all(
             files, counts, timings.samples, peaks, metrics, strict=True
         )
     ]
-    return measured, timings, before, sorted({reason for _, reason in peaks if reason})
+    return measured, timings, sorted({reason for _, reason in peaks if reason})
 
 
 def unmeasured(file: ModelFile, counts: Counts) -> Measurement:

@@ -12,7 +12,7 @@ from deploypipe.benchmark.conditions import judge_conditions, read_state
 from deploypipe.benchmark.energy import find_meter, measure_energy
 from deploypipe.benchmark.environment import describe_environment
 from deploypipe.benchmark.inputs import check_inputs, has_open_batch, load_inputs, make_inputs, read_specs
-from deploypipe.benchmark.latency import Timings, find_unsteadiness, percentile, time_interleaved, time_loaded
+from deploypipe.benchmark.latency import Timings, conditions_of, percentile, time_loaded, time_steadily
 from deploypipe.benchmark.layers import profile_layers
 from deploypipe.benchmark.memory import measure_peak_memory
 from deploypipe.benchmark.results import (
@@ -34,7 +34,7 @@ from deploypipe.benchmark.sweeps import (
 from deploypipe.errors import ConfigError, DataError
 from deploypipe.numerics.intervals import interval_of_median_ratio, interval_of_quantile
 from deploypipe.onnx_check import check_onnx_file
-from deploypipe.records import Event, Interval, Progress, silent
+from deploypipe.records import Conditions, Event, Interval, Progress, silent
 from deploypipe.runs import file_sha256
 from deploypipe.runtimes import Array, Runtime, find_runtime
 from deploypipe.target import Target
@@ -57,6 +57,7 @@ class _Job:
     runtime: Runtime
     num_cpus: int
     has_open_batch: bool
+    trust_program: bool
     notify: Progress
 
 
@@ -69,6 +70,7 @@ def bench_file(
     shapes: Mapping[str, Sequence[int]] | None = None,
     parts: Sequence[str] = PARTS,
     num_samples: int | None = None,
+    trust_program: bool = False,
     notify: Progress = silent,
 ) -> BenchResult:
     """Measure `path` on the target, timed interleaved with `against` where that is given.
@@ -76,13 +78,14 @@ def bench_file(
     `inputs` is one batch: arrays, or an .npz or .safetensors file. Without it values are random, with the target's
     batch size and the `shapes` of inputs whose other axes are open. `num_samples` runs of each file are timed; by
     default about two seconds of them, the target's number at least. `parts` are some of `PARTS`; what a part cannot
-    tell here is missing with its reason.
+    tell here is missing with its reason. A .pt2 program is opened only where `trust_program` says so: it can run any
+    code.
 
     Raises ModelError for files that are absent, damaged or do not run, DataError for inputs that do not fit,
     ConfigError for unknown parts or too few samples, RuntimeUnavailableError where this machine cannot run the target.
     """
     _check_request(parts, num_samples)
-    runtime = find_runtime(target)
+    runtime = find_runtime(target, trust_program=trust_program)
     paths = (path,) if against is None else (path, against)
     batch, is_open, source = _find_inputs(paths, target, inputs, shapes or {})
     sizes = {array.shape[:1] for array in batch.values()}
@@ -96,6 +99,7 @@ def bench_file(
         runtime=runtime,
         num_cpus=environment.num_cpus,
         has_open_batch=is_open and is_shared,
+        trust_program=trust_program,
         notify=notify,
     )
     before = read_state()
@@ -109,12 +113,10 @@ def bench_file(
                 else:
                     _MEASURES[part](job, batch_size, found)
     ratio = interval_of_median_ratio(*timings.samples, block=timings.block) if timings and against else None
-    conditions = judge_conditions(
-        before,
-        read_state(),
-        num_cpus=environment.num_cpus,
-        num_threads=target.num_threads,
-        unsteady=_find_unsteadiness(paths, timings),
+    names = [path.name for path in paths]
+    while_timing = conditions_of(timings, names, target.num_threads) if timings else None
+    conditions = while_timing or judge_conditions(
+        before, read_state(), num_cpus=environment.num_cpus, num_threads=target.num_threads, unsteady=()
     )
     figures = [_describe(file, figures) for file, figures in zip(paths, found, strict=True)]
     return BenchResult(
@@ -129,15 +131,17 @@ def bench_file(
         file=figures[0],
         against=figures[1] if against else None,
         latency_ratio=ratio,
-        comparison=compare(ratio) if ratio else None,
+        comparison=compare(ratio, conditions) if ratio else None,
         conditions=conditions,
         environment=environment,
         notes=_notes(target, batch_size, ratio, figures),
     )
 
 
-def compare(ratio: Interval) -> Comparison:
-    """What the ratio of two latencies says at its own confidence."""
+def compare(ratio: Interval, conditions: Conditions | None = None) -> Comparison:
+    """What the ratio of two latencies says at its own confidence; nothing where the machine was throttled or noisy."""
+    if conditions and conditions.verdict != "steady":
+        return "unknown"
     if ratio.high < 1:
         return "faster"
     return "slower" if ratio.low > 1 else "no difference"
@@ -194,7 +198,7 @@ def _stage(name: str, notify: Progress) -> Iterator[None]:
 
 
 def _time(job: _Job, batch_size: int, num_samples: int | None, found: list[Found]) -> Timings:
-    timings = time_interleaved(job.paths, job.inputs, job.runtime, job.target, job.notify, num_samples=num_samples)
+    timings = time_steadily(job.paths, job.inputs, job.runtime, job.target, job.notify, num_samples=num_samples)
     for figures, samples in zip(found, timings.samples, strict=True):
         p50 = interval_of_quantile(samples, 0.5, block=timings.block)
         figures["latency"] = LatencyFigures(
@@ -210,7 +214,9 @@ def _time(job: _Job, batch_size: int, num_samples: int | None, found: list[Found
 
 def _weigh(job: _Job, batch_size: int, found: list[Found]) -> None:
     for path, figures in zip(job.paths, found, strict=True):
-        figures["peak_memory_mib"], reason = measure_peak_memory(path, job.inputs, job.target)
+        figures["peak_memory_mib"], reason = measure_peak_memory(
+            path, job.inputs, job.target, trust_program=job.trust_program
+        )
         if reason:
             figures["missing"]["memory"] = reason
 
@@ -218,7 +224,13 @@ def _weigh(job: _Job, batch_size: int, found: list[Found]) -> None:
 def _start(job: _Job, batch_size: int, found: list[Found]) -> None:
     for path, figures in zip(job.paths, found, strict=True):
         lines = run_child(
-            "cold_start_child.py", path, job.inputs, job.target, repeats=_NUM_COLD_STARTS, what="cold start"
+            "cold_start_child.py",
+            path,
+            job.inputs,
+            job.target,
+            repeats=_NUM_COLD_STARTS,
+            what="cold start",
+            trust_program=job.trust_program,
         )
         imports, loads, runs = zip(*(map(float, line.split()) for line in lines), strict=True)
         totals = sorted(load + run for load, run in zip(loads, runs, strict=True))
@@ -300,11 +312,6 @@ def _describe(path: Path, figures: Found) -> FileFigures:
         size_bytes=path.stat().st_size + sum((path.parent / name).stat().st_size for name in beside),
         **figures,
     )
-
-
-def _find_unsteadiness(paths: Sequence[Path], timings: Timings | None) -> list[str]:
-    samples = timings.samples if timings else ()
-    return [f"{path.name}: {r}" for path, times in zip(paths, samples, strict=False) if (r := find_unsteadiness(times))]
 
 
 def _notes(target: Target, batch_size: int, ratio: Interval | None, figures: Sequence[FileFigures]) -> tuple[str, ...]:

@@ -20,23 +20,31 @@ _SETTINGS = ("runtime", "provider", "provider_options", "allow_cpu_fallback", "n
 
 
 def run_child(
-    script: str, path: Path, inputs: Mapping[str, Array], target: Target, *, repeats: int, what: str
+    script: str,
+    path: Path,
+    inputs: Mapping[str, Array],
+    target: Target,
+    *,
+    repeats: int,
+    what: str,
+    trust_program: bool = False,
 ) -> list[str]:
     """What `script`, a file beside this one, writes to stdout for `path` and `inputs`: `repeats` processes, in turn.
 
-    ModelError, naming `what` was to be measured, where the file does not run there.
+    trust_program: see `runtimes.make_runtime`. ModelError, naming `what` was to be measured, where the file does not
+    run there.
     """
     with TemporaryDirectory() as folder:
         inputs_path = Path(folder) / "inputs.npz"
         np.savez(inputs_path, **dict(inputs))  # type: ignore[arg-type]  # numpy's stub takes it for `allow_pickle`
-        return [_run(script, path, inputs_path, target, what) for _ in range(repeats)]
+        settings = {"target": {name: getattr(target, name) for name in _SETTINGS}, "trust_program": trust_program}
+        return [_run(script, path, inputs_path, json.dumps(settings), what) for _ in range(repeats)]
 
 
-def _run(script: str, path: Path, inputs_path: Path, target: Target, what: str) -> str:
+def _run(script: str, path: Path, inputs_path: Path, settings: str, what: str) -> str:
     root = str(Path(deploypipe.__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
     # -P: the folder of the script, which holds modules with everyday names, stays out of the child's import path.
-    settings = json.dumps({name: getattr(target, name) for name in _SETTINGS})
     command = [sys.executable, "-P", str(Path(__file__).with_name(script)), settings, str(path), str(inputs_path)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, env=environment, check=True)

@@ -1,6 +1,6 @@
-"""The process whose start is timed: `cold_start_child.py TARGET MODEL INPUTS.npz` writes milliseconds to stdout.
+"""The process whose start is timed: `cold_start_child.py SETTINGS MODEL INPUTS.npz` writes milliseconds to stdout.
 
-TARGET is as in `memory_child.py`. Three numbers: importing the runtime, loading the file, the first run.
+SETTINGS is as in `memory_child.py`. Three numbers: importing the runtime, loading the file, the first run.
 """
 
 import json
@@ -20,8 +20,9 @@ def main(settings: str, model: str, inputs: str) -> tuple[float, float, float]:
     from deploypipe.runtimes import make_runtime
     from deploypipe.target import Target
 
-    target = Target(**json.loads(settings))
-    runtime = make_runtime(target)
+    given = json.loads(settings)
+    target = Target(**given["target"])
+    runtime = make_runtime(target, trust_program=given["trust_program"])
     marks.append(time.perf_counter())
     with runtime.open(Path(model), num_threads=target.num_threads) as session:
         marks.append(time.perf_counter())

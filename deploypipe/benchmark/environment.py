@@ -1,7 +1,6 @@
 """The machine and the software that a figure is taken on. What a platform does not tell is left empty."""
 
 import hashlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from deploypipe.installed import ONNXRUNTIME, package_versions
 from deploypipe.records import Environment
 
 # Instruction sets that decide how fast a network runs. Arm's names for neon: asimd (64 bit), neon (32 bit).
@@ -39,11 +39,11 @@ def describe_environment(num_threads: int) -> Environment:
     """This machine, now. `load_before` is the one-minute load average, so call it before the work.
 
     `device_fingerprint` hashes what decides a latency: processor, instruction sets, number of processors, threads
-    used, governor, system and onnxruntime's version.
+    used, governor, system and onnxruntime's package and version.
     """
     cpu, features = _describe_cpu()
-    versions = package_versions()
-    num_cpus = _count_cpus()
+    versions = {"python": platform.python_version(), **package_versions(*_PACKAGES)}
+    num_cpus = count_cpus()
     governor = _read(_GOVERNOR).strip()
     system = f"{platform.system()} {platform.release()} {platform.machine()}"
     deciding = [
@@ -54,7 +54,7 @@ def describe_environment(num_threads: int) -> Environment:
         governor,
         platform.system(),
         platform.machine(),
-        versions.get("onnxruntime", ""),
+        [[name, version] for name, version in versions.items() if name.startswith(ONNXRUNTIME)],
     ]
     return Environment(
         cpu=cpu,
@@ -68,17 +68,6 @@ def describe_environment(num_threads: int) -> Environment:
         versions=versions,
         device_fingerprint=hashlib.sha256(json.dumps(deciding).encode()).hexdigest()[:16],
     )
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of Python and of the installed packages that shape a result."""
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
 
 
 def _describe_cpu() -> tuple[str, tuple[str, ...]]:
@@ -95,7 +84,7 @@ def _describe_cpu() -> tuple[str, tuple[str, ...]]:
     return name, tuple(feature for feature in _FEATURES if feature in flags)
 
 
-def _count_cpus() -> int:
+def count_cpus() -> int:
     """Processors this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

@@ -98,7 +98,10 @@ def load_inputs(path: Path) -> dict[str, Array]:
         if isinstance(archive, np.ndarray):
             raise ValueError("one array without a name")
         with archive:
-            return {name: archive[name] for name in archive.files}
+            arrays = {name: archive[name] for name in archive.files}
+        if odd := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
+            raise ValueError(f"{odd[0]!r} in it is not an array")
+        return arrays
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}); check the path") from None
     except (ValueError, EOFError, BadZipFile) as error:

@@ -10,14 +10,16 @@ import gc
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from deploypipe.benchmark.conditions import judge_conditions, read_state
+from deploypipe.benchmark.environment import count_cpus
 from deploypipe.numerics.intervals import interval_of_quantile
-from deploypipe.records import Event, Interval, Latency, Progress, silent
+from deploypipe.records import Conditions, Event, Interval, Latency, MachineState, Progress, silent
 from deploypipe.runtimes import Array, Runtime, Session
 from deploypipe.side_by_side import alone, pause
 from deploypipe.target import Target
@@ -37,6 +39,7 @@ _SECONDS = 2.0  # of timed runs of each file, where no number of them is asked f
 _MOST_SAMPLES = 4000
 _ATTEMPTS = 3  # to find the machine steady
 _PAUSE_SECONDS = 5.0  # before the next one
+_LOOK_SECONDS, _MOST_LOOKS = 1.0, 10  # after the pause, for a machine that is still throttled or busy
 _MAX_DRIFT = 0.10  # of the median, last third against first third
 _MAX_SPREAD = 0.25  # interquartile range over the median
 
@@ -47,6 +50,8 @@ class Timings:
 
     samples: tuple[NDArray[np.float64], ...]  # ms of one run, per file (n,) in the order they were taken
     block: int  # samples [i * block, (i + 1) * block) of all files were taken together, between two openings
+    before: MachineState | None = None  # None, like the next: nobody looked at the machine
+    after: MachineState | None = None
 
 
 def time_interleaved(
@@ -65,13 +70,14 @@ def time_interleaved(
     """
     samples: list[list[float]] = [[] for _ in paths]
     with alone(), _no_garbage_collection():
+        before = read_state()
         spent = [_try(path, inputs, runtime, target) for path in paths]
         to_open, to_run = (sum(seconds) for seconds in zip(*spent, strict=True))
         least = num_samples or max(target.num_latency_samples, min(_MOST_SAMPLES, int(_SECONDS * len(paths) / to_run)))
         openings, runs = schedule(least)
         if openings * to_open > max(_CHEAP_SECONDS, least * to_run):
             openings, runs = schedule(least, most=_FEW_OPENINGS)
-        for number, (opening, timing) in enumerate(_orders(len(paths), openings)):
+        for number, (opening, timing) in enumerate(mirrored_orders(len(paths), openings, np.random.default_rng())):
             with ExitStack() as stack:
                 sessions = {
                     i: stack.enter_context(runtime.open(paths[i], num_threads=target.num_threads)) for i in opening
@@ -82,21 +88,70 @@ def time_interleaved(
                     _time_runs(sessions[i], inputs, _LEAD)
                     samples[i] += _time_runs(sessions[i], inputs, BLOCK)
             notify(Event(stage="latency", done=number + 1, total=openings))
-    return Timings(samples=tuple(np.array(s) for s in samples), block=runs)
+        after = read_state()
+    return Timings(samples=tuple(np.array(s) for s in samples), block=runs, before=before, after=after)
 
 
 def time_steadily(
-    paths: Sequence[Path], inputs: Mapping[str, Array], runtime: Runtime, target: Target, notify: Progress = silent
+    paths: Sequence[Path],
+    inputs: Mapping[str, Array],
+    runtime: Runtime,
+    target: Target,
+    notify: Progress = silent,
+    minds_others: bool = True,
+    *,
+    num_samples: int | None = None,
 ) -> Timings:
-    """`time_interleaved`, and again after a pause where the machine was not steady. What is returned was steady, or is
-    the last of `_ATTEMPTS`: `find_unsteadiness` says which. Only steadiness decides, never how long the files took."""
+    """`time_interleaved`, and again after a pause where the timings are in doubt, `_ATTEMPTS` times at most.
+
+    What is returned is beyond doubt, or is the last attempt: `find_doubts` says which. Only the machine decides, never
+    how long the files took. minds_others: heat, clock, quota and other processes count too, which a figure that a
+    verdict rests on needs; else only what the timings themselves give away.
+    """
+    asked = {} if num_samples is None else {"num_samples": num_samples}
     for number in range(_ATTEMPTS):
-        timings = time_interleaved(paths, inputs, runtime, target, notify)
-        if number == _ATTEMPTS - 1 or not any(find_unsteadiness(samples) for samples in timings.samples):
+        timings = time_interleaved(paths, inputs, runtime, target, notify, **asked)
+        seen = timings if minds_others else replace(timings, before=None, after=None)
+        doubts = find_doubts(seen, [str(file) for file in range(len(timings.samples))], target.num_threads)
+        if number == _ATTEMPTS - 1 or not doubts:
             break
         notify(Event(stage="latency", message="the machine was not steady: once more"))
-        pause(_PAUSE_SECONDS)
+        _wait_for_quiet(target.num_threads, can_look=minds_others)
     return timings
+
+
+def find_doubts(timings: Timings, names: Sequence[str], num_threads: int) -> tuple[str, ...]:
+    """Why nothing should be concluded from these timings of files with these names; empty where nothing speaks
+    against them. The machine was throttled or shared with others, or the timings drift or scatter."""
+    if conditions := conditions_of(timings, names, num_threads):
+        return conditions.reasons
+    return _unsteady_files(timings, names)
+
+
+def conditions_of(timings: Timings, names: Sequence[str], num_threads: int) -> Conditions | None:
+    """What the machine was like while these files were timed; None where nobody looked."""
+    if timings.before is None or timings.after is None:
+        return None
+    unsteady = _unsteady_files(timings, names)
+    return judge_conditions(
+        timings.before, timings.after, num_cpus=count_cpus(), num_threads=num_threads, unsteady=unsteady
+    )
+
+
+def _unsteady_files(timings: Timings, names: Sequence[str]) -> tuple[str, ...]:
+    named = zip(names, timings.samples, strict=True)
+    return tuple(f"{name}: {reason}" for name, samples in named if (reason := find_unsteadiness(samples)))
+
+
+def _wait_for_quiet(num_threads: int, *, can_look: bool) -> None:
+    """Pause, and then for some seconds more where the machine is still throttled or busy with others."""
+    pause(_PAUSE_SECONDS)
+    for _ in range(_MOST_LOOKS if can_look else 0):
+        before = read_state()
+        pause(_LOOK_SECONDS)
+        now = judge_conditions(before, read_state(), num_cpus=count_cpus(), num_threads=num_threads, unsteady=())
+        if now.verdict == "steady":
+            break
 
 
 def schedule(num_samples: int, *, most: int = _MANY_OPENINGS) -> tuple[int, int]:
@@ -115,10 +170,11 @@ def _try(path: Path, inputs: Mapping[str, Array], runtime: Runtime, target: Targ
         return opened - begun, _warm_up(session, inputs) / 1e3
 
 
-def _orders(num_files: int, openings: int) -> Iterator[tuple[list[int], list[int]]]:
+def mirrored_orders(
+    num_files: int, openings: int, generator: np.random.Generator
+) -> Iterator[tuple[list[int], list[int]]]:
     """For each opening the order to open the files in, and to time them in. Chance decides, so that nothing periodic
     in the machine can favour one file; and within `_ORDERS` openings each of two files comes first equally often."""
-    generator = np.random.default_rng()
     ahead = list(range(num_files))
     for number in range(openings):
         if number % _ORDERS == 0:

@@ -19,7 +19,9 @@ from deploypipe.target import Target
 _NUM_CHILDREN = 3
 
 
-def measure_peak_memory(path: Path, inputs: Mapping[str, Array], target: Target) -> tuple[float | None, str]:
+def measure_peak_memory(
+    path: Path, inputs: Mapping[str, Array], target: Target, *, trust_program: bool = False
+) -> tuple[float | None, str]:
     """(MiB, "") that `path` adds at its peak under the target's settings; (None, reason) where that cannot be told.
 
     Needs Linux, whose kernel keeps a peak that can be reset. Raises ModelError where the file does not run in a child.
@@ -27,5 +29,7 @@ def measure_peak_memory(path: Path, inputs: Mapping[str, Array], target: Target)
     if not sys.platform.startswith("linux"):
         return None, f"peak memory is read from /proc, which {sys.platform} does not have"
     with alone():
-        outputs = run_child("memory_child.py", path, inputs, target, repeats=_NUM_CHILDREN, what="memory")
+        outputs = run_child(
+            "memory_child.py", path, inputs, target, repeats=_NUM_CHILDREN, what="memory", trust_program=trust_program
+        )
     return median(int(kib) for kib in outputs) / 1024, ""

@@ -1,6 +1,6 @@
-"""The process whose memory is measured: `memory_child.py TARGET MODEL INPUTS.npz` writes KiB to stdout.
+"""The process whose memory is measured: `memory_child.py SETTINGS MODEL INPUTS.npz` writes KiB to stdout.
 
-TARGET is JSON: the fields of the `Target` that its runtime is made with, and `num_threads`.
+SETTINGS is JSON: "target", the fields of the `Target` that its runtime is made with, and "trust_program".
 
 Started by its path and importing no torch, so that the runtime is all that is resident before the model is loaded.
 """
@@ -19,12 +19,15 @@ _NUM_RUNS = 3  # the arena may still grow in the second
 
 def main(settings: str, model: str, inputs: str) -> int:
     """KiB of resident memory that loading and running `model` adds at its peak."""
-    target = Target(**json.loads(settings))
+    given = json.loads(settings)
+    target = Target(**given["target"])
     with np.load(inputs) as archive:
         batch = {name: archive[name] for name in archive.files}
     _reset_peak()
     before = _status("VmRSS")
-    with make_runtime(target).open(Path(model), num_threads=target.num_threads) as session:
+    with make_runtime(target, trust_program=given["trust_program"]).open(
+        Path(model), num_threads=target.num_threads
+    ) as session:
         for _ in range(_NUM_RUNS):
             session.run(batch)
         return max(0, _status("VmHWM") - before)

@@ -5,7 +5,7 @@ from typing import Literal, TypeAlias
 
 from deploypipe.records import Conditions, Environment, Interval
 
-Comparison: TypeAlias = Literal["faster", "slower", "no difference"]
+Comparison: TypeAlias = Literal["faster", "slower", "no difference", "unknown"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

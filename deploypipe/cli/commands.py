@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from deploypipe.cli.app import PLAN_HELP, PipelineArgument, RunArgument, SetOption, app, plans
-from deploypipe.cli.named import load_target, named_targets, parse_shapes, split_settings, template
+from deploypipe.cli.named import load_target, named_targets, parse_shapes, require_name, split_settings, template
 from deploypipe.cli.terminal import (
     EXIT_DIFFERENT,
     EXIT_ERROR,
@@ -117,6 +117,7 @@ def init(
     with exit_codes():
         if not name.isidentifier():
             raise ConfigError("init", name, "is not a Python identifier", "use letters, digits and underscores")
+        require_name(name, "init")
         texts = {
             Path("pipelines") / f"{name}.py": template("pipeline.py.txt"),
             Path("targets") / f"{name}.toml": template("target.toml"),
@@ -147,6 +148,13 @@ def bench(
     samples: Annotated[
         int | None, typer.Option(help="Timed runs of each file. Default: about two seconds of them.")
     ] = None,
+    trust_program: Annotated[
+        bool,
+        typer.Option(
+            "--trust-program",
+            help="Open a .pt2 FILE. It can run any code on this machine: only if you trust its maker.",
+        ),
+    ] = False,
     json: Annotated[Path | None, typer.Option(metavar="OUT", help="Write the figures as JSON too.")] = None,
 ) -> None:
     """Measure FILE on TARGET: latency, throughput, memory, cold start, time by layer, energy.
@@ -160,7 +168,15 @@ def bench(
         chosen = PARTS if parts == "all" else tuple(part.strip() for part in parts.split(","))
         with shown_stages(PARTS) as notify:
             result = bench_file(
-                file, device, against, inputs, shapes=shapes, parts=chosen, num_samples=samples, notify=notify
+                file,
+                device,
+                against,
+                inputs,
+                shapes=shapes,
+                parts=chosen,
+                num_samples=samples,
+                trust_program=trust_program,
+                notify=notify,
             )
         show_bench(result)
         if json:

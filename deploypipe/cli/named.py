@@ -7,6 +7,7 @@ from pathlib import Path
 
 from deploypipe.errors import ConfigError
 from deploypipe.jsonio import load_toml
+from deploypipe.names import name_problem
 from deploypipe.target import Target
 
 
@@ -20,7 +21,17 @@ def load_target(name: str) -> Target:
         known = ", ".join(sorted(named_targets())) or "none is here"
         raise ConfigError(name, "", "no target of this name", f"give a TOML file, or one of: {known}")
     target = load_toml(Target, path)
-    return target if target.name else replace(target, name=path.stem)
+    if target.name:
+        return target
+    require_name(path.stem, str(path), "a target is named after its file, and")
+    return replace(target, name=path.stem)
+
+
+def require_name(name: str, source: str, key: str = "") -> None:
+    """ConfigError, naming where the name comes from, unless it may become a folder or a tag."""
+    problem, _, remedy = name_problem(name).partition("; ")
+    if problem:
+        raise ConfigError(source, "", f"{key} {problem}".strip(), remedy)
 
 
 def named_targets() -> dict[str, Path]:

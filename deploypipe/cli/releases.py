@@ -82,7 +82,7 @@ def _find_baseline(
     result: RunResult, baseline: str | None, registry: str | None, alias: str, key: Path | None
 ) -> Path | None:
     """The bundle to compare with; a registry that has none yet is told of."""
-    from deploypipe.addresses import masked
+    from deploypipe.addresses import masked_reference
     from deploypipe.release.bundle import bundle_name
     from deploypipe.release.registry import resolve
     from deploypipe.release.signing import check_signature
@@ -97,7 +97,9 @@ def _find_baseline(
     except NoVersionError:
         if baseline:
             raise
-        print(f"note: {masked(reference)} does not exist yet: there is nothing to compare with", file=sys.stderr)
+        print(
+            f"note: {masked_reference(reference)} does not exist yet: there is nothing to compare with", file=sys.stderr
+        )
         return None
     if key:
         check_signature(found, key)
@@ -121,24 +123,30 @@ def release(
 ) -> None:
     """Write the bundle of a RUN that ships: model, golden samples, plan, report, card, bill of materials, provenance.
 
-    The same run gives the same bytes. A run on HOLD is not released (exit 1).
+    The gate decides again, with what is recorded and today's date: a waiver may have run out, or the measurements be
+    too old. The same run gives the same bytes. A run on HOLD is not released (exit 1).
     """
     with exit_codes():
         if certificate and not key:
             raise ConfigError("--certificate", "", "is given without --key", "add the private key it belongs to")
         if sigstore and key:
             raise ConfigError("--sigstore", "", "is given together with --key", "give one of them")
+        from datetime import UTC, datetime
+
         from deploypipe.release import signing
         from deploypipe.release.bundle import release as write_bundle
+        from deploypipe.release.decision import decide_today
 
         sign = signing.sign_keyless if sigstore else None
         if key:
             sign = partial(signing.sign, private_key=key, certificates=tuple(certificate or ()))
 
-        if load_result(run).decision.verdict is Verdict.SHIP:
-            print(write_bundle(run, out, sign=sign))
+        now = datetime.now(UTC)
+        decision = decide_today(run, load_result(run), now)
+        if decision.verdict is Verdict.SHIP:
+            print(write_bundle(run, out, sign=sign, now=now))
             return
-        show_decision(load_result(run).decision)
+        show_decision(decision)
     raise typer.Exit(EXIT_HOLD)
 
 

@@ -11,7 +11,7 @@ import typer
 
 from deploypipe.cli.app import PipelineArgument, SetOption, StorageOption, app
 from deploypipe.cli.jobs import run_commands
-from deploypipe.cli.named import load_target, split_settings
+from deploypipe.cli.named import load_target, require_name, split_settings
 from deploypipe.cli.terminal import (
     EXIT_ERROR,
     EXIT_HOLD,
@@ -111,9 +111,11 @@ class _Asked:
     def devices(self) -> list[Target]:
         devices = [override(load_target(name), self.settings["target"], "--set target") for name in self.targets]
         names = [device.name for device in devices]
-        for name in names if len(names) > 1 else ():
-            if names.count(name) > 1 or name == _SHARED:
-                problem = f"{name!r} is named twice" if name != _SHARED else f"{name!r} is where the common stages go"
+        folders = [name.casefold() for name in names]  # as some file systems compare them
+        for name, folder in zip(names, folders, strict=True) if len(names) > 1 else ():
+            if folders.count(folder) > 1 or folder == _SHARED:
+                is_twice = folder != _SHARED
+                problem = f"{name!r} is named twice" if is_twice else f"{name!r} is where the common stages go"
                 raise ConfigError("TARGET", "", problem, "the run for each target has a folder of its name")
         return devices
 
@@ -152,6 +154,9 @@ class _Asked:
     def storage_of(self, device: Target) -> "Storage | None":
         from deploypipe.search.storage import Storage
 
+        if not self.storage:
+            return None
+        require_name(self.study_of(device), "--name", "the search's name")
         stages = self.stages or str(self.folder_of(device).resolve())
         job: dict[str, Any] = {
             "pipeline": self.pipeline,
@@ -160,7 +165,7 @@ class _Asked:
             "target": to_plain(device),
             "stages": stages,
         }
-        return Storage(url=self.storage, study=self.study_of(device), stages=stages, job=job) if self.storage else None
+        return Storage(url=self.storage, study=self.study_of(device), stages=stages, job=job)
 
     def command_for(self, target: str, device: Target) -> list[str]:
         """What runs this for one of several targets."""

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
 
 from deploypipe.errors import DeploypipeError, RanksError
+from deploypipe.installed import find_missing
 from deploypipe.records import Check, Event, GateDecision, Verdict
 from deploypipe.report.tables import PRECISION_HEADER, before_after, check_cells, precision_rows, seconds
 from deploypipe.runs import RunResult
@@ -68,6 +69,9 @@ def exit_codes() -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.filename:
             print(f"error: {error.filename}: {error.strerror}; check the path and its rights", file=sys.stderr)
+            raise typer.Exit(EXIT_ERROR) from None
+        if isinstance(error, ImportError) and (problem := find_missing()):
+            print(f"error: {problem}", file=sys.stderr)
             raise typer.Exit(EXIT_ERROR) from None
         traceback.print_exc()
         print("error: this is a bug in deploypipe; please report it with the lines above", file=sys.stderr)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from deploypipe.cli.app import StorageOption, app
+from deploypipe.cli.named import require_name
 from deploypipe.cli.terminal import exit_codes, shown_stages
 from deploypipe.errors import ConfigError, StorageError
 from deploypipe.jsonio import from_plain
@@ -32,6 +33,7 @@ def worker(
     with exit_codes():
         if not storage:
             raise ConfigError("--storage", "", "is not given", "give the address that `deploypipe run` was given")
+        require_name(run, "--run", "the search's name")
         from deploypipe.search.storage import Storage  # late: bring torch and more, which `--help` need not wait for
 
         shared = Storage(url=storage, study=run)

@@ -1,46 +1,98 @@
 """Which axes of the inputs may have any size in the exported file, and what they are called."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from inspect import Parameter, signature
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from deploypipe.errors import ConfigError
+from deploypipe.errors import ConfigError, DataError
 from deploypipe.recipe import Export
-from deploypipe.task import tensors
+from deploypipe.runtimes.packing import input_paths
+from deploypipe.task import has_batch_axis, num_samples
+from deploypipe.trees import leaves, map_leaves, map_tensors, same_value, structure, tensors
 
 Axes: TypeAlias = dict[str, dict[int, str]]  # input -> axis from 1 -> name; axes of one name have one size
 
 _IMAGE_AXES = {2: "height", 3: "width"}
 
 
-def parameter_names(model: nn.Module, inputs: Any) -> list[str]:
-    """The names that forward() has for one batch of inputs, in its order."""
-    if isinstance(inputs, dict):
-        return list(inputs)
+def input_names(model: nn.Module, inputs: Any) -> list[str]:
+    """The file's names for the tensors of one batch of inputs, in its order: see `runtimes.packing`."""
+    return [path for path, _ in input_paths(inputs, _member_names(model, inputs))]
+
+
+def _member_names(model: nn.Module, inputs: Any) -> list[str]:
+    """What forward() calls the members of a tuple or list."""
+    count = len(inputs) if isinstance(inputs, (tuple, list)) else 1
     named = [p.name for p in signature(model.forward).parameters.values() if p.kind is not Parameter.VAR_POSITIONAL]
-    return [named[i] if i < len(named) else f"input_{i}" for i in range(len(tensors(inputs)))]
+    return [named[i] if i < len(named) else f"input_{i}" for i in range(count)]
+
+
+def in_order(model: nn.Module, inputs: Any) -> Any:
+    """A mapping's members as forward() orders its parameters, which is how an exporter orders them; others after."""
+    if not isinstance(inputs, Mapping):
+        return inputs
+    order = [name for name in signature(model.forward).parameters if name in inputs]
+    return {name: inputs[name] for name in [*order, *(name for name in inputs if name not in order)]}
+
+
+def require_constants(batches: Sequence[Any]) -> None:
+    """DataError where the inputs are not alike in all batches, but for their tensors: the rest is the file's own."""
+    first = list(leaves(batches[0]))
+    for number, batch in enumerate(batches[1:], start=1):
+        if structure(batch) != structure(batches[0]):
+            odd = sorted(set(structure(batch)) ^ set(structure(batches[0])))
+            raise DataError(f"batches differ in what they hold ({', '.join(odd[:3])}); give the same members in each")
+        for one, other in zip(first, leaves(batch), strict=True):
+            are_tensors = isinstance(one.value, Tensor) and isinstance(other.value, Tensor)
+            if not are_tensors and not same_value(one.value, other.value):
+                raise DataError(
+                    f"{one.place} is {_shown(one.value)} in the first batch and {_shown(other.value)} in batch "
+                    f"{number}; what is no tensor becomes a constant of the file: give torch.tensor(...), or the same "
+                    "value in every batch"
+                )
+
+
+def _shown(value: Any) -> str:
+    return f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else repr(value)[:40]
+
+
+def free_axes(names: Sequence[str], inputs: Any, batch: object, axes: Axes) -> Any:
+    """The tree of `inputs` with, for each tensor, its axes of any size: what torch's exporters ask for.
+
+    names: of the tensors, in order; batch: what the batch axis is called, of the tensors that have one.
+    """
+    own_names, size = iter(names), num_samples(inputs)
+
+    def of(leaf: Any) -> dict[int, object] | None:
+        if not isinstance(leaf, Tensor):
+            return None
+        own: dict[int, object] = dict(axes.get(next(own_names), {}))
+        return {0: batch, **own} if has_batch_axis(leaf, size) else own
+
+    return map_leaves(of, inputs)
 
 
 def choose_axes(names: Sequence[str], batches: Sequence[Any], settings: Export) -> Axes:
     """The axes that the recipe names, and those in which `batches` (inputs of the network) differ.
 
-    ConfigError where the recipe names an input or an axis that is not there.
+    The first axis counts where a tensor has no batch axis (see `task.num_samples`). ConfigError where the recipe names
+    an input or an axis that is not there.
     """
-    sizes = {
-        (name, axis): tuple(tensors(batch)[i].shape[axis] for batch in batches)
-        for i, name in enumerate(names)
-        for axis in range(1, min(tensors(batch)[i].dim() for batch in batches))
-    }
-    first = dict(zip(names, tensors(batches[0]), strict=True))
+    sizes = [num_samples(batch) for batch in batches]
+    columns = dict(zip(names, zip(*map(tensors, batches), strict=True), strict=True))
+    first = {name: column[0] for name, column in columns.items()}
     axes: Axes = {}
     taken: dict[tuple[int, ...], str] = {}
-    for (name, axis), seen in sizes.items():
-        if len(set(seen)) > 1:
-            given = taken.setdefault(seen, _axis_name(first[name], name, axis, set(taken.values())))
-            axes.setdefault(name, {})[axis] = given
+    for name, column in columns.items():
+        is_batched = all(has_batch_axis(tensor, size) for tensor, size in zip(column, sizes, strict=True))
+        for axis in range(int(is_batched), min(tensor.dim() for tensor in column)):
+            seen = tuple(tensor.shape[axis] for tensor in column)
+            if len(set(seen)) > 1:
+                given = taken.setdefault(seen, _axis_name(first[name], name, axis, set(taken.values())))
+                axes.setdefault(name, {})[axis] = given
     for pattern, wanted in settings.dynamic_axes.items():
         matched = [name for name in names if fnmatchcase(name, pattern)]
         if not matched:
@@ -61,10 +113,8 @@ def choose_axes(names: Sequence[str], batches: Sequence[Any], settings: Export) 
 
 def shortened(names: Sequence[str], inputs: Any, axes: Axes) -> Any:
     """The same inputs, cut to half of their size in each dynamic axis beside the batch."""
-    if isinstance(inputs, dict):
-        return {name: _cut(tensor, axes.get(name, {})) for name, tensor in inputs.items()}
-    cut = tuple(_cut(tensor, axes.get(name, {})) for name, tensor in zip(names, tensors(inputs), strict=True))
-    return cut if isinstance(inputs, (tuple, list)) else cut[0]
+    own = iter(names)
+    return map_tensors(lambda tensor: _cut(tensor, axes.get(next(own), {})), inputs)
 
 
 def _cut(tensor: Tensor, axes: dict[int, str]) -> Tensor:

@@ -16,6 +16,7 @@ from deploypipe.numerics.intervals import interval_of_median_ratio
 from deploypipe.recipe import Export
 from deploypipe.records import Converted, Event, Interval, ModelFile, PrecisionChoice, PrecisionRow, Progress, silent
 from deploypipe.runtimes import Array, Runtime
+from deploypipe.runtimes.int8_kernels import kernels_of
 from deploypipe.runtimes.onnxruntime import OnnxRuntime
 from deploypipe.target import Precision, Target
 from deploypipe.task import Batch, Task
@@ -48,9 +49,10 @@ def choose_precision(
     Raises ParityError where no precision of the target holds its limits, ModelError and DataError as the conversions.
     """
     path = folder / source.path
+    kernels = kernels_of(target)
 
     def judge(candidate: Path) -> float:
-        reader = OnnxRuntime(is_plain=target.runtime != "onnxruntime")
+        reader = OnnxRuntime(is_plain=kernels.are_emulated_here)
         return float(evaluate_file(candidate, val, task, reader, target.num_threads).mean())
 
     rows = [PrecisionRow(precision="fp32", file=source)]
@@ -97,7 +99,7 @@ def _convert(
 ) -> PrecisionRow:
     try:
         if precision == "int8":
-            return _row(to_int8(path, out, calib, judge, target.runtime, settings))
+            return _row(to_int8(path, out, calib, judge, kernels_of(target), settings))
         converted = to_fp16(path, out, calib, settings)
     except (ParityError, ModelError) as error:
         return PrecisionRow(precision=precision, file=None, reason=str(error))

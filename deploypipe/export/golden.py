@@ -13,9 +13,11 @@ from deploypipe.errors import DataError, ModelError
 from deploypipe.records import FileEntry, Golden, ModelFile
 from deploypipe.runs import file_sha256, write_atomically
 from deploypipe.runtimes import Array
+from deploypipe.runtimes.int8_kernels import saturates_here
 from deploypipe.runtimes.onnxruntime import OnnxRuntime
 from deploypipe.runtimes.packing import feed
-from deploypipe.task import Batch, num_samples, take, tensors
+from deploypipe.task import Batch, has_batch_axis, num_samples, take
+from deploypipe.trees import tensors
 from deploypipe.verify import FORMAT, GOLDEN, TENSORS, GoldenModel, tensor_name
 
 NUM_SAMPLES = 4  # of each of the first batches that differ in shape
@@ -35,7 +37,9 @@ def write_golden(folder: Path, files: Mapping[str, ModelFile], batches: Sequence
     cases = _choose_cases(batches)
     arrays: dict[str, Array] = {}
     for name, file in files.items():
-        with OnnxRuntime(is_plain=files[name].precision == "fp16").open(folder / name, num_threads=1) as session:
+        # Whatever 8-bit sums saturate here, a file's own arithmetic does not.
+        is_plain = file.precision == "fp16" or (file.precision == "int8" and saturates_here())
+        with OnnxRuntime(is_plain=is_plain).open(folder / name, num_threads=1) as session:
             for i, inputs in enumerate(cases):
                 named = feed(inputs, file.input_names)
                 arrays |= {tensor_name(i, "", key): value for key, value in named.items()}
@@ -67,7 +71,8 @@ def _choose_cases(batches: Sequence[Batch]) -> list[Any]:
     cases: dict[str, Any] = {}
     for inputs, _ in batches:
         case = take(inputs, NUM_SAMPLES)
-        shapes = str([tuple(value.shape[1:]) for value in tensors(case)])
+        size = num_samples(case)
+        shapes = str([tuple(v.shape[1:] if has_batch_axis(v, size) else v.shape) for v in tensors(case)])
         if shapes not in cases and len(cases) < _MAX_CASES and num_samples(case):
             cases[shapes] = case
     if not cases:

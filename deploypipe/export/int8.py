@@ -6,6 +6,7 @@ Which layers, which ranges and which biases is decided by what they measure on s
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeAlias, TypeVar
 
@@ -34,10 +35,12 @@ from deploypipe.export.qdq import LAYERS, Recipe, channel_axes, find_recipe, qua
 from deploypipe.numerics.clipping import ClippingMethod
 from deploypipe.recipe import Export
 from deploypipe.records import Calibration, Converted, FloatLayer, Parity
+from deploypipe.runtimes.int8_kernels import Int8Kernels
 from deploypipe.task import Batch
 
 Judge: TypeAlias = Callable[[Path], float]
 Name = TypeVar("Name", bound=str)
+Compare: TypeAlias = Callable[[Path, Sequence[Feed], Outputs], Parity]
 Quantise: TypeAlias = Callable[[Sequence[str]], onnx.ModelProto]  # layers in 8 bits -> the graph
 
 _LEAST_OPSET = 13  # QuantizeLinear with a scale per channel
@@ -48,10 +51,12 @@ _TINY = 1e-9
 
 
 def to_int8(
-    source: Path, out: Path, batches: Iterable[Batch], judge: Judge | None, runtime: str, settings: Export
+    source: Path, out: Path, batches: Iterable[Batch], judge: Judge | None, kernels: Int8Kernels, settings: Export
 ) -> Converted:
-    """Write `source`, an fp32 file, to `out` with convolutions and products in 8 bits, for `runtime`: the one whose
-    kernels compute, so "tensorrt" for onnxruntime's TensorRT provider too.
+    """Write `source`, an fp32 file, to `out` with convolutions and products in 8 bits, for `kernels`.
+
+    Errors are measured by this machine's own 8-bit kernels, or in float between the roundings where those compute
+    something else than `kernels`. A `judge` has to do the same.
 
     `batches`: the first `settings.int8.num_calib_samples` samples give the ranges, the 128 after them (or a quarter of
     all, where there are not so many) measure errors. `judge(path)` is a file's mean metric on yet others, higher is
@@ -65,7 +70,7 @@ def to_int8(
     there before.
     """
     started = time.perf_counter()
-    recipe = find_recipe(runtime)
+    recipe = find_recipe(kernels)
     proto = load_float(source)
     refused = {node.name: reason for node in proto.graph.node if (reason := why_not(node, proto))}
     layers = [node.name for node in proto.graph.node if node.op_type in LAYERS and node.name not in refused]
@@ -74,7 +79,8 @@ def to_int8(
     expected = run_file(source, held_out)
     histograms = observe_tensors(proto, channel_axes(proto, layers, recipe), inputs, source)
     with scratch_beside(out) as scratch:
-        trials = _Trials(scratch / out.name, held_out, expected, judge, source, settings)
+        compare = partial(compare_file, is_plain=kernels.are_emulated_here)
+        trials = _Trials(scratch / out.name, held_out, expected, judge, source, settings, compare)
         method, tried = _choose_method(proto, layers, histograms, recipe, trials)
         ranges = ranges_by(method, histograms)
         graph = proto
@@ -103,7 +109,8 @@ def to_int8(
             for node in proto.graph.node
             if (reason := kept.get(node.name, refused.get(node.name, "")))
         ),
-        runtime=runtime,
+        runtime=kernels.runtime,
+        int8_arithmetic="any" if kernels.saturate else "exact",
         num_calib_samples=count,
         method=method,
         calibrations=tuple(
@@ -118,10 +125,12 @@ def to_int8(
     )
 
 
-def sketch_int8(source: Path, out: Path, batches: Iterable[Batch], runtime: str, kept_float: Collection[str]) -> None:
+def sketch_int8(
+    source: Path, out: Path, batches: Iterable[Batch], kernels: Int8Kernels, kept_float: Collection[str]
+) -> None:
     """Write a file that takes as long as `to_int8`'s where it leaves the layers `kept_float` in float, in a fraction of
     the time and with nobody looking at its outputs: for a search, which times many. Raises as `to_int8`."""
-    recipe = find_recipe(runtime)
+    recipe = find_recipe(kernels)
     proto = load_float(source)
     refused = {node.name for node in proto.graph.node if why_not(node, proto)}
     layers = [n.name for n in proto.graph.node if n.op_type in LAYERS and n.name not in refused | set(kept_float)]
@@ -163,15 +172,22 @@ class _Trials:
     """Where candidates are measured, one after another at one path."""
 
     def __init__(
-        self, path: Path, held_out: list[Feed], expected: Outputs, judge: Judge | None, source: Path, settings: Export
+        self,
+        path: Path,
+        held_out: list[Feed],
+        expected: Outputs,
+        judge: Judge | None,
+        source: Path,
+        settings: Export,
+        compare: Compare,
     ) -> None:
         self.path, self.held_out, self.expected = path, held_out, expected
-        self.judge, self.source, self.settings = judge, source, settings
+        self.judge, self.source, self.settings, self.compare = judge, source, settings, compare
         self.accuracy_fp32 = judge(source) if judge else None
 
     def measure(self, graph: onnx.ModelProto) -> _Seen:
         write(graph, self.path, "int8")
-        parity = compare_file(self.path, self.held_out, self.expected)
+        parity = self.compare(self.path, self.held_out, self.expected)
         is_finite = bool(np.isfinite(parity.max_abs_error))  # a judge may refuse what is not
         return _Seen(parity=parity, accuracy=self.judge(self.path) if self.judge and is_finite else None)
 
@@ -197,7 +213,7 @@ class _Trials:
         samples = take_feeds(self.held_out, _NUM_RANKED_ON)
         pairs = zip(samples, self.expected, strict=False)
         expected = [[array[: num_samples_of([batch])] for array in outputs] for batch, outputs in pairs]
-        error = compare_file(self.path, samples, expected).mean_abs_error
+        error = self.compare(self.path, samples, expected).mean_abs_error
         return error if np.isfinite(error) else np.inf
 
 

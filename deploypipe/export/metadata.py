@@ -5,12 +5,11 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from importlib.metadata import version
 from typing import Any
 
 import onnx
 
-import deploypipe
+from deploypipe.installed import find_package
 
 PREFIX = "deploypipe."
 _PACKAGES = ("torch", "onnx", "onnxruntime", "onnxscript")
@@ -82,7 +81,10 @@ def _strip_node(node: onnx.NodeProto) -> None:
 @cache
 def _versions() -> dict[str, str]:
     """Looking them up reads files, which takes longer than to write a small graph."""
-    return {"version": version(deploypipe.__name__)} | {f"{package}_version": version(package) for package in _PACKAGES}
+    found = {module: find_package(module) for module in ("deploypipe", *_PACKAGES)}
+    return {"version": found.pop("deploypipe").version} | {
+        f"{module}_version": p.version for module, p in found.items()
+    }
 
 
 def describe(

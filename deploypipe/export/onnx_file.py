@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from deploypipe.errors import ConfigError, DataError, ModelError, ParityError
-from deploypipe.export.axes import Axes, choose_axes, parameter_names, shortened
+from deploypipe.export.axes import Axes, choose_axes, free_axes, in_order, input_names, require_constants, shortened
 from deploypipe.export.divergence import Point, find_divergence, module_outputs
 from deploypipe.export.metadata import describe, forget_shapes, name_nodes, strip
 from deploypipe.export.parity import limit_of, measure_parity, require_parity
@@ -29,7 +29,8 @@ from deploypipe.runs import file_sha256
 from deploypipe.runtimes import Array
 from deploypipe.runtimes.onnxruntime import OnnxRuntime
 from deploypipe.runtimes.packing import name_outputs
-from deploypipe.task import Batch, forward, map_tensors, num_samples, take, tensors
+from deploypipe.task import Batch, as_arguments, forward, repeat_samples, take
+from deploypipe.trees import map_tensors
 
 _LEAST_TRACED = 2  # torch.export takes an axis of size one for a constant
 _PRECISION = "fp32"
@@ -48,7 +49,9 @@ def export_onnx(
     """Write `model` to `path` and return what was written; `ModelFile.path` is the file's name alone.
 
     `batches` are (inputs, target) with axis 0 of every input the batch; all of them are used to compare the file with
-    the network, at their own sizes, at a batch of one, and at half of each other dynamic axis. The file holds the
+    the network, at their own sizes, at a batch of one, and at half of each other dynamic axis. Of the
+    inputs, tensors are the file's, also those without a batch axis; numbers, flags, text and None are constants in it.
+    The file holds the
     weights (above `settings.single_file_mib` a second one beside it does), takes any batch size and names no source
     files; its nodes are named after their modules, outputs as in `runtimes.packing`. `origin` (the plan's hash, say)
     and the class names go into its metadata as `deploypipe.KEY`. The network is left as it was, on its own device.
@@ -63,9 +66,10 @@ def export_onnx(
     if not batches:
         raise DataError("export needs at least one batch to compare the file with the network; none was given")
     network = _copy_for_export(model)
-    inputs = [map_tensors(lambda tensor: tensor.cpu().contiguous(), batch) for batch, _ in batches]
+    inputs = [in_order(network, map_tensors(lambda t: t.cpu().contiguous(), batch)) for batch, _ in batches]
+    require_constants(inputs)
     output_names, expected = run_eager(network, inputs)
-    names = parameter_names(network, inputs[0])
+    names = input_names(network, inputs[0])
     axes = choose_axes(names, inputs, settings)
     with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
         part = Path(scratch) / path.name
@@ -91,7 +95,7 @@ def export_onnx(
         for case in _other_sizes(network, names, inputs[0], axes):
             inputs.append(case[0])
             expected.append(case[1])
-        input_names, parity = _compare(network, inputs, expected, part, points, settings)
+        taken_names, parity = _compare(network, inputs, expected, part, points, settings)
         data = tuple(_entry(part.parent / name) for name in check_onnx_file(part).data)
         _place(part, data, path)
     return ModelFile(
@@ -101,7 +105,7 @@ def export_onnx(
         precision=_PRECISION,
         opset=settings.opset,
         max_abs_error=parity.max_abs_error,
-        input_names=input_names,
+        input_names=taken_names,
         output_names=tuple(output_names),
         data=data,
         parity=parity,
@@ -156,18 +160,18 @@ def _export(
 ) -> Any:
     """The exporter's program, not optimised yet; ModelError where there is none, ConfigError where its opset is another
     than asked."""
-    example = _at_least(inputs, _LEAST_TRACED)
+    example = repeat_samples(network, inputs, _LEAST_TRACED)
     batch = torch.export.Dim("batch")  # unlike a name alone, raises where the network binds it in any way
-    shapes = {name: {0: batch, **axes.get(name, {})} for name in names}
-    is_named = isinstance(example, dict)
+    args, kwargs = as_arguments(example)
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
                 network,
-                () if is_named else tuple(tensors(example)),
+                args,
                 None,
-                kwargs=example if is_named else {},
-                dynamic_shapes=shapes if is_named else tuple(shapes.values()),
+                kwargs=kwargs,
+                input_names=list(names),
+                dynamic_shapes=free_axes(names, kwargs or args, batch, axes),
                 output_names=output_names,
                 opset_version=settings.opset,
                 dynamo=True,
@@ -240,17 +244,6 @@ def _place(part: Path, data: Sequence[FileEntry], path: Path) -> None:
 
 def _entry(path: Path) -> FileEntry:
     return FileEntry(name=path.name, sha256=file_sha256(path), size_bytes=path.stat().st_size)
-
-
-def _at_least(inputs: Any, count: int) -> Any:
-    """A batch of `count` samples or more, by repeating."""
-    size = num_samples(inputs)
-    if size >= count:
-        return inputs
-    if size == 0:
-        raise DataError("the first batch is empty; batches need one sample or more")
-    repeats = -(-count // size)
-    return map_tensors(lambda tensor: torch.cat([tensor] * repeats), inputs)
 
 
 def _root_cause(error: BaseException) -> str:

@@ -22,7 +22,7 @@ from deploypipe.runs import file_sha256
 from deploypipe.runtimes import Array
 from deploypipe.runtimes.onnxruntime import OnnxRuntime, OnnxSession
 from deploypipe.runtimes.packing import feed
-from deploypipe.task import Batch
+from deploypipe.task import Batch, batch_size_of
 
 FLOAT, HALF = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
 Feed = dict[str, Array]
@@ -158,13 +158,17 @@ def take_feeds(inputs: Sequence[Feed], count: int, start: int = 0) -> list[Feed]
         size = num_samples_of([batch])
         first, last = max(start - seen, 0), min(start + count - seen, size)
         if first < last:
-            taken.append({name: array[first:last] for name, array in batch.items()})
+            taken.append(
+                {
+                    name: a[first:last] if a.ndim and len(a) == size else a for name, a in batch.items()
+                }  # see num_samples
+            )
         seen += size
     return taken
 
 
 def num_samples_of(inputs: Sequence[Feed]) -> int:
-    return sum(len(next(iter(batch.values()))) for batch in inputs)
+    return sum(batch_size_of([array.shape for array in batch.values()]) or 0 for batch in inputs)
 
 
 def run_file(path: Path, inputs: Sequence[Feed]) -> Outputs:
@@ -180,9 +184,10 @@ def run_file(path: Path, inputs: Sequence[Feed]) -> Outputs:
     return outputs
 
 
-def compare_file(path: Path, inputs: Sequence[Feed], expected: Outputs) -> Parity:
-    """How far a candidate's outputs are from `expected`; NaN errors where they are not finite."""
-    with OnnxRuntime().open(path, num_threads=torch.get_num_threads()) as session:
+def compare_file(path: Path, inputs: Sequence[Feed], expected: Outputs, *, is_plain: bool = False) -> Parity:
+    """How far a candidate's outputs are from `expected`; NaN errors where they are not finite. is_plain: computed in
+    float between the roundings, not by this machine's 8-bit kernels."""
+    with OnnxRuntime(is_plain=is_plain).open(path, num_threads=torch.get_num_threads()) as session:
         return _difference(expected, [session.run(batch) for batch in inputs])
 
 

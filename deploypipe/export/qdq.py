@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
@@ -13,9 +13,12 @@ from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
 from deploypipe.errors import ModelError
 from deploypipe.export.calibration import Range
+from deploypipe.export.metadata import PREFIX
 from deploypipe.export.precision import FLOAT, copy_of, subgraphs, types_of
+from deploypipe.runtimes.int8_kernels import Int8Kernels
 
 LAYERS = ("Conv", "Gemm", "MatMul")
+ARITHMETIC = f"{PREFIX}int8_arithmetic"  # in a file's metadata: what `Converted.int8_arithmetic` holds
 _OTHER_LAYERS = ("ConvTranspose", "Attention", "Einsum", "GRU", "LSTM", "RNN")
 
 _DEQUANTISED = "_DequantizeLinear_Output"  # what the quantiser appends to a tensor's name
@@ -30,13 +33,14 @@ class Recipe:
     rounds_outputs_of: tuple[str, ...]  # layers whose outputs are 8 bits too, whoever reads them
     followers: tuple[str, ...]  # run in 8 bits where all they read is held so
     leaves_others: bool  # whether readers that are not in 8 bits get the float tensor, where there is one
+    weights_have_7_bits: bool = False  # so that no sum of two products leaves 16 bits (`runtimes.int8_kernels`)
 
 
 # onnxruntime: chosen by time on an AVX-512 VNNI CPU (EPYC), batch 1, one thread, as a share of the fp32 time (constants
 # folded). ResNet-56 0.40: without the followers 0.51, without Add 0.45, with the outputs of Conv left float 1.11 (no
 # integer kernel then), symmetric 1.45. A ViT 0.71: with the outputs of products rounded too 0.84, with products of two
-# activations 0.82, with all readers on rounded tensors 0.75, symmetric 1.23. On x86 without VNNI, sums of unsigned by
-# signed products saturate at 16 bits (onnxruntime's guide to quantisation): accuracy has to be measured there.
+# activations 0.82, with all readers on rounded tensors 0.75, symmetric 1.23. On x86 without VNNI the weights
+# get 7 bits (`find_recipe`).
 # TensorRT: symmetric only, biases float, and pairs before layers only, so that it can fuse what follows one; all
 # readers of a tensor get the rounded one, as an Add must that is to be fused with the Conv before it (NVIDIA, "Working
 # with Quantized Types"). Not timed: there was no GPU.
@@ -57,13 +61,13 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-def find_recipe(runtime: str) -> Recipe:
-    """ModelError where there is none."""
-    if runtime not in RECIPES:
+def find_recipe(kernels: Int8Kernels) -> Recipe:
+    """The recipe for these kernels; ModelError where there is none."""
+    if kernels.runtime not in RECIPES:
         raise ModelError(
-            f"there is no way to 8 bits for the runtime {runtime!r}; there is one for {', '.join(RECIPES)}"
+            f"there is no way to 8 bits for the runtime {kernels.runtime!r}; there is one for {', '.join(RECIPES)}"
         )
-    return RECIPES[runtime]
+    return replace(RECIPES[kernels.runtime], weights_have_7_bits=kernels.saturate)
 
 
 def why_not(node: onnx.NodeProto, proto: onnx.ModelProto) -> str:
@@ -135,7 +139,7 @@ def quantise(
         quantizer = QDQQuantizer(
             copy_of(proto),
             True,  # per channel
-            False,  # all 8 bits of weights
+            recipe.weights_have_7_bits,
             QuantType.QInt8,
             activations,
             TensorsData(CalibrationMethod.MinMax, data),
@@ -152,6 +156,7 @@ def quantise(
         quantizer.quantize_model()
         quantizer.model.topological_sort()
     quantised: onnx.ModelProto = quantizer.model.model
+    quantised.metadata_props.add(key=ARITHMETIC, value="any" if recipe.weights_have_7_bits else "exact")
     quantised.producer_name, quantised.producer_version = proto.producer_name, proto.producer_version
     if recipe.leaves_others:
         _reconnect_floats(quantised, proto, chosen)

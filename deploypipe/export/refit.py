@@ -11,6 +11,7 @@ from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from deploypipe.runtimes import Array
+from deploypipe.task import batch_size_of
 
 Shape: TypeAlias = tuple[int, ...]
 _NUM_SAMPLES = 1_000_003  # a prime
@@ -48,9 +49,12 @@ def propagate(proto: onnx.ModelProto, feed: Mapping[str, Array]) -> Facts:
 
 def facts_of(weights: Iterable[onnx.TensorProto], feed: Mapping[str, Array]) -> Facts:
     facts = Facts()
+    size = batch_size_of([array.shape for array in feed.values()])
     for name, array in feed.items():
         kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
-        facts.types[name] = onnx.helper.make_tensor_type_proto(kind, (_NUM_SAMPLES, *array.shape[1:]))
+        is_batched = array.ndim > 0 and len(array) == size
+        shape = (_NUM_SAMPLES, *array.shape[1:]) if is_batched else array.shape
+        facts.types[name] = onnx.helper.make_tensor_type_proto(kind, shape)
     for weight in weights:
         facts.types[weight.name] = onnx.helper.make_tensor_type_proto(weight.data_type, weight.dims)
         if weight.data_type in _INTEGERS and math.prod(weight.dims) <= _MOST_KNOWN:

@@ -2,6 +2,7 @@
 
     n          samples of one file or of one split
     block      consecutive timed runs of one file that are resampled together
+    m, q       parts of a measurement, and slow cosines that they are projected on
     b, c       discordant pairs: dense right and compressed wrong, dense wrong and compressed right
     z          the normal quantile of the confidence, 1.96 for 0.95
 
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from scipy.optimize import brentq
 from scipy.stats import norm, t
 
+from deploypipe.numerics.bounded_mean import ends_of, upper_bound
 from deploypipe.records import Interval
 
 Samples: TypeAlias = NDArray[np.float64] | Sequence[float]
@@ -24,39 +26,57 @@ Samples: TypeAlias = NDArray[np.float64] | Sequence[float]
 _MAX_VALUES_AT_ONCE = 4_000_000  # resampled values held in memory, 32 MB
 _TINY = 1e-12
 _CARE = 0.4  # 98 % for 95 %
+_CONFIDENCE = 0.95
+_MAX_PARTS = 32  # of a measurement, for its drift
+_DRIFT_FACTORS = (31.0, 13.5, 12.0)  # for 1, 2 and 3 cosines; more cosines need no smaller one
 _EXACT_RANKS = 60  # differences; the normal approximation is good from about 25
 
 
 def interval_of_quantile(
-    samples: Samples,
-    share: float,
-    *,
-    block: int = 1,
-    seed: int = 0,
-    confidence: float = 0.95,
-    num_resamples: int = 2000,
+    samples: Samples, share: float, *, block: int = 1, seed: int = 0, num_resamples: int = 2000
 ) -> Interval:
-    """Block bootstrap of the `share` quantile (0.5: the median), in the unit of `samples` (n,), float64.
+    """95 % interval of the `share` quantile (0.5: the median) of timed runs (n,), in the order they were taken.
 
-    With `block` > 1 blocks of consecutive samples are drawn (non-overlapping block bootstrap, Carlstein 1986), so that
-    slow drifts of the machine's clock widen the interval; the up to block - 1 samples at the end that fill no block
-    enter the value but not the resamples. The percentile interval is stretched about the value by what Student's t with
-    one degree of freedom less than there are blocks is wider than the normal: few blocks tell little of the spread.
-    O(num_resamples * n). Blocks have to be longer than the machine's moods. Where blocks differ much, 95 % are about 94
-    for the median and 91 for the 0.9 quantile.
+    It is the wider of two on each side. One is a block bootstrap: with `block` > 1 blocks of consecutive samples are
+    drawn (non-overlapping, Carlstein 1986); the up to block - 1 samples at the end that fill no block enter the value
+    but not the resamples. The percentile interval is stretched about the value by what Student's t with one degree of
+    freedom less than there are blocks is wider than the normal. The other allows for drift: see `_drift_reach`.
+
+    For the median 95 % are 94 or more for drifts with time constants up to the length of the measurement
+    (`benchmarks/latency_coverage.py`). It covers the long-run quantile of such a machine; what changes more rarely than
+    once in a measurement (another day, another temperature) no single measurement can show. O(num_resamples * n).
     """
     values = _checked(samples)
     num_blocks = len(values) // block
     resampled = _resampled_quantiles(values, share, block, seed, num_resamples)
     value = float(np.quantile(values, share))
-    low, high = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])
-    few = math.sqrt(num_blocks / (num_blocks - 1)) * _t(num_blocks - 1, confidence) / _z(confidence)
+    low, high = np.quantile(resampled, [(1 - _CONFIDENCE) / 2, (1 + _CONFIDENCE) / 2])
+    few = math.sqrt(num_blocks / (num_blocks - 1)) * _t(num_blocks - 1, _CONFIDENCE) / _z(_CONFIDENCE)
+    reach = _drift_reach(values)
     return Interval(
         value=value,
-        low=value - few * max(0.0, value - float(low)),
-        high=value + few * max(0.0, float(high) - value),
-        confidence=confidence,
+        low=min(value - reach, value - few * max(0.0, value - float(low))),
+        high=max(value + reach, value + few * max(0.0, float(high) - value)),
+        confidence=_CONFIDENCE,
     )
+
+
+def _drift_reach(values: NDArray[np.float64]) -> float:
+    """How far the long-run median may be from that of these runs (n,), n >= 2: 95 % for a slow drift.
+
+    The medians v_t of up to `_MAX_PARTS` parts of equal length are projected on the slowest cosines (q = 3):
+    y_j = sqrt(2) / m * sum_t v_t cos(pi j (t - 1/2) / m). White noise moves each y_j as much as the mean, a drift as
+    slow as the measurement moves them less, so that the factor on their root mean square has to be large. The factors
+    are simulated: the largest 95 % quantile of |mean| / rms(y) of an Ornstein-Uhlenbeck process over time constants
+    from 0 to the length of the measurement, which is the slowest (as Mueller, J. Business & Economic Statistics
+    32:311, 2014, chooses critical values for series of unknown strong correlation).
+    """
+    parts = np.array_split(values, min(_MAX_PARTS, len(values)))
+    medians = np.array([np.median(part) for part in parts])
+    m, q = len(medians), min(len(medians) - 1, len(_DRIFT_FACTORS))
+    cosines = np.cos(np.pi * np.outer(np.arange(1, q + 1), np.arange(m) + 0.5) / m)
+    projections = math.sqrt(2) / m * (cosines @ medians)
+    return _DRIFT_FACTORS[q - 1] * math.sqrt(float(np.mean(projections**2)))
 
 
 def interval_of_median_ratio(
@@ -96,11 +116,11 @@ def interval_of_mean(values: Samples, *, confidence: float = 0.95) -> Interval:
     """The mean of a per-sample metric (n,), in its own unit.
 
     Zeros and ones: Wilson's score interval (Wilson 1927), which stays inside [0, 1] and has width at 0 and n hits.
-    Anything else: Student's t, which needs n >= 2 and is approximate for skewed metrics under about 30 samples.
+    Anything else: `bounded_mean`'s bounds, between the ends that the metric is taken to have.
     """
     checked = _checked(values)
     if not _is_binary(checked):
-        return _t_interval(checked, confidence)
+        return _bounded_interval(checked, *ends_of(checked), confidence)
     n, share, z = len(checked), float(checked.mean()), _z(confidence)
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
@@ -117,14 +137,16 @@ def interval_of_drop_pp(dense: Samples, compressed: Samples, *, confidence: floa
 
     Zeros and ones: Tango's score interval for paired proportions (Tango, Statistics in Medicine 17:891, 1998). It is
     the one that keeps its coverage with few discordant pairs; with none at all it is +-100 z^2 / (n + z^2), not zero.
-    Anything else: Student's t on the differences, n >= 2; identical values give it no width. Raises ValueError where
-    the lengths differ.
+    Anything else: `bounded_mean`'s bounds on the mean difference, of which none is taken to be larger than the whole
+    range of the metric. Where no sample differs, n samples of a fraction leave about 370 / n pp open, as Tango's do.
+    Raises ValueError where the lengths differ.
     """
     before, after = _checked(dense), _checked(compressed)
     if len(before) != len(after):
         raise ValueError(f"{len(before)} and {len(after)} values are not pairs; evaluate both on the same samples")
     if not (_is_binary(before) and _is_binary(after)):
-        return _t_interval(100 * (before - after), confidence)
+        low, high = ends_of(before, after)
+        return _bounded_interval(100 * (before - after), 100 * (low - high), 100 * (high - low), confidence)
     n, b, c = len(before), int(np.sum(before > after)), int(np.sum(before < after))
     return Interval(
         value=100 * (b - c) / n,
@@ -150,12 +172,14 @@ def _tango_upper(n: int, b: int, c: int, z: float) -> float:
     return float(brentq(excess, seen + _TINY, 1.0, xtol=1e-12))
 
 
-def _t_interval(values: NDArray[np.float64], confidence: float) -> Interval:
-    if len(values) < 2:
-        raise ValueError("one value has no spread; an interval needs two or more")
-    mean = float(values.mean())
-    half = _t(len(values) - 1, confidence) * float(values.std(ddof=1)) / math.sqrt(len(values))
-    return Interval(value=mean, low=mean - half, high=mean + half, confidence=confidence)
+def _bounded_interval(values: NDArray[np.float64], low: float, high: float, confidence: float) -> Interval:
+    error = (1 - confidence) / 2
+    return Interval(
+        value=float(values.mean()),
+        low=-upper_bound(-values, -low, error),
+        high=upper_bound(values, high, error),
+        confidence=confidence,
+    )
 
 
 def _resampled_quantiles(

@@ -12,7 +12,16 @@ from deploypipe.observe.collectors import BlockCollector, GradientCollector, Inp
 from deploypipe.observe.moments import Moments
 from deploypipe.recipe import Observe
 from deploypipe.records import Event, Progress, Structures, silent
-from deploypipe.task import Batch, RealTokens, evaluating, find_real_tokens, forward, num_samples, take, take_calib
+from deploypipe.task import (
+    Batch,
+    RealTokens,
+    evaluating,
+    find_real_tokens,
+    forward,
+    num_samples,
+    take_batch,
+    take_calib,
+)
 
 
 def observe(
@@ -148,9 +157,8 @@ def _derivatives(model: nn.Module, wanted: bool) -> Iterator[None]:
 
 
 def _cut_in_two(batch: Batch) -> list[Batch]:
-    inputs, target = batch
-    count = num_samples(inputs)
+    count = num_samples(batch[0])
     if count < 2:
         raise DataError("the calibration split has one sample; a score's stability needs two or more")
     half = count // 2
-    return [(take(inputs, half), take(target, half)), (take(inputs, count, half), take(target, count, half))]
+    return [take_batch(batch, half), take_batch(batch, count, half)]

@@ -13,9 +13,9 @@ from dataclasses import field as dataclass_field
 from functools import lru_cache
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
+from deploypipe.pruning.attributes import are_equal, is_plain
 from deploypipe.pruning.reads import Reads, reads_of
 from deploypipe.pruning.rebuilt import (
     Fact,
@@ -24,7 +24,6 @@ from deploypipe.pruning.rebuilt import (
     build,
     config_parts,
     dotted,
-    each_of,
     facts_of,
     fields_of,
     is_config,
@@ -282,7 +281,7 @@ def _misreads(config: Any, new: Any, reads: Reads) -> str:
     """Whether forward() computes with a field that would change: the pruned network was tried with the old one."""
     for part, other in zip(config_parts(config), config_parts(new), strict=True):
         for name in sorted(reads.config & {*vars(part), *dir(type(part))}):
-            if _safely(part, name) != _safely(other, name):
+            if not are_equal(_safely(part, name), _safely(other, name)):
                 return f"forward() reads config.{name}, and was tried with the dense network's"
     return ""
 
@@ -297,15 +296,9 @@ def _differs(name: str, ours: nn.Module, theirs: nn.Module, reads: Reads) -> str
     loaded = theirs.state_dict()
     pairs += [(key, value, theirs._buffers.get(key)) for key, value in ours._buffers.items() if key not in loaded]
     for key, mine, built in pairs:
-        if not all(map(_are_equal, each_of(mine), each_of(built))) or len(each_of(mine)) != len(each_of(built)):
+        if not are_equal(mine, built):
             return f"{key!r} of {name!r} is another in a network built from it"
     return ""
-
-
-def _are_equal(ours: Any, theirs: Any) -> bool:
-    if isinstance(ours, Tensor) and isinstance(theirs, Tensor):
-        return not theirs.is_meta and ours.shape == theirs.shape and torch.equal(ours.cpu(), theirs.to(ours.dtype))
-    return bool(type(ours) is type(theirs) and ours == theirs)
 
 
 def _reloaded(config: Any) -> Any:
@@ -323,4 +316,4 @@ def _safely(config: Any, name: str) -> Any:
         value = getattr(config, name)
     except Exception:  # a property of a class we do not know
         return None
-    return value if isinstance(value, int | float | str | list | tuple) else None
+    return value if is_plain(value) else None

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from deploypipe.pruning.calls import evaluating, output_tensors
 from deploypipe.pruning.indices import Atoms, Grid, Indices
 from deploypipe.pruning.propagation import Propagation
-from deploypipe.pruning.recurrent import mark_sizes_
 from deploypipe.pruning.slicing import (
     forget_caches_,
     has_two_sides,
@@ -86,7 +85,6 @@ def _propagate(model: nn.Module, inputs: Any, as_wide: Collection[str]) -> Propa
     copy = deepcopy(model)
     forget_caches_(copy)
     with_plain_weights_(copy, [name for name, _ in copy.named_modules()])
-    mark_sizes_(copy)
     with torch.inference_mode():
         trace = Propagation(copy, inputs, as_wide)
         for name, module in copy.named_modules():
@@ -96,13 +94,40 @@ def _propagate(model: nn.Module, inputs: Any, as_wide: Collection[str]) -> Propa
             module.register_forward_hook(lambda *_: trace.leave())
         with evaluating(copy), trace.calls, trace:
             outputs = forward(copy, inputs)
-    for place, atoms in trace.indices.counted:
-        trace.sized.setdefault(place, []).append(atoms)
     written = [axis for tensor in output_tensors(outputs) for axis in trace.of(tensor)]
     trace.indices.kept[:0] = [
         (f.atoms, "its channels are the network's output") for axis in written for f in axis if f.atoms is not None
     ]
+    _keep_unread(trace)
     return trace
+
+
+def _keep_unread(trace: Propagation) -> None:
+    """Keep what this example leaves unread and an input of another size or kind may read."""
+    for tensor in {id(t): t for m in trace.modules.values() for t in _own_tensors(m)}.values():
+        if id(tensor) not in trace.used:
+            for axis in trace.of(tensor):
+                trace.indices.keep(axis, "is not read with these inputs, and may be with others")
+    partial = trace.partial.left_out()
+    if not partial:
+        return
+    classes, _ = _components(trace.indices, trace.indices.equal)
+    written: set[int] = set()
+    for name in trace.called & {name for name, module in trace.modules.items() if out_tensor(module)}:
+        local, number = out_tensor(trace.modules[name]) or ("", 0)
+        for factor in trace.of(getattr(trace.modules[name], local))[number]:
+            written.update(classes[factor.atoms].tolist() if factor.atoms is not None else ())
+    for whole, unread in partial:
+        # Of a layer's channels the rest is kept, where nothing reads it. A table's length may be that of the input.
+        is_written = not written.isdisjoint(classes[whole].tolist())
+        if is_written and trace.partial.is_consumed(whole):
+            continue
+        why = "is read in part only with these inputs, and others may read more of it"
+        trace.indices.kept.append((unread if is_written else whole, why))
+
+
+def _own_tensors(module: nn.Module) -> list[Tensor]:
+    return [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
 
 
 def _num_outputs(module: Any) -> int:
@@ -349,8 +374,7 @@ class _Finder:
             Member(module=name, side=side, units=tuple(tuple(sorted(unit[name, side])) for unit in units))
             for name, side in places
         )
-        stored = [m for m in members if is_stored(m.side)]
-        producer = next((m.module for m in stored if m.side == "out"), stored[0].module)
+        producer = next((m.module for m in members if m.side == "out"), members[0].module)
         name = f"{module or producer}:{kind}" if kind != "channels" else producer
         return Coupling(name=name, kind=kind, num_units=len(units), members=members)
 

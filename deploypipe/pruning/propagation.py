@@ -9,7 +9,6 @@ be taken apart keeps the indices that reach it, with the reason. So every trace 
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
 from typing import Any
 
 import torch
@@ -18,12 +17,13 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from deploypipe.pruning.attributes import lists_of_whole_numbers, whole_numbers
 from deploypipe.pruning.indices import Atoms, Axes, Axis, Factor, Indices, fixed, has_atoms, size_of
-from deploypipe.pruning.recurrent import RECURRENT, sizes_of, without_fused_kernels
-from deploypipe.pruning.rules import RULES, pointwise
+from deploypipe.pruning.partial import SLICING, PartialReads
+from deploypipe.pruning.rules import RULES, Arguments, Rule, pointwise
 from deploypipe.pruning.slicing import looks_across
 from deploypipe.pruning.statistics import FunctionCalls, all_tensors, side_of
-from deploypipe.task import tensors
+from deploypipe.trees import tensors
 
 Side = tuple[str, str]  # (module, side)
 
@@ -58,6 +58,9 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.calls = FunctionCalls(whole={F.local_response_norm: self.normalise_locally})
         self.statistics: dict[tuple[str, str], Atoms] = {}  # (module, side of an operation) -> what it sees
         self.picked: Any = WeakIdKeyDictionary()  # tensor -> the axis it is one index of
+        self.partial = PartialReads()
+        self.called: set[str] = set()  # layers whose weight was used as a layer's weight, and so writes channels
+        self.used: set[int] = set()  # ids of parameters and buffers that some operation read
         self.label_weights_()
         for tensor in tensors(inputs):
             self.axes[tensor] = tuple(fixed(size) for size in tensor.shape)
@@ -71,19 +74,6 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 if tensor not in self.axes:
                     is_data = not tensor.is_floating_point()  # positions, masks, counters
                     self.axes[tensor] = tuple(fixed(n) if is_data else self.indices.new(n) for n in tensor.shape)
-            if isinstance(module, RECURRENT):
-                self.label_recurrent(name, module)
-
-    def label_recurrent(self, name: str, module: nn.Module) -> None:
-        sizes = sizes_of(module)
-        for attribute, weights in sizes.items():
-            axis = reduce(self.equate, [self.of(weight)[1] for weight in weights])
-            for factor in axis:
-                if factor.atoms is not None:
-                    self.sized[name, attribute] = [factor.atoms]
-        if "proj_size" in sizes:
-            for weight in sizes["hidden_size"]:
-                self.indices.keep(self.of(weight)[1], "PyTorch knows a projection by its being narrower than the state")
 
     def enter(self, module: str, given: Sequence[Any]) -> None:
         self.running.append(module)
@@ -99,22 +89,20 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         operands = all_tensors([*args, *kwargs.values()])
-        for operand in operands:
-            if operand in self.picked:  # some only want its shape
-                self.keep(self.picked.pop(operand), "is picked out by the code")
+        self.note_use(operands)
         name = func.overloadpacket._qualified_op_name.split("::")[1]
         rule = RULES.get(name) or RULES.get(name.rstrip("_"))
         if rule is None and torch.Tag.pointwise in func.tags:
             rule = pointwise
-        if rule is None and func.namespace == "aten" and any(self.may_shrink(t) for t in operands):
-            with self, without_fused_kernels():
+        if rule is None and func.namespace == "aten" and any(self.can_shrink(t) for t in operands):
+            with self:
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
         result = func(*args, **kwargs)
         results = all_tensors([result])
-        if not operands or name in _FACTORIES:
-            axes: Any = [self.made(t.shape) for t in results]
+        if not operands:
+            axes = [tuple(fixed(size, is_free=True) for size in t.shape) for t in results]
         elif name == "set_":  # the code lets go of a tensor's memory
             axes = [tuple(fixed(size) for size in t.shape) for t in results]
         elif rule is None or any(0 in t.shape for t in (*operands, *results)):
@@ -122,11 +110,32 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
         else:
             arguments = {a.name: a.default_value for a in func._schema.arguments if a.has_default_value()}
             arguments |= {a.name: v for a, v in zip(func._schema.arguments, args, strict=False)} | kwargs
-            axes = rule(self, arguments, result)
-        axes = [axes] if isinstance(result, Tensor) and isinstance(axes, tuple) else list(axes)
+            axes = self.ruled(name, rule, arguments, result, operands)
+        if name not in SLICING:
+            self.partial.consume((axis for t in operands for axis in self.of(t)), (a for each in axes for a in each))
         for tensor, each in zip(results, axes, strict=True):
             self.axes[tensor] = each
         return result
+
+    def note_use(self, operands: Sequence[Tensor]) -> None:
+        for operand in operands:
+            self.used.add(id(operand))
+            self.partial.use(operand)
+            if operand in self.picked:  # some only want its shape
+                self.keep(self.picked.pop(operand), "is picked out by the code")
+
+    def ruled(self, name: str, rule: Rule, arguments: Arguments, result: Any, operands: Sequence[Tensor]) -> list[Axes]:
+        """What the rule says of each result. A rule that fails is our fault and not the network's, which goes on."""
+        results = all_tensors([result])
+        try:
+            found = rule(self, arguments, result)
+            axes = [found] if isinstance(result, Tensor) and isinstance(found, tuple) else list(found)
+            if [tuple(map(size_of, each)) for each in axes] != [tuple(tensor.shape) for tensor in results]:
+                raise AssertionError(f"gives axes of other sizes than {[tuple(tensor.shape) for tensor in results]}")
+        except Exception as error:  # whatever mistake a rule has
+            said = f"{type(error).__name__}: {error}"
+            return self.give_up(name, operands, results, f"for which deploypipe's own rule fails ({said})")
+        return axes
 
     def of(self, tensor: Tensor) -> Axes:
         """Axes of a tensor; nothing can be removed from one that the code took from elsewhere."""
@@ -134,23 +143,28 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.axes[tensor] = tuple(fixed(size) for size in tensor.shape)
         return self.axes[tensor]  # type: ignore[no-any-return]
 
-    def made(self, shape: Sequence[int]) -> Axes:
-        """Axes of a tensor that the code makes in sizes of its own."""
-        given: list[Any] = self.calls.numbers[: len(shape)]
-        if len(given) < len(shape) or any(g is not None and g != n for g, n in zip(given, shape, strict=True)):
-            given = [None] * len(shape)
-        return tuple(
-            fixed(n, is_free=True, origin=getattr(each, "origin", None)) for n, each in zip(shape, given, strict=True)
-        )
+    def can_shrink(self, tensor: Tensor) -> bool:
+        return any(map(has_atoms, self.of(tensor)))
 
-    def may_shrink(self, tensor: Tensor) -> bool:
-        """Whether something can go from it, or its size may follow another's."""
-        return any(factor.atoms is not None or factor.is_free for axis in self.of(tensor) for factor in axis)
+    def pick(self, axis: Axis, places: Atoms, result: Tensor) -> Axis:
+        """A part of an axis, which `result` has. What no part reads may be read at another size (see `partial`)."""
+        if not has_atoms(axis):
+            return fixed(len(places))
+        whole = self.indices.joined(axis).atoms
+        assert whole is not None
+        self.partial.note(result, whole, whole[places])
+        return self.indices.pick(axis, places)
 
-    def give_up(self, name: str, operands: Sequence[Tensor], results: Sequence[Tensor]) -> list[Axes]:
+    def give_up(
+        self,
+        name: str,
+        operands: Sequence[Tensor],
+        results: Sequence[Tensor],
+        why: str = "through which channels cannot be followed",
+    ) -> list[Axes]:
         for operand in operands:
             for axis in self.of(operand):
-                self.keep(axis, f"reaches {name}(), through which channels cannot be followed")
+                self.keep(axis, f"reaches {name}(), {why}")
         return [tuple(fixed(size) for size in t.shape) for t in results]
 
     def keep(self, axis: Axis, why: str) -> None:
@@ -213,22 +227,20 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def count_factor(self, factor: Factor, is_outer: bool, is_certain: bool) -> None:
         where = self.running[-1]
-        if isinstance(self.modules[where], RECURRENT):  # of those it is known
-            return
         # PyTorch's own becomes a SlimAttention when it is cut, which counts nothing but its heads.
         is_own = isinstance(self.modules[where], nn.MultiheadAttention)
-        for name, value in vars(self.modules[where]).items():
+        for name, value in whole_numbers(self.modules[where]).items():
             if is_own and name != "num_heads":
                 continue
-            is_size = value == factor.size and isinstance(value, int) and _names_a_width(name)
+            is_size = value == factor.size and _names_a_width(name)
             if is_size and factor.atoms is not None and (not is_certain or _names_a_count(name) == is_outer):
                 self.sized.setdefault((where, name), []).append(factor.atoms)
 
     def count_pieces(self, sizes: Sequence[int], pieces: Sequence[Axis]) -> None:
         """A list of the running module that holds the sizes of the parts of a split shrinks with the parts."""
         where = self.running[-1]
-        for name, value in vars(self.modules[where]).items():
-            if isinstance(value, list | tuple) and all(type(v) is int for v in value) and list(value) == list(sizes):
+        for name, value in lists_of_whole_numbers(self.modules[where]).items():
+            if value == list(sizes):
                 for number, piece in enumerate(pieces):
                     if len(piece) == 1 and piece[0].atoms is not None:
                         self.sized.setdefault((where, f"{name}.{number}"), []).append(piece[0].atoms)
@@ -236,10 +248,10 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def count_shape(self, axes: Axes) -> None:
         """A list of the running module that holds the last sizes of a view shrinks with its axes."""
         where = self.running[-1]
-        for value in vars(self.modules[where]).values():
-            if isinstance(value, list | tuple) and 1 < len(value) <= len(axes):
+        for value in lists_of_whole_numbers(self.modules[where]).values():
+            if 1 < len(value) <= len(axes):
                 last = axes[len(axes) - len(value) :]
-                if list(value) == [size_of(axis) for axis in last]:
+                if value == [size_of(axis) for axis in last]:
                     self.count_pieces(value, last)
 
     def note_attention(self, batch: Sequence[Axis], inner: Axis) -> None:
@@ -249,7 +261,6 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
         seen.head_dims += [f.atoms for f in inner if f.atoms is not None]
 
 
-_FACTORIES = {"new_zeros", "new_ones", "new_full", "new_empty"}  # of a tensor, but not of its sizes
 _SYMMETRIC = {"mean", "sum", "amax", "amin", "max", "min", "var", "std", "var_mean", "std_mean", "norm", "logsumexp"}
 _SYMMETRIC |= {"linalg_vector_norm", "layer_norm", "rms_norm", "batch_norm"}
 

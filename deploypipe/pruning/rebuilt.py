@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from deploypipe.errors import DeploypipeError
+from deploypipe.pruning.attributes import is_plain, whole_numbers
 
 Field: TypeAlias = tuple[str | int, ...]  # ("text_config", "hidden_sizes", 0)
 Fact: TypeAlias = tuple[str, str]  # (tensor, axis), (module, "@attribute"), or the number of tensors
@@ -23,7 +24,8 @@ class Misfit(DeploypipeError):
 
 
 def is_config(value: Any) -> bool:
-    return hasattr(value, "__dict__") and callable(getattr(type(value), "to_dict", None))
+    """Whether a value has attributes and to_dict(), as the configs of transformers have."""
+    return type(value).__dictoffset__ != 0 and callable(getattr(type(value), "to_dict", None))
 
 
 def config_parts(config: Any) -> list[Any]:
@@ -66,24 +68,15 @@ def facts_of(model: nn.Module) -> dict[Fact, int]:
     facts = {(name, str(axis)): size for name, shape in tensors.items() for axis, size in enumerate(shape)}
     facts[_NUMBER] = len(tensors)
     for name, module in model.named_modules():
-        for attribute, value in plain_values(module).items():
-            if type(value) is int:
+        for attribute, value in whole_numbers(module).items():
+            if attribute[0] != "_":
                 facts[name, f"@{attribute}"] = value
     return facts
 
 
 def plain_values(module: nn.Module) -> dict[str, Any]:
-    """What a module keeps beside tensors, modules and objects of its own."""
-    kinds = (int, float, str, type(None), Tensor)
-    return {
-        name: value
-        for name, value in vars(module).items()
-        if name[0] != "_" and name != "training" and all(isinstance(v, kinds) for v in each_of(value))
-    }
-
-
-def each_of(value: Any) -> Any:
-    return value if isinstance(value, _LIST) else (value,)
+    """What a module keeps in attributes that can be compared (see `is_plain`)."""
+    return {n: v for n, v in vars(module).items() if n[0] != "_" and n != "training" and is_plain(v)}
 
 
 # --- fields -----------------------------------------------------------------------------------------------------------

@@ -7,26 +7,33 @@ import inspect
 import platform
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, fx, nn
 
 from deploypipe.errors import ModelError
+from deploypipe.installed import package_versions
 from deploypipe.pruning.calls import evaluating
 from deploypipe.pruning.saved import program_bytes
 from deploypipe.pruning.structures import find_structures, pair_of
 from deploypipe.records import Frozen
 from deploypipe.runs import write_atomically
-from deploypipe.task import forward, map_tensors
+from deploypipe.runtimes.program_file import load_program
+from deploypipe.task import forward
+from deploypipe.trees import map_tensors
 
 PROGRAM, INPUTS, README = "module.pt2", "inputs.safetensors", "README.md"
+_SAFE_WAY = (
+    "give an instance of the class that its README names, or, if you trust whoever sent it, allow it with "
+    "trust_program=True"
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +55,7 @@ def write_reproduction(model: nn.Module, inputs: Any, name: str, folder: Path) -
     is not frozen, and where no part of the network gives the reason with other weights and inputs.
     """
     row = _frozen(model, inputs, name)
-    for part, values in _parts(model, pair_of(inputs), row.name.partition(":")[0]):
+    for part, values in _parts(model, pair_of(model, inputs), row.name.partition(":")[0]):
         module = _redrawn(model.get_submodule(part))
         local = row.name[len(part) :].lstrip(".")
         try:
@@ -61,19 +68,24 @@ def write_reproduction(model: nn.Module, inputs: Any, name: str, folder: Path) -
     raise ModelError(f"no part of the network keeps {name!r} with other weights and inputs; report {row.reason!r}")
 
 
-def reproduce(folder: Path, module: nn.Module | None = None) -> str:
+def reproduce(folder: Path, module: nn.Module | None = None, *, trust_program: bool = False) -> str:
     """What `list_structures` freezes in a reproduction, one structure a line.
 
-    module: an instance of the class that the README names, where it asks for one. Its weights are replaced.
+    module: an instance of the class that the README names, where it asks for one. Its weights are replaced. Without it
+    module.pt2 is loaded, which can run any code: ModelError unless `trust_program`.
     """
-    return "\n".join(map(_line, _reproduced(folder, module)))
+    return "\n".join(map(_line, _reproduced(folder, module, trust_program=trust_program)))
 
 
-def _reproduced(folder: Path, module: nn.Module | None = None) -> tuple[Frozen, ...]:
-    values = _unpacked(load_file(folder / INPUTS))
+def _reproduced(folder: Path, module: nn.Module | None = None, *, trust_program: bool) -> tuple[Frozen, ...]:
+    try:
+        values = _unpacked(load_file(folder / INPUTS))
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{folder / INPUTS}: cannot be read as safetensors ({error}); ask for it again") from None
     if module is not None:
         return find_structures(_redrawn(module), values).frozen
-    return find_structures(_with_layers(torch.export.load(folder / PROGRAM).module()), values).frozen
+    program = load_program(folder / PROGRAM, is_trusted=trust_program, remedy=_SAFE_WAY)
+    return find_structures(_with_layers(program.module()), values).frozen
 
 
 # --- finding the part -------------------------------------------------------------------------------------------------
@@ -104,7 +116,7 @@ def _parts(model: nn.Module, inputs: Any, name: str) -> Iterator[tuple[str, Any]
     """The module and all that it lies in, smallest first, each with what it is given, drawn anew."""
     steps = name.split(".")
     names = [".".join(steps[:count]) for count in range(len(steps), -1, -1)]
-    given: dict[str, Any] = {"": inputs if isinstance(inputs, dict | tuple) else (inputs,)}
+    given: dict[str, Any] = {"": inputs if isinstance(inputs, Mapping | tuple | list) else (inputs,)}
 
     def keep(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given.setdefault(name, _tensors_given(module, args, kwargs))
@@ -188,7 +200,7 @@ def _write(module: nn.Module, values: Any, row: Frozen, part: str, folder: Path)
         program = torch.export.export(module, () if keywords else values, keywords)
         where = _where(program, row.reason)
         write_atomically(folder / PROGRAM, program_bytes(program))
-        needs_class = not any(_is_same(each, row) for each in _reproduced(folder))
+        needs_class = not any(_is_same(each, row) for each in _reproduced(folder, trust_program=True))
         program_note = (
             "does not give this reason: the sizes in it are constants, and the classes are gone"
             if needs_class
@@ -214,13 +226,14 @@ def _where(program: torch.export.ExportedProgram, reason: str) -> str:
 def _readme(module: nn.Module, values: Any, found: Reproduction, program_note: str, where: str) -> str:
     cls = type(module)
     named = values if isinstance(values, dict) else {str(i): tensor for i, tensor in enumerate(values)}
-    versions = {"deploypipe": version("deploypipe"), "torch": torch.__version__, "python": platform.python_version()}
+    versions = {**package_versions("deploypipe", "torch"), "python": platform.python_version()}
     try:
         place = f"{inspect.getsourcefile(cls.forward)}:{inspect.getsourcelines(cls.forward)[1]}"
     except (OSError, TypeError):
         place = "source not found"
     making = f"module = ...  # a {cls.__module__}.{cls.__qualname__} as printed below; its weights do not matter\n"
-    argument = ", module" if found.needs_class else ""
+    argument = ", module" if found.needs_class else ", trust_program=True"
+    warning = "" if found.needs_class else f" Loading `{PROGRAM}` can run any code: do so only if you trust the sender."
     parts = [
         f"# {found.reason}",
         f"Frozen by `deploypipe.pruning.structures.list_structures` in "
@@ -230,7 +243,7 @@ def _readme(module: nn.Module, values: Any, found: Reproduction, program_note: s
         "## How to see it\n\nIn this folder:",
         "```python\nfrom pathlib import Path\n\nfrom deploypipe.pruning.reproduction import reproduce\n\n"
         f"{making if found.needs_class else ''}print(reproduce(Path('.'){argument}))\n```",
-        f"`{PROGRAM}` {program_note}.",
+        f"`{PROGRAM}` {program_note}.{warning}",
         f"## The module\n\nClass `{cls.__module__}.{cls.__qualname__}`, `forward()` at {place}",
         f"```\n{module!r}\n```",
         "\n".join(f"- input `{name}`: {tuple(t.shape)} {t.dtype}" for name, t in named.items()),

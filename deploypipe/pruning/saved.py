@@ -1,4 +1,4 @@
-"""A pruned network on disk, without pickle: the plan and its weights, and a program that needs no class."""
+"""A pruned network on disk: the plan and its weights, which are only data, and a program that needs no class."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -18,10 +19,17 @@ from deploypipe.pruning.apply import check_fingerprint, cut_out
 from deploypipe.pruning.structures import pair_of
 from deploypipe.records import PruningPlan
 from deploypipe.runs import PLAN, file_sha256, load_plan, write_atomically
+from deploypipe.runtimes.program_file import load_program
+from deploypipe.task import as_arguments, has_batch_axis, num_samples
+from deploypipe.trees import map_leaves, map_tensors
 from deploypipe.weights import INDEX_SUFFIX, WeightFiles, without_weights
 
 WEIGHTS, PROGRAM, HASHES = "weights.safetensors", "model.pt2", "hashes.json"
 INDEX = f"weights{INDEX_SUFFIX}"
+_SAFE_WAY = (
+    "load plan and weights instead with load_pruned(folder, build_model), or, if you trust whoever made the folder, "
+    "allow it with trust_program=True"
+)
 
 
 def save_pruned(model: nn.Module, plan: PruningPlan, inputs: Any, folder: Path) -> None:
@@ -58,18 +66,23 @@ def own_weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
 
 
-def load_pruned(folder: Path, build_model: Callable[[], nn.Module] | None = None) -> nn.Module:
-    """The pruned network. With `build_model`: an ordinary module in evaluation mode, cut by the plan, to train further.
+def load_pruned(
+    folder: Path, build_model: Callable[[], nn.Module] | None = None, *, trust_program: bool = False
+) -> nn.Module:
+    """The pruned network: an ordinary module in evaluation mode, cut by the plan, to train further.
 
-    Without it: the exported program, which can only be run. The dense network needs the structure the plan was made
-    for; its weights are replaced, so they do not matter. Files that differ from hashes.json are refused before use.
-    What was saved in parts has no program; its weights stay in their files until they are looked at.
+    `build_model` makes the dense network: it needs the structure the plan was made for; its weights are replaced. Only
+    JSON and safetensors are read then. Without it the exported program is loaded, which can only be run. A program can
+    run any code when it is loaded, and hashes.json, which lies beside it, proves nothing about its origin: ModelError
+    unless `trust_program`. Files that differ from hashes.json are refused before use. What was saved in parts has no
+    program; its weights stay in their files until they are looked at.
     """
     is_in_parts = _check_hashes(folder)
     if build_model is None:
         if is_in_parts:
             raise ModelError(f"{folder}: was saved block by block, without a program; load it with build_model")
-        return torch.export.load(folder / PROGRAM).module()
+        program: nn.Module = load_program(folder / PROGRAM, is_trusted=trust_program, remedy=_SAFE_WAY).module()
+        return program
     plan = load_plan(folder / PLAN)
     with without_weights() if is_in_parts else nullcontext():
         dense = build_model()
@@ -80,6 +93,8 @@ def load_pruned(folder: Path, build_model: Callable[[], nn.Module] | None = None
         return model.eval()
     try:
         model.load_state_dict(load_file(folder / WEIGHTS), strict=True)
+    except SafetensorError as error:
+        raise ModelError(f"{folder / WEIGHTS}: is not a safetensors file ({error}); save the network again") from None
     except RuntimeError as error:
         raise PlanError(f"{folder / WEIGHTS} does not fit the network cut by {PLAN}: {error}; save it again") from error
     return model.eval()
@@ -88,16 +103,16 @@ def load_pruned(folder: Path, build_model: Callable[[], nn.Module] | None = None
 def _program(model: nn.Module, inputs: Any) -> bytes:
     """The exported program, without example values and without the source paths torch records."""
     batch = torch.export.Dim("batch", min=1)
-    zeros = _zeros(pair_of(inputs))
-    is_named = isinstance(zeros, dict)
-    values = list(zeros.values()) if is_named else list(zeros) if isinstance(zeros, tuple) else [zeros]
-    axes = [{0: batch} for _ in values]
+    zeros = map_tensors(torch.zeros_like, pair_of(model, inputs))
+    args, kwargs = as_arguments(zeros)
+    size = num_samples(zeros)
+    axes = map_leaves(lambda leaf: {0: batch} if has_batch_axis(leaf, size) else None, kwargs or args)
     try:
         program = torch.export.export(
             deepcopy(model).eval(),
-            args=() if is_named else tuple(values),
-            kwargs=zeros if is_named else None,
-            dynamic_shapes=dict(zip(zeros, axes, strict=True)) if is_named else tuple(axes),
+            args=args,
+            kwargs=kwargs,
+            dynamic_shapes=axes,
         )
     except Exception as error:  # torch.export raises many classes on code it cannot follow
         raise ModelError(
@@ -117,19 +132,11 @@ def program_bytes(program: torch.export.ExportedProgram) -> bytes:
     return buffer.getvalue()
 
 
-def _zeros(inputs: Any) -> Any:
-    if isinstance(inputs, Tensor):
-        return torch.zeros_like(inputs)
-    if isinstance(inputs, dict):
-        return {name: torch.zeros_like(value) for name, value in inputs.items()}
-    return tuple(torch.zeros_like(value) for value in inputs)
-
-
 def _check_hashes(folder: Path) -> bool:
     """Whether the weights are in several parts."""
     try:
-        expected = json.loads((folder / HASHES).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        expected = dict(json.loads((folder / HASHES).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ModelError(f"{folder} holds no finished pruned network ({HASHES}: {error}); save it again") from error
     is_in_parts = INDEX in expected
     for name in expected if is_in_parts else (PLAN, WEIGHTS, PROGRAM):

@@ -16,6 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from deploypipe.errors import PlanError
 from deploypipe.pruning.attention import SlimAttention
+from deploypipe.pruning.attributes import is_plain
 from deploypipe.pruning.statistics import is_statistic, narrow_
 from deploypipe.records import Edit, Names, Side
 
@@ -122,14 +123,14 @@ def cut_(model: nn.Module, edits: Iterable[Edit]) -> None:
 
 
 def sizes_after(model: nn.Module, edits: Iterable[Edit]) -> tuple[int, dict[str, float]]:
-    """(parameters of the whole model, share of each edited parameter that is left) once the edits are done."""
+    """(parameters of the whole model, share of its weights that each edited module keeps) once the edits are done."""
     edits = list(edits)
     computed = {edit.module for edit in edits if is_parametrized(_find(model, edit.module))}
     if computed:  # cutting makes plain weights of them
         model = deepcopy(model)
         with_plain_weights_(model, computed)
-    names = {id(p): name for name, p in model.named_parameters()}
     left = {id(p): float(p.numel()) for p in model.parameters()}
+    before = dict(left)
     axes: dict[tuple[int, int], int] = {}
     shares: dict[str, float] = {}
     for name, sides in edits_by_module(edits).items():
@@ -139,7 +140,9 @@ def sizes_after(model: nn.Module, edits: Iterable[Edit]) -> tuple[int, dict[str,
             if id(tensor) in left and (id(tensor), axis) not in axes:  # a shared one is cut once
                 axes[id(tensor), axis] = len(gone)
                 left[id(tensor)] *= 1 - len(gone) / tensor.shape[axis]
-                shares[names[id(tensor)]] = left[id(tensor)] / tensor.numel()
+        weights = {id(tensor) for tensor, _, _ in cuts if id(tensor) in left and tensor.dim() > 1}
+        if weights:
+            shares[name] = min(left[key] / before[key] for key in weights)
     return round(sum(left.values())), shares
 
 
@@ -229,7 +232,7 @@ def _numbered(model: nn.Module) -> dict[Any, list[Any]]:
     found: dict[Any, list[Any]] = defaultdict(list)
     for name, module in model.named_modules():
         if isinstance(vars(module).get("layer_idx"), int) and not isinstance(module, Bypass):
-            masks = [(n, v) for n, v in vars(module).items() if "sliding" in n or "layer_type" in n]
+            masks = [(n, v) for n, v in vars(module).items() if ("sliding" in n or "layer_type" in n) and is_plain(v)]
             found[re.sub(r"\d+", "#", name, count=1), type(module), repr(masks)].append(module)
     return found
 

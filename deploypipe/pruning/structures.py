@@ -1,22 +1,20 @@
 """What can be removed from a network: channel groups and blocks, each tried out before it is offered."""
 
 import hashlib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
-from zlib import crc32
 
 import torch
 from torch import Tensor, nn
 
 from deploypipe.errors import ModelError
 from deploypipe.pruning.blocks import find_blocks
-from deploypipe.pruning.calls import evaluating, one_thread_if_small, output_tensors, record_calls
+from deploypipe.pruning.calls import Call, evaluating, one_thread_if_small, output_tensors, record_calls
 from deploypipe.pruning.constraints import matching, resolve, tie
 from deploypipe.pruning.coupling import Coupling, freeze, trace_groups
-from deploypipe.pruning.macs import Macs, count_operations
 from deploypipe.pruning.slicing import (
     cut_,
     forget_caches_,
@@ -28,7 +26,7 @@ from deploypipe.pruning.slicing import (
 )
 from deploypipe.recipe import Constraints
 from deploypipe.records import Block, ChannelGroup, Edit, Frozen, Structures
-from deploypipe.task import forward, map_tensors, num_samples, take
+from deploypipe.task import forward, num_samples, repeat_samples, take
 
 _TOLERANCE = 1e-3  # of the largest output: float32 sums in another order differ by 1e-6, a wrong coupling by 1e-1
 
@@ -59,12 +57,11 @@ def find_structures(
     require_trainable(model)
     for pattern in keep:
         matching("keep", pattern, [name for name, _ in model.named_modules()], "module")
-    macs = count_operations(model, inputs)
-    inputs = pair_of(inputs)
+    inputs = pair_of(model, inputs)
     calls = record_calls(model, inputs)
     place = {name: call.place for name, call in calls.items()}
-    with one_thread_if_small(num_samples(inputs) * macs.total):
-        blocks, frozen_blocks = find_blocks(deepcopy(model), inputs, calls, macs)
+    with one_thread_if_small(num_samples(inputs) * sum(call.macs for call in calls.values())):
+        blocks, frozen_blocks = find_blocks(deepcopy(model), inputs, calls)
         probe = _Probe(model, inputs)
         found = _find_channels(model, inputs, place, keep, probe)
         if found.stuck:
@@ -72,9 +69,7 @@ def find_structures(
             found = max(found, again, key=lambda f: len(f.covered))
         block_reasons = {b.name: _kept(_inside(model, b.name), keep) for b in blocks}
         block_reasons |= probe.blocks([b for b in blocks if not block_reasons[b.name]])
-    chosen = sorted(
-        found.chosen, key=lambda c: min(place.get(m.module, len(place)) for m in c.members if is_stored(m.side))
-    )
+    chosen = sorted(found.chosen, key=lambda c: min(place.get(m.module, len(place)) for m in c.members))
     settled = {m.module for c in chosen for m in c.members if m.side == "out"}
     producers = {name for name, module in model.named_modules() if has_two_sides(module)}
     # Where heads can go, it does not matter that dimensions inside of them cannot, and the other way round.
@@ -89,14 +84,14 @@ def find_structures(
     removable = tuple(b for b in blocks if not block_reasons[b.name])
     # Not tried again: the same units of all groups at once were.
     tied, homes = tie(chosen, constraints.tied, frozen)
-    groups = tuple(_priced(model, tied, macs, probe))
+    groups = tuple(_group(model, c, calls) for c in tied)
     return Structures(
         model_fingerprint=model_fingerprint(model),
         groups=groups,
         blocks=removable,
         frozen=tuple(frozen),
         num_params=sum(p.numel() for p in model.parameters()),
-        num_macs=macs.total,
+        num_macs=sum(call.macs for call in calls.values()),
         constraints=resolve(constraints, groups, homes, removable, frozen),
     )
 
@@ -144,10 +139,10 @@ def require_trainable(model: nn.Module) -> None:
 
 
 def count_macs(model: nn.Module, inputs: Any) -> tuple[int, int]:
-    """(parameters, multiply-accumulates for one sample); changes nothing in it. What counts: `pruning.macs`."""
+    """(parameters, multiply-accumulates of convolutions and linear layers for one sample); changes nothing in it."""
     with one_thread_if_small(0):  # one sample is small work for any network
-        macs = count_operations(model, inputs)
-    return sum(p.numel() for p in model.parameters()), macs.total
+        calls = record_calls(model, take(inputs, 1))
+    return sum(p.numel() for p in model.parameters()), sum(call.macs for call in calls.values())
 
 
 def model_fingerprint(model: nn.Module) -> str:
@@ -177,11 +172,9 @@ def state_fingerprint(state: Iterable[tuple[str, Any]]) -> str:
     return f"{structure.hexdigest()[:32]}-{weights.hexdigest()[:32]}"
 
 
-def pair_of(inputs: Any) -> Any:
+def pair_of(model: nn.Module, inputs: Any) -> Any:
     """Two samples: enough to see shapes, and batch 1 would hide mistakes in the batch axis."""
-    if num_samples(inputs) >= 2:
-        return take(inputs, 2)
-    return map_tensors(lambda t: torch.cat([t, t]), inputs)
+    return take(repeat_samples(model, inputs, 2), 2)
 
 
 def _inside(model: nn.Module, name: str) -> list[str]:
@@ -219,31 +212,19 @@ def _joins(model: nn.Module, block: Block, couplings: Sequence[Coupling]) -> str
     return ""
 
 
-def _priced(model: nn.Module, couplings: Sequence[Coupling], macs: Macs, probe: "_Probe") -> Iterator[ChannelGroup]:
-    """Each coupling with what its first unit costs in the dense network.
-
-    Products of a parameter cost in proportion to what is left of it. Where products of activations (attention, computed
-    weights) shrink too, each group is cut alone and counted.
-    """
-    first = {c.name: [Edit(module=m.module, side=m.side, removed=m.units[0]) for m in c.members] for c in couplings}
-    num_params = sum(p.numel() for p in model.parameters())
-    counts_each = False
-    if macs.of_activations and couplings:
-        all_cut = probe.count([edit for edits in first.values() for edit in edits])
-        counts_each = all_cut.of_activations != macs.of_activations
-    for coupling in couplings:
-        params, shares = sizes_after(model, first[coupling.name])
-        saved = sum((1 - share) * macs.by_parameter.get(name, 0) for name, share in shares.items())
-        if counts_each:
-            saved = macs.total - probe.count(first[coupling.name]).total
-        yield ChannelGroup(
-            name=coupling.name,
-            kind=coupling.kind,
-            num_units=coupling.num_units,
-            members=coupling.members,
-            params_per_unit=num_params - params,
-            macs_per_unit=round(saved, 6),
-        )
+def _group(model: nn.Module, coupling: Coupling, calls: Mapping[str, Call]) -> ChannelGroup:
+    """The coupling with what its first unit costs in the dense network."""
+    edits = [Edit(module=m.module, side=m.side, removed=m.units[0]) for m in coupling.members]
+    params, shares = sizes_after(model, edits)
+    macs = sum((1 - share) * calls[name].macs for name, share in shares.items() if name in calls)
+    return ChannelGroup(
+        name=coupling.name,
+        kind=coupling.kind,
+        num_units=coupling.num_units,
+        members=coupling.members,
+        params_per_unit=sum(p.numel() for p in model.parameters()) - params,
+        macs_per_unit=round(macs, 6),
+    )
 
 
 class _Probe:
@@ -281,16 +262,21 @@ class _Probe:
     def _try_channels(self, couplings: Sequence[Coupling]) -> str:
         edits = []
         for coupling in couplings:
-            some = _tried_units(coupling)
+            units = range(coupling.num_units)
+            some = sorted({0, coupling.num_units - 1, *units[1::3]})[: coupling.num_units - 1]
             edits += [Edit(module=m.module, side=m.side, removed=_union(m.units, some)) for m in coupling.members]
         masked, cut = self._copy(edits), self._copy(edits)
         try:
             mask_(masked, edits)
             cut_(cut, edits)
+            expected = self._run(masked)
+        except Exception as error:  # of ours, or of a module of an unknown class that lets nothing be replaced in it
+            return f"deploypipe cannot cut these channels: {type(error).__name__}: {error}"
+        try:
             outputs = self._run(cut)
         except Exception as error:  # whatever the user's forward() raises on widths it was not written for
             return f"the network fails without these channels: {type(error).__name__}: {error}"
-        return _differ(self._run(masked), outputs, "the traced coupling is wrong (sizes written into the code?)")
+        return _differ(expected, outputs, "the traced coupling is wrong (sizes written into the code?)")
 
     def blocks(self, blocks: Sequence[Block]) -> dict[str, str]:
         """Why blocks cannot be replaced by the identity, for each that cannot."""
@@ -304,26 +290,16 @@ class _Probe:
 
     def _try_blocks(self, blocks: Sequence[Block]) -> str:
         copy = deepcopy(self.model)
-        replace_by_identity_(copy, {block.name: block.returns for block in blocks})
+        try:
+            replace_by_identity_(copy, {block.name: block.returns for block in blocks})
+        except Exception as error:  # as above
+            return f"deploypipe cannot replace this block: {type(error).__name__}: {error}"
         try:
             outputs = self._run(copy)
         except Exception as error:  # as above
             return f"the network fails without this block: {type(error).__name__}: {error}"
         shapes = [tuple(t.shape) for t in outputs]
         return "" if shapes == [tuple(t.shape) for t in self.dense] else f"without it the outputs have shapes {shapes}"
-
-    def count(self, edits: Sequence[Edit]) -> Macs:
-        """Multiply-accumulates that are left. ModelError where the network fails: other channels have to go too."""
-        cut = self._copy(edits)
-        cut_(cut, edits)
-        try:
-            return count_operations(cut, self.inputs)
-        except Exception as error:  # whatever the user's forward() raises
-            names = ", ".join(dict.fromkeys(repr(edit.module) for edit in edits))
-            raise ModelError(
-                f"the network fails when {names} lose channels that no others do "
-                f"({type(error).__name__}: {error}); keep them with recipe.keep"
-            ) from error
 
     def _copy(self, edits: Sequence[Edit]) -> nn.Module:
         """A copy that shares every parameter and buffer with the model but those of the edited modules."""
@@ -336,13 +312,6 @@ class _Probe:
     def _run(self, model: nn.Module) -> list[Tensor]:
         with evaluating(model), torch.no_grad():
             return output_tensors(forward(model, deepcopy(self.inputs)))
-
-
-def _tried_units(coupling: Coupling) -> list[int]:
-    """About a third, a quarter or a half of the units, by the name: widths that only happen to agree must not help."""
-    units = range(coupling.num_units)
-    some = ({0, units[-1], *units[1::3]}, {*units[1::4]}, {*units[::2]})[crc32(coupling.name.encode()) % 3]
-    return sorted(some)[: coupling.num_units - 1]
 
 
 def _own(module: nn.Module) -> list[Tensor]:

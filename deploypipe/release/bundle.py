@@ -3,47 +3,56 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from deploypipe.errors import BundleError
 from deploypipe.jsonio import to_json, to_plain
+from deploypipe.names import name_problem
 from deploypipe.records import FileEntry, Verdict
 from deploypipe.release.bom import bill_of_materials
 from deploypipe.release.card import model_card
+from deploypipe.release.decision import decide_today
 from deploypipe.release.manifest import SIGNATURE, check_manifest, write_manifest
 from deploypipe.release.provenance import provenance
 from deploypipe.report.html import render_report
 from deploypipe.runs import RunResult, file_sha256, load_result
+from deploypipe.runtimes.engine_file import load_record
+from deploypipe.seal import seal
 
 REPORT = "report.json"
 MODEL, ENGINE = "model.onnx", "model.engine"
 
 
-def release(run: Path, out: Path, *, sign: Callable[[Path], None] | None = None) -> Path:
+def release(run: Path, out: Path, *, sign: Callable[[Path], None] | None = None, now: datetime | None = None) -> Path:
     """Write the bundle of a finished run into `out`, and return its folder.
 
     sign: writes the signature into a bundle's folder, such as `partial(signing.sign, private_key=path)`. The same run
     gives the same bytes, but for the signature. The folder appears whole or not at all; where it is there
-    already it is checked and left. Raises BundleError where the gate holds the run, or a file was changed after it.
+    already it is checked and left. now: timezone aware, today by default. Raises BundleError where the gate holds the
+    run as of `now`, or a file was changed after it.
     """
     result = load_result(run)
-    if result.decision.verdict is not Verdict.SHIP:
-        raise BundleError(f"{run}: the gate holds this run: {result.decision.reason}")
-    model_files = _check_files(run, result)
+    decision = decide_today(run, result, now or datetime.now(UTC))
+    if decision.verdict is not Verdict.SHIP:
+        raise BundleError(f"{run}: the gate holds this run: {decision.reason}")
+    hashes = _check_files(run, result)
+    model_files = _model_files(result)
     out.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out, prefix=".release.") as scratch:
         folder = Path(scratch) / "bundle"
         folder.mkdir()
-        for entry in result.golden.files if result.golden else ():
-            shutil.copyfile(run / entry.name, folder / entry.name)
-        if result.engine:
-            for name in (ENGINE, f"{ENGINE}.json"):
-                shutil.copyfile(run / name, folder / name)
+        for name in hashes:
+            shutil.copyfile(run / name, folder / name)
         for name, text in _documents(result, model_files).items():
             (folder / name).write_text(text, encoding="utf-8")
         manifest = write_manifest(folder, bundle_name(result))
+        for entry in manifest.files:
+            if hashes.get(entry.name, entry.sha256) != entry.sha256:
+                raise _changed(run / entry.name)
         final = out / manifest.folder
         if sign:
             sign(folder)
@@ -57,7 +66,9 @@ def release(run: Path, out: Path, *, sign: Callable[[Path], None] | None = None)
 
 
 def bundle_name(result: RunResult) -> str:
-    """Bundles of one name are versions of one another."""
+    """Bundles of one name are versions of one another. BundleError for a pipeline's name that is not one."""
+    if problem := name_problem(result.pipeline):
+        raise BundleError(f"the run's pipeline has a name that cannot be a folder: {problem}")
     return f"{result.pipeline}-{result.target.name or result.target.runtime}"
 
 
@@ -67,23 +78,43 @@ def load_bundle(folder: Path) -> RunResult:
     return load_result(folder, REPORT)
 
 
-def _check_files(run: Path, result: RunResult) -> list[FileEntry]:
-    """The files of the model; all that ships has to be what the run left."""
+def _check_files(run: Path, result: RunResult) -> dict[str, str]:
+    """The hash of each file that ships; all have to be what the run measured and left."""
     if result.golden is None:
         raise BundleError(f"{run}: was made by an older version and has no golden samples; run it again")
-    entries = {entry.name: entry.sha256 for entry in result.golden.files}
+    hashes = {entry.name: entry.sha256 for entry in result.golden.files}
+    measured = result.benchmark.compressed.file.sha256
     if result.engine:
-        entries[ENGINE] = result.engine.sha256
-    for name, sha256 in entries.items():
+        if measured != result.engine.sha256:
+            raise _changed(run / ENGINE)
+        measured = result.engine.onnx_sha256
+        hashes[ENGINE] = result.engine.sha256
+        if load_record(run / ENGINE) != replace(result.engine, path=ENGINE, log=f"{ENGINE}.log"):
+            raise _changed(run / f"{ENGINE}.json")
+        hashes[f"{ENGINE}.json"] = file_sha256(run / f"{ENGINE}.json")
+    if hashes.get(MODEL) != measured:
+        raise _changed(run / MODEL)
+    for name, sha256 in hashes.items():
+        if problem := name_problem(name):
+            raise BundleError(f"{run}: lists a file whose name {problem}; run it again")
         if not (run / name).is_file() or file_sha256(run / name) != sha256:
-            raise BundleError(f"{run / name}: is not the file that was measured; run it again with the same command")
+            raise _changed(run / name)
+    return hashes
+
+
+def _changed(path: Path) -> BundleError:
+    return BundleError(f"{path}: is not the file that was measured; run it again with the same command")
+
+
+def _model_files(result: RunResult) -> list[FileEntry]:
     weights = {entry.name for entry in result.benchmark.compressed.file.data}
-    return [entry for entry in result.golden.files if entry.name in (*result.golden.models, *weights)]
+    files = result.golden.files if result.golden else ()
+    return [entry for entry in files if entry.name == MODEL or entry.name in weights]
 
 
 def _documents(result: RunResult, model_files: list[FileEntry]) -> dict[str, str]:
     documents = {
-        REPORT: to_json(result) + "\n",
+        REPORT: seal(to_json(result)).decode(),
         "report.html": render_report(result),
         "README.md": model_card(result),
         "recipe.json": _pretty(to_plain(result.recipe)),

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 
 from deploypipe.records import Check
-from deploypipe.report.tables import before_after, check_cells
+from deploypipe.report.tables import before_after, check_cells, int8_approval
 from deploypipe.runs import RunResult
 
 
@@ -37,6 +37,7 @@ def model_card(result: RunResult) -> str:
         f"Measured {result.benchmark.measured_at} on {environment.cpu}"
         f"{', ' + environment.gpu if environment.gpu else ''}, batch {result.target.batch_size}, "
         f"{result.target.num_threads} thread(s), {result.target.runtime}.",
+        *_approval(result),
         "",
         "## Checks",
         "",
@@ -49,6 +50,12 @@ def model_card(result: RunResult) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _approval(result: RunResult) -> list[str]:
+    choice = result.precision
+    made = next((row.conversion for row in choice.rows if row.precision == choice.chosen), None) if choice else None
+    return [f"The file is {approval}."] if made and (approval := int8_approval(made)) else []
 
 
 def check_table(checks: tuple[Check, ...]) -> list[str]:

@@ -17,8 +17,11 @@ from deploypipe.records import (
     Waiver,
 )
 from deploypipe.release.waivers import waived
+from deploypipe.report.tables import what_is_covered
 from deploypipe.target import Budget, Limit
+from deploypipe.verify import shown
 
+_FEWEST_OF_A_SLICE = 2  # one sample tells nothing of others like it
 _CLOCKS_DIFFER_DAYS = 0.05  # by so much those of two machines may
 _UNITS = {"latency_p50": "ms", "peak_memory": "MiB", "file_size": "MiB", "params": "", "macs": ""}
 
@@ -36,9 +39,9 @@ def decide(
 
     Latency and accuracy pass when the upper end of their interval does: a relative latency by the ratio of the
     interleaved run, an absolute one by the median's interval, the accuracy by the paired drop. What was not measured,
-    or was measured on an unsteady machine, is UNKNOWN. parity_limit: of the file's error against the network's own
-    outputs, relative to the largest of them. baseline: adds what must not be worse than in the bundle
-    released before. now: of the decision, timezone aware; by default that of the measurement.
+    and a time that was taken while the machine was throttled, noisy or unsteady, is UNKNOWN. parity_limit: of the
+    file's error against the network's own outputs, relative to the largest of them. baseline: adds what must not be
+    worse than in the bundle released before. now: of the decision, timezone aware; by default that of the measurement.
     """
     measured = datetime.fromisoformat(report.measured_at) if report.measured_at else None
     now = now or measured or datetime.now(UTC)
@@ -90,11 +93,11 @@ def _check_latency(report: BenchmarkReport, limit: Limit) -> Check:
         bound, interval, unit_free = limit.value * scale, _scaled(ratio, scale), ratio.high
     else:
         bound, interval, unit_free = limit.value, after.p50_ms, after.p50_ms.high
-    if not report.is_steady:
-        why = "; ".join(report.notes) or "no reason was recorded"
-        return _unknown(name, unit, bound, f"the timings were not steady: {why}")
     # The comparison is made in the limit's own terms: scaling both sides could round a tie either way.
-    return _judged(name, unit, bound, interval.value, interval, is_met=unit_free <= limit.value)
+    check = _judged(name, unit, bound, interval.value, interval, is_met=unit_free <= limit.value)
+    if not limit.is_relative:
+        check = replace(check, reason=f"{check.reason}; {what_is_covered(report.conditions)}")
+    return doubted(check, report.doubts)
 
 
 def _check_figure(report: BenchmarkReport, name: str, limit: Limit) -> Check:
@@ -109,7 +112,8 @@ def _check_accuracy(report: BenchmarkReport, limit_pp: float) -> Check:
     drop = report.accuracy_drop_pp
     if drop is None:
         return _unknown("accuracy_drop", "pp", limit_pp, _not_measured(report))
-    return _judged("accuracy_drop", "pp", limit_pp, drop.value, drop, is_met=drop.high <= limit_pp)
+    check = _judged("accuracy_drop", "pp", limit_pp, drop.value, drop, is_met=drop.high <= limit_pp)
+    return replace(check, reason=check.reason + _why_too_few(check, report.dense.per_sample_metric))
 
 
 def _check_parity(error: float, limit: float) -> Check:
@@ -117,20 +121,39 @@ def _check_parity(error: float, limit: float) -> Check:
 
 
 def _check_slices(report: BenchmarkReport, limit_pp: float) -> Check:
-    """By the slice with the highest upper end."""
+    """By the slice with the highest upper end; UNKNOWN where all that can be judged pass, and some cannot."""
+    name, unit = "slice_drop", "pp"
     dense, compressed = report.dense.per_sample_metric, report.compressed.per_sample_metric
-    drops = {
-        name: interval_of_drop_pp([dense[i] for i in numbers], [compressed[i] for i in numbers])
-        for name, numbers in report.slices.items()
-        if len(numbers) > 1 and dense and compressed
+    if not (report.slices and dense and compressed):
+        return _unknown(name, unit, limit_pp, "the pipeline's task names no slices, or they were not measured")
+    metrics = {
+        slice_name: ([dense[i] for i in numbers], [compressed[i] for i in numbers])
+        for slice_name, numbers in report.slices.items()
+        if len(numbers) >= _FEWEST_OF_A_SLICE
     }
-    if not drops:
-        return _unknown("slice_drop", "pp", limit_pp, "the pipeline's task names no slices, or they were not measured")
-    worst = max(drops, key=lambda name: drops[name].high)
+    few = sorted(report.slices.keys() - metrics.keys())
+    told_few = f"fewer than {_FEWEST_OF_A_SLICE} test samples in {shown(few)}" if few else ""
+    if not metrics:
+        return _unknown(name, unit, limit_pp, told_few)
+    drops = {slice_name: interval_of_drop_pp(*pair) for slice_name, pair in metrics.items()}
+    worst = max(drops, key=lambda slice_name: drops[slice_name].high)
     failed = sum(drop.high > limit_pp for drop in drops.values())
-    check = _judged("slice_drop", "pp", limit_pp, drops[worst].value, drops[worst], is_met=failed == 0)
-    told = f"{worst} ({len(report.slices[worst]):,} samples)"
-    return replace(check, reason=f"{told}: {check.reason}; {failed} of {len(drops)} slices are above it")
+    check = _judged(name, unit, limit_pp, drops[worst].value, drops[worst], is_met=failed == 0)
+    told = f"{worst} ({len(report.slices[worst]):,} samples): {check.reason}{_why_too_few(check, metrics[worst][0])}"
+    reason = "; ".join(filter(None, (told, f"{failed} of {len(drops)} slices are above it", told_few)))
+    is_unknown = bool(few) and check.status is Status.PASS
+    return replace(check, reason=reason, status=Status.UNKNOWN if is_unknown else check.status)
+
+
+def _why_too_few(failed: Check, metric: Sequence[float]) -> str:
+    """Where a network without any loss would fail as well: how many samples it takes."""
+    if failed.status is not Status.FAIL or not metric or failed.limit is None or failed.limit <= 0:
+        return ""
+    least = interval_of_drop_pp(metric, metric).high
+    if least <= failed.limit:
+        return ""
+    wanted = math.ceil(len(metric) * least / failed.limit)
+    return f"; {len(metric):,} samples cannot show it even where none is worse, about {wanted:,} can"
 
 
 def _check_age(measured: datetime | None, now: datetime, most_days: float) -> Check:
@@ -154,8 +177,15 @@ def _check_regression(baseline: BaselineComparison, budget: Budget) -> list[Chec
             checks.append(_unknown(name, unit, limit, f"{baseline.name}: {why}"))
             continue
         check = _judged(name, unit, limit, interval.value, interval, is_met=interval.high <= limit)
+        if unit == "x":
+            check = doubted(check, baseline.latency_doubts)
         checks.append(replace(check, reason=f"beside {baseline.name}: {check.reason}"))
     return checks
+
+
+def doubted(check: Check, doubts: str) -> Check:
+    """UNKNOWN where there are doubts about its figure, which stays with its interval and the limit."""
+    return replace(check, status=Status.UNKNOWN, reason=doubts) if doubts else check
 
 
 def _judged(name: str, unit: str, limit: float, measured: float, interval: Interval | None, *, is_met: bool) -> Check:

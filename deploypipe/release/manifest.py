@@ -9,13 +9,14 @@ from pathlib import Path
 
 from deploypipe.errors import BundleError, ConfigError
 from deploypipe.jsonio import from_json
+from deploypipe.names import MOST_BYTES, name_problem
 from deploypipe.records import FileEntry
 from deploypipe.runs import file_sha256, write_atomically
+from deploypipe.verify import shown
 
 MANIFEST, SIGNATURE = "manifest.json", "signature.json"
 FORMAT = "deploypipe-bundle-1"
 _MOST_BYTES = 2**24
-_MOST_SHOWN = 5
 _SHOWN_DIGITS = 12
 
 
@@ -60,9 +61,7 @@ def check_manifest(folder: Path) -> Manifest:
     found = {path.name for path in folder.iterdir()} - {MANIFEST, SIGNATURE}
     if odd := sorted(found ^ wanted.keys()):
         problem = "is not in the manifest" if odd[0] in found else "is missing"
-        raise BundleError(
-            f"{folder / odd[0]}: {problem} ({_shown(odd)}); copy the bundle again from where it was built"
-        )
+        raise BundleError(f"{folder / odd[0]}: {problem} ({shown(odd)}); copy the bundle again from where it was built")
     for entry in manifest.files:
         path = folder / entry.name
         if path.is_symlink() or not path.is_file():
@@ -91,8 +90,8 @@ def _read(folder: Path) -> Manifest:
     if manifest.digest != _digest(manifest.name, manifest.files) or content != _as_bytes(manifest):
         raise BundleError(f"{path}: was changed (it does not have its own digest); copy the bundle again")
     for name in (manifest.name, *(entry.name for entry in manifest.files)):
-        if not name or name != Path(name).name or name.startswith("."):
-            raise BundleError(f"{path}: {name!r} is no plain name; do not use this bundle")
+        if problem := name_problem(name, most_bytes=2 * MOST_BYTES + 1):  # a bundle is named pipeline-target
+            raise BundleError(f"{path}: the name {problem.partition('; ')[0]}; do not use this bundle")
     return manifest
 
 
@@ -103,8 +102,3 @@ def _digest(name: str, entries: Sequence[FileEntry]) -> str:
 
 def _as_bytes(manifest: Manifest) -> bytes:
     return (json.dumps(asdict(manifest), indent=1, sort_keys=True) + "\n").encode()
-
-
-def _shown(names: Sequence[str]) -> str:
-    more = len(names) - _MOST_SHOWN
-    return ", ".join(names[:_MOST_SHOWN]) + (f" and {more} more" if more > 0 else "")

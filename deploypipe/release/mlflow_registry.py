@@ -17,6 +17,7 @@ import onnx
 
 from deploypipe.addresses import masked, without_secrets
 from deploypipe.errors import BundleError, DeploypipeError, NoVersionError
+from deploypipe.installed import ONNXRUNTIME, find_package
 from deploypipe.jsonio import to_plain
 from deploypipe.release.bundle import MODEL
 from deploypipe.release.manifest import Manifest
@@ -134,7 +135,7 @@ def _log_model(mlflow: ModuleType, bundle: Path, result: RunResult) -> None:
         onnx.load(bundle / MODEL),
         name=_MODEL,
         signature=mlflow.models.infer_signature(golden_case(bundle), golden_case(bundle, MODEL)),
-        pip_requirements=["onnx", "onnxruntime", "numpy", "pandas"],
+        pip_requirements=["onnx", find_package(ONNXRUNTIME).name, "numpy", "pandas"],
         onnx_execution_providers=[
             *(["CUDAExecutionProvider"] if result.target.needs_gpu else []),
             "CPUExecutionProvider",
@@ -191,11 +192,12 @@ def _server() -> Iterator[ModuleType]:
         import mlflow.onnx
         from mlflow.exceptions import MlflowException
         from requests.exceptions import RequestException
+        from sqlalchemy.exc import SQLAlchemyError
     except ImportError as error:
         raise DeploypipeError(f"{error.name} is missing; pip install 'deploypipe[mlflow]'") from None
     try:
         yield mlflow
-    except (MlflowException, RequestException) as error:
+    except (MlflowException, RequestException, SQLAlchemyError, ValueError) as error:  # the last: an odd address
         text = (str(error).splitlines() or [type(error).__name__])[0][:_LONGEST_TOLD]
         address = mlflow.get_tracking_uri()
         told = without_secrets(text, address)

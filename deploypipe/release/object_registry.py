@@ -5,6 +5,7 @@ number. Each small object is written in one request. A bundle's manifest is uplo
 after that and the alias last: a promotion that breaks off publishes nothing.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ def download(address: str, alias: str, folder: Path) -> tuple[Path, str]:
             raise BundleError(
                 f"{masked(address)}@{alias}: means version {number}, which is gone; promote another one"
             ) from None
+        if not re.fullmatch("[0-9a-f]{64}", digest):
+            raise BundleError(f"{masked(address)}@{alias}: version {number} holds no digest; promote another one")
         local = folder / "bundle"
         local.mkdir()
         for remote in store.find(f"{home}/bundles/{digest}", maxdepth=1):

@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from deploypipe.addresses import masked
+from deploypipe.addresses import masked, masked_reference
 from deploypipe.errors import BundleError, NoVersionError
+from deploypipe.names import MOST_BYTES, name_problem
 from deploypipe.release.bundle import load_bundle
 from deploypipe.release.manifest import MANIFEST, check_manifest
 from deploypipe.runs import cache_folder, write_atomically
@@ -29,8 +30,8 @@ def promote(bundle: Path, registry: str, alias: str) -> int:
 
     Raises BundleError for a bundle whose files are not what its manifest says, and for a server that does not answer.
     """
-    if not alias.isidentifier():
-        raise BundleError(f"alias {alias!r} is no plain word; use letters, digits and underscores")
+    if problem := name_problem(alias):
+        raise BundleError(f"the alias {problem}")
     manifest = check_manifest(bundle)
     registry = registry.removeprefix(_FOLDER)
     if registry.rstrip("/") == _MLFLOW:
@@ -57,6 +58,7 @@ def resolve(reference: str) -> Path:
     """
     reference = reference.removeprefix(_FOLDER)
     path, _, alias = reference.rpartition("@")
+    _check_names(reference, path, alias)
     if not path and is_remote(reference):
         raise BundleError(f"{masked(reference)}: names no alias; write it like {masked(reference)}@production")
     if path.startswith(_MLFLOW):
@@ -76,12 +78,23 @@ def resolve(reference: str) -> Path:
     if alias not in aliases:
         known = ", ".join(sorted(aliases)) or "none"
         raise NoVersionError(
-            f"{reference}: there is no alias {alias!r} (known: {known}); set it with `deploypipe promote`"
+            f"{masked_reference(reference)}: there is no alias {alias!r} (known: {known}); set it with "
+            "`deploypipe promote`"
         )
     number, versions = aliases[alias], _versions(home)
     if number not in versions:
         raise BundleError(f"{reference}: means version {number}, which is gone; promote another one")
     return versions[number]
+
+
+def _check_names(reference: str, path: str, alias: str) -> None:
+    """BundleError where the reference is a registry's, and the names in it would lead elsewhere in it."""
+    if not path or Path(reference).is_dir():
+        return
+    bundle = path.removeprefix(_MLFLOW).strip("/") if path.startswith(_MLFLOW) else path.rstrip("/").rpartition("/")[2]
+    for what, name in (("alias", alias), ("bundle", bundle)):
+        if problem := name_problem(name, most_bytes=2 * MOST_BYTES + 1):
+            raise BundleError(f"{masked(path)}: the {what}'s name {problem}")
 
 
 def is_remote(reference: str) -> bool:

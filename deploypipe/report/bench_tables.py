@@ -67,8 +67,9 @@ def verdict_lines(result: BenchResult) -> list[str]:
     lines = []
     if result.latency_ratio and result.comparison:
         ratio = result.latency_ratio
+        why = f", as the machine was {result.conditions.verdict}" if result.comparison == "unknown" else ""
         lines.append(
-            f"{result.comparison} at {ratio.confidence:.0%}: {ratio.value:.3f}x the time "
+            f"{result.comparison} at {ratio.confidence:.0%}{why}: {ratio.value:.3f}x the time "
             f"({ratio.low:.3f} to {ratio.high:.3f})"
         )
     lines.append("; ".join((f"conditions: {result.conditions.verdict}", *result.conditions.reasons)))

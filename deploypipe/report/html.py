@@ -29,6 +29,7 @@ from deploypipe.report.tables import (
     score_notes,
     score_table,
     seconds,
+    what_is_covered,
 )
 from deploypipe.runs import RunResult, write_atomically
 
@@ -86,6 +87,7 @@ def render_report(result: RunResult) -> str:
         precisions=precision_rows(result.precision) if result.precision else [],
         precision_header=PRECISION_HEADER,
         **_about_search(result),
+        latency_coverage=what_is_covered(result.benchmark.conditions),
         total_seconds=sum(stage.seconds for stage in result.stages),
         open=False,
         **_about(result.scores),

@@ -6,6 +6,8 @@ from typing import NamedTuple
 from deploypipe.numerics.intervals import interval_of_drop_pp
 from deploypipe.records import (
     Check,
+    Conditions,
+    Converted,
     Edit,
     GroupCut,
     Interval,
@@ -123,6 +125,15 @@ def check_cells(check: Check) -> tuple[str, str, str, str, str]:
     )
 
 
+def what_is_covered(conditions: Conditions | None) -> str:
+    """What the interval of an absolute latency is about, in words."""
+    lasted = f", {conditions.after.at_s - conditions.before.at_s:.0f} s" if conditions else ""
+    return (
+        f"the interval covers this machine's median under drifts as slow as the measurement{lasted}, "
+        "not those from day to day"
+    )
+
+
 def _waived(waiver: Waiver) -> str:
     return f"WAIVED by {waiver.by} from {waiver.granted} to {waiver.expires}: {waiver.reason}"
 
@@ -194,6 +205,7 @@ def precision_rows(choice: PrecisionChoice) -> list[tuple[str, ...]]:
         made, ratio = row.conversion, row.latency_ratio
         accuracy = made.accuracy if made else next((c.accuracy_fp32 for r in choice.rows if (c := r.conversion)), None)
         remark = f"ships: {choice.reason}" if row.precision == choice.chosen else row.reason
+        approved = int8_approval(made) if made and row.file else ""
         rows.append(
             (
                 row.precision,
@@ -202,10 +214,19 @@ def precision_rows(choice: PrecisionChoice) -> list[tuple[str, ...]]:
                 f"{accuracy:.2%}" if accuracy is not None else "-",
                 f"{ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f})" if ratio else "not timed",
                 f"{len(made.kept_float)} of {made.num_layers}" if made else "-",
-                "; ".join(filter(None, (remark, *(made.notes if made else ())))),
+                "; ".join(filter(None, (remark, approved, *(made.notes if made else ())))),
             )
         )
     return rows
+
+
+def int8_approval(made: Converted) -> str:
+    """The processors that an int8 file was judged for; empty for other precisions."""
+    approvals = {
+        "exact": "approved for kernels that add 8-bit products in 32 bits: x86 with VNNI, ARM, GPUs",
+        "any": "approved for all processors: its weights have 7 bits, so that 16-bit sums do not saturate",
+    }
+    return approvals.get(made.int8_arithmetic, "")
 
 
 def plan_differences(first: PruningPlan, second: PruningPlan) -> list[tuple[str, ...]]:

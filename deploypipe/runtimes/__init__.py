@@ -46,7 +46,7 @@ class Runtime(Protocol):
         ...
 
 
-def _onnxruntime(target: Target) -> Runtime:
+def _onnxruntime(target: Target, _: bool) -> Runtime:
     return OnnxRuntime(
         provider=PROVIDERS[target.provider],
         options=target.provider_options,
@@ -54,27 +54,33 @@ def _onnxruntime(target: Target) -> Runtime:
     )
 
 
-# What makes the runtime of a target, by the name the target gives.
-RUNTIMES: dict[str, Callable[[Target], Runtime]] = {
+# What makes the runtime of a target, by the name the target gives. The second argument: see `make_runtime`.
+RUNTIMES: dict[str, Callable[[Target, bool], Runtime]] = {
     "onnxruntime": _onnxruntime,
-    "tensorrt": lambda target: TensorRtRuntime(library=target.runtime),
-    "tensorrt-rtx": lambda target: TensorRtRuntime(library=target.runtime),
-    "eager": lambda target: EagerRuntime(device=target.provider),
+    "tensorrt": lambda target, _: TensorRtRuntime(library=target.runtime),
+    "tensorrt-rtx": lambda target, _: TensorRtRuntime(library=target.runtime),
+    "eager": lambda target, trust_program: EagerRuntime(device=target.provider, is_trusted=trust_program),
 }
 
 
-def make_runtime(target: Target) -> Runtime:
-    """The runtime of `target`, whether or not this machine is the device."""
-    return RUNTIMES[target.runtime](target)
+def make_runtime(target: Target, *, trust_program: bool = False) -> Runtime:
+    """The runtime of `target`, whether or not this machine is the device.
+
+    trust_program: let eager torch open .pt2 programs, which can run any code when they are loaded.
+    """
+    return RUNTIMES[target.runtime](target, trust_program)
 
 
-def find_runtime(target: Target) -> Runtime:
-    """The runtime of `target`, to measure with; RuntimeUnavailableError where this machine cannot (`ability.can`)."""
+def find_runtime(target: Target, *, trust_program: bool = False) -> Runtime:
+    """The runtime of `target`, to measure with; RuntimeUnavailableError where this machine cannot (`ability.can`).
+
+    trust_program: as in `make_runtime`.
+    """
     ability = can(target)
     if ability.verdict != "run":
         source = f"target {target.name!r}" if target.name else "target"
         raise RuntimeUnavailableError(f"{source}: {ability.reason}")
-    return make_runtime(target)
+    return make_runtime(target, trust_program=trust_program)
 
 
 def is_installed(*modules: str) -> bool:

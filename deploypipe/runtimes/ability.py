@@ -2,10 +2,10 @@
 
 import re
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
 from deploypipe.errors import RuntimeUnavailableError
+from deploypipe.installed import find_package
 from deploypipe.runtimes.machine import Machine, this_machine
 from deploypipe.runtimes.onnxruntime import PROVIDERS, missing_provider
 from deploypipe.runtimes.tensorrt_libraries import LIBRARIES, load_library
@@ -75,9 +75,9 @@ def _missing_package(target: Target) -> str:
     if target.runtime == "onnxruntime":
         if problem := missing_provider(PROVIDERS[target.provider]):
             return problem
-        return _wrong_version(target, "onnxruntime", _version_of("onnxruntime"))
+        return _wrong_version(target, *_found("onnxruntime"))
     if target.runtime == "eager":
-        return _wrong_version(target, "torch", _version_of("torch"))
+        return _wrong_version(target, *_found("torch"))
     try:
         module, _ = load_library(target.runtime)
     except RuntimeUnavailableError as error:
@@ -87,16 +87,14 @@ def _missing_package(target: Target) -> str:
 
 def _wrong_version(target: Target, package: str, installed: str) -> str:
     wanted = target.runtime_version
-    if not wanted or not installed or f"{installed}.".startswith(f"{wanted}."):
+    if not wanted or f"{installed}.".startswith(f"{wanted}."):
         return ""
     return f"{package} {installed} is installed and the target is for {wanted}; install {package} {wanted}"
 
 
-def _version_of(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # onnxruntime under the name of one of its variants
-        return ""
+def _found(module: str) -> tuple[str, str]:
+    package = find_package(module)
+    return package.name, package.version
 
 
 def _builds_here(target: Target, missing: str) -> tuple[bool, str]:

@@ -8,7 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from deploypipe.errors import DataError, ModelError, RuntimeUnavailableError
+from deploypipe.errors import DataError, RuntimeUnavailableError
+from deploypipe.runtimes.program_file import load_program
+
+_REMEDY = "measure the ONNX file instead, or, if you trust whoever made it, allow it with `bench --trust-program`"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,6 +23,7 @@ class EagerSession:
     in_spec: Any  # of (args, kwargs)
     device: str
     expected: Mapping[str, tuple[Any, tuple[int | None, ...]]]  # input -> (torch dtype, shape; None: any size)
+    constants: Mapping[str, Any]  # all that forward() takes, in order; for a number or a flag, what it was made with
     output_names: tuple[str, ...]
 
     @property
@@ -33,7 +37,7 @@ class EagerSession:
         values = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in inputs.items()}
         if not self._fit(values):
             raise DataError(self._misfit(inputs, "names, types or shapes differ"))
-        flat = [values[name].to(self.device) for name in self.input_names]
+        flat = [values[n].to(self.device) if n in values else value for n, value in self.constants.items()]
         args, kwargs = pytree.tree_unflatten(flat, self.in_spec)
         try:
             with torch.no_grad():
@@ -63,20 +67,26 @@ class EagerSession:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EagerRuntime:
-    """Runs on `device`, "cpu" or "cuda". A CUDA session returns when the GPU has finished."""
+    """Runs on `device`, "cpu" or "cuda". A CUDA session returns when the GPU has finished.
+
+    is_trusted: whether files may be opened at all, since a program can run any code when it is loaded.
+    """
 
     device: str = "cpu"
+    is_trusted: bool = False
 
     @contextmanager
     def open(self, path: Path, *, num_threads: int) -> Iterator[EagerSession]:
         """See `deploypipe.runtimes.Runtime`. The number of threads is the process's: it is put back at the end."""
         import torch
+        from torch.export.graph_signature import InputKind
         from torch.export.passes import move_to_device_pass
         from torch.utils import _pytree as pytree
 
         if self.device == "cuda" and not torch.cuda.is_available():
             raise RuntimeUnavailableError("torch finds no CUDA device; install a CUDA build of torch on a GPU machine")
-        program = move_to_device_pass(_load(path), self.device)
+        loaded = load_program(path, is_trusted=self.is_trusted, remedy=_REMEDY)
+        program = move_to_device_pass(loaded, self.device)
         signature = program.module_call_graph[0].signature
         threads = torch.get_num_threads()
         torch.set_num_threads(num_threads)
@@ -94,25 +104,15 @@ class EagerRuntime:
                     for node in program.graph.nodes
                     if node.op == "placeholder" and node.name in program.graph_signature.user_inputs
                 },
+                constants={
+                    spec.arg.name: getattr(spec.arg, "value", None)
+                    for spec in program.graph_signature.input_specs
+                    if spec.kind is InputKind.USER_INPUT
+                },
                 output_names=_output_names(pytree, signature.out_spec),
             )
         finally:
             torch.set_num_threads(threads)
-
-
-def _load(path: Path) -> Any:
-    import torch
-
-    if not path.is_file():
-        raise ModelError(f"{path}: there is no such file; give a program that torch.export.save wrote (model.pt2)")
-    try:
-        return torch.export.load(path)
-    except Exception as error:  # a damaged archive fails in many ways
-        told = str(error).partition("\n")[0]
-        raise ModelError(
-            f"{path}: torch.export cannot load it ({type(error).__name__}: {told}); eager torch takes .pt2 programs: "
-            "save the network again"
-        ) from error
 
 
 def _output_names(pytree: Any, spec: Any) -> tuple[str, ...]:

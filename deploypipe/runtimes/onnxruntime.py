@@ -12,6 +12,7 @@ import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
 from deploypipe.errors import DataError, ModelError, RuntimeUnavailableError
+from deploypipe.installed import ONNXRUNTIME, find_package
 
 _CPU = "CPUExecutionProvider"
 
@@ -86,8 +87,9 @@ class OnnxSession:
 class OnnxRuntime:
     """Operators one after another, all graph optimisations.
 
-    is_plain: basic optimisations only. onnxruntime 1.31 dies of a fault in its fusion of MatMul and Transpose when it
-    loads some half-precision transformers on a CPU, which other runtimes take.
+    is_plain: basic optimisations only, which leave 8-bit files in float between their roundings. onnxruntime 1.31
+    crashes in its fusion of MatMul and Transpose when it loads some half-precision transformers on a CPU, which other
+    runtimes take.
 
     Raises RuntimeUnavailableError where the provider is not in the installed package, does not start here, or leaves
     nodes to the CPU without `allow_cpu_fallback`.
@@ -163,12 +165,13 @@ def missing_provider(provider: Provider) -> str:
         ):
             return (
                 f"onnxruntime {onnxruntime.__version__} does not tell which nodes ran on which provider; "
-                f"pip install 'onnxruntime>=1.24' (as {provider.package})"
+                f"pip install '{provider.package.partition(' ')[0]}>=1.24'"
             )
         return ""
+    installed = find_package(ONNXRUNTIME)
     return (
-        f"{provider.names[0]} is not in the installed onnxruntime {onnxruntime.__version__} (it has "
-        f"{', '.join(available)}); pip uninstall onnxruntime && pip install {provider.package}"
+        f"{provider.names[0]} is not in the installed {installed.name} {installed.version} (it has "
+        f"{', '.join(available)}); pip uninstall {installed.name} && pip install {provider.package}"
     )
 
 

@@ -1,4 +1,7 @@
-"""Between a user's batches (a tensor, a tuple or a dict) and a session's named arrays, both ways.
+"""Between a user's batches and a session's named arrays, both ways.
+
+The tensors among a network's inputs are the file's inputs. Each has its path as its name: `x`, `extra.0`, `cond.text`.
+Numbers, flags, text and None are constants of the file.
 
 How the network packs its outputs is kept in the file's output names, so that a file alone is enough to call
 `metric(outputs, target)`: a tensor is `output`; a tuple is `output_0`, `output_1`, ...; a dict keeps its keys. What
@@ -14,22 +17,39 @@ from torch import Tensor
 
 from deploypipe.errors import DataError, ModelError
 from deploypipe.runtimes import Array
-from deploypipe.task import tensors
+from deploypipe.trees import path_leaves, tensors
 
 _SINGLE = "output"
 _RETURN = "; return a tensor, or tuples and dicts of tensors"
 
 
 def feed(inputs: Any, input_names: Sequence[str]) -> dict[str, Array]:
-    """One batch of inputs as named arrays: a dict by its keys, anything else by position."""
-    if isinstance(inputs, dict):
-        named = {name: inputs[name] for name in input_names if name in inputs}
+    """One batch of inputs as named arrays: those of a mapping by their paths, anything else by position."""
+    if isinstance(inputs, Mapping):
+        given = {path: tensor for path, tensor in input_paths(inputs) if path in input_names}
+        named = {name: given[name] for name in input_names if name in given}
     else:
         named = dict(zip(input_names, tensors(inputs), strict=False))
     if len(named) < len(input_names):
         absent = ", ".join(name for name in input_names if name not in named)
         raise DataError(f"a batch has no {absent}; the model file takes {', '.join(input_names)}")
     return {name: np.ascontiguousarray(tensor.detach().cpu().numpy()) for name, tensor in named.items()}
+
+
+def input_paths(inputs: Any, first: Sequence[str] = ()) -> list[tuple[str, Tensor]]:
+    """The tensors of one batch of inputs and their paths; `first`: how a tuple or list calls its members."""
+    if isinstance(inputs, Mapping):
+        members = [(str(key), value) for key, value in inputs.items()]
+    elif isinstance(inputs, (tuple, list)):
+        members = list(zip(first, inputs, strict=True)) if first else [(str(i), v) for i, v in enumerate(inputs)]
+    else:
+        members = [(first[0] if first else "0", inputs)]
+    return [
+        (leaf.place, leaf.value)
+        for name, member in members
+        for leaf in path_leaves(name, member)
+        if isinstance(leaf.value, Tensor)
+    ]
 
 
 class Outputs(dict[str, Any]):

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from deploypipe.records import PruningPlan
-from deploypipe.runs import digest, write_atomically
+from deploypipe.runs import write_atomically
+from deploypipe.seal import seal, unseal
 from deploypipe.search.looks import Results, pack, unpack
 from deploypipe.search.trials import network_key
 
@@ -20,10 +21,10 @@ class Accuracies:
 
     def of(self, plan: PruningPlan) -> Results:
         """The results of the samples that were judged, in the order of val's parts; none where nothing is known, or
-        where the file is damaged."""
+        where the file is damaged or another network's."""
         try:
-            stored = json.loads(self._file(plan).read_bytes())
-            return unpack(stored["results"]) if stored["sha256"] == digest(stored["results"]) else np.empty(0)
+            stored = json.loads(unseal(self._file(plan).read_bytes()))
+            return unpack(stored["results"]) if stored["network"] == network_key(plan) else np.empty(0)
         except (OSError, ValueError, KeyError, TypeError):
             return np.empty(0)
 
@@ -31,8 +32,8 @@ class Accuracies:
         """Remember them, unless more is known."""
         if len(results) > len(self.of(plan)):
             self.folder.mkdir(exist_ok=True)
-            packed = pack(results)
-            write_atomically(self._file(plan), json.dumps({"results": packed, "sha256": digest(packed)}).encode())
+            content = {"network": network_key(plan), "results": pack(results)}
+            write_atomically(self._file(plan), seal(json.dumps(content)))
 
     def _file(self, plan: PruningPlan) -> Path:
         return self.folder / f"{network_key(plan)}.json"

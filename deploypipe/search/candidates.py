@@ -14,13 +14,14 @@ from torch import nn
 
 from deploypipe.benchmark import first_batch
 from deploypipe.benchmark.environment import describe_environment
-from deploypipe.benchmark.latency import time_interleaved
+from deploypipe.benchmark.latency import find_doubts, time_interleaved
 from deploypipe.benchmark.memory import measure_peak_memory
 from deploypipe.errors import ModelError
 from deploypipe.export.engine import runnable
 from deploypipe.export.fp16 import to_fp16
 from deploypipe.export.int8 import sketch_int8
 from deploypipe.export.onnx_file import export_onnx
+from deploypipe.export.refit import UnfitError
 from deploypipe.export.sliced import slice_file
 from deploypipe.export.template import Template, open_template
 from deploypipe.numerics.intervals import interval_of_median_ratio
@@ -29,6 +30,7 @@ from deploypipe.recipe import Export
 from deploypipe.records import PrecisionRow, PruningPlan
 from deploypipe.runs import digest
 from deploypipe.runtimes import Array, find_runtime
+from deploypipe.runtimes.int8_kernels import kernels_of
 from deploypipe.runtimes.packing import feed
 from deploypipe.search.footprint import Footprint, footprint
 from deploypipe.search.measuring import Known, Measuring, OwnMeasuring
@@ -143,9 +145,10 @@ class Candidates:
         timings = time_interleaved(paths, inputs, runtime, self.target, num_samples=num_samples)
         while not was_alone():
             timings = time_interleaved(paths, inputs, runtime, self.target, num_samples=num_samples)
+        is_steady = not find_doubts(timings, [path.name for path in paths], self.target.num_threads)
         for key, times in zip(files, timings.samples[1:], strict=True):
             ratio = interval_of_median_ratio(times, timings.samples[0], block=timings.block)
-            is_telling = ratio.high - ratio.low <= _TELLING * ratio.value
+            is_telling = is_steady and ratio.high - ratio.low <= _TELLING * ratio.value
             self.ratios[key] = self.measuring.publish(key, ratio.value, is_telling=is_telling)
 
     @contextmanager
@@ -158,12 +161,16 @@ class Candidates:
         if not self.template.is_file():
             return None
         names = [value.name for value in onnx.load(self.template).graph.input]
-        return open_template(self.template, self.dense, feed(take_calib(self.calib, _NUM_CHECKED)[0][0], names))
+        try:
+            return open_template(self.template, self.dense, feed(take_calib(self.calib, _NUM_CHECKED)[0][0], names))
+        except UnfitError as error:
+            self.exported[str(error)] += 1
+            return None
 
     def _convert(self, plain: Path, path: Path) -> None:
         if self.precision.precision == "int8":
             kept = [row.layer for row in self.precision.conversion.kept_float] if self.precision.conversion else []
-            sketch_int8(plain, path, take_calib(self.calib, _NUM_RANGED), self.target.runtime, kept)
+            sketch_int8(plain, path, take_calib(self.calib, _NUM_RANGED), kernels_of(self.target), kept)
         elif self.precision.precision == "fp16":
             to_fp16(plain, path, take_calib(self.calib, _NUM_RANGED), self.export)
         else:

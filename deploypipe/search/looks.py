@@ -13,7 +13,7 @@ from torch import nn
 
 from deploypipe.benchmark.accuracy import evaluate_module
 from deploypipe.numerics.paired import chance_if_not_worse
-from deploypipe.task import Batch, Task, channels_last, map_tensors, num_samples
+from deploypipe.task import Batch, Task, channels_last, map_samples, num_samples
 
 Results: TypeAlias = NDArray[np.float64]  # (samples,) of the task's metric, in the order in which they were drawn
 
@@ -47,7 +47,8 @@ def draw_parts(val: Iterable[Batch], seed: int) -> tuple[tuple[Batch, ...], ...]
 
 def _pick(batch: Batch, rows: NDArray[np.intp]) -> Batch:
     index = torch.from_numpy(rows)
-    inputs, target = (map_tensors(lambda tensor: tensor[index.to(tensor.device)], part) for part in batch)
+    size = num_samples(batch[0])
+    inputs, target = (map_samples(lambda tensor: tensor[index.to(tensor.device)], part, size) for part in batch)
     return channels_last(inputs), target
 
 

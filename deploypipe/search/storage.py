@@ -46,11 +46,15 @@ _REMEDIES = (  # what SQLite says, and what to do
 class Storage:
     """A study's database, by its SQLAlchemy address, and the study's name in it."""
 
-    url: str
+    url: str = field(repr=False)  # may hold a password
     study: str = _OWN
     is_shared: bool = True  # several processes may be at work on it
-    stages: str = ""  # where workers find the finished stages: a folder, or the address of one in an object store
-    job: Mapping[str, Any] = field(default_factory=dict)  # what a worker needs to know to build the same network
+    stages: str = field(
+        default="", repr=False
+    )  # where workers find the finished stages: a folder, or the address of one in an object store
+    job: Mapping[str, Any] = field(
+        default_factory=dict, repr=False
+    )  # what a worker needs to know to build the same network
     heartbeat_s: int = 15  # how often a worker shows that it is at its trial
     grace_s: int = 60  # without a heartbeat, after which the trial is somebody else's
     patience_s: float = 120.0  # how long the database may be away
@@ -80,18 +84,19 @@ class Storage:
             if address.get_backend_name() == "sqlite" and address.database:
                 _make_whole(Path(address.database))
             return _connect(address, *((self.heartbeat_s, self.grace_s) if self.is_shared else (None, None)))
-        except ArgumentError:
+        except (ArgumentError, ValueError, TypeError):  # the two last: a port that is not a number, an unknown option
             raise StorageError(
-                f"{self.shown}: is no address of a database; write postgresql://USER:PASSWORD@HOST/NAME, or "
-                f"sqlite:///FILE for processes of one machine"
+                f"{self.shown}: is no address of a database; write postgresql://USER:PASSWORD@HOST/NAME, odd "
+                f"signs of a password encoded (%2F for /), or sqlite:///FILE for processes of one machine"
             ) from None
         except (ImportError, NoSuchModuleError) as error:
-            told = str(error).rstrip(".")
+            told = without_secrets(str(error), self.url).rstrip(".")
             raise StorageError(
                 f"{self.shown}: {told}; write postgresql://..., and pip install 'deploypipe[postgres]'"
             ) from None
         except RuntimeError as error:  # tables of another Optuna
-            raise StorageError(f"{self.shown}: {error} Or give the search a database of its own") from None
+            told = without_secrets(str(error), self.url)
+            raise StorageError(f"{self.shown}: {told} Or give the search a database of its own") from None
 
     def patiently(self, call: Callable[[], T]) -> T:
         """What `call` returns, called again while the database is away, for at most `patience_s`."""
@@ -116,9 +121,9 @@ class Storage:
             reason = without_secrets(str(getattr(cause, "orig", None) or cause), self.url).strip()
             told = f"{self.shown}: the study cannot be read or written ({reason})"
             if self.is_shared:
-                raise StorageError(f"{told}; see that the database runs and lets you in, and {_AGAIN}") from error
+                raise StorageError(f"{told}; see that the database runs and lets you in, and {_AGAIN}") from None
             remedy = next(remedy for text, remedy in _REMEDIES if text in reason)
-            raise RunFolderError(f"{told}; {remedy}") from error
+            raise RunFolderError(f"{told}; {remedy}") from None
 
 
 def _connect(address: sa.URL, heartbeat_s: int | None, grace_s: int | None) -> RDBStorage:

@@ -1,7 +1,6 @@
 """What a run is about: the same for all of its stages."""
 
 import copy
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from deploypipe.answers import with_divergence
 from deploypipe.benchmark.environment import describe_environment
 from deploypipe.data import fingerprint
 from deploypipe.export.engine import is_built
+from deploypipe.installed import find_package, package_versions
 from deploypipe.pruning.structures import model_fingerprint
 from deploypipe.recipe import Recipe
 from deploypipe.records import Event, Origin
@@ -69,12 +69,12 @@ class Job:
             "model": self.fingerprint,
             "data": fingerprint(splits),
             "source": source,
-            "packages": {package: version(package) for package in PACKAGES},
+            "packages": package_versions(*PACKAGES),
             "seed": recipe.seed,
         }
 
     def described_origin(self) -> Origin:
-        packages = {**self.origin["packages"], "deploypipe": version("deploypipe")}
+        packages = {**self.origin["packages"], "deploypipe": find_package("deploypipe").version}
         return Origin(
             model=self.fingerprint, data=self.origin["data"], source=digest(self.origin["source"]), packages=packages
         )
@@ -82,7 +82,7 @@ class Job:
     def about(self) -> dict[str, str]:
         """What all workers of a search have to have the same, by name."""
         return {
-            "deploypipe": version("deploypipe"),
+            "deploypipe": find_package("deploypipe").version,
             **self.origin["packages"],
             "model": self.fingerprint,
             "data": self.origin["data"],

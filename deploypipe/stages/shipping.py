@@ -11,6 +11,7 @@ from deploypipe.records import BenchmarkReport, EngineFile, Golden, Measurement,
 from deploypipe.runs import place_file
 from deploypipe.runtimes import make_runtime
 from deploypipe.runtimes.engine_file import load_record
+from deploypipe.runtimes.int8_kernels import kernels_of
 from deploypipe.stages import analysis
 from deploypipe.stages.job import Job
 from deploypipe.task import take_calib
@@ -68,6 +69,7 @@ def _precision(job: Job, stage: str, file: ModelFile, folder: Path) -> Precision
     inputs = {
         "file": file.sha256,
         "precisions": job.target.precisions,
+        "kernels": kernels_of(job.target),
         "export": job.recipe.export,
         "device": job.device,
         **job.origin,

@@ -33,12 +33,13 @@ from deploypipe.task import (
     empty_split,
     first_of,
     forward,
-    map_tensors,
+    has_batch_axis,
+    map_samples,
     num_samples,
-    tensors,
 )
 from deploypipe.training.ranks import ALONE, Part, Ranks
 from deploypipe.training.teacher import Teacher
+from deploypipe.trees import tensors
 
 _PRECISIONS: dict[str, Any] = {"bf16": "bf16-mixed", "fp32": "32-true"}
 
@@ -198,11 +199,12 @@ def _distilled_loss(lesson: _Lesson, batch: Batch, part: Part, share: float) -> 
     def mixed(tensor: Tensor) -> Tensor:
         return torch.lerp(own(tensor), mirrored(tensor), share) if share else own(tensor)
 
-    inputs = channels_last(map_tensors(mixed, batch[0]))
+    size = num_samples(batch[0])
+    inputs = channels_last(to_device(map_samples(mixed, batch[0], size)))
     outputs = forward(lesson.model, inputs)
-    loss = task.loss(outputs, map_tensors(own, batch[1]))
+    loss = task.loss(outputs, to_device(map_samples(own, batch[1], size)))
     if share:
-        loss = (1 - share) * loss + share * task.loss(outputs, map_tensors(mirrored, batch[1]))
+        loss = (1 - share) * loss + share * task.loss(outputs, to_device(map_samples(mirrored, batch[1], size)))
     weight, temperature = lesson.settings.distil_weight, lesson.settings.distil_temperature
     if weight == 0:
         return loss
@@ -226,7 +228,8 @@ def _draw_share(inputs: Any, largest: float) -> float:
     The dense network remembers the training samples and says little more about them than their labels; about mixed ones
     it has to say what it sees (arXiv:2106.05237).
     """
-    if not largest or not all(tensor.is_floating_point() for tensor in tensors(inputs)):
+    size = num_samples(inputs)
+    if not largest or not all(t.is_floating_point() for t in tensors(inputs) if has_batch_axis(t, size)):
         return 0.0
     return largest * float(torch.rand(()))
 

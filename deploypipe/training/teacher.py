@@ -12,7 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from deploypipe.task import forward, tensors
+from deploypipe.task import forward
+from deploypipe.trees import leaves
 
 _MOST_BYTES = 2**30  # in a folder
 
@@ -70,9 +71,12 @@ class Teacher:
 
 def _digest(value: Any) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    for tensor in tensors(value):
-        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().data)
+    for leaf in leaves(value):
+        if isinstance(tensor := leaf.value, Tensor):
+            digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        else:
+            digest.update(repr(leaf.value).encode())
     return digest.hexdigest()
 
 

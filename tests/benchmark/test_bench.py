@@ -1,8 +1,9 @@
 """`deploypipe bench` on real files: what it measures, what it says of it, and what it refuses."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -106,7 +107,7 @@ def test_everything_is_measured_or_says_why_not(whole: tuple[BenchResult, list[E
         assert file.threads[0].num_threads == 1
         assert (file.energy is None) == ("energy" in file.missing)
     assert result.latency_ratio is not None
-    assert result.comparison == compare(result.latency_ratio)
+    assert result.comparison == compare(result.latency_ratio, result.conditions)
     assert result.conditions.verdict in ("steady", "throttled", "noisy")
     assert [(i.name, i.dtype, i.shape, i.source) for i in result.inputs] == [("x", "float32", (2, 8), "random")]
 
@@ -211,6 +212,17 @@ def test_comparison_needs_the_whole_interval_on_one_side() -> None:
     assert compare(Interval(value=1.1, low=1.0, high=1.2)) == "no difference"
 
 
+@pytest.mark.parametrize("verdict", ["throttled", "noisy"])
+def test_a_comparison_on_a_machine_that_was_not_steady_is_unknown(
+    verdict: Literal["throttled", "noisy"], whole: tuple[BenchResult, list[Event]]
+) -> None:
+    ratio, shaky = Interval(value=0.5, low=0.4, high=0.6), replace(whole[0].conditions, verdict=verdict)
+    assert compare(ratio, shaky) == "unknown"
+    assert compare(ratio, replace(shaky, verdict="steady")) == "faster"
+    shown = verdict_lines(replace(whole[0], latency_ratio=ratio, comparison="unknown", conditions=shaky))[0]
+    assert shown == f"unknown at 95%, as the machine was {verdict}: 0.500x the time (0.400 to 0.600)"
+
+
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
@@ -227,7 +239,7 @@ def test_command_prints_rows_and_writes_json(files: Path, tmp_path: Path) -> Non
     assert done.exit_code == 0, done.output
     for words in ("latency p50", "Slowest operators", "MatMul", "By threads", "The machine meanwhile", "conditions: "):
         assert words in done.output
-    assert json.loads(out.read_text())["comparison"] in ("faster", "slower", "no difference")
+    assert json.loads(out.read_text())["comparison"] in ("faster", "slower", "no difference", "unknown")
     assert from_json(BenchResult, out.read_text(), str(out)).batch_size == 3
 
 

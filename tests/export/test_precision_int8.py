@@ -19,10 +19,13 @@ from deploypipe.export.int8 import Judge, to_int8
 from deploypipe.export.onnx_file import export_onnx
 from deploypipe.pruning.attention import with_slim_attention
 from deploypipe.recipe import Export, Int8
+from deploypipe.runtimes.int8_kernels import Int8Kernels
 from deploypipe.runtimes.onnxruntime import OnnxRuntime
+from deploypipe.runtimes.packing import feed
 from deploypipe.task import Batch
 
 INT8, INT32, UINT8 = onnx.TensorProto.INT8, onnx.TensorProto.INT32, onnx.TensorProto.UINT8
+CPU, WITHOUT_VNNI = (Int8Kernels(runtime="onnxruntime", saturate=saturate) for saturate in (False, True))
 FAST = Export(int8=Int8(methods=("minmax", "mse")))
 
 
@@ -62,7 +65,8 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def judge_on(batches: list[Batch]) -> Judge:
-    return lambda path: float(evaluate_file(path, batches, tiny.task(), OnnxRuntime(), 1).mean())
+    reader = OnnxRuntime(is_plain=CPU.are_emulated_here)
+    return lambda path: float(evaluate_file(path, batches, tiny.task(), reader, 1).mean())
 
 
 def weights_of(proto: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
@@ -71,7 +75,7 @@ def weights_of(proto: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
 
 def test_a_trained_network(dense: Path, tmp_path: Path) -> None:
     splits = tiny.load_data()
-    made = to_int8(dense, tmp_path / "int8.onnx", splits.calib, judge_on(list(splits.val)), "onnxruntime", Export())
+    made = to_int8(dense, tmp_path / "int8.onnx", splits.calib, judge_on(list(splits.val)), CPU, Export())
 
     proto = onnx.load(tmp_path / "int8.onnx")
     onnx.checker.check_model(proto, full_check=True)
@@ -89,20 +93,60 @@ def test_a_trained_network(dense: Path, tmp_path: Path) -> None:
     assert made.file.parity is not None and made.file.parity.top1_agreement is not None
     assert made.file.parity.top1_agreement > 0.95 and made.file.max_abs_error < 0.1
     assert made.num_calib_samples == 96 and "96 samples" in made.notes[0]
-    assert made.runtime == "onnxruntime" and made.file.precision == "int8"
+    assert made.runtime == "onnxruntime" and made.int8_arithmetic == "exact" and made.file.precision == "int8"
     assert made.file.size_bytes < dense.stat().st_size
     assert [p.name for p in tmp_path.iterdir()] == ["int8.onnx"]
 
 
 def test_the_same_bytes_again(dense: Path, tmp_path: Path) -> None:
     splits = tiny.load_data()
-    made = [to_int8(dense, tmp_path / n, splits.calib, None, "onnxruntime", FAST) for n in ("one.onnx", "two.onnx")]
+    made = [to_int8(dense, tmp_path / n, splits.calib, None, CPU, FAST) for n in ("one.onnx", "two.onnx")]
     assert made[0].file.sha256 == made[1].file.sha256
+
+
+class Layers(nn.Module):
+    """Each kind of layer that has an 8-bit kernel of its own, on large inputs: two products of 8 bits leave 16 bits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.depthwise = nn.Conv2d(4, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.pointwise, self.middle, self.head = nn.Conv2d(16, 32, 1), nn.Linear(32, 24), nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.pointwise(F.relu(self.depthwise(F.relu(self.stem(x))))))
+        logits: Tensor = self.head(F.relu(self.middle(x.flatten(2).transpose(1, 2)))[:, 0])
+        return logits
+
+
+def test_without_vnni_every_kernel_computes_the_same(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Layers()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.abs_()  # every sum of products is as large as it can be
+    batches = [(torch.rand(20, 4, 6, 6) + 1, None)]
+    export_onnx(model.eval(), batches, tmp_path / "dense.onnx", Export())
+    made = to_int8(tmp_path / "dense.onnx", tmp_path / "int8.onnx", batches, None, WITHOUT_VNNI, FAST)
+
+    assert made.int8_arithmetic == "any" and made.num_converted == 5
+    proto = onnx.load(tmp_path / "int8.onnx")
+    assert {"deploypipe.int8_arithmetic": "any"}.items() <= {p.key: p.value for p in proto.metadata_props}.items()
+    weights = [numpy_helper.to_array(w) for n, w in weights_of(proto).items() if n.endswith("weight_quantized")]
+    weights = weights or [numpy_helper.to_array(w) for w in proto.graph.initializer if w.data_type == INT8 and w.dims]
+    largest = max(int(abs(weight.astype(int)).max()) for weight in weights)
+    assert largest > 32 and 2 * 255 * largest < 2**15
+    # This machine's own kernels, of whatever kind, against float between the same roundings.
+    outputs = []
+    for is_plain in (False, True):
+        with OnnxRuntime(is_plain=is_plain).open(tmp_path / "int8.onnx", num_threads=1) as session:
+            (logits,) = session.run(feed(batches[0][0], session.input_names))
+            outputs.append(logits)
+    assert abs(outputs[0] - outputs[1]).max() < 0.02 * abs(outputs[1]).max()
 
 
 @pytest.mark.parametrize("runtime", ["tensorrt", "tensorrt-rtx"])
 def test_symmetric_for_tensorrt(dense: Path, tmp_path: Path, runtime: str) -> None:
-    made = to_int8(dense, tmp_path / "int8.onnx", tiny.load_data().calib, None, runtime, FAST)
+    made = to_int8(dense, tmp_path / "int8.onnx", tiny.load_data().calib, None, Int8Kernels(runtime=runtime), FAST)
 
     before, after = onnx.load(dense), onnx.load(tmp_path / "int8.onnx")
     weights = weights_of(after)
@@ -149,7 +193,7 @@ def lopsided(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_sensitive_layer_stays_float(lopsided: Path, tmp_path: Path) -> None:
     splits = tiny.load_data()
     judge = judge_on(list(splits.val))
-    made = to_int8(lopsided, tmp_path / "int8.onnx", splits.calib, judge, "onnxruntime", Export())
+    made = to_int8(lopsided, tmp_path / "int8.onnx", splits.calib, judge, CPU, Export())
 
     assert [kept.layer for kept in made.kept_float] == ["middle/Gemm"]
     assert "mean error of the outputs" in made.kept_float[0].reason
@@ -163,7 +207,7 @@ def test_a_sensitive_layer_stays_float(lopsided: Path, tmp_path: Path) -> None:
 
 
 def test_errors_alone_decide_without_a_judge(lopsided: Path, tmp_path: Path) -> None:
-    made = to_int8(lopsided, tmp_path / "int8.onnx", tiny.load_data().calib, None, "onnxruntime", FAST)
+    made = to_int8(lopsided, tmp_path / "int8.onnx", tiny.load_data().calib, None, CPU, FAST)
     assert [kept.layer for kept in made.kept_float] == ["middle/Gemm"]
     assert made.file.max_abs_error < FAST.max_abs_error_int8
 
@@ -172,7 +216,7 @@ def test_attention(tmp_path: Path) -> None:
     torch.manual_seed(0)
     batches = [(torch.randn(40, 5, 16), None)]
     export_onnx(with_slim_attention(Attention()).eval(), batches, tmp_path / "dense.onnx", Export())
-    made = to_int8(tmp_path / "dense.onnx", tmp_path / "int8.onnx", batches, None, "onnxruntime", FAST)
+    made = to_int8(tmp_path / "dense.onnx", tmp_path / "int8.onnx", batches, None, CPU, FAST)
 
     # Query, key and value share one weight, split where they are used; output, two of the MLP, and the head.
     assert made.num_converted == 7
@@ -192,7 +236,9 @@ def test_biases_make_up_for_rounded_weights(tmp_path: Path) -> None:
     plain = replace(FAST, int8=Int8(methods=("minmax",), correct_biases=False))
     corrected = replace(FAST, int8=Int8(methods=("minmax",)))
     files = [
-        to_int8(tmp_path / "dense.onnx", tmp_path / "int8.onnx", batches, None, "tensorrt", settings)
+        to_int8(
+            tmp_path / "dense.onnx", tmp_path / "int8.onnx", batches, None, Int8Kernels(runtime="tensorrt"), settings
+        )
         for settings in (plain, corrected)
     ]
     assert [made.is_bias_corrected for made in files] == [False, True]
@@ -204,25 +250,26 @@ def test_biases_make_up_for_rounded_weights(tmp_path: Path) -> None:
 def test_refusals_leave_the_old_file(dense: Path, tmp_path: Path) -> None:
     calib = list(tiny.load_data().calib)
     out = tmp_path / "int8.onnx"
-    to_int8(dense, tmp_path / "already.onnx", calib, None, "onnxruntime", FAST)
+    to_int8(dense, tmp_path / "already.onnx", calib, None, CPU, FAST)
     (tmp_path / "cut.onnx").write_bytes(dense.read_bytes()[:-100])
     export_onnx(Weightless(), [(torch.randn(3, 4), None)], tmp_path / "weightless.onnx", Export())
     out.write_bytes(b"the last good file")
     odd = (torch.randn(4, 1, 6), None)
     exact = replace(FAST, max_abs_error_int8=0)
-    cases: list[tuple[Path, Any, str, Export, type[DeploypipeError], str]] = [
-        (tmp_path / "cut.onnx", calib, "onnxruntime", FAST, ModelError, "cut.onnx"),
-        (tmp_path / "already.onnx", calib, "onnxruntime", FAST, ModelError, "quantised already"),
-        (tmp_path / "weightless.onnx", [(torch.randn(3, 4), None)], "onnxruntime", FAST, ModelError, "no layer of it"),
-        (dense, [odd], "onnxruntime", FAST, DataError, r"cannot run on x float32\[\d, 1, 6\]"),
-        (dense, [odd, *calib], "onnxruntime", FAST, DataError, r"cannot run on x float32\[1, 1, 6\]"),
-        (dense, [], "onnxruntime", FAST, DataError, "no samples"),
-        (dense, calib, "onnxruntime", exact, ParityError, "raise export.max_abs_error_int8"),
-        (dense, calib, "coreml", FAST, ModelError, "there is one for onnxruntime, tensorrt, tensorrt-rtx"),
+    coreml = Int8Kernels(runtime="coreml")
+    cases: list[tuple[Path, Any, Int8Kernels, Export, type[DeploypipeError], str]] = [
+        (tmp_path / "cut.onnx", calib, CPU, FAST, ModelError, "cut.onnx"),
+        (tmp_path / "already.onnx", calib, CPU, FAST, ModelError, "quantised already"),
+        (tmp_path / "weightless.onnx", [(torch.randn(3, 4), None)], CPU, FAST, ModelError, "no layer of it"),
+        (dense, [odd], CPU, FAST, DataError, r"cannot run on x float32\[\d, 1, 6\]"),
+        (dense, [odd, *calib], CPU, FAST, DataError, r"cannot run on x float32\[1, 1, 6\]"),
+        (dense, [], CPU, FAST, DataError, "no samples"),
+        (dense, calib, CPU, exact, ParityError, "raise export.max_abs_error_int8"),
+        (dense, calib, coreml, FAST, ModelError, "there is one for onnxruntime, tensorrt, tensorrt-rtx"),
     ]
-    for source, batches, runtime, settings, error, message in cases:
+    for source, batches, kernels, settings, error, message in cases:
         with pytest.raises(error, match=message):
-            to_int8(source, out, batches, None, runtime, settings)
+            to_int8(source, out, batches, None, kernels, settings)
         assert out.read_bytes() == b"the last good file"
     assert {p.name for p in tmp_path.iterdir()} == {"int8.onnx", "already.onnx", "cut.onnx", "weightless.onnx"}
 

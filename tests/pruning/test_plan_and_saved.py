@@ -132,7 +132,7 @@ def test_saved_network_comes_back_with_and_without_its_class(tmp_path: Path) -> 
         next(pruned.parameters()).mul_(1.5)  # as a repair or a fine-tune would
     save_pruned(pruned, plan, inputs, tmp_path)
     batch = torch.randn(7, 3, 8, 8)
-    program, module = load_pruned(tmp_path), load_pruned(tmp_path, networks.PadResNet)
+    program, module = load_pruned(tmp_path, trust_program=True), load_pruned(tmp_path, networks.PadResNet)
     with torch.no_grad():
         assert torch.equal(module(batch), pruned(batch))
         torch.testing.assert_close(program(batch), pruned(batch), atol=1e-5, rtol=1e-4)
@@ -164,7 +164,7 @@ def test_keyword_inputs_are_saved_too(tmp_path: Path) -> None:
     model, inputs = Named().eval(), {"left": torch.randn(3, 4), "right": torch.randn(3, 4)}
     plan = empty_plan(list_structures(model, inputs))
     save_pruned(model, plan, inputs, tmp_path)
-    torch.testing.assert_close(load_pruned(tmp_path)(**inputs), model(**inputs))
+    torch.testing.assert_close(load_pruned(tmp_path, trust_program=True)(**inputs), model(**inputs))
 
 
 def test_a_network_in_channels_last_is_saved_as_it_is(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 import json
 import shutil
 import threading
+from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 
@@ -15,12 +17,14 @@ from typer.testing import CliRunner
 
 from deploypipe.cli import app
 from deploypipe.errors import BundleError
-from deploypipe.records import Verdict
+from deploypipe.records import BaselineComparison, Check, Status, Verdict, Waiver
 from deploypipe.release.bundle import load_bundle, release
+from deploypipe.release.decision import decide_again
 from deploypipe.release.manifest import MANIFEST, SIGNATURE, check_manifest
 from deploypipe.release.registry import promote, resolve
 from deploypipe.release.signing import check_keyless, check_signature, sign, sign_keyless
-from deploypipe.runs import save_result
+from deploypipe.runs import RunResult, save_result
+from deploypipe.target import Budget
 
 pytest.importorskip("cyclonedx", reason="bills of materials need cyclonedx-python-lib")
 RUNNER = CliRunner()
@@ -175,7 +179,7 @@ def test_a_manifest_that_points_out_of_the_folder_is_refused(signed: tuple[Path,
     entry = FileEntry(name="../outside", sha256="0", size_bytes=0)
     made = m.Manifest(format=m.FORMAT, name="n", files=(entry,), digest=m._digest("n", (entry,)))
     (tmp_path / MANIFEST).write_bytes(m._as_bytes(made))
-    with pytest.raises(BundleError, match="is no plain name"):
+    with pytest.raises(BundleError, match=r"the name '\.\./outside' holds '/'; do not use"):
         check_manifest(tmp_path)
 
 
@@ -216,15 +220,80 @@ def test_certificates(tmp_path: Path) -> None:
 
 
 def test_a_run_on_hold_and_a_changed_file_are_not_released(tmp_path: Path) -> None:
-    held = write_run(tmp_path / "held")
-    save_result(tmp_path / "held", replace(held, decision=replace(held.decision, verdict=Verdict.HOLD)))
-    with pytest.raises(BundleError, match="the gate holds this run"):
+    write_run(tmp_path / "held", num_wrong=30)
+    with pytest.raises(BundleError, match="the gate holds this run: accuracy_drop failed"):
         release(tmp_path / "held", tmp_path / "bundles")
-    write_run(tmp_path / "changed")
-    truncate(tmp_path / "changed" / MODEL)
-    with pytest.raises(BundleError, match=r"model\.onnx: is not the file that was measured"):
-        release(tmp_path / "changed", tmp_path / "bundles")
+    result = write_run(tmp_path / "changed")
+    for name in (MODEL, *(entry.name for entry in result.golden.files)) if result.golden else ():
+        content = (tmp_path / "changed" / name).read_bytes()
+        truncate(tmp_path / "changed" / name)
+        with pytest.raises(BundleError, match=rf"{name}: is not the file that was measured"):
+            release(tmp_path / "changed", tmp_path / "bundles")
+        (tmp_path / "changed" / name).write_bytes(content)
     assert not (tmp_path / "bundles").exists()
+    swapped = write_run(tmp_path / "swapped", seed=1)  # whole in itself, and not what the report is about
+    save_result(tmp_path / "swapped", replace(swapped, benchmark=result.benchmark))
+    with pytest.raises(BundleError, match=r"model\.onnx: is not the file that was measured"):
+        release(tmp_path / "swapped", tmp_path / "bundles")
+
+
+def as_recorded(result: RunResult, **changes: object) -> RunResult:
+    """A run whose record says so, sealed as if the product had written it."""
+    return replace(result, decision=replace(result.decision, **changes))
+
+
+@pytest.mark.parametrize(
+    ("num_wrong", "forge", "told"),
+    [
+        (30, lambda r: as_recorded(r, verdict=Verdict.SHIP), "SHIP is recorded, and does not follow"),
+        (0, lambda r: as_recorded(r, verdict=Verdict.HOLD), "HOLD is recorded, and does not follow"),
+        (30, lambda r: as_recorded(r, verdict=Verdict.SHIP, checks=()), "0 checks are recorded, and its budget asks"),
+        (30, lambda r: as_recorded(r, verdict=Verdict.SHIP, checks=passed(r)), "accuracy_drop PASS .* it is .* FAIL"),
+        (0, lambda r: replace(r, target=replace(r.target, budget=Budget(accuracy_drop_pp=0.1))), "its budget asks for"),
+        (0, lambda r: replace(r, benchmark=replace(r.benchmark, is_steady=False)), "it is latency_p50 UNKNOWN"),
+        (0, lambda r: parted(r), "it is parity FAIL"),
+    ],
+)
+def test_release_does_not_believe_the_recorded_decision(
+    num_wrong: int, forge: Callable[[RunResult], RunResult], told: str, tmp_path: Path
+) -> None:
+    save_result(tmp_path, forge(write_run(tmp_path / "run", num_wrong=num_wrong)))
+    (tmp_path / "result.json").replace(tmp_path / "run" / "result.json")
+    with pytest.raises(BundleError, match=rf"result\.json: .*{told}.*; decide again with `deploypipe gate"):
+        release(tmp_path / "run", tmp_path / "bundles")
+    assert not (tmp_path / "bundles").exists()
+    assert RUNNER.invoke(app, ["release", str(tmp_path / "run"), "--out", str(tmp_path / "bundles")]).exit_code == 2
+
+
+def passed(result: RunResult) -> tuple[Check, ...]:
+    return tuple(replace(check, status=Status.PASS) for check in result.decision.checks)
+
+
+def parted(result: RunResult) -> RunResult:
+    """The file computes something else than the network."""
+    shipped = result.benchmark.compressed
+    wrong = replace(shipped, file=replace(shipped.file, max_abs_error=0.5))
+    return replace(result, benchmark=replace(result.benchmark, compressed=wrong))
+
+
+def test_release_decides_by_todays_date(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    measured = datetime(2026, 11, 20, 12, tzinfo=UTC)
+    waiver = Waiver(check="accuracy_drop", reason="r", by="ada", granted="2026-11-01", expires="2026-11-30")
+    result = write_run(run, num_wrong=30, max_age_days=20)
+    assert decide_again(run, result, None, (waiver,), measured).decision.verdict is Verdict.SHIP
+    release(run, tmp_path / "bundles", now=measured + timedelta(days=9))
+    with pytest.raises(BundleError, match="the waiver by ada ran out on 2026-11-30"):
+        release(run, tmp_path / "bundles", now=measured + timedelta(days=11))
+    with pytest.raises(BundleError, match="age failed"):
+        release(run, tmp_path / "bundles", now=measured + timedelta(days=21))
+    with pytest.raises(BundleError, match="age is unknown"):
+        release(run, tmp_path / "bundles", now=measured - timedelta(days=2))
+    baseline = BaselineComparison(name="v1", latency_ratio=None, accuracy_drop_pp=None)
+    worse = decide_again(run, result, baseline, (waiver,), measured)
+    assert worse.decision.verdict is Verdict.HOLD
+    with pytest.raises(BundleError, match=r"the gate holds this run: .*against_baseline is unknown"):
+        release(run, tmp_path / "bundles", now=measured)
 
 
 def test_two_releases_and_two_promotions_at_once(tmp_path: Path) -> None:
@@ -263,7 +332,7 @@ def test_registry_counts_versions_and_moves_aliases(tmp_path: Path) -> None:
         resolve(f"{registry}/digits-x86_cpu@nobody")
     with pytest.raises(BundleError, match="is no bundle"):
         resolve(str(tmp_path))
-    with pytest.raises(BundleError, match="is no plain word"):
+    with pytest.raises(BundleError, match=r"the alias '\.\./up' holds '/'"):
         promote(first, registry, "../up")
     shutil.rmtree(tmp_path / "registry" / "digits-x86_cpu" / "2")
     with pytest.raises(BundleError, match="means version 2, which is gone"):

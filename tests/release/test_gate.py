@@ -1,8 +1,10 @@
 """The gate's truth table: passed, failed, unknown, for every kind of limit."""
 
 from dataclasses import replace
+from typing import Literal
 
 import pytest
+from finished_runs import conditions
 
 from deploypipe.records import (
     BenchmarkReport,
@@ -16,6 +18,7 @@ from deploypipe.records import (
     Verdict,
 )
 from deploypipe.release.gate import decide
+from deploypipe.report.tables import check_cells
 from deploypipe.target import Budget
 
 
@@ -141,6 +144,33 @@ def test_unsteady_timings_hold_the_latency_alone() -> None:
         "latency_p50 is unknown (the timings were not steady: dense: the median drifted by +30%)"
     )
     assert decide(shaky, Budget(params="0.9x")).verdict is Verdict.SHIP
+
+
+@pytest.mark.parametrize("latency", ["0.9x", "0.1x", "9 ms", "1 ms"])
+@pytest.mark.parametrize(
+    ("verdict", "why"), [("throttled", "heat slowed the processor down 2 times"), ("noisy", "others kept 1.9 of 2")]
+)
+def test_a_throttled_or_noisy_machine_decides_no_latency(
+    verdict: Literal["throttled", "noisy"], why: str, latency: str
+) -> None:
+    """The figure is shown with the reason, and nothing is concluded: not that it passed, and not that it failed."""
+    shaky = replace(REPORT, conditions=conditions(verdict, why))
+    decision = decide(shaky, Budget(latency_p50=latency, params="0.9x"))
+    steady = decide(replace(REPORT, conditions=conditions("steady")), Budget(latency_p50=latency)).checks[0]
+    check = decision.checks[0]
+    assert check.status is Status.UNKNOWN and decision.verdict is Verdict.HOLD
+    assert (check.measured, check.interval, check.limit) == (steady.measured, steady.interval, steady.limit)
+    assert f"the machine was {verdict}: {why}" in check.reason and check.reason in decision.reason
+    assert steady.status is not Status.UNKNOWN and decision.checks[1].status is Status.PASS
+    shown = check_cells(check)[2]
+    assert shown.startswith("4.8 ms (4.7 to ") and "not measured" not in decision.reason
+
+
+def test_an_absolute_latency_says_what_its_interval_covers() -> None:
+    timed = replace(REPORT, conditions=conditions("steady"))
+    absolute, relative = (decide(timed, Budget(latency_p50=limit)).checks[0].reason for limit in ("5 ms", "0.9x"))
+    assert "under drifts as slow as the measurement, 6 s, not those from day to day" in absolute
+    assert "day to day" not in relative  # both files meet a drift
 
 
 def test_nan_is_unknown_and_all_blocking_checks_are_named() -> None:

@@ -51,6 +51,7 @@ def test_report_leads_with_the_decision_and_fetches_nothing(tmp_path: Path) -> N
     assert page.num_large_scripts == 1  # plotly.js, once
     assert text.index("SHIP") < text.index("Before and after")
     assert "all checks passed" in text
+    assert "the interval covers this machine's median under drifts as slow as the measurement" in text
 
 
 def test_report_shows_every_part_of_a_run() -> None:

@@ -86,8 +86,10 @@ def tensorrt() -> Runtime:
             marks=OPENVINO,
         ),
         pytest.param(lambda: onnxruntime_with("cuda"), write_onnx, id="cuda", marks=CUDA),
-        pytest.param(EagerRuntime, write_program, id="eager"),
-        pytest.param(lambda: EagerRuntime(device="cuda"), write_program, id="eager on cuda", marks=CUDA),
+        pytest.param(lambda: EagerRuntime(is_trusted=True), write_program, id="eager"),
+        pytest.param(
+            lambda: EagerRuntime(device="cuda", is_trusted=True), write_program, id="eager on cuda", marks=CUDA
+        ),
         pytest.param(tensorrt, write_engine, id="tensorrt", marks=CUDA),
     ],
 )
@@ -135,7 +137,7 @@ class TestContract:
 
 def test_threads_of_eager_torch_are_given_back(tmp_path: Path) -> None:
     path, before = write_program(tmp_path), torch.get_num_threads()
-    with EagerRuntime().open(path, num_threads=before + 1):
+    with EagerRuntime(is_trusted=True).open(path, num_threads=before + 1):
         assert torch.get_num_threads() == before + 1
     assert torch.get_num_threads() == before
 
@@ -147,7 +149,7 @@ def test_eager_takes_named_inputs_and_gives_tuples(tmp_path: Path) -> None:
 
     program = torch.export.export(Two(), (), {"b": torch.ones(2), "a": torch.ones(2)})
     torch.export.save(program, tmp_path / "two.pt2")
-    with EagerRuntime().open(tmp_path / "two.pt2", num_threads=1) as session:
+    with EagerRuntime(is_trusted=True).open(tmp_path / "two.pt2", num_threads=1) as session:
         assert (sorted(session.input_names), session.output_names) == (["a", "b"], ("output_0", "output_1"))
         outputs = session.run({"a": np.full(2, 3, np.float32), "b": np.ones(2, np.float32)})
     assert [array.tolist() for array in outputs] == [[2, 2], [3, 3]]

@@ -20,6 +20,17 @@ def test_what_is_kept_is_known_and_the_longer_one_stays(tmp_path: Path) -> None:
     assert len(accuracies.of(replace(PLAN, blocks=("layer1.1",)))) == 0
 
 
+def test_the_file_of_another_network_is_as_none(tmp_path: Path) -> None:
+    accuracies = Accuracies(tmp_path)
+    other = replace(PLAN, blocks=("layer1.1",))
+    accuracies.keep(PLAN, RESULTS)
+    (file,) = tmp_path.iterdir()
+    accuracies.keep(other, RESULTS[:500])
+    (twin,) = set(tmp_path.iterdir()) - {file}
+    twin.write_bytes(file.read_bytes())
+    assert len(accuracies.of(other)) == 0 and len(accuracies.of(PLAN)) == 1000
+
+
 @pytest.mark.parametrize("content", ["", "[]", '{"results": "bits 1 zz", "sha256": ""}', "{}"])
 def test_a_damaged_file_is_as_none(tmp_path: Path, content: str) -> None:
     accuracies = Accuracies(tmp_path)

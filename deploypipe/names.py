@@ -1,0 +1,40 @@
+"""One rule for every name that becomes a folder, a file, a tag or a model: applied where the name comes in.
+
+Standard library only, so that `deploypipe.verify` can ask on the device.
+"""
+
+import unicodedata
+
+MOST_BYTES = 100  # of one name: folders join two of them and a hash, and file systems take 255
+_MARKS = "_-.+"
+_DEVICES = {"con", "prn", "aux", "nul", *(f"{kind}{i}" for kind in ("com", "lpt") for i in range(10))}  # of Windows
+_MOST_SHOWN = 60  # characters of a name in an error
+_REMEDY = f"use letters, digits and any of {' '.join(_MARKS)}, with a letter or digit first"
+
+
+def name_problem(name: str, *, most_bytes: int = MOST_BYTES) -> str:
+    """What is wrong with a name, and the remedy, as "'../x' holds '/'; use ..."; empty where it may be used.
+
+    Letters and digits may be of any script, in the form NFKC: no invisible, combining or reversing characters, and no
+    two spellings of one name.
+    """
+    problem = _problem(name, most_bytes)
+    shown = repr(name if len(name) <= _MOST_SHOWN else f"{name[:_MOST_SHOWN]}...")
+    return f"{shown} {problem}; {_REMEDY}" if problem else ""
+
+
+def _problem(name: str, most_bytes: int) -> str:
+    if not name:
+        return "is empty"
+    if odd := [character for character in name if not (character.isalnum() or character in _MARKS)]:
+        return f"holds {odd[0]!r}"
+    size = len(name.encode("utf-8"))
+    if size > most_bytes:
+        return f"has {size} bytes, and {most_bytes} are the most"
+    if unicodedata.normalize("NFKC", name) != name:
+        return "has another spelling in Unicode's form NFKC"
+    if not name[0].isalnum() and name[0] != "_":
+        return f"begins with {name[0]!r}"
+    if name.endswith(".") or ".." in name:
+        return "ends with '.'" if name.endswith(".") else "holds '..'"
+    return "is the name of a device on Windows" if name.partition(".")[0].lower() in _DEVICES else ""
