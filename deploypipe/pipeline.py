@@ -12,6 +12,7 @@ from deploypipe.checks import check_inputs
 from deploypipe.errors import ConfigError, DeploypipeError, StorageError
 from deploypipe.export.engine import place_engine
 from deploypipe.export.parity import limit_of
+from deploypipe.golden_file import GOLDEN, TENSORS
 from deploypipe.names import name_problem
 from deploypipe.observe.moments import Moments, merge
 from deploypipe.observe.stream import observe_halves
@@ -59,7 +60,6 @@ from deploypipe.stages.shipping import MODEL, Shipped
 from deploypipe.target import Limit, Target
 from deploypipe.task import Splits, Task, take, take_calib
 from deploypipe.training.ranks import ALONE, Ranks
-from deploypipe.verify import GOLDEN, TENSORS
 
 ENGINE, REPORT = "model.engine", "report.html"
 

@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from deploypipe.errors import DeploypipeError, ModelError
+from deploypipe.golden_file import GOLDEN, TENSORS, GoldenModel, read_golden, shown
 from deploypipe.installed import load_onnxruntime
 from deploypipe.names import name_problem
 from deploypipe.numerics.differences import difference
@@ -27,24 +28,12 @@ from deploypipe.records import FileEntry, Parity
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
-GOLDEN, TENSORS = "golden.json", "golden.safetensors"
-FORMAT = "deploypipe-golden-1"
 EXIT_SAME, EXIT_DIFFERENT, EXIT_UNUSABLE = 0, 1, 2
 HEADER = ("file", "precision", "max error", "allowed", "top-1", "verdict")
 
-_MAX_JSON_BYTES = 2**24
-_MOST_SHOWN = 5
+_MODEL_SUFFIXES = (".onnx", ".ort")
 _DTYPES = {"F64": "f8", "F32": "f4", "F16": "f2", "I64": "i8", "I32": "i4", "I16": "i2", "I8": "i1", "BOOL": "?"}
 _DTYPES |= {"U64": "u8", "U32": "u4", "U16": "u2", "U8": "u1"}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GoldenModel:
-    """One model file, and how far its answers may be from those stored."""
-
-    file: str
-    precision: str
-    max_abs_error: float  # relative to the largest magnitude of the same output
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,21 +61,33 @@ def tensor_name(case: int, model: str, name: str) -> str:
 
 
 def verify(folder: Path) -> Verification:
-    """Replay the golden samples of `folder`. ModelError where it is incomplete, changed, or does not load here."""
-    content = _read_golden(folder)
-    entries = content["files"]
-    for entry in entries:
+    """Replay the golden samples of `folder`. ModelError where it is incomplete, changed, or does not load here.
+
+    Every stored sample and answer is used, and every model in the folder is checked: nothing passes unseen.
+    """
+    content = read_golden(folder)
+    for entry in content.files:
         _check_hash(folder, entry)
-    known = {entry.name for entry in entries}
-    for model in content["models"]:
+    known = {entry.name for entry in content.files}
+    for model in content.models:
         if lost := {model.file, TENSORS, *check_onnx_file(folder / model.file).data} - known:
             raise ModelError(f"{folder / model.file}: needs {', '.join(sorted(lost))}, which {GOLDEN} does not list")
-    tensors = _read_tensors(folder / TENSORS)
     others = sorted(path.name for path in folder.iterdir() if path.name not in {*known, GOLDEN})
-    return Verification(
-        replays=tuple(_replay(folder, model, content["num_cases"], tensors) for model in content["models"]),
-        notes=(f"not listed, not checked: {shown(others)}",) if others else (),
-    )
+    unchecked = {name for name in others if name.lower().endswith(_MODEL_SUFFIXES)}
+    unchecked |= {name for name in known if name.lower().endswith(_MODEL_SUFFIXES)} - {m.file for m in content.models}
+    if unchecked:
+        raise ModelError(
+            f"{folder}: {shown(sorted(unchecked))} is a model that {GOLDEN} has no answers of; remove it, or copy the "
+            f"folder again"
+        )
+    tensors = _read_tensors(folder / TENSORS)
+    used: set[str] = set()
+    replays = tuple(_replay(folder, model, content.num_cases, tensors, used) for model in content.models)
+    if unused := sorted(tensors.keys() - used):
+        raise ModelError(
+            f"{folder / TENSORS}: holds {shown(unused)}, which no model reads or gives; copy the folder again"
+        )
+    return Verification(replays=replays, notes=(f"not listed, not checked: {shown(others)}",) if others else ())
 
 
 def golden_inputs(folder: Path, batch_size: int) -> dict[str, Array]:
@@ -115,42 +116,6 @@ def cells(verification: Verification) -> list[tuple[str, ...]]:
         )
         for replay in verification.replays
     ]
-
-
-def shown(names: Sequence[str]) -> str:
-    """The first names of a list, and how many more there are."""
-    more = len(names) - _MOST_SHOWN
-    return ", ".join(names[:_MOST_SHOWN]) + (f" and {more} more" if more > 0 else "")
-
-
-def _read_golden(folder: Path) -> dict[str, Any]:
-    """golden.json with its files as FileEntry and its models as GoldenModel; ModelError for any other content."""
-    path = folder / GOLDEN
-    try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise ValueError(f"{path.stat().st_size} bytes are too many")
-        content = json.loads(path.read_bytes())
-        if content["format"] != FORMAT:
-            raise ValueError(f"format {content['format']!r} is not {FORMAT!r}")
-        return {
-            "files": [FileEntry(**_typed(entry, name=str, sha256=str, size_bytes=int)) for entry in content["files"]],
-            "models": [
-                GoldenModel(**_typed(entry, file=str, precision=str, max_abs_error=float))
-                for entry in content["models"]
-            ],
-            "num_cases": _typed(content, num_cases=int)["num_cases"],
-        }
-    except FileNotFoundError:
-        raise ModelError(f"{folder}: holds no {GOLDEN}; give the folder that `deploypipe run` filled") from None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ModelError(f"{path}: not understood ({type(error).__name__}: {error}); copy the folder again") from None
-
-
-def _typed(content: dict[str, Any], **types: type) -> dict[str, Any]:
-    for name, wanted in types.items():
-        if type(content[name]) is not wanted:
-            raise ValueError(f"{name} is {content[name]!r}")
-    return {name: content[name] for name in types}
 
 
 def _check_hash(folder: Path, entry: FileEntry) -> None:
@@ -191,7 +156,8 @@ def _read_tensor(content: memoryview, entry: dict[str, Any]) -> Array:
     return np.frombuffer(content[begin:end], dtype).reshape(shape)
 
 
-def _replay(folder: Path, model: GoldenModel, num_cases: int, tensors: dict[str, Array]) -> Replay:
+def _replay(folder: Path, model: GoldenModel, num_cases: int, tensors: dict[str, Array], used: set[str]) -> Replay:
+    """What a model answers to the stored samples; adds the names of the tensors that it takes to `used`."""
     onnxruntime = load_onnxruntime()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only
@@ -202,17 +168,21 @@ def _replay(folder: Path, model: GoldenModel, num_cases: int, tensors: dict[str,
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         outputs = [output.name for output in session.get_outputs()]
+        inputs = [value.name for value in session.get_inputs()]
         for case in range(num_cases):
-            feed = {value.name: tensors[tensor_name(case, "", value.name)] for value in session.get_inputs()}
+            feed = {name: tensors[tensor_name(case, "", name)] for name in inputs}
             expected.append([tensors[tensor_name(case, model.file, name)] for name in outputs])
+            used.update(tensor_name(case, "", name) for name in inputs)
+            used.update(tensor_name(case, model.file, name) for name in outputs)
             seen.append(session.run(outputs, feed))
     except KeyError as error:
         raise ModelError(f"{path}: {TENSORS} holds no {error} for it; copy the folder again") from None
     except Exception as error:  # onnxruntime raises many classes
         line = str(error).partition("\n")[0]
         raise ModelError(f"{path}: onnxruntime {onnxruntime.__version__} cannot run it here ({line})") from None
+    _require_answers(path, expected)
     fits = all(
-        want.shape == got.shape and want.dtype == got.dtype
+        isinstance(got, np.ndarray) and want.shape == got.shape and want.dtype == got.dtype
         for wanted, found in zip(expected, seen, strict=True)
         for want, got in zip(wanted, found, strict=True)
     )
@@ -220,6 +190,15 @@ def _replay(folder: Path, model: GoldenModel, num_cases: int, tensors: dict[str,
     return Replay(
         model=model, parity=parity, is_same=parity is not None and parity.max_abs_error <= model.max_abs_error
     )
+
+
+def _require_answers(path: Path, expected: list[list[Array]]) -> None:
+    """What is stored has to be something that can be compared with."""
+    arrays = [array for outputs in expected for array in outputs]
+    if not any(array.size for array in arrays):
+        raise ModelError(f"{path}: {TENSORS} holds no value of an answer of it; copy the folder again")
+    if not all(np.isfinite(array).all() for array in arrays):
+        raise ModelError(f"{path}: its answers in {TENSORS} hold NaN or infinity; copy the folder again")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

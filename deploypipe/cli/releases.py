@@ -21,7 +21,7 @@ from deploypipe.cli.terminal import (
 from deploypipe.errors import ConfigError, DeploypipeError, NoVersionError
 from deploypipe.jsonio import to_json
 from deploypipe.records import Verdict
-from deploypipe.runs import RunResult, load_result, write_atomically
+from deploypipe.runs import RESULT, RunResult, load_result, write_atomically
 
 _PUBLIC_KEY = "PEM of the public key that the bundle has to be signed with."
 _REGISTRY = "Folder of bundles and their aliases, s3://... (or another store), or `models:`, the MLflow server in use."
@@ -224,6 +224,7 @@ def verify(
     Where only numpy and onnxruntime are installed: python -m deploypipe.verify DIR
     """
     with exit_codes():
+        from deploypipe.release.bundle import check_run
         from deploypipe.release.manifest import MANIFEST, check_manifest
         from deploypipe.release.registry import is_remote, resolve
         from deploypipe.release.signing import check_keyless, check_signature
@@ -241,6 +242,8 @@ def verify(
             manifest = check_manifest(path)
             signed = "signed and unchanged" if key or root or identity else "unchanged; its signature was not checked"
             print(f"{manifest.name}, {len(manifest.files)} files, {signed}")
+        elif (path / RESULT).exists():
+            check_run(path)
         verification = replay(path)
         show_table(f"Golden samples in {path}", HEADER, cells(verification))
         listed = {entry.name for entry in manifest.files} | {MANIFEST} if is_bundle else set()

@@ -10,6 +10,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from deploypipe.errors import DataError, ModelError
+from deploypipe.golden_file import FORMAT, GOLDEN, TENSORS, TOLERANCES, GoldenModel
 from deploypipe.records import FileEntry, Golden, ModelFile
 from deploypipe.runs import file_sha256, write_atomically
 from deploypipe.runtimes import Array
@@ -18,14 +19,10 @@ from deploypipe.runtimes.onnxruntime import OnnxRuntime
 from deploypipe.runtimes.packing import feed
 from deploypipe.task import Batch, has_batch_axis, num_samples, take
 from deploypipe.trees import tensors
-from deploypipe.verify import FORMAT, GOLDEN, TENSORS, GoldenModel, tensor_name
+from deploypipe.verify import tensor_name
 
 NUM_SAMPLES = 4  # of each of the first batches that differ in shape
 _MAX_CASES = 3
-# How far one file's answers on one machine may be from those on another: other kernels, other orders of summation, and
-# in int8 another rounding at each layer. Relative to an output's largest magnitude.
-_TOLERANCES = {"fp32": 1e-3, "fp16": 1e-2, "int8": 5e-2}
-_LOOSEST = max(_TOLERANCES.values())
 
 
 def write_golden(folder: Path, files: Mapping[str, ModelFile], batches: Sequence[Batch]) -> Golden:
@@ -51,7 +48,7 @@ def write_golden(folder: Path, files: Mapping[str, ModelFile], batches: Sequence
     entries = [entry for name, file in files.items() for entry in _entries(folder, name, file)]
     entries.append(_entry(folder / TENSORS))
     models = [
-        GoldenModel(file=name, precision=file.precision, max_abs_error=_TOLERANCES.get(file.precision, _LOOSEST))
+        GoldenModel(file=name, precision=file.precision, max_abs_error=TOLERANCES[file.precision])
         for name, file in files.items()
     ]
     content = {

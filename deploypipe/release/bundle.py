@@ -78,6 +78,12 @@ def load_bundle(folder: Path) -> RunResult:
     return load_result(folder, REPORT)
 
 
+def check_run(run: Path) -> None:
+    """The golden files of a finished run are those that its result names; BundleError for the first that is not."""
+    result = load_result(run)
+    _require_hashes(run, {entry.name: entry.sha256 for entry in result.golden.files} if result.golden else {})
+
+
 def _check_files(run: Path, result: RunResult) -> dict[str, str]:
     """The hash of each file that ships; all have to be what the run measured and left."""
     if result.golden is None:
@@ -94,12 +100,16 @@ def _check_files(run: Path, result: RunResult) -> dict[str, str]:
         hashes[f"{ENGINE}.json"] = file_sha256(run / f"{ENGINE}.json")
     if hashes.get(MODEL) != measured:
         raise _changed(run / MODEL)
+    _require_hashes(run, hashes)
+    return hashes
+
+
+def _require_hashes(run: Path, hashes: dict[str, str]) -> None:
     for name, sha256 in hashes.items():
         if problem := name_problem(name):
             raise BundleError(f"{run}: lists a file whose name {problem}; run it again")
         if not (run / name).is_file() or file_sha256(run / name) != sha256:
             raise _changed(run / name)
-    return hashes
 
 
 def _changed(path: Path) -> BundleError:

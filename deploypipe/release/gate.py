@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 
+from deploypipe.golden_file import shown
 from deploypipe.numerics.intervals import interval_of_drop_pp
 from deploypipe.records import (
     BaselineComparison,
@@ -19,7 +20,6 @@ from deploypipe.records import (
 from deploypipe.release.waivers import waived
 from deploypipe.report.tables import what_is_covered
 from deploypipe.target import Budget, Limit
-from deploypipe.verify import shown
 
 _FEWEST_OF_A_SLICE = 2  # one sample tells nothing of others like it
 _CLOCKS_DIFFER_DAYS = 0.05  # by so much those of two machines may

@@ -23,9 +23,10 @@ from deploypipe.cli import app
 from deploypipe.errors import DataError, ModelError
 from deploypipe.export.golden import write_golden
 from deploypipe.export.onnx_file import export_onnx
+from deploypipe.golden_file import GOLDEN, TENSORS
 from deploypipe.recipe import Export
 from deploypipe.runs import file_sha256
-from deploypipe.verify import GOLDEN, TENSORS, verify
+from deploypipe.verify import main, verify
 
 # Refuses every import that is neither the standard library nor numpy, onnxruntime or this package.
 GUARD = """
@@ -129,9 +130,9 @@ def test_a_file_that_answers_otherwise(folder: Path, tmp_path: Path) -> None:
 
 
 def test_from_the_command_line(folder: Path) -> None:
-    (folder / "stray.onnx").write_bytes(b"whatever")
+    (folder / "stray.txt").write_bytes(b"whatever")
     shown = CliRunner().invoke(app, ["verify", str(folder)])
-    assert shown.exit_code == 0 and "note: not listed, not checked: stray.onnx" in shown.output
+    assert shown.exit_code == 0 and "note: not listed, not checked: stray.txt" in shown.output
     (folder / "two.onnx.data").unlink()
     shown = CliRunner().invoke(app, ["verify", str(folder)])
     assert shown.exit_code == 2 and "two.onnx.data: is absent" in shown.output
@@ -197,6 +198,103 @@ def test_files_that_are_not_listed_are_not_used(folder: Path) -> None:
     rewrite(folder, lambda content: content["files"].pop(2))  # the weights of two.onnx
     with pytest.raises(ModelError, match=r"needs two\.onnx\.data, which golden\.json does not list"):
         verify(folder)
+
+
+ENTRY = {"name": "one.onnx", "sha256": "0" * 64, "size_bytes": 1}
+SAYS_TOO_LITTLE_OR_TOO_MUCH: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "no models": (lambda c: c["models"].clear(), "models is empty"),
+    "no files": (lambda c: c["files"].clear(), "files is empty"),
+    "neither": (lambda c: (c["files"].clear(), c["models"].clear()), "is empty"),
+    "no cases": (lambda c: c.update(num_cases=0), "num_cases must be >= 1, got 0"),
+    "cases below none": (lambda c: c.update(num_cases=-1), "num_cases must be >= 1"),
+    "infinite tolerance": (lambda c: c["models"][0].update(max_abs_error=float("inf")), "Infinity is no number"),
+    "NaN": (lambda c: c["models"][0].update(max_abs_error=float("nan")), "NaN is no number"),
+    "huge tolerance": (lambda c: c["models"][0].update(max_abs_error=1e30), "must be between 0 and 0.001 in fp32"),
+    "loose tolerance": (lambda c: c["models"][0].update(max_abs_error=0.0011), "must be between 0 and 0.001 in fp32"),
+    "negative tolerance": (lambda c: c["models"][0].update(max_abs_error=-1e-3), "must be between 0"),
+    "unknown precision": (lambda c: c["models"][0].update(precision="fp31"), "precision 'fp31' is none of fp32"),
+    "a model twice": (lambda c: c["models"].append(c["models"][0]), "lists one.onnx more than once"),
+    "a file twice": (lambda c: c["files"].append(ENTRY), "lists one.onnx more than once"),
+    "no hash": (lambda c: c["files"][0].update(sha256="0"), "is no sha256 of a file"),
+    "unknown key": (lambda c: c.update(skip=True), "unknown key skip"),
+    "unknown key of a model": (lambda c: c["models"][1].update(note=""), "unknown key note"),
+}
+
+
+@pytest.mark.parametrize("case", SAYS_TOO_LITTLE_OR_TOO_MUCH)
+def test_a_golden_file_that_would_check_nothing_is_refused(case: str, folder: Path, tmp_path: Path) -> None:
+    change, told = SAYS_TOO_LITTLE_OR_TOO_MUCH[case]
+    rewrite(folder, change)
+    with pytest.raises(ModelError, match=rf"golden\.json: not understood .*{told}"):
+        verify(folder)
+    assert CliRunner().invoke(app, ["verify", str(folder)]).exit_code == 2
+
+
+def test_a_key_given_twice_and_an_overflowing_number_are_refused(folder: Path) -> None:
+    text = (folder / GOLDEN).read_text()
+    for old, new, told in (
+        ('"num_cases": 1', '"num_cases": 1, "num_cases": 1', "key 'num_cases' is given more than once"),
+        ('"max_abs_error": 0.001', '"max_abs_error": 1e999', "must be between 0"),
+    ):
+        assert old in text
+        (folder / GOLDEN).write_text(text.replace(old, new))
+        with pytest.raises(ModelError, match=told):
+            verify(folder)
+
+
+def test_an_empty_or_partial_folder_is_unusable(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    partial = Path(shutil.copytree(folder, tmp_path / "partial"))
+    (partial / TENSORS).unlink()
+    for place in (tmp_path / "empty", tmp_path / "absent", partial, folder / GOLDEN):
+        assert CliRunner().invoke(app, ["verify", str(place)]).exit_code == 2
+        assert main([str(place)]) == 2
+
+
+@pytest.mark.parametrize("name", ["stray.onnx", "STRAY.ONNX", "stray.ort"])
+def test_a_model_that_nothing_is_known_of_is_refused(name: str, folder: Path) -> None:
+    (folder / name).write_bytes(b"whatever")
+    with pytest.raises(ModelError, match=f"{name} is a model that golden.json has no answers of"):
+        verify(folder)
+    (folder / name).unlink()
+    rewrite(folder, lambda content: content["models"].pop())  # still one of the files
+    with pytest.raises(ModelError, match=r"two\.onnx is a model that golden\.json has no answers of"):
+        verify(folder)
+
+
+def answers(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    arrays = load_file(folder / TENSORS)
+    change(arrays)
+    save_file(arrays, folder / TENSORS)
+    accept(folder, TENSORS)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_stored_answers_that_are_no_numbers_are_refused(value: float, folder: Path) -> None:
+    answers(folder, lambda arrays: arrays["one.onnx/0/output"].fill(value))
+    with pytest.raises(ModelError, match=r"one\.onnx: its answers in golden\.safetensors hold NaN or infinity"):
+        verify(folder)
+
+
+def test_every_stored_tensor_is_used(folder: Path) -> None:
+    answers(folder, lambda arrays: arrays.update({"one.onnx/1/output": arrays["one.onnx/0/output"]}))
+    with pytest.raises(ModelError, match=r"holds one\.onnx/1/output, which no model reads or gives"):
+        verify(folder)
+
+
+def test_nothing_answered_is_nothing_checked(folder: Path) -> None:
+    answers(folder, lambda arrays: arrays.update({name: array[:0] for name, array in arrays.items()}))
+    with pytest.raises(ModelError, match="holds no value of an answer"):
+        verify(folder)
+
+
+def test_a_model_that_answers_nan_is_different(folder: Path) -> None:
+    proto = onnx.load(folder / "one.onnx")
+    bias = next(weight for weight in proto.graph.initializer if weight.name.endswith("2.bias"))
+    bias.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias) * np.float32("nan"), bias.name))
+    onnx.save(proto, folder / "one.onnx")
+    accept(folder, "one.onnx")
+    assert [replay.is_same for replay in verify(folder).replays] == [False, True]
 
 
 def test_hostile_tensors(folder: Path) -> None:

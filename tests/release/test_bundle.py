@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from deploypipe.cli import app
 from deploypipe.errors import BundleError
+from deploypipe.golden_file import GOLDEN
 from deploypipe.records import BaselineComparison, Check, Status, Verdict, Waiver
 from deploypipe.release.bundle import load_bundle, release
 from deploypipe.release.decision import decide_again
@@ -235,6 +236,17 @@ def test_a_run_on_hold_and_a_changed_file_are_not_released(tmp_path: Path) -> No
     save_result(tmp_path / "swapped", replace(swapped, benchmark=result.benchmark))
     with pytest.raises(BundleError, match=r"model\.onnx: is not the file that was measured"):
         release(tmp_path / "swapped", tmp_path / "bundles")
+
+
+def test_verify_holds_a_runs_golden_json_to_its_result(tmp_path: Path) -> None:
+    write_run(tmp_path / "run")
+    assert RUNNER.invoke(app, ["verify", str(tmp_path / "run")]).exit_code == 0
+    golden = tmp_path / "run" / GOLDEN
+    text = golden.read_text()
+    assert '"max_abs_error": 0.001' in text
+    golden.write_text(text.replace('"max_abs_error": 0.001', '"max_abs_error": 0.0009'))
+    refused = RUNNER.invoke(app, ["verify", str(tmp_path / "run")])
+    assert refused.exit_code == 2 and "golden.json: is not the file" in " ".join(refused.output.split())
 
 
 def as_recorded(result: RunResult, **changes: object) -> RunResult:
