@@ -78,6 +78,8 @@ def compress(
     storage: Storage | None = None,
     notify: Progress = silent,
     ranks: Ranks = ALONE,
+    remeasure: bool = False,
+    command: str = "",
 ) -> RunResult:
     """Compress a trained network for one device, and decide whether the result may be shipped.
 
@@ -86,9 +88,11 @@ def compress(
     target, so that runs of one network for several targets compute them once. `storage` is a database for the search's
     trials, of which other processes (`help_search`) may then do some; the result is the same. On the first of several
     `ranks` (`training.ranks.join`) fine-tuning is shared with the others, which are at `training.together.serve`
-    meanwhile. The model is left as it is. Raises DeploypipeError for all that a user can get wrong, BudgetError when no
-    candidate meets the target's budget. Where the dense model is within the budget as it is, or in the precision that
-    pays on the target, nothing is removed: `search` is None, and it is the dense model that the gate decides on.
+    meanwhile. `remeasure` takes the last measurements again, which the same call does by itself where the machine was
+    not steady. `command` is what the result says to run again. The model is left as it is. Raises DeploypipeError for
+    all that a user can get wrong, BudgetError when no candidate meets the target's budget. Where the dense model is
+    within the budget as it is, or in the precision that pays on the target, nothing is removed: `search` is None, and
+    it is the dense model that the gate decides on.
 
     Where this machine is not the device (`runtimes.ability.can`), nothing is measured: sizes are chosen by MACs, the
     files are exported, an engine is built if it can be, and the gate decides HOLD.
@@ -101,11 +105,12 @@ def compress(
     check_inputs(model, splits, task, recipe, target)
     place = storage.place if storage else None
     with open_run(Path(out), notify, Path(shared) if shared else None, place=place) as run:
+        run.remeasure = remeasure
         start_afresh(run.path, (MODEL, GOLDEN, TENSORS, ENGINE, f"{ENGINE}.json", f"{ENGINE}.log", REPORT))
         job = Job(with_slim_attention(model), splits, task, recipe, target, run, source, storage, ranks)
         if storage:
             require_same(storage, job.about())  # now, and not when the search begins
-        result = _run_stages(job, name)
+        result = replace(_run_stages(job, name), command=command)
         for entry in result.golden.files if result.golden else ():
             place_file(run.files("golden") / entry.name, run.path / entry.name)
         if result.engine:

@@ -76,6 +76,7 @@ class RunResult:
     origin: Origin = field(default_factory=Origin)
     baseline: BaselineComparison | None = None  # where the gate was asked to compare with one
     too_slow: tuple[str, ...] = ()  # of each network trained before this one: what the benchmark said of it
+    command: str = ""  # that made the run, addresses without passwords; "" where the library was called
 
 
 def save_result(folder: Path, result: RunResult) -> None:
@@ -171,6 +172,7 @@ class RunFolder:
     source: str = ""  # of a worker: address where the run it helps left its stages, of which it computes none
     stages: dict[str, Path] = field(default_factory=dict)  # finished in this run -> its folder; its record is beside it
     times: list[StageTime] = field(default_factory=list)
+    remeasure: bool = False  # stages that measure, and may do so again, do
     _is_ahead: bool = False  # at what comes later, while another run is at a stage
 
     def remember(
@@ -182,6 +184,7 @@ class RunFolder:
         *,
         is_shared: bool = False,
         meanwhile: Callable[[], object] | None = None,
+        is_final: Callable[[T], bool] | None = None,
     ) -> T:
         """The record of `stage` for these inputs: read if it is there and whole, else computed and stored.
 
@@ -189,15 +192,16 @@ class RunFolder:
         again with `files(stage)`; what is hidden in it does not outlive one. Only a success is stored. A stage's
         number is its place in the run that came to it first. is_shared: runs for other targets may find it, also those
         that are at work at the same time. Where one of them is at this stage, `meanwhile` is done first, up to a stage
-        that one of them is at.
+        that one of them is at. is_final: a record that it says False of is computed again by the next run, and any
+        record where `remeasure` is set; once a run.
         """
         hashes = {name: digest(value) for name, value in inputs.items()}
         key = f"{stage}-{digest([stage, hashes])}"
         self.notify(Event(stage=stage, message="start"))
         if not (is_shared and self.shared):
-            return self._remember(stage, key, self.path, hashes, compute, record_type)
+            return self._remember(stage, key, self.path, hashes, compute, record_type, is_final)
         with self._in_turn(stage, self.shared / f"{key}.lock", meanwhile):
-            return self._remember(stage, key, self.shared, hashes, compute, record_type)
+            return self._remember(stage, key, self.shared, hashes, compute, record_type, is_final)
 
     def _remember(
         self,
@@ -207,12 +211,16 @@ class RunFolder:
         hashes: dict[str, str],
         compute: Callable[[Path], T],
         record_type: type[T],
+        is_final: Callable[[T], bool] | None,
     ) -> T:
         known = sorted(root.glob(f"[0-9][0-9]-{key}.*"))  # a record, or the folder of one that was interrupted
         at = root / (known[0].stem if known else f"{len(self.times) + 1:02d}-{key}")
         if self.source:
             at = download_stage(key, self.source, root) or at
         stored = self._read(stage, key, at)
+        if stored and is_final and at not in self.stages.values():  # else this run computed it
+            is_kept = not self.remeasure and is_final(from_plain(record_type, stored[0], at.name))
+            stored = stored if is_kept else None
         if self.source and not stored:
             raise RunFolderError(
                 f"{masked(self.source)}: has no sound stage {key}, so this process is not about the run that is there: "

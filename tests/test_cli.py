@@ -88,6 +88,15 @@ def test_run_passes_on_what_was_asked_and_ends_with_the_paths(home: Path, calls:
     assert "ONNX    runs/toy-cpu/model.onnx" in done.output
 
 
+def test_the_command_to_run_again_is_kept_without_passwords(home: Path, calls: list[dict[str, Any]]) -> None:
+    invoke("run", "./toy.py", "cpu", "--set", "search.num_trials=3", "--set", "pipeline.WIDTH=7", "--remeasure")
+    assert calls[0]["remeasure"] is True
+    assert calls[0]["command"] == "deploypipe run ./toy.py cpu --set=search.num_trials=3 --set=pipeline.WIDTH=7"
+    invoke("run", "./toy.py", "cpu", "--out", "mine", "--storage", "postgresql://me:secret@db/x")
+    assert calls[1]["remeasure"] is False and "secret" not in calls[1]["command"]
+    assert calls[1]["command"].startswith("deploypipe run ./toy.py cpu --out=mine --storage=")
+
+
 @pytest.mark.parametrize(
     ("outcomes", "code"),
     [

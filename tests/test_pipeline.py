@@ -11,22 +11,26 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx
 import pytest
 import tiny
 import torch
+from finished_runs import conditions
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import deploypipe
+from deploypipe.benchmark import latency
 from deploypipe.benchmark.latency import Timings
+from deploypipe.cli.terminal import show_result
 from deploypipe.errors import RunFolderError
 from deploypipe.jsonio import to_json
 from deploypipe.pipeline import compress
 from deploypipe.recipe import Constraints
-from deploypipe.records import Event, Verdict
+from deploypipe.records import Event, Status, Verdict
 from deploypipe.runs import RunResult, digest, file_sha256, load_result
 from deploypipe.runtimes import RUNTIMES, Session, ability
 from deploypipe.runtimes.ability import can
@@ -351,6 +355,31 @@ def test_every_plan_holds_to_the_constraints(dense: nn.Module, first: tuple[Path
         widths = {cut.group: cut.num_units - len(cut.removed) for cut in trial.plan.cuts}
         inner = {widths.get(f"{b.name}.conv1", 8) for b in result.structures.blocks if b.name not in trial.plan.blocks}
         assert len(inner) == 1 and min(inner) >= 3 and widths.get("stem", 8) >= 4
+
+
+def test_a_hold_for_noise_ends_where_the_machine_is_quiet_again(
+    dense: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Held while others are at work, with the command to run next; the same call again measures, and ships."""
+    target = replace(TARGET, budget=Budget(latency_p50="4x", accuracy_drop_pp=50.0))
+
+    def run_while(verdict: Literal["steady", "noisy"], **options: bool) -> RunResult:
+        seen = conditions(verdict, *(["others kept 1.9 of 2 processors busy"] if verdict == "noisy" else []))
+        monkeypatch.setattr(latency, "judge_conditions", lambda *_, **__: seen)
+        arguments = (dense, tiny.load_data(), tiny.task(), tiny.recipe(), target, tmp_path / "run")
+        return compress(*arguments, command="deploypipe run tiny cpu", **options)
+
+    held = run_while("noisy")
+    check = held.decision.checks[0]
+    assert held.decision.verdict is Verdict.HOLD and check.status is Status.UNKNOWN and check.measured
+    show_result(load_result(tmp_path / "run"), tmp_path / "run")
+    shown = capsys.readouterr().out
+    assert shown.rstrip().endswith("measure again: deploypipe run tiny cpu") and "not measured" not in shown
+    shipped = run_while("steady")
+    assert shipped.decision.verdict is Verdict.SHIP
+    assert {stage.stage for stage in shipped.stages if not stage.was_cached} == {"benchmark"}
+    again = run_while("steady", remeasure=True)
+    assert {stage.stage for stage in again.stages if not stage.was_cached} == {"benchmark"}
 
 
 def test_a_dense_model_within_its_budget_ships_as_it_is(dense: nn.Module, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,24 @@ def test_a_finished_stage_is_read_not_computed(tmp_path: Path) -> None:
     assert first == RECORD and messages == ["start", "done"] and (files / "sub" / "weights.bin").is_file()
     second, messages, again = once(tmp_path, work, seed=1)
     assert second == RECORD and messages == ["start", "cached"] and again == files and work.num_calls == 1
+
+
+def test_a_record_that_is_not_final_is_computed_again_by_the_next_run(tmp_path: Path) -> None:
+    def measure(work: Work, *, remeasure: bool = False) -> list[float]:
+        """Twice in one run."""
+        with open_run(tmp_path) as run:
+            run.remeasure = remeasure
+            return [
+                run.remember("benchmark", {"file": 1}, work, Interval, is_final=lambda found: found.value > 0).value
+                for _ in range(2)
+            ]
+
+    shaky, steady = Work(replace(RECORD, value=-1.0)), Work(replace(RECORD, value=2.0))
+    assert measure(shaky) == [-1.0, -1.0] and shaky.num_calls == 1  # once a run
+    assert measure(steady) == [2.0, 2.0] and steady.num_calls == 1
+    assert measure(steady) == [2.0, 2.0] and steady.num_calls == 1  # it is final now
+    assert measure(Work(replace(RECORD, value=3.0)), remeasure=True) == [3.0, 3.0]
+    assert measure(steady) == [3.0, 3.0] and steady.num_calls == 1
 
 
 def test_other_inputs_are_another_stage(tmp_path: Path) -> None:

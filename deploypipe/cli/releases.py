@@ -16,6 +16,7 @@ from deploypipe.cli.terminal import (
     exit_codes,
     show_checks,
     show_decision,
+    show_next_steps,
     show_table,
 )
 from deploypipe.errors import ConfigError, DeploypipeError, NoVersionError
@@ -75,6 +76,7 @@ def gate(
             print(to_json(result.decision))
         else:
             show_decision(result.decision)
+            show_next_steps(result)
     raise typer.Exit(exit_code(result.decision))
 
 

@@ -1,5 +1,6 @@
 """`deploypipe run`: one target or several, one after another or several at a time."""
 
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from deploypipe.addresses import masked
 from deploypipe.cli.app import PipelineArgument, SetOption, StorageOption, app
 from deploypipe.cli.jobs import run_commands
 from deploypipe.cli.named import load_target, require_name, split_settings
@@ -76,15 +78,19 @@ def run(
             help="How many targets at a time. They share the cores, and stand still while one of them measures.",
         ),
     ] = 1,
+    remeasure: Annotated[
+        bool, typer.Option("--remeasure", help="Measure what ships again, also where the machine was steady.")
+    ] = False,
 ) -> None:
     """Compress PIPELINE's network for TARGET, or for several targets.
 
-    A run that was interrupted continues where it stopped, with the same command. Ends with SHIP (exit 0) or HOLD (1).
+    A run that was interrupted continues where it stopped, with the same command; one whose machine was not steady when
+    it measured measures again. Ends with SHIP (exit 0) or HOLD (1).
     Several targets share what does not depend on them, also with one that is added later; the exit code is the worst.
     With --storage, any number of `deploypipe worker` may help with the search; the result is the same.
     Fine-tuning on four GPUs: torchrun --nproc-per-node 4 -m deploypipe run PIPELINE TARGET.
     """
-    asked = _Asked(pipeline, target, set_ or [], out, storage, name, stages, shared)
+    asked = _Asked(pipeline, target, set_ or [], out, storage, name, stages, shared, remeasure)
     with exit_codes(), joined_ranks() as ranks:
         code = _run_at_once(asked, jobs, ranks) if jobs > 1 and len(target) > 1 else _run_in_turn(asked, ranks)
     raise typer.Exit(code)
@@ -102,6 +108,7 @@ class _Asked:
     name: str | None
     stages: str | None
     shared: Path | None
+    remeasure: bool
 
     @cached_property
     def settings(self) -> dict[str, dict[str, str]]:
@@ -173,7 +180,21 @@ class _Asked:
         command += [f"--set={change}" for change in self.changes]
         if self.storage:
             command += [f"--storage={self.storage}", f"--name={self.study_of(device)}"]
-        return command + ([f"--stages={self.stages}"] if self.stages else [])
+        command += [f"--stages={self.stages}"] if self.stages else []
+        return command + (["--remeasure"] if self.remeasure else [])
+
+    def shown_command(self, device: Target) -> str:
+        """What runs this for one target again, without passwords."""
+        target = self.targets[self.devices.index(device)]
+        command = ["deploypipe", "run", self.pipeline, target]
+        if self.out or len(self.devices) > 1:
+            command.append(f"--out={self.folder_of(device)}")
+        if self.shared_folder:
+            command.append(f"--shared={self.shared_folder}")
+        command += [f"--set={change}" for change in self.changes]
+        if self.storage:
+            command += [f"--storage={masked(self.storage)}", f"--name={self.study_of(device)}"]
+        return shlex.join(command + ([f"--stages={masked(self.stages)}"] if self.stages else []))
 
 
 def _run_in_turn(asked: _Asked, ranks: "Ranks") -> int:
@@ -208,6 +229,8 @@ def _run_in_turn(asked: _Asked, ranks: "Ranks") -> int:
                 storage=asked.storage_of(device),
                 notify=notify,
                 ranks=ranks,
+                remeasure=asked.remeasure,
+                command=asked.shown_command(device),
             )
         show_result(result, folder)
         return result

@@ -20,6 +20,7 @@ from rich.table import Table
 from deploypipe.errors import DeploypipeError, RanksError
 from deploypipe.installed import find_missing
 from deploypipe.records import Check, Event, GateDecision, Verdict
+from deploypipe.report.next_steps import next_steps
 from deploypipe.report.tables import PRECISION_HEADER, before_after, check_cells, precision_rows, seconds
 from deploypipe.runs import RunResult
 
@@ -248,6 +249,13 @@ def show_result(result: RunResult, folder: Path) -> None:
         print(f"report  {folder / 'report.html'}")
     else:
         print("report  none; pip install 'deploypipe[report]', then `deploypipe report` with this folder")
+    show_next_steps(result)
+
+
+def show_next_steps(result: RunResult) -> None:
+    """After HOLD: what to run next."""
+    for step in next_steps(result):
+        print(f"next    {step}")
 
 
 def show_bench(result: "BenchResult") -> None:

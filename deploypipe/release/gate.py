@@ -87,7 +87,7 @@ def _check_latency(report: BenchmarkReport, limit: Limit) -> Check:
     name, unit = "latency_p50", _UNITS["latency_p50"]
     before, after, ratio = report.dense.latency, report.compressed.latency, report.latency_ratio
     if after is None or (limit.is_relative and (before is None or ratio is None)):
-        return _unknown(name, unit, None if limit.is_relative else limit.value, _not_measured(report))
+        return _without_dense(name, report, limit, after.p50_ms.value if after else None)
     if limit.is_relative and before is not None and ratio is not None:
         scale = before.p50_ms.value
         bound, interval, unit_free = limit.value * scale, _scaled(ratio, scale), ratio.high
@@ -103,7 +103,7 @@ def _check_latency(report: BenchmarkReport, limit: Limit) -> Check:
 def _check_figure(report: BenchmarkReport, name: str, limit: Limit) -> Check:
     before, after = report.dense.figures[name], report.compressed.figures[name]
     if after is None or (limit.is_relative and before is None):
-        return _unknown(name, _UNITS[name], None if limit.is_relative else limit.value, _not_measured(report))
+        return _without_dense(name, report, limit, after)
     bound = limit.absolute(before or 0.0)
     return _judged(name, _UNITS[name], bound, after, None, is_met=after <= bound)
 
@@ -125,7 +125,8 @@ def _check_slices(report: BenchmarkReport, limit_pp: float) -> Check:
     name, unit = "slice_drop", "pp"
     dense, compressed = report.dense.per_sample_metric, report.compressed.per_sample_metric
     if not (report.slices and dense and compressed):
-        return _unknown(name, unit, limit_pp, "the pipeline's task names no slices, or they were not measured")
+        why = _not_measured(report) if report.slices else "the pipeline's task names no slices"
+        return _unknown(name, unit, limit_pp, why)
     metrics = {
         slice_name: ([dense[i] for i in numbers], [compressed[i] for i in numbers])
         for slice_name, numbers in report.slices.items()
@@ -213,6 +214,15 @@ def _unknown(name: str, unit: str, limit: float | None, reason: str) -> Check:
 
 def _not_measured(report: BenchmarkReport) -> str:
     return "; ".join(("it was not measured", *report.notes))
+
+
+def _without_dense(name: str, report: BenchmarkReport, limit: Limit, measured: float | None) -> Check:
+    """Of a figure that was not measured, or whose share of the dense network's cannot be told."""
+    bound = None if limit.is_relative else limit.value
+    if measured is None:
+        return _unknown(name, _UNITS[name], bound, _not_measured(report))
+    why = "; ".join(("that of the dense network was not measured, and the limit is a share of it", *report.notes))
+    return replace(_unknown(name, _UNITS[name], bound, why), measured=measured)
 
 
 def _scaled(interval: Interval, factor: float) -> Interval:

@@ -8,6 +8,7 @@ from deploypipe.errors import DeploypipeError
 from deploypipe.records import PruneReport, ScoreSummary, SearchResult
 from deploypipe.report.joint_front import Judged, front_sentence, judged_networks
 from deploypipe.report.layers import Stage, stages_of
+from deploypipe.report.next_steps import next_steps
 from deploypipe.report.search_text import (
     REACH_HEADER,
     STAGE_HEADER,
@@ -79,6 +80,7 @@ def render_report(result: RunResult) -> str:
         lambda: _figures(result),
         result=result,
         rows=before_after(result),
+        next_steps=next_steps(result),
         checks=[check_cells(check) for check in result.decision.checks],
         most_slices=_MOST_SLICES,
         removed_blocks=_removed_blocks(result.prune),

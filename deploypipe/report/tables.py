@@ -111,7 +111,9 @@ _FIGURES = {  # a row's name -> that of the figure
 
 
 def _quotient(before: float | None, after: float | None) -> str:
-    return f"{after / before:.3f}x" if before and after is not None else NOT_MEASURED
+    if before is None or after is None:
+        return NOT_MEASURED
+    return f"{after / before:.3f}x" if before else ""
 
 
 def check_cells(check: Check) -> tuple[str, str, str, str, str]:

@@ -1,0 +1,63 @@
+"""What to do about a run on HOLD: for each check that holds it, a sentence that ends with the command to run next."""
+
+from deploypipe.records import Check, Status, Verdict
+from deploypipe.runs import RunResult
+
+_AGAIN = "--remeasure"
+_SIZES = ("latency_p50", "peak_memory", "file_size", "params", "macs", "latency_against_baseline")
+_ACCURACIES = ("accuracy_drop", "accuracy_against_baseline", "slice_drop")
+_COMPARED = ("latency_against_baseline", "accuracy_against_baseline")
+
+
+def next_steps(result: RunResult) -> tuple[str, ...]:
+    """None for SHIP. Checks with the same remedy share a sentence."""
+    if result.decision.verdict is Verdict.SHIP:
+        return ()
+    names: dict[str, list[str]] = {}
+    for check in result.decision.checks:
+        if not check.is_settled:
+            remedy = _for_unknown(result, check) if check.status is Status.UNKNOWN else _for_failed(result, check)
+            names.setdefault(remedy, []).append(check.name.replace("_", " "))
+    return tuple(f"{', '.join(checks)}: {remedy}" for remedy, checks in names.items())
+
+
+def _for_failed(result: RunResult, check: Check) -> str:
+    budget = f"budget.{check.name}" if check.name in result.target.budget.limits() else "the limit"
+    if check.name == "age":
+        return f"measure again: {_command(result, _AGAIN)}"
+    if check.name == "parity":
+        return f"take another precision, or raise export.max_abs_error: {_command(result, 'target.precisions', 'fp32')}"
+    if check.name in _SIZES and check.interval and check.limit is not None and check.interval.low <= check.limit:
+        return f"the limit lies in its interval; measure again, or relax {budget}: {_command(result, _AGAIN)}"
+    if check.name in _SIZES and result.search:
+        num_trials = 2 * result.recipe.search.num_trials
+        return f"search longer, or relax {budget}: {_command(result, 'search.num_trials', num_trials)}"
+    if check.name in _ACCURACIES and result.training:
+        num_epochs = 2 * max(result.recipe.finetune.num_epochs, 1)
+        return f"train longer, or relax {budget}: {_command(result, 'finetune.num_epochs', num_epochs)}"
+    return f"relax {budget} in the target, then: {_command(result)}"
+
+
+def _for_unknown(result: RunResult, check: Check) -> str:
+    is_shaky = bool(result.benchmark.doubts) and check.measured is not None
+    if check.name in _COMPARED:
+        return "once both can be compared on a quiet machine, run the same `deploypipe gate` command again"
+    if check.name == "latency_p50" and is_shaky:
+        return f"it was measured, but the machine was not steady; once it is quiet, measure again: {_command(result)}"
+    if result.benchmark.compressed.latency is None:
+        target = result.target.name or result.target.runtime
+        told = "this machine cannot run the target (`deploypipe doctor TARGET` says why)"
+        return f"{told}; on the device, {target}: {_command(result)}"
+    if check.name == "slice_drop":
+        return f"give every slice two test samples or more, then: {_command(result)}"
+    return f"see its reason; where it can be measured, or without its limit: {_command(result, _AGAIN)}"
+
+
+def _command(result: RunResult, option: str = "", value: object = None) -> str:
+    """The command that made the run, with --remeasure or one more setting."""
+    if not result.command:  # the library was called
+        extra = {"": "", _AGAIN: ", with remeasure=True"}.get(option, f", with {option} = {value}")
+        return f"call compress() as before{extra}"
+    if value is not None:
+        option = f"--set {option}={value}"
+    return f"{result.command} {option}".strip()
