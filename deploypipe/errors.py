@@ -3,6 +3,8 @@
 Whatever is not a `DeploypipeError` is a bug of ours. The command line prints these as one message and exits with 2.
 """
 
+from deploypipe.plain_text import printable
+
 
 class DeploypipeError(Exception):
     """Root of all expected failures. The message says what was wrong, what was seen and what to do."""
@@ -13,7 +15,7 @@ class ConfigError(DeploypipeError):
 
     def __init__(self, source: str, key: str, problem: str, remedy: str) -> None:
         self.source, self.key, self.problem, self.remedy = source, key, problem, remedy
-        where = f"{source}: {key}" if key else source
+        where = f"{printable(source)}: {printable(key)}" if key else printable(source)
         super().__init__(f"{where}: {problem}; {remedy}")
 
 

@@ -5,7 +5,6 @@ import importlib.util
 import inspect
 import json
 import sys
-import tomllib
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from deploypipe.errors import ConfigError, DeploypipeError, PipelineError
+from deploypipe.jsonio import checked, parse_setting
 from deploypipe.names import name_problem
 from deploypipe.recipe import Recipe
 from deploypipe.task import Splits, Task
@@ -61,7 +61,7 @@ class Pipeline:
 
     def recipe(self) -> Recipe:
         recipe: Recipe = self._call("recipe")
-        return recipe
+        return checked(recipe, f"{self.path}: recipe()")
 
     @contextmanager
     def blame(self, doing: str) -> Iterator[None]:
@@ -207,10 +207,7 @@ def _changed(module: ModuleType, path: Path, key: str, text: str) -> object:
     value: object
     if isinstance(present, str):
         return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
+    value = parse_setting(text, f"pipeline.{key}")
     if isinstance(present, float) and type(value) is int:
         value = float(value)
     if type(value) is not type(present):

@@ -3,38 +3,24 @@
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
+from deploypipe.bounds import (
+    FRACTION,
+    MAX_SAMPLES,
+    SHARE,
+    above,
+    real,
+    require,
+    require_one_of,
+    require_text,
+    require_texts,
+    shown,
+    whole,
+)
 
-def _require_least(record: object, **least: float) -> None:
-    """ValueError for the first field that lies below its least value."""
-    for name, bound in least.items():
-        if getattr(record, name) < bound:
-            raise ValueError(f"{name} = {getattr(record, name)} is too small; write {bound} or more")
-
-
-def _require_most(record: object, **most: float) -> None:
-    """ValueError for the first field that lies above its greatest value."""
-    for name, bound in most.items():
-        if getattr(record, name) > bound:
-            raise ValueError(f"{name} = {getattr(record, name)} is too large; write {bound} or less")
-
-
-def _require_share(record: object, name: str) -> None:
-    value = getattr(record, name)
-    if not 0 < value <= 1:
-        raise ValueError(f"{name} = {value} is no share; write a number above 0 and up to 1")
-
-
-def _require_whole(record: object, *names: str) -> None:
-    for name in names:
-        value = getattr(record, name)
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise ValueError(f"{name} = {value!r} is no whole number; write one such as 12")
-
-
-def _require_one_of(record: object, name: str, choices: tuple[str, ...]) -> None:
-    value = getattr(record, name)
-    if value not in choices:
-        raise ValueError(f"{name} = {value!r} does not exist; write one of {', '.join(choices)}")
+_MAX_AXIS = 63
+_SAMPLES = whole(1, MAX_SAMPLES)
+_POSITIONS = whole(1, 1_000_000)
+_NOISE = real(0, 1e6)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,7 +31,7 @@ class Observe:
     positions_per_sample: int = 4  # spatial positions (or tokens) drawn from each sample
 
     def __post_init__(self) -> None:
-        _require_least(self, num_samples=2, positions_per_sample=1)
+        require(self, num_samples=whole(2, MAX_SAMPLES), positions_per_sample=_POSITIONS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,10 +80,7 @@ class Mipp:
     confidence: float | None = None  # as in the paper: suggest the width at which no loss of information is this sure
 
     def __post_init__(self) -> None:
-        _require_least(self, noise=0)
-        _require_share(self, "keep")
-        if self.confidence is not None:
-            _require_share(self, "confidence")
+        require(self, noise=_NOISE, keep=SHARE, confidence=SHARE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,8 +93,7 @@ class LayerwiseMi:
     keep: float = 0.5  # share of each layer above that counts as kept, and so as a target
 
     def __post_init__(self) -> None:
-        _require_least(self, noise=0)
-        _require_share(self, "keep")
+        require(self, noise=_NOISE, keep=SHARE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,7 +112,7 @@ class LabelMi:
     num_bins: int = 8
 
     def __post_init__(self) -> None:
-        _require_least(self, num_bins=2)
+        require(self, num_bins=whole(2, 1_000_000))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -174,14 +156,22 @@ class Search:
     prune_blocks: bool = True
 
     def __post_init__(self) -> None:
-        least = {"num_trials": 1, "num_curve_samples": 1, "num_levels": 2, "num_timed": 8, "num_repair_samples": 1}
-        least |= {"num_parallel": 1, "num_finalists": 1, "finalist_epochs": 1, "num_attempts": 1}
-        _require_whole(self, *least)
-        _require_least(self, **least)
-        _require_one_of(self, "sampler", ("tpe", "gp", "nsga2", "random"))
+        require(
+            self,
+            num_trials=whole(1, 100_000),
+            num_parallel=whole(1, 10_000),
+            num_curve_samples=_SAMPLES,
+            num_levels=whole(2, 1_000),
+            num_timed=whole(8, 10_000),
+            num_repair_samples=_SAMPLES,
+            num_finalists=whole(1, 1_000),
+            finalist_epochs=whole(1, 100_000),
+            num_attempts=whole(1, 100),
+        )
+        require_one_of("sampler", self.sampler, ("tpe", "gp", "nsga2", "random"))
         if self.objectives not in _OBJECTIVES:
             known = " or ".join(map(repr, _OBJECTIVES))
-            raise ValueError(f"objectives = {self.objectives!r} is not understood; write {known}")
+            raise ValueError(f"objectives = {shown(self.objectives)} is not understood; write {known}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -193,7 +183,7 @@ class Repair:
     ridge: float = 1e-3  # added to the normal matrix, as a share of its mean diagonal
 
     def __post_init__(self) -> None:
-        _require_least(self, num_samples=1, positions_per_sample=1, ridge=0)
+        require(self, num_samples=_SAMPLES, positions_per_sample=_POSITIONS, ridge=_NOISE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -207,8 +197,8 @@ class Mpruner:
     max_drop_pp: float = 4.0  # of accuracy, against the dense network
 
     def __post_init__(self) -> None:
-        _require_share(self, "threshold")
-        _require_least(self, stride=1, max_stride=self.stride, max_drop_pp=0)
+        require(self, threshold=SHARE, stride=whole(1, 10_000), max_drop_pp=real(0, 100))
+        require(self, max_stride=whole(self.stride, 10_000))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -220,8 +210,7 @@ class BlockMi:
     num_exact: int = 8  # runs of each length whose own information is computed, when several blocks are chosen
 
     def __post_init__(self) -> None:
-        _require_share(self, "noise")
-        _require_least(self, num_exact=1)
+        require(self, noise=SHARE, num_exact=whole(1, 10_000))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -234,9 +223,7 @@ class LogitDivergence:
     repair: Repair | None = None  # repair the network without the block before it answers
 
     def __post_init__(self) -> None:
-        _require_least(self, num_samples=1)
-        if self.temperature <= 0:
-            raise ValueError(f"temperature = {self.temperature} is no temperature; write a number above 0")
+        require(self, num_samples=_SAMPLES, temperature=above(0, 1e6))
 
 
 BlockScorer: TypeAlias = Mpruner | BlockMi | LogitDivergence
@@ -261,16 +248,20 @@ class Finetune:
     compile: bool = False  # with torch.compile: a minute or two once, then faster for some networks, for long trainings
 
     def __post_init__(self) -> None:
-        shares = ("warmup_share", "momentum", "distil_weight", "mix_share", "average_decay")
-        _require_least(self, num_epochs=0, learning_rate=0, weight_decay=0, **dict.fromkeys(shares, 0))
-        _require_most(self, **dict.fromkeys(shares, 1))
-        _require_whole(self, "accumulate")
-        _require_least(self, accumulate=1)
-        if not self.distil_temperature > 0:
-            told = f"distil_temperature = {self.distil_temperature} is no temperature"
-            raise ValueError(f"{told}; write a number above 0")
-        if not self.max_gradient_norm > 0:
-            raise ValueError(f"max_gradient_norm = {self.max_gradient_norm} lets nothing move; write a number above 0")
+        require(
+            self,
+            num_epochs=whole(0, 100_000),
+            learning_rate=real(0, 1e30),
+            warmup_share=FRACTION,
+            momentum=FRACTION,
+            weight_decay=real(0, 1e3),
+            distil_weight=FRACTION,
+            distil_temperature=above(0, 1e6),
+            mix_share=FRACTION,
+            max_gradient_norm=above(0, 1e12),
+            average_decay=FRACTION,
+            accumulate=whole(1, 1_000_000),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -283,7 +274,7 @@ class Int8:
     correct_biases: bool = True  # where it measures better
 
     def __post_init__(self) -> None:
-        _require_least(self, num_calib_samples=1, max_drop_pp=0)
+        require(self, num_calib_samples=_SAMPLES, max_drop_pp=real(0, 100))
         if not self.methods:
             raise ValueError("methods = () leaves nothing to choose from; name one, such as 'minmax'")
 
@@ -304,14 +295,21 @@ class Export:
     int8: Int8 = field(default_factory=Int8)
 
     def __post_init__(self) -> None:
-        _require_least(self, single_file_mib=0, max_abs_error=0, max_abs_error_fp16=0, max_abs_error_int8=0)
-        if self.single_file_mib > 1900:
-            raise ValueError(f"single_file_mib = {self.single_file_mib} is above what a file can hold; write 0 to 1900")
-        if not 0 <= self.min_agreement <= 1:
-            raise ValueError(f"min_agreement = {self.min_agreement} is no share; write a number from 0 to 1")
+        error = real(0, 1e6)
+        require(
+            self,
+            opset=whole(18, 28),  # which of them the installed exporter writes is seen at export
+            single_file_mib=whole(0, 1_900),
+            max_abs_error=error,
+            max_abs_error_fp16=error,
+            max_abs_error_int8=error,
+            min_agreement=FRACTION,
+        )
         for pattern, axes in self.dynamic_axes.items():
+            require_text("dynamic_axes", pattern)
             for axis, name in axes.items():
-                if axis < 1 or not name.isidentifier() or name == "batch":
+                require_text("dynamic_axes", name)
+                if not 1 <= axis <= _MAX_AXIS or not name.isidentifier() or name == "batch":
                     raise ValueError(
                         f"dynamic_axes = {{{pattern!r}: {{{axis}: {name!r}}}}} is not understood; write an axis from 1 "
                         "(axis 0 is the batch, and is dynamic) and a name like 'sequence'"
@@ -331,12 +329,16 @@ class Constraints:
     tied: tuple[tuple[str, ...], ...] = ()  # all groups that match one tuple lose the same units
 
     def __post_init__(self) -> None:
-        _require_least(self, least_blocks=0)
+        require(self, least_blocks=whole(0, 1_000_000))
+        require_texts("uniform", self.uniform)
+        for patterns in self.tied:
+            require_texts("tied", patterns)
         for name, value in self.least.items():
-            if not (value >= 1 if isinstance(value, int) else 0 < value <= 1) or isinstance(value, bool):
+            require_text("least", name)
+            if not (1 <= value < 2**31 if isinstance(value, int) else 0 < value <= 1) or isinstance(value, bool):
                 raise ValueError(
-                    f"least = {{{name!r}: {value}}} is neither units nor a share; write a whole number from 1, or a "
-                    "share such as 0.25"
+                    f"least = {{{name!r}: {shown(value)}}} is neither units nor a share; write a whole number from 1, "
+                    "or a share such as 0.25"
                 )
 
 
@@ -353,3 +355,7 @@ class Recipe:
     export: Export = field(default_factory=Export)
     keep: tuple[str, ...] = ()  # glob patterns of modules that must stay as they are
     constraints: Constraints = field(default_factory=Constraints)
+
+    def __post_init__(self) -> None:
+        require(self, seed=whole(0, 2**32 - 1))
+        require_texts("keep", self.keep)

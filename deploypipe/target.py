@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass, field, fields
 from typing import Literal, TypeAlias
 
+from deploypipe.bounds import above, real, require, require_text, require_texts, shown, whole
 from deploypipe.names import name_problem
 
 RELATIVE = "x"
@@ -29,6 +30,9 @@ _PRECISIONS: dict[tuple[str, str], tuple[Precision, ...]] = {
 }
 _MEMORY_UNITS = {"MiB": 2**20, "KiB": 2**10, "GiB": 2**30}
 _MAX_BATCH = 128  # of an engine, where a target does not say: what accuracy is usually measured with
+_MAX_NUMBER = 1e12  # in any unit
+_MAX_DIM = 2**24  # of a dynamic axis
+_MAX_BATCH_SIZE = 2**20
 _LIMIT = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+)\s*")
 
 # The units a budget may be given in, with the factor to the unit it is kept in (the one in the record's field names).
@@ -59,11 +63,13 @@ def parse_limit(name: str, text: str) -> Limit:
     match = _LIMIT.fullmatch(text)
     if not match or match[2] not in {RELATIVE, *units}:
         example = f"'0.5x' of the dense model or '4 {next(iter(units))}'"
-        problem = f"{name} = {text!r} is not a number with a unit"
+        problem = f"{name} = {shown(text)} is not a number with a unit"
         raise ValueError(f"{problem}; write {example} (units: x, {', '.join(units)})")
     number = float(match[1])
     if number <= 0:
-        raise ValueError(f"{name} = {text!r} allows nothing; a budget is above zero")
+        raise ValueError(f"{name} = {shown(text)} allows nothing; a budget is above zero")
+    if number > _MAX_NUMBER:
+        raise ValueError(f"{name} = {shown(text)} is too large; write {_MAX_NUMBER:g} or less")
     if match[2] == RELATIVE:
         return Limit(value=number, is_relative=True)
     return Limit(value=number * units[match[2]], is_relative=False)
@@ -88,13 +94,13 @@ class Budget:
 
     def __post_init__(self) -> None:
         self.limits()
-        for name in ("accuracy_drop_pp", "slice_drop_pp"):
-            if (value := getattr(self, name)) is not None and value < 0:
-                raise ValueError(f"{name} = {value} asks for a gain; write 0 or more")
-        if self.latency_regression <= 0:
-            raise ValueError(f"latency_regression = {self.latency_regression} allows nothing; write 1.05, say")
-        if self.max_age_days is not None and self.max_age_days <= 0:
-            raise ValueError(f"max_age_days = {self.max_age_days} allows nothing; write 30, say")
+        require(
+            self,
+            accuracy_drop_pp=real(0, 1e6),  # metrics other than shares have points of their own
+            slice_drop_pp=real(0, 1e6),
+            latency_regression=above(0, 1e6),
+            max_age_days=above(0, 100_000),
+        )
 
     def limits(self) -> dict[str, Limit]:
         """The bounds that are set, by budget name."""
@@ -105,8 +111,8 @@ class Budget:
 def parse_memory(name: str, text: str) -> int:
     """`"8 GiB"` -> bytes. Raises ValueError saying which units there are."""
     match = _LIMIT.fullmatch(text)
-    if not match or match[2] not in _MEMORY_UNITS or float(match[1]) <= 0:
-        raise ValueError(f"{name} = {text!r} is no amount of memory; write it like '8 GiB' (units: KiB, MiB, GiB)")
+    if not match or match[2] not in _MEMORY_UNITS or not 0 < float(match[1]) <= _MAX_NUMBER:
+        raise ValueError(f"{name} = {shown(text)} is no amount of memory; write it like '8 GiB' (units: KiB, MiB, GiB)")
     return int(float(match[1]) * _MEMORY_UNITS[match[2]])
 
 
@@ -147,15 +153,19 @@ class Target:
     def __post_init__(self) -> None:
         if self.name and (problem := name_problem(self.name)):
             raise ValueError(f"name = {problem}")
-        least_values = {"batch_size": 1, "num_threads": 1, "channel_multiple": 1, "num_latency_samples": 200}
-        for key, least in least_values.items():
-            if getattr(self, key) < least:
-                raise ValueError(f"{key} = {getattr(self, key)} is too small; write {least} or more")
+        require(
+            self,
+            batch_size=whole(1, _MAX_BATCH_SIZE),
+            num_threads=whole(1, 4_096),
+            channel_multiple=whole(1, 4_096),
+            num_latency_samples=whole(200, 10_000_000),
+        )
+        self._check_texts()
         self._check_provider()
         self._check_precisions()
         for capability in self.compute_capabilities:
-            if not re.fullmatch(r"[0-9]+\.[0-9]", capability):
-                raise ValueError(f"compute_capabilities: {capability!r} is none; write it like '8.9'")
+            if not re.fullmatch(r"[0-9]{1,2}\.[0-9]", capability):
+                raise ValueError(f"compute_capabilities: {shown(capability)} is none; write it like '8.9'")
         self._check_ranges()
         self._check_memory()
 
@@ -177,6 +187,15 @@ class Target:
     def memory_bytes(self) -> int | None:
         return parse_memory("memory", self.memory) if self.memory else None
 
+    def _check_texts(self) -> None:
+        for key in ("machine", "board", "runtime_version", "memory", "workspace"):
+            require_text(key, getattr(self, key))
+        require_text("description", self.description, most=10_000)
+        require_texts("cpu_features", self.cpu_features)
+        require_texts("gpu_names", self.gpu_names)
+        require_texts("provider_options", self.provider_options)
+        require_texts("dynamic_dims", self.dynamic_dims.keys())
+
     def _check_provider(self) -> None:
         if (self.runtime, self.provider) not in _PRECISIONS:
             fitting = ", ".join(provider for runtime, provider in _PRECISIONS if runtime == self.runtime)
@@ -192,6 +211,8 @@ class Target:
         fitting = _PRECISIONS[self.runtime, self.provider]
         if not self.precisions:
             raise ValueError(f"precisions is empty; write one or more of {', '.join(fitting)}")
+        if len(set(self.precisions)) < len(self.precisions):
+            raise ValueError(f"precisions = {shown(self.precisions)} names one twice; write each once")
         for precision in self.precisions:
             if precision not in fitting:
                 on = self.runtime if self.provider == "cpu" else f"{self.runtime} with {self.provider}"
@@ -200,8 +221,9 @@ class Target:
     def _check_ranges(self) -> None:
         ranges = {"batch_range": self.batches, **{f"dynamic_dims.{n}": r for n, r in self.dynamic_dims.items()}}
         for key, (least, best, most) in ranges.items():
-            if not 1 <= least <= best <= most:
-                raise ValueError(f"{key} = {[least, best, most]} is no range; write [least, usual, most], from 1 up")
+            if not 1 <= least <= best <= most <= _MAX_DIM:
+                seen = shown([least, best, most])
+                raise ValueError(f"{key} = {seen} is no range; write [least, usual, most], from 1 up to {_MAX_DIM}")
         least, _, most = self.batches
         if not least <= self.batch_size <= most:
             raise ValueError(f"batch_size = {self.batch_size} is outside batch_range = {[*self.batches]}; widen it")

@@ -7,6 +7,7 @@ from finished_runs import finished_run, untouched_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deploypipe.bounds import shown
 from deploypipe.errors import ConfigError
 from deploypipe.jsonio import from_json, from_plain, load_toml, override, to_json, to_plain
 from deploypipe.recipe import Constraints, Magnitude, Mipp, Random, Recipe
@@ -65,17 +66,18 @@ def test_floats_come_back_bit_for_bit(knobs: dict[str, float], number: int) -> N
     assert from_json(Trial, to_json(trial), "trial").knobs == knobs
 
 
-NAMES = st.lists(st.text(max_size=5), max_size=3).map(tuple)
+NAME = st.text(st.characters(exclude_categories=("C", "Zl", "Zp")), max_size=5)
+NAMES = st.lists(NAME, max_size=3).map(tuple)
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    seed=st.integers(0, 2**31),
+    seed=st.integers(0, 2**32 - 1),
     score=st.one_of(st.just(Magnitude()), st.just(Random()), st.builds(Mipp, noise=st.floats(0, 1))),
     keep=NAMES,
     constraints=st.builds(
         Constraints,
-        least=st.dictionaries(st.text(max_size=5), st.integers(1, 9) | st.floats(0, 1, exclude_min=True), max_size=3),
+        least=st.dictionaries(NAME, st.integers(1, 9) | st.floats(0, 1, exclude_min=True), max_size=3),
         least_blocks=st.integers(0, 9),
         uniform=NAMES,
         tied=st.lists(NAMES, max_size=2).map(tuple),
@@ -150,7 +152,7 @@ def test_no_text_makes_a_budget_by_accident(text: str) -> None:
     try:
         limits = Budget(macs=text).limits()
     except ValueError as error:
-        assert repr(text) in str(error)
+        assert shown(text) in str(error)
     else:
         assert limits["macs"].value > 0
 

@@ -288,7 +288,7 @@ def test_what_cannot_be_compiled_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
     [
         ({"average_decay": 1.5}, "average_decay = 1.5 is too large; write 1 or less"),
         ({"momentum": -0.1}, "momentum = -0.1 is too small; write 0 or more"),
-        ({"distil_temperature": 0.0}, "distil_temperature = 0.0 is no temperature; write a number above 0"),
+        ({"distil_temperature": 0.0}, "distil_temperature = 0.0 is too small; write a number above 0"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(setting: dict[str, Any], told: str) -> None:

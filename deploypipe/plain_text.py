@@ -1,0 +1,20 @@
+"""Text from elsewhere (names, reasons, other people's errors) as it may be printed: one line, nothing that acts."""
+
+import re
+
+# Control characters (which steer a terminal), characters that turn the direction of what follows them or cannot be
+# seen (Unicode UTR 36, "Trojan Source"), line and paragraph separators, halves of surrogate pairs.
+HIDDEN = re.compile(
+    "[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff"
+    "\U000e0000-\U000e007f]"
+)
+
+
+def printable(text: str) -> str:
+    """Show each hidden character as its escape: a line break as \\n, U+202E as \\u202e."""
+    return HIDDEN.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def printable_lines(text: str) -> str:
+    """The same for a text of several lines, which stay lines."""
+    return "\n".join(map(printable, text.split("\n")))
