@@ -274,19 +274,24 @@ class RunFolder:
         path = _record_of(at)
         if not path.is_file():
             return None
-        try:
-            stored = json.loads(unseal(path.read_bytes()))
-            is_sound = stored["key"] == key and all(
-                file_sha256(at / file) == sha256 for file, sha256 in stored["files"].items()
-            )
-            content = (stored["record"], float(stored["seconds"]))
-        except (OSError, ValueError, KeyError, TypeError):
-            is_sound = False
-        if is_sound:
-            return content
+        if stored := read_record(at, key):
+            return stored
         self.notify(Event(stage=stage, message=f"WARNING: {path} or one of its files is damaged; computing it again"))
         path.unlink()
         shutil.rmtree(at, ignore_errors=True)
+        return None
+
+
+def read_record(at: Path, key: str) -> tuple[object, float] | None:
+    """The record of the stage with that key whose files are in `at`, and the seconds it took; None where the record or
+    a file is absent, was changed, or is of another stage."""
+    try:
+        stored = json.loads(unseal(_record_of(at).read_bytes()))
+        is_sound = stored["key"] == key and all(
+            file_sha256(at / file) == sha256 for file, sha256 in stored["files"].items()
+        )
+        return (stored["record"], float(stored["seconds"])) if is_sound else None
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
