@@ -46,14 +46,14 @@ from zoo import NETWORKS, Inputs, Network
 from deploypipe.export.onnx_file import export_onnx
 from deploypipe.jsonio import from_json, to_json
 from deploypipe.pruning.apply import apply_plan, masked_dense
-from deploypipe.pruning.calls import record_calls
+from deploypipe.pruning.macs import count_operations
 from deploypipe.pruning.plan import empty_plan, make_plan
 from deploypipe.pruning.saved import load_pruned, save_pruned
 from deploypipe.pruning.slicing import sizes_after
-from deploypipe.pruning.structures import count_macs, list_structures, model_fingerprint
+from deploypipe.pruning.structures import list_structures, model_fingerprint
 from deploypipe.recipe import Export
 from deploypipe.records import Frozen, PruningPlan, ScoreTable, Structures
-from deploypipe.task import evaluating, forward, take
+from deploypipe.task import evaluating, forward
 
 Facts: TypeAlias = dict[str, Any]  # what is known of one network: a verdict for each of CHECKS, and figures
 
@@ -220,11 +220,14 @@ def shorten(dense: nn.Module, plan: PruningPlan, inputs: Inputs, folder: Path) -
 
 
 def sizes(dense: nn.Module, pruned: nn.Module, plan: PruningPlan, inputs: Inputs) -> str:
-    """Whether parameters and MACs are what the plan's edits promise."""
+    """Whether parameters, and MACs of them with activations, are what the plan's edits promise."""
     promised_params, shares = sizes_after(dense, plan.edits)
-    calls = record_calls(dense, take(inputs, 1))
-    promised_macs = sum(call.macs * shares.get(name, 1.0) for name, call in calls.items())
-    params, macs = count_macs(pruned, inputs)
+    of_weights = count_operations(dense, inputs).by_parameter
+    promised_macs = sum(macs * shares.get(name, 1.0) for name, macs in of_weights.items())
+    params, macs = (
+        sum(p.numel() for p in pruned.parameters()),
+        sum(count_operations(pruned, inputs).by_parameter.values()),
+    )
     if params != promised_params or abs(macs - promised_macs) > 1e-6 * macs:
         return f"{NO}: {params} parameters, {macs} MACs; promised {promised_params}, {promised_macs:.0f}"
     return YES

@@ -7,13 +7,31 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from deploypipe.pruning.indices import Origin
+
 _LISTS = (list, tuple, torch.Size)
 _SCALARS = (int, float, str, bool, type(None))
 
 
+class KeptSize(int):
+    """A number that knows the attribute it was read from, as long as nothing is computed with it."""
+
+    origin: Origin
+
+
+def mark_sizes_(model: nn.Module) -> None:
+    """Make every whole number that a module keeps a `KeptSize`."""
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if type(value) is int:
+                size = KeptSize(value)
+                size.origin = (name, attribute)
+                vars(module)[attribute] = size
+
+
 def whole_number(value: Any) -> int | None:
     """The value where its type is exactly int or one of NumPy's integers; None for everything else."""
-    return int(value) if type(value) is int or issubclass(type(value), np.integer) else None
+    return int(value) if type(value) in (int, KeptSize) or issubclass(type(value), np.integer) else None
 
 
 def whole_numbers(module: nn.Module) -> dict[str, int]:

@@ -10,6 +10,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
 from deploypipe.pruning.calls import ADDITIONS, Call, evaluating
+from deploypipe.pruning.macs import Macs
 from deploypipe.records import Block, Frozen
 from deploypipe.task import forward
 
@@ -17,7 +18,7 @@ _Given = tuple[Tensor, tuple[Any, ...], dict[str, Any]]  # a module's input, and
 
 
 def find_blocks(
-    model: nn.Module, inputs: Any, calls: Mapping[str, Call]
+    model: nn.Module, inputs: Any, calls: Mapping[str, Call], macs: Macs
 ) -> tuple[tuple[Block, ...], tuple[Frozen, ...]]:
     """Removable blocks in execution order, and siblings of theirs (same class) that are not removable, with the reason.
 
@@ -32,7 +33,7 @@ def find_blocks(
     residual += [name for name in _repeated(model, candidates) if name not in residual]
     smallest = [n for n in residual if not any(other.startswith(f"{n}.") for other in residual)]
     smallest.sort(key=lambda name: calls[name].place)
-    blocks = tuple(_block(model, name, calls) for name in smallest)
+    blocks = tuple(_block(model, name, calls, macs) for name in smallest)
     classes = {type(model.get_submodule(name)) for name in smallest}
     frozen = [
         Frozen(name=name, kind="block", reason=_why_not(call))
@@ -53,10 +54,9 @@ def _repeated(model: nn.Module, candidates: Sequence[str]) -> list[str]:
     ]
 
 
-def _block(model: nn.Module, name: str, calls: Mapping[str, Call]) -> Block:
+def _block(model: nn.Module, name: str, calls: Mapping[str, Call], macs: Macs) -> Block:
     params = sum(p.numel() for p in model.get_submodule(name).parameters())
-    macs = sum(c.macs for n, c in calls.items() if n.startswith(f"{name}."))
-    return Block(name=name, params=params, macs=macs, returns=calls[name].returns)
+    return Block(name=name, params=params, macs=macs.within(name), returns=calls[name].returns)
 
 
 def _has_weights(module: nn.Module) -> bool:

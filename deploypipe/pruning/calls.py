@@ -1,4 +1,4 @@
-"""One watched forward pass: which modules are called, in which order, on which shapes, at what cost."""
+"""One watched forward pass: which modules are called, in which order, on which shapes."""
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -8,12 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from deploypipe import task
-from deploypipe.pruning.attention import SlimAttention
 from deploypipe.records import Names
-from deploypipe.task import forward, num_samples
+from deploypipe.task import forward
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,7 +20,6 @@ class Call:
 
     place: int  # in execution order, by first call
     count: int
-    macs: int  # of this module alone, one sample, all calls
     shape_in: tuple[int, ...] | None  # without the batch; None unless a tensor came first and went out (first)
     shape_out: tuple[int, ...] | None
     keeps_kind: bool  # dtype and shape, batch included, are the same on both sides
@@ -57,7 +54,6 @@ def record_calls(model: nn.Module, inputs: Any) -> dict[str, Call]:
     """Run `model` once on `inputs` without gradients; the model is as before afterwards."""
     calls: dict[str, Call] = {}
     places: dict[str, int] = {}
-    samples = num_samples(inputs)
 
     def enter(name: str) -> None:
         places.setdefault(name, len(places))
@@ -70,7 +66,6 @@ def record_calls(model: nn.Module, inputs: Any) -> dict[str, Call]:
         calls[name] = Call(
             place=places[name],
             count=1 + (before.count if before else 0),
-            macs=_macs(module, args, output) // samples + (before.macs if before else 0),
             shape_in=tuple(args[0].shape[1:]) if is_known else None,
             shape_out=tuple(first.shape[1:]) if first is not None and is_known else None,
             keeps_kind=first is not None and is_known and (args[0].shape, args[0].dtype) == (first.shape, first.dtype),
@@ -118,23 +113,3 @@ def _returns(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], r
     return tuple(
         next((name for name, value in given.items() if value is each and each is not None), "") for each in rest
     )
-
-
-def _macs(module: nn.Module, args: tuple[Any, ...], output: Any) -> int:
-    """Multiply-accumulates of one call of a layer with weights; products of activations count nothing."""
-    match module:
-        case _ConvNd() | nn.Linear() if not isinstance(output, Tensor):
-            return 0  # a subclass with a forward() of its own
-        case _ConvTransposeNd():
-            return int(args[0].numel() * module.weight[0].numel())
-        case _ConvNd():
-            return int(output.numel() * module.weight[0].numel())
-        case nn.Linear():
-            return int(output.numel() * module.in_features)
-        case nn.MultiheadAttention() | SlimAttention():
-            projections: nn.Linear = module.out_proj
-            size = sum(p.numel() for p in module._parameters.values() if p is not None and p.dim() == 2)
-            if isinstance(module, nn.MultiheadAttention):  # which does not call its output projection
-                size += projections.weight.numel()
-            return int(output[0].numel() // projections.out_features * size)
-    return 0

@@ -12,6 +12,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
+from deploypipe.pruning.attributes import mark_sizes_
 from deploypipe.pruning.calls import evaluating, output_tensors
 from deploypipe.pruning.indices import Atoms, Grid, Indices
 from deploypipe.pruning.propagation import Propagation
@@ -85,6 +86,7 @@ def _propagate(model: nn.Module, inputs: Any, as_wide: Collection[str]) -> Propa
     copy = deepcopy(model)
     forget_caches_(copy)
     with_plain_weights_(copy, [name for name, _ in copy.named_modules()])
+    mark_sizes_(copy)
     with torch.inference_mode():
         trace = Propagation(copy, inputs, as_wide)
         for name, module in copy.named_modules():
@@ -94,6 +96,8 @@ def _propagate(model: nn.Module, inputs: Any, as_wide: Collection[str]) -> Propa
             module.register_forward_hook(lambda *_: trace.leave())
         with evaluating(copy), trace.calls, trace:
             outputs = forward(copy, inputs)
+    for place, atoms in trace.indices.counted:
+        trace.sized.setdefault(place, []).append(atoms)
     written = [axis for tensor in output_tensors(outputs) for axis in trace.of(tensor)]
     trace.indices.kept[:0] = [
         (f.atoms, "its channels are the network's output") for axis in written for f in axis if f.atoms is not None
@@ -374,7 +378,8 @@ class _Finder:
             Member(module=name, side=side, units=tuple(tuple(sorted(unit[name, side])) for unit in units))
             for name, side in places
         )
-        producer = next((m.module for m in members if m.side == "out"), members[0].module)
+        stored = [m for m in members if is_stored(m.side)]
+        producer = next((m.module for m in stored if m.side == "out"), stored[0].module)
         name = f"{module or producer}:{kind}" if kind != "channels" else producer
         return Coupling(name=name, kind=kind, num_units=len(units), members=members)
 

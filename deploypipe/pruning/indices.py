@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Atoms = NDArray[np.int64]
+Origin = tuple[str, str]  # (module, attribute)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -21,6 +22,7 @@ class Factor:
     size: int  # 2 or more
     atoms: Atoms | None = None  # None: nothing here can be removed
     is_free: bool = False  # without atoms: made to fit (a broadcast, a factory), so it forbids nothing
+    origin: Origin | None = None  # of a free one: where the code keeps its size
 
 
 Axis = tuple[Factor, ...]  # () has size 1
@@ -39,9 +41,9 @@ def size_of(axis: Axis) -> int:
     return math.prod(factor.size for factor in axis)
 
 
-def fixed(size: int, *, is_free: bool = False) -> Axis:
+def fixed(size: int, *, is_free: bool = False, origin: Origin | None = None) -> Axis:
     """An axis on which nothing can be removed."""
-    return (Factor(size, None, is_free),) if size != 1 else ()
+    return (Factor(size, None, is_free, origin),) if size != 1 else ()
 
 
 def has_atoms(axis: Axis) -> bool:
@@ -56,6 +58,7 @@ class Indices:
         self.equal: list[tuple[Atoms, Atoms]] = []
         self.grids: list[Grid] = []
         self.kept: list[tuple[Atoms, str]] = []  # atoms that must stay, and why
+        self.counted: list[tuple[Origin, Atoms]] = []  # an attribute whose size an axis was made with, and what it met
         self._joined: dict[object, Factor] = {}  # factors -> their cells
         self._parts: dict[object, Axis] = {}  # cells and sizes -> their factors
 
@@ -85,10 +88,12 @@ class Indices:
             return a
         for one, other in ((a, b), (b, a)):
             if one.atoms is not None:
-                if not other.is_free:
+                if other.origin is not None:
+                    self.counted.append((other.origin, one.atoms))
+                elif not other.is_free:
                     self.kept.append((one.atoms, why))
                 return one
-        return b if a.is_free else a
+        return b if a.is_free and (a.origin is None or not b.is_free) else a
 
     def joined(self, axis: Axis) -> Factor:
         """The axis (of size 2 or more) as one factor: the cells of a grid where it has several."""
@@ -121,7 +126,18 @@ class Indices:
 
     def reshape(self, axes: Axes, sizes: Sequence[int], why: str) -> Axes:
         """The axes after a view as `sizes`; what a boundary cuts in an odd place must stay."""
-        left = list(_merge_atomless(tuple(factor for axis in axes for factor in axis)))
+        factors = tuple(factor for axis in axes for factor in axis)
+        found = self._regrouped(_merge_atomless(factors, keeps_origins=True), sizes)
+        found = self._regrouped(_merge_atomless(factors), sizes) if found is None else found
+        if found is not None:
+            return found
+        for axis in axes:
+            self.keep(axis, why)
+        return tuple(fixed(n) for n in sizes)
+
+    def _regrouped(self, factors: Axis, sizes: Sequence[int]) -> Axes | None:
+        """None where a boundary lies in an odd place."""
+        left = list(factors)
         result: list[Axis] = []
         for size in sizes:
             taken: list[Factor] = []
@@ -129,9 +145,7 @@ class Indices:
                 factor = left.pop(0)
                 share = math.gcd(size, factor.size)
                 if share == 1:
-                    for axis in axes:
-                        self.keep(axis, why)
-                    return tuple(fixed(n) for n in sizes)
+                    return None
                 head, *tail = self.split(factor, (share, factor.size // share))
                 taken.append(head)
                 left[:0] = tail
@@ -165,11 +179,12 @@ class Indices:
         return ()
 
 
-def _merge_atomless(axis: Axis) -> Axis:
+def _merge_atomless(axis: Axis, *, keeps_origins: bool = False) -> Axis:
     """Neighbours without atoms as one factor, so that equal axes are written alike."""
     merged: list[Factor] = []
     for factor in axis:
-        if merged and merged[-1].atoms is None and factor.atoms is None:
+        is_known = keeps_origins and (factor.origin or (merged and merged[-1].origin))
+        if merged and merged[-1].atoms is None and factor.atoms is None and not is_known:
             last = merged.pop()
             factor = Factor(last.size * factor.size, None, last.is_free and factor.is_free)
         merged.append(factor)

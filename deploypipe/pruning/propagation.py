@@ -9,6 +9,7 @@ be taken apart keeps the indices that reach it, with the reason. So every trace 
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from deploypipe.pruning.attributes import lists_of_whole_numbers, whole_numbers
 from deploypipe.pruning.indices import Atoms, Axes, Axis, Factor, Indices, fixed, has_atoms, size_of
 from deploypipe.pruning.partial import SLICING, PartialReads
+from deploypipe.pruning.recurrent import RECURRENT, sizes_of, without_fused_kernels
 from deploypipe.pruning.rules import RULES, Arguments, Rule, pointwise
 from deploypipe.pruning.slicing import looks_across
 from deploypipe.pruning.statistics import FunctionCalls, all_tensors, side_of
@@ -74,6 +76,19 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 if tensor not in self.axes:
                     is_data = not tensor.is_floating_point()  # positions, masks, counters
                     self.axes[tensor] = tuple(fixed(n) if is_data else self.indices.new(n) for n in tensor.shape)
+            if isinstance(module, RECURRENT):
+                self.label_recurrent(name, module)
+
+    def label_recurrent(self, name: str, module: nn.Module) -> None:
+        sizes = sizes_of(module)
+        for attribute, weights in sizes.items():
+            axis = reduce(self.equate, [self.of(weight)[1] for weight in weights])
+            for factor in axis:
+                if factor.atoms is not None:
+                    self.sized[name, attribute] = [factor.atoms]
+        if "proj_size" in sizes:
+            for weight in sizes["hidden_size"]:
+                self.indices.keep(self.of(weight)[1], "PyTorch knows a projection by its being narrower than the state")
 
     def enter(self, module: str, given: Sequence[Any]) -> None:
         self.running.append(module)
@@ -94,15 +109,15 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
         rule = RULES.get(name) or RULES.get(name.rstrip("_"))
         if rule is None and torch.Tag.pointwise in func.tags:
             rule = pointwise
-        if rule is None and func.namespace == "aten" and any(self.can_shrink(t) for t in operands):
-            with self:
+        if rule is None and func.namespace == "aten" and any(self.may_shrink(t) for t in operands):
+            with self, without_fused_kernels():
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
         result = func(*args, **kwargs)
         results = all_tensors([result])
-        if not operands:
-            axes = [tuple(fixed(size, is_free=True) for size in t.shape) for t in results]
+        if not operands or name in _FACTORIES:
+            axes = [self.made(t.shape) for t in results]
         elif name == "set_":  # the code lets go of a tensor's memory
             axes = [tuple(fixed(size) for size in t.shape) for t in results]
         elif rule is None or any(0 in t.shape for t in (*operands, *results)):
@@ -143,8 +158,18 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.axes[tensor] = tuple(fixed(size) for size in tensor.shape)
         return self.axes[tensor]  # type: ignore[no-any-return]
 
-    def can_shrink(self, tensor: Tensor) -> bool:
-        return any(map(has_atoms, self.of(tensor)))
+    def made(self, shape: Sequence[int]) -> Axes:
+        """Axes of a tensor that the code makes in sizes of its own."""
+        given: list[Any] = self.calls.numbers[: len(shape)]
+        if len(given) < len(shape) or any(g is not None and g != n for g, n in zip(given, shape, strict=True)):
+            given = [None] * len(shape)
+        return tuple(
+            fixed(n, is_free=True, origin=getattr(each, "origin", None)) for n, each in zip(shape, given, strict=True)
+        )
+
+    def may_shrink(self, tensor: Tensor) -> bool:
+        """Whether something can go from it, or its size may follow another's."""
+        return any(factor.atoms is not None or factor.is_free for axis in self.of(tensor) for factor in axis)
 
     def pick(self, axis: Axis, places: Atoms, result: Tensor) -> Axis:
         """A part of an axis, which `result` has. What no part reads may be read at another size (see `partial`)."""
@@ -227,6 +252,8 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def count_factor(self, factor: Factor, is_outer: bool, is_certain: bool) -> None:
         where = self.running[-1]
+        if isinstance(self.modules[where], RECURRENT):  # of those it is known
+            return
         # PyTorch's own becomes a SlimAttention when it is cut, which counts nothing but its heads.
         is_own = isinstance(self.modules[where], nn.MultiheadAttention)
         for name, value in whole_numbers(self.modules[where]).items():
@@ -261,6 +288,7 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
         seen.head_dims += [f.atoms for f in inner if f.atoms is not None]
 
 
+_FACTORIES = {"new_zeros", "new_ones", "new_full", "new_empty"}  # of a tensor, but not of its sizes
 _SYMMETRIC = {"mean", "sum", "amax", "amin", "max", "min", "var", "std", "var_mean", "std_mean", "norm", "logsumexp"}
 _SYMMETRIC |= {"linalg_vector_norm", "layer_norm", "rms_norm", "batch_norm"}
 

@@ -110,7 +110,7 @@ def _movedim(t: "Propagation", a: Arguments, result: Tensor) -> Axes:
 def _expand(t: "Propagation", a: Arguments, result: Tensor) -> Axes:
     axes = t.of(a["self"])
     axes = ((),) * (result.dim() - len(axes)) + axes
-    return tuple(axis or fixed(size, is_free=True) for axis, size in zip(axes, result.shape, strict=True))
+    return tuple(axis or made for axis, made in zip(axes, t.made(result.shape), strict=True))
 
 
 def _repeat(t: "Propagation", a: Arguments, result: Tensor) -> Axes:
@@ -470,6 +470,15 @@ def _weight_norm(t: "Propagation", a: Arguments, result: Any) -> Any:
     return axes if isinstance(result, Tensor) else [axes, gain]
 
 
+def _pack(t: "Propagation", a: Arguments, result: Any) -> list[Axes]:
+    """Sequences one after another, without their padding; and how many go on at each step."""
+    return [(fixed(len(result[0])), *t.of(a["input"])[2:]), t.of(result[1])]
+
+
+def _unpack(t: "Propagation", a: Arguments, result: Any) -> list[Axes]:
+    return [(*map(fixed, result[0].shape[:2]), *t.of(a["data"])[1:]), t.of(result[1])]
+
+
 def _each(names: str, rule: Rule) -> dict[str, Rule]:
     return dict.fromkeys(names.split(), rule)
 
@@ -498,6 +507,8 @@ RULES: Mapping[str, Rule] = {
     "repeat_interleave": _repeat_interleave,
     **_each("cat concat concatenate", _cat),
     "stack": _stack,
+    "_pack_padded_sequence": _pack,
+    "_pad_packed_sequence": _unpack,
     **_each("split split_with_sizes unsafe_split unsafe_split_with_sizes chunk unsafe_chunk tensor_split", _pieces),
     "slice": _slice,
     **_each("select unbind", _select),

@@ -123,14 +123,14 @@ def cut_(model: nn.Module, edits: Iterable[Edit]) -> None:
 
 
 def sizes_after(model: nn.Module, edits: Iterable[Edit]) -> tuple[int, dict[str, float]]:
-    """(parameters of the whole model, share of its weights that each edited module keeps) once the edits are done."""
+    """(parameters of the whole model, share of each edited parameter that is left) once the edits are done."""
     edits = list(edits)
     computed = {edit.module for edit in edits if is_parametrized(_find(model, edit.module))}
     if computed:  # cutting makes plain weights of them
         model = deepcopy(model)
         with_plain_weights_(model, computed)
+    names = {id(p): name for name, p in model.named_parameters()}
     left = {id(p): float(p.numel()) for p in model.parameters()}
-    before = dict(left)
     axes: dict[tuple[int, int], int] = {}
     shares: dict[str, float] = {}
     for name, sides in edits_by_module(edits).items():
@@ -140,9 +140,7 @@ def sizes_after(model: nn.Module, edits: Iterable[Edit]) -> tuple[int, dict[str,
             if id(tensor) in left and (id(tensor), axis) not in axes:  # a shared one is cut once
                 axes[id(tensor), axis] = len(gone)
                 left[id(tensor)] *= 1 - len(gone) / tensor.shape[axis]
-        weights = {id(tensor) for tensor, _, _ in cuts if id(tensor) in left and tensor.dim() > 1}
-        if weights:
-            shares[name] = min(left[key] / before[key] for key in weights)
+                shares[names[id(tensor)]] = left[id(tensor)] / tensor.numel()
     return round(sum(left.values())), shares
 
 

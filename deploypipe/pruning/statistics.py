@@ -33,6 +33,18 @@ def all_tensors(values: Any) -> list[Tensor]:
     return found
 
 
+def _whole_numbers(values: Any) -> list[int | None]:
+    found: list[int | None] = []
+    for value in values:
+        if isinstance(value, Tensor) and value.dim() == 0:
+            found.append(None)
+        elif isinstance(value, int) and not isinstance(value, bool):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += _whole_numbers(value)
+    return found
+
+
 def side_of(call: int, operand: int, axis: int) -> Side:
     """The side that stands for what one operation sees along one axis."""
     return f"{_MARK}{call}.{operand}.{axis}"
@@ -56,6 +68,7 @@ class FunctionCalls(TorchFunctionMode):
         self.narrow, self.whole = narrow or {}, whole or {}
         self.running: list[tuple[str, int]] = [("", 0)]  # modules whose forward is on, and the calls they made so far
         self.operands: list[Tensor] = []  # of the call that is on
+        self.numbers: list[int | None] = []  # likewise, None for one in a tensor
 
     def enter(self, module: str) -> None:
         self.running.append((module, 0))
@@ -72,7 +85,7 @@ class FunctionCalls(TorchFunctionMode):
         kwargs = kwargs or {}
         module, count = self.running[-1]
         self.running[-1] = (module, count + 1)
-        self.operands = all_tensors([*args, *kwargs.values()])
+        self.operands, self.numbers = all_tensors([*args, *kwargs.values()]), _whole_numbers([*args, *kwargs.values()])
         try:
             if parts := self.narrow.get(module, {}).get(count):
                 return _narrowed(func, args, kwargs, parts, self.operands)
@@ -83,7 +96,7 @@ class FunctionCalls(TorchFunctionMode):
             self.whole[func](self.operands[0], result)
             return result
         finally:
-            self.operands = []
+            self.operands, self.numbers = [], []
 
 
 def narrow_(model: nn.Module, removed: Mapping[str, Mapping[Side, Collection[int]]]) -> None:

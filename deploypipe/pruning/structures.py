@@ -1,20 +1,22 @@
 """What can be removed from a network: channel groups and blocks, each tried out before it is offered."""
 
 import hashlib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
 
 from deploypipe.errors import ModelError
 from deploypipe.pruning.blocks import find_blocks
-from deploypipe.pruning.calls import Call, evaluating, one_thread_if_small, output_tensors, record_calls
+from deploypipe.pruning.calls import evaluating, one_thread_if_small, output_tensors, record_calls
 from deploypipe.pruning.constraints import matching, resolve, tie
 from deploypipe.pruning.coupling import Coupling, freeze, trace_groups
+from deploypipe.pruning.macs import Macs, count_operations
 from deploypipe.pruning.slicing import (
     cut_,
     forget_caches_,
@@ -57,11 +59,12 @@ def find_structures(
     require_trainable(model)
     for pattern in keep:
         matching("keep", pattern, [name for name, _ in model.named_modules()], "module")
+    macs = count_operations(model, inputs)
     inputs = pair_of(model, inputs)
     calls = record_calls(model, inputs)
     place = {name: call.place for name, call in calls.items()}
-    with one_thread_if_small(num_samples(inputs) * sum(call.macs for call in calls.values())):
-        blocks, frozen_blocks = find_blocks(deepcopy(model), inputs, calls)
+    with one_thread_if_small(num_samples(inputs) * macs.total):
+        blocks, frozen_blocks = find_blocks(deepcopy(model), inputs, calls, macs)
         probe = _Probe(model, inputs)
         found = _find_channels(model, inputs, place, keep, probe)
         if found.stuck:
@@ -69,7 +72,9 @@ def find_structures(
             found = max(found, again, key=lambda f: len(f.covered))
         block_reasons = {b.name: _kept(_inside(model, b.name), keep) for b in blocks}
         block_reasons |= probe.blocks([b for b in blocks if not block_reasons[b.name]])
-    chosen = sorted(found.chosen, key=lambda c: min(place.get(m.module, len(place)) for m in c.members))
+    chosen = sorted(
+        found.chosen, key=lambda c: min(place.get(m.module, len(place)) for m in c.members if is_stored(m.side))
+    )
     settled = {m.module for c in chosen for m in c.members if m.side == "out"}
     producers = {name for name, module in model.named_modules() if has_two_sides(module)}
     # Where heads can go, it does not matter that dimensions inside of them cannot, and the other way round.
@@ -84,14 +89,14 @@ def find_structures(
     removable = tuple(b for b in blocks if not block_reasons[b.name])
     # Not tried again: the same units of all groups at once were.
     tied, homes = tie(chosen, constraints.tied, frozen)
-    groups = tuple(_group(model, c, calls) for c in tied)
+    groups = tuple(_priced(model, tied, macs, probe))
     return Structures(
         model_fingerprint=model_fingerprint(model),
         groups=groups,
         blocks=removable,
         frozen=tuple(frozen),
         num_params=sum(p.numel() for p in model.parameters()),
-        num_macs=sum(call.macs for call in calls.values()),
+        num_macs=macs.total,
         constraints=resolve(constraints, groups, homes, removable, frozen),
     )
 
@@ -139,10 +144,10 @@ def require_trainable(model: nn.Module) -> None:
 
 
 def count_macs(model: nn.Module, inputs: Any) -> tuple[int, int]:
-    """(parameters, multiply-accumulates of convolutions and linear layers for one sample); changes nothing in it."""
+    """(parameters, multiply-accumulates for one sample); changes nothing in it. What counts: `pruning.macs`."""
     with one_thread_if_small(0):  # one sample is small work for any network
-        calls = record_calls(model, take(inputs, 1))
-    return sum(p.numel() for p in model.parameters()), sum(call.macs for call in calls.values())
+        macs = count_operations(model, inputs)
+    return sum(p.numel() for p in model.parameters()), macs.total
 
 
 def model_fingerprint(model: nn.Module) -> str:
@@ -212,19 +217,31 @@ def _joins(model: nn.Module, block: Block, couplings: Sequence[Coupling]) -> str
     return ""
 
 
-def _group(model: nn.Module, coupling: Coupling, calls: Mapping[str, Call]) -> ChannelGroup:
-    """The coupling with what its first unit costs in the dense network."""
-    edits = [Edit(module=m.module, side=m.side, removed=m.units[0]) for m in coupling.members]
-    params, shares = sizes_after(model, edits)
-    macs = sum((1 - share) * calls[name].macs for name, share in shares.items() if name in calls)
-    return ChannelGroup(
-        name=coupling.name,
-        kind=coupling.kind,
-        num_units=coupling.num_units,
-        members=coupling.members,
-        params_per_unit=sum(p.numel() for p in model.parameters()) - params,
-        macs_per_unit=round(macs, 6),
-    )
+def _priced(model: nn.Module, couplings: Sequence[Coupling], macs: Macs, probe: "_Probe") -> Iterator[ChannelGroup]:
+    """Each coupling with what its first unit costs in the dense network.
+
+    Products of a parameter cost in proportion to what is left of it. Where products of activations (attention, computed
+    weights) shrink too, each group is cut alone and counted.
+    """
+    first = {c.name: [Edit(module=m.module, side=m.side, removed=m.units[0]) for m in c.members] for c in couplings}
+    num_params = sum(p.numel() for p in model.parameters())
+    counts_each = False
+    if macs.of_activations and couplings:
+        all_cut = probe.count([edit for edits in first.values() for edit in edits])
+        counts_each = all_cut.of_activations != macs.of_activations
+    for coupling in couplings:
+        params, shares = sizes_after(model, first[coupling.name])
+        saved = sum((1 - share) * macs.by_parameter.get(name, 0) for name, share in shares.items())
+        if counts_each:
+            saved = macs.total - probe.count(first[coupling.name]).total
+        yield ChannelGroup(
+            name=coupling.name,
+            kind=coupling.kind,
+            num_units=coupling.num_units,
+            members=coupling.members,
+            params_per_unit=num_params - params,
+            macs_per_unit=round(saved, 6),
+        )
 
 
 class _Probe:
@@ -262,8 +279,7 @@ class _Probe:
     def _try_channels(self, couplings: Sequence[Coupling]) -> str:
         edits = []
         for coupling in couplings:
-            units = range(coupling.num_units)
-            some = sorted({0, coupling.num_units - 1, *units[1::3]})[: coupling.num_units - 1]
+            some = _tried_units(coupling)
             edits += [Edit(module=m.module, side=m.side, removed=_union(m.units, some)) for m in coupling.members]
         masked, cut = self._copy(edits), self._copy(edits)
         try:
@@ -301,6 +317,19 @@ class _Probe:
         shapes = [tuple(t.shape) for t in outputs]
         return "" if shapes == [tuple(t.shape) for t in self.dense] else f"without it the outputs have shapes {shapes}"
 
+    def count(self, edits: Sequence[Edit]) -> Macs:
+        """Multiply-accumulates that are left. ModelError where the network fails: other channels have to go too."""
+        cut = self._copy(edits)
+        cut_(cut, edits)
+        try:
+            return count_operations(cut, self.inputs)
+        except Exception as error:  # whatever the user's forward() raises
+            names = ", ".join(dict.fromkeys(repr(edit.module) for edit in edits))
+            raise ModelError(
+                f"the network fails when {names} lose channels that no others do "
+                f"({type(error).__name__}: {error}); keep them with recipe.keep"
+            ) from error
+
     def _copy(self, edits: Sequence[Edit]) -> nn.Module:
         """A copy that shares every parameter and buffer with the model but those of the edited modules."""
         touched = {id(t) for e in edits for t in _own(self.model.get_submodule(e.module))}
@@ -312,6 +341,13 @@ class _Probe:
     def _run(self, model: nn.Module) -> list[Tensor]:
         with evaluating(model), torch.no_grad():
             return output_tensors(forward(model, deepcopy(self.inputs)))
+
+
+def _tried_units(coupling: Coupling) -> list[int]:
+    """About a third, a quarter or a half of the units, by the name: widths that only happen to agree must not help."""
+    units = range(coupling.num_units)
+    some = ({0, units[-1], *units[1::3]}, {*units[1::4]}, {*units[::2]})[crc32(coupling.name.encode()) % 3]
+    return sorted(some)[: coupling.num_units - 1]
 
 
 def _own(module: nn.Module) -> list[Tensor]:

@@ -264,4 +264,5 @@ def test_sizes_of_weights_that_are_computed_are_those_of_the_plain_ones() -> Non
     edits = [Edit(module=m.module, side=m.side, removed=m.units[0] + m.units[3]) for m in group.members]
     pruned = copy.deepcopy(model)
     cut_(pruned, edits)
-    assert sizes_after(model, edits) == (sum(p.numel() for p in pruned.parameters()), {"0": 0.75, "2": 0.75})
+    left = {"0.weight": 0.75, "0.bias": 0.75, "2.weight": 0.75}
+    assert sizes_after(model, edits) == (sum(p.numel() for p in pruned.parameters()), left)

@@ -1,0 +1,127 @@
+"""Multiply-accumulates by operator: the definition, and what structures promise against what is left."""
+
+from collections.abc import Callable
+from typing import Any
+
+import networks
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deploypipe.pruning.apply import apply_plan
+from deploypipe.pruning.plan import make_plan
+from deploypipe.pruning.recurrent import without_fused_kernels
+from deploypipe.pruning.structures import count_macs, list_structures
+from deploypipe.records import ScoreTable
+
+
+class Calling(nn.Module):
+    """A network without layers: a function of bare parameters and inputs."""
+
+    def __init__(self, function: Callable[..., Any], *shapes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.function, self.weights = function, nn.ParameterList(torch.randn(shape) for shape in shapes)
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.function(*inputs, *self.weights)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(query, key, value)
+
+
+# Of two samples; the count is for one.
+CASES: dict[str, tuple[nn.Module, tuple[tuple[int, ...], ...], int]] = {
+    "GRU": (nn.GRU(16, 64, batch_first=True), ((2, 10, 16),), 10 * 3 * (16 + 64) * 64),
+    "RNN of two layers": (nn.RNN(5, 7, 2, batch_first=True), ((2, 4, 5),), 4 * ((5 + 7) * 7 + (7 + 7) * 7)),
+    "LSTM, both directions": (
+        nn.LSTM(5, 7, batch_first=True, bidirectional=True),
+        ((2, 4, 5),),
+        2 * 4 * 4 * (5 + 7) * 7,
+    ),
+    "LSTM with a projection": (
+        nn.LSTM(5, 7, proj_size=3, batch_first=True),
+        ((2, 4, 5),),
+        4 * (4 * (5 + 3) * 7 + 3 * 7),
+    ),
+    "LSTM cell": (nn.LSTMCell(5, 7), ((2, 5),), 4 * (5 + 7) * 7),
+    "linear": (Calling(F.linear, (32, 16)), ((2, 16),), 32 * 16),
+    "matrix by vector": (Calling(torch.matmul, (16,)), ((2, 3, 16),), 3 * 16),
+    "convolution": (Calling(F.conv2d, (8, 3, 3, 3)), ((2, 3, 8, 8),), 36 * 8 * 27),
+    "depthwise": (nn.Conv1d(6, 6, 3, groups=6), ((2, 6, 9),), 7 * 6 * 3),
+    "transposed, in groups": (nn.ConvTranspose3d(4, 6, 2, 2, groups=2), ((2, 4, 3, 3, 3),), 27 * 4 * 3 * 8),
+    "bilinear": (nn.Bilinear(3, 4, 5), ((2, 3), (2, 4)), 3 * 4 * 5),
+    "einsum": (Calling(lambda x, y: torch.einsum("bqd,bkd->bqk", x, y)), ((2, 5, 8), (2, 6, 8)), 5 * 6 * 8),
+    "attention": (Calling(_attend), ((2, 3, 5, 8), (2, 3, 6, 8), (2, 3, 6, 8)), 3 * 5 * 6 * (8 + 8)),
+    "attention layer": (
+        nn.TransformerEncoderLayer(8, 2, 16, batch_first=True),
+        ((2, 5, 8),),
+        5 * (4 * 8 * 8 + 2 * 8 * 16) + 2 * 5 * 5 * 8,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_operators_cost_what_their_definition_says(name: str) -> None:
+    model, shapes, expected = CASES[name]
+    inputs = tuple(torch.randn(shape) for shape in shapes)
+    assert count_macs(model, inputs)[1] == expected
+    with without_fused_kernels():
+        assert count_macs(model, inputs)[1] == expected
+    with torch.inference_mode():  # composed operators arrive whole
+        assert count_macs(model, inputs)[1] == expected
+
+
+class Attending(nn.Module):
+    """Everything whose cost is no module's: attention over a stream, a weight that is computed, a position table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(5, 8), nn.Linear(8, 3)
+        self.positions, self.to_bias = nn.Parameter(torch.randn(7, 4)), nn.Linear(4, 8)
+        self.layers = nn.ModuleList(nn.TransformerEncoderLayer(8, 2, 12, batch_first=True) for _ in range(2))
+        self.scaled = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x) + self.to_bias(self.positions)  # the latter once a batch
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(F.linear(x, self.scaled * 0.5).relu())
+
+
+def _network(name: str) -> tuple[nn.Module, Any]:
+    torch.manual_seed(0)
+    if name == "attending":
+        return Attending(), torch.randn(4, 7, 5)
+    if name == "gru":
+        return nn.Sequential(nn.Linear(5, 6), Last(nn.GRU(6, 8, 2, batch_first=True)), nn.Linear(8, 3)), torch.randn(
+            4, 7, 5
+        )
+    return networks.build(name)
+
+
+class Last(nn.Module):
+    """The last output of a recurrent layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)[0][:, -1]
+
+
+@pytest.mark.parametrize("name", ["attending", "gru", "encoder", "resnext", "separable", "gated", "squeeze_excite"])
+def test_a_unit_and_a_block_cost_what_goes_with_them(name: str) -> None:
+    model, inputs = _network(name)
+    structures = list_structures(model, inputs)
+    params, macs = count_macs(model, inputs)
+    assert (structures.num_params, structures.num_macs) == (params, macs)
+    scores = ScoreTable(scorer="index", channels={g.name: tuple(range(g.num_units, 0, -1)) for g in structures.groups})
+    for group in structures.groups:
+        pruned = apply_plan(model, make_plan(structures, scores, {group.name: group.num_units - 1}))
+        assert count_macs(pruned, inputs) == (params - group.params_per_unit, pytest.approx(macs - group.macs_per_unit))
+    for block in structures.blocks:
+        pruned = apply_plan(model, make_plan(structures, scores, {}, [block.name]))
+        assert count_macs(pruned, inputs) == (params - block.params, macs - block.macs)

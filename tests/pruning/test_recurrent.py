@@ -1,0 +1,130 @@
+"""Recurrent layers: whatever states they are given, and wherever the sizes of these are kept."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from deploypipe.pruning.apply import apply_plan, masked_dense
+from deploypipe.pruning.plan import make_plan
+from deploypipe.pruning.structures import list_structures
+from deploypipe.records import PruningPlan, ScoreTable, Structures
+
+
+class Net(nn.Module):
+    """A layer before, the recurrent layer, its last output, and a layer after. start: the states it is given."""
+
+    def __init__(self, layer: nn.Module, width: int, start: Callable[["Net", Tensor], object] | None = None) -> None:
+        super().__init__()
+        self.before, self.layer, self.after = nn.Linear(3, 6), layer, nn.Linear(width, 4)
+        self.start, self.state_size = start, 8
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.before(x).relu()
+        x = x if self.layer.batch_first else x.transpose(0, 1)
+        out = self.layer(x, self.start(self, x)) if self.start else self.layer(x)
+        return self.after(out[0][:, -1] if self.layer.batch_first else out[0][-1])
+
+
+class Steps(nn.Module):
+    """A cell, step by step, with states made by hand in the size that `make` says."""
+
+    def __init__(self, cell: nn.RNNCellBase, make: Callable[["Steps", Tensor], Tensor]) -> None:
+        super().__init__()
+        self.before, self.cell, self.after, self.make = nn.Linear(3, 6), cell, nn.Linear(8, 4), make
+        self.hidden = 8
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.before(x)
+        h, c = self.make(self, x), self.make(self, x)
+        for step in range(x.shape[1]):
+            if isinstance(self.cell, nn.LSTMCell):
+                h, c = self.cell(x[:, step], (h, c))
+            else:
+                h = self.cell(x[:, step], h)
+        return self.after(h)
+
+
+class Sorted(nn.Module):
+    """Sequences of several lengths, packed; both final states go on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.after = nn.Linear(3, 6), nn.Linear(24, 4)
+        self.layer = nn.LSTM(6, 8, batch_first=True, bidirectional=True)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        packed = pack_padded_sequence(self.before(x), lengths, batch_first=True, enforce_sorted=False)
+        out, (h, _) = self.layer(packed)
+        padded, _ = pad_packed_sequence(out, batch_first=True)
+        return self.after(torch.cat([h[-1], padded.amax(1)], dim=1))
+
+
+def _zeros(net: Net, x: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.zeros(1, x.shape[0], net.state_size), x.new_zeros((1, x.shape[0], net.layer.hidden_size))
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "lstm": lambda: Net(nn.LSTM(6, 8, batch_first=True), 8),
+    "gru": lambda: Net(nn.GRU(6, 8), 8),
+    "tanh": lambda: Net(nn.RNN(6, 8, batch_first=True), 8),
+    "relu, no bias": lambda: Net(nn.RNN(6, 8, nonlinearity="relu", bias=False), 8),
+    "square": lambda: Net(nn.GRU(6, 6, batch_first=True), 6),  # the input is as wide as the state
+    "two layers, both ways": lambda: Net(nn.LSTM(6, 8, 2, batch_first=True, bidirectional=True, dropout=0.1), 16),
+    "gru, two layers, both ways": lambda: Net(nn.GRU(6, 8, 2, bidirectional=True), 16),
+    "projection": lambda: Net(nn.LSTM(6, 10, proj_size=8, batch_first=True), 8),
+    "lstm, zeros": lambda: Net(nn.LSTM(6, 8, batch_first=True), 8, _zeros),
+    "gru, full": lambda: Net(nn.GRU(6, 8, batch_first=True), 8, lambda n, x: x.new_full((1, len(x), n.state_size), 0)),
+    "gru, expanded": lambda: Net(
+        nn.GRU(6, 8, batch_first=True), 8, lambda n, x: torch.zeros(1).expand(1, len(x), n.state_size).contiguous()
+    ),
+    "gru cell": lambda: Steps(nn.GRUCell(6, 8), lambda n, x: x.new_zeros(len(x), n.cell.hidden_size)),
+    "lstm cell": lambda: Steps(nn.LSTMCell(6, 8), lambda n, x: torch.zeros(x.shape[0], n.hidden, dtype=x.dtype)),
+    "rnn cell": lambda: Steps(nn.RNNCell(6, 8), lambda n, x: x.new_empty(x.shape[0], n.hidden).zero_()),
+    "from the input's state": lambda: Steps(nn.GRUCell(6, 6), lambda n, x: torch.zeros_like(x[:, 0])),
+    "packed": Sorted,
+}
+
+
+def build(name: str) -> tuple[nn.Module, object]:
+    torch.manual_seed(0)
+    model = NETWORKS[name]()
+    if name == "square":
+        model.state_size = 6
+    if name == "from the input's state":
+        model.after = nn.Linear(6, 4)
+    x = torch.randn(4, 7, 3)
+    return model.eval(), (x, torch.tensor([7, 3, 5, 1])) if name == "packed" else x
+
+
+def halved(structures: Structures) -> PruningPlan:
+    scores = {g.name: tuple((i * 7 % 5) + i / 100 for i in range(g.num_units)) for g in structures.groups}
+    widths = {g.name: max(1, g.num_units // 2 - i % 2) for i, g in enumerate(structures.groups)}
+    return make_plan(structures, ScoreTable(scorer="mixed", channels=scores), widths)
+
+
+def answer(model: nn.Module, inputs: object) -> Tensor:
+    with torch.no_grad():
+        output: Tensor = model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+    return output
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_states_and_what_comes_before_a_recurrent_layer_can_go(name: str, tmp_path: Path) -> None:
+    model, inputs = build(name)
+    structures = list_structures(model, inputs)
+    if name == "from the input's state":  # the state is what the input is: they go together
+        assert [g.name for g in structures.groups] == ["before"]
+    elif name == "projection":
+        assert [(g.name, g.num_units) for g in structures.groups] == [("before", 6), ("layer", 8)]
+    else:
+        inner = "cell" if isinstance(model, Steps) else "layer"
+        assert [g.name for g in structures.groups] == ["before", inner]
+    plan = halved(structures)
+    pruned, masked = apply_plan(model, plan).eval(), masked_dense(model, plan).eval()
+    for other in (inputs, inputs[:3, :5] if isinstance(inputs, Tensor) else inputs):
+        torch.testing.assert_close(answer(pruned, other), answer(masked, other))
+    assert not torch.allclose(answer(pruned, inputs), answer(model, inputs))
