@@ -8,7 +8,7 @@ from deploypipe.benchmark.latency import conditions_of, find_doubts, summarise, 
 from deploypipe.errors import DeploypipeError
 from deploypipe.numerics.intervals import interval_of_drop_pp, interval_of_median_ratio
 from deploypipe.records import BaselineComparison, Check, Interval, Status
-from deploypipe.release.bundle import ENGINE, MODEL, load_bundle
+from deploypipe.release.bundle import ENGINE, MODEL, check_run, load_bundle
 from deploypipe.release.gate import doubted
 from deploypipe.report.tables import what_is_covered
 from deploypipe.runs import RunResult
@@ -20,8 +20,9 @@ def compare_with_baseline(run: Path, result: RunResult, bundle: Path) -> Baselin
     """Latency from a new interleaved run on one golden sample; accuracy paired, from what both runs found on the same
     test samples. What cannot be compared is None, and a note says why.
 
-    Raises BundleError for a bundle that was changed.
+    Raises BundleError for a bundle that was changed, and for a run whose files are not those that it measured.
     """
+    check_run(run)
     before = load_bundle(bundle)
     drop, why_no_drop = _accuracy_drop(before, result)
     ratio, why_no_ratio, doubts = _latency_ratio(run, result, bundle, before)

@@ -16,7 +16,7 @@ from deploypipe.benchmark import latency
 from deploypipe.benchmark.environment import describe_environment
 from deploypipe.benchmark.latency import Timings, read_state
 from deploypipe.cli import app
-from deploypipe.errors import ConfigError
+from deploypipe.errors import BundleError, ConfigError
 from deploypipe.numerics.intervals import interval_of_drop_pp
 from deploypipe.records import BaselineComparison, BenchmarkReport, Check, Interval, Status, Verdict, Waiver
 from deploypipe.release.baseline import check_approved_latency, compare_with_baseline
@@ -132,6 +132,9 @@ def test_a_run_is_compared_with_a_bundle(tmp_path: Path) -> None:
     elsewhere = replace(result, benchmark=replace(result.benchmark, test_data="other"))
     found = compare_with_baseline(tmp_path / "v2", elsewhere, bundle)
     assert found.accuracy_drop_pp is None and "test split" in found.notes[0]
+    (tmp_path / "v2" / "model.onnx").write_bytes((tmp_path / "v1" / "model.onnx").read_bytes())
+    with pytest.raises(BundleError, match=r"v2/model\.onnx: is not the file that was measured"):
+        compare_with_baseline(tmp_path / "v2", result, bundle)
 
 
 def busy(monkeypatch: pytest.MonkeyPatch) -> None:
