@@ -2,7 +2,7 @@
 
 A file can be cut off, declare tensors far larger than itself, nest without end, or point at files outside its folder.
 Standard library only, so that a device can ask too. What a graph computes is not judged: one that builds a huge tensor
-when it runs is stopped by the runtime's allocator, not here.
+or never ends is stopped by the limits of the process that tries it (`limited_process`), not here.
 """
 
 import mmap

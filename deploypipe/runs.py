@@ -51,6 +51,7 @@ T = TypeVar("T")
 
 RESULT, PLAN = "result.json", "plan.json"
 _POLL_S = 0.1
+_MOST_RESULT_BYTES = 2**28
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,6 +91,8 @@ def load_result(folder: Path, name: str = RESULT) -> RunResult:
     if not path.is_file():
         raise RunFolderError(f"{folder}: holds no finished run ({name} is absent); finish it with `deploypipe run`")
     try:
+        if (size := path.stat().st_size) > _MOST_RESULT_BYTES:
+            raise ValueError(f"has {size:,} bytes, and {_MOST_RESULT_BYTES:,} are the most")
         text = unseal(path.read_bytes())
     except ValueError as error:
         remedy = "run the same command again, which takes seconds where the run's stages are kept"

@@ -20,9 +20,8 @@ import numpy as np
 
 from deploypipe.errors import DeploypipeError, ModelError
 from deploypipe.golden_file import GOLDEN, TENSORS, GoldenModel, read_golden, shown
-from deploypipe.installed import load_onnxruntime
+from deploypipe.limited_process import ProcessLimits, run_limited
 from deploypipe.names import name_problem
-from deploypipe.numerics.differences import difference
 from deploypipe.onnx_check import check_onnx_file
 from deploypipe.records import FileEntry, Parity
 
@@ -32,6 +31,9 @@ EXIT_SAME, EXIT_DIFFERENT, EXIT_UNUSABLE = 0, 1, 2
 HEADER = ("file", "precision", "max error", "allowed", "top-1", "verdict")
 
 _MODEL_SUFFIXES = (".onnx", ".ort")
+_MAX_HEADER_BYTES, _MAX_TENSOR_BYTES = 2**24, 2**30  # of golden.safetensors, which holds a few samples
+_USUAL = ProcessLimits()
+_LIMITS_REMEDY = "do not use it, or allow it more with --time-limit and --memory-limit"
 _DTYPES = {"F64": "f8", "F32": "f4", "F16": "f2", "I64": "i8", "I32": "i4", "I16": "i2", "I8": "i1", "BOOL": "?"}
 _DTYPES |= {"U64": "u8", "U32": "u4", "U16": "u2", "U8": "u1"}
 
@@ -60,10 +62,11 @@ def tensor_name(case: int, model: str, name: str) -> str:
     return f"{model or 'input'}/{case}/{name}"
 
 
-def verify(folder: Path) -> Verification:
-    """Replay the golden samples of `folder`. ModelError where it is incomplete, changed, or does not load here.
+def verify(folder: Path, limits: ProcessLimits = _USUAL) -> Verification:
+    """Replay the golden samples of `folder`, each model file in a process of its own with these limits.
 
-    Every stored sample and answer is used, and every model in the folder is checked: nothing passes unseen.
+    Every stored sample and answer is used, and every model in the folder is checked: nothing passes unseen. ModelError
+    where it is incomplete, changed, does not load here, or takes more time or memory.
     """
     content = read_golden(folder)
     for entry in content.files:
@@ -80,9 +83,9 @@ def verify(folder: Path) -> Verification:
             f"{folder}: {shown(sorted(unchecked))} is a model that {GOLDEN} has no answers of; remove it, or copy the "
             f"folder again"
         )
-    tensors = _read_tensors(folder / TENSORS)
+    tensors = read_tensors(folder / TENSORS)
     used: set[str] = set()
-    replays = tuple(_replay(folder, model, content.num_cases, tensors, used) for model in content.models)
+    replays = tuple(_replay(folder, model, content.num_cases, used, limits) for model in content.models)
     if unused := sorted(tensors.keys() - used):
         raise ModelError(
             f"{folder / TENSORS}: holds {shown(unused)}, which no model reads or gives; copy the folder again"
@@ -99,7 +102,7 @@ def golden_inputs(folder: Path, batch_size: int) -> dict[str, Array]:
 def golden_case(folder: Path, model: str = "") -> dict[str, Array]:
     """The first stored case: its inputs, or what a model file answered to them. Raises as `verify` does."""
     first = tensor_name(0, model, "")
-    tensors = _read_tensors(folder / TENSORS)
+    tensors = read_tensors(folder / TENSORS)
     return {name.removeprefix(first): array for name, array in tensors.items() if name.startswith(first)}
 
 
@@ -132,15 +135,19 @@ def _check_hash(folder: Path, entry: FileEntry) -> None:
         raise ModelError(f"{path}: {how} (its sha256 is not the one in {GOLDEN}); copy the folder again")
 
 
-def _read_tensors(path: Path) -> dict[str, Array]:
-    """A safetensors file; ModelError for what is none."""
+def read_tensors(path: Path) -> dict[str, Array]:
+    """A safetensors file; ModelError for what is none, or larger than golden samples are."""
     try:
-        content = path.read_bytes()
-        start = 8 + int.from_bytes(content[:8], "little")
-        header = json.loads(content[8:start])
-        header.pop("__metadata__", None)
-        return {name: _read_tensor(memoryview(content)[start:], entry) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        size = path.stat().st_size
+        with path.open("rb") as stream:
+            header_size = int.from_bytes(stream.read(8), "little")
+            if header_size > min(_MAX_HEADER_BYTES, size - 8) or size > _MAX_TENSOR_BYTES:
+                raise ValueError(f"{size} bytes with a header of {header_size} are not golden samples")
+            header = json.loads(stream.read(header_size))
+            header.pop("__metadata__", None)
+            content = memoryview(stream.read(_MAX_TENSOR_BYTES))
+        return {name: _read_tensor(content, entry) for name, entry in header.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{path}: no safetensors file ({type(error).__name__}: {error}); copy it again") from None
 
 
@@ -156,58 +163,36 @@ def _read_tensor(content: memoryview, entry: dict[str, Any]) -> Array:
     return np.frombuffer(content[begin:end], dtype).reshape(shape)
 
 
-def _replay(folder: Path, model: GoldenModel, num_cases: int, tensors: dict[str, Array], used: set[str]) -> Replay:
-    """What a model answers to the stored samples; adds the names of the tensors that it takes to `used`."""
-    onnxruntime = load_onnxruntime()
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors only
-    if model.precision == "fp16":  # see `runtimes.onnxruntime.OnnxRuntime`
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+def _replay(folder: Path, model: GoldenModel, num_cases: int, used: set[str], limits: ProcessLimits) -> Replay:
+    """What a model answers to the stored samples, in a process of its own, which cannot take this one or the machine
+    with it; adds the names of the tensors that it takes to `used`."""
     path = folder / model.file
-    expected, seen = [], []
-    try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        outputs = [output.name for output in session.get_outputs()]
-        inputs = [value.name for value in session.get_inputs()]
-        for case in range(num_cases):
-            feed = {name: tensors[tensor_name(case, "", name)] for name in inputs}
-            expected.append([tensors[tensor_name(case, model.file, name)] for name in outputs])
-            used.update(tensor_name(case, "", name) for name in inputs)
-            used.update(tensor_name(case, model.file, name) for name in outputs)
-            seen.append(session.run(outputs, feed))
-    except KeyError as error:
-        raise ModelError(f"{path}: {TENSORS} holds no {error} for it; copy the folder again") from None
-    except Exception as error:  # onnxruntime raises many classes
-        line = str(error).partition("\n")[0]
-        raise ModelError(f"{path}: onnxruntime {onnxruntime.__version__} cannot run it here ({line})") from None
-    _require_answers(path, expected)
-    fits = all(
-        isinstance(got, np.ndarray) and want.shape == got.shape and want.dtype == got.dtype
-        for wanted, found in zip(expected, seen, strict=True)
-        for want, got in zip(wanted, found, strict=True)
-    )
-    parity = difference(expected, seen) if fits and expected else None
+    memory = "" if limits.memory_mib is None else str(limits.memory_mib)
+    command = ["-m", "deploypipe.replay", str(folder), model.file, model.precision, str(num_cases), memory]
+    outcome = run_limited(command, limits)
+    if outcome.problem:
+        raise ModelError(f"{path}: cannot be run here: {outcome.problem}; {_LIMITS_REMEDY}")
+    answer = json.loads(outcome.written)
+    if answer["problem"]:
+        raise ModelError(f"{path}: {answer['problem']}")
+    used.update(answer["used"])
+    parity = Parity(**answer["parity"]) if answer["parity"] else None
     return Replay(
         model=model, parity=parity, is_same=parity is not None and parity.max_abs_error <= model.max_abs_error
     )
-
-
-def _require_answers(path: Path, expected: list[list[Array]]) -> None:
-    """What is stored has to be something that can be compared with."""
-    arrays = [array for outputs in expected for array in outputs]
-    if not any(array.size for array in arrays):
-        raise ModelError(f"{path}: {TENSORS} holds no value of an answer of it; copy the folder again")
-    if not all(np.isfinite(array).all() for array in arrays):
-        raise ModelError(f"{path}: its answers in {TENSORS} hold NaN or infinity; copy the folder again")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit code: 0 the same, 1 different, 2 unusable."""
     parser = argparse.ArgumentParser(prog="python -m deploypipe.verify", description="Replay golden samples.")
     parser.add_argument("folder", type=Path, metavar="DIR", help=f"folder with {GOLDEN}")
-    folder = parser.parse_args(arguments).folder
+    parser.add_argument("--time-limit", type=float, default=_USUAL.seconds, metavar="SECONDS", help="of each file")
+    parser.add_argument("--memory-limit", type=int, metavar="MIB", help="of each file; Linux only")
+    asked = parser.parse_args(arguments)
+    if not 0 < asked.time_limit < 1e6 or not 0 < (asked.memory_limit or 1) < 2**30:
+        parser.error("a limit is a number above 0, such as --time-limit 120 or --memory-limit 2048")
     try:
-        verification = verify(folder)
+        verification = verify(asked.folder, ProcessLimits(seconds=asked.time_limit, memory_mib=asked.memory_limit))
     except DeploypipeError as error:
         sys.stderr.write(f"error: {error}\n")
         return EXIT_UNUSABLE

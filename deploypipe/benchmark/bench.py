@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from deploypipe.benchmark.child import run_child
+from deploypipe.benchmark.child import run_child, try_file
 from deploypipe.benchmark.conditions import judge_conditions, read_state
 from deploypipe.benchmark.energy import find_meter, measure_energy
 from deploypipe.benchmark.environment import describe_environment
@@ -32,6 +32,7 @@ from deploypipe.benchmark.sweeps import (
     thread_counts,
 )
 from deploypipe.errors import ConfigError, DataError
+from deploypipe.limited_process import ProcessLimits
 from deploypipe.numerics.intervals import interval_of_median_ratio, interval_of_quantile
 from deploypipe.onnx_check import check_onnx_file
 from deploypipe.records import Conditions, Event, Interval, Progress, silent
@@ -42,6 +43,7 @@ from deploypipe.target import Target
 PARTS = ("latency", "memory", "cold start", "layers", "batches", "threads", "energy")
 LEAST_SAMPLES = 80  # four openings of a file
 _NUM_COLD_STARTS = 5
+_LIMITS = ProcessLimits()
 _ONNX = "onnxruntime"
 
 Found = dict[str, Any]  # fields of FileFigures
@@ -58,6 +60,8 @@ class _Job:
     num_cpus: int
     has_open_batch: bool
     trust_program: bool
+    limits: ProcessLimits
+    refused: Mapping[Path, Mapping[int, str]]  # file -> batch size -> why it cannot be run
     notify: Progress
 
 
@@ -71,6 +75,7 @@ def bench_file(
     parts: Sequence[str] = PARTS,
     num_samples: int | None = None,
     trust_program: bool = False,
+    limits: ProcessLimits = _LIMITS,
     notify: Progress = silent,
 ) -> BenchResult:
     """Measure `path` on the target, timed interleaved with `against` where that is given.
@@ -79,7 +84,7 @@ def bench_file(
     batch size and the `shapes` of inputs whose other axes are open. `num_samples` runs of each file are timed; by
     default about two seconds of them, the target's number at least. `parts` are some of `PARTS`; what a part cannot
     tell here is missing with its reason. A .pt2 program is opened only where `trust_program` says so: it can run any
-    code.
+    code. Each file is first loaded and run in a process of its own, with `limits`.
 
     Raises ModelError for files that are absent, damaged or do not run, DataError for inputs that do not fit,
     ConfigError for unknown parts or too few samples, RuntimeUnavailableError where this machine cannot run the target.
@@ -92,14 +97,21 @@ def bench_file(
     is_shared = len(sizes) == 1 and () not in sizes
     batch_size = min(sizes)[0] if is_shared else target.batch_size
     environment = describe_environment(target.num_threads)
+    has_batches = is_open and is_shared
+    sizes = _sweep_sizes(target) if has_batches and "batches" in parts else []
+    refused = {
+        file: try_file(file, batch, target, limits, batch_sizes=sizes, trust_program=trust_program) for file in paths
+    }
     job = _Job(
         paths=paths,
         inputs=batch,
         target=target,
         runtime=runtime,
         num_cpus=environment.num_cpus,
-        has_open_batch=is_open and is_shared,
+        has_open_batch=has_batches,
         trust_program=trust_program,
+        limits=limits,
+        refused=refused,
         notify=notify,
     )
     before = read_state()
@@ -215,7 +227,7 @@ def _time(job: _Job, batch_size: int, num_samples: int | None, found: list[Found
 def _weigh(job: _Job, batch_size: int, found: list[Found]) -> None:
     for path, figures in zip(job.paths, found, strict=True):
         figures["peak_memory_mib"], reason = measure_peak_memory(
-            path, job.inputs, job.target, trust_program=job.trust_program
+            path, job.inputs, job.target, trust_program=job.trust_program, limits=job.limits
         )
         if reason:
             figures["missing"]["memory"] = reason
@@ -231,6 +243,7 @@ def _start(job: _Job, batch_size: int, found: list[Found]) -> None:
             repeats=_NUM_COLD_STARTS,
             what="cold start",
             trust_program=job.trust_program,
+            limits=job.limits,
         )
         imports, loads, runs = zip(*(map(float, line.split()) for line in lines), strict=True)
         totals = sorted(load + run for load, run in zip(loads, runs, strict=True))
@@ -252,14 +265,18 @@ def _profile(job: _Job, batch_size: int, found: list[Found]) -> None:
 
 
 def _sweep_batches(job: _Job, batch_size: int, found: list[Found]) -> None:
-    least, _, most = job.target.batches
-    sizes = batch_sizes(least, min(most, MOST_BATCH)) if job.target.runtime != _ONNX else batch_sizes()
+    sizes = _sweep_sizes(job.target)
     for path, figures in zip(job.paths, found, strict=True):
         if not job.has_open_batch:
             figures["missing"]["batches"] = "the inputs do not share a first axis that may have any size"
             continue
-        points = sweep_batches(path, job.inputs, job.runtime, job.target, sizes)
+        points = sweep_batches(path, job.inputs, job.runtime, job.target, sizes, job.refused[path])
         figures["batches"] = _watched(points, "batches", len(sizes), job.notify)
+
+
+def _sweep_sizes(target: Target) -> list[int]:
+    least, _, most = target.batches
+    return batch_sizes(least, min(most, MOST_BATCH)) if target.runtime != _ONNX else batch_sizes()
 
 
 def _sweep_threads(job: _Job, batch_size: int, found: list[Found]) -> None:

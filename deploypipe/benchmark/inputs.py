@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -14,6 +15,8 @@ from deploypipe.onnx_check import check_onnx_file
 from deploypipe.runtimes import Array
 
 _SOME_VALUES = 2  # integers whose use is not known are 0 or 1: an index, a flag or a length that most graphs can take
+_MOST_VALUES = 2**30  # of one random input
+_MOST_BYTES = 2**33  # of a file with a batch
 _IMAGE_VALUES = 256
 
 
@@ -78,7 +81,13 @@ def make_inputs(
     made = {}
     for spec in specs:
         declared = tuple(batch_size if isinstance(size, str) else size for size in spec.shape)
-        made[spec.name] = _make(spec, tuple(shapes.get(spec.name, declared)), generator)
+        shape = tuple(shapes.get(spec.name, declared))
+        if prod(shape) > _MOST_VALUES:
+            raise DataError(
+                f"{path}: an input {spec.name} of shape {list(shape)} would have {prod(shape):,} values, and "
+                f"{_MOST_VALUES:,} are the most; give a smaller --shape, or --inputs FILE"
+            )
+        made[spec.name] = _make(spec, shape, generator)
     check_inputs(path, specs, made)
     return made
 
@@ -98,13 +107,16 @@ def load_inputs(path: Path) -> dict[str, Array]:
         if isinstance(archive, np.ndarray):
             raise ValueError("one array without a name")
         with archive:
+            unpacked = sum(entry.file_size for entry in archive.zip.infolist())
+            if unpacked > _MOST_BYTES:
+                raise ValueError(f"{unpacked:,} bytes unpacked, and {_MOST_BYTES:,} are the most")
             arrays = {name: archive[name] for name in archive.files}
         if odd := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
             raise ValueError(f"{odd[0]!r} in it is not an array")
         return arrays
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}); check the path") from None
-    except (ValueError, EOFError, BadZipFile) as error:
+    except (ValueError, EOFError, BadZipFile, MemoryError) as error:
         raise DataError(
             f"{path}: holds no named arrays ({str(error).partition(chr(10))[0]}); write it with numpy.savez or "
             "safetensors.numpy.save_file, one array for each input"

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 
-from deploypipe.benchmark.child import run_child
+from deploypipe.benchmark.child import OWN_FILES, run_child
+from deploypipe.limited_process import ProcessLimits
 from deploypipe.runtimes import Array
 from deploypipe.side_by_side import alone
 from deploypipe.target import Target
@@ -20,7 +21,12 @@ _NUM_CHILDREN = 3
 
 
 def measure_peak_memory(
-    path: Path, inputs: Mapping[str, Array], target: Target, *, trust_program: bool = False
+    path: Path,
+    inputs: Mapping[str, Array],
+    target: Target,
+    *,
+    trust_program: bool = False,
+    limits: ProcessLimits = OWN_FILES,
 ) -> tuple[float | None, str]:
     """(MiB, "") that `path` adds at its peak under the target's settings; (None, reason) where that cannot be told.
 
@@ -30,6 +36,13 @@ def measure_peak_memory(
         return None, f"peak memory is read from /proc, which {sys.platform} does not have"
     with alone():
         outputs = run_child(
-            "memory_child.py", path, inputs, target, repeats=_NUM_CHILDREN, what="memory", trust_program=trust_program
+            "memory_child.py",
+            path,
+            inputs,
+            target,
+            repeats=_NUM_CHILDREN,
+            what="memory",
+            trust_program=trust_program,
+            limits=limits,
         )
     return median(int(kib) for kib in outputs) / 1024, ""

@@ -8,38 +8,46 @@ import numpy as np
 
 from deploypipe.benchmark.latency import BLOCK, time_loaded
 from deploypipe.benchmark.results import SweepPoint
-from deploypipe.errors import DataError
 from deploypipe.numerics.intervals import interval_of_quantile
 from deploypipe.runtimes import Array, Runtime
 from deploypipe.target import Target
 
 MOST_BATCH = 64
 _SECONDS = 0.3  # of timed runs for each point
-_LEAST_RUNS, _MOST_RUNS = 8, 400
-_PATIENCE = 5.0  # seconds that one point may take
+LEAST_RUNS, _MOST_RUNS = 8, 400
+PATIENCE = 5.0  # seconds that one point may take
 _CPUINFO = Path("/proc/cpuinfo")
 
 
 def sweep_batches(
-    path: Path, inputs: Mapping[str, Array], runtime: Runtime, target: Target, sizes: Sequence[int]
+    path: Path,
+    inputs: Mapping[str, Array],
+    runtime: Runtime,
+    target: Target,
+    sizes: Sequence[int],
+    refused: Mapping[int, str],
 ) -> Iterator[SweepPoint]:
-    """Throughput at each batch size. One that the file refuses, or that would take too long, says so."""
+    """Throughput at each batch size. One that is `refused` (size -> reason) or would take too long says so."""
     per_sample = 0.0  # seconds, as the last size took
     with runtime.open(path, num_threads=target.num_threads) as session:
         for size in sizes:
-            if per_sample * size * _LEAST_RUNS > _PATIENCE:
-                yield _unmeasured(size, target.num_threads, f"would take over {_PATIENCE:.0f} s")
+            if reason := refused.get(size):
+                yield _unmeasured(size, target.num_threads, reason)
                 continue
-            batch = {name: np.resize(array, (size, *array.shape[1:])) for name, array in inputs.items()}
-            try:
-                begun = time.perf_counter()
-                session.run(batch)
-                per_sample = (time.perf_counter() - begun) / size
-                samples = time_loaded(session, batch, seconds=_SECONDS, least=_LEAST_RUNS, most=_MOST_RUNS)
-            except DataError as error:
-                yield _unmeasured(size, target.num_threads, f"the file does not take it: {error}")
+            if per_sample * size * LEAST_RUNS > PATIENCE:
+                yield _unmeasured(size, target.num_threads, f"would take over {PATIENCE:.0f} s")
                 continue
+            batch = resized(inputs, size)
+            begun = time.perf_counter()
+            session.run(batch)
+            per_sample = (time.perf_counter() - begun) / size
+            samples = time_loaded(session, batch, seconds=_SECONDS, least=LEAST_RUNS, most=_MOST_RUNS)
             yield _point(samples, size, target.num_threads)
+
+
+def resized(inputs: Mapping[str, Array], size: int) -> dict[str, Array]:
+    """A batch of that size, its samples repeated."""
+    return {name: np.resize(array, (size, *array.shape[1:])) for name, array in inputs.items()}
 
 
 def sweep_threads(
@@ -48,7 +56,7 @@ def sweep_threads(
     """Latency with each number of threads; the file is opened for each."""
     for count in counts:
         with runtime.open(path, num_threads=count) as session:
-            samples = time_loaded(session, inputs, seconds=_SECONDS, least=_LEAST_RUNS, most=_MOST_RUNS)
+            samples = time_loaded(session, inputs, seconds=_SECONDS, least=LEAST_RUNS, most=_MOST_RUNS)
         yield _point(samples, batch_size, count)
 
 

@@ -27,6 +27,19 @@ SetOption = Annotated[
         "pipeline.WEIGHTS=w.safetensors (constant of the pipeline module). May be repeated.",
     ),
 ]
+TimeLimit = Annotated[
+    float,
+    typer.Option(metavar="SECONDS", min=0.1, max=1e6, help="How long a file may take to load and run once."),
+]
+MemoryLimit = Annotated[
+    int | None,
+    typer.Option(
+        metavar="MIB",
+        min=1,
+        max=2**30,
+        help="Memory that it may take meanwhile (Linux, on the CPU). Default: three quarters of what is free.",
+    ),
+]
 StorageOption = Annotated[
     str | None,
     typer.Option(

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from deploypipe.cli.app import PLAN_HELP, PipelineArgument, RunArgument, SetOption, app, plans
+from deploypipe.cli.app import PLAN_HELP, MemoryLimit, PipelineArgument, RunArgument, SetOption, TimeLimit, app, plans
 from deploypipe.cli.named import load_target, named_targets, parse_shapes, require_name, split_settings, template
 from deploypipe.cli.terminal import (
     EXIT_DIFFERENT,
@@ -17,6 +17,7 @@ from deploypipe.cli.terminal import (
 )
 from deploypipe.errors import ConfigError
 from deploypipe.jsonio import override, to_json
+from deploypipe.limited_process import ProcessLimits
 from deploypipe.report.tables import (
     COMPARISON_HEADER,
     comparison_rows,
@@ -155,6 +156,8 @@ def bench(
             help="Open a .pt2 FILE. It can run any code on this machine: only if you trust its maker.",
         ),
     ] = False,
+    time_limit: TimeLimit = 120.0,
+    memory_limit: MemoryLimit = None,
     json: Annotated[Path | None, typer.Option(metavar="OUT", help="Write the figures as JSON too.")] = None,
 ) -> None:
     """Measure FILE on TARGET: latency, throughput, memory, cold start, time by layer, energy.
@@ -176,6 +179,7 @@ def bench(
                 parts=chosen,
                 num_samples=samples,
                 trust_program=trust_program,
+                limits=ProcessLimits(seconds=time_limit, memory_mib=memory_limit),
                 notify=notify,
             )
         show_bench(result)

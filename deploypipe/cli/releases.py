@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from deploypipe.cli.app import RunArgument, app
+from deploypipe.cli.app import MemoryLimit, RunArgument, TimeLimit, app
 from deploypipe.cli.terminal import (
     EXIT_DIFFERENT,
     EXIT_HOLD,
@@ -21,6 +21,7 @@ from deploypipe.cli.terminal import (
 )
 from deploypipe.errors import ConfigError, DeploypipeError, NoVersionError
 from deploypipe.jsonio import to_json
+from deploypipe.limited_process import ProcessLimits
 from deploypipe.records import Verdict
 from deploypipe.runs import RESULT, RunResult, load_result, write_atomically
 
@@ -220,6 +221,8 @@ def verify(
     latency: Annotated[
         bool, typer.Option("--latency", help="Time the model, and compare with what was approved (bundles only).")
     ] = False,
+    time_limit: TimeLimit = 120.0,
+    memory_limit: MemoryLimit = None,
 ) -> None:
     """Check signature and hashes of what is in DIR, before anything is parsed, and replay the samples beside it.
 
@@ -246,7 +249,7 @@ def verify(
             print(f"{manifest.name}, {len(manifest.files)} files, {signed}")
         elif (path / RESULT).exists():
             check_run(path)
-        verification = replay(path)
+        verification = replay(path, ProcessLimits(seconds=time_limit, memory_mib=memory_limit))
         show_table(f"Golden samples in {path}", HEADER, cells(verification))
         listed = {entry.name for entry in manifest.files} | {MANIFEST} if is_bundle else set()
         for note in verification.notes if not listed else ():

@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from deploypipe.benchmark.child import try_file
 from deploypipe.benchmark.environment import describe_environment
 from deploypipe.benchmark.latency import conditions_of, find_doubts, summarise, time_steadily
 from deploypipe.errors import DeploypipeError
+from deploypipe.limited_process import ProcessLimits
 from deploypipe.numerics.intervals import interval_of_drop_pp, interval_of_median_ratio
 from deploypipe.records import BaselineComparison, Check, Interval, Status
 from deploypipe.release.bundle import ENGINE, MODEL, check_run, load_bundle
@@ -47,6 +49,7 @@ def _latency_ratio(run: Path, result: RunResult, bundle: Path, before: RunResult
     try:
         runtime = find_runtime(result.target)
         inputs = golden_inputs(run, result.target.batch_size)
+        try_file(files[1], inputs, result.target, ProcessLimits())  # it comes from elsewhere
         timings = time_steadily(files, inputs, runtime, result.target)
     except DeploypipeError as error:
         return None, f"latency: {error}", ""
@@ -74,7 +77,9 @@ def check_approved_latency(bundle: Path) -> Check:
         return Check(name=name, status=Status.UNKNOWN, measured=None, interval=None, limit=None, unit="ms", reason=why)
     limit = before.p50_ms.high * target.budget.latency_regression
     file = bundle / (ENGINE if approved.engine else MODEL)
-    timings = time_steadily([file], golden_inputs(bundle, target.batch_size), find_runtime(target), target)
+    inputs, runtime = golden_inputs(bundle, target.batch_size), find_runtime(target)
+    try_file(file, inputs, target, ProcessLimits())
+    timings = time_steadily([file], inputs, runtime, target)
     now = summarise(timings.samples[0], target, block=timings.block).p50_ms
     reason = f"approved {before.p50_ms.value:.4g} ms, now {now.value:.4g} ms"
     status = Status.PASS if now.high <= limit else Status.FAIL
