@@ -30,7 +30,8 @@ def main(folder: Path, file: str, precision: str, num_cases: int, memory_mib: in
     if precision == "fp16":  # see `runtimes.onnxruntime.OnnxRuntime`
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     limit_memory(memory_mib)
-    expected, seen, used = [], [], set()
+    expected, seen = [], []
+    used: set[str] = set()
     try:
         session = onnxruntime.InferenceSession(str(folder / file), options, providers=["CPUExecutionProvider"])
         outputs = [output.name for output in session.get_outputs()]

@@ -98,9 +98,9 @@ def bench_file(
     batch_size = min(sizes)[0] if is_shared else target.batch_size
     environment = describe_environment(target.num_threads)
     has_batches = is_open and is_shared
-    sizes = _sweep_sizes(target) if has_batches and "batches" in parts else []
+    swept = _sweep_sizes(target) if has_batches and "batches" in parts else []
     refused = {
-        file: try_file(file, batch, target, limits, batch_sizes=sizes, trust_program=trust_program) for file in paths
+        file: try_file(file, batch, target, limits, batch_sizes=swept, trust_program=trust_program) for file in paths
     }
     job = _Job(
         paths=paths,
