@@ -16,6 +16,7 @@ from deploypipe.runs import file_sha256, write_atomically
 
 MANIFEST, SIGNATURE = "manifest.json", "signature.json"
 FORMAT = "deploypipe-bundle-1"
+MOST_VERSIONS = 999_999_999
 _MOST_BYTES = 2**24
 _SHOWN_DIGITS = 12
 
@@ -56,7 +57,7 @@ def check_manifest(folder: Path) -> Manifest:
     BundleError names the first file that differs. Who can change a file can change the manifest too: against that, only
     a signature helps (`signing`).
     """
-    manifest = _read(folder)
+    manifest = read_manifest(folder)
     wanted = {entry.name: entry for entry in manifest.files}
     found = {path.name for path in folder.iterdir()} - {MANIFEST, SIGNATURE}
     if odd := sorted(found ^ wanted.keys()):
@@ -71,7 +72,8 @@ def check_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def _read(folder: Path) -> Manifest:
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest alone, which fits its own digest; whether the files are what it says is for `check_manifest`."""
     path = folder / MANIFEST
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
@@ -93,6 +95,12 @@ def _read(folder: Path) -> Manifest:
         if problem := name_problem(name, most_bytes=2 * MOST_BYTES + 1):  # a bundle is named pipeline-target
             raise BundleError(f"{path}: the name {problem.partition('; ')[0]}; do not use this bundle")
     return manifest
+
+
+def version_number(text: str) -> int | None:
+    """What a registry calls a version; None where it is not a plain number from 1 to MOST_VERSIONS."""
+    is_plain = text.isascii() and text.isdecimal() and not text.startswith("0") and len(text) < 10
+    return int(text) if is_plain else None
 
 
 def _digest(name: str, entries: Sequence[FileEntry]) -> str:

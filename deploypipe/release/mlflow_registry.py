@@ -6,6 +6,7 @@ promotion that breaks off publishes nothing, and the same call again completes i
 
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -29,6 +30,7 @@ _CPU = ["CPUExecutionProvider"]
 _BUNDLE, _MODEL = "bundle", "model"
 _MOST_PARAMS = 100  # that one call logs
 _LONGEST_VALUE = 500  # characters of a parameter; what is longer is in the bundle
+_DEAD_AFTER_S = 24 * 3600.0
 _LONGEST_TOLD = 200  # characters of an error
 _SETTINGS = {  # unless the user has set them
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -101,11 +103,20 @@ def _find_run(client: Any, manifest: Manifest) -> Any:
     experiment = client.get_experiment_by_name(manifest.name)
     if experiment is None:
         return None
+    _remove_leftovers(client, experiment.experiment_id)
     found = client.search_runs([experiment.experiment_id], f"tags.`{_DIGEST}` = '{manifest.digest}'")
     complete = [run for run in found if _COMPLETE in run.data.tags]
     for run in found if not complete else ():
         client.delete_run(run.info.run_id)
     return complete[0] if complete else None
+
+
+def _remove_leftovers(client: Any, experiment_id: str) -> None:
+    """Runs of promotions that broke off, where they began so long ago that nobody is at them."""
+    before = int((time.time() - _DEAD_AFTER_S) * 1000)
+    for run in client.search_runs([experiment_id], f"attributes.start_time < {before}"):
+        if _DIGEST in run.data.tags and _COMPLETE not in run.data.tags:
+            client.delete_run(run.info.run_id)
 
 
 def _log_run(mlflow: ModuleType, client: Any, bundle: Path, manifest: Manifest, result: RunResult) -> Any:

@@ -6,13 +6,19 @@ after that and the alias last: a promotion that breaks off publishes nothing.
 """
 
 import re
+from collections.abc import Iterable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from deploypipe.addresses import masked
 from deploypipe.errors import BundleError, NoVersionError
-from deploypipe.release.manifest import MANIFEST, Manifest
+from deploypipe.names import name_problem
+from deploypipe.release.manifest import MANIFEST, Manifest, version_number
 from deploypipe.stores import open_store
+
+_MOST_BYTES = 128  # of an alias or a version
+_DEAD_AFTER = timedelta(days=1)  # an upload whose last file is that old will not go on
 
 
 def promote(bundle: Path, manifest: Manifest, root: str, alias: str) -> int:
@@ -20,6 +26,7 @@ def promote(bundle: Path, manifest: Manifest, root: str, alias: str) -> int:
     with open_store(root, BundleError) as (store, path):
         home = f"{path}/{manifest.name}"
         versions = _versions(store, home)
+        _remove_leftovers(store, home, {manifest.digest, *versions.values()})
         known = [number for number, digest in versions.items() if digest == manifest.digest]
         if not known:
             _upload(store, bundle, f"{home}/bundles/{manifest.digest}")
@@ -33,13 +40,19 @@ def download(address: str, alias: str, folder: Path) -> tuple[Path, str]:
     with. NoVersionError where there is none, BundleError where the store refuses."""
     with open_store(address, BundleError) as (store, home):
         try:
-            number = int(store.cat_file(f"{home}/aliases/{alias}"))
+            content = store.cat_file(f"{home}/aliases/{alias}", start=0, end=_MOST_BYTES)
         except FileNotFoundError:
             raise NoVersionError(
                 f"{masked(address)}@{alias}: there is no alias {alias!r}; set it with `deploypipe promote`"
             ) from None
+        number = version_number(content.decode("ascii", "replace"))
+        if number is None:
+            raise BundleError(
+                f"{masked(address)}@{alias}: the alias holds {content[:40]!a}, which is not a version number; "
+                "promote again"
+            )
         try:
-            digest = store.cat_file(f"{home}/versions/{number}").decode()
+            digest = _digest(store, f"{home}/versions/{number}")
         except FileNotFoundError:
             raise BundleError(
                 f"{masked(address)}@{alias}: means version {number}, which is gone; promote another one"
@@ -49,7 +62,10 @@ def download(address: str, alias: str, folder: Path) -> tuple[Path, str]:
         local = folder / "bundle"
         local.mkdir()
         for remote in store.find(f"{home}/bundles/{digest}", maxdepth=1):
-            store.get_file(remote, str(local / Path(remote).name))
+            name = remote.rpartition("/")[2]
+            if problem := name_problem(name):
+                raise BundleError(f"{masked(address)}@{alias}: holds a file whose name {problem}; promote again")
+            store.get_file(remote, str(local / name))
         return local, digest
 
 
@@ -58,7 +74,28 @@ def _versions(store: Any, home: str) -> dict[int, str]:
         found = store.ls(f"{home}/versions", detail=False)
     except FileNotFoundError:
         return {}
-    return {int(Path(at).name): store.cat_file(at).decode() for at in found}
+    numbered = {number: at for at in found if (number := version_number(at.rstrip("/").rpartition("/")[2]))}
+    return {number: _digest(store, at) for number, at in numbered.items()}
+
+
+def _digest(store: Any, at: str) -> str:
+    content = store.cat_file(at, start=0, end=_MOST_BYTES)
+    if not re.fullmatch(rb"[0-9a-f]{64}", content):
+        raise BundleError(f"{at}: holds {content[:40]!a}, which is not a digest; delete it and promote again")
+    return str(content.decode())
+
+
+def _remove_leftovers(store: Any, home: str, promoted: Iterable[str]) -> None:
+    """Uploads that broke off, of which no version came: where their last file is old, as others may be at work."""
+    found = store.find(f"{home}/bundles", detail=True)
+    folders: dict[str, list[str]] = {}
+    for at in found:
+        folders.setdefault(at.removeprefix(f"{home}/bundles/").partition("/")[0], []).append(at)
+    for digest in folders.keys() - set(promoted):
+        newest = max(store.modified(at) for at in folders[digest])
+        if datetime.now(UTC) - newest > _DEAD_AFTER:
+            for at in folders[digest]:
+                store.rm_file(at)
 
 
 def _upload(store: Any, bundle: Path, there: str) -> None:

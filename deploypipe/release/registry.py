@@ -6,22 +6,23 @@ is never changed.
 """
 
 import fcntl
-import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from deploypipe import strict_json
 from deploypipe.addresses import masked, masked_reference
 from deploypipe.errors import BundleError, NoVersionError
 from deploypipe.names import MOST_BYTES, name_problem
 from deploypipe.release.bundle import load_bundle
-from deploypipe.release.manifest import MANIFEST, check_manifest
+from deploypipe.release.manifest import MANIFEST, MOST_VERSIONS, Manifest, check_manifest, read_manifest, version_number
 from deploypipe.runs import cache_folder, write_atomically
 
 _MLFLOW, _IN_STORE, _FOLDER = "models:", "://", "file://"
 _ALIASES, _LOCK = "aliases.json", ".lock"
+_MOST_BYTES = 2**20  # of the aliases
 
 
 def promote(bundle: Path, registry: str, alias: str) -> int:
@@ -44,9 +45,10 @@ def promote(bundle: Path, registry: str, alias: str) -> int:
         return object_registry.promote(bundle, manifest, registry, alias)
     home = Path(registry) / manifest.name
     with _locked(home):
+        _remove_leftovers(home)
         number = _find(home, manifest.digest) or _add(home, bundle)
         aliases = {**_aliases(home), alias: number}
-        write_atomically(home / _ALIASES, (json.dumps(aliases, indent=1, sort_keys=True) + "\n").encode())
+        write_atomically(home / _ALIASES, (strict_json.dumps(aliases, indent=1) + "\n").encode())
     return number
 
 
@@ -84,6 +86,7 @@ def resolve(reference: str) -> Path:
     number, versions = aliases[alias], _versions(home)
     if number not in versions:
         raise BundleError(f"{reference}: means version {number}, which is gone; promote another one")
+    _require_name(read_manifest(versions[number]), home.resolve().name, reference)
     return versions[number]
 
 
@@ -104,10 +107,10 @@ def is_remote(reference: str) -> bool:
 
 def _downloaded(download: Callable[[str, str, Path], tuple[Path, str]], name: str, alias: str) -> Path:
     home = cache_folder() / "bundles"
-    home.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=home, prefix=".download.") as scratch:
-        folder, digest = download(name, alias, Path(scratch))
+    with _scratch(home) as scratch:
+        folder, digest = download(name, alias, scratch)
         manifest = check_manifest(folder)
+        _require_name(manifest, name.rpartition("/")[2], f"{masked(name)}@{alias}")
         if manifest.digest != digest:
             raise BundleError(f"{masked(name)}@{alias}: what is stored is not what was promoted; promote it again")
         final = home / manifest.folder
@@ -119,10 +122,39 @@ def _downloaded(download: Callable[[str, str, Path], tuple[Path, str]], name: st
         return final
 
 
+def _require_name(manifest: Manifest, name: str, reference: str) -> None:
+    """The bundle is of the name asked for: else an older, signed bundle of another product could take its place."""
+    if manifest.name != name:
+        raise BundleError(
+            f"{reference}: means a bundle of {manifest.name!r}, not of {name!r}; promote one of {name!r}, and find out "
+            "who changed the registry"
+        )
+
+
+@contextmanager
+def _scratch(home: Path) -> Iterator[Path]:
+    """A new folder for a download, locked for as long as the block lasts; those of killed downloads are removed."""
+    with ExitStack() as stack:
+        with _locked(home):
+            for left in home.glob(".download.*"):
+                with suppress(OSError), (left / _LOCK).open("w") as lock:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # OSError: another process is at it
+                    shutil.rmtree(left)
+            scratch = Path(stack.enter_context(TemporaryDirectory(dir=home, prefix=".download.")))
+            fcntl.flock(stack.enter_context((scratch / _LOCK).open("w")), fcntl.LOCK_EX)
+        yield scratch
+
+
 def _versions(home: Path) -> dict[int, Path]:
     """Number -> folder of the bundle."""
-    numbered = [path for path in home.iterdir() if path.name.isdecimal()] if home.is_dir() else []
-    return {int(path.name): bundle for path in numbered for bundle in path.iterdir() if (bundle / MANIFEST).is_file()}
+    folders = [path for path in home.iterdir() if path.is_dir()] if home.is_dir() else []
+    numbered = {number: path for path in folders if (number := version_number(path.name))}
+    return {
+        number: bundle
+        for number, path in numbered.items()
+        for bundle in sorted(path.iterdir())
+        if (bundle / MANIFEST).is_file()
+    }
 
 
 def _find(home: Path, digest: str) -> int | None:
@@ -140,14 +172,33 @@ def _add(home: Path, bundle: Path) -> int:
     return number
 
 
+def _remove_leftovers(home: Path) -> None:
+    """What killed promotions had in the making: this one holds the lock, so that no other is at work."""
+    for path in [*home.glob(".promote.*"), *home.glob(f".{_ALIASES}.*.part")]:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
 def _aliases(home: Path) -> dict[str, int]:
     path = home / _ALIASES
     if not path.is_file():
         return {}
+    with path.open("rb") as stream:
+        content = stream.read(_MOST_BYTES + 1)
     try:
-        return {str(alias): int(number) for alias, number in json.loads(path.read_bytes()).items()}
-    except (ValueError, AttributeError) as error:
+        if len(content) > _MOST_BYTES:
+            raise ValueError(f"has more than {_MOST_BYTES:,} bytes")
+        aliases = strict_json.loads(content)
+        if not isinstance(aliases, dict):
+            raise ValueError("is not an object of aliases and version numbers")
+        for alias, number in aliases.items():
+            if name_problem(alias) or type(number) is not int or not 1 <= number <= MOST_VERSIONS:
+                raise ValueError(f"{ascii(alias)[:40]} means {ascii(number)[:40]}, which is not a version number")
+    except ValueError as error:
         raise BundleError(f"{path}: not understood ({error}); delete it and promote again") from None
+    return aliases
 
 
 @contextmanager
