@@ -87,10 +87,11 @@ def random_crop_flip(padding: int, *, flip: bool = True) -> Augment:
     return augment
 
 
-def fingerprint(splits: Splits) -> str:
+def fingerprint(splits: Splits, see: Callable[[Any], object] = lambda _: None) -> str:
     """A hash of calib and val, of the first batch of test, and of the splits' lengths; the global generator rests.
 
-    The training split is named by its length only: its batches may differ from pass to pass.
+    The training split is named by its length only: its batches may differ from pass to pass. see: is called with the
+    inputs of every batch of calib and val.
     """
     sha = hashlib.sha256()
     with torch.random.fork_rng(devices=[]):
@@ -99,6 +100,8 @@ def fingerprint(splits: Splits) -> str:
             for inputs, target in islice(iter(split), count):
                 _hash_into(sha, inputs)
                 _hash_into(sha, target)
+                if name != "test":
+                    see(inputs)
         sha.update(f"train {_length(splits.train)}\n".encode())
     return sha.hexdigest()[:16]
 

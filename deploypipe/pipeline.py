@@ -12,6 +12,7 @@ from deploypipe.checks import check_inputs
 from deploypipe.errors import ConfigError, DeploypipeError, StorageError
 from deploypipe.export.engine import place_engine
 from deploypipe.export.parity import limit_of
+from deploypipe.export.sizes import ends_of, extremes_of
 from deploypipe.golden_file import GOLDEN, TENSORS
 from deploypipe.names import name_problem
 from deploypipe.observe.moments import Moments, merge
@@ -129,7 +130,8 @@ def summarise_scores(
     """
     calib = take_calib(splits.calib, recipe.observe.num_samples)
     model = with_slim_attention(model).cpu().eval()
-    structures = list_structures(model, take(calib[0][0], 2), recipe.keep, recipe.constraints)
+    others = ends_of(extremes_of(inputs for inputs, _ in calib))
+    structures = list_structures(model, take(calib[0][0], 2), recipe.keep, recipe.constraints, other_inputs=others)
     loss = task.loss if needs_derivatives(recipe.score) else None
     notify(Event(stage="observe", message="start"))
     settings, seed = recipe.observe, recipe.seed

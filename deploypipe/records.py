@@ -435,6 +435,7 @@ class ModelFile:
     data: tuple[FileEntry, ...] = ()  # weights too large for one file, beside it; to be moved with it
     parity: Parity | None = None  # against eager, on real batches
     from_dense: Parity | None = None  # the network itself against the dense one, both in eager torch
+    tested_sizes: dict[str, tuple[int, int]] = field(default_factory=dict)  # dynamic axis -> least, largest in `parity`
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

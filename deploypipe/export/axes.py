@@ -11,7 +11,7 @@ from deploypipe.errors import ConfigError, DataError
 from deploypipe.recipe import Export
 from deploypipe.runtimes.packing import input_paths
 from deploypipe.task import has_batch_axis, num_samples
-from deploypipe.trees import leaves, map_leaves, map_tensors, same_value, structure, tensors
+from deploypipe.trees import leaves, map_leaves, same_value, structure, tensors
 
 Axes: TypeAlias = dict[str, dict[int, str]]  # input -> axis from 1 -> name; axes of one name have one size
 
@@ -109,18 +109,6 @@ def choose_axes(names: Sequence[str], batches: Sequence[Any], settings: Export) 
                 )
             axes[name] = axes.get(name, {}) | wanted
     return axes
-
-
-def shortened(names: Sequence[str], inputs: Any, axes: Axes) -> Any:
-    """The same inputs, cut to half of their size in each dynamic axis beside the batch."""
-    own = iter(names)
-    return map_tensors(lambda tensor: _cut(tensor, axes.get(next(own), {})), inputs)
-
-
-def _cut(tensor: Tensor, axes: dict[int, str]) -> Tensor:
-    for axis in axes:
-        tensor = tensor.narrow(axis, 0, max(1, tensor.shape[axis] // 2))
-    return tensor.contiguous()
 
 
 def _axis_name(tensor: Tensor, name: str, axis: int, taken: set[str]) -> str:

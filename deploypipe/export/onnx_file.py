@@ -10,17 +10,19 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
 from torch import nn
 
 from deploypipe.errors import ConfigError, DataError, ModelError, ParityError
-from deploypipe.export.axes import Axes, choose_axes, free_axes, in_order, input_names, require_constants, shortened
+from deploypipe.export.axes import Axes, choose_axes, free_axes, in_order, input_names, require_constants
 from deploypipe.export.divergence import Point, find_divergence, module_outputs
 from deploypipe.export.metadata import describe, forget_shapes, name_nodes, strip
 from deploypipe.export.parity import limit_of, measure_parity, require_parity
 from deploypipe.export.precision import folded
 from deploypipe.export.rewrites import protect_padding
+from deploypipe.export.sizes import extremes_of, other_sizes, tested_sizes
 from deploypipe.export.template import write_template
 from deploypipe.onnx_check import check_onnx_file
 from deploypipe.recipe import Export
@@ -30,7 +32,7 @@ from deploypipe.runtimes import Array
 from deploypipe.runtimes.onnxruntime import OnnxRuntime
 from deploypipe.runtimes.packing import name_outputs
 from deploypipe.task import Batch, as_arguments, forward, repeat_samples, take
-from deploypipe.trees import map_tensors
+from deploypipe.trees import map_tensors, tensors
 
 _LEAST_TRACED = 2  # torch.export takes an axis of size one for a constant
 _PRECISION = "fp32"
@@ -45,16 +47,17 @@ def export_onnx(
     origin: Mapping[str, str] | None = None,
     class_names: Sequence[str] = (),
     template: Path | None = None,
+    other_inputs: Sequence[Any] | None = None,
 ) -> ModelFile:
     """Write `model` to `path` and return what was written; `ModelFile.path` is the file's name alone.
 
     `batches` are (inputs, target) with axis 0 of every input the batch; all of them are used to compare the file with
-    the network, at their own sizes, at a batch of one, and at half of each other dynamic axis. Of the
-    inputs, tensors are the file's, also those without a batch axis; numbers, flags, text and None are constants in it.
-    The file holds the
-    weights (above `settings.single_file_mib` a second one beside it does), takes any batch size and names no source
-    files; its nodes are named after their modules, outputs as in `runtimes.packing`. `origin` (the plan's hash, say)
-    and the class names go into its metadata as `deploypipe.KEY`. The network is left as it was, on its own device.
+    the network, at their own sizes, at a batch of one, and at `other_inputs` (by default at half and twice the size of
+    each other dynamic axis, where the network takes these). Of the inputs, tensors are the file's, also those without a
+    batch axis; numbers, flags, text and None are constants in it. The file holds the weights (above
+    `settings.single_file_mib` a second one beside it does), takes any batch size and names no source files; its nodes
+    are named after their modules, outputs as in `runtimes.packing`. `origin` (the plan's hash, say) and the class names
+    go into its metadata as `deploypipe.KEY`. The network is left as it was, on its own device.
 
     template: where to write the graph that `sliced` makes files of pruned networks from. No file is written where the
     weights do not fit into one.
@@ -67,10 +70,13 @@ def export_onnx(
         raise DataError("export needs at least one batch to compare the file with the network; none was given")
     network = _copy_for_export(model)
     inputs = [in_order(network, map_tensors(lambda t: t.cpu().contiguous(), batch)) for batch, _ in batches]
-    require_constants(inputs)
+    if other_inputs is None:
+        other_inputs = other_sizes(network, inputs[0], extremes_of(inputs), settings)
+    others = [in_order(network, map_tensors(lambda t: t.cpu().contiguous(), each)) for each in other_inputs]
+    require_constants([*inputs, *others])
     output_names, expected = run_eager(network, inputs)
     names = input_names(network, inputs[0])
-    axes = choose_axes(names, inputs, settings)
+    axes = choose_axes(names, [*inputs, *others], settings)
     with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
         part = Path(scratch) / path.name
         is_single = _num_bytes(network) <= settings.single_file_mib * 2**20
@@ -92,9 +98,9 @@ def export_onnx(
         describe(proto, precision=_PRECISION, origin=origin or {}, class_names=class_names)
         part.write_bytes(proto.SerializeToString(deterministic=True))
         _check(part, network)
-        for case in _other_sizes(network, names, inputs[0], axes):
-            inputs.append(case[0])
-            expected.append(case[1])
+        for each in (take(inputs[0], 1), *others):
+            inputs.append(each)
+            expected.append(_expected(network, each))
         taken_names, parity = _compare(network, inputs, expected, part, points, settings)
         data = tuple(_entry(part.parent / name) for name in check_onnx_file(part).data)
         _place(part, data, path)
@@ -109,6 +115,7 @@ def export_onnx(
         output_names=tuple(output_names),
         data=data,
         parity=parity,
+        tested_sizes=tested_sizes(names, inputs, axes),
     )
 
 
@@ -134,25 +141,20 @@ def run_eager(network: nn.Module, inputs: Sequence[Any]) -> tuple[list[str], lis
     return list(outputs[0]), [[tensor.numpy() for tensor in named.values()] for named in outputs]
 
 
-def _other_sizes(
-    network: nn.Module, names: Sequence[str], inputs: Any, axes: Axes
-) -> Iterator[tuple[Any, list[Array]]]:
-    """Sizes that the batches may not have, with the network's outputs: what torch.export lets pass may still hold the
-    sizes of the example. Lengths that the network itself refuses prove nothing."""
-    single = take(inputs, 1)
+def _expected(network: nn.Module, inputs: Any) -> list[Array]:
+    """The network's outputs at a size that the batches may not have: what torch.export lets pass may still hold the
+    sizes of the example."""
     try:
-        yield single, run_eager(network, [single])[1][0]
-    except RuntimeError as error:  # what torch raises for shapes that do not fit
+        return run_eager(network, [inputs])[1][0]
+    except Exception as error:  # whatever forward() raises for sizes that do not fit
         raise ModelError(
-            f"{type(network).__name__} cannot be exported: it fails on a batch of one sample ({_root_cause(error)}); "
-            "forward() must take any batch size"
+            f"{type(network).__name__} cannot be exported: it fails on inputs of shape {_shapes(inputs)} "
+            f"({_root_cause(error)}); forward() must take any batch size, and every size of a dynamic axis"
         ) from error
-    if axes:
-        shorter = shortened(names, inputs, axes)
-        try:
-            yield shorter, run_eager(network, [shorter])[1][0]
-        except RuntimeError:
-            return
+
+
+def _shapes(inputs: Any) -> str:
+    return ", ".join(str(list(tensor.shape)) for tensor in tensors(inputs))
 
 
 def _export(
@@ -227,11 +229,14 @@ def _compare(
     with OnnxRuntime().open(path, num_threads=torch.get_num_threads()) as session:
         parity = measure_parity(session, inputs, expected)
         input_names = session.input_names
-    try:
-        require_parity(parity, settings, path)
-    except ParityError:
-        found = find_divergence(network, inputs[0], path, points, limit_of(settings, _PRECISION))
-        require_parity(parity, settings, path, where=str(found) if found else "")
+        try:
+            require_parity(parity, settings, path)
+        except ParityError:
+            apart = [measure_parity(session, [x], [y]).max_abs_error for x, y in zip(inputs, expected, strict=True)]
+            worst = inputs[int(np.argmax(apart))]
+            found = find_divergence(network, worst, path, points, limit_of(settings, _PRECISION))
+            where = f"most at inputs of shape {_shapes(worst)}{f', {found}' if found else ''}"
+            require_parity(parity, settings, path, where=where)
     return input_names, parity
 
 

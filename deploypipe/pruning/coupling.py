@@ -43,16 +43,17 @@ class Coupling:
 
 
 def trace_groups(
-    model: nn.Module, inputs: Any, order: Mapping[str, int], as_wide: Collection[str] = ()
+    model: nn.Module, batches: Sequence[Any], order: Mapping[str, int], as_wide: Collection[str] = ()
 ) -> tuple[tuple[Coupling, ...], tuple[Coupling, ...], tuple[Frozen, ...]]:
     """Couplings in execution order, others to try where one of them fails, and producers that cannot shrink, with why.
 
-    order: module name -> place in the execution order; modules absent from it are never called. Works on a copy of
-    `model`. The others differ where a view splits an axis in two that can both shrink: couplings take the first of
-    them (whole heads), the others the last (dimensions of every head). as_wide: see `Propagation`.
+    batches: inputs of the network, of several sizes: what any of them couples or reads counts. order: module name ->
+    place in the execution order; modules absent from it are never called. Works on a copy of `model`. The others differ
+    where a view splits an axis in two that can both shrink: couplings take the first of them (whole heads), the others
+    the last (dimensions of every head). as_wide: see `Propagation`.
     """
     try:
-        trace = _propagate(model, inputs, as_wide)
+        trace = _propagate(model, batches, as_wide)
     except Exception as error:  # a forward() that cannot run in inference mode may raise anything
         reason = f"could not be traced: {type(error).__name__}: {error}"
         layers = [name for name in order if has_two_sides(model.get_submodule(name))]
@@ -82,20 +83,20 @@ def freeze(coupling: Coupling, reason: str, producers: Collection[str]) -> list[
     return [Frozen(name=coupling.name, kind=coupling.kind, reason=reason), *rows]
 
 
-def _propagate(model: nn.Module, inputs: Any, as_wide: Collection[str]) -> Propagation:
+def _propagate(model: nn.Module, batches: Sequence[Any], as_wide: Collection[str]) -> Propagation:
     copy = deepcopy(model)
     forget_caches_(copy)
     with_plain_weights_(copy, [name for name, _ in copy.named_modules()])
     mark_sizes_(copy)
     with torch.inference_mode():
-        trace = Propagation(copy, inputs, as_wide)
+        trace = Propagation(copy, batches, as_wide)
         for name, module in copy.named_modules():
             module.register_forward_pre_hook(
                 lambda _m, args, kwargs, name=name: trace.enter(name, [*args, *kwargs.values()]), with_kwargs=True
             )
             module.register_forward_hook(lambda *_: trace.leave())
         with evaluating(copy), trace.calls, trace:
-            outputs = forward(copy, inputs)
+            outputs = [forward(copy, inputs) for inputs in batches]
     for place, atoms in trace.indices.counted:
         trace.sized.setdefault(place, []).append(atoms)
     written = [axis for tensor in output_tensors(outputs) for axis in trace.of(tensor)]

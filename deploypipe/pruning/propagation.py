@@ -39,9 +39,9 @@ class Attention:
 
 
 class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """`with Propagation(model, inputs) as trace: forward(model, inputs)`, in inference mode; then read the trace."""
+    """`with Propagation(model, [inputs]) as trace: forward(model, inputs)`, in inference mode; then read the trace."""
 
-    def __init__(self, model: nn.Module, inputs: Any, as_wide: Collection[str] = ()) -> None:
+    def __init__(self, model: nn.Module, batches: Sequence[Any], as_wide: Collection[str] = ()) -> None:
         """as_wide: modules whose attention is as wide as what they read, because the code takes its sizes from there
         (`B, N, C = x.shape; x.reshape(B, N, heads, C // heads)`). Sizes are plain numbers, so that cannot be seen."""
         super().__init__()  # type: ignore[no-untyped-call]
@@ -64,7 +64,7 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.called: set[str] = set()  # layers whose weight was used as a layer's weight, and so writes channels
         self.used: set[int] = set()  # ids of parameters and buffers that some operation read
         self.label_weights_()
-        for tensor in tensors(inputs):
+        for tensor in tensors(list(batches)):
             self.axes[tensor] = tuple(fixed(size) for size in tensor.shape)
 
     def label_weights_(self) -> None:

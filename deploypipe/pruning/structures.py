@@ -34,17 +34,23 @@ _TOLERANCE = 1e-3  # of the largest output: float32 sums in another order differ
 
 
 def list_structures(
-    model: nn.Module, inputs: Any, keep: Sequence[str] = (), constraints: Constraints | None = None
+    model: nn.Module,
+    inputs: Any,
+    keep: Sequence[str] = (),
+    constraints: Constraints | None = None,
+    *,
+    other_inputs: Sequence[Any] = (),
 ) -> Structures:
     """Everything removable in `model`, and everything that is not, with the reason.
 
-    inputs: one batch, as the model gets it. keep: glob patterns of module names; a structure that holds a match stays.
-    Every group is tried: some of its units are cut from a copy with shaken weights, whose outputs must equal those of
-    the copy in which the same units are masked; otherwise it is frozen. `model` is left as it was. Raises ModelError
-    when the model is frozen or nothing in it can be removed, ConfigError when a pattern matches nothing or the
-    constraints contradict each other.
+    inputs: one batch, as the model gets it. other_inputs: batches of other sizes, or for which forward() takes another
+    branch; what they read is kept too, and every group is tried with them. keep: glob patterns of module names; a
+    structure that holds a match stays. Every group is tried: some of its units are cut from a copy with shaken weights,
+    whose outputs must equal those of the copy in which the same units are masked; otherwise it is frozen. `model` is
+    left as it was. Raises ModelError when the model is frozen or nothing in it can be removed, ConfigError when a
+    pattern matches nothing or the constraints contradict each other.
     """
-    found = find_structures(model, inputs, keep, constraints)
+    found = find_structures(model, inputs, keep, constraints, other_inputs=other_inputs)
     if not found.groups and not found.blocks:
         why = "; ".join(f"{row.kind} {row.name!r}: {row.reason}" for row in found.frozen) or "it calls no layers"
         raise ModelError(f"nothing in this network can be removed ({why}); change the network or loosen recipe.keep")
@@ -52,7 +58,12 @@ def list_structures(
 
 
 def find_structures(
-    model: nn.Module, inputs: Any, keep: Sequence[str] = (), constraints: Constraints | None = None
+    model: nn.Module,
+    inputs: Any,
+    keep: Sequence[str] = (),
+    constraints: Constraints | None = None,
+    *,
+    other_inputs: Sequence[Any] = (),
 ) -> Structures:
     """`list_structures`, also where nothing can be removed."""
     constraints = constraints or Constraints()
@@ -60,15 +71,17 @@ def find_structures(
     for pattern in keep:
         matching("keep", pattern, [name for name, _ in model.named_modules()], "module")
     macs = count_operations(model, inputs)
-    inputs = pair_of(model, inputs)
+    inputs, *others = (pair_of(model, each) for each in (inputs, *other_inputs))
     calls = record_calls(model, inputs)
     place = {name: call.place for name, call in calls.items()}
+    for other in others:
+        place = {name: len(calls) + call.place for name, call in record_calls(model, other).items()} | place
     with one_thread_if_small(num_samples(inputs) * macs.total):
         blocks, frozen_blocks = find_blocks(deepcopy(model), inputs, calls, macs)
-        probe = _Probe(model, inputs)
-        found = _find_channels(model, inputs, place, keep, probe)
+        probe = _Probe(model, [inputs, *others])
+        found = _find_channels(model, place, keep, probe)
         if found.stuck:
-            again = _find_channels(model, inputs, place, keep, probe, as_wide=found.stuck)
+            again = _find_channels(model, place, keep, probe, as_wide=found.stuck)
             found = max(found, again, key=lambda f: len(f.covered))
         block_reasons = {b.name: _kept(_inside(model, b.name), keep) for b in blocks}
         block_reasons |= probe.blocks([b for b in blocks if not block_reasons[b.name]])
@@ -121,13 +134,12 @@ class _Channels:
 
 def _find_channels(
     model: nn.Module,
-    inputs: Any,
     place: Mapping[str, int],
     keep: Sequence[str],
     probe: "_Probe",
     as_wide: Collection[str] = (),
 ) -> _Channels:
-    couplings, others, frozen = trace_groups(model, inputs, place, as_wide)
+    couplings, others, frozen = trace_groups(model, probe.batches, place, as_wide)
     reasons = {c.name: _kept((m.module for m in c.members), keep) for c in couplings}
     accepted, failures = probe.channels([c for c in couplings if not reasons[c.name]])
     more, _ = probe.channels([c for c in others if not _overlaps(c, accepted) and not _is_kept(c, keep)], accepted)
@@ -247,8 +259,8 @@ def _priced(model: nn.Module, couplings: Sequence[Coupling], macs: Macs, probe: 
 class _Probe:
     """Tries removals on copies of one model whose weights are shaken, so that no zero hides a wrong coupling."""
 
-    def __init__(self, model: nn.Module, inputs: Any) -> None:
-        self.inputs = inputs
+    def __init__(self, model: nn.Module, batches: Sequence[Any]) -> None:
+        self.batches = batches
         self.model = deepcopy(model).requires_grad_(False)
         generator = torch.Generator().manual_seed(0)
         for parameter in self.model.parameters():
@@ -322,7 +334,7 @@ class _Probe:
         cut = self._copy(edits)
         cut_(cut, edits)
         try:
-            return count_operations(cut, self.inputs)
+            return count_operations(cut, self.batches[0])
         except Exception as error:  # whatever the user's forward() raises
             names = ", ".join(dict.fromkeys(repr(edit.module) for edit in edits))
             raise ModelError(
@@ -340,7 +352,7 @@ class _Probe:
 
     def _run(self, model: nn.Module) -> list[Tensor]:
         with evaluating(model), torch.no_grad():
-            return output_tensors(forward(model, deepcopy(self.inputs)))
+            return [t for inputs in self.batches for t in output_tensors(forward(model, deepcopy(inputs)))]
 
 
 def _tried_units(coupling: Coupling) -> list[int]:

@@ -8,6 +8,7 @@ from deploypipe.benchmark import measure, unmeasured
 from deploypipe.benchmark.accuracy import evaluate_module
 from deploypipe.export.engine import as_model_file, build_engine
 from deploypipe.export.onnx_file import export_onnx
+from deploypipe.export.sizes import ends_of, shapes_of
 from deploypipe.observe.moments import Moments, load_moments, save_moments
 from deploypipe.observe.stream import observe_halves
 from deploypipe.pruning.calls import one_thread_if_small
@@ -29,10 +30,11 @@ _HALVES = ("first.safetensors", "second.safetensors")  # of the calibration samp
 def structures(job: Job) -> Structures:
     """What may be removed of the network, under the recipe's constraints."""
     keep, constraints = job.recipe.keep, job.recipe.constraints
+    others = ends_of(job.other_inputs)
     return job.run.remember(
         "structures",
-        {**job.origin, "keep": keep, "constraints": constraints},
-        lambda _: list_structures(job.model, job.inputs, keep, constraints),
+        {**job.origin, "keep": keep, "constraints": constraints, "sizes": [shapes_of(each) for each in others]},
+        lambda _: list_structures(job.model, job.inputs, keep, constraints, other_inputs=others),
         Structures,
         is_shared=True,
     )
@@ -43,9 +45,17 @@ def dense_export(job: Job, meanwhile: Callable[[], object] | None = None) -> Mod
 
     def compute(work: Path) -> ModelFile:
         template = work / TEMPLATE
-        return export_onnx(job.model, job.parity_batches, work / DENSE, job.recipe.export, template=template)
+        return export_onnx(
+            job.model,
+            job.parity_batches,
+            work / DENSE,
+            job.recipe.export,
+            template=template,
+            other_inputs=job.other_inputs,
+        )
 
-    inputs = {**job.origin, "export": job.recipe.export}
+    sizes = [shapes_of(each) for each in job.other_inputs]
+    inputs = {**job.origin, "export": job.recipe.export, "sizes": sizes}
     return job.run.remember("dense_export", inputs, compute, ModelFile, is_shared=True, meanwhile=meanwhile)
 
 

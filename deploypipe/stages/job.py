@@ -10,6 +10,7 @@ from deploypipe.answers import with_divergence
 from deploypipe.benchmark.environment import describe_environment
 from deploypipe.data import fingerprint
 from deploypipe.export.engine import is_built
+from deploypipe.export.sizes import Extremes, other_sizes
 from deploypipe.installed import find_package, package_versions
 from deploypipe.pruning.structures import model_fingerprint
 from deploypipe.recipe import Recipe
@@ -64,14 +65,18 @@ class Job:
             "threads": target.num_threads,
             "samples": target.num_latency_samples,
         }
+        extremes = Extremes()
         self.fingerprint = model_fingerprint(model)
         self.origin: dict[str, Any] = {
             "model": self.fingerprint,
-            "data": fingerprint(splits),
+            "data": fingerprint(splits, see=extremes.see),
             "source": source,
             "packages": package_versions(*PACKAGES),
             "seed": recipe.seed,
         }
+
+        # The network must work at these sizes too, whatever is removed from it, and the exported file as well.
+        self.other_inputs = other_sizes(self.model, self.inputs, extremes.inputs(), recipe.export, target.dynamic_dims)
 
     def described_origin(self) -> Origin:
         packages = {**self.origin["packages"], "deploypipe": find_package("deploypipe").version}

@@ -111,6 +111,7 @@ def export(job: Job, plan: PruningPlan) -> ModelFile:
             job.recipe.export,
             origin={"plan": digest(plan), "recipe": digest(job.recipe), "dense_model": job.fingerprint},
             class_names=job.task.class_names,
+            other_inputs=job.other_inputs,
         )
         return replace(file, from_dense=compare_networks(job.model, tuned, job.parity_batches))
 

@@ -27,6 +27,7 @@ class Shipped:
 
     file: ModelFile
     path: Path
+    fp32: ModelFile  # what it was converted from, or the file itself
 
 
 def dense_precision(job: Job, dense: Measurement) -> PrecisionChoice | None:
@@ -81,8 +82,8 @@ def shipped(job: Job, file: ModelFile, stage: str, chosen: PrecisionChoice | Non
     """file: in fp32, of the stage "baseline" or "export"; chosen: by the stage that converted it, if any did."""
     if chosen and chosen.chosen != "fp32":
         converted_by = "precision" if stage == "export" else "dense_precision"
-        return Shipped(file=chosen.file, path=job.run.files(converted_by) / chosen.file.path)
-    return Shipped(file=file, path=job.run.files(stage) / file.path)
+        return Shipped(file=chosen.file, path=job.run.files(converted_by) / chosen.file.path, fp32=file)
+    return Shipped(file=file, path=job.run.files(stage) / file.path, fp32=file)
 
 
 def engine_file(job: Job) -> Path:
@@ -125,6 +126,9 @@ def benchmark(
             notify=job.run.notify,
         )
         notes = [stand_in] if stand_in else []
+        if len(shipped.fp32.tested_sizes) > 1:
+            sizes = ", ".join(f"{name} {low} to {high}" for name, (low, high) in shipped.fp32.tested_sizes.items())
+            notes.append(f"the fp32 file was compared with the network at {sizes}; other sizes were not tried")
         if is_built(job.target) and not engine:
             notes.append("no engine was built: file sizes are those of the ONNX files")
         return replace(report, notes=(*report.notes, *notes))

@@ -116,6 +116,37 @@ def test_channels_that_nothing_reads_stay_and_the_reason_is_plain() -> None:
     assert removable.isdisjoint(range(16, 32))
 
 
+def test_a_branch_that_only_a_long_input_takes_is_followed_where_one_is_given() -> None:
+    model = Tagger(lambda m, n: m.move(m.table.sum(1, keepdim=True)) if n > 6 else m.level[:1]).eval()
+    short, long = torch.randint(0, 30, (2, 4)), torch.randint(0, 30, (2, ROWS))
+    plan = halved(list_structures(model, short, other_inputs=[long]))
+    assert {"tokens", "hidden", "move"} <= {edit.module for edit in plan.edits}
+    with torch.no_grad():
+        for inputs in (short, long):
+            cut, masked = apply_plan(model, plan)(inputs), masked_dense(model, plan)(inputs)
+            torch.testing.assert_close(cut, masked, atol=1e-5, rtol=1e-4)
+
+
+def test_a_group_that_fails_at_another_size_is_frozen() -> None:
+    class Sized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x).relu()
+            return self.last(x if x.shape[1] < 5 else x.reshape(x.shape[0], -1, 8))
+
+    model = Sized().eval()
+    assert [group.name for group in list_structures(model, torch.randn(2, 4, 6)).groups] == ["first"]
+    (row,) = [
+        row
+        for row in find_structures(model, torch.randn(2, 4, 6), other_inputs=[torch.randn(2, 5, 6)]).frozen
+        if row.name == "first"
+    ]
+    assert row.reason
+
+
 def test_a_table_that_only_a_part_is_read_of_is_frozen_by_name() -> None:
     model = Tagger(READS["mean"]).eval()
     found = find_structures(model, torch.randint(0, 30, (2, 4)))
