@@ -233,7 +233,7 @@ def _stage(stage: Stage, share: float) -> str:
 
 
 def _least(name: str, share: float) -> str:
-    return _times(share) + {"latency_p50": ", predicted", "file_size": " of its weights"}.get(name, "")
+    return _times(share) + {"latency_p50": ", measured", "file_size": " of its weights"}.get(name, "")
 
 
 def _label(name: str) -> str:

@@ -10,14 +10,19 @@ _MAX_DROPPED = 0.6  # of the blocks, in one network on average
 
 
 def design_networks(structures: Structures, levels: Levels, count: int, seed: int) -> list[Allocation]:
-    """`count` networks within `structures.constraints`: the narrowest with all its blocks, the one without any block
-    that may go, and random ones, in which widths are drawn for each group alone, or the same share for all groups."""
+    """`count` networks within `structures.constraints`: the smallest, which bounds what can be reached; the narrowest
+    with all its blocks; the widest without the blocks that may go; and random ones, in which widths are drawn for each
+    group alone, or the same share for all groups."""
     generator = np.random.default_rng(seed)
     num_droppable = len(structures.blocks) - structures.constraints.least_blocks
     blocks = [block.name for block in structures.blocks]
     narrowest = {name: kept[0] for name, kept in levels.items()}
     widest = {name: kept[-1] for name, kept in levels.items()}
-    found = [_without(structures, narrowest, []), _without(structures, widest, blocks[:num_droppable])]
+    largest = [block.name for block in sorted(structures.blocks, key=lambda block: -block.macs)][:num_droppable]
+    found: list[Allocation] = []
+    for widths, gone in ((narrowest, largest), (narrowest, []), (widest, largest)):
+        chosen = _without(structures, widths, gone)
+        found += [] if chosen in found else [chosen]
     while len(found) < count:
         share = generator.uniform(0, _MAX_DROPPED)
         drawn = [name for name in blocks if generator.uniform() < share]

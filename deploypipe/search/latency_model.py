@@ -27,21 +27,29 @@ _LOG_BOUNDS = (-14.0, 2.0)  # of a prior's variance
 _LOG_NOISE_BOUNDS = (-14.0, -3.0)
 _START, _START_NOISE = -4.0, -7.0
 _JITTER = 1e-9
+_SLACK = 0.1  # a narrower network may be slower: times are noisy, and some devices dislike odd widths
 
 
 class LatencyModel:
-    """Fitted to networks measured beside the dense one, which need not be among them. All times are shares of its time.
+    """Fitted to networks measured next to the dense one, which need not be among them.
+
+    All times are shares of the dense fp32 file's; dense: that of the dense network in the precision of the others. A
+    sum of layers that was fitted to noisy times may come out negative, or above the time of a wider network. So
+    predictions stay within what the measured networks bound: none is faster than the fastest of them, nor, but for
+    `_SLACK`, than one that it contains layer by layer, nor slower than one that contains it.
 
     Costs O(n^3 + n^2 features) for n networks. The same measurements give the same model.
     """
 
-    def __init__(self, sites: Sequence[Site], timed: Sequence[TimedCut]) -> None:
-        self.sites, self.timed = tuple(sites), tuple(timed)
+    def __init__(self, sites: Sequence[Site], timed: Sequence[TimedCut], dense: float = 1.0) -> None:
+        self.sites, self.timed, self.dense = tuple(sites), tuple(timed), dense
         self._features = _Features(self.sites)
-        rows = [self._features.of(cut) for cut in (Cut(removed={}, blocks=()), *(t.cut for t in timed))]
+        cuts = (Cut(removed={}, blocks=()), *(t.cut for t in timed))
+        self._widths = np.stack([self._widths_of(cut) for cut in cuts])
+        rows = [self._features.of(cut) for cut in cuts]
         self._columns = {key: i for i, key in enumerate(dict.fromkeys(key for row in rows for key in row))}
         self._design = np.stack([self._row(row) for row in rows])
-        self._times = np.array([1.0, *(t.ratio for t in timed)])
+        self._times = np.array([dense, *(t.ratio for t in timed)])
         owners = np.array([_KINDS.index(key[0]) for key in self._columns])
         self._variances, self._noise = _fit_prior(self._design, self._times, owners)
         self._prior = self._variances[owners]
@@ -59,7 +67,15 @@ class LatencyModel:
         unknown = [(_KINDS.index(key[0]), x) for key, x in features.items() if key not in self._columns]
         variance += sum(float(self._variances[kind]) * x * x for kind, x in unknown)
         spread = _Z95 * float(np.sqrt(max(variance, 0.0) + self._noise * value**2))
-        return Interval(value=value, low=value - spread, high=value + spread)
+        least, most = self._bounds(self._widths_of(cut), np.ones(len(self._times), dtype=bool))
+        value = min(max(value, least), most)
+        low, high = max(value - spread, (1 - _SLACK) * least), min(value + spread, (1 + _SLACK) * most)
+        return Interval(value=value, low=low, high=high)
+
+    @property
+    def least(self) -> float:
+        """The time of the fastest network that was measured."""
+        return float(self._times.min())
 
     def time_of(self, site: Site, widths: Widths) -> float:
         """The part of a network's latency that one layer has at these widths."""
@@ -74,7 +90,26 @@ class LatencyModel:
         """(n,) predictions of the measured networks, each from all others (Rasmussen and Williams 2006, eq. 5.12)."""
         inverse = cho_solve(self._factor, np.eye(len(self._times)))
         left_out: Floats = self._times - (inverse @ self._times) / np.diag(inverse)
+        for number, widths in enumerate(self._widths):
+            least, most = self._bounds(widths, np.arange(len(self._times)) != number)
+            left_out[number] = min(max(left_out[number], least), most)
         return left_out[1:]
+
+    def _widths_of(self, cut: Cut) -> Floats:
+        """(2 sites,): inputs and outputs of each layer; 0 where it goes with its block."""
+        gone = set(cut.blocks)
+        stays = [gone.isdisjoint(site.blocks) for site in self.sites]
+        widths = [[side.width(cut.removed) for side in (site.inputs, site.outputs)] for site in self.sites]
+        left: Floats = np.array(widths, dtype=np.float64) * np.array(stays)[:, None]
+        return left.ravel()
+
+    def _bounds(self, widths: Floats, known: NDArray[np.bool_]) -> tuple[float, float]:
+        """The least and the most that a network can take, by those of the measured ones that are known."""
+        times, others = self._times[known], self._widths[known]
+        inside, around = (others <= widths).all(axis=1), (others >= widths).all(axis=1)
+        least = max(float(times.min()), (1 - _SLACK) * float(times[inside].max(initial=0.0)))
+        most = (1 + _SLACK) * float(times[around].min(initial=np.inf))
+        return min(least, most), max(least, most)  # contradicting measurements bound it from both sides
 
     def _row(self, features: Mapping[Key, float]) -> Floats:
         """(columns,); pairs of widths that no measured network has are not among them."""

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from deploypipe.errors import BudgetError
 from deploypipe.records import Candidate, Check, Measurement, ModelFile, PrecisionRow, SearchResult
 from deploypipe.runtimes.ability import Ability
 from deploypipe.search.trials import violations
@@ -99,7 +100,7 @@ def bounded_shares(
     """By budget, the most that a candidate may come to of the dense network's figure: of those that can be predicted.
 
     shipped_mib: the dense network's file in the precision that ships. A file's size is bounded by its parameters,
-    beside which it holds its graph.
+    next to which it holds its graph: BudgetError where that alone is over budget.
     """
     figures = {"macs": dense.num_macs, "params": dense.num_params}
     shares = {name: limits[name].absolute(figure) / figure for name, figure in figures.items() if name in limits}
@@ -109,6 +110,11 @@ def bounded_shares(
         per_param = min(shipped_mib / dense.num_params, _MIB_PER_PARAM)
         graph = shipped_mib - per_param * dense.num_params
         most = limits["file_size"].absolute(dense.file_size_mib)
+        if most <= graph:
+            raise BudgetError(
+                f"budget.file_size: {most:.3g} MiB is out of reach: the file takes {graph:.3g} MiB without its "
+                "weights; relax the budget in the target"
+            )
         shares["file_size"] = (most - graph) / (per_param * dense.num_params)
     return shares or {"macs": 1.0}
 

@@ -51,6 +51,7 @@ class Proposer:
     reference: Candidate  # the dense network
     sites: Sequence[Site]
     timed: Sequence[TimedCut]  # empty where latency bounds nothing
+    dense_ratio: float = 1.0  # latency of the dense network, in the precision that ships, to that of its fp32 file
     measure: Callable[[PruningPlan], float]  # its latency, as a share of the dense network's
 
     def __call__(self, knobs: Mapping[str, float], trials: Sequence[Trial]) -> PruningPlan:
@@ -84,7 +85,7 @@ class Proposer:
             found.append((ratio, plan))
             if _FILLED * limit <= ratio <= limit:
                 break
-            model = LatencyModel(self.sites, [*model.timed, TimedCut(cut=cut_of(plan), ratio=ratio)])
+            model = LatencyModel(self.sites, [*model.timed, TimedCut(cut=cut_of(plan), ratio=ratio)], self.dense_ratio)
             # The model takes a part of the difference for noise: the rest has to come from the limit.
             asked = asked * limit / ratio if is_known else limit * model.predict(cut_of(plan)).value / ratio
         within = [pair for pair in found if pair[0] <= limit]
@@ -108,7 +109,7 @@ class Proposer:
         if not self.timed:
             return None
         give_way()
-        return LatencyModel(self.sites, [*self.timed, *measured_trials(trials, self.reference)])
+        return LatencyModel(self.sites, [*self.timed, *measured_trials(trials, self.reference)], self.dense_ratio)
 
     def plan(self, allocation: Allocation, magnitude: float = 0.0) -> PruningPlan:
         """magnitude: its weight beside the recipe's scorer, in what each group loses first."""

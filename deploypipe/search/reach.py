@@ -14,6 +14,7 @@ _TOLERANCE = 0.03  # relative: a budget that is predicted to be missed by less m
 def find_reach(proposer: Proposer, shares: Mapping[str, float]) -> Reach:
     """The least share of each bounded figure, and how many choices there are. What they lose does not matter.
 
+    The least latency is that of the fastest network that was measured; other figures are counted.
     Raises BudgetError where a budget is below the least there is, or where all of them together are, naming the
     nearest that can be had.
     """
@@ -23,7 +24,9 @@ def find_reach(proposer: Proposer, shares: Mapping[str, float]) -> Reach:
     def figure(name: str, allocation: Allocation) -> float:
         return proposer.figures(allocation, model)[at[name]]
 
-    least = {name: figure(name, proposer.cheapest(name)) for name in shares}
+    least = {name: figure(name, proposer.cheapest(name)) for name in shares if name != "latency_p50"}
+    if model and "latency_p50" in shares:
+        least["latency_p50"] = model.least
     for name, share in shares.items():
         require_in_reach(name, least[name], share)
     together = proposer.allocate(Emphasis(), model, dict(shares))

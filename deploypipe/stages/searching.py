@@ -261,6 +261,7 @@ def _proposer(job: Job, basis: Basis, work: Path) -> Proposer:
         reference=reference,
         sites=find_sites(job.model, structures, job.inputs),
         timed=basis.timed.rows if basis.timed else (),
+        dense_ratio=basis.shipping.latency_ratio.value if basis.shipping.latency_ratio else 1.0,
         measure=lambda plan: basis.candidates.ratio_of(plan, work),
     )
 

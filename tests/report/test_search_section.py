@@ -170,7 +170,7 @@ def test_reach_stands_beside_the_budget() -> None:
     result = replace(result, target=replace(result.target, budget=Budget(latency_p50="0.7x", file_size="1 MiB")))
     assert result.search
     assert reach_rows(result.search, result.target) == [
-        ("latency p50", "0.0312x, predicted", "0.7x", "0.7x", "0.6x"),
+        ("latency p50", "0.0312x, measured", "0.7x", "0.7x", "0.6x"),
         ("file size", "0.1x of its weights", "1 MiB", "-", "-"),
     ]
     assert "10<sup>30</sup> choices" in render_report(result)

@@ -2,8 +2,10 @@
 
 import pytest
 
+from deploypipe.errors import BudgetError
+from deploypipe.records import Candidate
 from deploypipe.runtimes.ability import Ability
-from deploypipe.search.limits import search_limits, with_margin
+from deploypipe.search.limits import bounded_shares, search_limits, with_margin
 from deploypipe.target import Budget, Limit
 
 
@@ -22,6 +24,14 @@ def test_limits_that_cannot_be_measured_become_macs() -> None:
     assert judged(params="0.5x") == (Budget(params="0.5x").limits(), "")
     here = search_limits(Budget(latency_p50="0.7x").limits(), Ability(verdict="run"))
     assert here == (Budget(latency_p50="0.7x").limits(), "")
+
+
+def test_a_file_that_is_too_large_without_its_weights_is_refused_by_name() -> None:
+    dense = Candidate(
+        accuracy=1.0, latency_p50_ms=None, peak_memory_mib=None, file_size_mib=1.0, num_params=10_000, num_macs=1
+    )  # 0.04 MiB of weights
+    with pytest.raises(BudgetError, match=r"budget\.file_size: 0\.5 MiB is out of reach: the file takes 0\.962 MiB"):
+        bounded_shares(Budget(file_size="0.5x").limits(), dense, 1.0, is_timed=False)
 
 
 def test_a_part_of_the_margin_lies_between_the_limit_and_the_search() -> None:

@@ -15,7 +15,7 @@ from deploypipe.records import Candidate, Curves, Cut, LossCurve, PruningPlan, S
 from deploypipe.scoring.magnitude import score_magnitudes
 from deploypipe.search.allocate import Emphasis
 from deploypipe.search.propose import Proposer, cut_of
-from deploypipe.search.reach import find_reach
+from deploypipe.search.reach import find_reach, reach_text
 
 PLAIN = {
     "fill": 1.0,
@@ -109,6 +109,24 @@ def test_budgets_out_of_reach_are_refused_by_name() -> None:
     asked = {"latency_p50": 0.8 * least}
     with pytest.raises(BudgetError, match=r"budget\.latency_p50"):
         find_reach(proposer("bottleneck", asked), asked)
+
+
+@pytest.mark.parametrize(("name", "count", "noise", "seed"), [("encoder", 8, 0.3, 3), ("pad_resnet", 8, 0.3, 3)])
+def test_the_least_latency_in_reach_is_that_of_a_network_that_was_measured(
+    name: str, count: int, noise: float, seed: int
+) -> None:
+    """However few and noisy the times are; the smallest network of all is among those that are timed."""
+    timed = timed_of(name, count, noise, seed)
+    propose = replace(proposer(name, {"latency_p50": 0.9}), timed=timed)
+    reach = find_reach(propose, propose.shares)
+    assert reach.least["latency_p50"] == min(t.ratio for t in timed)
+    assert f"(least {reach.least['latency_p50']:.2f}x)" in reach_text(reach, propose.shares)
+    assert propose.figures(propose.cheapest("latency_p50"), propose.latency_model(())) >= [reach.least["latency_p50"]]
+    sizes = [true_time(propose.sites, t.cut) for t in timed]
+    assert sizes[0] == min(sizes)
+    beyond = {"latency_p50": 0.9 * reach.least["latency_p50"]}
+    with pytest.raises(BudgetError, match=r"out of reach: the smallest network .* comes to 0\.\d+ times"):
+        find_reach(replace(propose, shares=beyond), beyond)
 
 
 def test_trials_that_were_timed_teach_the_model() -> None:
