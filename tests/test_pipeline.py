@@ -390,6 +390,10 @@ def test_a_dense_model_within_its_budget_ships_as_it_is(dense: nn.Module, tmp_pa
     assert "the dense model is within the budget as it is, nothing was removed" in result.decision.reason
     assert file_sha256(tmp_path / "run" / "model.onnx") == result.benchmark.dense.file.sha256
     assert "nothing was removed" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    aged = replace(target, budget=replace(target.budget, max_age_days=1e-7))
+    again = compress(dense, tiny.load_data(), tiny.task(), tiny.recipe(), aged, tmp_path / "run")
+    assert again.benchmark == result.benchmark  # of the run before, which is more than 9 ms ago
+    assert again.decision.verdict is Verdict.HOLD and "age failed" in again.decision.reason
 
 
 def test_every_public_name_can_be_imported() -> None:
