@@ -585,7 +585,7 @@ class MachineState:
     """What the machine did at one moment. None where the platform does not tell."""
 
     load: float  # one-minute load average
-    clock_mhz: float | None  # mean over the processors
+    clock_mhz: float | None  # of the fastest processor: those that idle are slow by themselves
     temperature_c: float | None  # of the hottest zone
     num_throttled: int | None  # times that heat slowed a core or the package down, since boot
     num_quota_throttled: int | None  # times that the control group's processor quota stopped this process

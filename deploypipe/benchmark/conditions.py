@@ -39,7 +39,7 @@ def read_state(root: Path = Path("/")) -> MachineState:
     gpu_clock, gpu_temperature, slowdowns = parse_nvidia_smi(_ask_nvidia_smi())
     return MachineState(
         load=os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0,
-        clock_mhz=sum(clocks) / len(clocks) / 1e3 if clocks else None,
+        clock_mhz=max(clocks) / 1e3 if clocks else None,
         temperature_c=max(zones) / 1e3 if zones else None,
         num_throttled=int(sum(throttles)) if throttles else None,
         num_quota_throttled=_quota_throttled(root),

@@ -8,7 +8,7 @@ from pathlib import Path
 from deploypipe.benchmark import first_batch
 from deploypipe.benchmark.accuracy import evaluate_file
 from deploypipe.benchmark.child import run_child
-from deploypipe.benchmark.latency import time_interleaved
+from deploypipe.benchmark.latency import find_doubts, time_interleaved
 from deploypipe.errors import ModelError, ParityError
 from deploypipe.export.fp16 import to_fp16
 from deploypipe.export.int8 import to_int8
@@ -65,11 +65,13 @@ def choose_precision(
         told = "; ".join(f"{row.precision}: {row.reason}" for row in rows if row.reason)
         raise ParityError(f"no precision of the target holds its limits ({told}); add 'fp32' to target.precisions")
     ratios: dict[str, Interval] = {}
+    doubts: tuple[str, ...] = ()
     if runtime and len(good) > 1:
         notify(Event(stage=_STAGE, message="latency"))
         files = {name: as_opened(path if name == "fp32" else work / file.path) for name, file in good.items()}
-        ratios = _time(files, first_batch(val, source.input_names, target.batch_size), runtime, target)
+        ratios, doubts = _time(files, first_batch(val, source.input_names, target.batch_size), runtime, target)
     chosen, why = decide_precision([name for name in target.precisions if name in good], ratios)
+    why = f"{why}; the machine was not steady: {'; '.join(doubts)}" if doubts else why
     return PrecisionChoice(
         rows=tuple(replace(row, latency_ratio=ratios.get(row.precision)) for row in rows), chosen=chosen, reason=why
     )
@@ -130,9 +132,11 @@ def _row(converted: Converted) -> PrecisionRow:
 
 def _time(
     files: Mapping[str, Path], inputs: Mapping[str, Array], runtime: Runtime, target: Target
-) -> dict[str, Interval]:
+) -> tuple[dict[str, Interval], tuple[str, ...]]:
+    """Ratios of latency to that of fp32, and why they should be doubted."""
     timings = time_interleaved(list(files.values()), inputs, runtime, target)
     samples = dict(zip(files, timings.samples, strict=True))
-    return {
+    ratios = {
         name: interval_of_median_ratio(times, samples["fp32"], block=timings.block) for name, times in samples.items()
     }
+    return ratios, find_doubts(timings, list(files), target.num_threads)

@@ -42,7 +42,7 @@ def interval_of_quantile(
     but not the resamples. The percentile interval is stretched about the value by what Student's t with one degree of
     freedom less than there are blocks is wider than the normal. The other allows for drift: see `_drift_reach`.
 
-    For the median 95 % are 94 or more for drifts with time constants up to the length of the measurement
+    For the median 95 % are 95 or more for drifts with time constants up to the length of the measurement
     (`benchmarks/latency_coverage.py`). It covers the long-run quantile of such a machine; what changes more rarely than
     once in a measurement (another day, another temperature) no single measurement can show. O(num_resamples * n).
     """

@@ -102,7 +102,7 @@ def test_a_whole_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         },
     )
     state = read_state(tmp_path)
-    assert (state.clock_mhz, state.temperature_c, state.num_throttled) == (2500.0, 45.5, 3)
+    assert (state.clock_mhz, state.temperature_c, state.num_throttled) == (3000.0, 45.5, 3)
     assert state.num_quota_throttled == 7
     write(tmp_path, {"proc/self/cgroup": "2:cpu:/\n", "sys/fs/cgroup/cpu/cpu.stat": "nr_throttled 9\n"})
     assert read_state(tmp_path).num_quota_throttled == 9  # version 1
