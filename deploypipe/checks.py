@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from deploypipe.answers import with_divergence
 from deploypipe.benchmark.accuracy import evaluate_module
 from deploypipe.errors import ConfigError, DataError, ModelError, RuntimeUnavailableError
+from deploypipe.provider_options import require_harmless_options
 from deploypipe.pruning.structures import require_trainable
 from deploypipe.recipe import Recipe
 from deploypipe.runtimes.ability import can
@@ -39,6 +40,7 @@ def check_inputs(model: nn.Module, splits: Splits, task: Task, recipe: Recipe, t
 
 def _check_target(target: Target) -> None:
     """A machine that is not the device may still export for it; one that is has to have the runtime."""
+    require_harmless_options(target)
     ability = can(target)
     source = f"target {target.name!r}" if target.name else "target"
     if ability.is_the_device and ability.verdict != "run":

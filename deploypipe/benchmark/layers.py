@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from deploypipe.benchmark.results import LayerTime
+from deploypipe.provider_options import require_harmless_options
 from deploypipe.runtimes import Array
 from deploypipe.runtimes.onnxruntime import PROVIDERS
 from deploypipe.target import Target
@@ -26,6 +27,7 @@ def profile_layers(path: Path, inputs: Mapping[str, Array], target: Target) -> t
     """
     import onnxruntime
 
+    require_harmless_options(target)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = target.num_threads
     options.inter_op_num_threads = 1

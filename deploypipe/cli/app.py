@@ -1,9 +1,12 @@
 """The application, and what several commands take."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from deploypipe.provider_options import ALLOWED_BY, OPTION
 
 app = typer.Typer(
     name="deploypipe",
@@ -38,6 +41,22 @@ MemoryLimit = Annotated[
         min=1,
         max=2**30,
         help="Memory that it may take meanwhile (Linux, on the CPU). Default: three quarters of what is free.",
+    ),
+]
+
+
+def _allow_provider_libraries(allowed: bool) -> bool:
+    if allowed:
+        os.environ[ALLOWED_BY] = "1"  # for the processes that this one starts, too
+    return allowed
+
+
+AllowOption = Annotated[
+    bool,
+    typer.Option(
+        OPTION,
+        callback=_allow_provider_libraries,
+        help="Let the target's provider_options load libraries and touch files: only if you know where it comes from.",
     ),
 ]
 StorageOption = Annotated[

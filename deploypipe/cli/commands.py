@@ -5,7 +5,17 @@ from typing import Annotated
 
 import typer
 
-from deploypipe.cli.app import PLAN_HELP, MemoryLimit, PipelineArgument, RunArgument, SetOption, TimeLimit, app, plans
+from deploypipe.cli.app import (
+    PLAN_HELP,
+    AllowOption,
+    MemoryLimit,
+    PipelineArgument,
+    RunArgument,
+    SetOption,
+    TimeLimit,
+    app,
+    plans,
+)
 from deploypipe.cli.named import load_target, named_targets, parse_shapes, require_name, split_settings, template
 from deploypipe.cli.terminal import (
     EXIT_DIFFERENT,
@@ -159,6 +169,7 @@ def bench(
     time_limit: TimeLimit = 120.0,
     memory_limit: MemoryLimit = None,
     json: Annotated[Path | None, typer.Option(metavar="OUT", help="Write the figures as JSON too.")] = None,
+    _allow: AllowOption = False,
 ) -> None:
     """Measure FILE on TARGET: latency, throughput, memory, cold start, time by layer, energy.
 

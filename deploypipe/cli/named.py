@@ -8,6 +8,7 @@ from pathlib import Path
 from deploypipe.errors import ConfigError
 from deploypipe.jsonio import load_toml
 from deploypipe.names import name_problem
+from deploypipe.provider_options import require_harmless_options
 from deploypipe.target import Target
 
 
@@ -21,6 +22,7 @@ def load_target(name: str) -> Target:
         known = ", ".join(sorted(named_targets())) or "none is here"
         raise ConfigError(name, "", "no target of this name", f"give a TOML file, or one of: {known}")
     target = load_toml(Target, path)
+    require_harmless_options(target)
     if target.name:
         return target
     require_name(path.stem, str(path), "a target is named after its file, and")

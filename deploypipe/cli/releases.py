@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from deploypipe.cli.app import MemoryLimit, RunArgument, TimeLimit, app
+from deploypipe.cli.app import AllowOption, MemoryLimit, RunArgument, TimeLimit, app
 from deploypipe.cli.terminal import (
     EXIT_DIFFERENT,
     EXIT_HOLD,
@@ -49,6 +49,7 @@ def gate(
     json: Annotated[bool, typer.Option("--json", help="Print the decision as JSON.")] = False,
     markdown: Annotated[Path | None, typer.Option(help="Write it as Markdown, for a pull request.")] = None,
     junit: Annotated[Path | None, typer.Option(help="Write it as JUnit XML, a test case for each check.")] = None,
+    _allow: AllowOption = False,
 ) -> None:
     """Decide again about a finished run: exit 0 SHIP, 1 HOLD, 2 error. The run remembers the decision.
 
@@ -221,6 +222,7 @@ def verify(
     latency: Annotated[
         bool, typer.Option("--latency", help="Time the model, and compare with what was approved (bundles only).")
     ] = False,
+    _allow: AllowOption = False,
     time_limit: TimeLimit = 120.0,
     memory_limit: MemoryLimit = None,
 ) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from deploypipe.addresses import masked
-from deploypipe.cli.app import PipelineArgument, SetOption, StorageOption, app
+from deploypipe.cli.app import AllowOption, PipelineArgument, SetOption, StorageOption, app
 from deploypipe.cli.jobs import run_commands
 from deploypipe.cli.named import load_target, require_name, split_settings
 from deploypipe.cli.terminal import (
@@ -26,6 +26,7 @@ from deploypipe.cli.terminal import (
 )
 from deploypipe.errors import ConfigError, DeploypipeError
 from deploypipe.jsonio import override, to_plain
+from deploypipe.provider_options import require_harmless_options
 from deploypipe.recipe import Recipe
 from deploypipe.report.tables import OVERVIEW_HEADER, overview_rows
 from deploypipe.runs import RunResult, load_result
@@ -81,6 +82,7 @@ def run(
     remeasure: Annotated[
         bool, typer.Option("--remeasure", help="Measure what ships again, also where the machine was steady.")
     ] = False,
+    _allow: AllowOption = False,
 ) -> None:
     """Compress PIPELINE's network for TARGET, or for several targets.
 
@@ -117,6 +119,8 @@ class _Asked:
     @cached_property
     def devices(self) -> list[Target]:
         devices = [override(load_target(name), self.settings["target"], "--set target") for name in self.targets]
+        for device in devices:
+            require_harmless_options(device)
         names = [device.name for device in devices]
         folders = [name.casefold() for name in names]  # as some file systems compare them
         for name, folder in zip(names, folders, strict=True) if len(names) > 1 else ():

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from deploypipe.cli.app import StorageOption, app
+from deploypipe.cli.app import AllowOption, StorageOption, app
 from deploypipe.cli.named import require_name
 from deploypipe.cli.terminal import exit_codes, shown_stages
 from deploypipe.errors import ConfigError, StorageError
@@ -23,6 +23,7 @@ def worker(
     run: Annotated[str, typer.Option(metavar="NAME", help="The search's name: that of its run folder, or --name.")],
     storage: StorageOption = None,
     wait: Annotated[float, typer.Option(metavar="SECONDS", help="How long the search may take to begin.")] = 600.0,
+    _allow: AllowOption = False,
 ) -> None:
     """Do trials of a search that `deploypipe run --storage` began, on this machine or another, until all are done.
 

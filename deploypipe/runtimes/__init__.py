@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 
 from deploypipe.errors import RuntimeUnavailableError
+from deploypipe.provider_options import require_harmless_options
 from deploypipe.runtimes.ability import can
 from deploypipe.runtimes.eager import EagerRuntime
 from deploypipe.runtimes.onnxruntime import PROVIDERS, OnnxRuntime
@@ -66,8 +67,10 @@ RUNTIMES: dict[str, Callable[[Target, bool], Runtime]] = {
 def make_runtime(target: Target, *, trust_program: bool = False) -> Runtime:
     """The runtime of `target`, whether or not this machine is the device.
 
-    trust_program: let eager torch open .pt2 programs, which can run any code when they are loaded.
+    trust_program: let eager torch open .pt2 programs, which can run any code when they are loaded. ConfigError for
+    provider options that may load a library (`provider_options`).
     """
+    require_harmless_options(target)
     return RUNTIMES[target.runtime](target, trust_program)
 
 

@@ -1,5 +1,6 @@
 """What is known of a device's times, and who may take one now: for a process alone, and for many."""
 
+import math
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -10,8 +11,10 @@ from typing import Protocol, TypeVar
 
 import sqlalchemy as sa
 
+from deploypipe import strict_json
 from deploypipe.benchmark.conditions import read_state
 from deploypipe.runs import cache_folder, write_atomically
+from deploypipe.seal import seal, unseal
 from deploypipe.search.leases import Held, Leases, make_table
 from deploypipe.search.storage import Storage
 from deploypipe.side_by_side import machine
@@ -58,14 +61,17 @@ class OwnMeasuring:
     is_shared = False
 
     def known(self, key: str) -> Known | None:
-        at = cache_folder() / "latency" / key
-        return Known(ratio=float(at.read_text())) if at.is_file() else None
+        try:
+            entry = strict_json.loads(unseal((cache_folder() / "latency" / key).read_bytes()))
+            return Known(ratio=entry["ratio"]) if entry["key"] == key and _is_ratio(entry["ratio"]) else None
+        except (OSError, ValueError, KeyError, TypeError):  # absent, or damaged: it is measured again
+            return None
 
     def publish(self, key: str, ratio: float, *, is_telling: bool) -> Known:
         if is_telling:
             at = cache_folder() / "latency" / key
             at.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(at, repr(ratio).encode())
+            write_atomically(at, seal(strict_json.dumps({"key": key, "ratio": ratio})))
         return Known(ratio=ratio)
 
     def alone(self) -> AbstractContextManager[Callable[[], bool]]:
@@ -127,4 +133,8 @@ class SharedMeasuring:
         asked = asked.where(_LATENCIES.c.study == self._study, _LATENCIES.c.key == key)
         with self._engine.connect() as connection:
             row = connection.execute(asked).first()
-        return Known(ratio=float(row[0]), told=str(row[1])) if row else None
+        return Known(ratio=float(row[0]), told=str(row[1])) if row and _is_ratio(row[0]) else None
+
+
+def _is_ratio(value: object) -> bool:
+    return isinstance(value, float) and 0 < value < math.inf

@@ -1,0 +1,54 @@
+"""The cache of latencies: what was damaged is measured again."""
+
+from pathlib import Path
+
+import pytest
+
+from deploypipe.seal import seal
+from deploypipe.search.measuring import OwnMeasuring
+
+KEY, RATIO = "0123456789abcdef", 0.6180339887498949
+
+
+@pytest.fixture
+def entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DEPLOYPIPE_CACHE", str(tmp_path))
+    OwnMeasuring().publish(KEY, RATIO, is_telling=True)
+    return tmp_path / "latency" / KEY
+
+
+def known() -> float | None:
+    found = OwnMeasuring().known(KEY)
+    return None if found is None else found.ratio
+
+
+def test_a_latency_comes_back_exactly(entry: Path) -> None:
+    assert known() == RATIO
+    assert OwnMeasuring().known("another") is None
+
+
+def test_no_flipped_bit_or_lost_byte_gives_another_latency(entry: Path) -> None:
+    whole = entry.read_bytes()
+    for place in range(len(whole)):
+        for bit in range(8):
+            entry.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
+            assert known() in (None, RATIO), (place, bit)
+        entry.write_bytes(whole[:place])
+        assert known() is None
+    OwnMeasuring().publish(KEY, 0.5, is_telling=True)
+    assert known() == 0.5
+
+
+@pytest.mark.parametrize("ratio", ["0", "-1.0", "1", "null", "true", '"0.5"', "[0.5]", "NaN", "Infinity", "1e999"])
+def test_a_figure_that_is_no_latency_is_measured_again(ratio: str, entry: Path) -> None:
+    entry.write_bytes(seal(f'{{"key": "{KEY}", "ratio": {ratio}}}'))
+    assert known() is None
+    entry.write_bytes(ratio.encode())
+    assert known() is None
+
+
+def test_an_entry_under_another_name_is_not_read(entry: Path) -> None:
+    entry.rename(entry.with_name("fedcba9876543210"))
+    assert OwnMeasuring().known("fedcba9876543210") is None
+    entry.mkdir()
+    assert known() is None
