@@ -20,6 +20,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from deploypipe.benchmark import BenchResult, bench_file
+from deploypipe.benchmark.bench import compare
 from deploypipe.export.onnx_file import export_onnx
 from deploypipe.numerics.intervals import interval_of_mean
 from deploypipe.pipeline_module import load_pipeline
@@ -72,8 +73,8 @@ HEADS = (
 
 def show(name: str, what: str, results: list[BenchResult]) -> None:
     ratios = [r.latency_ratio for r in results if r.latency_ratio]
-    said = Counter(r.comparison for r in results)
-    share = interval_of_mean([float(r.comparison == "no difference") for r in results])
+    said = Counter(compare(ratio) for ratio in ratios)  # by the intervals alone, also where the machine was noisy
+    share = interval_of_mean([float(compare(ratio) == "no difference") for ratio in ratios])
     latencies = [r.against.latency for r in results if r.against and r.against.latency]
     conditions = Counter(r.conditions.verdict for r in results)
     others = [r.conditions.other_cpus for r in results if r.conditions.other_cpus is not None]
