@@ -27,7 +27,7 @@ from deploypipe.pipeline_module import load_pipeline
 from deploypipe.target import Target
 from deploypipe.task import take_calib
 
-TARGET = Target(runtime="onnxruntime", name="one thread, batch 1")
+TARGET = Target(runtime="onnxruntime", name="one_thread")
 
 
 def main() -> None:
