@@ -51,9 +51,10 @@ from deploypipe.pruning.plan import empty_plan, make_plan
 from deploypipe.pruning.saved import load_pruned, save_pruned
 from deploypipe.pruning.slicing import sizes_after
 from deploypipe.pruning.structures import list_structures, model_fingerprint
-from deploypipe.recipe import Export
+from deploypipe.recipe import Export, Finetune
 from deploypipe.records import Frozen, PruningPlan, ScoreTable, Structures
-from deploypipe.task import evaluating, forward
+from deploypipe.task import Splits, Task, evaluating, forward, num_samples
+from deploypipe.training.finetune import finetune
 
 Facts: TypeAlias = dict[str, Any]  # what is known of one network: a verdict for each of CHECKS, and figures
 
@@ -173,7 +174,7 @@ def judge(network: Network, with_onnx: bool = True) -> Iterator[tuple[str, Any]]
     yield "heads", [[g.num_units, max(1, g.num_units // 2)] for g in structures.groups if g.kind == "heads"]
     yield from compare(dense, masked_dense(dense, plan), pruned, inputs)
     yield "sizes", sizes(dense, pruned, plan, inputs)
-    yield "trains", attempt(lambda: train_step(pruned, inputs), lambda: train_step(dense, inputs))
+    yield "trains", attempt(lambda: train_step(pruned, dense, inputs), lambda: train_step(dense, dense, inputs))
     again = apply_plan(built(network)[0], plan)
     yield "replay", YES if are_identical(again, pruned, inputs) else f"{NO}: other weights or outputs"
     yield "intact", YES if model_fingerprint(dense) == before else f"{NO}: pruning changed the dense network"
@@ -215,7 +216,7 @@ def shorten(dense: nn.Module, plan: PruningPlan, inputs: Inputs, folder: Path) -
     error = difference(outputs(masked_dense(dense, plan), inputs), outputs(pruned, inputs))
     if error > TOLERANCE:
         raise ValueError(f"differs by {error:.1g} of the largest output")
-    train_step(pruned, inputs)
+    train_step(pruned, dense, inputs)
     export_onnx(pruned, [(inputs, None)], folder / "shallow.onnx", Export())
 
 
@@ -296,12 +297,17 @@ def difference(expected: list[Tensor], seen: list[Tensor]) -> float:
     return max(error if error == error else float("inf") for error in errors)
 
 
-def train_step(model: nn.Module, inputs: Inputs) -> None:
-    copy = deepcopy(model).train()
-    optimizer = torch.optim.SGD(copy.parameters(), lr=1e-3)
-    leaves = [leaf for leaf in tree_leaves(forward(copy, deepcopy(inputs))) if isinstance(leaf, Tensor)]
-    sum(leaf.square().mean() for leaf in leaves if leaf.is_floating_point()).backward()
-    optimizer.step()
+def train_step(model: nn.Module, dense: nn.Module, inputs: Inputs) -> None:
+    """One step of the product's own fine-tune, towards outputs of zero and those of the dense network."""
+
+    def loss(outputs: Any, _: Tensor) -> Tensor:
+        leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        return torch.stack([leaf.float().square().mean() for leaf in leaves]).mean()
+
+    batch = (inputs, torch.zeros(num_samples(inputs)))
+    task = Task(loss=loss, metric=lambda outputs, target: torch.ones(len(target)))
+    splits = Splits(calib=[batch], train=[batch], val=[batch], test=[batch])
+    finetune(model, dense, splits, task, Finetune(num_epochs=1, precision="fp32"))
 
 
 def are_identical(a: nn.Module, b: nn.Module, inputs: Inputs) -> bool:

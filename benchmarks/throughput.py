@@ -2,7 +2,8 @@
 
     python benchmarks/throughput.py resnet56_cifar10 [--steps 10] [--rounds 7]
 
-Both train the pipeline's dense network on the same batches in memory: SGD, bf16, channels last. The plain loop does
+Both train the pipeline's dense network on the same batches in memory: SGD, channels last, in bf16 where the machine
+has it. The plain loop does
 forward, loss, backward and step. Ours with neither teacher nor mixing limits gradients and averages weights beside;
 as the recipe has it, it also asks the teacher. Each also with `torch.compile`, whose own seconds are told apart. Rounds
 of all contenders in turn; prints a Markdown table of samples per second, and of times relative to the plain loop's.
@@ -25,6 +26,7 @@ from deploypipe.recipe import Finetune
 from deploypipe.records import Event
 from deploypipe.task import Batch, Splits, Task, channels_last, forward, num_samples
 from deploypipe.training.finetune import finetune
+from deploypipe.training.precision import with_precision
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WARM_UP = 3  # steps of every round that are not counted
@@ -63,11 +65,12 @@ class Contest:
     def plain(self, *, is_compiled: bool) -> Stopwatch:
         watch = Stopwatch(len(self.batches) - WARM_UP)
         model = copy.deepcopy(self.model).to(DEVICE, memory_format=torch.channels_last).train()
+        has_bf16 = with_precision(self.settings).precision == "bf16"
         called = torch.compile(model) if is_compiled else model
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, weight_decay=5e-4, nesterov=True)
         for number, (inputs, target) in enumerate(self.batches, start=1):
             optimizer.zero_grad(set_to_none=True)
-            with torch.autocast(DEVICE.type, torch.bfloat16):
+            with torch.autocast(DEVICE.type, torch.bfloat16, enabled=has_bf16):
                 outputs = forward(called, channels_last(inputs.to(DEVICE)))
             self.task.loss(outputs.float(), target.to(DEVICE)).backward()
             optimizer.step()

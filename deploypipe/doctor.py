@@ -15,6 +15,7 @@ from deploypipe.runtimes.int8_kernels import saturates_here
 from deploypipe.runtimes.machine import this_machine
 from deploypipe.runtimes.onnxruntime import PROVIDERS, missing_provider
 from deploypipe.target import Target
+from deploypipe.training.precision import native_precision
 
 _SPEED_FEATURES = ("avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "neon", "i8mm")
 
@@ -55,6 +56,7 @@ def examine(target: Target | None) -> tuple[Finding, ...]:
         _clock(environment),
         _load(environment),
         _gpu(environment),
+        _training(),
         *(_extra(name) for name in _EXTRAS),
     ]
     if target is not None:
@@ -139,6 +141,11 @@ def _gpu(environment: Environment) -> Finding:
         detail=f"{seen or 'none'}; torch {torch.__version__} is {kind}: fine-tuning runs on the processor",
         remedy="for faster fine-tuning, use a machine with a GPU and a CUDA build of torch",
     )
+
+
+def _training() -> Finding:
+    precision, reason = native_precision()
+    return Finding(name="training", status="ok", detail=f"finetune.precision=auto is {precision}: {reason}")
 
 
 def _extra(extra: str) -> Finding:

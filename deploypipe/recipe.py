@@ -243,7 +243,7 @@ class Finetune:
     mix_share: float = 0.5  # mixup: at most this share of another sample is mixed into each; 0: off. Not for token ids
     max_gradient_norm: float = 10.0  # of all weights together; larger ones are shortened to it
     average_decay: float = 0.99  # exponential moving average of the weights, per step; 0: off
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the processor or GPU computes in it
     accumulate: int = 1  # parts of a batch that are passed one after the other, for networks whose batch does not fit
     compile: bool = False  # with torch.compile: a minute or two once, then faster for some networks, for long trainings
 
@@ -262,6 +262,7 @@ class Finetune:
             average_decay=FRACTION,
             accumulate=whole(1, 1_000_000),
         )
+        require_one_of("precision", self.precision, ("auto", "bf16", "fp32"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

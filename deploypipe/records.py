@@ -401,6 +401,8 @@ class TrainLog:
     epochs: tuple[EpochLog, ...]
     chosen_epoch: int  # the last that is not worse on val than the best; 0 means the training was rolled back
     reason: str = ""
+    precision: str = ""  # of the arithmetic: "bf16" or "fp32"
+    notes: tuple[str, ...] = ()  # what a reader should know of it, such as batches that were left out
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

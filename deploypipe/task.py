@@ -68,7 +68,29 @@ def _is_correct(outputs: Any, target: Tensor) -> Tensor:
 
 def classification() -> Task:
     """Cross-entropy and top-1 accuracy, for logits (n, classes) and integer labels (n,); a slice for each class."""
-    return Task(loss=F.cross_entropy, metric=_is_correct, name="top-1 accuracy", slices=_by_class)
+    return Task(loss=_cross_entropy, metric=_is_correct, name="top-1 accuracy", slices=_by_class)
+
+
+def _cross_entropy(outputs: Any, target: Tensor) -> Tensor:
+    """As torch's, for labels of any integer type."""
+    return F.cross_entropy(outputs, target if target.is_floating_point() else target.long())
+
+
+def call_loss(task: Task, outputs: Any, target: Any) -> Tensor:
+    """The loss of one batch; DataError where the user's function raises, or gives no mean over the samples."""
+    try:
+        loss = task.loss(outputs, target)
+    except Exception as error:  # whatever the user's code raises
+        reason = next(iter(str(error).splitlines()), "")
+        kinds = ", ".join(f"{t.dtype} {list(t.shape)}" if isinstance(t, Tensor) else repr(t) for t in tensors(target))
+        raise DataError(
+            f"task().loss raised {type(error).__name__} ({reason}) for targets of {kinds}; change the loss, or the "
+            "targets that load_data() gives"
+        ) from error
+    if not isinstance(loss, Tensor) or loss.dim():
+        seen = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise DataError(f"task().loss gives {seen}; return the mean over the samples (reduction='mean')")
+    return loss
 
 
 def _by_class(inputs: Any, target: Tensor) -> dict[str, Tensor]:
@@ -211,6 +233,23 @@ def first_of(batches: Iterable[Batch], split: str) -> Batch:
     for batch in batches:
         return batch
     raise empty_split(split)
+
+
+def count_batches(batches: Iterable[Batch]) -> int:
+    """How many there are. Reads them all where their source does not know, as a loader of a stream."""
+    try:
+        return len(batches)  # type: ignore[arg-type]
+    except TypeError:
+        return sum(1 for _ in batches)
+
+
+def require_repeatable(batches: Iterable[Batch], split: str) -> None:
+    """DataError for a source that ends after one pass."""
+    if isinstance(batches, Iterator):
+        raise DataError(
+            f"the {split} split is a {type(batches).__name__}, which can be read once only; return a list of batches, "
+            "a DataLoader, or an object whose __iter__ starts again"
+        )
 
 
 def empty_split(split: str) -> DataError:

@@ -197,12 +197,18 @@ def run_all(ranks: Ranks, folder: Path) -> None:
             together.apply_plan = lambda dense, plan: network(3)
         lead_or_serve(ranks, folder, job_splits())
 
+    def with_nan() -> list[Batch]:
+        train = batches(EVEN, 0)
+        train[1][0][13] = float("nan")  # of the second rank's part
+        return train
+
     failures: dict[str, Callable[[], object]] = {
         "order": lambda: train(Case(train=batches(EVEN, ranks.rank)), ranks=ranks),
         "number": lambda: train(Case(train=batches(EVEN[ranks.rank :], 0)), ranks=ranks),
         "others": lambda: together.agree(ranks, network(ranks.rank), other(2), str(ranks.rank)),
         "few": lambda: together.agree(ranks, network(0), same(1), ""),
         "replay": replay,
+        "nan": lambda: train(Case(train=with_nan()), ranks=ranks),
     }
     for name, act in failures.items():
         try:

@@ -1,13 +1,14 @@
 """One streaming pass over the calibration samples: all that scores and loss curves need, nothing stored."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from deploypipe.errors import DataError
+from deploypipe.memory_order import SafeConvolutions
 from deploypipe.observe.collectors import BlockCollector, GradientCollector, InputCollector, Tokens, UnitCollector
 from deploypipe.observe.moments import Moments
 from deploypipe.recipe import Observe
@@ -57,6 +58,7 @@ def observe(
         hooked(model, blocks.pre_hooks(), before=True),
         evaluating(model),
         _derivatives(model, loss is not None),
+        SafeConvolutions() if loss is not None else nullcontext(),
     ):
         for number, (batch, target) in enumerate(taken, start=1):
             tokens.real = find_real_tokens(batch, real_tokens)

@@ -1,6 +1,7 @@
 """What a run is about: the same for all of its stages."""
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from deploypipe.runtimes.machine import this_machine
 from deploypipe.search.storage import Storage
 from deploypipe.target import Target
 from deploypipe.task import Splits, Task, first_of, forward, take, take_calib
+from deploypipe.training.precision import with_precision
 from deploypipe.training.ranks import ALONE, Ranks
 
 PACKAGES = ("torch", "optuna", "onnx", "onnxruntime", "onnxscript", "numpy", "scipy")
@@ -44,7 +46,8 @@ class Job:
     ) -> None:
         self.model, self.splits = copy.deepcopy(model).cpu().eval(), splits
         self.task = _with_divergence(task, self.model, splits)
-        self.recipe, self.target, self.run = recipe, target, run
+        self.recipe = replace(recipe, finetune=with_precision(recipe.finetune))  # so keys hold it
+        self.target, self.run = target, run
         self.storage, self.ranks = storage, ranks
         self.ability = can(target)
         self.builds = is_built(target) and self.ability.verdict != "export only"

