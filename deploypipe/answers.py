@@ -11,6 +11,8 @@ from deploypipe.errors import DataError, ModelError
 from deploypipe.runtimes.packing import name_outputs
 from deploypipe.task import Divergence, Task
 
+_ALIKE = 1e-8  # of an output's mean square: a variance below it is that of rounding
+
 
 def of_classes(dim: int = -1) -> Divergence:
     """T^2 KL(expected || seen) of the classes along `dim` at temperature T (arXiv:1503.02531): a mean over samples and
@@ -88,5 +90,6 @@ def _promoted(tensor: Tensor) -> Tensor:
 
 
 def _variance(tensor: Tensor) -> float:
-    variance = float(tensor.double().var(dim=0, correction=0).mean())
-    return variance or 1.0
+    """The mean over a batch, or what rounding alone may make of outputs that are alike for all samples; never zero."""
+    wide = tensor.double()
+    return max(float(wide.var(dim=0, correction=0).mean()), _ALIKE * float(wide.square().mean())) or 1.0

@@ -37,9 +37,9 @@ class Suspects:
     settings: Finetune
 
 
-def lost(suspects: Suspects, batch: Batch, step: Step, loss: float) -> DataError:
+def lost(suspects: Suspects, batch: Batch, step: Step, loss: float, norm: float) -> DataError:
     """The error for a step whose loss or gradients are not finite: where, and the first cause that is found."""
-    seen = "the gradients hold NaN or infinity" if math.isfinite(loss) else f"the loss is {loss}"
+    seen = f"the norm of the gradients is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
     place = f"epoch {step.epoch}, step {step.number} (batch {step.batch} of the epoch)"
     return DataError(f"fine-tuning: {seen} in {place}: {_cause(suspects, batch)}")
 

@@ -297,7 +297,7 @@ def _require_finite(lesson: _Lesson, batch: Batch, step: Step, loss: float, norm
         task=lesson.task,
         settings=lesson.settings,
     )
-    raise lost(suspects, to_device(batch), step, loss)
+    raise lost(suspects, to_device(batch), step, loss, float(norm))
 
 
 def _with_divergence(fabric: Fabric, teacher: Teacher, splits: Splits, task: Task) -> Task:
