@@ -25,6 +25,7 @@ from deploypipe.cli import app
 from deploypipe.jsonio import to_json
 from deploypipe.release.bundle import MODEL, release
 from deploypipe.runs import RESULT, load_result, read_record
+from deploypipe.seal import unseal
 
 RERUN = "rerun"
 
@@ -56,10 +57,12 @@ def groups_of(run: Path, bundle: Path, device: Path) -> list[Group]:
     }
     records = [path for path in sorted(run.glob("[0-9][0-9]-*.json")) if path.with_suffix("").is_dir()]
     stage_files = [path for record in records for path in _files_in(record.with_suffix(""))]
+    accuracies = tuple(sorted(run.glob("accuracies-*/*.json")))
     return [
         Group(name=RESULT, files=(run / RESULT,), checks=commands),
         Group(name="stage records", files=tuple(records), checks={RERUN: partial(_is_computed_again, run)}),
         Group(name="stage files", files=tuple(stage_files), checks={RERUN: partial(_is_computed_again, run)}),
+        *([Group(name="kept accuracies", files=accuracies, checks={RERUN: _is_unsealed})] if accuracies else []),
         *(Group(name=name, files=(run / name,), checks=commands) for name in sorted(_golden_names(run))),
         Group(name="bundle", files=tuple(_files_in(bundle)), checks={"verify": _command("verify", bundle)}),
         Group(
@@ -112,6 +115,14 @@ def _command(name: str, folder: Path, *options: str) -> Callable[[Path], bool]:
 def _is_computed_again(run: Path, path: Path) -> bool:
     at = run / path.relative_to(run).parts[0].removesuffix(".json")
     return read_record(at, at.name.partition("-")[2]) is None
+
+
+def _is_unsealed(path: Path) -> bool:
+    try:
+        unseal(path.read_bytes())
+    except ValueError:
+        return True
+    return False
 
 
 def _files_in(folder: Path) -> list[Path]:

@@ -62,11 +62,13 @@ def gate(
         from datetime import UTC, datetime
 
         from deploypipe.release.baseline import compare_with_baseline
+        from deploypipe.release.bundle import check_run
         from deploypipe.release.decision import decide_again
         from deploypipe.release.render import junit as as_junit
         from deploypipe.release.render import markdown as as_markdown
         from deploypipe.release.waivers import load_waivers
 
+        check_run(run)
         excused = load_waivers(waivers) if waivers else ()
         before = _find_baseline(result, baseline, registry, alias, key)
         compared = compare_with_baseline(run, result, before) if before else None

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 from bit_flips import Group, flip_and_check, groups_of
 from bundles import write_run
+from typer.testing import CliRunner
 
 from deploypipe import runs
+from deploypipe.cli import app
 from deploypipe.golden_file import GOLDEN
 from deploypipe.records import Interval
 from deploypipe.release.bundle import release
@@ -40,6 +42,15 @@ def test_no_flip_goes_through(groups: list[Group]) -> None:
     # golden.json alone, without the result of the run, is trusted: a flip there can only ask for more than before.
     through = [place for row in rows for place in row.through if "alone" not in row.name or GOLDEN not in place]
     assert through == []
+
+
+def test_gate_decides_about_the_files_that_are_there(groups: list[Group]) -> None:
+    model = next(group.files[0] for group in groups if group.name == "model.onnx")
+    gate = ["gate", str(model.parent)]
+    assert CliRunner().invoke(app, gate).exit_code == 0
+    model.write_bytes(model.read_bytes()[:-1])
+    refused = CliRunner().invoke(app, gate)
+    assert refused.exit_code == 2 and "is not the file that was measured" in " ".join(refused.output.split())
 
 
 def test_without_the_seals_flips_would_go_through(groups: list[Group], monkeypatch: pytest.MonkeyPatch) -> None:
