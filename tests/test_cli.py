@@ -25,6 +25,7 @@ from torch import nn
 from deploypipe.recipe import Recipe
 from deploypipe.task import Splits, classification
 WIDTH = 4
+DATA = TOKEN = ""
 def build_model(): return nn.Linear(2, WIDTH)
 def load_data(): return Splits(calib=[], train=[], val=[], test=[])
 def task(): return classification()
@@ -95,6 +96,10 @@ def test_the_command_to_run_again_is_kept_without_passwords(home: Path, calls: l
     invoke("run", "./toy.py", "cpu", "--out", "mine", "--storage", "postgresql://me:secret@db/x")
     assert calls[1]["remeasure"] is False and "secret" not in calls[1]["command"]
     assert calls[1]["command"].startswith("deploypipe run ./toy.py cpu --out=mine --storage=")
+    invoke("run", "./toy.py", "cpu", "--set", "pipeline.DATA=s3://me:secret@store/7", "--set", "pipeline.TOKEN=secret")
+    assert (
+        calls[2]["command"] == "deploypipe run ./toy.py cpu --set=pipeline.DATA=s3://store/7 '--set=pipeline.TOKEN=***'"
+    )
 
 
 @pytest.mark.parametrize(

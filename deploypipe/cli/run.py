@@ -195,7 +195,9 @@ class _Asked:
             command.append(f"--out={self.folder_of(device)}")
         if self.shared_folder:
             command.append(f"--shared={self.shared_folder}")
-        command += [f"--set={change}" for change in self.changes]
+        for change in self.changes:
+            key, shown = change.partition("=")[0], masked(change)  # a pipeline's constants may be addresses or tokens
+            command.append(f"--set={shown if shown.startswith(key) else f'{key}={shown}'}")
         if self.storage:
             command += [f"--storage={masked(self.storage)}", f"--name={self.study_of(device)}"]
         return shlex.join(command + ([f"--stages={masked(self.stages)}"] if self.stages else []))
