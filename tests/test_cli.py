@@ -181,7 +181,7 @@ def test_outcome_decides_the_exit_code(
         (["plan", "show", "targets"], ["targets", "holds no finished run"]),
         (
             ["plan", "show", "targets/cpu.toml"],
-            ["is not JSON (expected value at line 1 column 1); check the path"],
+            ["is not JSON (Expecting value: line 1 column 1"],
         ),
         (["plan", "diff", "no.json", "no.json"], ["no.json", "No such file"]),
         (["doctor", "no_such"], ["no target of this name"]),
