@@ -18,6 +18,7 @@ from torch import nn
 from deploypipe.errors import ConfigError, DeploypipeError, PipelineError
 from deploypipe.jsonio import checked, parse_setting
 from deploypipe.names import name_problem
+from deploypipe.pipeline_source import read_source
 from deploypipe.recipe import Recipe
 from deploypipe.task import Splits, Task
 
@@ -39,7 +40,7 @@ class Pipeline:
     name: str
     path: Path
     module: ModuleType
-    source: str  # text of the module, of its neighbours that it uses, and its changed constants
+    source: str  # text of the module, of its neighbours that it imports, and its changed constants
 
     def build_model(self) -> nn.Module:
         model: nn.Module = self._call("build_model")
@@ -94,6 +95,7 @@ def load_pipeline(name: str, constants: Mapping[str, str] | None = None) -> Pipe
     path = find_pipeline(name)
     if problem := name_problem(path.stem):
         raise PipelineError(f"{path}: a pipeline is named after its file, and {problem}")
+    source = read_source(path)
     with _own_code(path, "the module"):
         module = _import(path)
     _check_functions(module, path)
@@ -101,7 +103,7 @@ def load_pipeline(name: str, constants: Mapping[str, str] | None = None) -> Pipe
     for key, value in changed.items():
         setattr(module, key, value)
     settings = "".join(f"{key} = {value!r}\n" for key, value in sorted(changed.items()))
-    return Pipeline(name=path.stem, path=path, module=module, source=_source(module, path) + settings)
+    return Pipeline(name=path.stem, path=path, module=module, source=source + settings)
 
 
 def find_pipeline(name: str) -> Path:
@@ -134,12 +136,11 @@ def _looks_like_one(path: Path) -> bool:
 
 
 def _find_dotted(name: str) -> Path | None:
-    with _on_path(Path.cwd()):
-        try:
-            spec = importlib.util.find_spec(name)
-        except ImportError:
-            return None
-    return Path(spec.origin).resolve() if spec and spec.origin and spec.origin.endswith(".py") else None
+    """By looking for the file: to ask Python for the module would run the packages that it is in."""
+    files = (
+        Path(folder or ".").joinpath(*name.split(".")).with_suffix(".py") for folder in [str(Path.cwd()), *sys.path]
+    )
+    return next((file.resolve() for file in files if file.is_file()), None)
 
 
 def _import(path: Path) -> ModuleType:
@@ -214,15 +215,6 @@ def _changed(module: ModuleType, path: Path, key: str, text: str) -> object:
         wanted = f"write a value of type {type(present).__name__}, such as {json.dumps(present)}"
         raise ConfigError("--set", f"pipeline.{key}", f"{text!r} does not fit", wanted)
     return value
-
-
-def _source(module: ModuleType, path: Path) -> str:
-    files = {path}
-    for value in vars(module).values():
-        file = getattr(inspect.getmodule(value), "__file__", None)
-        if file and Path(file).resolve().parent == path.parent:
-            files.add(Path(file).resolve())
-    return "".join(f"# {file.name}\n{file.read_text(encoding='utf-8')}\n" for file in sorted(files))
 
 
 @contextmanager

@@ -163,6 +163,7 @@ class _Asked:
         return self.name or self.folder_of(device).name
 
     def storage_of(self, device: Target) -> "Storage | None":
+        from deploypipe.pipeline_source import code_hashes
         from deploypipe.search.storage import Storage
 
         if not self.storage:
@@ -175,6 +176,7 @@ class _Asked:
             "recipe": to_plain(self.recipe),
             "target": to_plain(device),
             "stages": stages,
+            "code": code_hashes(self.loaded.path, self.settings["pipeline"]),
         }
         return Storage(url=self.storage, study=self.study_of(device), stages=stages, job=job)
 

@@ -1,7 +1,7 @@
 """Help with a search that another process runs."""
 
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,11 +11,26 @@ from deploypipe.cli.named import require_name
 from deploypipe.cli.terminal import exit_codes, shown_stages
 from deploypipe.errors import ConfigError, StorageError
 from deploypipe.jsonio import from_plain
+from deploypipe.provider_options import require_harmless_options
+from deploypipe.recipe import Recipe
+from deploypipe.target import Target
 
 if TYPE_CHECKING:
     from deploypipe.search.storage import Storage
 
 _POLL_S = 2.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SharedJob:
+    """What a run tells its workers, as it stands in the database."""
+
+    pipeline: str
+    constants: dict[str, str]
+    recipe: Recipe
+    target: Target
+    stages: str
+    code: dict[str, str]  # what the run executes, by `pipeline_source.code_hashes`
 
 
 @app.command(epilog="Example: deploypipe worker --storage postgresql://me@db/searches --run digits-x86_cpu")
@@ -38,15 +53,13 @@ def worker(
         from deploypipe.search.storage import Storage  # late: bring torch and more, which `--help` need not wait for
 
         shared = Storage(url=storage, study=run)
-        job = _wait_for_job(shared, wait)
+        job = from_plain(SharedJob, _wait_for_job(shared, wait), f"{shared.shown}: {run}")
+        _require_same_code(shared, job)
         from deploypipe.pipeline import help_search
         from deploypipe.pipeline_module import load_pipeline
-        from deploypipe.recipe import Recipe
-        from deploypipe.target import Target
 
-        loaded = load_pipeline(job["pipeline"], job["constants"])
-        recipe = from_plain(Recipe, job["recipe"], shared.shown)
-        target = from_plain(Target, job["target"], shared.shown)
+        loaded, recipe, target = load_pipeline(job.pipeline, job.constants), job.recipe, job.target
+        require_harmless_options(target)
         with loaded.blame("the worker"):
             model, splits = loaded.build_model(), loaded.load_data()
         with shown_stages() as notify, loaded.blame("the worker"):
@@ -56,11 +69,26 @@ def worker(
                 loaded.task(),
                 recipe,
                 target,
-                replace(shared, stages=job["stages"]),
+                replace(shared, stages=job.stages),
                 source=loaded.source,
                 notify=notify,
             )
         print(f"{run}: all {len(found.trials)} trials are done")
+
+
+def _require_same_code(storage: "Storage", job: SharedJob) -> None:
+    """StorageError unless the files here are those that the run executes; nothing of the pipeline is run for it."""
+    from deploypipe.pipeline_module import find_pipeline
+    from deploypipe.pipeline_source import code_hashes
+
+    path = find_pipeline(job.pipeline)
+    for name, here in code_hashes(path, job.constants).items():
+        if job.code.get(name) != here:
+            seen = f"{ascii(job.code.get(name, 'absent'))[:60]}, here {here}"
+            raise StorageError(
+                f"{storage.shown}: the search {storage.study!r} was begun with another {name!r} than {path} and this "
+                f"machine have ({seen}), so that nothing was executed; use the same on every machine"
+            )
 
 
 def _wait_for_job(storage: "Storage", seconds: float) -> dict[str, Any]:
