@@ -62,6 +62,7 @@ from deploypipe.stages.shipping import MODEL, Shipped
 from deploypipe.target import Limit, Target
 from deploypipe.task import Splits, Task, take, take_calib
 from deploypipe.training.ranks import ALONE, Ranks
+from deploypipe.wrappers import unwrapped
 
 ENGINE, REPORT = "model.engine", "report.html"
 
@@ -102,6 +103,7 @@ def compress(
     A finished run leaves `model.onnx` (and `model.engine` for TensorRT), the samples that `deploypipe verify` replays,
     `report.html` and, written last, `result.json` in `out`.
     """
+    model = unwrapped(model)
     if problem := name_problem(name):
         raise ConfigError("compress", "name", *problem.split("; "))
     check_inputs(model, splits, task, recipe, target)
@@ -129,6 +131,7 @@ def summarise_scores(
 
     Raises DeploypipeError for what a user can get wrong.
     """
+    model = unwrapped(model)
     calib = take_calib(splits.calib, recipe.observe.num_samples)
     model = with_slim_attention(model).cpu().eval()
     others = ends_of(extremes_of(inputs for inputs, _ in calib))
@@ -172,6 +175,7 @@ def help_search(
     What was computed before the search is fetched from `storage.stages`. Raises StorageError naming the first thing
     that this process has otherwise: a version of a package, the network, the data, the code, the device.
     """
+    model = unwrapped(model)
     check_inputs(model, splits, task, recipe, target)
     with (
         TemporaryDirectory(prefix="deploypipe-worker-") as folder,

@@ -21,6 +21,7 @@ from deploypipe.names import name_problem
 from deploypipe.pipeline_source import read_source
 from deploypipe.recipe import Recipe
 from deploypipe.task import Splits, Task
+from deploypipe.wrappers import unwrapped
 
 SPLITS = ("calib", "train", "val", "test")
 
@@ -44,7 +45,7 @@ class Pipeline:
 
     def build_model(self) -> nn.Module:
         model: nn.Module = self._call("build_model")
-        return model
+        return unwrapped(model)
 
     def load_data(self) -> Splits:
         splits: Splits = self._call("load_data")

@@ -29,6 +29,7 @@ from deploypipe.runs import digest
 from deploypipe.scoring import needs_derivatives
 from deploypipe.task import Batch, forward
 from deploypipe.weights import WeightFiles, streamed, without_weights
+from deploypipe.wrappers import unwrapped
 
 _TOLERANCE = (
     0.01  # of the length of what the last block gives; half precision, in other batches, is off by a thousandth
@@ -72,7 +73,7 @@ def prune_blockwise(
     _check_settings(recipe, kept)
     folder, files = Path(folder), WeightFiles(Path(weights))
     with without_weights():
-        model = build_model().eval()
+        model = unwrapped(build_model()).eval()
     names = tuple(blocks) or find_blocks_in_a_row(model)
     for name in set(names) - dict(model.named_modules()).keys():
         raise ModelError(f"the network has no module {name!r} (blocks=...); see named_modules()")

@@ -33,6 +33,7 @@ from deploypipe.runtimes.onnxruntime import OnnxRuntime
 from deploypipe.runtimes.packing import name_outputs
 from deploypipe.task import Batch, as_arguments, forward, repeat_samples, take
 from deploypipe.trees import map_tensors, tensors
+from deploypipe.wrappers import unwrapped
 
 _LEAST_TRACED = 2  # torch.export takes an axis of size one for a constant
 _PRECISION = "fp32"
@@ -66,6 +67,7 @@ def export_onnx(
     for axes or an opset that cannot be had, ParityError, which names the module to blame, where the file does not
     compute what the network computes. Whatever is raised, nothing is left at `path` that was not there before.
     """
+    model = unwrapped(model)
     if not batches:
         raise DataError("export needs at least one batch to compare the file with the network; none was given")
     network = _copy_for_export(model)

@@ -15,6 +15,7 @@ from deploypipe.records import Parity
 from deploypipe.runtimes import Array, Session
 from deploypipe.runtimes.packing import feed, name_outputs
 from deploypipe.task import Batch, evaluating, forward
+from deploypipe.wrappers import unwrapped
 
 
 def limit_of(settings: Export, precision: str) -> float:
@@ -39,6 +40,7 @@ def compare_networks(reference: nn.Module, network: nn.Module, batches: Sequence
 
     Raises as `measure_parity` does.
     """
+    reference, network = unwrapped(reference), unwrapped(network)
     names, expected = _outputs(reference, batches)
     _, seen = _outputs(network, batches)
     for wanted, got in zip(expected, seen, strict=True):

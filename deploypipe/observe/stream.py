@@ -23,6 +23,7 @@ from deploypipe.task import (
     take_batch,
     take_calib,
 )
+from deploypipe.wrappers import unwrapped
 
 
 def observe(
@@ -46,6 +47,7 @@ def observe(
     model comes back as it was: hooks removed, training flag restored, buffers untouched (eval mode). Raises DataError
     for an empty split and for activations that are not finite, naming the layer.
     """
+    model = unwrapped(model)
     taken = take_calib(batches, settings.num_samples)
     modules = dict(model.named_modules())
     tokens = Tokens()
@@ -101,6 +103,7 @@ def observe_halves(
 
     How much a score changes from one half to the other is its stability. A lone batch is cut in two.
     """
+    model = unwrapped(model)
     taken = take_calib(batches, settings.num_samples)
     if len(taken) == 1:
         taken = _cut_in_two(taken[0])

@@ -11,6 +11,7 @@ from deploypipe.pruning.apply import apply_plan, check_fingerprint
 from deploypipe.pruning.constraints import require_constraints
 from deploypipe.pruning.slicing import edits_by_module, is_depthwise
 from deploypipe.records import ChannelGroup, Edit, GroupCut, Names, PruningPlan, ScoreTable, Side, Structures
+from deploypipe.wrappers import unwrapped
 
 
 def make_plan(
@@ -76,6 +77,7 @@ def compose(first: PruningPlan, second: PruningPlan, dense: nn.Module) -> Prunin
     `second` must have been made for `apply_plan(dense, first)`: PlanError where either was made for another model. A
     group that `second` sees in other units than `first` left of it has a row for each of them in `cuts`.
     """
+    dense = unwrapped(dense)
     once = apply_plan(dense, first)
     try:
         check_fingerprint(once, second)

@@ -43,6 +43,7 @@ from deploypipe.task import (
     stack_batches,
     take_calib,
 )
+from deploypipe.wrappers import unwrapped
 
 _NEGLIGIBLE = 1e-7  # relative squared error that float32 rounding alone can make
 _MOST_COLUMNS = 1024  # of groups of a convolution that are sampled together; their patches are held in memory
@@ -69,6 +70,7 @@ def repair(
     stand behind layers that were pruned before. Labels are not used. Padding, as `Task.real_tokens` tells it, counts
     for nothing. The report first lists the layers that cannot be solved.
     """
+    dense, pruned = unwrapped(dense), unwrapped(pruned)
     taken = take_calib(batches, settings.num_samples)
     inputs = channels_last(stack_batches([batch for batch, _ in taken]))
     repaired = copy.deepcopy(pruned).eval()

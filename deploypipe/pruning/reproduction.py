@@ -28,6 +28,7 @@ from deploypipe.runs import write_atomically
 from deploypipe.runtimes.program_file import load_program
 from deploypipe.task import forward
 from deploypipe.trees import map_tensors
+from deploypipe.wrappers import unwrapped
 
 PROGRAM, INPUTS, README = "module.pt2", "inputs.safetensors", "README.md"
 _SAFE_WAY = (
@@ -54,6 +55,7 @@ def write_reproduction(model: nn.Module, inputs: Any, name: str, folder: Path) -
     names and the line that calls the operation. Raises ModelError for a name that
     is not frozen, and where no part of the network gives the reason with other weights and inputs.
     """
+    model = unwrapped(model)
     row = _frozen(model, inputs, name)
     for part, values in _parts(model, pair_of(model, inputs), row.name.partition(":")[0]):
         module = _redrawn(model.get_submodule(part))

@@ -23,6 +23,7 @@ from deploypipe.runtimes.program_file import load_program
 from deploypipe.task import as_arguments, has_batch_axis, num_samples
 from deploypipe.trees import map_leaves, map_tensors
 from deploypipe.weights import INDEX_SUFFIX, WeightFiles, without_weights
+from deploypipe.wrappers import unwrapped
 
 WEIGHTS, PROGRAM, HASHES = "weights.safetensors", "model.pt2", "hashes.json"
 INDEX = f"weights{INDEX_SUFFIX}"
@@ -38,6 +39,7 @@ def save_pruned(model: nn.Module, plan: PruningPlan, inputs: Any, folder: Path) 
     inputs: one batch, of which only shapes and dtypes are used; no sample gets into a file. hashes.json comes last, so
     a folder without it was not finished. Raises ModelError when the network cannot be exported.
     """
+    model = unwrapped(model)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / HASHES).unlink(missing_ok=True)
     write_atomically(folder / PLAN, to_json(plan).encode())
@@ -85,7 +87,7 @@ def load_pruned(
         return program
     plan = load_plan(folder / PLAN)
     with without_weights() if is_in_parts else nullcontext():
-        dense = build_model()
+        dense = unwrapped(build_model())
     check_fingerprint(dense, plan, structure_only=True)
     model = cut_out(dense, plan)
     if is_in_parts:

@@ -29,6 +29,7 @@ from deploypipe.pruning.slicing import (
 from deploypipe.recipe import Constraints
 from deploypipe.records import Block, ChannelGroup, Edit, Frozen, Structures
 from deploypipe.task import forward, num_samples, repeat_samples, take
+from deploypipe.wrappers import unwrapped
 
 _TOLERANCE = 1e-3  # of the largest output: float32 sums in another order differ by 1e-6, a wrong coupling by 1e-1
 
@@ -66,6 +67,7 @@ def find_structures(
     other_inputs: Sequence[Any] = (),
 ) -> Structures:
     """`list_structures`, also where nothing can be removed."""
+    model = unwrapped(model)
     constraints = constraints or Constraints()
     require_trainable(model)
     for pattern in keep:
@@ -157,6 +159,7 @@ def require_trainable(model: nn.Module) -> None:
 
 def count_macs(model: nn.Module, inputs: Any) -> tuple[int, int]:
     """(parameters, multiply-accumulates for one sample); changes nothing in it. What counts: `pruning.macs`."""
+    model = unwrapped(model)
     with one_thread_if_small(0):  # one sample is small work for any network
         macs = count_operations(model, inputs)
     return sum(p.numel() for p in model.parameters()), macs.total
@@ -164,6 +167,7 @@ def count_macs(model: nn.Module, inputs: Any) -> tuple[int, int]:
 
 def model_fingerprint(model: nn.Module) -> str:
     """ "<structure>-<weights>": two hashes over the state dict, of names, shapes and dtypes, and of the values."""
+    model = unwrapped(model)
     return state_fingerprint(model.state_dict().items())
 
 

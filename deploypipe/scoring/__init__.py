@@ -33,6 +33,7 @@ from deploypipe.scoring.output_error import score_output_error
 from deploypipe.scoring.random import score_random
 from deploypipe.scoring.stability import stability
 from deploypipe.scoring.taylor import score_taylor
+from deploypipe.wrappers import unwrapped
 
 ScoreFunction = Callable[[nn.Module, Structures, Moments, Any, int], ScoreTable]
 
@@ -52,6 +53,7 @@ SCORERS: dict[type[Scorer], ScoreFunction] = {
 
 def score(model: nn.Module, structures: Structures, moments: Moments, scorer: Scorer, *, seed: int = 0) -> ScoreTable:
     """One finite score for every unit of every group; higher = keep."""
+    model = unwrapped(model)
     return SCORERS[type(scorer)](model, structures, moments, scorer, seed)
 
 

@@ -47,6 +47,7 @@ from deploypipe.training.precision import with_precision
 from deploypipe.training.ranks import ALONE, Part, Ranks
 from deploypipe.training.teacher import Teacher
 from deploypipe.trees import tensors
+from deploypipe.wrappers import unwrapped
 
 _PRECISIONS: dict[str, Any] = {"bf16": "bf16-mixed", "fp32": "32-true"}
 
@@ -84,6 +85,7 @@ def finetune(
     by all ranks, elsewhere by one; with `settings.accumulate`, one part). Rank 0 alone writes the checkpoint, and all
     go on from it. RanksError, on every rank, where they read different batches.
     """
+    pruned, dense = unwrapped(pruned), unwrapped(dense)
     settings = ranks.tell(with_precision(settings))
     steps = _count_batches(ranks, splits)
     if settings.num_epochs == 0:

@@ -18,6 +18,7 @@ from deploypipe.runs import digest
 from deploypipe.task import Splits, Task, num_samples
 from deploypipe.training.finetune import finetune
 from deploypipe.training.ranks import ALONE, Ranks
+from deploypipe.wrappers import unwrapped
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,6 +89,7 @@ def serve(ranks: Ranks, model: nn.Module, splits: Splits, task: Task) -> None:
 
     RanksError as in `finetune_together`.
     """
+    model = unwrapped(model)
     dense = with_slim_attention(model).cpu().eval()
     while job := _next_job(ranks):
         pruned = _replay(ranks, dense, job.plan)

@@ -12,6 +12,7 @@ from deploypipe.scoring.blocks.block_mi import rank_by_information
 from deploypipe.scoring.blocks.logit_divergence import rank_by_divergence
 from deploypipe.scoring.blocks.mpruner import rank_by_similarity
 from deploypipe.task import Batch
+from deploypipe.wrappers import unwrapped
 
 RankFunction = Callable[[nn.Module, Structures, Moments, Iterable[Batch], Any, int], BlockRanking]
 
@@ -32,4 +33,5 @@ def rank_blocks(
     seed: int = 0,
 ) -> BlockRanking:
     """One finite importance for every removable block; higher = keep. `batches`: of the calibration split."""
+    model = unwrapped(model)
     return BLOCK_SCORERS[type(scorer)](model, structures, moments, batches, scorer, seed)
