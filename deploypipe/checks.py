@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from deploypipe.answers import with_divergence
 from deploypipe.benchmark.accuracy import evaluate_module
 from deploypipe.errors import ConfigError, DataError, ModelError, RuntimeUnavailableError
+from deploypipe.exhaustion import raise_if_exhausted
 from deploypipe.provider_options import require_harmless_options
 from deploypipe.pruning.structures import require_trainable
 from deploypipe.recipe import Recipe
@@ -70,6 +71,7 @@ def _try(model: nn.Module, inputs: Any, name: str) -> Any:
         with torch.no_grad():
             return forward(model, inputs)
     except Exception as error:  # the user's own network on the user's own data: whatever it is, it is not ours
+        raise_if_exhausted(error)
         shapes = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in tensors(inputs))
         said = str(error).strip().splitlines()
         raise ModelError(

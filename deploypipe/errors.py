@@ -51,6 +51,10 @@ class RunFolderError(DeploypipeError):
     """The run folder is locked, unwritable, or belongs to something else."""
 
 
+class ExhaustedError(DeploypipeError):
+    """The machine has run out of something: disk, memory, open files."""
+
+
 class StorageError(DeploypipeError):
     """A database that a search is shared by is away, of another version, or holds something else."""
 

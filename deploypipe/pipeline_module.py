@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from deploypipe.errors import ConfigError, DeploypipeError, PipelineError
+from deploypipe.exhaustion import raise_if_exhausted
 from deploypipe.jsonio import checked, parse_setting
 from deploypipe.names import name_problem
 from deploypipe.pipeline_source import read_source
@@ -71,6 +72,7 @@ class Pipeline:
         try:
             yield
         except Exception as error:
+            raise_if_exhausted(error)
             frames = [
                 f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).parent == self.path.parent
             ]
@@ -228,6 +230,7 @@ def _own_code(path: Path, doing: str) -> Iterator[None]:
     except SyntaxError as error:
         raise PipelineError(f"{error.filename}, line {error.lineno}: {error.msg}; correct the syntax") from error
     except Exception as error:
+        raise_if_exhausted(error)
         frames = traceback.extract_tb(error.__traceback__)
         own = [f for f in frames if Path(f.filename).parent == path.parent] or list(frames)
         raise _own_fault(error, own[-1], doing) from error

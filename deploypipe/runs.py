@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TextIO, TypeVar
 
 from deploypipe.addresses import masked
-from deploypipe.errors import RunFolderError
+from deploypipe.errors import ExhaustedError, RunFolderError
+from deploypipe.exhaustion import find_exhaustion
 from deploypipe.jsonio import from_json, from_plain, to_json, to_plain
 from deploypipe.mirror import download_stage, upload_stage
 from deploypipe.recipe import Recipe
@@ -50,6 +51,7 @@ from deploypipe.target import Target
 T = TypeVar("T")
 
 RESULT, PLAN = "result.json", "plan.json"
+_LOCK = "run.lock"
 _POLL_S = 0.1
 _MOST_RESULT_BYTES = 2**28
 
@@ -149,11 +151,15 @@ def file_sha256(path: Path) -> str:
 def write_atomically(path: Path, content: bytes) -> None:
     """Write and flush beside `path`, then rename over it: readers see the old content or the new, never a part."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")  # others may be at the same file
-    with part.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    part.replace(path)
+    try:
+        with part.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
     _flush_folder(path.parent)
 
 
@@ -347,12 +353,33 @@ def open_run(
         stack.enter_context(_locked(path))
         if place := place or shared:
             stack.enter_context(side_by_side(place))
+        stack.enter_context(_what_is_kept(path, shared))
 
         def told(event: Event) -> None:
             notify(event)
             give_way()
 
         yield RunFolder(path=path, notify=told, shared=shared, source=source)
+
+
+@contextmanager
+def _what_is_kept(path: Path, shared: Path | None) -> Iterator[None]:
+    """What the machine has run out of becomes one error that says what is kept, and how to go on."""
+    try:
+        yield
+    except Exception as error:
+        for folder in (path, shared):
+            if folder and not (folder / _LOCK).exists():
+                raise RunFolderError(
+                    f"{folder}: was deleted or moved while the run was at work in it, with what it had finished; "
+                    "run the same command again"
+                ) from error
+        if found := find_exhaustion(error):
+            problem, remedy = found
+            raise ExhaustedError(
+                f"{path}: {problem}; {remedy}, and run the same command again: it goes on after the last finished stage"
+            ) from error
+        raise
 
 
 @contextmanager
@@ -379,7 +406,7 @@ def _joined(path: Path) -> Iterator[None]:
 def _opened_lock(path: Path, option: str) -> Iterator[TextIO]:
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = (path / "run.lock").open("w")
+        lock = (path / _LOCK).open("w")
     except OSError as error:
         problem = "is a file" if path.is_file() else f"cannot be written ({error.strerror})"
         raise RunFolderError(f"{path}: {problem}; choose another folder with {option}") from None

@@ -8,6 +8,7 @@ import fsspec
 
 from deploypipe.addresses import masked, without_secrets
 from deploypipe.errors import DeploypipeError
+from deploypipe.exhaustion import raise_if_exhausted
 
 
 @contextmanager
@@ -25,5 +26,6 @@ def open_store(address: str, refusal: type[DeploypipeError]) -> Iterator[tuple[A
     except ImportError as error:
         raise DeploypipeError(f"{masked(address)}: {without_secrets(str(error), address)}") from None
     except Exception as error:  # each store's library raises its own
+        raise_if_exhausted(error)
         told = without_secrets(str(error), address) or type(error).__name__
         raise refusal(f"{masked(address)}: the store refuses ({told}); see that it can be reached") from None

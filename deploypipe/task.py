@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deploypipe.errors import DataError
+from deploypipe.exhaustion import raise_if_exhausted
 from deploypipe.trees import Leaf, leaves, map_leaves, same_value, structure, tensors
 
 # (inputs, target); inputs: a tensor, or a tuple, list or mapping of tensors and values, as deep as one likes. A mapping
@@ -223,7 +224,8 @@ def _accepts(model: nn.Module, inputs: Any) -> bool:
     with evaluating(model), torch.no_grad():
         try:
             forward(model, copy.deepcopy(inputs))
-        except Exception:  # whatever the user's forward() raises on shapes that it is not written for
+        except Exception as error:  # whatever the user's forward() raises on shapes that it is not written for
+            raise_if_exhausted(error)
             return False
     return True
 

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
 
 from deploypipe.errors import DeploypipeError, RanksError
+from deploypipe.exhaustion import find_exhaustion
 from deploypipe.installed import find_missing
 from deploypipe.records import Check, Event, GateDecision, Verdict
 from deploypipe.report.next_steps import next_steps
@@ -67,16 +68,25 @@ def exit_codes() -> Iterator[None]:
     except DeploypipeError as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(EXIT_ERROR) from None
-    except Exception as error:
-        if isinstance(error, OSError) and error.filename:
-            print(f"error: {error.filename}: {error.strerror}; check the path and its rights", file=sys.stderr)
-            raise typer.Exit(EXIT_ERROR) from None
-        if isinstance(error, ImportError) and (problem := find_missing()):
-            print(f"error: {problem}", file=sys.stderr)
-            raise typer.Exit(EXIT_ERROR) from None
-        traceback.print_exc()
-        print("error: this is a bug in deploypipe; please report it with the lines above", file=sys.stderr)
+    except BrokenPipeError:  # `deploypipe ... | head`: nobody is left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(EXIT_ERROR) from None
+    except Exception as error:
+        if not (problem := _not_a_bug(error)):
+            traceback.print_exc()
+            problem = "this is a bug in deploypipe; please report it with the lines above"
+        print(f"error: {problem}", file=sys.stderr)
+        raise typer.Exit(EXIT_ERROR) from None
+
+
+def _not_a_bug(error: Exception) -> str:
+    """What the machine lacks, and what to do; empty where the error is ours."""
+    if found := find_exhaustion(error):
+        problem, remedy = found
+        return f"{problem}; {remedy}, and run the same command again"
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}; check the path and its rights"
+    return (find_missing() or "") if isinstance(error, ImportError) else ""
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from deploypipe.errors import ConfigError, DataError, ModelError, ParityError
+from deploypipe.exhaustion import raise_if_exhausted
 from deploypipe.export.axes import Axes, choose_axes, free_axes, in_order, input_names, require_constants
 from deploypipe.export.divergence import Point, find_divergence, module_outputs
 from deploypipe.export.metadata import describe, forget_shapes, name_nodes, strip
@@ -149,6 +150,7 @@ def _expected(network: nn.Module, inputs: Any) -> list[Array]:
     try:
         return run_eager(network, [inputs])[1][0]
     except Exception as error:  # whatever forward() raises for sizes that do not fit
+        raise_if_exhausted(error)
         raise ModelError(
             f"{type(network).__name__} cannot be exported: it fails on inputs of shape {_shapes(inputs)} "
             f"({_root_cause(error)}); forward() must take any batch size, and every size of a dynamic axis"

@@ -12,6 +12,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
+from deploypipe.exhaustion import raise_if_exhausted
 from deploypipe.pruning.attributes import mark_sizes_
 from deploypipe.pruning.calls import evaluating, output_tensors
 from deploypipe.pruning.indices import Atoms, Grid, Indices
@@ -55,6 +56,7 @@ def trace_groups(
     try:
         trace = _propagate(model, batches, as_wide)
     except Exception as error:  # a forward() that cannot run in inference mode may raise anything
+        raise_if_exhausted(error)
         reason = f"could not be traced: {type(error).__name__}: {error}"
         layers = [name for name in order if has_two_sides(model.get_submodule(name))]
         return (), (), tuple(Frozen(name=name, kind="channels", reason=reason) for name in layers)

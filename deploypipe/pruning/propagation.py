@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from deploypipe.exhaustion import raise_if_exhausted
 from deploypipe.pruning.attributes import lists_of_whole_numbers, whole_numbers
 from deploypipe.pruning.indices import Atoms, Axes, Axis, Factor, Indices, fixed, has_atoms, size_of
 from deploypipe.pruning.partial import SLICING, PartialReads
@@ -148,6 +149,7 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if [tuple(map(size_of, each)) for each in axes] != [tuple(tensor.shape) for tensor in results]:
                 raise AssertionError(f"gives axes of other sizes than {[tuple(tensor.shape) for tensor in results]}")
         except Exception as error:  # whatever mistake a rule has
+            raise_if_exhausted(error)
             said = f"{type(error).__name__}: {error}"
             return self.give_up(name, operands, results, f"for which deploypipe's own rule fails ({said})")
         return axes

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from deploypipe.errors import DeploypipeError
+from deploypipe.exhaustion import raise_if_exhausted
 from deploypipe.pruning.attributes import is_plain, whole_numbers
 
 Field: TypeAlias = tuple[str | int, ...]  # ("text_config", "hidden_sizes", 0)
@@ -53,6 +54,7 @@ def build(kind: type[nn.Module], config: Any, fields: Mapping[Field, int] | None
             warnings.simplefilter("ignore")
             return kind(with_fields(config, fields or {}))
     except Exception as error:  # whatever the class raises on a config it was not written for
+        raise_if_exhausted(error)
         raise Misfit(f"{kind.__name__}(config) raises {type(error).__name__}: {error}") from error
     finally:
         random.setstate(state)

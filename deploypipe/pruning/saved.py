@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from deploypipe.errors import ModelError, PlanError
+from deploypipe.exhaustion import raise_if_exhausted
 from deploypipe.jsonio import to_json
 from deploypipe.pruning.apply import check_fingerprint, cut_out
 from deploypipe.pruning.structures import pair_of
@@ -117,6 +118,7 @@ def _program(model: nn.Module, inputs: Any) -> bytes:
             dynamic_shapes=axes,
         )
     except Exception as error:  # torch.export raises many classes on code it cannot follow
+        raise_if_exhausted(error)
         raise ModelError(
             f"torch.export cannot export the network with a free batch size ({type(error).__name__}: {error}); "
             "take data-dependent branches and fixed batch sizes out of forward()"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from deploypipe.errors import ModelError
+from deploypipe.exhaustion import raise_if_exhausted
 from deploypipe.pruning.blocks import find_blocks
 from deploypipe.pruning.calls import evaluating, one_thread_if_small, output_tensors, record_calls
 from deploypipe.pruning.constraints import matching, resolve, tie
@@ -303,10 +304,12 @@ class _Probe:
             cut_(cut, edits)
             expected = self._run(masked)
         except Exception as error:  # of ours, or of a module of an unknown class that lets nothing be replaced in it
+            raise_if_exhausted(error)
             return f"deploypipe cannot cut these channels: {type(error).__name__}: {error}"
         try:
             outputs = self._run(cut)
         except Exception as error:  # whatever the user's forward() raises on widths it was not written for
+            raise_if_exhausted(error)
             return f"the network fails without these channels: {type(error).__name__}: {error}"
         return _differ(expected, outputs, "the traced coupling is wrong (sizes written into the code?)")
 
@@ -325,10 +328,12 @@ class _Probe:
         try:
             replace_by_identity_(copy, {block.name: block.returns for block in blocks})
         except Exception as error:  # as above
+            raise_if_exhausted(error)
             return f"deploypipe cannot replace this block: {type(error).__name__}: {error}"
         try:
             outputs = self._run(copy)
         except Exception as error:  # as above
+            raise_if_exhausted(error)
             return f"the network fails without this block: {type(error).__name__}: {error}"
         shapes = [tuple(t.shape) for t in outputs]
         return "" if shapes == [tuple(t.shape) for t in self.dense] else f"without it the outputs have shapes {shapes}"
@@ -340,6 +345,7 @@ class _Probe:
         try:
             return count_operations(cut, self.batches[0])
         except Exception as error:  # whatever the user's forward() raises
+            raise_if_exhausted(error)
             names = ", ".join(dict.fromkeys(repr(edit.module) for edit in edits))
             raise ModelError(
                 f"the network fails when {names} lose channels that no others do "

@@ -1,0 +1,85 @@
+"""What a machine has run out of, told from a program's mistake: disk, memory, files, or the folder itself.
+
+Libraries wrap what the system says in errors of their own; it is known again by its number, or by its words.
+"""
+
+import errno
+from collections.abc import Iterator
+
+from deploypipe.errors import DeploypipeError, ExhaustedError
+
+_MEMORY = ("memory is used up", "end other programs, or use smaller batches or a machine with more memory")
+_ROOM = ("no room is left on the disk", "make room on it")
+_FILES = ("too many files are open", "allow more with `ulimit -n 65536`")
+_LARGE = (
+    "a file would be larger than this system lets it be",
+    "allow it with `ulimit -f unlimited`",
+)
+_WRITE = ("the disk can only be read", "make it writable")
+_DEVICE = ("the disk fails", "check it with the system's tools, or use another one")
+_THREADS = ("no more threads or processes can be started", "allow more with `ulimit -u unlimited`")
+_BY_NUMBER = {
+    errno.ENOSPC: _ROOM,
+    errno.EDQUOT: _ROOM,
+    errno.EFBIG: _LARGE,
+    errno.ENOMEM: _MEMORY,
+    errno.EMFILE: _FILES,
+    errno.ENFILE: _FILES,
+    errno.EROFS: _WRITE,
+    errno.EIO: _DEVICE,
+}
+_BY_WORDS = (  # of torch, safetensors, onnxruntime, protobuf, SQLite and Python's own
+    ("No space left on device", _ROOM),
+    ("os error 28", _ROOM),
+    ("database or disk is full", _ROOM),
+    ("PytorchStreamWriter failed writing", _ROOM),
+    ("unexpected pos", _ROOM),  # the same
+    ("Disk quota exceeded", _ROOM),
+    ("File too large", _LARGE),
+    ("os error 27", _LARGE),
+    ("Too many open files", _FILES),
+    ("os error 24", _FILES),
+    ("Read-only file system", _WRITE),
+    ("can't allocate memory", _MEMORY),
+    ("not enough memory", _MEMORY),
+    ("out of memory", _MEMORY),
+    ("std::bad_alloc", _MEMORY),
+    ("bad allocation", _MEMORY),
+    ("Failed to allocate memory", _MEMORY),
+    ("Cannot allocate memory", _MEMORY),
+    ("can't start new thread", _THREADS),
+)
+_MOST_CAUSES = 8
+
+
+def find_exhaustion(error: BaseException) -> tuple[str, str] | None:
+    """(what has run out, what to do) where the error, or one that led to it, says so."""
+    for cause in _causes(error):
+        if isinstance(cause, MemoryError):
+            return _MEMORY
+        if isinstance(cause, OSError) and cause.errno in _BY_NUMBER:
+            problem, remedy = _BY_NUMBER[cause.errno]
+            return (f"{cause.filename}: {problem}" if cause.filename else problem), remedy
+        said = "" if isinstance(cause, DeploypipeError) else str(cause)
+        for words, told in _BY_WORDS:
+            if words in said:
+                return told
+    return None
+
+
+def raise_if_exhausted(error: BaseException) -> None:
+    """Raise ExhaustedError where the error is the machine's: for handlers that take any other error for an answer."""
+    if isinstance(error, ExhaustedError):
+        raise error
+    if found := find_exhaustion(error):
+        raise ExhaustedError("; ".join(found)) from error
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error, and those that it was raised for or in place of."""
+    cause: BaseException | None = error
+    for _ in range(_MOST_CAUSES):
+        if cause is None:
+            return
+        yield cause
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
