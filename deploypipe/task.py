@@ -82,6 +82,7 @@ def call_loss(task: Task, outputs: Any, target: Any) -> Tensor:
     try:
         loss = task.loss(outputs, target)
     except Exception as error:  # whatever the user's code raises
+        raise_if_exhausted(error)
         reason = next(iter(str(error).splitlines()), "")
         kinds = ", ".join(f"{t.dtype} {list(t.shape)}" if isinstance(t, Tensor) else repr(t) for t in tensors(target))
         raise DataError(

@@ -1,0 +1,203 @@
+"""A run is killed again and again at random moments, and resumed each time: does it end as if nothing had happened?
+
+    python benchmarks/kills.py --kills 60 --out runs/kills
+
+The digits with few trials, under a budget of MACs, which no clock can move. Each process computes in a fork of this
+one, which saves the seconds that importing torch takes; kill -9 ends it. A third of the kills are aimed at
+measurements. Where a run comes to its end, its plan and its model file are compared, byte for byte, with those of an
+undisturbed run, and no part of a file may be left; then the next folder is begun. Exit code 1 where anything differs.
+Kills that came after the end of a run do not count.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deploypipe.benchmark import latency, memory
+from deploypipe.jsonio import to_json
+from deploypipe.pipeline import compress
+from deploypipe.pipeline_module import Pipeline, load_pipeline
+from deploypipe.recipe import Recipe
+from deploypipe.records import Event
+from deploypipe.runs import file_sha256, load_result
+from deploypipe.seal import unseal
+from deploypipe.target import Budget, Target
+
+TARGET = Target(
+    runtime="onnxruntime",
+    name="here",
+    num_latency_samples=200,
+    budget=Budget(macs="0.5x", accuracy_drop_pp=10.0),
+)
+_PATIENCE_S = 120.0  # for a process to come to its next measurement
+_LONGEST_MEASURING_S = 1.5  # into it
+_ENDED = "ended"
+
+
+def settings(recipe: Recipe) -> Recipe:
+    """Few trials and one epoch: enough for every stage to have something to lose."""
+    return replace(
+        recipe,
+        search=replace(recipe.search, num_trials=3, num_finalists=1, num_curve_samples=128, num_repair_samples=128),
+        finetune=replace(recipe.finetune, num_epochs=2, precision="fp32"),
+    )
+
+
+def work(pipeline: Pipeline, model: torch.nn.Module, folder: Path, events: Connection) -> None:
+    """One process's life: the run, with what it is at sent to the one that kills it."""
+    stage = ""
+
+    def notify(event: Event) -> None:
+        nonlocal stage
+        if event.message == "start":
+            stage = event.stage
+            events.send(stage)
+
+    @contextmanager
+    def alone(own: Any) -> Any:
+        with own():
+            events.send(f"measuring in {stage}")
+            try:
+                yield
+            finally:
+                events.send(stage)
+
+    torch.set_num_threads(1)
+    for module in (latency, memory):
+        own = module.alone
+        module.alone = lambda own=own: alone(own)  # type: ignore[assignment]
+    recipe = settings(pipeline.recipe())
+    compress(
+        model, pipeline.load_data(), pipeline.task(), recipe, TARGET, folder, source=pipeline.source, notify=notify
+    )
+
+
+def life(pipeline: Pipeline, model: torch.nn.Module, folder: Path, rng: random.Random, aim: str) -> str:
+    """What a process was at when it was killed; `_ENDED` where it came to its end. aim: "time" kills after random
+    seconds, "measuring" in the midst of a measurement, "never" not at all."""
+    receiving, sending = multiprocessing.Pipe(duplex=False)
+    child = os.fork()
+    if child == 0:
+        receiving.close()
+        code = 1
+        try:
+            work(pipeline, model, folder, sending)
+            code = 0
+        finally:
+            os._exit(code)
+    sending.close()
+    at, begun = "beginning", time.monotonic()
+    skipped = rng.randrange(4)  # measurements, so that not only the first is hit
+    until = begun + (rng.uniform(0.05, 12.0) if aim == "time" else _PATIENCE_S if aim == "measuring" else 1e6)
+    while (left := until - time.monotonic()) > 0:
+        if not receiving.poll(left):
+            continue
+        try:
+            at = receiving.recv()
+        except EOFError:
+            break
+        if aim == "measuring" and at.startswith("measuring"):
+            skipped -= 1
+            if skipped < 0:
+                time.sleep(rng.uniform(0.0, _LONGEST_MEASURING_S))
+                while receiving.poll():
+                    at = _next(receiving, at)
+                break
+    os.kill(child, signal.SIGKILL)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code not in (0, -signal.SIGKILL):
+        sys.exit(f"a resumed process failed with exit code {code} in {folder}")
+    return _ENDED if code == 0 else at
+
+
+def _next(receiving: Connection, at: str) -> str:
+    try:
+        return str(receiving.recv())
+    except EOFError:
+        return at
+
+
+def decided(folder: Path) -> str:
+    """All that a search decided, and what ships, without the clock's figures."""
+    result = load_result(folder)
+    assert result.search
+    trials = [
+        [
+            trial.knobs,
+            json.loads(to_json(trial.plan)),
+            trial.candidate.accuracy,
+            trial.candidate.num_macs,
+            trial.feasible,
+        ]
+        for trial in result.search.trials
+    ]
+    return json.dumps(
+        [trials, result.search.best, json.loads(to_json(result.prune)), file_sha256(folder / "model.onnx")]
+    )
+
+
+def problems(folder: Path) -> list[str]:
+    """Records that are not whole, and what was left lying about."""
+    found = [str(p) for p in folder.rglob("*") if ".part" in p.name or p.name.startswith(".")]
+    for path in folder.glob("[0-9][0-9]-*.json"):
+        stored = json.loads(unseal(path.read_bytes()))
+        found += [str(path) for file, sha in stored["files"].items() if file_sha256(folder / path.stem / file) != sha]
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=60)
+    parser.add_argument("--pipeline", default="digits")
+    parser.add_argument("--out", type=Path, default=Path("runs/kills"))
+    parser.add_argument("--seed", type=int, default=0)
+    asked = parser.parse_args()
+    rng, started = random.Random(asked.seed), time.monotonic()
+    pipeline = load_pipeline(asked.pipeline)
+    if (child := os.fork()) == 0:  # trains where it has to: after a backward pass no fork could do another
+        pipeline.build_model()
+        os._exit(0)
+    os.waitpid(child, 0)
+    model = pipeline.build_model()
+    torch.set_num_threads(1)
+    if life(pipeline, model, asked.out / "whole", rng, "never") != _ENDED:
+        sys.exit("the undisturbed run did not end")
+    expected = decided(asked.out / "whole")
+    print(f"undisturbed: {time.monotonic() - started:.0f} s", flush=True)
+    hits: Counter[str] = Counter()
+    ends, wrong = 0, []
+    while hits.total() < asked.kills or ends == 0:
+        folder = asked.out / f"killed-{ends}"
+        is_over = hits.total() >= asked.kills
+        at = life(pipeline, model, folder, rng, "never" if is_over else rng.choice(["time", "time", "measuring"]))
+        if at != _ENDED:
+            hits[at] += 1
+            print(f"{hits.total():3d}  killed at: {at}", flush=True)
+            continue
+        ends += 1
+        wrong += problems(folder)
+        wrong += [f"{folder}: another plan or file"] if decided(folder) != expected else []
+        print(f"     run {ends} came to its end, {wrong or 'as it should'}", flush=True)
+    num_measuring = sum(count for at, count in hits.items() if at.startswith("measuring"))
+    print(
+        f"{hits.total()} kills, {num_measuring} of them while measuring, {ends} runs to the end, {len(wrong)} problems"
+    )
+    print(f"{time.monotonic() - started:.0f} s; by stage: {dict(hits.most_common())}")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
