@@ -146,8 +146,10 @@ def rerun(run: Path, command: str, num_flips: int, seed: int) -> int:
         content = path.read_bytes()
         _write_flipped(path, content, rng.randrange(len(content)), rng.randrange(8))
         done = subprocess.run(shlex.split(command.format(run=run)), capture_output=True, text=True)
+        if done.returncode not in (0, 1):
+            raise RuntimeError(f"the rerun after a flip in {path} failed: {done.stdout}{done.stderr}")
         is_told = "is damaged; computing it again" in " ".join((done.stdout + done.stderr).split())
-        same += done.returncode in (0, 1) and is_told and _plan(run) == plan
+        same += is_told and _plan(run) == plan
     return same
 
 

@@ -13,15 +13,12 @@ import numpy as np
 import torch
 from lightning_fabric import Fabric
 from numpy.typing import NDArray
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from deploypipe.answers import with_divergence
 from deploypipe.data import fingerprint_of
 from deploypipe.errors import DataError, ModelError
-from deploypipe.jsonio import from_json, to_json
 from deploypipe.memory_order import Arrange, SafeConvolutions, as_given, find_order_
 from deploypipe.numerics.intervals import interval_of_drop_pp
 from deploypipe.recipe import Finetune
@@ -42,6 +39,7 @@ from deploypipe.task import (
     require_repeatable,
     take,
 )
+from deploypipe.training.checkpoint import Checkpoint, load_checkpoint, store_checkpoint
 from deploypipe.training.faults import Step, Suspects, diverged, lost
 from deploypipe.training.precision import with_precision
 from deploypipe.training.ranks import ALONE, Part, Ranks
@@ -93,8 +91,11 @@ def finetune(
         return copy.deepcopy(pruned), log
     lesson = _prepare(pruned, dense, splits, task, settings, steps, ranks, answers)
     state = _State(best=_weights(lesson.student), average=_weights(lesson.student))
-    if stored := ranks.tell(_newest(checkpoint) if checkpoint is not None else None):
+    stored, damage = ranks.tell(load_checkpoint(checkpoint) if checkpoint is not None else (None, ""))
+    if stored:
         _restore_(state, lesson.student, lesson.optimizer, stored)
+    elif damage:
+        state.notes.append(damage)
     if not state.log:
         started = time.perf_counter()
         state.top = _validate(lesson, splits)
@@ -422,33 +423,16 @@ def _holding(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
 
 
 def _store(state: _State, model: nn.Module, optimizer: Any, folder: Path) -> None:
-    """One checkpoint file per epoch, written whole or not at all; the older ones go."""
-    epoch = len(state.log) - 1
     flat = {f"model/{n}": t for n, t in _weights(model).items()}
     flat |= {"top": torch.from_numpy(state.top)}
     flat |= {f"best/{n}": t for n, t in state.best.items()} | {f"average/{n}": t for n, t in state.average.items()}
     momenta = optimizer.state_dict()["state"]
     flat |= {f"momentum/{i}": s["momentum_buffer"] for i, s in momenta.items() if s.get("momentum_buffer") is not None}
     log = TrainLog(epochs=tuple(state.log), chosen_epoch=state.best_epoch, notes=tuple(state.notes))
-    part = folder / f".epoch-{epoch}.part"
-    save_file({n: t.contiguous().clone() for n, t in flat.items()}, part, metadata={"log": to_json(log)})
-    part.replace(folder / f"epoch-{epoch}.safetensors")
-    for older in folder.glob("epoch-*.safetensors"):
-        if older.name != f"epoch-{epoch}.safetensors":
-            older.unlink()
+    store_checkpoint(folder, log, flat)
 
 
-def _newest(folder: Path) -> tuple[TrainLog, dict[str, Tensor]] | None:
-    """The newest whole checkpoint in `folder`, if there is one."""
-    files = sorted(folder.glob("epoch-*.safetensors"), key=lambda p: int(p.stem.removeprefix("epoch-")))
-    if not files:
-        return None
-    with safe_open(files[-1], framework="pt") as stored:
-        log = from_json(TrainLog, stored.metadata()["log"], str(files[-1]))
-        return log, {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 (a file, not a mapping)
-
-
-def _restore_(state: _State, model: nn.Module, optimizer: Any, stored: tuple[TrainLog, dict[str, Tensor]]) -> None:
+def _restore_(state: _State, model: nn.Module, optimizer: Any, stored: Checkpoint) -> None:
     """Go on from a checkpoint."""
     log, flat = stored
 

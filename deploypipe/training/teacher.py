@@ -53,7 +53,7 @@ class Teacher:
     def __call__(self, inputs: Any) -> Any:
         if not self._known and self._new is None:
             return forward(self.dense, inputs)
-        name = _digest(inputs)
+        name = digest_of(inputs)
         if name in self._known:
             return self._known[name]
         outputs = forward(self.dense, inputs)
@@ -69,7 +69,8 @@ class Teacher:
         self._room -= outputs.nbytes
 
 
-def _digest(value: Any) -> str:
+def digest_of(value: Any) -> str:
+    """A hash of the tensors of a batch, or of any tree, with their shapes and types, and of all that is no tensor."""
     digest = hashlib.blake2b(digest_size=16)
     for leaf in leaves(value):
         if isinstance(tensor := leaf.value, Tensor):
@@ -85,7 +86,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as stored:
             outputs = {name: stored.get_tensor(name) for name in sorted(stored.keys())}
-            return outputs if (stored.metadata() or {}).get("digest") == _digest(list(outputs.values())) else {}
+            return outputs if (stored.metadata() or {}).get("digest") == digest_of(list(outputs.values())) else {}
     except (OSError, SafetensorError):
         return {}
 
@@ -93,5 +94,5 @@ def _read(path: Path) -> dict[str, Tensor]:
 def _write(path: Path, outputs: dict[str, Tensor]) -> None:
     path.parent.mkdir(exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")  # others may be at the same file
-    save_file(outputs, part, metadata={"digest": _digest([outputs[name] for name in sorted(outputs)])})
+    save_file(outputs, part, metadata={"digest": digest_of([outputs[name] for name in sorted(outputs)])})
     part.replace(path)

@@ -188,6 +188,26 @@ def test_resumed_training_ends_bit_for_bit_where_an_undisturbed_one_does(
     assert all(torch.equal(value, resumed.state_dict()[key]) for key, value in again.state_dict().items())
 
 
+@pytest.mark.parametrize("place", [4, 0.3, 0.7, -1], ids=["header", "log or shapes", "weights", "last byte"])
+def test_a_damaged_checkpoint_is_not_gone_on_from(place: float, tmp_path: Path) -> None:
+    def train(data: Shuffled) -> Any:
+        return finetune(network(0), network(1), splits(data), classification(), SETTINGS, checkpoint=tmp_path, seed=5)
+
+    with pytest.raises(OSError, match="disk"):
+        train(Shuffled(fail_in=3))
+    (file,) = tmp_path.iterdir()
+    content = bytearray(file.read_bytes())
+    content[int(place * len(content)) if 0 < place < 1 else int(place)] ^= 4
+    file.write_bytes(content)
+    data = Shuffled()
+    tuned, log = train(data)
+    assert data.pass_number == 3 and log.notes == (
+        f"the checkpoint {file.name} was damaged, so the training began again",
+    )
+    whole, _ = finetune(network(0), network(1), splits(Shuffled()), classification(), SETTINGS, seed=5)
+    assert all(torch.equal(value, whole.state_dict()[key]) for key, value in tuned.state_dict().items())
+
+
 class FromTokens(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.float())
