@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from deploypipe.benchmark.conditions import judge_conditions, read_state
+from deploypipe.benchmark.conditions import LEAST_SECONDS, judge_conditions, read_state
 from deploypipe.benchmark.environment import count_cpus
 from deploypipe.numerics.intervals import interval_of_quantile
 from deploypipe.records import Conditions, Event, Interval, Latency, MachineState, Progress, silent
@@ -111,6 +111,7 @@ def time_steadily(
     asked = {} if num_samples is None else {"num_samples": num_samples}
     for number in range(_ATTEMPTS):
         timings = time_interleaved(paths, inputs, runtime, target, notify, **asked)
+        timings = _looked_at_long(timings) if minds_others else timings
         seen = timings if minds_others else replace(timings, before=None, after=None)
         doubts = find_doubts(seen, [str(file) for file in range(len(timings.samples))], target.num_threads)
         if number == _ATTEMPTS - 1 or not doubts:
@@ -141,6 +142,17 @@ def conditions_of(timings: Timings, names: Sequence[str], num_threads: int) -> C
 def _unsteady_files(timings: Timings, names: Sequence[str]) -> tuple[str, ...]:
     named = zip(names, timings.samples, strict=True)
     return tuple(f"{name}: {reason}" for name, samples in named if (reason := find_unsteadiness(samples)))
+
+
+def _looked_at_long(timings: Timings) -> Timings:
+    """With a look at the machine that is long enough to tell of others: runs of a quick file are over before."""
+    if timings.before is None or timings.after is None:
+        return timings
+    missing = LEAST_SECONDS - (timings.after.at_s - timings.before.at_s)
+    if missing <= 0:
+        return timings
+    pause(missing)
+    return replace(timings, after=read_state())
 
 
 def _wait_for_quiet(num_threads: int, *, can_look: bool) -> None:

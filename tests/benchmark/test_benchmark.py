@@ -18,7 +18,9 @@ from deploypipe.benchmark.environment import describe_environment
 from deploypipe.benchmark.latency import (
     BLOCK,
     Timings,
+    find_doubts,
     find_unsteadiness,
+    read_state,
     summarise,
     time_file,
     time_interleaved,
@@ -29,7 +31,7 @@ from deploypipe.errors import DataError, ModelError
 from deploypipe.export.onnx_file import export_onnx
 from deploypipe.jsonio import from_json, to_json
 from deploypipe.recipe import Export
-from deploypipe.records import BenchmarkReport, ModelFile
+from deploypipe.records import BenchmarkReport, MachineState, ModelFile
 from deploypipe.runtimes.onnxruntime import OnnxRuntime
 from deploypipe.side_by_side import side_by_side, try_lock
 from deploypipe.target import Target
@@ -210,6 +212,24 @@ def test_an_unsteady_machine_is_timed_again_a_few_times(
     assert time_steadily([], {}, OnnxRuntime(), TARGET) is done[-1]
     assert len(done) == taken
     assert bool(find_unsteadiness(done[-1].samples[1])) == (num_wild > 2)
+
+
+def test_a_measurement_too_short_to_see_others_is_looked_at_for_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process keeps all processors busy; the runs are over after 0.1 s, which tells nothing of that."""
+    state = read_state()
+
+    def busy_at(seconds: float) -> MachineState:
+        return replace(state, at_s=seconds, own_s=0.0, busy_s=1e4 * seconds)
+
+    brief = Timings(samples=(np.full(200, 1.0),), block=20, before=busy_at(0.0), after=busy_at(0.1))
+    monkeypatch.setattr(latency, "_ATTEMPTS", 1)
+    monkeypatch.setattr(latency, "pause", lambda seconds: None)
+    monkeypatch.setattr(latency, "read_state", lambda: busy_at(0.6))
+    monkeypatch.setattr(latency, "time_interleaved", lambda *_: brief)
+    assert find_doubts(brief, ["a"], 1) == ()
+    seen = time_steadily([], {}, OnnxRuntime(), TARGET)
+    assert "other processes kept" in find_doubts(seen, ["a"], 1)[0]
+    assert time_steadily([], {}, OnnxRuntime(), TARGET, lambda _: None, False) is brief
 
 
 def test_steadiness_verdict() -> None:
