@@ -16,6 +16,7 @@ from deploypipe.installed import load_onnxruntime
 if TYPE_CHECKING:
     from deploypipe.benchmark import benchmark
     from deploypipe.blockwise import prune_blockwise
+    from deploypipe.checks import check
     from deploypipe.export.onnx_file import export_onnx
     from deploypipe.observe.stream import observe
     from deploypipe.pipeline import compress
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from deploypipe.training.finetune import finetune
 
 _HOMES = {
+    "check": "checks",
     "compress": "pipeline",
     "list_structures": "pruning.structures",
     "observe": "observe.stream",
@@ -53,6 +55,7 @@ _HOMES = {
 __all__ = [
     "apply_plan",
     "benchmark",
+    "check",
     "compare_with_baseline",
     "compress",
     "decide",

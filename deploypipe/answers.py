@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from deploypipe.errors import DataError, ModelError
 from deploypipe.runtimes.packing import name_outputs
 from deploypipe.task import Divergence, Task
+from deploypipe.trees import leaves, map_leaves, tensors
 
 _ALIKE = 1e-8  # of an output's mean square: a variance below it is that of rounding
 
@@ -59,6 +60,27 @@ def with_divergence(task: Task, outputs: Any, target: Any) -> Task:
             "number, a mean over the samples, as a tensor without dimensions"
         )
     return task
+
+
+def with_outputs_class(task: Task, outputs: Any) -> Task:
+    """The task whose metric gets what an exported file gives packed as the network packs it: NamedTuples, dataclasses
+    and other classes are kept, and what was None is None. outputs: the network's for any batch."""
+    if isinstance(outputs, Tensor):
+        return task
+    slots = map_leaves(lambda leaf: _SLOT if isinstance(leaf, Tensor) else leaf, outputs)
+    count = sum(leaf.value is _SLOT for leaf in leaves(slots))
+
+    def metric(seen: Any, target: Any) -> Tensor:
+        given = tensors(seen)
+        if len(given) != count:
+            return task.metric(seen, target)
+        own = iter(given)
+        return task.metric(map_leaves(lambda leaf: next(own) if leaf is _SLOT else leaf, slots), target)
+
+    return replace(task, metric=metric)
+
+
+_SLOT = object()  # where a tensor is
 
 
 def _told(found: Any) -> str:

@@ -5,7 +5,7 @@ and continued sees what an uninterrupted one sees.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any, TypeAlias
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deploypipe.errors import DataError
-from deploypipe.task import Batch, Splits
+from deploypipe.task import Batch, Splits, known_length
 from deploypipe.trees import leaves
 
 Augment: TypeAlias = Callable[[Tensor, torch.Generator], Tensor]
@@ -87,23 +87,30 @@ def random_crop_flip(padding: int, *, flip: bool = True) -> Augment:
     return augment
 
 
-def fingerprint(splits: Splits, see: Callable[[Any], object] = lambda _: None) -> str:
-    """A hash of calib and val, of the first batch of test, and of the splits' lengths; the global generator rests.
+def fingerprints(splits: Splits, see: Callable[[Any], object] = lambda _: None) -> dict[str, str]:
+    """A hash of each split: of all of calib and val, of the first batch of test, and of all lengths; the global
+    generator rests.
 
     The training split is named by its length only: its batches may differ from pass to pass. see: is called with the
     inputs of every batch of calib and val.
     """
-    sha = hashlib.sha256()
+    found = {}
     with torch.random.fork_rng(devices=[]):
         for name, split, count in (("calib", splits.calib, None), ("val", splits.val, None), ("test", splits.test, 1)):
-            sha.update(f"{name} {_length(split)}\n".encode())
+            sha = hashlib.sha256(f"{_length(split)}\n".encode())
             for inputs, target in islice(iter(split), count):
                 _hash_into(sha, inputs)
                 _hash_into(sha, target)
                 if name != "test":
                     see(inputs)
-        sha.update(f"train {_length(splits.train)}\n".encode())
-    return sha.hexdigest()[:16]
+            found[name] = sha.hexdigest()[:16]
+        found["train"] = _length(splits.train)
+    return found
+
+
+def fingerprint(splits: Splits) -> str:
+    """`fingerprints` as one hash."""
+    return hashlib.sha256(repr(sorted(fingerprints(splits).items())).encode()).hexdigest()[:16]
 
 
 def fingerprint_of(split: Iterable[Batch]) -> str:
@@ -116,7 +123,8 @@ def fingerprint_of(split: Iterable[Batch]) -> str:
 
 
 def _length(split: Iterable[Batch]) -> str:
-    return str(len(split)) if isinstance(split, Sized) else "unknown"
+    length = known_length(split)
+    return "unknown" if length is None else str(length)
 
 
 def _hash_into(sha: Any, value: Any) -> None:

@@ -62,11 +62,13 @@ from deploypipe.stages.shipping import MODEL, Shipped
 from deploypipe.target import Limit, Target
 from deploypipe.task import Splits, Task, take, take_calib
 from deploypipe.training.ranks import ALONE, Ranks
+from deploypipe.user_code import blaming, guard_splits, guard_task
 from deploypipe.wrappers import unwrapped
 
 ENGINE, REPORT = "model.engine", "report.html"
 
 
+@blaming()
 def compress(
     model: nn.Module,
     splits: Splits,
@@ -106,7 +108,10 @@ def compress(
     model = unwrapped(model)
     if problem := name_problem(name):
         raise ConfigError("compress", "name", *problem.split("; "))
-    check_inputs(model, splits, task, recipe, target)
+    splits, task, notes = guard_splits(splits), guard_task(task), list[str]()
+    check_inputs(model, splits, task, recipe, target, notes)
+    for note in notes:
+        notify(Event(stage="check", message=f"NOTE: {note}"))
     place = storage.place if storage else None
     with open_run(Path(out), notify, Path(shared) if shared else None, place=place) as run:
         run.remeasure = remeasure
@@ -124,6 +129,7 @@ def compress(
         return result
 
 
+@blaming()
 def summarise_scores(
     model: nn.Module, splits: Splits, task: Task, recipe: Recipe, *, notify: Progress = silent
 ) -> ScoreSummary:
@@ -132,6 +138,7 @@ def summarise_scores(
     Raises DeploypipeError for what a user can get wrong.
     """
     model = unwrapped(model)
+    splits, task = guard_splits(splits), guard_task(task)
     calib = take_calib(splits.calib, recipe.observe.num_samples)
     model = with_slim_attention(model).cpu().eval()
     others = ends_of(extremes_of(inputs for inputs, _ in calib))
@@ -159,6 +166,7 @@ def summarise_scores(
     return summarise(structures, table, moments, nulls)
 
 
+@blaming()
 def help_search(
     model: nn.Module,
     splits: Splits,
@@ -176,6 +184,7 @@ def help_search(
     that this process has otherwise: a version of a package, the network, the data, the code, the device.
     """
     model = unwrapped(model)
+    splits, task = guard_splits(splits), guard_task(task)
     check_inputs(model, splits, task, recipe, target)
     with (
         TemporaryDirectory(prefix="deploypipe-worker-") as folder,

@@ -6,7 +6,7 @@ import inspect
 import json
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +22,8 @@ from deploypipe.names import name_problem
 from deploypipe.pipeline_source import read_source
 from deploypipe.recipe import Recipe
 from deploypipe.task import Splits, Task
+from deploypipe.user_code import guard_splits, guard_task
 from deploypipe.wrappers import unwrapped
-
-SPLITS = ("calib", "train", "val", "test")
 
 # What each function returns, and how to make one: the remedy of an error.
 FUNCTIONS: dict[str, tuple[type[object], str]] = {
@@ -50,36 +49,18 @@ class Pipeline:
 
     def load_data(self) -> Splits:
         splits: Splits = self._call("load_data")
-        for name in SPLITS:
-            if not isinstance(getattr(splits, name), Iterable) or isinstance(getattr(splits, name), Iterator):
-                raise PipelineError(
-                    f"{self.path}: load_data() gave {_seen(getattr(splits, name))} as split '{name}'; "
-                    "give something that can be iterated again and again: TensorBatches, a DataLoader or a list"
-                )
-        return splits
+        try:
+            return guard_splits(splits)
+        except PipelineError as error:
+            raise PipelineError(f"{self.path}: {error}") from None
 
     def task(self) -> Task:
         task: Task = self._call("task")
-        return task
+        return guard_task(task)
 
     def recipe(self) -> Recipe:
         recipe: Recipe = self._call("recipe")
         return checked(recipe, f"{self.path}: recipe()")
-
-    @contextmanager
-    def blame(self, doing: str) -> Iterator[None]:
-        """Around work that calls the pipeline's loss, metric and data: an error raised there names the user's line."""
-        try:
-            yield
-        except Exception as error:
-            raise_if_exhausted(error)
-            frames = [
-                f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).parent == self.path.parent
-            ]
-            # A failing `forward` may well be our surgery's fault: that stays a bug with its whole traceback.
-            if isinstance(error, DeploypipeError) or not frames or any(f.name == "forward" for f in frames):
-                raise
-            raise _own_fault(error, frames[-1], doing) from error
 
     def _call(self, name: str) -> Any:
         expected, remedy = FUNCTIONS[name]

@@ -1,6 +1,7 @@
 """What the user's network is for: its data, its loss and its measure of quality."""
 
 import copy
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -57,14 +58,20 @@ class Task:
     divergence: Divergence | None = None
 
 
-def _is_correct(outputs: Any, target: Tensor) -> Tensor:
+def require_logits(outputs: Any) -> None:
+    """DataError where these are no outputs for `classification()`."""
     if not isinstance(outputs, Tensor) or outputs.dim() < 2 or outputs.shape[1] < 2:
         found = f"shape {['n', *outputs.shape[1:]]}" if isinstance(outputs, Tensor) else type(outputs).__name__
         raise DataError(
             f"classification() reads logits, one tensor of shape [n, classes], and the network returns {found}; "
             "give task() a loss and a metric for these outputs: Task(loss=..., metric=...)"
         )
-    return (outputs.argmax(dim=1) == target).to(torch.float32)
+
+
+def _is_correct(outputs: Any, target: Tensor) -> Tensor:
+    require_logits(outputs)
+    hits: Tensor = outputs.argmax(dim=1) == target
+    return hits.to(torch.float32)
 
 
 def classification() -> Task:
@@ -93,6 +100,11 @@ def call_loss(task: Task, outputs: Any, target: Any) -> Tensor:
         seen = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
         raise DataError(f"task().loss gives {seen}; return the mean over the samples (reduction='mean')")
     return loss
+
+
+def is_classification(task: Task) -> bool:
+    """Whether the task is that of `classification()`, also where it was wrapped."""
+    return inspect.unwrap(task.metric) is _is_correct
 
 
 def _by_class(inputs: Any, target: Tensor) -> dict[str, Tensor]:
@@ -240,19 +252,16 @@ def first_of(batches: Iterable[Batch], split: str) -> Batch:
 
 def count_batches(batches: Iterable[Batch]) -> int:
     """How many there are. Reads them all where their source does not know, as a loader of a stream."""
+    length = known_length(batches)
+    return sum(1 for _ in batches) if length is None else length
+
+
+def known_length(batches: Iterable[Batch]) -> int | None:
+    """How many there are; None where their source cannot tell, as a DataLoader over an IterableDataset."""
     try:
         return len(batches)  # type: ignore[arg-type]
-    except TypeError:
-        return sum(1 for _ in batches)
-
-
-def require_repeatable(batches: Iterable[Batch], split: str) -> None:
-    """DataError for a source that ends after one pass."""
-    if isinstance(batches, Iterator):
-        raise DataError(
-            f"the {split} split is a {type(batches).__name__}, which can be read once only; return a list of batches, "
-            "a DataLoader, or an object whose __iter__ starts again"
-        )
+    except (TypeError, NotImplementedError):
+        return None
 
 
 def empty_split(split: str) -> DataError:

@@ -120,18 +120,6 @@ def test_errors_of_the_users_code_name_file_and_line(tmp_path: Path) -> None:
         load_pipeline(write(tmp_path, "x = 1\ndef (\n"))
 
 
-def test_blame_names_the_users_line_and_lets_our_bugs_through(tmp_path: Path) -> None:
-    text = GOOD + "\ndef loss():\n    raise ValueError('bad target')\n\ndef forward():\n    raise ValueError('shape')\n"
-    pipeline = load_pipeline(write(tmp_path, text))
-    said = r"mine\.py, line \d+: the run raised ValueError: bad target"
-    with pytest.raises(PipelineError, match=said), pipeline.blame("the run"):
-        pipeline.module.loss()
-    with pytest.raises(ValueError, match="shape"), pipeline.blame("the run"):
-        pipeline.module.forward()
-    with pytest.raises(ZeroDivisionError), pipeline.blame("the run"):
-        _ = 1 / 0
-
-
 @pytest.mark.parametrize("name", ["no_such_pipeline", "no/such/file.py", "no.such.module"])
 def test_unknown_pipeline_says_what_there_is(name: str) -> None:
     with pytest.raises(PipelineError, match="deploypipe init NAME"):

@@ -45,7 +45,7 @@ def blockwise(
         loaded = load_pipeline(pipeline, settings["pipeline"])
         recipe = override(loaded.recipe(), settings["recipe"])
         folder = out or Path("runs") / f"{loaded.name}-blockwise"
-        with shown_stages((_STAGE,)) as notify, loaded.blame("the pruning"):
+        with shown_stages((_STAGE,)) as notify:
             notify(Event(stage=_STAGE, message="start"))
 
             def tell(event: Event) -> None:

@@ -1,5 +1,6 @@
 """Compress, look, measure."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -58,7 +59,7 @@ def score(
 
         loaded = load_pipeline(pipeline, settings["pipeline"])
         recipe = override(loaded.recipe(), settings["recipe"])
-        with shown_stages() as notify, loaded.blame("the scoring"):
+        with shown_stages() as notify:
             summary = summarise_scores(loaded.build_model(), loaded.load_data(), loaded.task(), recipe, notify=notify)
         show_table(f"Redundant units in {loaded.name}, by {summary.scorer}", *score_table(summary))
         for cluster in summary.clusters:
@@ -118,6 +119,41 @@ def doctor(
         can_run = not any(f.name.startswith("target ") and f.status == "missing" for f in findings)
     if not can_run:
         raise typer.Exit(EXIT_ERROR)
+
+
+@app.command(epilog="Example: deploypipe check digits x86_cpu")
+def check(
+    pipeline: PipelineArgument,
+    target: Annotated[
+        str | None, typer.Argument(metavar="[TARGET]", help="Check for this one. Default: onnxruntime on this machine.")
+    ] = None,
+    set_: SetOption = None,
+) -> None:
+    """Try on one batch all that a run of PIPELINE for TARGET needs, in seconds, and list everything that is wrong.
+
+    Every run begins with the same checks, but for the export. Exit 2 where there is a complaint.
+    """
+    with exit_codes():
+        settings = split_settings(set_ or [])
+        device = override(load_target(target), settings["target"], "--set target") if target else None
+        from deploypipe.checks import check as check_pipeline  # late: as in `run`
+        from deploypipe.pipeline_module import load_pipeline
+        from deploypipe.target import Target
+
+        loaded = load_pipeline(pipeline, settings["pipeline"])
+        recipe = override(loaded.recipe(), settings["recipe"])
+        report = check_pipeline(
+            loaded.build_model(), loaded.load_data(), loaded.task(), recipe, device or Target(runtime="onnxruntime")
+        )
+        rows = [(row.what, row.detail, f"{row.seconds:.1f} s") for row in report.tried]
+        show_table(f"Tried for {loaded.name}", ("what", "found", "time"), rows)
+        for note in report.notes:
+            print(f"note    {note}")
+        for number, complaint in enumerate(report.complaints, start=1):
+            print(f"error: {number} of {len(report.complaints)}: {complaint}", file=sys.stderr)
+    if not report.is_ready:
+        raise typer.Exit(EXIT_ERROR)
+    print("ready to run")
 
 
 @app.command(epilog="Example: deploypipe init my_model && deploypipe run my_model my_model")
@@ -234,9 +270,8 @@ def reproduce(
         from deploypipe.task import take_calib
 
         loaded = load_pipeline(pipeline, {})
-        with loaded.blame("the reproduction"):
-            ((inputs, _),) = take_calib(loaded.load_data().calib, 2)[:1]
-            found = write_reproduction(loaded.build_model(), inputs, name, out)
+        ((inputs, _),) = take_calib(loaded.load_data().calib, 2)[:1]
+        found = write_reproduction(loaded.build_model(), inputs, name, out)
         print(f"part    {found.module or 'the whole network'}")
         print(f"reason  {found.reason}")
         print(f"folder  {found.folder}")

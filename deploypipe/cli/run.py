@@ -213,17 +213,15 @@ def _run_in_turn(asked: _Asked, ranks: "Ranks") -> int:
     with ranks.in_turn():
         devices, loaded, recipe = asked.devices, asked.loaded, asked.recipe
         task = loaded.task()
-        with loaded.blame("the run"):
-            model, splits = loaded.build_model(), loaded.load_data()
+        model, splits = loaded.build_model(), loaded.load_data()
     agree(ranks, model, splits, loaded.source)
     if not ranks.is_first:
-        with loaded.blame("the run"):
-            serve(ranks, model, splits, task)
+        serve(ranks, model, splits, task)
         return 0
 
     def compress_for(device: Target) -> RunResult:
         folder = asked.folder_of(device)
-        with shown_stages() as notify, loaded.blame("the run"):
+        with shown_stages() as notify:
             result = compress(
                 model,
                 splits,

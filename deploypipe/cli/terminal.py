@@ -84,6 +84,10 @@ def _not_a_bug(error: Exception) -> str:
     if found := find_exhaustion(error):
         problem, remedy = found
         return f"{problem}; {remedy}, and run the same command again"
+    from deploypipe.user_code import find_fault  # late: brings torch
+
+    if fault := find_fault(error):
+        return str(fault)
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}; check the path and its rights"
     return (find_missing() or "") if isinstance(error, ImportError) else ""

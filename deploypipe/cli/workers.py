@@ -60,9 +60,8 @@ def worker(
 
         loaded, recipe, target = load_pipeline(job.pipeline, job.constants), job.recipe, job.target
         require_harmless_options(target)
-        with loaded.blame("the worker"):
-            model, splits = loaded.build_model(), loaded.load_data()
-        with shown_stages() as notify, loaded.blame("the worker"):
+        model, splits = loaded.build_model(), loaded.load_data()
+        with shown_stages() as notify:
             found = help_search(
                 model,
                 splits,

@@ -5,6 +5,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import is_dataclass
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,6 +15,7 @@ import numpy as np
 import onnx
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from deploypipe.errors import ConfigError, DataError, ModelError, ParityError
 from deploypipe.exhaustion import raise_if_exhausted
@@ -140,7 +142,10 @@ def _num_bytes(network: nn.Module) -> int:
 def run_eager(network: nn.Module, inputs: Sequence[Any]) -> tuple[list[str], list[list[Array]]]:
     """The outputs' names, and `outputs[batch][output]`."""
     with torch.no_grad():
-        outputs = [name_outputs(forward(network, batch)) for batch in inputs]
+        given = [forward(network, batch) for batch in inputs]
+    for kind in {type(each) for each in given if is_dataclass(each)} - set(pytree.SUPPORTED_NODES):
+        torch.export.register_dataclass(kind)  # the exporter takes no others
+    outputs = [name_outputs(each) for each in given]
     return list(outputs[0]), [[tensor.numpy() for tensor in named.values()] for named in outputs]
 
 

@@ -9,6 +9,7 @@ lies deeper has its path, `output_1.0` or `text.hidden`. Fields that are None ar
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,8 @@ def name_outputs(outputs: Any) -> dict[str, Tensor]:
     if isinstance(outputs, Tensor):
         return {_SINGLE: outputs}
     named: dict[str, Tensor] = {}
+    if is_dataclass(outputs) and not isinstance(outputs, Mapping):
+        outputs = {field.name: getattr(outputs, field.name) for field in fields(outputs)}
     if isinstance(outputs, Mapping):
         for key, value in outputs.items():
             named |= _flattened(str(key), value)
@@ -93,7 +96,10 @@ def _flattened(name: str, value: Any) -> dict[str, Tensor]:
 
 
 def repack(output_names: Sequence[str], arrays: Sequence[Array]) -> Any:
-    """A session's outputs, packed as the network packs them: the inverse of `name_outputs`, less what was None."""
+    """A session's outputs, packed as the network packs them: the inverse of `name_outputs`.
+
+    What was None, and classes, are lost: see `answers.with_outputs_class`.
+    """
     tree = Outputs()
     for name, array in zip(output_names, arrays, strict=True):
         *path, last = name.split(".")

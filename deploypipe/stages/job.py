@@ -1,22 +1,23 @@
 """What a run is about: the same for all of its stages."""
 
 import copy
+import json
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from deploypipe.answers import with_divergence
+from deploypipe.answers import with_divergence, with_outputs_class
 from deploypipe.benchmark.environment import describe_environment
-from deploypipe.data import fingerprint
+from deploypipe.data import fingerprints
 from deploypipe.export.engine import is_built
 from deploypipe.export.sizes import Extremes, other_sizes
 from deploypipe.installed import find_package, package_versions
 from deploypipe.pruning.structures import model_fingerprint
 from deploypipe.recipe import Recipe
 from deploypipe.records import Event, Origin
-from deploypipe.runs import RunFolder, digest
+from deploypipe.runs import RunFolder, digest, write_atomically
 from deploypipe.runtimes.ability import can
 from deploypipe.runtimes.machine import this_machine
 from deploypipe.search.storage import Storage
@@ -27,6 +28,7 @@ from deploypipe.training.ranks import ALONE, Ranks
 
 PACKAGES = ("torch", "optuna", "onnx", "onnxruntime", "onnxscript", "numpy", "scipy")
 _NUM_PARITY_SAMPLES = 64
+_DATA = "data.hashes"  # in the run folder: a hash of each split
 
 
 class Job:
@@ -72,7 +74,7 @@ class Job:
         self.fingerprint = model_fingerprint(model)
         self.origin: dict[str, Any] = {
             "model": self.fingerprint,
-            "data": fingerprint(splits, see=extremes.see),
+            "data": self._data(extremes),
             "source": source,
             "packages": package_versions(*PACKAGES),
             "seed": recipe.seed,
@@ -80,6 +82,21 @@ class Job:
 
         # The network must work at these sizes too, whatever is removed from it, and the exported file as well.
         self.other_inputs = other_sizes(self.model, self.inputs, extremes.inputs(), recipe.export, target.dynamic_dims)
+
+    def _data(self, extremes: Extremes) -> str:
+        """A hash of the splits. Says which of them are others than those of the folder's last run."""
+        found = fingerprints(self.splits, see=extremes.see)
+        path = self.run.path / _DATA
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            before = {}
+        changed = [name for name in found if isinstance(before, dict) and before.get(name, found[name]) != found[name]]
+        if changed:
+            told = f"the data of {' and '.join(changed)} changed since the last run in this folder"
+            self.run.notify(Event(stage="check", message=f"NOTE: {told}: what depends on it is computed again"))
+        write_atomically(path, (json.dumps(found, sort_keys=True) + "\n").encode())
+        return digest(found)
 
     def described_origin(self) -> Origin:
         packages = {**self.origin["packages"], "deploypipe": find_package("deploypipe").version}
@@ -103,4 +120,5 @@ class Job:
 def _with_divergence(task: Task, model: nn.Module, splits: Splits) -> Task:
     inputs, target = first_of(splits.val, "val")
     with torch.no_grad():
-        return with_divergence(task, forward(model, inputs), target)
+        outputs = forward(model, inputs)
+    return with_outputs_class(with_divergence(task, outputs, target), outputs)

@@ -36,7 +36,6 @@ from deploypipe.task import (
     has_batch_axis,
     map_samples,
     num_samples,
-    require_repeatable,
     take,
 )
 from deploypipe.training.checkpoint import Checkpoint, load_checkpoint, store_checkpoint
@@ -45,11 +44,13 @@ from deploypipe.training.precision import with_precision
 from deploypipe.training.ranks import ALONE, Part, Ranks
 from deploypipe.training.teacher import Teacher
 from deploypipe.trees import tensors
+from deploypipe.user_code import blaming, guard_splits, guard_task
 from deploypipe.wrappers import unwrapped
 
 _PRECISIONS: dict[str, Any] = {"bf16": "bf16-mixed", "fp32": "32-true"}
 
 
+@blaming()
 def finetune(
     pruned: nn.Module,
     dense: nn.Module,
@@ -84,6 +85,7 @@ def finetune(
     go on from it. RanksError, on every rank, where they read different batches.
     """
     pruned, dense = unwrapped(pruned), unwrapped(dense)
+    splits, task = guard_splits(splits), guard_task(task)
     settings = ranks.tell(with_precision(settings))
     steps = _count_batches(ranks, splits)
     if settings.num_epochs == 0:
@@ -456,8 +458,6 @@ def _epoch(number: int, rate: float, loss: float, metric: float, started: float)
 
 
 def _count_batches(ranks: Ranks, splits: Splits) -> int:
-    require_repeatable(splits.train, "train")
-    require_repeatable(splits.val, "val")
     count = count_batches(splits.train)
     if count == 0:
         raise empty_split("train")
@@ -478,9 +478,7 @@ def _least_samples(model: nn.Module, inputs: Any) -> int:
 
 def _tell_epoch(batches: Any, epoch: int) -> None:
     """Loaders with `set_epoch` (ours, DistributedSampler's) draw an order that depends on the epoch alone."""
-    owner = next((o for o in (batches, getattr(batches, "sampler", None)) if hasattr(o, "set_epoch")), None)
-    if owner is not None:
-        owner.set_epoch(epoch)
+    batches.set_epoch(epoch)
 
 
 @contextmanager

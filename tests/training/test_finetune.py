@@ -172,7 +172,7 @@ def test_resumed_training_ends_bit_for_bit_where_an_undisturbed_one_does(
     def train(data: Shuffled) -> Any:
         return finetune(network(0), network(1), splits(data), classification(), settings, checkpoint=tmp_path, seed=5)
 
-    with pytest.raises(OSError, match="disk"):
+    with pytest.raises(DataError, match="disk"):
         train(Shuffled(fail_in=fail_in))
     torch.manual_seed(12345)  # another process, another global generator
     data = Shuffled()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from deploypipe.errors import DataError
 from deploypipe.recipe import Finetune
 from deploypipe.task import Batch, Splits, classification
 from deploypipe.training import teacher as module
@@ -98,7 +99,7 @@ def test_other_batches_are_not_given_its_answers(tmp_path: Path) -> None:
 
 
 def test_an_epoch_that_broke_down_leaves_no_answers(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="disk"):
+    with pytest.raises(DataError, match="disk"):
         train(8, tmp_path, Shuffled(fails=True))
     assert not list(tmp_path.iterdir())
 

@@ -1,0 +1,166 @@
+"""One batch of each split through the network and each of the task's functions."""
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import nn
+
+from deploypipe.answers import with_divergence
+from deploypipe.benchmark.accuracy import evaluate_file, evaluate_module
+from deploypipe.checks.complaints import Findings, described
+from deploypipe.checks.splits import Survey, check_labels
+from deploypipe.errors import DataError, ModelError
+from deploypipe.exhaustion import raise_if_exhausted
+from deploypipe.export.engine import is_built
+from deploypipe.export.onnx_file import export_onnx
+from deploypipe.pruning.attention import with_slim_attention
+from deploypipe.recipe import Recipe
+from deploypipe.runtimes import make_runtime
+from deploypipe.runtimes.ability import can
+from deploypipe.runtimes.packing import name_outputs
+from deploypipe.target import Target
+from deploypipe.task import (
+    Batch,
+    Task,
+    evaluating,
+    find_real_tokens,
+    find_slices,
+    forward,
+    is_classification,
+    num_samples,
+    require_logits,
+    take_batch,
+)
+
+_NUM_TRAINED = 4  # samples: a batch norm needs more than one
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def try_inference(findings: Findings, model: nn.Module, task: Task, name: str, seen: Survey) -> None:
+    """Forward and, on val and test, metric, slices and divergence."""
+    pair = take_batch(seen.first, 2)
+    detail = described(pair[0])
+    with findings.trying(f"{name}: forward", detail):
+        outputs = run_network(model, pair[0], seen.first[0], name)
+        _require_finite(outputs, name, "")
+        _try_suspect(model, task, name, seen)
+        if is_classification(task):
+            require_logits(outputs)
+            if name != "calib" and outputs.dim() == 2:
+                check_labels(pair[1], name, outputs.shape[1], seen.labels)
+        if name == "calib":
+            find_real_tokens(pair[0], task.real_tokens)
+        if name in ("val", "test"):
+            evaluate_module(model, [pair], task)
+            find_slices([pair], task.slices)
+        if name == "val":
+            with_divergence(task, outputs, pair[1])
+
+
+def run_network(model: nn.Module, inputs: Any, whole: Any, name: str) -> Any:
+    """The outputs for two samples; ModelError with the shapes where the network fails."""
+    with evaluating(model), torch.no_grad():
+        try:
+            return forward(model, inputs)
+        except Exception as error:  # the user's own network on the user's own data: whatever it is, it is not ours
+            raise_if_exhausted(error)
+            said = str(error).strip().splitlines()
+            text = f"{type(error).__name__}{': ' + said[0] if said else ''}"
+            advice = "make build_model() and load_data() fit each other"
+            if num_samples(whole) > 2 and _works(model, whole):
+                advice = (
+                    f"it takes the whole batch of {num_samples(whole)}: does one of its members have as many rows and "
+                    "no batch axis? Choose another batch size, or make it a buffer of the network"
+                )
+            raise ModelError(
+                f"{type(model).__name__} fails on two samples of the {name} split ({described(inputs)}): {text}; "
+                f"{advice}"
+            ) from error
+
+
+def _works(model: nn.Module, inputs: Any) -> bool:
+    try:
+        forward(model, inputs)
+    except Exception:  # as above
+        return False
+    return True
+
+
+def _require_finite(outputs: Any, name: str, where: str) -> None:
+    for output, tensor in name_outputs(outputs).items():
+        if not torch.isfinite(tensor).all():
+            raise DataError(
+                f"the network's output {output!r} holds NaN or infinity on the {name} split{where}; check its weights "
+                "and its data"
+            )
+
+
+def _try_suspect(model: nn.Module, task: Task, name: str, seen: Survey) -> None:
+    """A sample that holds NaN, where the network or the task cannot do with it."""
+    if seen.suspect is None:
+        return
+    number, sample = seen.suspect
+    if num_samples(sample[0]) < 1:
+        return
+    where = f", batch {number}: inputs or targets of a sample hold NaN or infinity"
+    with evaluating(model), torch.no_grad():
+        outputs = forward(model, sample[0])
+        _require_finite(outputs, name, where)
+        value = task.loss(outputs, sample[1]) if name == "train" else torch.zeros(())
+        if name in ("val", "test"):
+            value = task.metric(outputs, sample[1])
+    if not torch.isfinite(value).all():
+        raise DataError(f"the {name} split{where}; leave such samples out, or write torch.nan_to_num(...)")
+
+
+def try_training(findings: Findings, model: nn.Module, task: Task, name: str, seen: Survey) -> None:
+    """A step's forward, loss and backward in training mode, on a copy."""
+    inputs, target = take_batch(seen.first, _NUM_TRAINED)
+    with findings.trying(f"{name}: loss and backward", described(target, "target")):
+        student = copy.deepcopy(model).train()
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            try:
+                outputs = forward(student, inputs)
+            except Exception as error:  # as in run_network
+                raise_if_exhausted(error)
+                said = str(error).strip().splitlines()
+                hint = " (a batch norm needs two samples or more: write drop_last=True or larger batches)"
+                raise ModelError(
+                    f"{type(model).__name__} fails in training mode on {num_samples(inputs)} samples of the {name} "
+                    f"split: {type(error).__name__}{': ' + said[0] if said else ''}; correct forward()"
+                    f"{hint if num_samples(inputs) < 2 else ''}"
+                ) from error
+            loss = task.loss(outputs, target)
+            if not torch.isfinite(loss):
+                raise DataError(f"task().loss gives {loss.item()} on the first batch of the {name} split; check both")
+            if not loss.requires_grad:
+                raise ModelError("task().loss cannot be differentiated; use no detach(), argmax() or no_grad() in it")
+            loss.backward()  # type: ignore[no-untyped-call]
+    if min(seen.sizes) == 1 and any(isinstance(module, _NORMS) for module in model.modules()):
+        findings.notes.append(
+            f"the {name} split has a batch of one sample, which a batch norm cannot be trained on: fine-tuning leaves "
+            "such batches out; write drop_last=True, or another batch size"
+        )
+
+
+def try_export(
+    findings: Findings,
+    model: nn.Module,
+    task: Task,
+    recipe: Recipe,
+    target: Target,
+    batches: Sequence[Batch],
+    val: Batch,
+) -> None:
+    """The ONNX file, compared with the network, and on the target's runtime where that is here."""
+    with TemporaryDirectory() as folder, findings.trying("export and parity", f"opset {recipe.export.opset}"):
+        path = Path(folder) / "model.onnx"
+        export_onnx(with_slim_attention(model).cpu().eval(), batches, path, recipe.export)
+        if can(target).verdict == "run" and not is_built(target):
+            evaluate_file(path, [take_batch(val, 2)], task, make_runtime(target), target.num_threads)
+        else:
+            findings.notes.append(f"{target.runtime} was not tried: no engine is built, and nothing runs, in a check")
