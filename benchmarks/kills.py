@@ -1,18 +1,20 @@
 """A run is killed again and again at random moments, and resumed each time: does it end as if nothing had happened?
 
     python benchmarks/kills.py --kills 60 --out runs/kills
+    python benchmarks/kills.py --pipeline tests/tiny.py --longest 4 --kills 60 --out runs/kills-tiny
 
-The digits with few trials, under a budget of MACs, which no clock can move. Each process computes in a fork of this
-one, which saves the seconds that importing torch takes; kill -9 ends it. A third of the kills are aimed at
-measurements. Where a run comes to its end, its plan and its model file are compared, byte for byte, with those of an
-undisturbed run, and no part of a file may be left; then the next folder is begun. Exit code 1 where anything differs.
-Kills that came after the end of a run do not count.
+The digits (or another pipeline) with few trials, under a budget of MACs, which no clock can move. Each process computes
+in a fork of this one, which saves the seconds that importing torch takes; kill -9 ends it. A third of the kills are
+aimed at measurements. Where a run comes to its end, its plan and its model file are compared, byte for byte, with those
+of an undisturbed run, and no part of a file may be left; then the next folder is begun. Exit code 1 where anything
+differs. Kills that came after the end of a run do not count.
 """
 
 import argparse
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import signal
 import sys
@@ -45,6 +47,7 @@ TARGET = Target(
 _PATIENCE_S = 120.0  # for a process to come to its next measurement
 _LONGEST_MEASURING_S = 1.5  # into it
 _ENDED = "ended"
+_AIMS = ("time", "time", "measuring")
 
 
 def settings(recipe: Recipe) -> Recipe:
@@ -85,9 +88,21 @@ def work(pipeline: Pipeline, model: torch.nn.Module, folder: Path, events: Conne
     )
 
 
-def life(pipeline: Pipeline, model: torch.nn.Module, folder: Path, rng: random.Random, aim: str) -> str:
+def built(pipeline: Pipeline) -> torch.nn.Module:
+    """The dense network, made in a process of its own: after a backward pass here no fork could do another."""
+    receiving, sending = multiprocessing.Pipe(duplex=False)
+    if os.fork() == 0:
+        sending.send_bytes(pickle.dumps(pipeline.build_model()))
+        os._exit(0)
+    model: torch.nn.Module = pickle.loads(receiving.recv_bytes())
+    return model
+
+
+def life(
+    pipeline: Pipeline, model: torch.nn.Module, folder: Path, rng: random.Random, aim: str, longest: float = 12.0
+) -> str:
     """What a process was at when it was killed; `_ENDED` where it came to its end. aim: "time" kills after random
-    seconds, "measuring" in the midst of a measurement, "never" not at all."""
+    seconds, `longest` at most, "measuring" in the midst of a measurement, "never" not at all."""
     receiving, sending = multiprocessing.Pipe(duplex=False)
     child = os.fork()
     if child == 0:
@@ -101,7 +116,7 @@ def life(pipeline: Pipeline, model: torch.nn.Module, folder: Path, rng: random.R
     sending.close()
     at, begun = "beginning", time.monotonic()
     skipped = rng.randrange(4)  # measurements, so that not only the first is hit
-    until = begun + (rng.uniform(0.05, 12.0) if aim == "time" else _PATIENCE_S if aim == "measuring" else 1e6)
+    until = begun + (rng.uniform(0.05, longest) if aim == "time" else _PATIENCE_S if aim == "measuring" else 1e6)
     while (left := until - time.monotonic()) > 0:
         if not receiving.poll(left):
             continue
@@ -164,14 +179,11 @@ def main() -> int:
     parser.add_argument("--pipeline", default="digits")
     parser.add_argument("--out", type=Path, default=Path("runs/kills"))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--longest", type=float, default=12.0, help="seconds that a process lives, unless it measures")
     asked = parser.parse_args()
     rng, started = random.Random(asked.seed), time.monotonic()
     pipeline = load_pipeline(asked.pipeline)
-    if (child := os.fork()) == 0:  # trains where it has to: after a backward pass no fork could do another
-        pipeline.build_model()
-        os._exit(0)
-    os.waitpid(child, 0)
-    model = pipeline.build_model()
+    model = built(pipeline)
     torch.set_num_threads(1)
     if life(pipeline, model, asked.out / "whole", rng, "never") != _ENDED:
         sys.exit("the undisturbed run did not end")
@@ -182,7 +194,14 @@ def main() -> int:
     while hits.total() < asked.kills or ends == 0:
         folder = asked.out / f"killed-{ends}"
         is_over = hits.total() >= asked.kills
-        at = life(pipeline, model, folder, rng, "never" if is_over else rng.choice(["time", "time", "measuring"]))
+        at = life(
+            pipeline,
+            model,
+            folder,
+            rng,
+            "never" if is_over else rng.choice(_AIMS),
+            asked.longest,
+        )
         if at != _ENDED:
             hits[at] += 1
             print(f"{hits.total():3d}  killed at: {at}", flush=True)
