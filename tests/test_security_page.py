@@ -1,0 +1,121 @@
+"""SECURITY.md, sentence by sentence: each row and promise has tests that would fail if it were not true."""
+
+import re
+import socket
+from pathlib import Path
+
+import pytest
+from bundles import write_run
+from typer.testing import CliRunner
+
+from deploypipe.cli import app
+
+PAGE = Path(__file__).parents[1] / "SECURITY.md"
+
+# The beginning of each row or promise -> the tests that guard it, "file::function".
+GUARDS = {
+    "A bundle, a golden folder": (
+        "release/test_bundle.py::test_signatures",
+        "release/test_bundle.py::test_a_flipped_bit_is_seen",
+        "release/test_bundle.py::test_harm_is_named",
+        "export/test_verify.py::test_damage_is_found_before_anything_is_parsed",
+        "export/test_verify.py::test_files_that_are_not_listed_are_not_used",
+        "test_hostile_onnx.py::test_samples_are_bounded_before_they_are_read",
+        "test_hostile_onnx.py::test_files_of_absurd_size_are_not_read",
+    ),
+    "A registry": (
+        "release/test_object_registry.py::test_what_was_changed_in_the_store_is_refused",
+        "release/test_hostile_registry.py::test_odd_objects_of_a_store",
+        "release/test_bundle.py::test_commands",
+    ),
+    "An ONNX file": (
+        "export/test_onnx_check.py::test_hostile_tensors",
+        "export/test_onnx_check.py::test_hostile_models",
+        "test_hostile_onnx.py::test_bench_ends_with_one_error",
+        "test_hostile_onnx.py::test_memory_is_limited_to_what_is_asked",
+        "test_hostile_onnx.py::test_batch_sizes_that_never_end_are_not_swept",
+        "test_hostile_onnx.py::test_verify_ends_with_one_error",
+        "test_hostile_onnx.py::test_a_baseline_that_never_ends_is_not_timed",
+    ),
+    "A TensorRT engine": (
+        "export/test_engine.py::test_one_that_was_exchanged",
+        "export/test_engine.py::test_of_another_version",
+        "export/test_engine.py::test_for_another_gpu",
+    ),
+    "Saved networks": (
+        "pruning/test_plan_and_saved.py::test_saved_network_comes_back_with_and_without_its_class",
+        "test_hostile_programs.py::test_only_who_says_so_loads_a_program",
+    ),
+    "A `.pt2` program": (
+        "test_hostile_programs.py::test_only_who_says_so_loads_a_program",
+        "test_hostile_programs.py::test_a_program_in_a_run_or_a_bundle_is_bytes_to_all_commands",
+    ),
+    "Weights for a pipeline": ("test_hostile_programs.py::test_a_pickle_in_place_of_tensors_is_an_error",),
+    "Target and waiver files": (
+        "test_hostile_settings.py::test_a_target_file_that_makes_no_sense_is_one_line",
+        "test_hostile_settings.py::test_any_text_of_any_setting",
+        "release/test_again.py::test_waivers_that_say_too_little_are_refused",
+    ),
+    "Names of targets": (
+        "test_names.py::test_odd_names_are_refused_by_what_is_odd",
+        "test_names.py::test_no_command_takes_one",
+        "test_names.py::test_names_in_results_aliases_and_calls",
+    ),
+    "Study file": (),  # a statement of what is not guarded, like the next
+    "Pipeline files": (),
+    "No file is unpickled": ("test_hostile_programs.py::test_programs_have_one_door_and_pickles_none",),
+    "No code from a bundle": (
+        "test_hostile_programs.py::test_a_program_in_a_run_or_a_bundle_is_bytes_to_all_commands",
+        "test_provider_options.py::test_an_option_that_may_load_a_library_is_refused",
+    ),
+    "Nothing is sent anywhere": (
+        "test_security_page.py::test_no_connection_is_opened",
+        "report/test_html.py::test_report_leads_with_the_decision_and_fetches_nothing",
+        "release/test_mlflow_registry.py::test_a_bundle_is_logged_registered_and_found_again",
+    ),
+    "Of an address": (
+        "test_addresses.py::test_no_form_shows_a_password",
+        "test_addresses.py::test_a_search_that_cannot_reach_its_storage",
+        "release/test_mlflow_registry.py::test_a_password_in_the_address_is_not_told",
+    ),
+}
+
+
+def promises() -> list[str]:
+    """The rows of the table and the points below it, up to what is not checked."""
+    text = PAGE.read_text(encoding="utf-8").partition("## Who may be hostile")[2].partition("## What is not checked")[0]
+    rows = [line.strip("| ") for line in text.splitlines() if line.startswith("| ")]
+    return rows[1:] + re.findall(r"^- (.*)$", text, re.MULTILINE)  # the first row is the head
+
+
+def test_each_promise_has_its_tests() -> None:
+    for promise in promises():
+        assert [start for start in GUARDS if promise.startswith(start)], f"no test is named for: {promise[:80]}"
+    for start, tests in GUARDS.items():
+        assert [promise for promise in promises() if promise.startswith(start)], f"SECURITY.md has no {start!r}"
+        for test in tests:
+            file, _, name = test.partition("::")
+            text = (Path(__file__).parent / file).read_text(encoding="utf-8")
+            assert re.search(rf"def {name}\b", text), f"{test} is gone"
+
+
+def test_no_connection_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("cyclonedx", reason="bills of materials need cyclonedx-python-lib")
+    write_run(tmp_path / "run")
+    tried = []
+    for name in ("connect", "connect_ex", "sendto"):
+        monkeypatch.setattr(socket.socket, name, lambda *arguments: tried.append(arguments))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments: tried.append(arguments))
+    monkeypatch.chdir(tmp_path)
+    for command in (
+        ["verify", "run"],
+        ["gate", "run"],
+        ["report", "run"],
+        ["release", "run"],
+        ["doctor"],
+        ["targets"],
+    ):
+        assert CliRunner().invoke(app, command).exit_code == 0, command
+    [bundle] = (tmp_path / "bundles").glob("digits-*")
+    assert CliRunner().invoke(app, ["promote", str(bundle)]).exit_code == 0
+    assert tried == []
