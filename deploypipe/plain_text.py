@@ -5,7 +5,7 @@ import re
 # Control characters (which steer a terminal), characters that turn the direction of what follows them or cannot be
 # seen (Unicode UTR 36, "Trojan Source"), line and paragraph separators, halves of surrogate pairs.
 HIDDEN = re.compile(
-    "[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff"
+    "[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ufffe\uffff\ud800-\udfff"
     "\U000e0000-\U000e007f]"
 )
 

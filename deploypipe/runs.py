@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO, TypeVar
 
+from deploypipe import strict_json
 from deploypipe.addresses import masked
 from deploypipe.errors import ExhaustedError, RunFolderError
 from deploypipe.exhaustion import find_exhaustion
@@ -295,7 +296,7 @@ def read_record(at: Path, key: str) -> tuple[object, float] | None:
     """The record of the stage with that key whose files are in `at`, and the seconds it took; None where the record or
     a file is absent, was changed, or is of another stage."""
     try:
-        stored = json.loads(unseal(_record_of(at).read_bytes()))
+        stored = strict_json.loads_any_float(unseal(_record_of(at).read_bytes()))
         is_sound = stored["key"] == key and all(
             file_sha256(at / file) == sha256 for file, sha256 in stored["files"].items()
         )
@@ -323,7 +324,7 @@ def _compute(at: Path, key: str, hashes: dict[str, str], compute: Callable[[Path
     files = {str(p.relative_to(work)): file_sha256(p) for p in sorted(work.rglob("*")) if p.is_file()}
     work.replace(at)
     stored = {"key": key, "inputs": hashes, "seconds": seconds, "files": files, "record": record}
-    write_atomically(_record_of(at), seal(json.dumps(stored)))
+    write_atomically(_record_of(at), seal(strict_json.dumps(stored, sort_keys=False)))
     return record, seconds
 
 

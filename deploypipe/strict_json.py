@@ -27,9 +27,11 @@ def loads_any_float(text: str | bytes) -> Any:
     return _loads(text, _object_or_float)
 
 
-def dumps(value: Any, *, indent: int | None = None, separators: tuple[str, str] | None = None) -> str:
-    """Write sorted JSON in ASCII; what is not finite as an object that `loads_any_float` reads."""
-    options: dict[str, Any] = {"sort_keys": True, "indent": indent, "separators": separators, "allow_nan": False}
+def dumps(
+    value: Any, *, indent: int | None = None, separators: tuple[str, str] | None = None, sort_keys: bool = True
+) -> str:
+    """Write JSON in ASCII; what is not finite as an object that `loads_any_float` reads."""
+    options: dict[str, Any] = {"sort_keys": sort_keys, "indent": indent, "separators": separators, "allow_nan": False}
     try:
         return json.dumps(value, **options)
     except ValueError:

@@ -127,7 +127,7 @@ def test_several_targets_end_with_a_table_and_the_worst_exit_code(
     for name, outcome in zip(("cpu", "other"), outcomes, strict=True):
         shown = "ERROR" if isinstance(outcome, Exception) else outcome.decision.verdict.value
         assert re.search(rf"{name} +{shown}", table)
-        assert (f'href="{name}/report.html"' in page) == (shown != "ERROR")
+        assert (f'href="./{name}/report.html"' in page) == (shown != "ERROR")
     assert ("out of reach" in table) == (code == 2)
 
 

@@ -8,7 +8,7 @@ import typer
 
 from deploypipe.cli.app import PipelineArgument, SetOption, app
 from deploypipe.cli.named import split_settings
-from deploypipe.cli.terminal import exit_codes, shown_stages
+from deploypipe.cli.terminal import exit_codes, say, shown_stages
 from deploypipe.jsonio import override
 from deploypipe.records import Event
 
@@ -65,5 +65,5 @@ def blockwise(
             )
             notify(Event(stage=_STAGE, message="done"))
         share = result.params_after / result.params_before
-        print(f"parameters  {result.params_before:,} -> {result.params_after:,} ({share:.3f}x)")
-        print(f"folder      {folder}")
+        say(f"parameters  {result.params_before:,} -> {result.params_after:,} ({share:.3f}x)")
+        say(f"folder      {folder}")

@@ -22,6 +22,7 @@ from deploypipe.cli.terminal import (
     EXIT_DIFFERENT,
     EXIT_ERROR,
     exit_codes,
+    say,
     show_bench,
     show_table,
     shown_stages,
@@ -64,14 +65,14 @@ def score(
         show_table(f"Redundant units in {loaded.name}, by {summary.scorer}", *score_table(summary))
         for cluster in summary.clusters:
             if len(cluster) > 1:
-                print(f"alike   {', '.join(cluster)}")
+                say(f"alike   {', '.join(cluster)}")
         for note in score_notes(summary):
-            print(f"note    {note}")
+            say(f"note    {note}")
         from deploypipe.report.html import write_scores
 
         path = out or Path("runs") / f"{loaded.name}-scores.html"
         write_scores(loaded.name, summary, path)
-        print(f"figures {path}")
+        say(f"figures {path}")
 
 
 @app.command(epilog="Example: deploypipe report runs/digits-x86_cpu --out digits.html")
@@ -85,7 +86,7 @@ def report(
 
         path = out or run / "report.html"
         write_report(load_result(run), path)
-        print(path)
+        say(path)
 
 
 @app.command(epilog="Example: deploypipe compare runs/digits-x86_cpu runs/digits-x86_server")
@@ -102,7 +103,7 @@ def compare(
             if rows:
                 show_table("Differences of their plans", ("what", "first", "second", "the second"), rows)
             else:
-                print("their plans are equal")
+                say("their plans are equal")
 
 
 @app.command(epilog="Example: deploypipe doctor x86_cpu")
@@ -148,12 +149,12 @@ def check(
         rows = [(row.what, row.detail, f"{row.seconds:.1f} s") for row in report.tried]
         show_table(f"Tried for {loaded.name}", ("what", "found", "time"), rows)
         for note in report.notes:
-            print(f"note    {note}")
+            say(f"note    {note}")
         for number, complaint in enumerate(report.complaints, start=1):
-            print(f"error: {number} of {len(report.complaints)}: {complaint}", file=sys.stderr)
+            say(f"error: {number} of {len(report.complaints)}: {complaint}", file=sys.stderr)
     if not report.is_ready:
         raise typer.Exit(EXIT_ERROR)
-    print("ready to run")
+    say("ready to run")
 
 
 @app.command(epilog="Example: deploypipe init my_model && deploypipe run my_model my_model")
@@ -175,8 +176,8 @@ def init(
         for path, text in texts.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
-            print(path)
-        print(f"Put your network and data in, or try it as it is: deploypipe run {name} {name}")
+            say(path)
+        say(f"Put your network and data in, or try it as it is: deploypipe run {name} {name}")
 
 
 @app.command(epilog="Example: deploypipe bench model.onnx x86_cpu --against dense.onnx --parts latency,memory")
@@ -272,9 +273,9 @@ def reproduce(
         loaded = load_pipeline(pipeline, {})
         ((inputs, _),) = take_calib(loaded.load_data().calib, 2)[:1]
         found = write_reproduction(loaded.build_model(), inputs, name, out)
-        print(f"part    {found.module or 'the whole network'}")
-        print(f"reason  {found.reason}")
-        print(f"folder  {found.folder}")
+        say(f"part    {found.module or 'the whole network'}")
+        say(f"reason  {found.reason}")
+        say(f"folder  {found.folder}")
 
 
 @plans.command("show", epilog="Example: deploypipe plan show runs/digits-x86_cpu")
@@ -285,8 +286,8 @@ def plan_show(plan: Annotated[Path, typer.Argument(metavar="PLAN", help=PLAN_HEL
         show_table(
             f"Plan for model {loaded.model_fingerprint}", ("group", "width", "asked", "reason"), plan_rows(loaded)
         )
-        print(f"removed blocks: {', '.join(loaded.blocks) or 'none'}")
-        print(f"edited modules: {len({edit.module for edit in loaded.edits})}")
+        say(f"removed blocks: {', '.join(loaded.blocks) or 'none'}")
+        say(f"edited modules: {len({edit.module for edit in loaded.edits})}")
 
 
 @plans.command("diff", epilog="Exit codes: 0 equal, 1 different, 2 error. Example: deploypipe plan diff runs/a runs/b")
@@ -300,6 +301,6 @@ def plan_diff(
         if rows:
             show_table("Differences", ("what", "first", "second", "the second"), rows)
         else:
-            print("equal")
+            say("equal")
     if rows:
         raise typer.Exit(EXIT_DIFFERENT)

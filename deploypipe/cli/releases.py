@@ -14,6 +14,7 @@ from deploypipe.cli.terminal import (
     EXIT_HOLD,
     exit_code,
     exit_codes,
+    say,
     show_checks,
     show_decision,
     show_next_steps,
@@ -77,7 +78,7 @@ def gate(
             if path:
                 write_atomically(path, text(result).encode())
         if json:
-            print(to_json(result.decision))
+            say(to_json(result.decision))
         else:
             show_decision(result.decision)
             show_next_steps(result)
@@ -103,7 +104,7 @@ def _find_baseline(
     except NoVersionError:
         if baseline:
             raise
-        print(
+        say(
             f"note: {masked_reference(reference)} does not exist yet: there is nothing to compare with", file=sys.stderr
         )
         return None
@@ -150,7 +151,7 @@ def release(
         now = datetime.now(UTC)
         decision = decide_today(run, load_result(run), now)
         if decision.verdict is Verdict.SHIP:
-            print(write_bundle(run, out, sign=sign, now=now))
+            say(write_bundle(run, out, sign=sign, now=now))
             return
         show_decision(decision)
     raise typer.Exit(EXIT_HOLD)
@@ -174,7 +175,7 @@ def promote(
             check_signature(bundle, key)
         number = put(bundle, registry, alias)
         name = check_manifest(bundle).name
-        print(f"{masked(registry).rstrip('/')}/{name}@{alias} is version {number}")
+        say(f"{masked(registry).rstrip('/')}/{name}@{alias} is version {number}")
 
 
 class Layout(StrEnum):
@@ -205,7 +206,7 @@ def layout(
         folder = resolve(bundle)
         if key:
             check_signature(folder, key)
-        print((write_triton if form is Layout.triton else write_oci)(folder, out))
+        say((write_triton if form is Layout.triton else write_oci)(folder, out))
 
 
 @app.command(epilog="Exit codes: 0 the same, 1 different, 2 unusable. Example: deploypipe verify runs/digits-x86_cpu")
@@ -250,14 +251,14 @@ def verify(
         if is_bundle:
             manifest = check_manifest(path)
             signed = "signed and unchanged" if key or root or identity else "unchanged; its signature was not checked"
-            print(f"{manifest.name}, {len(manifest.files)} files, {signed}")
+            say(f"{manifest.name}, {len(manifest.files)} files, {signed}")
         elif (path / RESULT).exists():
             check_run(path)
         verification = replay(path, ProcessLimits(seconds=time_limit, memory_mib=memory_limit))
         show_table(f"Golden samples in {path}", HEADER, cells(verification))
         listed = {entry.name for entry in manifest.files} | {MANIFEST} if is_bundle else set()
         for note in verification.notes if not listed else ():
-            print(f"note: {note}")
+            say(f"note: {note}")
         is_same = verification.is_same
         if latency:
             if not is_bundle:

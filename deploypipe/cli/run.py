@@ -20,6 +20,7 @@ from deploypipe.cli.terminal import (
     exit_code,
     exit_codes,
     joined_ranks,
+    say,
     show_result,
     show_table,
     shown_stages,
@@ -250,11 +251,12 @@ def _run_for_all(compress_for: Callable[[Target], RunResult], asked: _Asked) -> 
     """A target that fails does not end the others."""
     results: dict[str, RunResult | str] = {}
     for device in asked.devices:
-        print(f"\n{device.name}", flush=True)
+        say("")
+        say(device.name, flush=True)
         try:
             results[device.name] = compress_for(device)
         except DeploypipeError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            say(f"error: {error}", file=sys.stderr, flush=True)
             results[device.name] = str(error)
     return _show_overview(results, asked)
 
@@ -288,7 +290,7 @@ def _show_overview(results: Mapping[str, RunResult | str], asked: _Asked) -> int
     page = asked.folder / "report.html"
     try:
         write_overview(asked.loaded.name, results, page)
-        print(f"report  {page}")
+        say(f"report  {page}")
     except DeploypipeError as error:  # the packages for it are not installed
-        print(f"report  none: {error}")
+        say(f"report  none: {error}")
     return max(EXIT_ERROR if isinstance(result, str) else exit_code(result.decision) for result in results.values())

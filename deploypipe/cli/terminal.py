@@ -9,17 +9,18 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from deploypipe.errors import DeploypipeError, RanksError
 from deploypipe.exhaustion import find_exhaustion
 from deploypipe.installed import find_missing
+from deploypipe.plain_text import printable
 from deploypipe.records import Check, Event, GateDecision, Verdict
 from deploypipe.report.next_steps import next_steps
 from deploypipe.report.tables import PRECISION_HEADER, before_after, check_cells, precision_rows, seconds
@@ -57,16 +58,21 @@ _QUIET_SECONDS = 10.0  # between two lines about the same stage, where there is 
 COLOURS = {"PASS": "green", "FAIL": "red", "UNKNOWN": "yellow", "ok": "green", "missing": "red", "limited": "yellow"}
 
 
+def say(line: object, *, file: TextIO | None = None, flush: bool = False) -> None:
+    """Print one line. Names and reasons in it come from elsewhere: what would steer the terminal is shown instead."""
+    print(printable(str(line)), file=file, flush=flush)
+
+
 @contextmanager
 def exit_codes() -> Iterator[None]:
     """Every failure leaves with its own code: HOLD (1) is a decision and never an accident."""
     try:
         yield
     except KeyboardInterrupt:
-        print("interrupted; the same command resumes", file=sys.stderr)
+        say("interrupted; the same command resumes", file=sys.stderr)
         raise typer.Exit(EXIT_INTERRUPTED) from None
     except DeploypipeError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", file=sys.stderr)
         raise typer.Exit(EXIT_ERROR) from None
     except BrokenPipeError:  # `deploypipe ... | head`: nobody is left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -75,7 +81,7 @@ def exit_codes() -> Iterator[None]:
         if not (problem := _not_a_bug(error)):
             traceback.print_exc()
             problem = "this is a bug in deploypipe; please report it with the lines above"
-        print(f"error: {problem}", file=sys.stderr)
+        say(f"error: {problem}", file=sys.stderr)
         raise typer.Exit(EXIT_ERROR) from None
 
 
@@ -84,13 +90,15 @@ def _not_a_bug(error: Exception) -> str:
     if found := find_exhaustion(error):
         problem, remedy = found
         return f"{problem}; {remedy}, and run the same command again"
+    if isinstance(error, ImportError) and (problem := find_missing()):
+        return problem
     from deploypipe.user_code import find_fault  # late: brings torch
 
     if fault := find_fault(error):
         return str(fault)
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}; check the path and its rights"
-    return (find_missing() or "") if isinstance(error, ImportError) else ""
+    return ""
 
 
 @contextmanager
@@ -188,15 +196,15 @@ class _PlainStages:
     def __call__(self, event: Event) -> None:
         now = time.monotonic()
         if event.message.startswith("WARNING"):
-            print(event.message, file=sys.stderr, flush=True)
+            say(event.message, file=sys.stderr, flush=True)
         elif event.message == "start":
             self.stage, self.begun, self.shown = event.stage, now, now
         elif event.message == "cached":
-            print(f"{event.stage:<{_WIDTH}} cached", flush=True)
+            say(f"{event.stage:<{_WIDTH}} cached", flush=True)
         elif event.message == "done":
-            print(f"{event.stage:<{_WIDTH}} done in {seconds(now - self.begun)}", flush=True)
+            say(f"{event.stage:<{_WIDTH}} done in {seconds(now - self.begun)}", flush=True)
         elif event.message.startswith("NOTE: "):
-            print(f"{event.stage:<{_WIDTH}} {event.message.removeprefix('NOTE: ')}", flush=True)
+            say(f"{event.stage:<{_WIDTH}} {event.message.removeprefix('NOTE: ')}", flush=True)
         elif event.total and event.done and now - self.shown > _QUIET_SECONDS:
             self.shown = now
             text = f"{event.done} of {event.total}"
@@ -205,7 +213,7 @@ class _PlainStages:
                 text += f", about {seconds(left)} left"
             else:
                 text = f"{event.stage} {text}"
-            print(f"{self.stage:<{_WIDTH}} {text}", flush=True)
+            say(f"{self.stage:<{_WIDTH}} {text}", flush=True)
 
 
 class _LiveStages:
@@ -218,7 +226,7 @@ class _LiveStages:
 
     def __call__(self, event: Event) -> None:
         if event.message.startswith("WARNING"):
-            self.progress.console.print(f"[yellow]{escape(event.message)}[/]")
+            self.progress.console.print(Text(printable(event.message), style="yellow"))
             return
         if event.message == "start":
             self.stage = event.stage
@@ -232,7 +240,7 @@ class _LiveStages:
         if event.message in ("cached", "done"):
             self.progress.update(task, total=1, completed=1, note=event.message)
         elif event.message.startswith("NOTE: "):
-            self.progress.console.print(escape(f"{event.stage}: {event.message.removeprefix('NOTE: ')}"))
+            self.progress.console.print(Text(printable(f"{event.stage}: {event.message.removeprefix('NOTE: ')}")))
         elif event.total and event.stage == self.stage:
             self.progress.update(task, total=event.total, completed=event.done, note=f"{event.done}/{event.total}")
         elif event.total:  # work inside the stage
@@ -254,22 +262,22 @@ def show_result(result: RunResult, folder: Path) -> None:
     if result.precision:
         show_table("Precisions", PRECISION_HEADER, precision_rows(result.precision))
     for note in result.benchmark.notes:
-        print(f"note: {note}")
+        say(f"note: {note}")
     show_decision(result.decision)
-    print(f"ONNX    {folder / 'model.onnx'}")
+    say(f"ONNX    {folder / 'model.onnx'}")
     if result.engine:
-        print(f"engine  {folder / 'model.engine'} ({', '.join(result.engine.key.compute_capabilities)})")
+        say(f"engine  {folder / 'model.engine'} ({', '.join(result.engine.key.compute_capabilities)})")
     if (folder / "report.html").is_file():
-        print(f"report  {folder / 'report.html'}")
+        say(f"report  {folder / 'report.html'}")
     else:
-        print("report  none; pip install 'deploypipe[report]', then `deploypipe report` with this folder")
+        say("report  none; pip install 'deploypipe[report]', then `deploypipe report` with this folder")
     show_next_steps(result)
 
 
 def show_next_steps(result: RunResult) -> None:
     """After HOLD: what to run next."""
     for step in next_steps(result):
-        print(f"next    {step}")
+        say(f"next    {step}")
 
 
 def show_bench(result: "BenchResult") -> None:
@@ -300,7 +308,7 @@ def show_bench(result: "BenchResult") -> None:
             show_table(f"By {name}", heads, sweep_rows(points, others, by_threads=by_threads))
     show_table("The machine meanwhile", ("", "before", "after"), condition_rows(result.conditions))
     for line in (*missing_lines(result), *result.notes, *verdict_lines(result)):
-        print(line)
+        say(line)
 
 
 def show_checks(checks: Sequence[Check], title: str = "Checks") -> None:
@@ -310,24 +318,25 @@ def show_checks(checks: Sequence[Check], title: str = "Checks") -> None:
 def show_decision(decision: GateDecision) -> None:
     show_checks(decision.checks, "Gate")
     colour = "green" if decision.verdict is Verdict.SHIP else "red"
-    Console(soft_wrap=True).print(
-        f"[bold {colour}]{decision.verdict.value}[/]: {escape(decision.reason)}", highlight=False
-    )
+    shown = Text.assemble((decision.verdict.value, f"bold {colour}"), f": {printable(decision.reason)}")
+    Console(soft_wrap=True).print(shown, highlight=False)
 
 
 def show_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     console = Console()
+    header, rows = [*map(printable, header)], [[*map(printable, row)] for row in rows]
     if not console.is_terminal:
         lines = [list(header), *map(list, rows)]
         widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-        print(f"\n{title}")
+        say("")
+        say(title)
         for line in lines:
-            print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-        print()
+            say("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        say("")
         return
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(printable(title)), title_justify="left")
     for name in header:
-        table.add_column(name, overflow="fold")
+        table.add_column(Text(name), overflow="fold")
     for row in rows:
-        table.add_row(*(f"[{COLOURS[c]}]{c}[/]" if c in COLOURS else escape(c) for c in row))
+        table.add_row(*(Text(c, style=COLOURS.get(c, "")) for c in row))
     console.print(table)

@@ -8,7 +8,7 @@ import typer
 
 from deploypipe.cli.app import AllowOption, StorageOption, app
 from deploypipe.cli.named import require_name
-from deploypipe.cli.terminal import exit_codes, shown_stages
+from deploypipe.cli.terminal import exit_codes, say, shown_stages
 from deploypipe.errors import ConfigError, StorageError
 from deploypipe.jsonio import from_plain
 from deploypipe.provider_options import require_harmless_options
@@ -72,7 +72,7 @@ def worker(
                 source=loaded.source,
                 notify=notify,
             )
-        print(f"{run}: all {len(found.trials)} trials are done")
+        say(f"{run}: all {len(found.trials)} trials are done")
 
 
 def _require_same_code(storage: "Storage", job: SharedJob) -> None:
@@ -101,7 +101,7 @@ def _wait_for_job(storage: "Storage", seconds: float) -> dict[str, Any]:
                 f"`deploypipe run ... --storage ... --name {storage.study}`, or give the worker more time with --wait"
             )
         if not is_told:
-            print(f"waiting for the search {storage.study!r} to begin", flush=True)
+            say(f"waiting for the search {storage.study!r} to begin", flush=True)
             is_told = True
         time.sleep(_POLL_S)
     return job

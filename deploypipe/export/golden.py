@@ -1,6 +1,5 @@
 """A few real samples beside the model files, with the files' own answers: what `deploypipe verify` replays."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
+from deploypipe import strict_json
 from deploypipe.errors import DataError, ModelError
 from deploypipe.golden_file import FORMAT, GOLDEN, TENSORS, TOLERANCES, GoldenModel
 from deploypipe.records import FileEntry, Golden, ModelFile
@@ -57,7 +57,7 @@ def write_golden(folder: Path, files: Mapping[str, ModelFile], batches: Sequence
         "models": [asdict(model) for model in models],
         "num_cases": len(cases),
     }
-    write_atomically(folder / GOLDEN, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
+    write_atomically(folder / GOLDEN, (strict_json.dumps(content, indent=2) + "\n").encode())
     return Golden(
         files=(*entries, _entry(folder / GOLDEN)), models=tuple(files), num_samples=sum(map(num_samples, cases))
     )

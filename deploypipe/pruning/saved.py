@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from deploypipe import strict_json
 from deploypipe.errors import ModelError, PlanError
 from deploypipe.exhaustion import raise_if_exhausted
 from deploypipe.jsonio import to_json
@@ -55,13 +56,13 @@ def save_parts(folder: Path, plan: PruningPlan, parts: Sequence[Path]) -> None:
     names = {name: part.name for part in parts for name in WeightFiles(part).names}
     index = {"metadata": {"total_size": sum(part.stat().st_size for part in parts)}, "weight_map": names}
     write_atomically(folder / PLAN, to_json(plan).encode())
-    write_atomically(folder / INDEX, json.dumps(index, indent=2, sort_keys=True).encode())
+    write_atomically(folder / INDEX, strict_json.dumps(index, indent=2).encode())
     _write_hashes(folder, [PLAN, INDEX, *(part.name for part in parts)])
 
 
 def _write_hashes(folder: Path, names: Sequence[str]) -> None:
     hashes = {name: file_sha256(folder / name) for name in names}
-    write_atomically(folder / HASHES, json.dumps(hashes, indent=2, sort_keys=True).encode())
+    write_atomically(folder / HASHES, strict_json.dumps(hashes, indent=2).encode())
 
 
 def own_weights(model: nn.Module) -> dict[str, Tensor]:

@@ -1,6 +1,5 @@
 """The release bundle: all that ships, and all that is asked about it later, in one folder named by its content."""
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from deploypipe import strict_json
 from deploypipe.errors import BundleError
 from deploypipe.jsonio import to_json, to_plain
 from deploypipe.names import name_problem
@@ -138,4 +138,4 @@ def _documents(result: RunResult, model_files: list[FileEntry]) -> dict[str, str
 
 
 def _pretty(plain: Any) -> str:
-    return json.dumps(plain, indent=1, sort_keys=True) + "\n"
+    return strict_json.dumps(plain, indent=1) + "\n"

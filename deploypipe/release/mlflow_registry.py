@@ -4,7 +4,6 @@ What a bundle's run holds is logged first, the version comes after it, and the a
 promotion that breaks off publishes nothing, and the same call again completes it. The only importer of mlflow.
 """
 
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from typing import Any
 
 import onnx
 
+from deploypipe import strict_json
 from deploypipe.addresses import masked, without_secrets
 from deploypipe.errors import BundleError, DeploypipeError, NoVersionError
 from deploypipe.installed import ONNXRUNTIME, find_package
@@ -167,7 +167,7 @@ def _flat(value: Any, key: str) -> Iterator[tuple[str, str]]:
             yield from _flat(inner, f"{key}.{name}" if key else str(name))
     elif value not in (None, "", []):
         plain = "".join(c if c.isalnum() or c in "_-. /" else "_" for c in key)
-        yield plain, value if isinstance(value, str) else json.dumps(value)
+        yield plain, value if isinstance(value, str) else strict_json.dumps(value)
 
 
 def _metrics(result: RunResult) -> dict[str, float]:

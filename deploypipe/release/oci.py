@@ -5,12 +5,12 @@ files back. `skopeo copy oci:FOLDER:TAG docker://REGISTRY/NAME:TAG` pushes it.
 """
 
 import hashlib
-import json
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from deploypipe import strict_json
 from deploypipe.errors import BundleError
 from deploypipe.release.manifest import MANIFEST, SIGNATURE, check_manifest
 from deploypipe.runs import file_sha256
@@ -77,4 +77,4 @@ def _descriptor(sha256: str, size: int, media_type: str) -> dict[str, Any]:
 
 
 def _as_bytes(value: object) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+    return strict_json.dumps(value, separators=(",", ":")).encode()

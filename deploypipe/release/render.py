@@ -2,8 +2,10 @@
 
 from xml.etree import ElementTree
 
+from deploypipe.plain_text import printable
 from deploypipe.records import GateDecision, Status, Verdict
-from deploypipe.release.card import check_table, table
+from deploypipe.release.card import check_table
+from deploypipe.report.markdown import plain, table
 from deploypipe.report.tables import before_after
 from deploypipe.runs import RunResult
 
@@ -13,9 +15,9 @@ def markdown(result: RunResult) -> str:
     mark = "✅" if result.decision.verdict is Verdict.SHIP else "🛑"
     name = f"{result.pipeline} on {result.target.name or result.target.runtime}"
     lines = [
-        f"## {mark} {result.decision.verdict.value}: {name}",
+        f"## {mark} {result.decision.verdict.value}: {plain(name)}",
         "",
-        f"{result.decision.reason}.",
+        f"{plain(result.decision.reason)}.",
         "",
         *check_table(result.decision.checks),
         "",
@@ -40,19 +42,21 @@ def junit(result: RunResult) -> str:
     suite = ElementTree.Element(
         "testsuite",
         {
-            "name": f"deploypipe {result.pipeline} on {result.target.name}",
+            "name": printable(f"deploypipe {result.pipeline} on {result.target.name}"),
             "tests": str(len(decision.checks)),
             **{name: str(count) for name, count in counts.items()},
         },
     )
     for check in decision.checks:
-        case = ElementTree.SubElement(suite, "testcase", name=check.name, classname="deploypipe.gate")
+        case = ElementTree.SubElement(suite, "testcase", name=printable(check.name), classname="deploypipe.gate")
         if check.waiver is not None:
-            ElementTree.SubElement(case, "skipped", message=f"waived by {check.waiver.by}: {check.waiver.reason}")
+            ElementTree.SubElement(
+                case, "skipped", message=printable(f"waived by {check.waiver.by}: {check.waiver.reason}")
+            )
         elif check.status is Status.FAIL:
-            ElementTree.SubElement(case, "failure", message=check.reason)
+            ElementTree.SubElement(case, "failure", message=printable(check.reason))
         elif check.status is Status.UNKNOWN:
-            ElementTree.SubElement(case, "error", message=check.reason)
-        ElementTree.SubElement(case, "system-out").text = check.reason
+            ElementTree.SubElement(case, "error", message=printable(check.reason))
+        ElementTree.SubElement(case, "system-out").text = printable(check.reason)
     ElementTree.indent(suite)
     return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"

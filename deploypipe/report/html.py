@@ -3,8 +3,10 @@
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from deploypipe.errors import DeploypipeError
+from deploypipe.plain_text import printable_lines
 from deploypipe.records import PruneReport, ScoreSummary, SearchResult
 from deploypipe.report.joint_front import Judged, front_sentence, judged_networks
 from deploypipe.report.layers import Stage, stages_of
@@ -34,6 +36,7 @@ from deploypipe.report.tables import (
 )
 from deploypipe.runs import RunResult, write_atomically
 
+REPORT = "report.html"
 _MOST_SLICES = 30  # classes that are shown
 
 
@@ -109,10 +112,21 @@ def _render(template: str, figures: Callable[[], dict[str, str]], **values: Any)
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
+        finalize=_shown,
     )
-    environment.filters.update(count=count, seconds=seconds)
+    environment.filters.update(count=count, seconds=seconds, report_of=_report_of)
     page = environment.get_template(template)
     return page.render(figures=figures(), plotly_js=plotly.offline.get_plotlyjs(), **values)
+
+
+def _shown(value: Any) -> Any:
+    """What a template inserts: hidden characters as escapes, unless it is HTML of our own (`|safe`)."""
+    return printable_lines(value) if type(value) is str else value
+
+
+def _report_of(target: str) -> str:
+    """The address of a target's report: always below the page, whatever the target is called."""
+    return f"./{quote(target, safe='')}/{REPORT}"
 
 
 def _write(path: Path, page: str) -> None:

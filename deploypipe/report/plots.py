@@ -1,11 +1,13 @@
 """The report's figures, as HTML fragments that share one copy of plotly.js."""
 
 import hashlib
+from html import escape
 from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 
+from deploypipe.plain_text import printable
 from deploypipe.records import (
     BenchmarkReport,
     Interval,
@@ -31,7 +33,8 @@ def kept_information(summary: ScoreSummary) -> str:
             mode="lines",
             name=group.name,
             line={"width": 1.5, "color": f"hsl({220 - 220 * number / last:.0f}, 75%, 45%)"},  # blue: near the input
-            hovertemplate=f"{group.name}<br>%{{x:.0f}} % of {group.num_units} units<br>%{{y:.1f}} %<extra></extra>",
+            hovertemplate=f"%{{fullData.name}}<br>%{{x:.0f}} % of {group.num_units} units<br>%{{y:.1f}} %"
+            "<extra></extra>",
         )
     figure.update_layout(xaxis_title="units kept, %", yaxis_title="information kept, %", showlegend=last < 12)
     return as_html(figure)
@@ -171,5 +174,28 @@ def as_html(figure: Any, height: int = 380, top: int = 30) -> str:
     figure.update_yaxes(automargin=True)
     figure.update_xaxes(automargin=True)
     name = hashlib.sha256(figure.to_json().encode()).hexdigest()[:16]  # the same figure, the same bytes
+    _show_names_as_text(figure)
     text: str = figure.to_html(full_html=False, include_plotlyjs=False, config=CONFIG, div_id=f"figure-{name}")
     return text
+
+
+def _show_names_as_text(figure: Any) -> None:
+    """plotly reads HTML in names and labels: of it only our own line breaks stay."""
+    for trace in figure.data:
+        for field in ("name", "text", "x", "y", "customdata"):
+            value = getattr(trace, field, None)
+            if isinstance(value, str):
+                trace[field] = _as_text(value)
+            elif value is not None and any(isinstance(item, str) for item in value):
+                trace[field] = [_as_text(item) if isinstance(item, str) else item for item in value]
+    for shape in figure.layout.shapes:  # at a label's place
+        for field in ("x0", "x1", "y0", "y1"):
+            if isinstance(shape[field], str):
+                shape[field] = _as_text(shape[field])
+    for axis in figure.select_yaxes():
+        if axis.ticktext is not None:
+            axis.ticktext = [_as_text(str(item)) for item in axis.ticktext]
+
+
+def _as_text(label: str) -> str:
+    return "<br>".join(escape(printable(part), quote=False) for part in label.split("<br>"))

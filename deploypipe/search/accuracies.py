@@ -1,11 +1,11 @@
 """What candidates came to on val, kept beside the stages: a search for another target need not repair them again."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from deploypipe import strict_json
 from deploypipe.records import PruningPlan
 from deploypipe.runs import write_atomically
 from deploypipe.seal import seal, unseal
@@ -23,7 +23,7 @@ class Accuracies:
         """The results of the samples that were judged, in the order of val's parts; none where nothing is known, or
         where the file is damaged or another network's."""
         try:
-            stored = json.loads(unseal(self._file(plan).read_bytes()))
+            stored = strict_json.loads_any_float(unseal(self._file(plan).read_bytes()))
             return unpack(stored["results"]) if stored["network"] == network_key(plan) else np.empty(0)
         except (OSError, ValueError, KeyError, TypeError):
             return np.empty(0)
@@ -33,7 +33,7 @@ class Accuracies:
         if len(results) > len(self.of(plan)):
             self.folder.mkdir(exist_ok=True)
             content = {"network": network_key(plan), "results": pack(results)}
-            write_atomically(self._file(plan), seal(json.dumps(content)))
+            write_atomically(self._file(plan), seal(strict_json.dumps(content)))
 
     def _file(self, plan: PruningPlan) -> Path:
         return self.folder / f"{network_key(plan)}.json"
