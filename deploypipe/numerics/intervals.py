@@ -156,6 +156,20 @@ def interval_of_drop_pp(dense: Samples, compressed: Samples, *, confidence: floa
     )
 
 
+def seems_worse(results: NDArray[np.float64], reference: NDArray[np.float64]) -> bool:
+    """Whether a choice should rather fall on the reference, both (n,) on the same samples: the deficit's 95 % interval
+    lies above zero.
+
+    Zeros and ones: Tango's interval. Anything else: Student's t, which sees more than the bounds that a release needs
+    and errs more often where tails are heavy. An error costs a better network, and ships no worse one. O(n).
+    """
+    if len(results) < 2 or (_is_binary(results) and _is_binary(reference)):
+        return len(results) < 2 or interval_of_drop_pp(reference, results).low > 0
+    deficit = reference - results
+    least = _t(len(deficit) - 1, 0.95) * float(deficit.std(ddof=1)) / math.sqrt(len(deficit))
+    return float(deficit.mean()) > least
+
+
 def _tango_upper(n: int, b: int, c: int, z: float) -> float:
     """The largest difference of proportions that a two-sided score test at `z` does not reject; (b - c) / n is seen."""
     seen = (b - c) / n

@@ -20,7 +20,7 @@ from deploypipe.answers import with_divergence
 from deploypipe.data import fingerprint_of
 from deploypipe.errors import DataError, ModelError
 from deploypipe.memory_order import Arrange, SafeConvolutions, as_given, find_order_
-from deploypipe.numerics.intervals import interval_of_drop_pp
+from deploypipe.numerics.intervals import seems_worse
 from deploypipe.recipe import Finetune
 from deploypipe.records import EpochLog, Event, Progress, TrainLog, silent
 from deploypipe.task import (
@@ -325,6 +325,15 @@ def _draw_share(inputs: Any, largest: float) -> float:
     return largest * float(torch.rand(()))
 
 
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Shuffling and dropout inside depend on the seed alone; the caller's generator is given back."""
+    gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=gpus):
+        torch.manual_seed(seed)
+        yield
+
+
 def _own_dropout(ranks: Ranks, step: int) -> AbstractContextManager[None]:
     """What a network draws inside is its rank's own: order and mixing depend neither on the rank nor on the network."""
     return _seeded(torch.initial_seed() + 1 + step * ranks.count + ranks.rank)
@@ -367,7 +376,7 @@ def _is_worse(results: NDArray[np.float64], top: NDArray[np.float64]) -> bool:
         return True
     if _mean_or_least(results) >= _mean_or_least(top):
         return False
-    return len(results) < 2 or interval_of_drop_pp(top, results).low > 0
+    return seems_worse(results, top)
 
 
 def _mean_or_least(results: NDArray[np.float64]) -> float:
@@ -479,15 +488,6 @@ def _least_samples(model: nn.Module, inputs: Any) -> int:
 def _tell_epoch(batches: Any, epoch: int) -> None:
     """Loaders with `set_epoch` (ours, DistributedSampler's) draw an order that depends on the epoch alone."""
     batches.set_epoch(epoch)
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Shuffling and dropout inside depend on the seed alone; the caller's generator is given back."""
-    gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=gpus):
-        torch.manual_seed(seed)
-        yield
 
 
 def _compiled(model: nn.Module) -> nn.Module:

@@ -17,6 +17,7 @@ from deploypipe.numerics.intervals import (
     interval_of_mean,
     interval_of_median_ratio,
     interval_of_quantile,
+    seems_worse,
 )
 from deploypipe.records import Interval
 
@@ -164,6 +165,16 @@ def test_a_loss_of_exactly_the_limit_hardly_ever_ships(shape: str, is_fraction: 
 
 def test_rare_total_losses_are_what_t_would_ship() -> None:
     assert rates("1 % lose 100", 50, 100, is_fraction=True).shipped_by_t > 0.4  # so the test above can fail
+
+
+def test_a_choice_sees_what_a_release_cannot_exclude() -> None:
+    random = np.random.default_rng(3)
+    top = random.normal(20, 5, size=200)
+    worse = top - random.normal(0.2, 0.5, size=200)
+    assert seems_worse(worse, top) and not seems_worse(top, worse) and not seems_worse(top, top)
+    assert interval_of_drop_pp(top, worse).low < 0 < interval_of_drop_pp(top, worse).high
+    hits, fewer = np.ones(200), np.r_[np.ones(190), np.zeros(10)]
+    assert seems_worse(fewer, hits) and not seems_worse(hits, fewer)
 
 
 @pytest.mark.parametrize("level", [0.5, 7.0, -3.0])
