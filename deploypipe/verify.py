@@ -23,6 +23,7 @@ from deploypipe.golden_file import GOLDEN, TENSORS, GoldenModel, read_golden, sh
 from deploypipe.limited_process import ProcessLimits, run_limited
 from deploypipe.names import name_problem
 from deploypipe.onnx_check import check_onnx_file
+from deploypipe.plain_text import printable
 from deploypipe.records import FileEntry, Parity
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
@@ -194,12 +195,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         verification = verify(asked.folder, ProcessLimits(seconds=asked.time_limit, memory_mib=asked.memory_limit))
     except DeploypipeError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {printable(str(error))}\n")
         return EXIT_UNUSABLE
     rows = [HEADER, *cells(verification)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    sys.stdout.write("\n".join([*lines, *(f"note: {note}" for note in verification.notes), ""]))
+    sys.stdout.write("\n".join([*lines, *(f"note: {printable(note)}" for note in verification.notes), ""]))
     return EXIT_SAME if verification.is_same else EXIT_DIFFERENT
 
 

@@ -26,6 +26,9 @@ GUARDS = {
     "A registry": (
         "release/test_object_registry.py::test_what_was_changed_in_the_store_is_refused",
         "release/test_hostile_registry.py::test_odd_objects_of_a_store",
+        "release/test_hostile_registry.py::test_an_odd_file_of_aliases_is_an_error",
+        "release/test_hostile_registry.py::test_a_bundle_of_another_name_is_refused",
+        "release/test_hostile_registry.py::test_a_stores_bundle_of_another_name_is_refused",
         "release/test_bundle.py::test_commands",
     ),
     "An ONNX file": (
@@ -55,6 +58,21 @@ GUARDS = {
         "test_hostile_settings.py::test_a_target_file_that_makes_no_sense_is_one_line",
         "test_hostile_settings.py::test_any_text_of_any_setting",
         "release/test_again.py::test_waivers_that_say_too_little_are_refused",
+        "test_hostile_settings.py::test_any_value_of_any_field",
+        "test_hostile_settings.py::test_any_bytes_as_a_file",
+    ),
+    "`provider_options`": (
+        "test_provider_options.py::test_an_option_that_may_load_a_library_is_refused",
+        "test_provider_options.py::test_a_person_allows_them_on_the_command_line",
+    ),
+    "The database of a shared search": (
+        "test_worker_code.py::test_other_code_is_not_executed",
+        "test_worker_code.py::test_a_job_of_another_run_is_not_executed",
+        "test_worker_code.py::test_source_is_read_without_importing",
+    ),
+    "The cache": (
+        "search/test_measuring.py::test_no_flipped_bit_or_lost_byte_gives_another_latency",
+        "release/test_hostile_registry.py::test_a_damaged_bundle_in_the_cache_is_downloaded_again",
     ),
     "Names of targets": (
         "test_names.py::test_odd_names_are_refused_by_what_is_odd",
@@ -67,6 +85,16 @@ GUARDS = {
     "No code from a bundle": (
         "test_hostile_programs.py::test_a_program_in_a_run_or_a_bundle_is_bytes_to_all_commands",
         "test_provider_options.py::test_an_option_that_may_load_a_library_is_refused",
+    ),
+    "Names, reasons and other texts": (
+        "test_hostile_names.py::test_markdown",
+        "test_hostile_names.py::test_no_text_is_markup_in_markdown",
+        "test_hostile_names.py::test_junit_is_xml_that_any_parser_reads",
+        "test_hostile_names.py::test_html_shows_text",
+        "test_hostile_names.py::test_the_terminal_is_not_steered",
+        "test_hostile_names.py::test_the_overviews_links_stay_in_its_folder",
+        "test_hostile_names.py::test_json_has_no_bare_nan_and_gives_it_back",
+        "test_hostile_names.py::test_json_is_read_strictly",
     ),
     "Nothing is sent anywhere": (
         "test_security_page.py::test_no_connection_is_opened",

@@ -67,9 +67,7 @@ def test_other_code_is_not_executed(file: str, job: Callable[..., Any]) -> None:
         ({"more": 1}, "more: unknown key"),
     ],
 )
-def test_a_job_that_is_not_the_runs_is_not_executed(
-    changes: dict[str, Any], said: str, job: Callable[..., Any]
-) -> None:
+def test_a_job_of_another_run_is_not_executed(changes: dict[str, Any], said: str, job: Callable[..., Any]) -> None:
     done = job(**changes)
     assert done.exit_code == 2 and said in done.stderr, done.output
     assert not Path("executed").exists() and done.stderr.count("\n") == 1

@@ -158,6 +158,15 @@ def test_a_stores_uploads_that_broke_off_are_removed_once_they_are_old(
     assert not (tmp_path / "bundles" / ".download.killed").exists()
 
 
+def test_a_damaged_bundle_in_the_cache_is_downloaded_again(
+    bundle: Path, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DEPLOYPIPE_CACHE", str(tmp_path))
+    model = resolve(f"{store}/{NAME}@production") / "model.onnx"
+    model.write_bytes(b"damaged")
+    assert (resolve(f"{store}/{NAME}@production") / "model.onnx").read_bytes() == (bundle / "model.onnx").read_bytes()
+
+
 def test_a_stores_bundle_of_another_name_is_refused(
     store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
