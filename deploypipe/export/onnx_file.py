@@ -24,6 +24,7 @@ from deploypipe.export.divergence import Point, find_divergence, module_outputs
 from deploypipe.export.metadata import describe, forget_shapes, name_nodes, strip
 from deploypipe.export.parity import limit_of, measure_parity, require_parity
 from deploypipe.export.precision import folded
+from deploypipe.export.remembered import forget_sizes_
 from deploypipe.export.rewrites import protect_padding
 from deploypipe.export.sizes import extremes_of, other_sizes, tested_sizes
 from deploypipe.export.template import write_template
@@ -82,6 +83,7 @@ def export_onnx(
     output_names, expected = run_eager(network, inputs)
     names = input_names(network, inputs[0])
     axes = choose_axes(names, [*inputs, *others], settings)
+    forget_sizes_(network, [*(repeat_samples(network, take(inputs[0], 1), count) for count in (2, 3)), *others])
     with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
         part = Path(scratch) / path.name
         is_single = _num_bytes(network) <= settings.single_file_mib * 2**20

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from deploypipe import strict_json
 from deploypipe.errors import ModelError, PlanError
 from deploypipe.exhaustion import raise_if_exhausted
+from deploypipe.export.remembered import forget_sizes_
 from deploypipe.jsonio import to_json
 from deploypipe.pruning.apply import check_fingerprint, cut_out
 from deploypipe.pruning.structures import pair_of
 from deploypipe.records import PruningPlan
 from deploypipe.runs import PLAN, file_sha256, load_plan, write_atomically
 from deploypipe.runtimes.program_file import load_program
-from deploypipe.task import as_arguments, has_batch_axis, num_samples
+from deploypipe.task import as_arguments, has_batch_axis, num_samples, repeat_samples, take
 from deploypipe.trees import map_leaves, map_tensors
 from deploypipe.weights import INDEX_SUFFIX, WeightFiles, without_weights
 from deploypipe.wrappers import unwrapped
@@ -111,9 +112,11 @@ def _program(model: nn.Module, inputs: Any) -> bytes:
     args, kwargs = as_arguments(zeros)
     size = num_samples(zeros)
     axes = map_leaves(lambda leaf: {0: batch} if has_batch_axis(leaf, size) else None, kwargs or args)
+    network = deepcopy(model).eval()
+    forget_sizes_(network, [repeat_samples(network, take(zeros, 1), count) for count in (2, 3)])
     try:
         program = torch.export.export(
-            deepcopy(model).eval(),
+            network,
             args=args,
             kwargs=kwargs,
             dynamic_shapes=axes,
