@@ -17,6 +17,8 @@ from deploypipe.checks import CheckReport
 from deploypipe.data import TensorBatches
 from deploypipe.errors import DataError, DeploypipeError, ModelError, PipelineError
 from deploypipe.recipe import Finetune
+from deploypipe.runs import open_run
+from deploypipe.stages.job import Job
 from deploypipe.task import Splits, Task, classification, forward, stack_batches
 from deploypipe.user_code import blaming, find_fault, guard_splits
 
@@ -231,3 +233,14 @@ def test_what_forward_raises_names_the_users_line_and_ours_stays_ours(tmp_path: 
 
 def bad_collate(items: Any) -> Any:
     raise TypeError("two shapes")
+
+
+def test_a_rerun_in_the_same_folder_says_which_split_changed(tmp_path: Path) -> None:
+    told: list[str] = []
+    for data in (splits(), splits(), splits(val=TensorBatches(X + 1, Y, 16))):
+        with open_run(tmp_path / "run", lambda event: told.append(event.message), None) as run:
+            Job(network(), data, classification(), tiny.recipe(), tiny.target(), run, "")
+    notes = [text for text in told if "changed since the last run" in text]
+    assert notes == [
+        "NOTE: the data of val changed since the last run in this folder: what depends on it is computed again"
+    ]
