@@ -19,6 +19,7 @@ from deploypipe.names import name_problem
 from deploypipe.observe.moments import Moments, merge
 from deploypipe.observe.stream import observe_halves
 from deploypipe.pruning.attention import with_slim_attention
+from deploypipe.pruning.computed_weights import describe_hooks
 from deploypipe.pruning.structures import list_structures
 from deploypipe.recipe import Recipe
 from deploypipe.records import (
@@ -115,6 +116,8 @@ def compress(
     place = storage.place if storage else None
     with open_run(Path(out), notify, Path(shared) if shared else None, place=place) as run:
         run.remeasure = remeasure
+        if computed := describe_hooks(model):
+            run.notify(Event(stage="check", message=f"weights that hooks compute are plain from here on: {computed}"))
         start_afresh(run.path, (MODEL, GOLDEN, TENSORS, ENGINE, f"{ENGINE}.json", f"{ENGINE}.log", REPORT))
         job = Job(with_slim_attention(model), splits, task, recipe, target, run, source, storage, ranks)
         if storage:

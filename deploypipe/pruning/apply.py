@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from deploypipe.errors import PlanError
+from deploypipe.pruning.computed_weights import with_plain_weights
 from deploypipe.pruning.config import fit_configs, write_configs_
 from deploypipe.pruning.slicing import cut_, forget_caches_, mask_, replace_by_identity_
 from deploypipe.pruning.structures import count_macs, model_fingerprint, structure_fingerprint
@@ -18,14 +19,14 @@ def apply_plan(dense: nn.Module, plan: PruningPlan) -> nn.Module:
 
     A config that the network is built from (`transformers`) is brought up to date where one describes what is left.
     """
-    dense = unwrapped(dense)
+    dense = with_plain_weights(unwrapped(dense))
     check_fingerprint(dense, plan)
     return cut_out(dense, plan)
 
 
 def masked_dense(dense: nn.Module, plan: PruningPlan) -> nn.Module:
     """The reference: a dense copy that ignores what `plan` removes, and so computes what the pruned network must."""
-    dense = unwrapped(dense)
+    dense = with_plain_weights(unwrapped(dense))
     check_fingerprint(dense, plan)
     model = deepcopy(dense)
     forget_caches_(model)
@@ -62,7 +63,7 @@ def check_fingerprint(dense: nn.Module, plan: PruningPlan, structure_only: bool 
 
 def describe(dense: nn.Module, pruned: nn.Module, plan: PruningPlan, inputs: Any) -> PruneReport:
     """Asked against realised for every structure of the plan, and both networks' costs."""
-    dense, pruned = unwrapped(dense), unwrapped(pruned)
+    dense, pruned = with_plain_weights(unwrapped(dense)), unwrapped(pruned)
     rows = [
         PruneRow(
             name=cut.group,

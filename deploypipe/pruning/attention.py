@@ -1,6 +1,5 @@
 """Multi-head attention whose heads are narrower, all together, than its input: what is left when heads are removed."""
 
-from copy import deepcopy
 from typing import Any
 
 import torch
@@ -8,15 +7,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deploypipe.errors import PlanError
+from deploypipe.pruning.computed_weights import plain_copy
 
 
 def with_slim_attention(model: nn.Module) -> nn.Module:
     """A copy that computes the same, in which every part of an attention is a layer that can be observed and repaired.
 
     `nn.MultiheadAttention` reads the weights of its output projection without calling it. Names and values of all
-    parameters stay, and so does the fingerprint. Attention with bias_k or add_zero_attn is left as it is.
+    parameters stay, and so does the fingerprint, but for weights that hooks compute, which become plain. Attention with
+    bias_k or add_zero_attn is left as it is.
     """
-    copy = deepcopy(model)
+    copy = plain_copy(model)
     for module in list(copy.modules()):
         for name, child in module.named_children():
             if type(child) is nn.MultiheadAttention and child.bias_k is None and not child.add_zero_attn:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from deploypipe.exhaustion import raise_if_exhausted
 from deploypipe.pruning.attributes import mark_sizes_
 from deploypipe.pruning.calls import evaluating, output_tensors
+from deploypipe.pruning.computed_weights import make_plain_
 from deploypipe.pruning.indices import Atoms, Grid, Indices
 from deploypipe.pruning.propagation import Propagation
 from deploypipe.pruning.slicing import (
@@ -23,7 +24,6 @@ from deploypipe.pruning.slicing import (
     is_depthwise,
     is_stored,
     out_tensor,
-    with_plain_weights_,
 )
 from deploypipe.pruning.statistics import is_statistic
 from deploypipe.records import Frozen, GroupKind, Member, Side
@@ -88,7 +88,7 @@ def freeze(coupling: Coupling, reason: str, producers: Collection[str]) -> list[
 def _propagate(model: nn.Module, batches: Sequence[Any], as_wide: Collection[str]) -> Propagation:
     copy = deepcopy(model)
     forget_caches_(copy)
-    with_plain_weights_(copy, [name for name, _ in copy.named_modules()])
+    make_plain_(copy.modules())
     mark_sizes_(copy)
     with torch.inference_mode():
         trace = Propagation(copy, batches, as_wide)

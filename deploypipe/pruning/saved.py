@@ -19,6 +19,7 @@ from deploypipe.exhaustion import raise_if_exhausted
 from deploypipe.export.remembered import forget_sizes_
 from deploypipe.jsonio import to_json
 from deploypipe.pruning.apply import check_fingerprint, cut_out
+from deploypipe.pruning.computed_weights import with_plain_weights
 from deploypipe.pruning.structures import pair_of
 from deploypipe.records import PruningPlan
 from deploypipe.runs import PLAN, file_sha256, load_plan, write_atomically
@@ -90,7 +91,7 @@ def load_pruned(
         return program
     plan = load_plan(folder / PLAN)
     with without_weights() if is_in_parts else nullcontext():
-        dense = unwrapped(build_model())
+        dense = with_plain_weights(unwrapped(build_model()))
     check_fingerprint(dense, plan, structure_only=True)
     model = cut_out(dense, plan)
     if is_in_parts:

@@ -17,6 +17,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from deploypipe.errors import PlanError
 from deploypipe.pruning.attention import SlimAttention
 from deploypipe.pruning.attributes import is_plain
+from deploypipe.pruning.computed_weights import make_plain_
 from deploypipe.pruning.statistics import is_statistic, narrow_
 from deploypipe.records import Edit, Names, Side
 
@@ -103,7 +104,7 @@ def cut_(model: nn.Module, edits: Iterable[Edit]) -> None:
     features, groups, num_heads, ...) say what is left.
     """
     by_module = {name: sides for name, sides in edits_by_module(edits).items() if any(sides.values())}
-    with_plain_weights_(model, by_module)
+    make_plain_(_find(model, name) for name in by_module)
     for name in by_module:
         if type(_find(model, name)) is nn.MultiheadAttention:
             _replace_(model, name, SlimAttention.of(model.get_submodule(name)))  # type: ignore[arg-type]
@@ -128,7 +129,7 @@ def sizes_after(model: nn.Module, edits: Iterable[Edit]) -> tuple[int, dict[str,
     computed = {edit.module for edit in edits if is_parametrized(_find(model, edit.module))}
     if computed:  # cutting makes plain weights of them
         model = deepcopy(model)
-        with_plain_weights_(model, computed)
+        make_plain_(_find(model, name) for name in computed)
     names = {id(p): name for name, p in model.named_parameters()}
     left = {id(p): float(p.numel()) for p in model.parameters()}
     axes: dict[tuple[int, int], int] = {}
@@ -150,7 +151,7 @@ def mask_(model: nn.Module, edits: Iterable[Edit]) -> None:
     A norm, or an operation that takes a statistic over channels, then looks at those that stay.
     """
     by_module = edits_by_module(edits)
-    with_plain_weights_(model, by_module)
+    make_plain_(_find(model, name) for name in by_module)
     for name, sides in by_module.items():
         module = _find(model, name)
         if looks_across(module):
@@ -170,19 +171,6 @@ def forget_caches_(model: nn.Module) -> None:
     model.train()
     for module, flag in flags:
         module.training = flag
-
-
-def with_plain_weights_(model: nn.Module, names: Iterable[str]) -> None:
-    """Put the values of computed weights (a parametrization such as weight norm) in the place of the computation."""
-    for module in [_find(model, name) for name in names]:
-        if not is_parametrized(module):
-            continue
-        values = {tensor: getattr(module, tensor).detach() for tensor in module.parametrizations}  # type: ignore
-        # Not torch's remove_parametrizations(): it changes the module's class, which copies of the module share.
-        module.__class__ = type(module).__bases__[0]
-        del module.parametrizations
-        for tensor, value in values.items():
-            module.register_parameter(tensor, nn.Parameter(value))
 
 
 class Bypass(nn.Identity):

@@ -15,6 +15,7 @@ from deploypipe.errors import ModelError
 from deploypipe.exhaustion import raise_if_exhausted
 from deploypipe.pruning.blocks import find_blocks
 from deploypipe.pruning.calls import evaluating, one_thread_if_small, output_tensors, record_calls
+from deploypipe.pruning.computed_weights import with_plain_weights
 from deploypipe.pruning.constraints import matching, resolve, tie
 from deploypipe.pruning.coupling import Coupling, freeze, trace_groups
 from deploypipe.pruning.macs import Macs, count_operations
@@ -68,7 +69,7 @@ def find_structures(
     other_inputs: Sequence[Any] = (),
 ) -> Structures:
     """`list_structures`, also where nothing can be removed."""
-    model = unwrapped(model)
+    model = with_plain_weights(unwrapped(model))
     constraints = constraints or Constraints()
     require_trainable(model)
     for pattern in keep:
@@ -160,7 +161,7 @@ def require_trainable(model: nn.Module) -> None:
 
 def count_macs(model: nn.Module, inputs: Any) -> tuple[int, int]:
     """(parameters, multiply-accumulates for one sample); changes nothing in it. What counts: `pruning.macs`."""
-    model = unwrapped(model)
+    model = with_plain_weights(unwrapped(model))
     with one_thread_if_small(0):  # one sample is small work for any network
         macs = count_operations(model, inputs)
     return sum(p.numel() for p in model.parameters()), macs.total
