@@ -85,7 +85,7 @@ class Frozen:
     """A structure that cannot be removed, and why."""
 
     name: str
-    kind: GroupKind | Literal["block"]
+    kind: GroupKind | Literal["block", "weights"]  # "weights": those of a module with no outputs of its own (a norm)
     reason: str
 
 

@@ -80,7 +80,7 @@ def _fold_(module: nn.Module, kind: str, name: str) -> None:
     source = getattr(module, f"{name}_v" if kind == "weight_norm" else f"{name}_orig")
     with torch.no_grad():
         remove(module, name)
-    loading = module._load_state_dict_pre_hooks
+    loading: Any = module._load_state_dict_pre_hooks
     for key in [k for k, hook in loading.items() if isinstance(hook.hook, SpectralNormLoadStateDictPreHook)]:
         del loading[key]  # PyTorch 2.13 leaves it, and it would ask a file for what is gone
     getattr(module, name).requires_grad_(source.requires_grad)

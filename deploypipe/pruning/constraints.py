@@ -61,7 +61,7 @@ def resolve(
     Raises ConfigError where a pattern matches nothing, or where no choice can hold to what is asked.
     """
     by_name = {group.name: group for group in groups}
-    staying = {row.name for row in frozen if row.kind != "block"}
+    staying = {row.name for row in frozen if row.kind not in ("block", "weights")}
     least: dict[str, int] = {}
     for pattern, value in constraints.least.items():
         for name in matching(_LEAST, pattern, [*homes, *staying], "channel group"):
@@ -106,7 +106,7 @@ def require_constraints(structures: Structures, widths: Mapping[str, int], block
 
 def _removable(key: str, pattern: str, names: Collection[str], frozen: Iterable[Frozen]) -> list[str]:
     """The names that match; ConfigError where something that stays matches too, and so would hold the others."""
-    stays = {row.name: row.reason for row in frozen if row.kind != "block"}
+    stays = {row.name: row.reason for row in frozen if row.kind not in ("block", "weights")}
     found = matching(key, pattern, [*names, *stays], "channel group")
     for name in found:
         if name not in names:

@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -58,31 +58,50 @@ def trace_groups(
     except Exception as error:  # a forward() that cannot run in inference mode may raise anything
         raise_if_exhausted(error)
         reason = f"could not be traced: {type(error).__name__}: {error}"
-        layers = [name for name in order if has_two_sides(model.get_submodule(name))]
-        return (), (), tuple(Frozen(name=name, kind="channels", reason=reason) for name in layers)
+        modules = with_weights(dict(model.named_modules()))
+        return (), (), tuple(_row(name, module, reason) for name, module in modules.items())
     classes = _Classes(trace)
     places = _places(trace, classes)
     first = _Finder(classes, places, trace.modules, order, take_last=False)
     last = _Finder(classes, places, trace.modules, order, take_last=True)
     couplings, others = first.couplings(), last.couplings()
     known = {c.members for c in couplings}
-    covered = {(m.module, i) for c in couplings for m in c.members if m.side == "out" for unit in m.units for i in unit}
+    losing = {name for c in couplings for name in losers(c, trace.modules)}
     frozen = [
-        Frozen(name=name, kind="channels", reason=first.why_not(name))
-        for name in sorted(trace.modules, key=lambda n: order.get(n, len(order)))
-        if name in order
-        and has_two_sides(trace.modules[name])
-        and not any((name, i) in covered for i in range(_num_outputs(trace.modules[name])))
+        _row(name, module, first.why_not(name))
+        for name, module in with_weights(trace.modules).items()
+        if name not in losing
     ]
     return couplings, tuple(c for c in others if c.members not in known), tuple(frozen)
 
 
-def freeze(coupling: Coupling, reason: str, producers: Collection[str]) -> list[Frozen]:
-    """A row for every producer of a coupling that must stay."""
-    names = dict.fromkeys(m.module for m in coupling.members if m.side == "out" and m.module in producers)
+def with_weights(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Modules with parameters of their own, and layers whose weights are computed."""
+    return {
+        name: module
+        for name, module in modules.items()
+        if has_two_sides(module) or next(module.parameters(recurse=False), None) is not None
+    }
+
+
+def losers(coupling: Coupling, modules: Mapping[str, nn.Module]) -> list[str]:
+    """Modules with weights that lose some: of layers with two sides those that lose outputs."""
+    stored = [m for m in coupling.members if is_stored(m.side)]
+    return list(dict.fromkeys(m.module for m in stored if m.side == "out" or not has_two_sides(modules[m.module])))
+
+
+def freeze(coupling: Coupling, reason: str, modules: Mapping[str, nn.Module]) -> list[Frozen]:
+    """A row for every module that would lose weights by a coupling that must stay."""
     because = f"shares its channels with {coupling.name!r}, which stays"
-    rows = [Frozen(name=name, kind="channels", reason=because) for name in names if name != coupling.name]
+    names = [name for name in losers(coupling, modules) if name != coupling.name]
+    rows = [_row(name, modules[name], because) for name in names]
     return [Frozen(name=coupling.name, kind=coupling.kind, reason=reason), *rows]
+
+
+def _row(name: str, module: nn.Module, reason: str) -> Frozen:
+    """The network itself goes by its class."""
+    kind: Literal["channels", "weights"] = "channels" if has_two_sides(module) else "weights"
+    return Frozen(name=name or type(module).__name__, kind=kind, reason=reason)
 
 
 def _propagate(model: nn.Module, batches: Sequence[Any], as_wide: Collection[str]) -> Propagation:
@@ -135,10 +154,6 @@ def _keep_unread(trace: Propagation) -> None:
 
 def _own_tensors(module: nn.Module) -> list[Tensor]:
     return [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
-
-
-def _num_outputs(module: Any) -> int:
-    return int(module.out_features if isinstance(module, nn.Linear) else module.out_channels)
 
 
 class _Classes:
@@ -386,14 +401,18 @@ class _Finder:
         name = f"{module or producer}:{kind}" if kind != "channels" else producer
         return Coupling(name=name, kind=kind, num_units=len(units), members=members)
 
-    def why_not(self, producer: str) -> str:
-        """Why no unit of this producer can go."""
-        found = self.places.get((producer, "out"), [])
+    def why_not(self, name: str) -> str:
+        """Why a module with weights loses nothing."""
+        module = self.modules[name]
+        is_mine = (lambda side: side == "out") if has_two_sides(module) else is_stored
+        found = [c for (owner, side), axis in self.places.items() if owner == name and is_mine(side) for c in axis]
         reasons = [self.unit_of[c].why_not for c in found if c in self.unit_of and self.unit_of[c].why_not]
         if reasons:
             return reasons[0]
+        if has_two_sides(module) and "weight" not in module._parameters:
+            return "its weight is computed by code of its own (a hook?); make the result an nn.Parameter named 'weight'"
         if not found:
-            return "it has a single channel"
+            return "it has a single channel" if has_two_sides(module) else "its weights have a single element each"
         unit = self.unit_of.get(found[0])
         is_read = unit is not None and any(self._is_reader(place) for c in unit.classes for place, _ in self.where[c])
         return "all its channels are coupled with each other" if is_read else "nothing reads its channels"

@@ -17,7 +17,7 @@ from deploypipe.pruning.blocks import find_blocks
 from deploypipe.pruning.calls import evaluating, one_thread_if_small, output_tensors, record_calls
 from deploypipe.pruning.computed_weights import with_plain_weights
 from deploypipe.pruning.constraints import matching, resolve, tie
-from deploypipe.pruning.coupling import Coupling, freeze, trace_groups
+from deploypipe.pruning.coupling import Coupling, freeze, losers, trace_groups
 from deploypipe.pruning.macs import Macs, count_operations
 from deploypipe.pruning.slicing import (
     cut_,
@@ -55,7 +55,8 @@ def list_structures(
     """
     found = find_structures(model, inputs, keep, constraints, other_inputs=other_inputs)
     if not found.groups and not found.blocks:
-        why = "; ".join(f"{row.kind} {row.name!r}: {row.reason}" for row in found.frozen) or "it calls no layers"
+        rows = [row for row in found.frozen if row.kind != "weights"] or found.frozen
+        why = "; ".join(f"{row.kind} {row.name!r}: {row.reason}" for row in rows) or "it calls no layers"
         raise ModelError(f"nothing in this network can be removed ({why}); change the network or loosen recipe.keep")
     return found
 
@@ -92,11 +93,11 @@ def find_structures(
     chosen = sorted(
         found.chosen, key=lambda c: min(place.get(m.module, len(place)) for m in c.members if is_stored(m.side))
     )
-    settled = {m.module for c in chosen for m in c.members if m.side == "out"}
-    producers = {name for name, module in model.named_modules() if has_two_sides(module)}
+    modules = dict(model.named_modules())
+    settled = {name or type(model).__name__ for c in chosen for name in losers(c, modules)}
     # Where heads can go, it does not matter that dimensions inside of them cannot, and the other way round.
     failed = [c for c in found.failed if not _overlaps(c, chosen)]
-    rows = [row for c in failed for row in freeze(c, found.failed[c], producers)]
+    rows = [row for c in failed for row in freeze(c, found.failed[c], modules)]
     rows = [row for row in (*found.frozen, *rows) if row.name not in settled]
     for block in blocks:
         block_reasons[block.name] = block_reasons[block.name] or _joins(model, block, chosen)

@@ -266,3 +266,36 @@ def test_sizes_of_weights_that_are_computed_are_those_of_the_plain_ones() -> Non
     cut_(pruned, edits)
     left = {"0.weight": 0.75, "0.bias": 0.75, "2.weight": 0.75}
     assert sizes_after(model, edits) == (sum(p.numel() for p in pruned.parameters()), left)
+
+
+def test_every_module_with_weights_loses_some_or_is_listed_with_the_reason() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.positions = nn.Embedding(9, 8), nn.Parameter(torch.randn(8))
+            self.norm, self.layer = nn.LayerNorm(8), nn.GRU(8, 8, batch_first=True)
+            self.middle, self.scales = nn.Linear(8, 8), nn.ParameterList([torch.randn(8)])
+            self.last, self.head, self.end = nn.LayerNorm(8), nn.Linear(8, 4), nn.LayerNorm(4)
+            self.spare, self.idle = nn.RMSNorm(5), nn.LSTM(3, 3)
+            self.odd = nn.Linear(8, 8)
+            weight = self.odd._parameters.pop("weight")
+            self.odd.source, self.odd.weight = weight, weight.detach()
+            self.odd.register_forward_pre_hook(lambda layer, _: setattr(layer, "weight", layer.source * 2))
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            x = self.norm(self.embed(tokens) + self.positions)
+            x = self.middle(self.layer(x)[0][:, -1]) * self.scales[0]
+            return self.end(self.head(self.last(torch.fft.fft(self.odd(x)).real)))
+
+    torch.manual_seed(0)
+    structures = list_structures(Mixed().eval(), torch.randint(0, 9, (4, 5)))
+    losing = {m.module for g in structures.groups for m in g.members if m.side != "in" and m.module}
+    assert losing == {"embed", "norm", "layer", "middle", "scales", "odd"}  # the last loses inputs only
+    listed = {row.name: row.reason for row in structures.frozen}
+    assert set(listed) == {"odd", "last", "head", "end", "spare", "idle"}
+    assert "its weight is computed by code of its own" in listed["odd"]
+    assert listed["end"] == "its channels are the network's output"
+    assert "cannot be followed" in listed["last"]
+    assert "not read with these inputs" in listed["spare"]
+    kinds = {row.name: row.kind for row in structures.frozen}
+    assert (kinds["head"], kinds["end"]) == ("channels", "weights")
