@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -99,9 +99,10 @@ def freeze(coupling: Coupling, reason: str, modules: Mapping[str, nn.Module]) ->
 
 
 def _row(name: str, module: nn.Module, reason: str) -> Frozen:
-    """The network itself goes by its class."""
-    kind: Literal["channels", "weights"] = "channels" if has_two_sides(module) else "weights"
-    return Frozen(name=name or type(module).__name__, kind=kind, reason=reason)
+    """A network with parameters of its own goes by its class."""
+    if has_two_sides(module):
+        return Frozen(name=name, kind="channels", reason=reason)
+    return Frozen(name=name or type(module).__name__, kind="weights", reason=reason)
 
 
 def _propagate(model: nn.Module, batches: Sequence[Any], as_wide: Collection[str]) -> Propagation:

@@ -60,6 +60,8 @@ def write_reproduction(model: nn.Module, inputs: Any, name: str, folder: Path) -
     for part, values in _parts(model, pair_of(model, inputs), row.name.partition(":")[0]):
         module = _redrawn(model.get_submodule(part))
         local = row.name[len(part) :].lstrip(".")
+        if not local and row.kind == "weights":
+            local = type(module).__name__
         try:
             rows = find_structures(module, values).frozen
         except Exception:  # it cannot run alone on such values: a larger part may

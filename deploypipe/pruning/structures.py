@@ -94,7 +94,8 @@ def find_structures(
         found.chosen, key=lambda c: min(place.get(m.module, len(place)) for m in c.members if is_stored(m.side))
     )
     modules = dict(model.named_modules())
-    settled = {name or type(model).__name__ for c in chosen for name in losers(c, modules)}
+    losing = {name for c in chosen for name in losers(c, modules)}
+    settled = losing | ({type(model).__name__} if "" in losing else set())  # by which its row goes
     # Where heads can go, it does not matter that dimensions inside of them cannot, and the other way round.
     failed = [c for c in found.failed if not _overlaps(c, chosen)]
     rows = [row for c in failed for row in freeze(c, found.failed[c], modules)]
