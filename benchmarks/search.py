@@ -67,7 +67,7 @@ from deploypipe.search.trials import History, is_same_network, judge_plan, most_
 from deploypipe.stages import analysis, searching
 from deploypipe.stages.job import Job
 from deploypipe.target import Budget
-from deploypipe.task import take, take_calib
+from deploypipe.task import channels_last, take, take_calib
 from deploypipe.training.finetune import finetune
 
 NUM_BISECTIONS = 7
@@ -281,7 +281,7 @@ class Contest:
 
     def _fastnas(self, ours: PruningPlan) -> Found:
         started = time.perf_counter()
-        look, tried = draw_parts(self.splits.val, self.recipe.seed)[0], 0
+        look, tried = draw_parts(self.splits.val, self.recipe.seed, channels_last)[0], 0
 
         def accuracy(network: nn.Module) -> float:
             nonlocal tried
@@ -392,7 +392,7 @@ class Contest:
                 candidates=self.candidates,
                 dense_p50_ms=self.reference.latency_p50_ms,
                 calib=self.job.calib,
-                parts=draw_parts(self.splits.val, self.recipe.seed),
+                parts=draw_parts(self.splits.val, self.recipe.seed, channels_last),
                 task=self.task,
                 recipe=self.recipe,
                 memory_limit_mib=None,

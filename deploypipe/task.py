@@ -285,6 +285,29 @@ def take_calib(batches: Iterable[Batch], count: int) -> list[Batch]:
     return taken
 
 
+def stack_alike(inputs: Sequence[Any]) -> list[Any]:
+    """As few batches of the same inputs as there are shapes of samples: those that are alike are stacked."""
+    groups: list[list[Any]] = []
+    for each in inputs:
+        group = next((group for group in groups if _can_be_one(group[0], each)), None)
+        if group is None:
+            groups.append([each])
+        else:
+            group.append(each)
+    return [stack_batches(group) for group in groups]
+
+
+def _can_be_one(one: Any, other: Any) -> bool:
+    sizes = num_samples(one), num_samples(other)
+    pairs = list(zip(leaves(one), leaves(other), strict=False))
+    return structure(one) == structure(other) and all(
+        a.value.shape[1:] == b.value.shape[1:]
+        if has_batch_axis(a.value, sizes[0]) and has_batch_axis(b.value, sizes[1])
+        else is_same(a.value, b.value)
+        for a, b in pairs
+    )
+
+
 def stack_batches(inputs: Sequence[Any]) -> Any:
     """Several batches of inputs as one.
 

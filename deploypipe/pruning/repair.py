@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from deploypipe.errors import DataError
+from deploypipe.memory_order import find_order
 from deploypipe.numerics.least_squares import CrossMoments
 from deploypipe.observe.patches import (
     Mixer,
@@ -30,17 +31,17 @@ from deploypipe.observe.patches import (
     writes,
 )
 from deploypipe.pruning.ahead import layers_ahead
+from deploypipe.pruning.lockstep import run_in_step
 from deploypipe.pruning.paths import End, Path, common_paths, find_paths, watching, without_path
 from deploypipe.recipe import Repair
 from deploypipe.records import Event, Progress, PruningPlan, RepairReport, RepairRow, silent
 from deploypipe.task import (
     Batch,
     RealTokens,
-    channels_last,
     find_real_tokens,
     forward,
     num_samples,
-    stack_batches,
+    stack_alike,
     take_calib,
 )
 from deploypipe.wrappers import unwrapped
@@ -63,51 +64,57 @@ def repair(
 ) -> tuple[nn.Module, RepairReport]:
     """A copy of `pruned` whose layers' weights are solved to give the dense network's outputs again.
 
-    Cost: two forward passes over at most `settings.num_samples` samples (held in memory as one batch) and one solve a
+    Cost: two forward passes over at most `settings.num_samples` samples (held in memory at once) and one solve a
     layer. Every layer after the first change is solved, also those that were not cut: they correct what arrives wrong.
     A solution that does not lower the layer's error is not kept. Layers whose input was not cut and that feed no
     addition are solved too. arriving: what the pruned network reads instead of `batches`, sample by sample, where both
-    stand behind layers that were pruned before. Labels are not used. Padding, as `Task.real_tokens` tells it, counts
+    stand behind layers that were pruned before. Batches may differ in length or
+    size. Labels are not used. Padding, as `Task.real_tokens` tells it, counts
     for nothing. The report first lists the layers that cannot be solved.
     """
     dense, pruned = unwrapped(dense), unwrapped(pruned)
     taken = take_calib(batches, settings.num_samples)
-    inputs = channels_last(stack_batches([batch for batch, _ in taken]))
+    groups = stack_alike([batch for batch, _ in taken])
+    num_taken = sum(map(num_samples, groups))
     repaired = copy.deepcopy(pruned).eval()
     if not plan.blocks and not plan.edits:
-        return _as_before(repaired, pruned), RepairReport(rows=(), num_samples=num_samples(inputs))
+        return _as_before(repaired, pruned), RepairReport(rows=(), num_samples=num_taken)
     teacher = copy.deepcopy(dense).eval()
-    few = stack_batches([batch for batch, _ in take_calib(taken, 2)])
+    few = stack_alike([batch for batch, _ in take_calib(taken, 2)])[0]
     own = find_paths(teacher, few)
     found = common_paths(find_paths(repaired, few), own)
     paths = {name: path for name, path in found.items() if not path.why_not}
     reasons = {name: path.why_not for name, path in found.items() if path.why_not} | without_path(repaired)
     rows = [RepairRow(module=name, reason=reason) for name, reason in reasons.items()]
-    sampler = _Sampler(settings.positions_per_sample, seed, teacher, find_real_tokens(inputs, real_tokens))
+    real = [find_real_tokens(group, real_tokens) for group in groups]
+    sampler = _Sampler(settings.positions_per_sample, seed, teacher, real)
     solvable = {name: path for name, path in own.items() if not path.why_not} | paths
     ahead = layers_ahead(teacher, solvable, plan.blocks, few) if plan.blocks else {}
     layers_at = {name: name for name in paths if name not in ahead}
     layers_at |= {last: layer for layer, last in ahead.items() if layer in paths}
-    targets = _dense_targets(teacher, {name: solvable[name] for name in layers_at}, layers_at, sampler, plan, inputs)
+    arrange = find_order(teacher, few)
+    ends_of = {name: solvable[name] for name in layers_at}
+    targets = _dense_targets(teacher, ends_of, layers_at, sampler, plan, list(map(arrange, groups)))
     modules = dict(repaired.named_modules())
 
-    def solve(end: End) -> Tensor:
-        path = end.path
+    def solve(ends: Sequence[End]) -> list[Tensor]:
+        path = ends[0].path
         layer, norm = modules[path.layer], modules[path.norm] if path.norm else None
-        positions = sampler.positions(path.layer, layer, end.value)
-        target = targets.pop(path.layer)
-        if end.other is not None:
-            target = target - sample_outputs(layer, end.other.expand_as(end.value), positions)
-        row, output = _solve_layer_(end, layer, norm, positions, target, settings.ridge)
+        places = [sampler.positions(path.layer, layer, end.value, number) for number, end in enumerate(ends)]
+        wanted = targets.pop(path.layer)
+        for number, end in enumerate(ends):
+            if end.other is not None:
+                others = sample_outputs(layer, end.other.expand_as(end.value), places[number])
+                wanted[number] = wanted[number] - others
+        row, outputs = _solve_layer_(ends, layer, norm, places, torch.cat(wanted), settings.ridge)
         rows.append(row)
         notify(Event(stage="repair", done=len(rows) - len(reasons), total=len(paths), message=path.layer))
-        return output
+        return outputs
 
     if arriving is not None:
-        inputs = channels_last(stack_batches([batch for batch, _ in take_calib(arriving, settings.num_samples)]))
-    with torch.no_grad(), watching(repaired, paths, solve):
-        forward(repaired, inputs)
-    return _as_before(repaired, pruned), RepairReport(rows=tuple(rows), num_samples=num_samples(inputs))
+        groups = stack_alike([batch for batch, _ in take_calib(arriving, settings.num_samples)])
+    run_in_step(repaired, paths, solve, list(map(arrange, groups)))
+    return _as_before(repaired, pruned), RepairReport(rows=tuple(rows), num_samples=num_taken)
 
 
 def _as_before(repaired: nn.Module, pruned: nn.Module) -> nn.Module:
@@ -120,13 +127,14 @@ def _as_before(repaired: nn.Module, pruned: nn.Module) -> nn.Module:
 class _Sampler:
     """The same output positions of a layer in the dense and in the pruned network."""
 
-    def __init__(self, count: int, seed: int, model: nn.Module, real: Tensor | None) -> None:
+    def __init__(self, count: int, seed: int, model: nn.Module, real: Sequence[Tensor | None]) -> None:
         self.count, self.seed, self.real = count, seed, real
         self.order = {name: number for number, (name, _) in enumerate(model.named_modules())}
 
-    def positions(self, name: str, layer: Mixer, output: Tensor) -> Tensor:
-        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.order[name])
-        return sample_positions(layer, output, self.count, generator, self.real)
+    def positions(self, name: str, layer: Mixer, output: Tensor, group: int) -> Tensor:
+        """Of the samples of one group of batches."""
+        seed = self.seed * 100_003 + self.order[name] + group * 10_000_019
+        return sample_positions(layer, output, self.count, torch.Generator().manual_seed(seed), self.real[group])
 
 
 def _dense_targets(
@@ -135,14 +143,15 @@ def _dense_targets(
     layers_at: dict[str, str],
     sampler: _Sampler,
     plan: PruningPlan,
-    inputs: Any,
-) -> dict[str, Tensor]:
-    """What the dense network has at the ends of paths: (rows, outputs kept), by the layer that is to give it.
+    groups: Sequence[Any],
+) -> dict[str, list[Tensor]]:
+    """What the dense network has at the ends of paths: (rows, outputs kept) of each group of batches, by the layer that
+    is to give it.
 
     layers_at: that layer, by the one whose path ends there; another one where the blocks between are removed.
     """
     modules = dict(teacher.named_modules())
-    targets: dict[str, Tensor] = {}
+    targets: dict[str, list[Tensor]] = {}
     removed: dict[str, set[int]] = {}
     for edit in plan.edits:
         if edit.module in modules and writes(modules[edit.module], edit.side):
@@ -151,37 +160,42 @@ def _dense_targets(
     def record(end: End) -> Tensor:
         name = layers_at[end.path.layer]
         layer = modules[name]
+        seen = targets.setdefault(name, [])
         total = end.value if end.other is None else end.value + end.other
-        rows = sample_outputs(layer, total, sampler.positions(name, layer, end.value))
+        rows = sample_outputs(layer, total, sampler.positions(name, layer, end.value, len(seen)))
         kept = [i for i in range(rows.shape[1]) if i not in removed.get(name, set())]
-        targets[name] = rows[:, kept]
+        seen.append(rows[:, kept])
         return end.value
 
     with torch.no_grad(), watching(teacher, paths, record):
-        forward(teacher, inputs)
+        for inputs in groups:
+            forward(teacher, inputs)
     return targets
 
 
 def _solve_layer_(
-    end: End, layer: Mixer, norm: Any, positions: Tensor, target: Tensor, ridge: float
-) -> tuple[RepairRow, Tensor]:
+    ends: Sequence[End], layer: Mixer, norm: Any, places: Sequence[Tensor], target: Tensor, ridge: float
+) -> tuple[RepairRow, list[Tensor]]:
     """Regress `target` (rows, outputs) on what the layer reads, write the solution, and keep it if it is better.
 
-    The regression has an intercept where there is a bias or a batch norm to hold it. Errors are measured, with the
-    value at the path's end as it was and as the new weights make it, and relative to the target's variance.
+    ends: of each group of batches, with the positions of its rows in `places`. The regression has an intercept where
+    there is a bias or a batch norm to hold it. Errors are measured, with the values at the paths' ends as they were and
+    as the new weights make them, and relative to the target's variance.
     """
-    name = end.path.layer
+    name = ends[0].path.layer
     centred = target - target.mean(0, dtype=torch.float64).to(target.dtype)
     variance = float(centred.square().mean(0, dtype=torch.float64).sum().clamp_min(1e-30))
 
-    def error(value: Tensor) -> float:
-        difference = target - sample_outputs(layer, value, positions)
+    def error(values: Sequence[Tensor]) -> float:
+        sampled = [sample_outputs(layer, value, at) for value, at in zip(values, places, strict=True)]
+        difference = target - torch.cat(sampled)
         return float(difference.square().sum(dtype=torch.float64)) / len(target) / variance
 
-    before = error(end.value)
+    old_values = [end.value for end in ends]
+    before = error(old_values)
     if before < _NEGLIGIBLE:
-        return RepairRow(module=name, error_before=before, error_after=before, reason="nothing to repair"), end.value
-    solution = _regress(end, layer, norm, positions, target, ridge)
+        return RepairRow(module=name, error_before=before, error_after=before, reason="nothing to repair"), old_values
+    solution = _regress(ends, layer, norm, places, target, ridge)
     written = [t for m in (layer, norm) if m is not None for t in (*m.parameters(False), *m.buffers(False))]
     old = [tensor.detach().clone() for tensor in written]
     if norm is not None:
@@ -190,15 +204,15 @@ def _solve_layer_(
         layer.weight.copy_(_as_weight(layer, solution.weights))
         if layer.bias is not None:
             layer.bias.copy_(solution.intercept)
-    output: Tensor = layer.forward(*end.args)
+    outputs: list[Tensor] = [layer.forward(*end.args) for end in ends]
     if norm is not None:
-        output = norm.forward(output)
-    after = error(output)
+        outputs = [norm.forward(output) for output in outputs]
+    after = error(outputs)
     if after < before:
-        return RepairRow(module=name, error_before=before, error_after=after), output
+        return RepairRow(module=name, error_before=before, error_after=after), outputs
     for tensor, value in zip(written, old, strict=True):
         tensor.copy_(value)
-    return RepairRow(module=name, error_before=before, error_after=before, reason="no solution lowers it"), end.value
+    return RepairRow(module=name, error_before=before, error_after=before, reason="no solution lowers it"), old_values
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -211,7 +225,9 @@ class _Solution:
     product_variance: Tensor
 
 
-def _regress(end: End, layer: Mixer, norm: Any, positions: Tensor, target: Tensor, ridge: float) -> _Solution:
+def _regress(
+    ends: Sequence[End], layer: Mixer, norm: Any, places: Sequence[Tensor], target: Tensor, ridge: float
+) -> _Solution:
     """One regression for each group of a convolution, shrunk towards the weights that are there."""
     blocks, groups = weight_blocks(layer).double(), num_groups(layer)  # (groups, outputs, inputs * taps)
     scale = _output_scale(norm)
@@ -222,12 +238,16 @@ def _regress(end: End, layer: Mixer, norm: Any, positions: Tensor, target: Tenso
     fits = []
     for start in range(0, groups, step):
         part = slice(start, start + step)
-        patches = sample_inputs(layer, _inputs_of(layer, end.args[0], part), end.value, positions)
+        read = [_inputs_of(layer, end.args[0], part) for end in ends]
+        patches = torch.cat(
+            [sample_inputs(layer, x, end.value, at) for x, end, at in zip(read, ends, places, strict=True)]
+        )
         regressors = patches.view(len(patches), -1, blocks.shape[2]).movedim(1, 0)  # (groups, rows, inputs * taps)
         moments = CrossMoments.of(regressors, targets[part])
         if not moments.is_finite:
             raise DataError(
-                f"{end.path.layer}: activations are not finite on the calibration samples; check the data and the model"
+                f"{ends[0].path.layer}: activations are not finite on the calibration samples; "
+                "check the data and the model"
             )
         fits.append(moments.fit(prior[part], ridge, has_intercept=has_intercept))
     return _Solution(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from deploypipe.answers import of_classes
 from deploypipe.errors import DataError
+from deploypipe.memory_order import find_order
 from deploypipe.numerics.least_squares import solve_towards
 from deploypipe.observe.moments import InputMoments, Moments
 from deploypipe.observe.patches import (
@@ -35,11 +36,10 @@ from deploypipe.runtimes.packing import name_outputs
 from deploypipe.task import (
     Batch,
     Divergence,
-    channels_last,
     evaluating,
     forward,
     num_samples,
-    stack_batches,
+    stack_alike,
     take_calib,
 )
 
@@ -70,8 +70,8 @@ def measure_curves(
     before the structure are not run again.
     """
     taken = take_calib(batches, settings.num_curve_samples)
-    inputs = channels_last(stack_batches([batch for batch, _ in taken]))
-    probe = _Probe(dense, structures, inputs, divergence or of_classes())
+    alike = stack_alike([batch for batch, _ in taken])
+    probe = _Probe(dense, structures, list(map(find_order(dense, alike[0]), alike)), divergence or of_classes())
     offered = unmeasured_curves(structures, settings, channel_multiple).curves
     groups = {group.name: group for group in structures.groups}
     curves: list[LossCurve] = []
@@ -82,7 +82,7 @@ def measure_curves(
             losses = _group_losses(probe, groups[curve.name], curve.kept, scores, moments)
         curves.append(replace(curve, losses=tuple(losses)))
         notify(Event(stage="curves", done=len(curves), total=len(offered), message=curve.name))
-    return Curves(curves=tuple(curves), num_samples=num_samples(inputs))
+    return Curves(curves=tuple(curves), num_samples=sum(map(num_samples, alike)))
 
 
 def unmeasured_curves(structures: Structures, settings: Search, channel_multiple: int) -> Curves:
@@ -112,19 +112,28 @@ def width_levels(num_units: int, count: int, multiple: int, least: int = 1) -> l
     return sorted({steps[round(i * (len(steps) - 1) / max(count - 1, 1))] for i in range(count)})
 
 
+class _Part:
+    """Samples of one shape: what goes in, and what the dense network makes of it."""
+
+    def __init__(self, inputs: Any) -> None:
+        self.inputs, self.count = inputs, num_samples(inputs)
+        self.block_outputs: dict[str, Any] = {}
+        self.dense_answers: Any = None
+
+
 class _Probe:
     """Runs the dense network with one structure cut and compares its answers."""
 
-    def __init__(self, dense: nn.Module, structures: Structures, inputs: Any, divergence: Divergence) -> None:
-        self.model = dense
-        self.inputs, self.divergence = inputs, divergence
+    def __init__(self, dense: nn.Module, structures: Structures, groups: Sequence[Any], divergence: Divergence) -> None:
+        self.model, self.divergence = dense, divergence
+        self.parts = [_Part(inputs) for inputs in groups]
         self.modules = dict(dense.named_modules())
         self.order = [block.name for block in structures.blocks]
         self.blocks = {block.name: Bypass(self.modules[block.name], block.returns) for block in structures.blocks}
-        self.block_outputs: dict[str, Any] = {}
-        hooks = [(name, self._keep_output(name)) for name in self.order]
-        with evaluating(dense), torch.no_grad(), hooked(dense, hooks):
-            self.dense_answers = self._answers(dense)
+        for part in self.parts:
+            hooks = [(name, _keep_output(name, part)) for name in self.order]
+            with evaluating(dense), torch.no_grad(), hooked(dense, hooks):
+                part.dense_answers = self._answers(dense, part)
 
     def loss_at(self, group: ChannelGroup, kept: Sequence[int], moments: Moments) -> float:
         """The divergence with only the units `kept` of a group."""
@@ -132,7 +141,7 @@ class _Probe:
         if not readers or any(looks_across(self.modules[m.module]) for m in group.members):
             return self._loss_cut(group, kept)
         with evaluating(self.model), torch.no_grad(), ExitStack() as stack:
-            self._skip_before(min(self._position(m.module) for m in group.members), stack)
+            num_skipped = min(self._position(m.module) for m in group.members)
             for member in readers:
                 layer = self.modules[member.module]
                 gone = tuple(i for u in set(range(group.num_units)) - set(kept) for i in member.units[u])
@@ -143,7 +152,7 @@ class _Probe:
                     continue
                 stack.enter_context(_weights(layer, layer.weight.detach().clone()))
                 mask_(self.model, [Edit(module=member.module, side=member.side, removed=gone)])
-            return self._loss(self.model)
+            return self._loss(self.model, num_skipped)
 
     def _loss_cut(self, group: ChannelGroup, kept: Sequence[int]) -> float:
         """Where masking the readers is not the same as surgery, as between layer norms: surgery, without repair."""
@@ -157,34 +166,38 @@ class _Probe:
     def loss_without(self, block: str) -> float:
         """The divergence with a block replaced by the identity."""
         with evaluating(self.model), torch.no_grad(), ExitStack() as stack:
-            self._skip_before(self.order.index(block), stack)
             stack.enter_context(_forward_as(self.modules[block], self.blocks[block].forward))
-            return self._loss(self.model)
-
-    def _keep_output(self, name: str) -> Callable[..., None]:
-        def hook(_m: nn.Module, _a: tuple[Any, ...], output: Any) -> None:
-            self.block_outputs[name] = deepcopy(output)  # the next module may work in place
-
-        return hook
+            return self._loss(self.model, self.order.index(block))
 
     def _position(self, module: str) -> int:
         """How many blocks are finished when `module` runs: what is inside block i needs blocks 0 .. i-1."""
         inside = [i for i, name in enumerate(self.order) if module.startswith(f"{name}.")]
         return inside[0] if inside else 0
 
-    def _skip_before(self, count: int, stack: ExitStack) -> None:
-        for name in self.order[:count]:
-            output = self.block_outputs[name]
-            stack.enter_context(_forward_as(self.modules[name], lambda *_a, o=output, **_k: deepcopy(o)))
-
-    def _answers(self, model: nn.Module) -> Any:
-        outputs = forward(model, self.inputs)
+    def _answers(self, model: nn.Module, part: _Part) -> Any:
+        outputs = forward(model, part.inputs)
         if not all(torch.isfinite(tensor).all() for tensor in name_outputs(outputs).values()):
             raise DataError("the network's outputs are not finite on the calibration samples; check data and model")
         return outputs.double() if isinstance(outputs, Tensor) else outputs
 
-    def _loss(self, model: nn.Module) -> float:
-        return max(float(self.divergence(self._answers(model), self.dense_answers, TEMPERATURE)), 0.0)
+    def _loss(self, model: nn.Module, num_skipped: int = 0) -> float:
+        """The mean over all samples; the first blocks give what they gave in the dense network."""
+        total = 0.0
+        for part in self.parts:
+            with ExitStack() as stack:
+                for name in self.order[:num_skipped]:
+                    output = part.block_outputs[name]
+                    stack.enter_context(_forward_as(self.modules[name], lambda *_a, o=output, **_k: deepcopy(o)))
+                answers = self._answers(model, part)
+            total += part.count * float(self.divergence(answers, part.dense_answers, TEMPERATURE))
+        return max(total / sum(part.count for part in self.parts), 0.0)
+
+
+def _keep_output(name: str, part: _Part) -> Callable[..., None]:
+    def hook(_m: nn.Module, _a: tuple[Any, ...], output: Any) -> None:
+        part.block_outputs[name] = deepcopy(output)  # the next module may work in place
+
+    return hook
 
 
 @contextmanager

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from deploypipe.benchmark.accuracy import evaluate_module
+from deploypipe.memory_order import Arrange, as_given
 from deploypipe.numerics.paired import chance_if_not_worse
-from deploypipe.task import Batch, Task, channels_last, map_samples, num_samples
+from deploypipe.task import Batch, Task, map_samples, num_samples
 
 Results: TypeAlias = NDArray[np.float64]  # (samples,) of the task's metric, in the order in which they were drawn
 
@@ -27,12 +28,12 @@ def ends_of_looks(num_samples: int) -> tuple[int, ...]:
     return tuple(sorted({min(num_samples, max(_FEWEST, num_samples // share)) for share in (*_SHARES, 1)}))
 
 
-def draw_parts(val: Iterable[Batch], seed: int) -> tuple[tuple[Batch, ...], ...]:
+def draw_parts(val: Iterable[Batch], seed: int, arrange: Arrange = as_given) -> tuple[tuple[Batch, ...], ...]:
     """val, split into what each look adds to the one before; which samples come first follows from the seed alone.
 
     A sample stays among those of its own batch: batches may be of different lengths. Holds all of val in memory.
     """
-    batches = [(channels_last(inputs), target) for inputs, target in val]
+    batches = [(arrange(inputs), target) for inputs, target in val]
     sizes = [num_samples(inputs) for inputs, _ in batches]
     mixed = hashlib.sha256(f"val {seed}".encode()).digest()
     places = np.random.default_rng(int.from_bytes(mixed[:8], "big")).permutation(sum(sizes))
@@ -40,16 +41,18 @@ def draw_parts(val: Iterable[Batch], seed: int) -> tuple[tuple[Batch, ...], ...]
     parts, start = [], 0
     for end in ends_of_looks(sum(sizes)):
         chosen = [np.flatnonzero((start <= place) & (place < end)) for place in by_batch]
-        parts.append(tuple(_pick(batch, rows) for batch, rows in zip(batches, chosen, strict=True) if len(rows)))
+        parts.append(
+            tuple(_pick(batch, rows, arrange) for batch, rows in zip(batches, chosen, strict=True) if len(rows))
+        )
         start = end
     return tuple(parts)
 
 
-def _pick(batch: Batch, rows: NDArray[np.intp]) -> Batch:
+def _pick(batch: Batch, rows: NDArray[np.intp], arrange: Arrange) -> Batch:
     index = torch.from_numpy(rows)
     size = num_samples(batch[0])
     inputs, target = (map_samples(lambda tensor: tensor[index.to(tensor.device)], part, size) for part in batch)
-    return channels_last(inputs), target
+    return arrange(inputs), target
 
 
 def evaluate_growing(

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from deploypipe.memory_order import find_order
 from deploypipe.pruning.plan import make_plan
 from deploypipe.recipe import Magnitude
 from deploypipe.records import (
@@ -269,11 +270,12 @@ def _proposer(job: Job, basis: Basis, work: Path) -> Proposer:
 def _tools(job: Job, basis: Basis, work: Path) -> Tools:
     tight, proposer = with_margin(basis.limits), _proposer(job, basis, work)
     reference = proposer.reference
+    arrange = find_order(job.model, job.inputs)
     judge = Judge(
         candidates=basis.candidates,
         dense_p50_ms=reference.latency_p50_ms,
         calib=job.calib,
-        parts=draw_parts(job.splits.val, job.recipe.seed),
+        parts=draw_parts(job.splits.val, job.recipe.seed, arrange),
         task=job.task,
         recipe=job.recipe,
         memory_limit_mib=memory_limit_mib(tight, reference, job.recipe.search.objectives),
