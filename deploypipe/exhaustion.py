@@ -47,6 +47,7 @@ _BY_WORDS = (  # of torch, safetensors, onnxruntime, protobuf, SQLite and Python
     ("bad allocation", _MEMORY),
     ("Failed to allocate memory", _MEMORY),
     ("Cannot allocate memory", _MEMORY),
+    ("failed to map segment", _MEMORY),  # of a library
     ("can't start new thread", _THREADS),
 )
 _MOST_CAUSES = 8

@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
@@ -216,6 +217,19 @@ def test_a_command_says_it_in_one_line(tmp_path: Path, monkeypatch: pytest.Monke
         told = subprocess.run([*program, "targets"], stdout=out, stderr=subprocess.PIPE, text=True)
     assert told.returncode == 2 and told.stderr.startswith("error: no room is left on the disk; make room on it")
     assert "Traceback" not in told.stderr
+    piped = subprocess.run(f"{shlex.join(program)} targets | head -n 1", shell=True, capture_output=True, text=True)
+    assert piped.stderr == ""
+
+
+def test_a_machine_too_small_for_torch() -> None:
+    def lower() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (300 * 2**20, 300 * 2**20))
+
+    told = subprocess.run(
+        [sys.executable, "-m", "deploypipe", "doctor"], preexec_fn=lower, capture_output=True, text=True
+    )
+    assert told.returncode == 2 and told.stderr.splitlines()[-1].startswith("error: ")
+    assert "memory is used up" in told.stderr and "Traceback" not in told.stderr
 
 
 def test_nothing_half_written_is_left(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from deploypipe.onnx_check import check_onnx_file
 from deploypipe.runtimes import Array
 
 _SOME_VALUES = 2  # integers whose use is not known are 0 or 1: an index, a flag or a length that most graphs can take
-_MOST_VALUES = 2**30  # of one random input
+_MOST_VALUES = 2**28  # of all random inputs
 _MOST_BYTES = 2**33  # of a file with a batch
 _IMAGE_VALUES = 256
 
@@ -78,13 +78,14 @@ def make_inputs(
     if odd:
         raise DataError(f"{path}: cannot make up {_told(odd)}; give --inputs FILE")
     generator = np.random.default_rng(seed)
-    made = {}
+    made: dict[str, Array] = {}
     for spec in specs:
         declared = tuple(batch_size if isinstance(size, str) else size for size in spec.shape)
         shape = tuple(shapes.get(spec.name, declared))
-        if prod(shape) > _MOST_VALUES:
+        count = prod(shape) + sum(array.size for array in made.values())
+        if count > _MOST_VALUES:
             raise DataError(
-                f"{path}: an input {spec.name} of shape {list(shape)} would have {prod(shape):,} values, and "
+                f"{path}: inputs up to {spec.name} of shape {list(shape)} would have {count:,} values, and "
                 f"{_MOST_VALUES:,} are the most; give a smaller --shape, or --inputs FILE"
             )
         made[spec.name] = _make(spec, shape, generator)

@@ -118,7 +118,7 @@ class Storage:
             yield
         except (StorageInternalError, SQLAlchemyError) as error:
             cause = error if isinstance(error, SQLAlchemyError) else error.__cause__
-            reason = without_secrets(str(getattr(cause, "orig", None) or cause), self.url).strip()
+            reason = " ".join(without_secrets(str(getattr(cause, "orig", None) or cause), self.url).split())
             told = f"{self.shown}: the study cannot be read or written ({reason})"
             if self.is_shared:
                 raise StorageError(f"{told}; see that the database runs and lets you in, and {_AGAIN}") from None
