@@ -193,7 +193,7 @@ def test_a_damaged_checkpoint_is_not_gone_on_from(place: float, tmp_path: Path) 
     def train(data: Shuffled) -> Any:
         return finetune(network(0), network(1), splits(data), classification(), SETTINGS, checkpoint=tmp_path, seed=5)
 
-    with pytest.raises(OSError, match="disk"):
+    with pytest.raises(DataError, match="disk"):
         train(Shuffled(fail_in=3))
     (file,) = tmp_path.iterdir()
     content = bytearray(file.read_bytes())
