@@ -132,6 +132,12 @@ def _copy_for_export(model: nn.Module) -> nn.Module:
     odd = {str(v.dtype) for v in values if v.is_floating_point() and v.dtype != torch.float32}
     if odd:
         raise ModelError(f"the network holds {', '.join(sorted(odd))}; this version exports fp32: call model.float()")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.LSTM) and module.proj_size:
+            raise ModelError(
+                f"{name or 'the network'} is an nn.LSTM with proj_size={module.proj_size}, and ONNX's LSTM has no "
+                "projection; put an nn.Linear behind an LSTM without one"
+            )
     network = copy.deepcopy(model).cpu().eval()
     network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # missing in torch's stubs
     return network

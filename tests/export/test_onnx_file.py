@@ -15,7 +15,11 @@ from torch import Tensor, nn
 from deploypipe.errors import ConfigError, DataError, ModelError, ParityError
 from deploypipe.export.onnx_file import export_onnx
 from deploypipe.onnx_check import check_onnx_file
+from deploypipe.pruning.apply import apply_plan, masked_dense
+from deploypipe.pruning.plan import make_plan
+from deploypipe.pruning.structures import list_structures
 from deploypipe.recipe import Export
+from deploypipe.records import ScoreTable
 from deploypipe.runs import file_sha256
 from deploypipe.runtimes.onnxruntime import OnnxRuntime
 
@@ -267,3 +271,37 @@ def test_what_the_file_tells(tmp_path: Path) -> None:
     assert told["torch_version"] == version("torch") and told["onnx_version"] == onnx.__version__
     names = [node.name for node in proto.graph.node]
     assert len(set(names)) == len(names) and {"conv/Conv", "head/Gemm", "/Relu"} <= set(names)
+
+
+class Recurrent(nn.Module):
+    """Layers of both kinds that ONNX has operators for."""
+
+    def __init__(self, lstm: nn.LSTM) -> None:
+        super().__init__()
+        self.gru, self.lstm, self.head = nn.GRU(3, 6, batch_first=True), lstm, nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, _ = self.gru(x, torch.zeros(1, x.shape[0], self.gru.hidden_size))
+        logits: Tensor = self.head(self.lstm(x)[0][:, -1])
+        return logits
+
+
+def test_a_pruned_recurrent_network_is_exported_as_it_computes(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    dense, inputs = Recurrent(nn.LSTM(6, 4, batch_first=True, bidirectional=True)).eval(), torch.randn(5, 7, 3)
+    structures = list_structures(dense, inputs)
+    scores = {g.name: tuple(map(float, range(g.num_units))) for g in structures.groups}
+    assert set(scores) == {"gru", "lstm"}
+    plan = make_plan(structures, ScoreTable(scorer="index", channels=scores), {"gru": 4, "lstm": 3})
+    file = export_onnx(apply_plan(dense, plan), [(inputs, None)], tmp_path / "model.onnx", Export())
+    kinds = [node.op_type for node in onnx.load(tmp_path / file.path).graph.node]
+    assert {"GRU", "LSTM"} <= set(kinds)
+    expected = masked_dense(dense, plan)(inputs).detach().numpy()
+    with OnnxRuntime().open(tmp_path / file.path, num_threads=1) as session:
+        np.testing.assert_allclose(session.run({"x": inputs.numpy()})[0], expected, atol=1e-5)
+
+
+def test_an_lstm_with_a_projection_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    network = Recurrent(nn.LSTM(6, 10, proj_size=8, batch_first=True))
+    with pytest.raises(ModelError, match=r"lstm is an nn\.LSTM with proj_size=8.*put an nn\.Linear behind"):
+        export_onnx(network, [(torch.randn(2, 7, 3), None)], tmp_path / "model.onnx", Export())

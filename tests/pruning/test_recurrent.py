@@ -1,7 +1,6 @@
 """Recurrent layers: whatever states they are given, and wherever the sizes of these are kept."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -113,7 +112,7 @@ def answer(model: nn.Module, inputs: object) -> Tensor:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_states_and_what_comes_before_a_recurrent_layer_can_go(name: str, tmp_path: Path) -> None:
+def test_states_and_what_comes_before_a_recurrent_layer_can_go(name: str) -> None:
     model, inputs = build(name)
     structures = list_structures(model, inputs)
     if name == "from the input's state":  # the state is what the input is: they go together
