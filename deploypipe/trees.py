@@ -55,6 +55,13 @@ def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
     return map_leaves(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, tree)
 
 
+def only_tensors(tree: Any) -> Any:
+    """The same tree with None for every part that holds no tensor, containers included."""
+    if isinstance(tree, Tensor):
+        return tree
+    return _rebuilt(tree, [only_tensors(part) for part in _parts(tree)]) if tensors(tree) else None
+
+
 def structure(tree: Any) -> tuple[str, ...]:
     """The places of the leaves: equal for two trees that are built alike."""
     return tuple(leaf.place for leaf in leaves(tree))

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from typer.testing import CliRunner
 
 from deploypipe import check, finetune
 from deploypipe.checks import CheckReport
+from deploypipe.cli import app
 from deploypipe.data import TensorBatches
 from deploypipe.errors import DataError, DeploypipeError, ModelError, PipelineError
 from deploypipe.recipe import Finetune
@@ -244,3 +246,18 @@ def test_a_rerun_in_the_same_folder_says_which_split_changed(tmp_path: Path) -> 
     assert notes == [
         "NOTE: the data of val changed since the last run in this folder: what depends on it is computed again"
     ]
+
+
+def test_the_command_lists_all_complaints_and_ends_with_2(tmp_path: Path) -> None:
+    source = (
+        "from tiny import *\nimport tiny\n"
+        "def load_data():\n"
+        "    good = tiny.load_data()\n"
+        "    x, y = images(64, seed=1)\n"
+        "    return Splits(calib=good.calib, train=TensorBatches(x, y.float(), 32), val=good.val, test=[])\n"
+    )
+    (tmp_path / "pipe.py").write_text(source, encoding="utf-8")
+    done = CliRunner().invoke(app, ["check", str(tmp_path / "pipe.py")])
+    assert done.exit_code == 2 and "Traceback" not in done.output
+    first, second = (line for line in done.output.splitlines() if line.startswith("error: "))
+    assert first.startswith("error: 1 of 2: the test split is empty") and "2 of 2: " in second and "y.long()" in second

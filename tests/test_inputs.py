@@ -54,7 +54,11 @@ class Batches:
             yield (
                 {
                     "mask": None,
-                    "settings": {"shift": 0.1 * torch.randn(n, generator=generator), "scale": [torch.tensor([1.5])]},
+                    "settings": {
+                        "shift": 0.1 * torch.randn(n, generator=generator),
+                        "scale": [torch.tensor([1.5])],
+                        "sizes": (None, 3),
+                    },
                     "is_scaled": True,
                     "step": torch.tensor(5),
                     "x": x,
