@@ -55,11 +55,13 @@ def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
     return map_leaves(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, tree)
 
 
-def only_tensors(tree: Any) -> Any:
-    """The same tree with None for every part that holds no tensor, containers included."""
-    if isinstance(tree, Tensor):
+def constants_in_lists(tree: Any) -> Any:
+    """The same tree with a list for every tuple that holds no tensor: torch's ONNX exporter takes a tuple of None in
+    its dynamic shapes for axes, and makes a list of it."""
+    if isinstance(tree, Tensor) or _keys(tree) is None:
         return tree
-    return _rebuilt(tree, [only_tensors(part) for part in _parts(tree)]) if tensors(tree) else None
+    parts = [constants_in_lists(part) for part in _parts(tree)]
+    return parts if type(tree) is tuple and not tensors(tree) else _rebuilt(tree, parts)
 
 
 def structure(tree: Any) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from deploypipe.errors import ConfigError, DataError
 from deploypipe.recipe import Export
 from deploypipe.runtimes.packing import input_paths
 from deploypipe.task import has_batch_axis, num_samples
-from deploypipe.trees import leaves, map_leaves, only_tensors, same_value, structure, tensors
+from deploypipe.trees import leaves, map_leaves, same_value, structure, tensors
 
 Axes: TypeAlias = dict[str, dict[int, str]]  # input -> axis from 1 -> name; axes of one name have one size
 
@@ -72,8 +72,7 @@ def free_axes(names: Sequence[str], inputs: Any, batch: object, axes: Axes) -> A
         own: dict[int, object] = dict(axes.get(next(own_names), {}))
         return {0: batch, **own} if has_batch_axis(leaf, size) else own
 
-    # A tuple that holds nothing but numbers or None would be read as axes.
-    return map_leaves(of, only_tensors(inputs))
+    return map_leaves(of, inputs)
 
 
 def choose_axes(names: Sequence[str], batches: Sequence[Any], settings: Export) -> Axes:

@@ -36,7 +36,7 @@ from deploypipe.runtimes import Array
 from deploypipe.runtimes.onnxruntime import OnnxRuntime
 from deploypipe.runtimes.packing import name_outputs
 from deploypipe.task import Batch, as_arguments, forward, repeat_samples, take
-from deploypipe.trees import map_tensors, tensors
+from deploypipe.trees import constants_in_lists, map_tensors, tensors
 from deploypipe.wrappers import unwrapped
 
 _LEAST_TRACED = 2  # torch.export takes an axis of size one for a constant
@@ -181,7 +181,7 @@ def _export(
     than asked."""
     example = repeat_samples(network, inputs, _LEAST_TRACED)
     batch = torch.export.Dim("batch")  # unlike a name alone, raises where the network binds it in any way
-    args, kwargs = as_arguments(example)
+    args, kwargs = as_arguments(constants_in_lists(example))
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(

@@ -25,7 +25,7 @@ from deploypipe.records import PruningPlan
 from deploypipe.runs import PLAN, file_sha256, load_plan, write_atomically
 from deploypipe.runtimes.program_file import load_program
 from deploypipe.task import as_arguments, has_batch_axis, num_samples, repeat_samples, take
-from deploypipe.trees import map_leaves, map_tensors, only_tensors
+from deploypipe.trees import map_leaves, map_tensors
 from deploypipe.weights import INDEX_SUFFIX, WeightFiles, without_weights
 from deploypipe.wrappers import unwrapped
 
@@ -112,8 +112,7 @@ def _program(model: nn.Module, inputs: Any) -> bytes:
     zeros = map_tensors(torch.zeros_like, pair_of(model, inputs))
     args, kwargs = as_arguments(zeros)
     size = num_samples(zeros)
-    tree = only_tensors(kwargs or args)
-    axes = map_leaves(lambda leaf: {0: batch} if has_batch_axis(leaf, size) else None, tree)
+    axes = map_leaves(lambda leaf: {0: batch} if has_batch_axis(leaf, size) else None, kwargs or args)
     network = deepcopy(model).eval()
     forget_sizes_(network, [repeat_samples(network, take(zeros, 1), count) for count in (2, 3)])
     try:
