@@ -398,7 +398,9 @@ class _Finder:
             for name, side in places
         )
         stored = [m for m in members if is_stored(m.side)]
-        producer = next((m.module for m in stored if m.side == "out"), stored[0].module)
+        writers = [m.module for m in stored if m.side == "out"]
+        others = [m.module for m in stored if m.module]  # rather than the network itself, whose states these may be
+        producer = [*writers, *others, stored[0].module][0]
         name = f"{module or producer}:{kind}" if kind != "channels" else producer
         return Coupling(name=name, kind=kind, num_units=len(units), members=members)
 
