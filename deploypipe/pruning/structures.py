@@ -1,7 +1,7 @@
 """What can be removed from a network: channel groups and blocks, each tried out before it is offered."""
 
 import hashlib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -149,10 +149,9 @@ def _find_channels(
     reasons = {c.name: _kept((m.module for m in c.members), keep) for c in couplings}
     accepted, failures = probe.channels([c for c in couplings if not reasons[c.name]])
     more, _ = probe.channels([c for c in others if not _overlaps(c, accepted) and not _is_kept(c, keep)], accepted)
-    reasons |= failures
-    return _Channels(
-        chosen=[*accepted, *more], failed={c: reasons[c.name] for c in couplings if reasons[c.name]}, frozen=frozen
-    )
+    chosen, odd = probe.channels([*accepted, *more], pick=_first_unit)
+    reasons |= failures | odd
+    return _Channels(chosen=chosen, failed={c: reasons[c.name] for c in couplings if reasons[c.name]}, frozen=frozen)
 
 
 def require_trainable(model: nn.Module) -> None:
@@ -280,26 +279,32 @@ class _Probe:
         self.dense = self._run(self.model)
 
     def channels(
-        self, couplings: Sequence[Coupling], base: Sequence[Coupling] = ()
+        self,
+        couplings: Sequence[Coupling],
+        base: Sequence[Coupling] = (),
+        pick: Callable[[Coupling], Sequence[int]] | None = None,
     ) -> tuple[list[Coupling], dict[str, str]]:
         """Those that can be trusted all together (with `base`), and why each of the others cannot.
 
+        pick: the units to try; by default a part of them.
+
         Tried at once, and by halves where that fails: a few failures among many cost a few trials each.
         """
-        reason = self._try_channels([*base, *couplings]) if couplings else ""
+        pick = pick or _tried_units
+        reason = self._try_channels([*base, *couplings], pick) if couplings else ""
         if not reason:
             return list(couplings), {}
         if len(couplings) == 1:
             return [], {couplings[0].name: reason}
         half = len(couplings) // 2
-        first, failures = self.channels(couplings[:half], base)
-        second, others = self.channels(couplings[half:], [*base, *first])
+        first, failures = self.channels(couplings[:half], base, pick)
+        second, others = self.channels(couplings[half:], [*base, *first], pick)
         return [*first, *second], {**failures, **others}
 
-    def _try_channels(self, couplings: Sequence[Coupling]) -> str:
+    def _try_channels(self, couplings: Sequence[Coupling], pick: Callable[[Coupling], Sequence[int]]) -> str:
         edits = []
         for coupling in couplings:
-            some = _tried_units(coupling)
+            some = pick(coupling)
             edits += [Edit(module=m.module, side=m.side, removed=_union(m.units, some)) for m in coupling.members]
         masked, cut = self._copy(edits), self._copy(edits)
         try:
@@ -373,6 +378,11 @@ def _tried_units(coupling: Coupling) -> list[int]:
     units = range(coupling.num_units)
     some = ({0, units[-1], *units[1::3]}, {*units[1::4]}, {*units[::2]})[crc32(coupling.name.encode()) % 3]
     return sorted(some)[: coupling.num_units - 1]
+
+
+def _first_unit(_: Coupling) -> list[int]:
+    """One unit: what is left is an odd width, which some networks refuse (`assert width % 4 == 0`)."""
+    return [0]
 
 
 def _own(module: nn.Module) -> list[Tensor]:

@@ -13,7 +13,7 @@ from deploypipe.errors import ModelError
 from deploypipe.pruning.apply import apply_plan, describe, masked_dense
 from deploypipe.pruning.plan import make_plan
 from deploypipe.pruning.slicing import cut_, sizes_after
-from deploypipe.pruning.structures import count_macs, list_structures, model_fingerprint
+from deploypipe.pruning.structures import count_macs, find_structures, list_structures, model_fingerprint
 from deploypipe.records import Edit, PruningPlan, ScoreTable, Structures
 
 
@@ -299,3 +299,27 @@ def test_every_module_with_weights_loses_some_or_is_listed_with_the_reason() -> 
     assert "not read with these inputs" in listed["spare"]
     kinds = {row.name: row.kind for row in structures.frozen}
     assert (kinds["head"], kinds["end"]) == ("channels", "weights")
+
+
+class Fussy(nn.Module):
+    """Takes widths that are multiples of four only."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({name: nn.Linear(6, 16)})
+        self.last = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers.values():
+            x = layer(x)
+        assert x.shape[1] % 4 == 0
+        return self.last(x)
+
+
+@pytest.mark.parametrize("name", ["a", "b", "c", "d", "e"])
+def test_a_width_that_only_some_numbers_of_units_give_is_frozen_whatever_its_name(name: str) -> None:
+    found = find_structures(Fussy(name), torch.randn(2, 6))
+    assert not found.groups
+    assert [row.reason[:38] for row in found.frozen if row.name == f"layers.{name}"] == [
+        "the network fails without these channe"
+    ]
