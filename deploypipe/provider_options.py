@@ -39,7 +39,7 @@ _QNN = (
     "htp_graph_finalization_optimization_mode soc_model htp_arch device_id enable_htp_fp16_precision "
     "offload_graph_io_quantization enable_htp_spill_fill_buffer enable_htp_shared_memory_allocator"
 )
-# By provider. Names as in onnxruntime.ai/docs/execution-providers, read for 1.24 to 1.32.
+# By provider, by their names in ONNX Runtime's documentation (onnxruntime.ai/docs/execution-providers).
 _HARMLESS: dict[str, frozenset[str]] = {
     "cuda": frozenset(_CUDA.split()),
     "tensorrt": frozenset(_TENSORRT.split()),

@@ -55,7 +55,7 @@ def interval_of_quantile(
     reach = _drift_reach(values)
     return Interval(
         value=value,
-        low=min(value - reach, value - few * max(0.0, value - float(low))),
+        low=max(0.0, min(value - reach, value - few * max(0.0, value - float(low)))),  # no run takes less than 0 ms
         high=max(value + reach, value + few * max(0.0, float(high) - value)),
         confidence=_CONFIDENCE,
     )

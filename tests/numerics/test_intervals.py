@@ -44,6 +44,12 @@ def test_blocks_keep_the_coverage_of_slowly_drifting_timings() -> None:
     assert hits / 150 >= 0.93
 
 
+def test_no_interval_of_times_reaches_below_zero() -> None:
+    ramp = np.linspace(0.01, 1.0, 400)  # a machine that becomes a hundred times slower
+    interval = interval_of_quantile(ramp, 0.5, block=20)
+    assert interval.low == 0.0 and interval.value < interval.high
+
+
 def test_ratio_interval_cancels_what_both_files_suffered() -> None:
     generator = np.random.default_rng(2)
     hits, widths = 0, []
