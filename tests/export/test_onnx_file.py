@@ -222,10 +222,9 @@ def test_axes_that_are_not_there(axes: dict[str, dict[int, str]], message: str, 
         export_onnx(TwoInputs(), [(tokens(3), None)], tmp_path / "m.onnx", Export(dynamic_axes=axes))
 
 
-@pytest.mark.parametrize("opset", [9, 99])
-def test_an_opset_that_cannot_be_had(opset: int, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=rf"opset {opset} cannot be written.*use export.opset = 18 to 23"):
-        export_onnx(Net(), [(torch.randn(2, 3, 8, 8), None)], tmp_path / "m.onnx", Export(opset=opset))
+def test_an_opset_that_cannot_be_had(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"opset 28 cannot be written.*use export.opset = 18 to 23"):
+        export_onnx(Net(), [(torch.randn(2, 3, 8, 8), None)], tmp_path / "m.onnx", Export(opset=28))
     assert not list(tmp_path.iterdir())
 
 
