@@ -34,8 +34,8 @@ class Rates:
 SHAPES: dict[str, tuple[Draw, float]] = {  # with the true mean loss
     "normal": (lambda random, n: random.normal(1, 5, n), 1.0),
     "lognormal": (lambda random, n: random.lognormal(0, 1, n), math.exp(0.5)),
-    "5 % lose 20": (lambda random, n: 20.0 * (random.random(n) < 0.05), 1.0),
-    "1 % lose 100": (lambda random, n: 100.0 * (random.random(n) < 0.01), 1.0),
+    "5 % lose 20": (lambda random, n: np.where(random.random(n) < 0.05, 20.0, 0.0), 1.0),
+    "1 % lose 100": (lambda random, n: np.where(random.random(n) < 0.01, 100.0, 0.0), 1.0),
 }
 
 

@@ -22,6 +22,7 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -80,8 +81,8 @@ def work(pipeline: Pipeline, model: torch.nn.Module, folder: Path, events: Conne
 
     torch.set_num_threads(1)
     for module in (latency, memory):
-        own = module.alone
-        module.alone = lambda own=own: alone(own)  # type: ignore[assignment]
+        own = vars(module)["alone"]
+        setattr(module, "alone", partial(alone, own))  # noqa: B010  # the module does not export it
     recipe = settings(pipeline.recipe())
     compress(
         model, pipeline.load_data(), pipeline.task(), recipe, TARGET, folder, source=pipeline.source, notify=notify
