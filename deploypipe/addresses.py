@@ -17,9 +17,9 @@ def masked(address: str) -> str:
     """Scheme, host and path; "***" for what may hold a secret. A plain path is left as it is."""
     scheme, is_address, rest = address.partition("://")
     if not is_address:
-        is_secret = re.match(r"(?!models:)[^@]*:[^@]*@", address) or _SECRET_KEYS.search(address)
+        is_secret = _has_password(address.removeprefix("models:")) or _SECRET_KEYS.search(address)
         return _HIDDEN if is_secret else address
-    if scheme.partition("+")[0] in _OF_A_FILE:
+    if _is_of_a_file(scheme, rest):
         return f"{scheme}://{re.split('[?#]', rest)[0]}"
     head, _, place = rest.rpartition("@")
     place = re.split("[?#;]", place)[0]
@@ -45,7 +45,7 @@ def without_secrets(text: str, address: str) -> str:
     if shown == address:
         return text
     scheme, _, rest = address.rpartition("://") if address.count("://") == 1 else ("", "", address)
-    head, _, place = ("", "", rest) if scheme in _OF_A_FILE else rest.rpartition("@")
+    head, _, place = ("", "", rest) if _is_of_a_file(scheme, rest) else rest.rpartition("@")
     hidden = {rest} if shown.endswith(_HIDDEN) else {head, *re.split("[?#;]", place, maxsplit=1)[1:]}
     wholes = {address, *hidden, head.partition(":")[2]}
     pieces = {piece for whole in hidden for way in (str, unquote_plus) for piece in re.split(r"[\W_]+", way(whole))}
@@ -54,6 +54,15 @@ def without_secrets(text: str, address: str) -> str:
         if len(secret) >= _LEAST_PIECE:
             text = text.replace(secret, _HIDDEN)
     return text
+
+
+def _is_of_a_file(scheme: str, rest: str) -> bool:
+    """Whether a path follows the scheme, in which an '@' is a character like others."""
+    return scheme.partition("+")[0] in _OF_A_FILE and (rest.startswith("/") or not _has_password(rest))
+
+
+def _has_password(text: str) -> bool:
+    return re.match(r"[^@]*:[^@]*@", text) is not None
 
 
 def _escaped(secret: str) -> str:

@@ -47,9 +47,13 @@ def read_golden(folder: Path) -> GoldenContent:
     """Read `folder`'s golden.json; ModelError where it is absent, or says too little, too much or nothing sensible."""
     path = folder / GOLDEN
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise ValueError(f"{path.stat().st_size} bytes are too many")
-        return _parse(json.loads(path.read_bytes(), parse_constant=_no_number, object_pairs_hook=_without_repeats))
+        if path.is_symlink() or (path.exists() and not path.is_file()):  # a pipe would be waited for
+            raise ValueError("it is no plain file")
+        with path.open("rb") as stream:
+            content = stream.read(_MAX_BYTES + 1)
+        if len(content) > _MAX_BYTES:
+            raise ValueError(f"more than {_MAX_BYTES} bytes are too many")
+        return _parse(json.loads(content, parse_constant=_no_number, object_pairs_hook=_without_repeats))
     except FileNotFoundError:
         raise ModelError(f"{folder}: holds no {GOLDEN}; give the folder that `deploypipe run` filled") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

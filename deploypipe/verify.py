@@ -73,9 +73,11 @@ def verify(folder: Path, limits: ProcessLimits = _USUAL) -> Verification:
     for entry in content.files:
         _check_hash(folder, entry)
     known = {entry.name for entry in content.files}
+    if lost := {TENSORS, *(model.file for model in content.models)} - known:
+        raise ModelError(f"{folder / GOLDEN}: lists no hash of {shown(sorted(lost))}; copy the folder again")
     for model in content.models:
-        if lost := {model.file, TENSORS, *check_onnx_file(folder / model.file).data} - known:
-            raise ModelError(f"{folder / model.file}: needs {', '.join(sorted(lost))}, which {GOLDEN} does not list")
+        if lost := set(check_onnx_file(folder / model.file).data) - known:
+            raise ModelError(f"{folder / model.file}: needs {shown(sorted(lost))}, which {GOLDEN} does not list")
     others = sorted(path.name for path in folder.iterdir() if path.name not in {*known, GOLDEN})
     unchecked = {name for name in others if name.lower().endswith(_MODEL_SUFFIXES)}
     unchecked |= {name for name in known if name.lower().endswith(_MODEL_SUFFIXES)} - {m.file for m in content.models}

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from deploypipe.addresses import masked, masked_reference, without_secrets
+from deploypipe.cli import app
 from deploypipe.errors import DeploypipeError, StorageError
 from deploypipe.search.storage import Storage
 from deploypipe.stores import open_store
@@ -29,6 +31,8 @@ FORMS = [
     "ada:{}@127.0.0.1/none",
     "mysql+pymysql://ada:{}@127.0.0.1:9/none",
     "sqlite:///no/such/folder/s.db?key={}",
+    "sqlite+pysqlcipher://:{}@/no/such/folder/s.db",
+    "file://ada:{}@host/s.db",
     "mlflow+http://ada:{}@127.0.0.1:9/models?token={}#{}",
     "s3://ada:{}@bucket/models",
     "host=127.0.0.1 port=9 user=ada password={}",
@@ -68,6 +72,7 @@ def test_no_character_splits_a_password(sign: str, form: str) -> None:
         ("s3://bucket/models", "s3://bucket/models"),
         ("runs/a@b", "runs/a@b"),
         ("models:/name", "models:/name"),
+        ("file:///home/a:b@c/registry", "file:///home/a:b@c/registry"),
     ],
 )
 def test_what_is_not_secret_is_shown(address: str, shown: str) -> None:
@@ -76,7 +81,29 @@ def test_what_is_not_secret_is_shown(address: str, shown: str) -> None:
     assert masked_reference("models:/name@production") == "models:/name@production"
 
 
-@pytest.mark.parametrize("form", [form for form in FORMS if "mlflow" not in form and "s3" not in form])
+@pytest.mark.parametrize(
+    "form",
+    [
+        "https://host/x?token={}@production",
+        "s3://ada:{}@bucket@production",
+        "s3://ada:{}@bucket",
+        "models:/ada:{}@x@production",
+        "file://ada:{}@host/x@production",
+        "ada:{}@host/x",
+    ],
+)
+@pytest.mark.parametrize("sign", ["", "/", "@", "%2F"])
+def test_a_reference_that_names_no_bundle(
+    form: str, sign: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Commands take pieces of it for names: what they say about these is a way out, too."""
+    monkeypatch.chdir(tmp_path)
+    for command in (["verify"], ["layout", "--as=oci", "--out=out"]):
+        done = CliRunner().invoke(app, [*command, form.format(f"{BEGIN}{sign}{END}")])
+        assert done.exit_code == 2 and is_hidden(done.output) and "Traceback" not in done.output
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if not re.search("mlflow|s3|pysqlcipher|file:", form)])
 @pytest.mark.parametrize("sign", ["", "/", "#", "?", "[", "%"])
 def test_a_search_that_cannot_reach_its_storage(form: str, sign: str) -> None:
     """The real drivers, on addresses where nothing answers."""

@@ -1,5 +1,6 @@
 """Decide, release, promote, check: what a CI job calls after a run."""
 
+import os
 import sys
 from enum import StrEnum
 from functools import partial
@@ -247,12 +248,12 @@ def verify(
             check_signature(path, key, tuple(root or ()))
         if identity:
             check_keyless(path, identity, issuer)
-        is_bundle = (path / MANIFEST).exists()
+        is_bundle = os.path.lexists(path / MANIFEST)  # also what only looks like one
         if is_bundle:
             manifest = check_manifest(path)
             signed = "signed and unchanged" if key or root or identity else "unchanged; its signature was not checked"
             say(f"{manifest.name}, {len(manifest.files)} files, {signed}")
-        elif (path / RESULT).exists():
+        elif os.path.lexists(path / RESULT):
             check_run(path)
         verification = replay(path, ProcessLimits(seconds=time_limit, memory_mib=memory_limit))
         show_table(f"Golden samples in {path}", HEADER, cells(verification))

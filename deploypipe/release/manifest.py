@@ -76,6 +76,8 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest alone, which fits its own digest; whether the files are what it says is for `check_manifest`."""
     path = folder / MANIFEST
     try:
+        if path.exists() and not path.is_file():  # a pipe, say, that would be waited for
+            raise BundleError(f"{path}: is no plain file; copy the bundle again from where it was built")
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
         with open(handle, "rb") as stream:
             content = stream.read(_MOST_BYTES + 1)

@@ -39,11 +39,15 @@ def promote(bundle: Path, registry: str, alias: str) -> int:
         from deploypipe.release import mlflow_registry
 
         return mlflow_registry.promote(bundle, manifest, load_bundle(bundle), alias)
+    if registry.startswith(_MLFLOW):
+        raise BundleError(f"{masked(registry)}: is no registry; write {_MLFLOW} alone, and set MLFLOW_TRACKING_URI")
     if _IN_STORE in registry:
         from deploypipe.release import object_registry
 
         return object_registry.promote(bundle, manifest, registry, alias)
     home = Path(registry) / manifest.name
+    if home.is_symlink():
+        raise BundleError(f"{home}: is a link, and a version would go elsewhere; put the folder itself there")
     with _locked(home):
         _remove_leftovers(home)
         number = _find(home, manifest.digest) or _add(home, bundle)
@@ -73,7 +77,7 @@ def resolve(reference: str) -> Path:
         return _downloaded(object_registry.download, path, alias)
     if not path or Path(reference).is_dir():
         if not (Path(reference) / MANIFEST).is_file():
-            raise BundleError(f"{reference}: is no bundle; give its folder, or REGISTRY/NAME@ALIAS")
+            raise BundleError(f"{masked(reference)}: is no bundle; give its folder, or REGISTRY/NAME@ALIAS")
         return Path(reference)
     home = Path(path)
     aliases = _aliases(home)
@@ -95,9 +99,12 @@ def _check_names(reference: str, path: str, alias: str) -> None:
     if not path or Path(reference).is_dir():
         return
     bundle = path.removeprefix(_MLFLOW).strip("/") if path.startswith(_MLFLOW) else path.rstrip("/").rpartition("/")[2]
+    shown = masked_reference(reference)
     for what, name in (("alias", alias), ("bundle", bundle)):
         if problem := name_problem(name, most_bytes=2 * MOST_BYTES + 1):
-            raise BundleError(f"{masked(path)}: the {what}'s name {problem}")
+            if shown != reference:  # the name may be a piece of what is hidden
+                problem = "is not one that can be used; see that the address ends like /digits-x86_cpu@production"
+            raise BundleError(f"{shown}: the {what}'s name {problem}")
 
 
 def is_remote(reference: str) -> bool:
@@ -204,6 +211,9 @@ def _aliases(home: Path) -> dict[str, int]:
 @contextmanager
 def _locked(home: Path) -> Iterator[None]:
     home.mkdir(parents=True, exist_ok=True)
-    with (home / _LOCK).open("w") as lock:
+    path = home / _LOCK
+    if path.is_symlink() or (path.exists() and not path.is_file()):  # opening it would empty another file, or wait
+        raise BundleError(f"{path}: is no plain file; find out who changed the registry, and delete it")
+    with path.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

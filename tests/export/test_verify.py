@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -191,6 +192,22 @@ def test_names_that_leave_the_folder(name: str, folder: Path) -> None:
 def test_a_golden_file_that_is_none(content: bytes, folder: Path) -> None:
     (folder / GOLDEN).write_bytes(content)
     with pytest.raises(ModelError, match=r"golden\.json: not understood"):
+        verify(folder)
+
+
+@pytest.mark.parametrize("odd", ["pipe", "link without end"])
+def test_a_golden_file_that_is_no_file_is_not_read(odd: str, folder: Path) -> None:
+    (folder / GOLDEN).unlink()
+    os.mkfifo(folder / GOLDEN) if odd == "pipe" else (folder / GOLDEN).symlink_to("/dev/zero")
+    with pytest.raises(ModelError, match=r"golden\.json: not understood .*it is no plain file"):
+        verify(folder)
+
+
+@pytest.mark.parametrize("name", ["../outside.onnx", "/etc/hostname", ""])
+def test_a_model_elsewhere_is_not_opened(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rewrite(folder, lambda content: content["models"][0].update(file=name))
+    monkeypatch.setattr("deploypipe.verify.check_onnx_file", lambda path: pytest.fail(f"{path} was opened"))
+    with pytest.raises(ModelError, match=rf"golden\.json: lists no hash of {re.escape(name)}; copy"):
         verify(folder)
 
 

@@ -1,6 +1,7 @@
 """Bundles: the same run gives the same bytes, and not one of them can be changed unseen."""
 
 import json
+import os
 import shutil
 import threading
 from collections.abc import Callable
@@ -147,6 +148,7 @@ def test_a_flipped_bit_is_seen(data: st.DataObject, signed: tuple[Path, Path], t
         (lambda folder: (folder / "plan.json").unlink(), r"plan\.json: is missing"),
         (lambda folder: (folder / "extra.bin").write_bytes(b"x"), r"extra\.bin: is not in the manifest"),
         (lambda folder: (folder / MANIFEST).unlink(), "cannot be read"),
+        (lambda folder: pipe(folder / MANIFEST), r"manifest\.json: is no plain file"),
         (lambda folder: (folder / MANIFEST).write_text("{}"), "copy the bundle again"),
         (lambda folder: reformat(folder / MANIFEST), r"manifest\.json: was changed"),
         (lambda folder: truncate(folder / MODEL), r"model\.onnx: was changed"),
@@ -166,6 +168,11 @@ def truncate(path: Path) -> None:
 
 def reformat(path: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text())))
+
+
+def pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
 
 
 def link(path: Path) -> None:

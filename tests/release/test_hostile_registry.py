@@ -1,6 +1,7 @@
 """A registry that somebody else can write to: odd files are errors, and a bundle is of the name asked for."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -68,6 +69,25 @@ def test_an_odd_file_of_aliases_is_an_error(content: bytes, registry: Path, bund
     assert "aliases.json: not understood" in line and "promote again" in line and len(line) < 500
     with pytest.raises(BundleError, match="not understood"):
         promote(bundle, str(registry), "production")
+
+
+def test_a_promotion_writes_nothing_outside(bundle: Path, tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    for kind in ("link", "pipe"):
+        home = tmp_path / kind / NAME
+        home.mkdir(parents=True)
+        (home / ".lock").symlink_to(precious) if kind == "link" else os.mkfifo(home / ".lock")
+        with pytest.raises(BundleError, match=r"\.lock: is no plain file"):
+            promote(bundle, str(home.parent), "production")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "registry").mkdir()
+    (tmp_path / "registry" / NAME).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(BundleError, match="is a link"):
+        promote(bundle, str(tmp_path / "registry"), "production")
+    with pytest.raises(BundleError, match="models: alone"):
+        promote(bundle, "models:/x", "production")
+    assert precious.read_text() == "mine" and not list((tmp_path / "elsewhere").iterdir())
 
 
 def test_odd_neighbours_are_not_versions(registry: Path) -> None:
