@@ -103,7 +103,7 @@ def _check_names(reference: str, path: str, alias: str) -> None:
     for what, name in (("alias", alias), ("bundle", bundle)):
         if problem := name_problem(name, most_bytes=2 * MOST_BYTES + 1):
             if shown != reference:  # the name may be a piece of what is hidden
-                problem = "is not one that can be used; see that the address ends like /digits-x86_cpu@production"
+                problem = f"cannot be one; {problem.rpartition('; ')[2]}, as in /digits-x86_cpu@production"
             raise BundleError(f"{shown}: the {what}'s name {problem}")
 
 
