@@ -1,7 +1,7 @@
 """A run is killed again and again at random moments, and resumed each time: does it end as if nothing had happened?
 
     python benchmarks/kills.py --kills 60 --out runs/kills
-    python benchmarks/kills.py --pipeline tests/tiny.py --longest 4 --kills 60 --out runs/kills-tiny
+    python benchmarks/kills.py --pipeline tests/tiny.py --kills 60 --out runs/kills-tiny
 
 The digits (or another pipeline) with few trials, under a budget of MACs, which no clock can move. Each process computes
 in a fork of this one, which saves the seconds that importing torch takes; kill -9 ends it. A third of the kills are
@@ -12,6 +12,7 @@ differs. Kills that came after the end of a run do not count.
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import pickle
@@ -45,10 +46,9 @@ TARGET = Target(
     num_latency_samples=200,
     budget=Budget(macs="0.5x", accuracy_drop_pp=10.0),
 )
-_PATIENCE_S = 120.0  # for a process to come to its next measurement
-_LONGEST_MEASURING_S = 1.5  # into it
+_LONGEST_S = 1.5  # into a stage or a measurement
 _ENDED = "ended"
-_AIMS = ("time", "time", "measuring")
+_AIMS = ("start", "start", "measuring in")
 
 
 def settings(recipe: Recipe) -> Recipe:
@@ -66,18 +66,18 @@ def work(pipeline: Pipeline, model: torch.nn.Module, folder: Path, events: Conne
 
     def notify(event: Event) -> None:
         nonlocal stage
-        if event.message == "start":
+        if event.message in ("start", "cached"):
             stage = event.stage
-            events.send(stage)
+            events.send((event.message, stage))
 
     @contextmanager
     def alone(own: Any) -> Any:
         with own():
-            events.send(f"measuring in {stage}")
+            events.send(("measuring in", stage))
             try:
                 yield
             finally:
-                events.send(stage)
+                events.send(("measured in", stage))
 
     torch.set_num_threads(1)
     for module in (latency, memory):
@@ -99,11 +99,12 @@ def built(pipeline: Pipeline) -> torch.nn.Module:
     return model
 
 
-def life(
-    pipeline: Pipeline, model: torch.nn.Module, folder: Path, rng: random.Random, aim: str, longest: float = 12.0
-) -> str:
-    """What a process was at when it was killed; `_ENDED` where it came to its end. aim: "time" kills after random
-    seconds, `longest` at most, "measuring" in the midst of a measurement, "never" not at all."""
+def life(pipeline: Pipeline, model: torch.nn.Module, folder: Path, rng: random.Random, aim: str) -> str:
+    """What a process was at when it was killed; `_ENDED` where it came to its end.
+
+    aim: "start" kills in the first seconds of one of the next few stages that are not finished, "measuring in" in the
+    midst of one of the next few measurements, "never" not at all.
+    """
     receiving, sending = multiprocessing.Pipe(duplex=False)
     child = os.fork()
     if child == 0:
@@ -115,35 +116,25 @@ def life(
         finally:
             os._exit(code)
     sending.close()
-    at, begun = "beginning", time.monotonic()
-    skipped = rng.randrange(4)  # measurements, so that not only the first is hit
-    until = begun + (rng.uniform(0.05, longest) if aim == "time" else _PATIENCE_S if aim == "measuring" else 1e6)
+    at, skipped, until = "beginning", rng.randrange(4), math.inf
     while (left := until - time.monotonic()) > 0:
-        if not receiving.poll(left):
-            continue
+        if not receiving.poll(None if math.isinf(left) else left):
+            break
         try:
-            at = receiving.recv()
+            kind, stage = receiving.recv()
         except EOFError:
             break
-        if aim == "measuring" and at.startswith("measuring"):
+        at = stage if kind == "start" else f"{kind} {stage}"
+        if kind == "cached":  # it had not begun
+            skipped, until = (skipped + 1, math.inf) if aim == "start" else (skipped, until)
+        elif kind == aim:
             skipped -= 1
-            if skipped < 0:
-                time.sleep(rng.uniform(0.0, _LONGEST_MEASURING_S))
-                while receiving.poll():
-                    at = _next(receiving, at)
-                break
+            until = time.monotonic() + rng.uniform(0.0, _LONGEST_S) if skipped < 0 and math.isinf(until) else until
     os.kill(child, signal.SIGKILL)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if code not in (0, -signal.SIGKILL):
         sys.exit(f"a resumed process failed with exit code {code} in {folder}")
     return _ENDED if code == 0 else at
-
-
-def _next(receiving: Connection, at: str) -> str:
-    try:
-        return str(receiving.recv())
-    except EOFError:
-        return at
 
 
 def decided(folder: Path) -> str:
@@ -180,7 +171,6 @@ def main() -> int:
     parser.add_argument("--pipeline", default="digits")
     parser.add_argument("--out", type=Path, default=Path("runs/kills"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--longest", type=float, default=12.0, help="seconds that a process lives, unless it measures")
     asked = parser.parse_args()
     rng, started = random.Random(asked.seed), time.monotonic()
     pipeline = load_pipeline(asked.pipeline)
@@ -201,7 +191,6 @@ def main() -> int:
             folder,
             rng,
             "never" if is_over else rng.choice(_AIMS),
-            asked.longest,
         )
         if at != _ENDED:
             hits[at] += 1
@@ -211,7 +200,7 @@ def main() -> int:
         wrong += problems(folder)
         wrong += [f"{folder}: another plan or file"] if decided(folder) != expected else []
         print(f"     run {ends} came to its end, {wrong or 'as it should'}", flush=True)
-    num_measuring = sum(count for at, count in hits.items() if at.startswith("measuring"))
+    num_measuring = sum(count for at, count in hits.items() if at.startswith("measuring in"))
     print(
         f"{hits.total()} kills, {num_measuring} of them while measuring, {ends} runs to the end, {len(wrong)} problems"
     )
