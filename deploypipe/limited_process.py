@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _SHARE_OF_FREE = 0.75
 _CGROUP = Path("/sys/fs/cgroup")
 _MEMORY_SIGNS = ("bad_alloc", "MemoryError", "allocate memory", "bad allocation", "out of memory")
@@ -72,6 +73,14 @@ def _problem(code: int, said: str, limits: ProcessLimits) -> str:
         asked = f"the limit of {limits.memory_mib:,} MiB" if limits.memory_mib else "three quarters of what is free"
         return f"asks for more memory than {asked} ({reason})"
     return reason
+
+
+def end_with_parent() -> None:
+    """Let Linux end this process when the one that started it is gone, which alone watches the time."""
+    if sys.platform.startswith("linux"):
+        import ctypes
+
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def limit_memory(mib: int | None) -> None:

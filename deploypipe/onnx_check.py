@@ -21,7 +21,8 @@ _MAX_BYTES = 2**31  # of one protobuf message
 _MAX_OPSET = 99
 _MAX_NODES = 1_000_000
 _MAX_DEPTH = 16  # of graphs within nodes
-_MAX_RANK = 32
+MAX_RANK = 32  # of a tensor
+_IN_MEMORY = "_ORT_MEM_ADDR_"  # onnxruntime takes the offset of such a "file" for an address
 _MAX_ELEMENTS = 2**40  # of a tensor whose shape is declared without data
 # TensorProto.DataType -> bits of one element; strings have no size of their own.
 ELEMENT_BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 8: 0, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 14: 64}
@@ -248,6 +249,8 @@ def _read_place(content: memoryview, place: dict[str, str]) -> None:
 def _check_external(tensor: _Tensor, expected: int, state: _State) -> None:
     location = tensor.place.get("location", "")
     parts = PurePosixPath(location).parts
+    if _IN_MEMORY in location:
+        raise Refused(f"tensor {tensor.name!r} lies at an address in memory")
     is_inside = parts and not PurePosixPath(location).is_absolute() and ".." not in parts and "\\" not in location
     if not is_inside or "\0" in location or PureWindowsPath(location).drive:
         raise Refused(f"tensor {tensor.name!r} lies at {location!r}, which is not a file beside the model")
@@ -276,6 +279,6 @@ def _place_number(place: dict[str, str], key: str, default: int = 0) -> int:
 
 
 def _count(dims: list[int], what: str) -> int:
-    if len(dims) > _MAX_RANK or any(dim < 0 or dim >= 2**63 for dim in dims):
-        raise Refused(f"{what} is of the shape {dims[:_MAX_RANK]}")
+    if len(dims) > MAX_RANK or any(dim < 0 or dim >= 2**63 for dim in dims):
+        raise Refused(f"{what} is of the shape {dims[:MAX_RANK]}")
     return prod(dims)

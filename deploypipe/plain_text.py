@@ -10,9 +10,15 @@ HIDDEN = re.compile(
 )
 
 
+# What CI servers read in a log as orders to themselves: GitHub's ::add-mask::, ##[error], ##vso[...], ##teamcity[...].
+_ORDER = re.compile(r"^(\s*):(?=:)|#(?=#\w*\[)")
+
+
 def printable(text: str) -> str:
-    """Show each hidden character as its escape: a line break as \\n, U+202E as \\u202e."""
-    return HIDDEN.sub(lambda found: ascii(found[0])[1:-1], text)
+    """Show each hidden character as its escape: a line break as \\n, U+202E as \\u202e; and so the first sign of what
+    a CI server would obey (valid in a JSON string, too)."""
+    shown = HIDDEN.sub(lambda found: ascii(found[0])[1:-1], text)
+    return _ORDER.sub(lambda found: f"{found[1] or ''}\\u00{ord(found[0][-1]):02x}", shown)
 
 
 def printable_lines(text: str) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 from deploypipe.errors import DeploypipeError
 from deploypipe.golden_file import TENSORS
 from deploypipe.installed import load_onnxruntime
-from deploypipe.limited_process import limit_memory
+from deploypipe.limited_process import end_with_parent, limit_memory
 from deploypipe.numerics.differences import difference
 from deploypipe.verify import Array, read_tensors, tensor_name
 
@@ -69,6 +69,7 @@ def _problem_of(expected: list[list[Array]]) -> str:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     _folder, _file, _precision, _num_cases, _memory = sys.argv[1:]
     try:
         answer = main(Path(_folder), _file, _precision, int(_num_cases), int(_memory) if _memory else None)

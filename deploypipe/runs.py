@@ -107,8 +107,16 @@ def load_result(folder: Path, name: str = RESULT) -> RunResult:
 def load_plan(path: Path) -> PruningPlan:
     """The plan in a file, in a folder that holds a plan.json, or of a finished run; RunFolderError where none is."""
     file = path / PLAN if path.is_dir() else path
-    if file.is_file() or not path.is_dir():
-        return from_json(PruningPlan, file.read_bytes(), str(file))
+    if file.is_file():
+        with file.open("rb") as stream:
+            content = stream.read(_MOST_RESULT_BYTES + 1)
+        if len(content) > _MOST_RESULT_BYTES:
+            raise RunFolderError(
+                f"{file}: has more than {_MOST_RESULT_BYTES:,} bytes, which is no plan; check the path"
+            )
+        return from_json(PruningPlan, content, str(file))
+    if not path.is_dir():
+        raise RunFolderError(f"{path}: is no file; give a plan.json, or the folder of a finished run")
     found = load_result(path).search
     if found is None:
         raise RunFolderError(f"{path}: this run removed nothing, so it has no plan; give a run that had to compress")
@@ -150,7 +158,13 @@ def file_sha256(path: Path) -> str:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write and flush beside `path`, then rename over it: readers see the old content or the new, never a part."""
+    """Write and flush beside `path`, then rename over it: readers see the old content or the new, never a part.
+
+    A device or a shell's name of a stream (/dev/stdout) is written to and stays what it is.
+    """
+    if _is_stream(path):
+        path.write_bytes(content)
+        return
     part = path.with_name(f".{path.name}.{os.getpid()}.part")  # others may be at the same file
     try:
         with part.open("wb") as stream:
@@ -162,6 +176,11 @@ def write_atomically(path: Path, content: bytes) -> None:
         part.unlink(missing_ok=True)
         raise
     _flush_folder(path.parent)
+
+
+def _is_stream(path: Path) -> bool:
+    is_in_dev = path.is_absolute() and path.parts[1:2] == ("dev",)
+    return path.is_char_device() or (is_in_dev and path.is_symlink())
 
 
 def _flush_folder(folder: Path) -> None:

@@ -26,9 +26,9 @@ from deploypipe.runs import RunResult
 
 HOSTILE = (
     "\n\n# Heading\n| a | b |\n<script>alert(1)</script><img src=x onerror=alert(1)> @octocat #1 **bold** _it_ `code` "
-    "[link](javascript:alert(1)) ![i](https://evil.example/x.png) https://evil.example www.evil.example a@b.example\n"
-    "::error::x\x1b[2J\x1b]8;;https://evil.example\x07\x9b31m\r\x00\u202eevil\u2066\u200b\u2028\ufeff\ufffe "
-    "[bold red]rich[/] [link=https://evil.example]x[/link] %{x} ]]> &lt; ~~s~~ $x$ \\"
+    "[link](javascript:alert(1)) ![i](https://evil.example/x.png) https://evil.example _www.evil.example GH-1 "
+    "a@b.example\n::error::x\x1b[2J\x1b]8;;https://evil.example\x07\x9b31m\r\x00\u202eevil\u2066\u200b\u2028\ufeff\ufffe"
+    " [bold red]rich[/] [link=https://evil.example]x[/link] %{x} ]]> &lt; ~~s~~ $x$ \\"
 )
 
 
@@ -60,7 +60,23 @@ def test_a_text_is_one_line_without_hidden_characters() -> None:
     shown = printable(HOSTILE)
     assert not HIDDEN.search(shown) and len(shown.splitlines()) == 1
     assert r"\x1b[2J" in shown and r"\u202e" in shown and r"\n" in shown
-    assert printable("x86_cpu: 95 % größer ✅ 日本") == "x86_cpu: 95 % größer ✅ 日本"
+    assert (
+        printable("x86_cpu: 95 % größer ✅ 日本 a::b # ## [x] #[x]")
+        == "x86_cpu: 95 % größer ✅ 日本 a::b # ## [x] #[x]"
+    )
+
+
+@pytest.mark.parametrize(
+    "order",
+    ["::error::x", "  ::set-output name=x::y", "a ##[error]x", "##vso[task.setvariable variable=x]y", "##teamcity[x]"],
+)
+def test_a_ci_server_is_given_no_orders(order: str, capsys: pytest.CaptureFixture[str]) -> None:
+    terminal.show_table("Slowest operators", (order, "time"), [(order, "1 ms")])
+    terminal.say(order)
+    terminal.say(strict_json.dumps({"reason": order}))
+    *lines, _ = shown = capsys.readouterr().out.splitlines()
+    assert not [line for line in shown if re.search(r"^\s*::|##\w*\[", line)] and "\\u00" in lines[-1]
+    assert json.loads(shown[-1]) == {"reason": order}
 
 
 @settings(max_examples=200, deadline=None)
@@ -79,7 +95,9 @@ def test_markdown(render: Any, run: RunResult) -> None:
     assert "octocat" in text and "evil.example" in text  # it is shown
     body = text.split("---\n", 2)[2] if text.startswith("---") else text
     assert not HIDDEN.search(text.replace("\n", ""))
-    assert not re.search(r"@octocat|https?://|www\.evil|<script|<img|(?<!\\)\[link|(?<!\\)!\[|(?<!\\)\*\*|#1\b", body)
+    assert not re.search(
+        r"@octocat|https?://|www\.evil|GH-1|<script|<img|(?<!\\)\[link|(?<!\\)!\[|(?<!\\)\*\*|#1\b", body
+    )
     headings = [line for line in body.splitlines() if line.startswith("#")]
     assert len(headings) == len([line for line in render(finished_run()).splitlines() if line.startswith("#")])
     for line in body.splitlines():

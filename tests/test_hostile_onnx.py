@@ -4,8 +4,10 @@ import importlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import onnx
 import pytest
 from bundles import write_run
 from onnx import TensorProto, helper, numpy_helper
+from programs import start
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
@@ -204,6 +207,34 @@ def test_samples_are_bounded_before_they_are_read(content: bytes, tmp_path: Path
     (tmp_path / TENSORS).write_bytes(content)
     with pytest.raises(ModelError, match=r"golden\.safetensors: no safetensors file"):
         read_tensors(tmp_path / TENSORS)
+
+
+@linux_only
+def test_no_process_outlives_the_one_that_watches_it(tmp_path: Path) -> None:
+    """Nobody would end it: a machine that cancels jobs would fill up with them."""
+    (tmp_path / "cpu.toml").write_text('runtime = "onnxruntime"\n', encoding="utf-8")
+    endless(tmp_path / "model.onnx")
+    for number, code in ((signal.SIGTERM, 130), (signal.SIGKILL, -signal.SIGKILL)):
+        parent = start(tmp_path, "bench", "model.onnx", "./cpu.toml")
+        children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+        while not (found := children.read_text().split()) or "try_child" not in command_of(found[0]):
+            assert parent.poll() is None
+            time.sleep(0.1)
+        time.sleep(1)  # until it has said so to the kernel
+        parent.send_signal(number)
+        said = parent.communicate(timeout=60)[1]
+        assert parent.returncode == code and "Traceback" not in said
+        until = time.monotonic() + 30
+        while "try_child" in command_of(found[0]):
+            assert time.monotonic() < until
+            time.sleep(0.1)
+
+
+def command_of(process: str) -> str:
+    try:
+        return Path(f"/proc/{process}/cmdline").read_text()
+    except OSError:  # it is gone
+        return ""
 
 
 def test_files_of_absurd_size_are_not_read(tmp_path: Path) -> None:

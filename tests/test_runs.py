@@ -16,7 +16,7 @@ from finished_runs import finished_run
 from deploypipe import runs
 from deploypipe.errors import RunFolderError
 from deploypipe.records import Event, Interval
-from deploypipe.runs import load_result, open_run, place_file, save_result
+from deploypipe.runs import load_plan, load_result, open_run, place_file, save_result, write_atomically
 
 RECORD = Interval(value=1.0, low=0.5, high=1.5)
 
@@ -333,3 +333,29 @@ def test_events_carry_the_stage(tmp_path: Path) -> None:
         run.remember("search", {"score": run.key("score")}, Work(), Interval)
         assert run.files("search").name.startswith("02-search-")
     assert [(e.stage, e.message) for e in events][::2] == [("score", "start"), ("search", "start")]
+
+
+def test_a_device_or_a_stream_is_written_to_and_stays(tmp_path: Path) -> None:
+    """`--markdown /dev/stdout`, as root in a CI job, made a file of it."""
+    reading, writing = os.pipe()
+    try:
+        write_atomically(Path(f"/dev/fd/{writing}"), b"said")
+        assert os.read(reading, 100) == b"said"
+    finally:
+        os.close(reading)
+        os.close(writing)
+    _, terminal = os.openpty()  # a device that is nobody's loss
+    write_atomically(Path(os.ttyname(terminal)), b"said")
+    assert Path(os.ttyname(terminal)).is_char_device()
+    os.close(terminal)
+
+
+def test_a_plan_is_a_file_of_sensible_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "plan.json").write_bytes(b" " * 2000)
+    monkeypatch.setattr("deploypipe.runs._MOST_RESULT_BYTES", 1000)
+    with pytest.raises(RunFolderError, match="more than 1,000 bytes"):
+        load_plan(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path / "absent"):
+        with pytest.raises(RunFolderError, match="is no file"):
+            load_plan(path)

@@ -31,6 +31,7 @@ from deploypipe.benchmark.sweeps import (
     sweep_threads,
     thread_counts,
 )
+from deploypipe.bounds import shown
 from deploypipe.errors import ConfigError, DataError
 from deploypipe.limited_process import ProcessLimits
 from deploypipe.numerics.intervals import interval_of_median_ratio, interval_of_quantile
@@ -42,6 +43,7 @@ from deploypipe.target import Target
 
 PARTS = ("latency", "memory", "cold start", "layers", "batches", "threads", "energy")
 LEAST_SAMPLES = 80  # four openings of a file
+MOST_SAMPLES = 10_000_000
 _NUM_COLD_STARTS = 5
 _LIMITS = ProcessLimits()
 _ONNX = "onnxruntime"
@@ -168,6 +170,8 @@ def _check_request(parts: Sequence[str], num_samples: int | None) -> None:
         raise ConfigError("--parts", ", ".join(unknown), "no such part", f"choose from: {', '.join(PARTS)}")
     if num_samples is not None and num_samples < LEAST_SAMPLES:
         raise ConfigError("--samples", str(num_samples), "too few for an interval", f"ask for {LEAST_SAMPLES} or more")
+    if num_samples is not None and num_samples > MOST_SAMPLES:
+        raise ConfigError("--samples", shown(num_samples), "too many", f"ask for {MOST_SAMPLES:,} or fewer")
 
 
 def _find_inputs(

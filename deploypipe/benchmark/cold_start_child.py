@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from deploypipe.limited_process import end_with_parent
+
 
 def main(settings: str, model: str, inputs: str) -> tuple[float, float, float]:
     """Milliseconds for each of the three."""
@@ -33,4 +35,5 @@ def main(settings: str, model: str, inputs: str) -> tuple[float, float, float]:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     sys.stdout.write(" ".join(map(str, main(*sys.argv[1:]))) + "\n")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from deploypipe.limited_process import end_with_parent
 from deploypipe.runtimes import make_runtime
 from deploypipe.target import Target
 
@@ -47,4 +48,5 @@ def _status(key: str) -> int:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     sys.stdout.write(f"{main(*sys.argv[1:])}\n")

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from deploypipe.errors import DataError
-from deploypipe.limited_process import limit_memory
+from deploypipe.limited_process import end_with_parent, limit_memory
 from deploypipe.runtimes import make_runtime
 from deploypipe.target import Target
 
@@ -47,4 +47,5 @@ def main(settings: str, model: str, inputs: str, *sizes: str) -> None:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     main(*sys.argv[1:])

@@ -8,8 +8,11 @@ from pathlib import Path
 from deploypipe.errors import ConfigError
 from deploypipe.jsonio import load_toml
 from deploypipe.names import name_problem
+from deploypipe.onnx_check import MAX_RANK
 from deploypipe.provider_options import require_harmless_options
 from deploypipe.target import Target
+
+_MOST_DIGITS = 15  # of a size in a shape
 
 
 def load_target(name: str) -> Target:
@@ -65,7 +68,8 @@ def parse_shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
     for text in texts:
         name, _, sizes = text.rpartition("=")
         parts = sizes.split("x") if sizes else []
-        if not name or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        is_plain = len(parts) <= MAX_RANK and all(part.isdecimal() and len(part) <= _MOST_DIGITS for part in parts)
+        if not name or not is_plain or not all(map(int, parts)):
             raise ConfigError("--shape", text, "is no shape", "write it like --shape input_ids=1x128")
         shapes[name] = tuple(map(int, parts))
     return shapes

@@ -67,7 +67,8 @@ def say(line: object, *, file: TextIO | None = None, flush: bool = False) -> Non
 def exit_codes() -> Iterator[None]:
     """Every failure leaves with its own code: HOLD (1) is a decision and never an accident."""
     try:
-        yield
+        with _terminated_like_interrupted():
+            yield
     except KeyboardInterrupt:
         say("interrupted; the same command resumes", file=sys.stderr)
         raise typer.Exit(EXIT_INTERRUPTED) from None
@@ -85,6 +86,28 @@ def exit_codes() -> Iterator[None]:
         raise typer.Exit(EXIT_ERROR) from None
 
 
+@contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """SIGTERM, by which CI servers and schedulers cancel a job, ends a command like Ctrl-C: what is half-written is
+    removed. torchrun ends its processes by it and does not wait: there it stays as it was."""
+
+    def handle(number: int, _: object) -> None:
+        if os.getpid() != ours:  # a pipeline's own process, forked from this one
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        raise KeyboardInterrupt
+
+    ours, is_main = os.getpid(), threading.current_thread() is threading.main_thread()
+    if not is_main or "TORCHELASTIC_RUN_ID" in os.environ or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def _not_a_bug(error: Exception) -> str:
     """What the machine lacks, and what to do; empty where the error is ours."""
     if found := find_exhaustion(error):
@@ -97,7 +120,8 @@ def _not_a_bug(error: Exception) -> str:
     if fault := find_fault(error):
         return str(fault)
     if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}; check the path and its rights"
+        path = error.filename2 or error.filename  # the second is what a file was to be renamed to
+        return f"{path}: {error.strerror}; check the path and its rights"
     return ""
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from deploypipe.errors import DeploypipeError
+from deploypipe.limited_process import end_with_parent
 from deploypipe.runtimes.tensorrt_libraries import Library, load_library
 
 _ERRORS = ("ERROR", "INTERNAL_ERROR")
@@ -129,6 +130,7 @@ def _shortened(message: str) -> str:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     given = json.loads(Path(sys.argv[1]).read_text())
     try:
         answer = main(given)

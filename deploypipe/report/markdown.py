@@ -9,8 +9,8 @@ _SPECIAL = re.compile(r"[\\`*\[\]|~$]")
 _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 # An underscore inside a word, as in x86_cpu, is no emphasis.
 _EMPHASIS = re.compile(r"(?<![^\W_])_|_(?![^\W_])")
-# What GitHub and others turn into a link without markup: @user, #12, https://..., www. ...
-_LINKING = re.compile(r"@|#(?=\w)|:(?=//)|\b(?:www)(?=\.)", re.IGNORECASE)
+# What GitHub and others turn into a link without markup: @user, #12, GH-12, https://..., www. ...
+_LINKING = re.compile(r"@|#(?=\w)|\bGH(?=-\d)|:(?=//)|www(?=\.)", re.IGNORECASE)
 _BREAK = "<!-- -->"  # shown as nothing, and parts what would be found together
 
 

@@ -102,7 +102,7 @@ HOSTILE: dict[str, tuple[onnx.TensorProto, str]] = {
     "drive": (outside("C:secret.bin"), "not a file beside the model"),
     "nothing": (outside(""), "not a file beside the model"),
     "zero byte": (outside("w.bin\0.txt"), "not a file beside the model"),
-    "memory address": (outside("*/_ORT_MEM_ADDR_/*", offset="4096", length="16"), "absent"),
+    "memory address": (outside("*/_ORT_MEM_ADDR_/*", offset="4096", length="16"), "an address in memory"),
     "absent": (outside("absent.bin"), "absent"),
     "folder": (outside("folder"), "no file"),
     "link": (outside("link.bin"), "is a link"),
