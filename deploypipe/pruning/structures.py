@@ -149,7 +149,7 @@ def _find_channels(
     reasons = {c.name: _kept((m.module for m in c.members), keep) for c in couplings}
     accepted, failures = probe.channels([c for c in couplings if not reasons[c.name]])
     more, _ = probe.channels([c for c in others if not _overlaps(c, accepted) and not _is_kept(c, keep)], accepted)
-    chosen, odd = probe.channels([*accepted, *more], pick=_first_unit)
+    chosen, odd = probe.channels([*accepted, *more], pick=_first_units)
     reasons |= failures | odd
     return _Channels(chosen=chosen, failed={c: reasons[c.name] for c in couplings if reasons[c.name]}, frozen=frozen)
 
@@ -380,9 +380,13 @@ def _tried_units(coupling: Coupling) -> list[int]:
     return sorted(some)[: coupling.num_units - 1]
 
 
-def _first_unit(_: Coupling) -> list[int]:
-    """One unit: what is left is an odd width, which some networks refuse (`assert width % 4 == 0`)."""
-    return [0]
+def _first_units(coupling: Coupling) -> range:
+    """The first half or less: what is left is an odd width, which some networks refuse (`assert width % 4 == 0`).
+
+    Of units taken from all over, a share of the channels (`x[:, : x.shape[1] // 4]`) would lose its share.
+    """
+    num_left = min(coupling.num_units // 2 | 1, coupling.num_units - 1)
+    return range(coupling.num_units - num_left)
 
 
 def _own(module: nn.Module) -> list[Tensor]:

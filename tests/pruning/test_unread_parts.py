@@ -1,5 +1,6 @@
 """One example never shows what an input of another size would read: what it leaves unread stays."""
 
+from collections import OrderedDict
 from collections.abc import Callable
 
 import pytest
@@ -151,3 +152,29 @@ def test_a_table_that_only_a_part_is_read_of_is_frozen_by_name() -> None:
     model = Tagger(READS["mean"]).eval()
     found = find_structures(model, torch.randint(0, 30, (2, 4)))
     assert not any(member.side == "table.1" for group in found.groups for member in group.members)
+
+
+class Shifted(nn.Module):
+    """Moves a share of the channels by one place, as networks for video do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Conv1d(3, 16, 1), nn.Conv1d(16, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        share = x.shape[1] // 4
+        moved = torch.zeros_like(x)
+        moved[:, :share, 1:] = x[:, :share, :-1]
+        moved[:, share:] = x[:, share:]
+        return self.last(moved)
+
+
+@pytest.mark.parametrize("name", ["a", "b", "c", "d", "e"])
+def test_channels_of_which_a_share_goes_another_way_stay_whatever_their_name(name: str) -> None:
+    found = find_structures(nn.Sequential(OrderedDict({name: Shifted()})).eval(), torch.randn(2, 3, 8))
+    assert not found.groups
+    assert ["cutting differs from masking" in row.reason for row in found.frozen if row.name == f"{name}.first"] == [
+        True
+    ]
