@@ -4,7 +4,6 @@ A wrapper adds a prefix to every name of the state dict, hides the layers from h
 the sizes before. Every function that is given a network calls `unwrapped` first.
 """
 
-import copy
 from functools import cache
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import fx, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
+from deploypipe.copies import copied
 from deploypipe.errors import ModelError
 
 _SHARDED = ("torch.distributed.fsdp",)
@@ -54,9 +54,8 @@ def _without_wrappers(model: nn.Module) -> nn.Module:
     for _, module in sorted(model.named_modules(), key=lambda item: -item[0].count(".")):  # innermost first
         inner = _inside(module)
         if inner is not None:  # wrappers around wrappers come later, and find it among those known
-            known[id(module)] = copy.deepcopy(inner, known)
-    found: nn.Module = copy.deepcopy(model, known)
-    return found
+            known[id(module)] = copied(inner, known)
+    return copied(model, known)
 
 
 def _inside(module: nn.Module) -> nn.Module | None:

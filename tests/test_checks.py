@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from typer.testing import CliRunner
 
 from deploypipe import check, finetune
-from deploypipe.checks import CheckReport
+from deploypipe.checks import CheckReport, check_inputs
 from deploypipe.cli import app
 from deploypipe.data import TensorBatches
 from deploypipe.errors import DataError, DeploypipeError, ModelError, PipelineError
@@ -147,6 +147,24 @@ def test_all_complaints_come_at_once_and_name_whose_code_failed() -> None:
     assert "write shuffle=False for test" in test
     assert "reading the train split, batch 2, raised OSError: disk is gone" in train
     assert not report.is_ready
+
+
+class Counting(tiny.Network):
+    """Counts its calls, also those for evaluation."""
+
+    def __init__(self, is_saved: bool) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(1), persistent=is_saved)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x)
+
+
+def test_a_network_that_changes_what_it_saves_while_it_is_evaluated_is_named() -> None:
+    told = "Counting changes 'calls' in evaluation mode; change buffers only `if self.training`"
+    assert all(told in each for each in look(splits(), model=Counting(is_saved=True)).complaints)
+    check_inputs(Counting(is_saved=False), guard_splits(splits()), classification(), tiny.recipe(), tiny.target())
 
 
 def test_a_sound_pipeline_is_exported_and_run_and_a_lone_last_sample_is_a_note() -> None:

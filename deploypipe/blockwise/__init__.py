@@ -7,7 +7,6 @@ What ties blocks together stays: the width of their common stream, and each bloc
 """
 
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from deploypipe.blockwise.blocks import PrunedBlock, Pruner, summary
 from deploypipe.blockwise.calls import find_calls, stream_of
 from deploypipe.blockwise.work import Work
+from deploypipe.copies import copied
 from deploypipe.data import fingerprint_of
 from deploypipe.errors import ConfigError, ModelError
 from deploypipe.pruning.apply import cut_out
@@ -122,7 +122,7 @@ def find_blocks_in_a_row(model: nn.Module) -> tuple[str, ...]:
 
 def _prune(number: int, name: str, model: nn.Module, files: WeightFiles, pruner: Pruner, work: Work) -> PrunedBlock:
     """Read, prune and write one block; nothing of it stays in memory."""
-    block = deepcopy(model.get_submodule(name))
+    block = copied(model.get_submodule(name))
     files.load_(block, f"{name}.")
     row, pruned, streams = pruner.prune(name, block, work.streams(number) if number else None)
     work.finish(number, row, {f"{name}.{key}": value for key, value in own_weights(pruned).items()}, streams)

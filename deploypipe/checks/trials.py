@@ -1,18 +1,18 @@
 """One batch of each split through the network and each of the task's functions."""
 
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from deploypipe.answers import with_divergence
 from deploypipe.benchmark.accuracy import evaluate_file, evaluate_module
 from deploypipe.checks.complaints import Findings, described
 from deploypipe.checks.splits import Survey, check_labels
+from deploypipe.copies import copied
 from deploypipe.errors import DataError, ModelError
 from deploypipe.exhaustion import raise_if_exhausted
 from deploypipe.export.engine import is_built
@@ -45,7 +45,9 @@ def try_inference(findings: Findings, model: nn.Module, task: Task, name: str, s
     pair = take_batch(seen.first, 2)
     detail = described(pair[0])
     with findings.trying(f"{name}: forward", detail):
+        before = _stored_buffers(model)
         outputs = run_network(model, pair[0], seen.first[0], name)
+        _require_same_buffers(model, before)
         _require_finite(outputs, name, "")
         _try_suspect(model, task, name, seen)
         if is_classification(task):
@@ -59,6 +61,23 @@ def try_inference(findings: Findings, model: nn.Module, task: Task, name: str, s
             find_slices([pair], task.slices)
         if name == "val":
             with_divergence(task, outputs, pair[1])
+
+
+def _stored_buffers(model: nn.Module) -> dict[str, Tensor]:
+    own = dict(model.named_buffers())
+    return {name: own[name].clone() for name in model.state_dict() if name in own}
+
+
+def _require_same_buffers(model: nn.Module, before: dict[str, Tensor]) -> None:
+    """A plan is made for a network with certain values, which must still be those when it is applied."""
+    now = model.state_dict()
+    changed = [n for n, t in before.items() if n not in now or now[n].shape != t.shape or not now[n].equal(t)]
+    changed += [name for name in _stored_buffers(model) if name not in before]
+    if changed:
+        raise ModelError(
+            f"{type(model).__name__} changes {', '.join(map(repr, changed))} in evaluation mode; change buffers only "
+            "`if self.training`, or register them with persistent=False"
+        )
 
 
 def run_network(model: nn.Module, inputs: Any, whole: Any, name: str) -> Any:
@@ -121,7 +140,7 @@ def try_training(findings: Findings, model: nn.Module, task: Task, name: str, se
     """A step's forward, loss and backward in training mode, on a copy."""
     inputs, target = take_batch(seen.first, _NUM_TRAINED)
     with findings.trying(f"{name}: loss and backward", described(target, "target")):
-        student = copy.deepcopy(model).train()
+        student = copied(model).train()
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             try:
                 outputs = forward(student, inputs)

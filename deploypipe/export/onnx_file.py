@@ -1,6 +1,5 @@
 """A network to one self-contained ONNX file of any batch size, checked against the network before it is kept."""
 
-import copy
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from deploypipe.copies import copied
 from deploypipe.errors import ConfigError, DataError, ModelError, ParityError
 from deploypipe.exhaustion import raise_if_exhausted
 from deploypipe.export.axes import Axes, choose_axes, free_axes, in_order, input_names, require_constants
@@ -138,7 +138,7 @@ def _copy_for_export(model: nn.Module) -> nn.Module:
                 f"{name or 'the network'} is an nn.LSTM with proj_size={module.proj_size}, and ONNX's LSTM has no "
                 "projection; put an nn.Linear behind an LSTM without one"
             )
-    network = copy.deepcopy(model).cpu().eval()
+    network = copied(model).cpu().eval()
     network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # missing in torch's stubs
     return network
 

@@ -1,10 +1,10 @@
 """Turn the dense network into the pruned one: no tracing, no example inputs, the same bits every time."""
 
-from copy import deepcopy
 from typing import Any
 
 from torch import nn
 
+from deploypipe.copies import copied
 from deploypipe.errors import PlanError
 from deploypipe.pruning.computed_weights import with_plain_weights
 from deploypipe.pruning.config import fit_configs, write_configs_
@@ -28,7 +28,7 @@ def masked_dense(dense: nn.Module, plan: PruningPlan) -> nn.Module:
     """The reference: a dense copy that ignores what `plan` removes, and so computes what the pruned network must."""
     dense = with_plain_weights(unwrapped(dense))
     check_fingerprint(dense, plan)
-    model = deepcopy(dense)
+    model = copied(dense)
     forget_caches_(model)
     replace_by_identity_(model, {name: plan.returns.get(name) for name in plan.blocks})
     mask_(model, _outside_blocks(plan))
@@ -37,7 +37,7 @@ def masked_dense(dense: nn.Module, plan: PruningPlan) -> nn.Module:
 
 def cut_out(dense: nn.Module, plan: PruningPlan) -> nn.Module:
     """`apply_plan` without the check that `dense` has the weights the plan was made from."""
-    model = deepcopy(dense)
+    model = copied(dense)
     forget_caches_(model)
     replace_by_identity_(model, {name: plan.returns.get(name) for name in plan.blocks})
     cut_(model, _outside_blocks(plan))

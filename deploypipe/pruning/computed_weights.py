@@ -6,11 +6,10 @@ PyTorch makes no copies, become plain wherever a network comes in.
 """
 
 from collections.abc import Iterable, Iterator
-from copy import deepcopy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils import remove_spectral_norm, remove_weight_norm
 from torch.nn.utils.parametrize import is_parametrized
@@ -18,6 +17,8 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.prune import remove as remove_mask
 from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDictPreHook
 from torch.nn.utils.weight_norm import WeightNorm
+
+from deploypipe.copies import copied
 
 
 def with_plain_weights(model: nn.Module) -> nn.Module:
@@ -27,17 +28,12 @@ def with_plain_weights(model: nn.Module) -> nn.Module:
 
 def plain_copy(model: nn.Module) -> nn.Module:
     """A copy in which what hooks compute from weights in evaluation mode is plain parameters."""
-    made = [t for m in model.modules() for t in _attributes(m) if isinstance(t, Tensor) and t.grad_fn is not None]
-    copy = deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in made})  # PyTorch copies leaves only
+    copy = copied(model)
     for module in copy.modules():
         for kind, name in list(_hooks(module)):
             _fold_(module, kind, name)
     make_plain_(module for module in copy.modules() if isinstance(module, RNNBase))
     return copy
-
-
-def _attributes(module: nn.Module) -> list[Any]:
-    return [*vars(module).values(), *(module._flat_weights if isinstance(module, RNNBase) else ())]
 
 
 def describe_hooks(model: nn.Module) -> str:

@@ -2,7 +2,6 @@
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,6 +11,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
+from deploypipe.copies import copied
 from deploypipe.exhaustion import raise_if_exhausted
 from deploypipe.pruning.attributes import mark_sizes_
 from deploypipe.pruning.calls import evaluating, output_tensors
@@ -106,7 +106,7 @@ def _row(name: str, module: nn.Module, reason: str) -> Frozen:
 
 
 def _propagate(model: nn.Module, batches: Sequence[Any], as_wide: Collection[str]) -> Propagation:
-    copy = deepcopy(model)
+    copy = copied(model)
     forget_caches_(copy)
     make_plain_(copy.modules())
     mark_sizes_(copy)
@@ -131,7 +131,7 @@ def _propagate(model: nn.Module, batches: Sequence[Any], as_wide: Collection[str
 
 def _keep_unread(trace: Propagation) -> None:
     """Keep what this example leaves unread and an input of another size or kind may read."""
-    for tensor in {id(t): t for m in trace.modules.values() for t in _own_tensors(m)}.values():
+    for tensor in {id(t): t for own in trace.stored.values() for t in own.values()}.values():
         if id(tensor) not in trace.used:
             for axis in trace.of(tensor):
                 trace.indices.keep(axis, "is not read with these inputs, and may be with others")
@@ -151,10 +151,6 @@ def _keep_unread(trace: Propagation) -> None:
             continue
         why = "is read in part only with these inputs, and others may read more of it"
         trace.indices.kept.append((unread if is_written else whole, why))
-
-
-def _own_tensors(module: nn.Module) -> list[Tensor]:
-    return [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
 
 
 class _Classes:
@@ -240,7 +236,7 @@ def _places(trace: Propagation, classes: _Classes) -> dict[_Place, list[int]]:
 
     for name, module in trace.modules.items():
         covered = out_tensor(module)
-        for side, atoms in _tensor_sides(trace, module, covered):
+        for side, atoms in _tensor_sides(trace, name, covered):
             add(name, side, atoms)
         if covered and has_two_sides(module):
             add(name, "in", trace.reads.get(name))
@@ -255,15 +251,15 @@ def _places(trace: Propagation, classes: _Classes) -> dict[_Place, list[int]]:
 
 
 def _tensor_sides(
-    trace: Propagation, module: nn.Module, covered: tuple[str, int] | None
+    trace: Propagation, name: str, covered: tuple[str, int] | None
 ) -> Iterator[tuple[Side, Atoms | None]]:
     """The axes of a module's own tensors; of a known layer its outputs stand for all of them."""
-    for local, tensor in [*module._parameters.items(), *module._buffers.items()]:
-        for number, axis in enumerate(trace.of(tensor) if tensor is not None else ()):
+    for local, tensor in trace.stored[name].items():
+        for number, axis in enumerate(trace.of(tensor)):
             atoms = axis[0].atoms if axis else None
             if covered == (local, number):
                 yield "out", atoms
-            elif not covered or local not in _KNOWN or (isinstance(module, nn.Embedding) and number == 0):
+            elif not covered or local not in _KNOWN or (isinstance(trace.modules[name], nn.Embedding) and number == 0):
                 yield f"{local}.{number}", atoms
 
 

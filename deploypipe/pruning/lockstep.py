@@ -3,7 +3,6 @@
 What is solved at a layer's output then sees all samples at once, as if they were one batch, at the cost of one pass.
 """
 
-import copy
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from queue import SimpleQueue
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deploypipe.copies import copied
 from deploypipe.errors import ModelError
 from deploypipe.pruning.paths import End, Path, watching
 from deploypipe.task import forward
@@ -52,7 +52,7 @@ def run_in_step(model: nn.Module, paths: Mapping[str, Path], solve: Solve, batch
 def _sharing_weights(model: nn.Module) -> nn.Module:
     """Other modules, for hooks of their own, with the same parameters and buffers."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, shared)
+    return copied(model, shared)
 
 
 class _Stopped(Exception):

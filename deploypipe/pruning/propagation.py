@@ -52,6 +52,7 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.modules = dict(model.named_modules())
         self.running: list[str] = [""]  # names of the modules whose forward is on, innermost last
         self.axes: Any = WeakIdKeyDictionary()  # tensor -> Axes
+        self.stored: dict[str, dict[str, Tensor]] = {}  # module -> its tensors by name, before forward() replaces any
         self.owners: dict[int, tuple[str, str]] = {}  # id of a parameter -> (module, its name there)
         self.reads: dict[str, Atoms] = {}  # convolution or linear layer -> atoms of what it reads
         self.normalises: dict[str, Atoms] = {}  # norm without weights -> atoms of its channels
@@ -70,9 +71,9 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def label_weights_(self) -> None:
         for name, module in self.modules.items():
-            for local, tensor in [*module._parameters.items(), *module._buffers.items()]:
-                if tensor is None:
-                    continue
+            both = {**module._parameters, **module._buffers}
+            self.stored[name] = {local: tensor for local, tensor in both.items() if tensor is not None}
+            for local, tensor in self.stored[name].items():
                 self.owners.setdefault(id(tensor), (name, local))
                 if tensor not in self.axes:
                     is_data = not tensor.is_floating_point()  # positions, masks, counters

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from copy import deepcopy
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from deploypipe import strict_json
+from deploypipe.copies import copied
 from deploypipe.errors import ModelError, PlanError
 from deploypipe.exhaustion import raise_if_exhausted
 from deploypipe.export.remembered import forget_sizes_
@@ -113,7 +113,7 @@ def _program(model: nn.Module, inputs: Any) -> bytes:
     args, kwargs = as_arguments(zeros)
     size = num_samples(zeros)
     axes = map_leaves(lambda leaf: {0: batch} if has_batch_axis(leaf, size) else None, kwargs or args)
-    network = deepcopy(model).eval()
+    network = copied(model).eval()
     forget_sizes_(network, [repeat_samples(network, take(zeros, 1), count) for count in (2, 3)])
     try:
         program = torch.export.export(

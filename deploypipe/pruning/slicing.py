@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.parametrize import is_parametrized
 
+from deploypipe.copies import copied
 from deploypipe.errors import PlanError
 from deploypipe.pruning.attention import SlimAttention
 from deploypipe.pruning.attributes import is_plain
@@ -128,7 +129,7 @@ def sizes_after(model: nn.Module, edits: Iterable[Edit]) -> tuple[int, dict[str,
     edits = list(edits)
     computed = {edit.module for edit in edits if is_parametrized(_find(model, edit.module))}
     if computed:  # cutting makes plain weights of them
-        model = deepcopy(model)
+        model = copied(model)
         make_plain_(_find(model, name) for name in computed)
     names = {id(p): name for name, p in model.named_parameters()}
     left = {id(p): float(p.numel()) for p in model.parameters()}

@@ -11,6 +11,7 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
+from deploypipe.copies import copied
 from deploypipe.errors import ModelError
 from deploypipe.exhaustion import raise_if_exhausted
 from deploypipe.pruning.blocks import find_blocks
@@ -82,7 +83,7 @@ def find_structures(
     for other in others:
         place = {name: len(calls) + call.place for name, call in record_calls(model, other).items()} | place
     with one_thread_if_small(num_samples(inputs) * macs.total):
-        blocks, frozen_blocks = find_blocks(deepcopy(model), inputs, calls, macs)
+        blocks, frozen_blocks = find_blocks(copied(model), inputs, calls, macs)
         probe = _Probe(model, [inputs, *others])
         found = _find_channels(model, place, keep, probe)
         if found.stuck:
@@ -268,7 +269,7 @@ class _Probe:
 
     def __init__(self, model: nn.Module, batches: Sequence[Any]) -> None:
         self.batches = batches
-        self.model = deepcopy(model).requires_grad_(False)
+        self.model = copied(model).requires_grad_(False)
         generator = torch.Generator().manual_seed(0)
         for parameter in self.model.parameters():
             if parameter.is_floating_point():
@@ -332,7 +333,7 @@ class _Probe:
         return {**self.blocks(blocks[:half]), **self.blocks(blocks[half:])}
 
     def _try_blocks(self, blocks: Sequence[Block]) -> str:
-        copy = deepcopy(self.model)
+        copy = copied(self.model)
         try:
             replace_by_identity_(copy, {block.name: block.returns for block in blocks})
         except Exception as error:  # as above
@@ -364,7 +365,7 @@ class _Probe:
         """A copy that shares every parameter and buffer with the model but those of the edited modules."""
         touched = {id(t) for e in edits for t in _own(self.model.get_submodule(e.module))}
         shared = {id(t): t for m in self.model.modules() for t in _own(m) if id(t) not in touched}
-        copy = deepcopy(self.model, shared)
+        copy = copied(self.model, shared)
         forget_caches_(copy)
         return copy
 

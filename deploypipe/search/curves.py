@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from deploypipe.answers import of_classes
+from deploypipe.copies import copied
 from deploypipe.errors import DataError
 from deploypipe.memory_order import find_order
 from deploypipe.numerics.least_squares import solve_towards
@@ -157,7 +158,7 @@ class _Probe:
     def _loss_cut(self, group: ChannelGroup, kept: Sequence[int]) -> float:
         """Where masking the readers is not the same as surgery, as between layer norms: surgery, without repair."""
         gone = set(range(group.num_units)) - set(kept)
-        smaller = deepcopy(self.model)
+        smaller = copied(self.model)
         edits = [(m.module, m.side, {i for u in gone for i in m.units[u]}) for m in group.members]
         cut_(smaller, [Edit(module=name, side=side, removed=tuple(sorted(ids))) for name, side, ids in edits])
         with evaluating(smaller), torch.no_grad():

@@ -1,6 +1,5 @@
 """What a run is about: the same for all of its stages."""
 
-import copy
 import json
 from dataclasses import replace
 from typing import Any
@@ -10,6 +9,7 @@ from torch import nn
 
 from deploypipe.answers import with_divergence, with_outputs_class
 from deploypipe.benchmark.environment import describe_environment
+from deploypipe.copies import copied
 from deploypipe.data import fingerprints
 from deploypipe.export.engine import is_built
 from deploypipe.export.sizes import Extremes, other_sizes
@@ -46,7 +46,7 @@ class Job:
         storage: Storage | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
-        self.model, self.splits = copy.deepcopy(model).cpu().eval(), splits
+        self.model, self.splits = copied(model).cpu().eval(), splits
         self.task = _with_divergence(task, self.model, splits)
         self.recipe = replace(recipe, finetune=with_precision(recipe.finetune))  # so keys hold it
         self.target, self.run = target, run

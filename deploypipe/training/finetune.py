@@ -1,6 +1,5 @@
 """A short training of the repaired network, taught by the dense one. One loop, readable from top to bottom."""
 
-import copy
 import math
 import time
 from collections.abc import Iterable, Iterator
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from deploypipe.answers import with_divergence
+from deploypipe.copies import copied
 from deploypipe.data import fingerprint_of
 from deploypipe.errors import DataError, ModelError
 from deploypipe.memory_order import Arrange, SafeConvolutions, as_given, find_order_
@@ -90,7 +90,7 @@ def finetune(
     steps = _count_batches(ranks, splits)
     if settings.num_epochs == 0:
         log = TrainLog(epochs=(), chosen_epoch=0, reason="no epochs asked for", precision=settings.precision)
-        return copy.deepcopy(pruned), log
+        return copied(pruned), log
     lesson = _prepare(pruned, dense, splits, task, settings, steps, ranks, answers)
     state = _State(best=_weights(lesson.student), average=_weights(lesson.student))
     stored, damage = ranks.tell(load_checkpoint(checkpoint) if checkpoint is not None else (None, ""))
@@ -119,7 +119,7 @@ def finetune(
         state.log.append(_epoch(epoch, rate, _mean(ranks, losses), float(results.mean()), started))
         if checkpoint is not None and ranks.is_first:
             _store(state, lesson.student, lesson.optimizer, checkpoint)
-    tuned = copy.deepcopy(pruned)
+    tuned = copied(pruned)
     tuned.load_state_dict(state.best)
     return tuned, _log_of(state, settings)
 
@@ -136,7 +136,7 @@ def _prepare(
 ) -> "_Lesson":
     """The student, its teacher and its optimizer, on the device of this rank."""
     fabric = ranks.fabric(_PRECISIONS[settings.precision])
-    student, teaching = copy.deepcopy(pruned), copy.deepcopy(dense).eval()
+    student, teaching = copied(pruned), copied(dense).eval()
     example = first_of(splits.val, "val")[0]
     least = _least_samples(student, example)
     orders = [find_order_(network, example) for network in (student, teaching)]
@@ -476,7 +476,7 @@ def _count_batches(ranks: Ranks, splits: Splits) -> int:
 
 def _least_samples(model: nn.Module, inputs: Any) -> int:
     """How many samples a batch needs: two where the network cannot be trained on one, as batch norms of vectors."""
-    probe = copy.deepcopy(model).train()
+    probe = copied(model).train()
     try:
         with torch.no_grad(), _seeded(0):
             forward(probe, take(inputs, 1))

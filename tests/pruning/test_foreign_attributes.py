@@ -1,6 +1,9 @@
 """Modules keep all sorts of objects in attributes. None of them may keep a channel from going."""
 
+import math
+import os
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -8,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from deploypipe.errors import ModelError
 from deploypipe.pruning import propagation
 from deploypipe.pruning.apply import apply_plan, masked_dense
 from deploypipe.pruning.plan import make_plan
@@ -162,3 +166,39 @@ def test_a_rule_that_fails_is_named_and_keeps_only_what_reaches_it(monkeypatch: 
     (reason,) = [row.reason for row in found.frozen if row.name == "2"]
     assert "deploypipe's own rule fails (ValueError: no such axis)" in reason
     assert not any("could not be traced" in row.reason for row in found.frozen)
+
+
+class Remembering(nn.Module):
+    """Keeps what its last pass computed, as networks do that show their attention, and other things."""
+
+    def __init__(self, other: object = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last, self.other = nn.Linear(5, 8), nn.Linear(8, 3), other
+        self.features: list[Tensor] = []
+        self.seen: dict[str, object] = {}
+        self.register_buffer("mean", torch.zeros(8), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        self.mean = 0.9 * self.mean + 0.1 * x.mean(0)
+        self.features, self.seen = [x], {"shown": SimpleNamespace(attention=x)}
+        return self.last(x.relu())
+
+
+def test_a_network_that_keeps_what_a_pass_computed_loses_channels() -> None:
+    model, inputs = Remembering(other=math).eval(), torch.randn(4, 5)
+    model(inputs)  # with gradients
+    plan = halved(list_structures(model, inputs))
+    model(inputs)
+    pruned = apply_plan(model, plan)
+    assert pruned.first.out_features == 4
+    assert pruned.other is math
+    model(inputs)
+    assert error_of_cutting(model, plan, inputs) < 1e-5
+
+
+def test_an_attribute_that_cannot_be_copied_is_one_error_with_its_name() -> None:
+    model = nn.Sequential(Remembering(other=[open(os.devnull)]), nn.Linear(3, 2))  # noqa: SIM115
+    with pytest.raises(ModelError, match=r"cannot be copied: 0\.other is a list \(TypeError: cannot pickle '_io"):
+        list_structures(model, torch.randn(4, 5))

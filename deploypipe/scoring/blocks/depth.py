@@ -2,13 +2,13 @@
 
 import sys
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import replace
 from typing import Any, TypeVar
 
 from torch import nn
 
 from deploypipe.benchmark.accuracy import evaluate_module
+from deploypipe.copies import copied
 from deploypipe.observe.stream import observe
 from deploypipe.pruning.apply import apply_plan
 from deploypipe.pruning.plan import make_plan
@@ -63,7 +63,7 @@ def prune_depth(
         return float(evaluate_module(model, splits.val, task).mean())
 
     most = len(structures.blocks) - structures.constraints.least_blocks
-    return mpruner(deepcopy(dense), settings, analyse, remove_and_train, evaluate, num_removable=most, notify=notify)
+    return mpruner(copied(dense), settings, analyse, remove_and_train, evaluate, num_removable=most, notify=notify)
 
 
 def mpruner(
