@@ -18,6 +18,7 @@ from deploypipe.pruning.calls import evaluating, output_tensors
 from deploypipe.pruning.computed_weights import make_plain_
 from deploypipe.pruning.indices import Atoms, Grid, Indices
 from deploypipe.pruning.propagation import Propagation
+from deploypipe.pruning.recurrent import RECURRENT, is_input_side
 from deploypipe.pruning.slicing import (
     forget_caches_,
     has_two_sides,
@@ -85,9 +86,15 @@ def with_weights(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
 
 
 def losers(coupling: Coupling, modules: Mapping[str, nn.Module]) -> list[str]:
-    """Modules with weights that lose some: of layers with two sides those that lose outputs."""
-    stored = [m for m in coupling.members if is_stored(m.side)]
-    return list(dict.fromkeys(m.module for m in stored if m.side == "out" or not has_two_sides(modules[m.module])))
+    """Modules with weights that lose some: of layers that read and write channels those that write fewer."""
+    return list(dict.fromkeys(m.module for m in coupling.members if _is_written(modules[m.module], m.side)))
+
+
+def _is_written(module: nn.Module, side: Side) -> bool:
+    """Whether a module has fewer channels of its own once it loses indices of that side."""
+    if has_two_sides(module):
+        return side == "out"
+    return is_stored(side) and not (isinstance(module, RECURRENT) and is_input_side(side))
 
 
 def freeze(coupling: Coupling, reason: str, modules: Mapping[str, nn.Module]) -> list[Frozen]:
@@ -403,8 +410,8 @@ class _Finder:
     def why_not(self, name: str) -> str:
         """Why a module with weights loses nothing."""
         module = self.modules[name]
-        is_mine = (lambda side: side == "out") if has_two_sides(module) else is_stored
-        found = [c for (owner, side), axis in self.places.items() if owner == name and is_mine(side) for c in axis]
+        places = [place for place in self.places if place[0] == name and _is_written(module, place[1])]
+        found = [c for place in places for c in self.places[place]]
         reasons = [self.unit_of[c].why_not for c in found if c in self.unit_of and self.unit_of[c].why_not]
         if reasons:
             return reasons[0]

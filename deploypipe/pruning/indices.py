@@ -159,8 +159,12 @@ class Indices:
         atoms = []
         for part, size in zip(parts, sizes, strict=True):
             if not has_atoms(part):  # a constant or a single channel among channels that can go
+                origin = part[0].origin if len(part) == 1 else None
                 part = (self._fresh(size),)
-                self.keep(part, why)
+                if origin is None:
+                    self.keep(part, why)
+                else:  # made by the code in a size that it keeps
+                    self.equate(part, fixed(size, is_free=True, origin=origin), why)
             factor = self.joined(part)
             assert factor.atoms is not None
             atoms.append(factor.atoms)

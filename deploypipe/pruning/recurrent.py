@@ -21,6 +21,11 @@ def sizes_of(module: nn.Module) -> dict[str, Sequence[Tensor]]:
     return {"input_size": [weights["weight_ih_l0"]], **sizes}
 
 
+def is_input_side(side: str) -> bool:
+    """Whether a side of a recurrent layer, such as "weight_ih_l0.1", counts what the layer reads."""
+    return side.startswith(("weight_ih_l0", "weight_ih.")) and side.endswith(".1")
+
+
 @contextmanager
 def without_fused_kernels() -> Iterator[None]:
     """Without oneDNN, which computes all steps and gates of an LSTM in one operator."""

@@ -150,8 +150,11 @@ def _find_channels(
     reasons = {c.name: _kept((m.module for m in c.members), keep) for c in couplings}
     accepted, failures = probe.channels([c for c in couplings if not reasons[c.name]])
     more, _ = probe.channels([c for c in others if not _overlaps(c, accepted) and not _is_kept(c, keep)], accepted)
-    chosen, odd = probe.channels([*accepted, *more], pick=_first_units)
-    reasons |= failures | odd
+    chosen = [*accepted, *more]
+    for pick in (_first_unit, _first_half):
+        chosen, odd = probe.channels(chosen, pick=pick)
+        failures |= odd
+    reasons |= failures
     return _Channels(chosen=chosen, failed={c: reasons[c.name] for c in couplings if reasons[c.name]}, frozen=frozen)
 
 
@@ -240,15 +243,14 @@ def _joins(model: nn.Module, block: Block, couplings: Sequence[Coupling]) -> str
 def _priced(model: nn.Module, couplings: Sequence[Coupling], macs: Macs, probe: "_Probe") -> Iterator[ChannelGroup]:
     """Each coupling with what its first unit costs in the dense network.
 
-    Products of a parameter cost in proportion to what is left of it. Where products of activations (attention, computed
-    weights) shrink too, each group is cut alone and counted.
+    Products of a parameter cost in proportion to what is left of it. Where this is not all (attention, computed
+    weights, a layer that runs along another axis than the channels), each group is cut alone and counted.
     """
     first = {c.name: [Edit(module=m.module, side=m.side, removed=m.units[0]) for m in c.members] for c in couplings}
     num_params = sum(p.numel() for p in model.parameters())
-    counts_each = False
-    if macs.of_activations and couplings:
-        all_cut = probe.count([edit for edits in first.values() for edit in edits])
-        counts_each = all_cut.of_activations != macs.of_activations
+    counts_each = bool(couplings) and not _are_in_proportion(
+        model, [e for edits in first.values() for e in edits], macs, probe
+    )
     for coupling in couplings:
         params, shares = sizes_after(model, first[coupling.name])
         saved = sum((1 - share) * macs.by_parameter.get(name, 0) for name, share in shares.items())
@@ -262,6 +264,15 @@ def _priced(model: nn.Module, couplings: Sequence[Coupling], macs: Macs, probe: 
             params_per_unit=num_params - params,
             macs_per_unit=round(saved, 6),
         )
+
+
+def _are_in_proportion(model: nn.Module, edits: Sequence[Edit], macs: Macs, probe: "_Probe") -> bool:
+    """Whether, once all edits are done, each parameter costs what its share says, and nothing else costs less."""
+    shares, left = sizes_after(model, edits)[1], probe.count(edits)
+    expected = {name: count * shares.get(name, 1) for name, count in macs.by_parameter.items()}
+    return left.of_activations == macs.of_activations and all(
+        abs(left.by_parameter.get(name, 0) - count) < 0.5 for name, count in expected.items()
+    )
 
 
 class _Probe:
@@ -381,13 +392,14 @@ def _tried_units(coupling: Coupling) -> list[int]:
     return sorted(some)[: coupling.num_units - 1]
 
 
-def _first_units(coupling: Coupling) -> range:
-    """The first half or less: what is left is an odd width, which some networks refuse (`assert width % 4 == 0`).
+def _first_unit(_: Coupling) -> list[int]:
+    """One unit: what is left is an odd width, which some networks refuse (`assert width % 4 == 0`)."""
+    return [0]
 
-    Of units taken from all over, a share of the channels (`x[:, : x.shape[1] // 4]`) would lose its share.
-    """
-    num_left = min(coupling.num_units // 2 | 1, coupling.num_units - 1)
-    return range(coupling.num_units - num_left)
+
+def _first_half(coupling: Coupling) -> range:
+    """Of units from all over, a share of the channels (`x[:, : x.shape[1] // 4]`) would lose its share."""
+    return range(coupling.num_units // 2)
 
 
 def _own(module: nn.Module) -> list[Tensor]:

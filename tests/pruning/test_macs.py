@@ -90,10 +90,24 @@ class Attending(nn.Module):
         return self.head(F.linear(x, self.scaled * 0.5).relu())
 
 
+class Mixing(nn.Module):
+    """A layer along the places, which does less where there are fewer channels and loses no weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.mix, self.head = nn.Linear(5, 8), nn.Linear(7, 7), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        return self.head(x + self.mix(x.transpose(1, 2)).transpose(1, 2))
+
+
 def _network(name: str) -> tuple[nn.Module, Any]:
     torch.manual_seed(0)
     if name == "attending":
         return Attending(), torch.randn(4, 7, 5)
+    if name == "mixing":
+        return Mixing(), torch.randn(4, 7, 5)
     if name == "gru":
         return nn.Sequential(nn.Linear(5, 6), Last(nn.GRU(6, 8, 2, batch_first=True)), nn.Linear(8, 3)), torch.randn(
             4, 7, 5
@@ -112,7 +126,9 @@ class Last(nn.Module):
         return self.layer(x)[0][:, -1]
 
 
-@pytest.mark.parametrize("name", ["attending", "gru", "encoder", "resnext", "separable", "gated", "squeeze_excite"])
+@pytest.mark.parametrize(
+    "name", ["attending", "mixing", "gru", "encoder", "resnext", "separable", "gated", "squeeze_excite"]
+)
 def test_a_unit_and_a_block_cost_what_goes_with_them(name: str) -> None:
     model, inputs = _network(name)
     structures = list_structures(model, inputs)

@@ -133,3 +133,66 @@ def test_states_and_what_comes_before_a_recurrent_layer_can_go(name: str) -> Non
     for other in (inputs, inputs[:3, :5] if isinstance(inputs, Tensor) else inputs):
         torch.testing.assert_close(answer(pruned, other), answer(masked, other))
     assert not torch.allclose(answer(pruned, inputs), answer(model, inputs))
+
+
+class Cell(nn.Module):
+    """A recurrent layer of convolutions, with states that it makes in a size that it keeps."""
+
+    def __init__(self, width_in: int, width: int) -> None:
+        super().__init__()
+        self.hidden_dim, self.gates = width, nn.Conv2d(width_in + width, 4 * width, 3, padding=1)
+
+    def start(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        size = (len(x), self.hidden_dim, *x.shape[-2:])
+        return torch.zeros(size), torch.zeros(size)
+
+    def forward(self, x: Tensor, states: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        state, memory = states
+        i, f, o, g = self.gates(torch.cat([x, state], 1)).split(self.hidden_dim, 1)
+        memory = f.sigmoid() * memory + i.sigmoid() * g.tanh()
+        return o.sigmoid() * memory.tanh(), memory
+
+
+class Video(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.last = nn.Conv2d(3, 6, 1), nn.Conv2d(10, 2, 1)
+        self.first, self.second = Cell(6, 8), Cell(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, two = self.first.start(x), self.second.start(x)
+        for frame in x.unbind(1):
+            one = self.first(self.stem(frame), one)
+            two = self.second(one[0], two)
+        return self.last(two[0])
+
+
+def test_states_that_are_concatenated_with_what_comes_in_shrink_with_the_layer() -> None:
+    model, inputs = Video().eval(), torch.randn(2, 3, 3, 6, 6)
+    structures = list_structures(model, inputs)
+    assert {"stem": 6, "first.gates": 8, "second.gates": 10}.items() <= {
+        g.name: g.num_units for g in structures.groups
+    }.items()
+    plan = halved(structures)
+    pruned = apply_plan(model, plan)
+    for cell, width in ((pruned.first, 8), (pruned.second, 10)):
+        assert cell.gates.out_channels == 4 * cell.hidden_dim < 4 * width
+    with torch.no_grad():
+        for other in (inputs, torch.randn(1, 5, 3, 4, 9)):
+            torch.testing.assert_close(pruned(other), masked_dense(model, plan)(other), atol=1e-5, rtol=1e-4)
+
+
+def test_a_layer_that_only_reads_fewer_channels_is_listed_with_the_reason() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.layer, self.last = nn.Linear(5, 6), nn.GRU(6, 8, batch_first=True), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.layer(self.before(x), torch.zeros(1, len(x), 8))[0])
+
+    structures = list_structures(Fixed(), torch.randn(2, 4, 5))
+    assert [group.name for group in structures.groups] == ["before"]
+    (reason,) = [row.reason for row in structures.frozen if row.name == "layer"]
+    assert "Expected hidden size" in reason
