@@ -206,6 +206,17 @@ def _index_select(t: "Propagation", a: Arguments, result: Tensor) -> Axes:
     return tuple(axes)
 
 
+def _index_add(t: "Propagation", a: Arguments, result: Tensor) -> Axes:
+    """Rows of one tensor are added to, or put in the place of, some rows of another."""
+    axes, others, dim = t.of(a["self"]), t.of(a["source"]), a["dim"] % max(result.dim(), 1)
+    if len(axes) != len(others):
+        return t.give_up("index_add", [a["self"], a["source"]], [result])[0]
+    for axis in (axes[dim], others[dim]):
+        t.keep(axis, "is picked out by the code")
+    pairs = enumerate(zip(axes, others, strict=True))
+    return tuple(fixed(result.shape[d]) if d == dim else t.equate(x, y) for d, (x, y) in pairs)
+
+
 def _gather(t: "Propagation", a: Arguments, result: Tensor) -> Axes:
     axes, others, dim = t.of(a["self"]), t.of(a["index"]), a["dim"] % result.dim()
     t.keep(axes[dim], "is picked out by the code")
@@ -513,6 +524,7 @@ RULES: Mapping[str, Rule] = {
     "slice": _slice,
     **_each("select unbind", _select),
     "index": _index,
+    **dict.fromkeys(("index_add", "index_copy"), _index_add),
     "index_select": _index_select,
     "gather": _gather,
     "embedding": _embedding,

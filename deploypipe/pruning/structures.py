@@ -248,14 +248,14 @@ def _priced(model: nn.Module, couplings: Sequence[Coupling], macs: Macs, probe: 
     """
     first = {c.name: [Edit(module=m.module, side=m.side, removed=m.units[0]) for m in c.members] for c in couplings}
     num_params = sum(p.numel() for p in model.parameters())
-    counts_each = bool(couplings) and not _are_in_proportion(
-        model, [e for edits in first.values() for e in edits], macs, probe
-    )
+    dense = probe.count([])  # of its own weights, by which a router may choose other experts
+    edits = [edit for each in first.values() for edit in each]
+    counts_each = bool(couplings) and not _are_in_proportion(model, edits, dense, probe)
     for coupling in couplings:
         params, shares = sizes_after(model, first[coupling.name])
         saved = sum((1 - share) * macs.by_parameter.get(name, 0) for name, share in shares.items())
         if counts_each:
-            saved = macs.total - probe.count(first[coupling.name]).total
+            saved = dense.total - probe.count(first[coupling.name]).total
         yield ChannelGroup(
             name=coupling.name,
             kind=coupling.kind,

@@ -102,10 +102,29 @@ class Mixing(nn.Module):
         return self.head(x + self.mix(x.transpose(1, 2)).transpose(1, 2))
 
 
+class Routed(nn.Module):
+    """Sends each row to one of two experts, and adds what they give to rows of zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.router, self.head = nn.Linear(5, 8), nn.Linear(5, 2), nn.Linear(8, 3)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.embed(x).flatten(0, 1)
+        chosen, total = self.router(x).argmax(-1).flatten(), torch.zeros_like(rows)
+        for number, expert in enumerate(self.experts):
+            (places,) = torch.where(chosen == number)
+            total.index_add_(0, places, expert(rows[places]))
+        return self.head(total.view(len(x), -1, total.shape[1]))
+
+
 def _network(name: str) -> tuple[nn.Module, Any]:
     torch.manual_seed(0)
     if name == "attending":
         return Attending(), torch.randn(4, 7, 5)
+    if name == "routed":
+        return Routed(), torch.randn(4, 7, 5)
     if name == "mixing":
         return Mixing(), torch.randn(4, 7, 5)
     if name == "gru":
@@ -127,7 +146,7 @@ class Last(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "name", ["attending", "mixing", "gru", "encoder", "resnext", "separable", "gated", "squeeze_excite"]
+    "name", ["attending", "mixing", "routed", "gru", "encoder", "resnext", "separable", "gated", "squeeze_excite"]
 )
 def test_a_unit_and_a_block_cost_what_goes_with_them(name: str) -> None:
     model, inputs = _network(name)
