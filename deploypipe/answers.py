@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from deploypipe.errors import DataError, ModelError
 from deploypipe.runtimes.packing import name_outputs
-from deploypipe.task import Divergence, Task
+from deploypipe.task import Divergence, Task, map_samples
 from deploypipe.trees import leaves, map_leaves, tensors
 
 _ALIKE = 1e-8  # of an output's mean square: a variance below it is that of rounding
@@ -58,6 +58,14 @@ def with_divergence(task: Task, outputs: Any, target: Any) -> Task:
         raise DataError(
             f"task().divergence gives {_told(found)} for the dense network's outputs and themselves; return one finite "
             "number, a mean over the samples, as a tensor without dimensions"
+        )
+    size = len(next(iter(tensors(outputs))))
+    others = map_samples(lambda tensor: tensor.flip(0), outputs, size)
+    apart = float(task.divergence(others, outputs, 1.0))
+    if apart < float(found) - 1e-4 * abs(float(found)):
+        raise DataError(
+            f"task().divergence is {apart:.4g} for the outputs of other samples and {float(found):.4g} for the same; "
+            "lower has to mean closer"
         )
     return task
 

@@ -64,6 +64,19 @@ def constants_in_lists(tree: Any) -> Any:
     return parts if type(tree) is tuple and not tensors(tree) else _rebuilt(tree, parts)
 
 
+def as_plain(tree: Any) -> Any:
+    """The same tree of tuples, lists and dicts alone; fields of dataclasses that are None are left out."""
+    if isinstance(tree, Tensor) or _keys(tree) is None:
+        return tree
+    parts = [as_plain(part) for part in _parts(tree)]
+    if isinstance(tree, (tuple, list)):
+        return parts if isinstance(tree, list) else tuple(parts)
+    if isinstance(tree, Mapping):
+        return dict(zip(tree, parts, strict=True))
+    names = [field.name for field in fields(tree)]
+    return {name: part for name, part in zip(names, parts, strict=True) if part is not None}
+
+
 def structure(tree: Any) -> tuple[str, ...]:
     """The places of the leaves: equal for two trees that are built alike."""
     return tuple(leaf.place for leaf in leaves(tree))

@@ -20,6 +20,7 @@ from torch import Tensor
 from deploypipe.errors import DataError, DeploypipeError, ModelError, PipelineError
 from deploypipe.exhaustion import find_exhaustion, raise_if_exhausted
 from deploypipe.task import Batch, Splits, Task, has_batch_axis, num_samples
+from deploypipe.task_results import divergence_problem, kind_of, metric_problem, real_tokens_problem, slices_problem
 from deploypipe.trees import Leaf, leaves, same_value, structure
 
 SPLITS = ("calib", "train", "val", "test")
@@ -80,21 +81,30 @@ def guard_task(task: Task) -> Task:
     """The task with each of its functions wrapped by `user_code`; `loss` has to give one number."""
     if getattr(task.loss, "is_guarded", False):
         return task
+    for name in ("loss", "metric", "slices", "divergence", "real_tokens"):
+        function = getattr(task, name)
+        if not callable(function) and (function is not None or name in ("loss", "metric")):
+            raise PipelineError(f"task().{name} is {kind_of(function)}; give a function")
     return replace(
         task,
         loss=_guard_loss(task.loss),
-        metric=_guard(task.metric, "metric"),
-        slices=task.slices and _guard(task.slices, "slices"),
-        divergence=task.divergence and _guard(task.divergence, "divergence"),
-        real_tokens=task.real_tokens and _guard(task.real_tokens, "real_tokens"),
+        metric=_guard(task.metric, "metric", metric_problem),
+        slices=task.slices and _guard(task.slices, "slices", slices_problem),
+        divergence=task.divergence and _guard(task.divergence, "divergence", divergence_problem),
+        real_tokens=task.real_tokens and _guard(task.real_tokens, "real_tokens", real_tokens_problem),
     )
 
 
-def _guard(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+def _guard(function: Callable[..., Any], name: str, problem: Callable[[Any], str]) -> Callable[..., Any]:
+    """problem: of what the function returned; "" where it can be used."""
+
     @wraps(function)
     def guarded(*args: Any) -> Any:
         with user_code(f"task().{name}"):
-            return function(*args)
+            value = function(*args)
+        if found := problem(value):
+            raise DataError(f"task().{name} gives {found}")
+        return value
 
     return guarded
 
@@ -105,10 +115,9 @@ def _guard_loss(loss: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], Tens
         with user_code("task().loss", _remedy(target)):
             value = loss(outputs, target)
         if not isinstance(value, Tensor) or value.dim():
-            seen = (
-                f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise DataError(
+                f'task().loss gives {kind_of(value)}; return the mean over the batch, as reduction="mean" gives it'
             )
-            raise DataError(f'task().loss gives {seen}; return the mean over the batch, as reduction="mean" gives it')
         return value
 
     guarded.is_guarded = True  # type: ignore[attr-defined]
@@ -127,8 +136,16 @@ def _remedy(target: Any) -> str:
 
 
 def guard_splits(splits: Splits) -> Splits:
-    """The splits with each of them wrapped; PipelineError for one that cannot be read again and again."""
-    return Splits(**{name: guard_split(getattr(splits, name), name) for name in SPLITS})
+    """The splits with each of them wrapped; PipelineError that names all that cannot be read again and again."""
+    guarded, problems = {}, []
+    for name in SPLITS:
+        try:
+            guarded[name] = guard_split(getattr(splits, name), name)
+        except PipelineError as error:
+            problems.append(str(error))
+    if problems:
+        raise PipelineError("\n  ".join(problems))
+    return Splits(**guarded)
 
 
 def guard_split(split: Any, name: str) -> "GuardedSplit":
@@ -193,7 +210,10 @@ class GuardedSplit:
             )
         inputs, target = batch
         if not any(isinstance(leaf.value, Tensor) for leaf in leaves(inputs)):
-            raise DataError(f"the {self.name} split gives inputs of type {type(inputs).__name__}; give tensors")
+            wanted = "torch.from_numpy(...)" if isinstance(inputs, np.ndarray) else "torch.tensor(...)"
+            raise DataError(
+                f"the {self.name} split gives inputs of type {type(inputs).__name__}; give tensors: write {wanted}"
+            )
         self._check_members(inputs, target, number)
         if self.name in _ORDERED:
             self._check_order(inputs, target, number)
@@ -201,6 +221,8 @@ class GuardedSplit:
 
     def _check_members(self, inputs: Any, target: Any, number: int) -> None:
         size = num_samples(inputs)
+        if not size and number:
+            raise DataError(f"the {self.name} split, batch {number}, has no samples; leave such batches out")
         own = list(leaves(inputs))
         for leaf in (*own, *leaves(target, "target")):
             if isinstance(leaf.value, np.ndarray):
@@ -216,6 +238,11 @@ class GuardedSplit:
         elif kinds != self._kinds:
             raise DataError(f"the {self.name} split, batch {number}: {_difference(self._kinds, kinds, size)}")
         for one, other in zip(self._first, own, strict=True) if self.name in _ORDERED else ():
+            if isinstance(one.value, Tensor) and one.value.dtype != other.value.dtype:
+                raise DataError(
+                    f"the {self.name} split: {one.place} is {one.value.dtype} in the first batch and "
+                    f"{other.value.dtype} in batch {number}; the file takes one type: write .to({one.value.dtype})"
+                )
             if not isinstance(one.value, Tensor) and not same_value(one.value, other.value):
                 raise DataError(
                     f"the {self.name} split: {one.place} is {one.value!r:.40} in the first batch and "

@@ -5,9 +5,10 @@ from torch import Tensor, nn
 
 from deploypipe.answers import with_outputs_class
 from deploypipe.checks.complaints import CheckReport, Findings, Tried
-from deploypipe.checks.splits import Survey, fewest_samples, survey
-from deploypipe.checks.trials import run_network, try_export, try_inference, try_training
+from deploypipe.checks.splits import Survey, fewest_samples, remarks, survey, unlike_calib
+from deploypipe.checks.trials import run_network, try_export, try_extremes, try_inference, try_training
 from deploypipe.errors import ConfigError, DeploypipeError, ModelError, RuntimeUnavailableError
+from deploypipe.export.onnx_file import require_fp32
 from deploypipe.provider_options import require_harmless_options
 from deploypipe.pruning.structures import require_trainable
 from deploypipe.recipe import Recipe
@@ -72,10 +73,16 @@ def _examine(
         if found is None:
             continue
         surveys[name] = found
+        findings.notes += remarks(found, name)
         try_inference(findings, model, task, name, found)
         is_fine = findings.went_well(f"{name}: forward")
         if is_fine and (name == "train" or (name == "calib" and needs_derivatives(recipe.score))):
             try_training(findings, model, task, name, found)
+            is_fine = findings.went_well(f"{name}: loss and backward")
+        if is_fine:
+            try_extremes(findings, model, task, name, found, seconds)
+        if is_fine and name in ("val", "test") and "calib" in surveys:
+            findings.add_if(unlike_calib(surveys["calib"], found, name))
     return surveys
 
 
@@ -84,8 +91,8 @@ def _survey(findings: Findings, split: GuardedSplit, name: str, seconds: float) 
     what = f"{name}: read twice" if name != "train" else "train: read"
     with findings.trying(what):
         found = survey(split, seconds)
-        if name != "train" and (error := fewest_samples(found, name)):
-            findings.add(error)
+        if name != "train":
+            findings.add_if(fewest_samples(found, name))
     if found and findings.went_well(what):
         last = findings.tried.pop()
         findings.tried.append(Tried(what=last.what, detail=str(found), seconds=last.seconds))
@@ -94,6 +101,7 @@ def _survey(findings: Findings, split: GuardedSplit, name: str, seconds: float) 
 
 def _check_weights(model: nn.Module) -> None:
     require_trainable(model)
+    require_fp32(model)
     for name, value in model.state_dict().items():
         if isinstance(value, Tensor) and value.is_floating_point() and not torch.isfinite(value).all():
             raise ModelError(f"weight {name!r} holds NaN or infinity; load or train the network again")

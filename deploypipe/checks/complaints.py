@@ -1,5 +1,6 @@
 """What a check found: complaints, notes, and what was tried."""
 
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from deploypipe.errors import DataError, DeploypipeError
 from deploypipe.trees import leaves
+
+_SPLIT = re.compile(r"\bthe (calib|train|val|test) split")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,21 +44,33 @@ class Findings:
     errors: list[DeploypipeError] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     tried: list[Tried] = field(default_factory=list)
+    count: int = 0  # of all that was wrong
+    alike: dict[str, DeploypipeError] = field(default_factory=dict)  # by their text without the names of splits
+
+    def add_if(self, error: DeploypipeError | None) -> None:
+        if error is not None:
+            self.add(error)
 
     def add(self, error: DeploypipeError) -> None:
-        if str(error) not in map(str, self.errors):
+        """What is wrong with several splits alike becomes one complaint."""
+        self.count += 1
+        key = _SPLIT.sub("", str(error))
+        first = self.alike.setdefault(key, error)
+        if first is error:
             self.errors.append(error)
+        elif (split := _SPLIT.search(str(error))) and f" {split[1]} split" not in str(first):
+            first.args = (f"{first} (and the {split[1]} split)",)
 
     @contextmanager
     def trying(self, what: str, detail: str = "") -> Iterator[None]:
         """Note what the block raises, or that it went well."""
-        begun, count = time.perf_counter(), len(self.errors)
+        begun, count = time.perf_counter(), self.count
         try:
             yield
         except DeploypipeError as error:
             self.add(error)
             return
-        if len(self.errors) == count:
+        if self.count == count:
             self.tried.append(Tried(what=what, detail=detail, seconds=time.perf_counter() - begun))
 
     def went_well(self, what: str) -> bool:

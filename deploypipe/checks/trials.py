@@ -1,5 +1,6 @@
 """One batch of each split through the network and each of the task's functions."""
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,7 +14,7 @@ from deploypipe.benchmark.accuracy import evaluate_file, evaluate_module
 from deploypipe.checks.complaints import Findings, described
 from deploypipe.checks.splits import Survey, check_labels
 from deploypipe.copies import copied
-from deploypipe.errors import DataError, ModelError
+from deploypipe.errors import DataError, DeploypipeError, ModelError
 from deploypipe.exhaustion import raise_if_exhausted
 from deploypipe.export.engine import is_built
 from deploypipe.export.onnx_file import export_onnx
@@ -35,9 +36,10 @@ from deploypipe.task import (
     require_logits,
     take_batch,
 )
+from deploypipe.training.finetune import least_samples
+from deploypipe.trees import map_tensors, tensors
 
 _NUM_TRAINED = 4  # samples: a batch norm needs more than one
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def try_inference(findings: Findings, model: nn.Module, task: Task, name: str, seen: Survey) -> None:
@@ -49,13 +51,19 @@ def try_inference(findings: Findings, model: nn.Module, task: Task, name: str, s
         outputs = run_network(model, pair[0], seen.first[0], name)
         _require_same_buffers(model, before)
         _require_finite(outputs, name, "")
+        _require_repeatable(model, pair[0], outputs, name)
         _try_suspect(model, task, name, seen)
         if is_classification(task):
             require_logits(outputs)
+            _check_class_names(task, outputs)
             if name != "calib" and outputs.dim() == 2:
                 check_labels(pair[1], name, outputs.shape[1], seen.labels)
         if name == "calib":
-            find_real_tokens(pair[0], task.real_tokens)
+            real = find_real_tokens(pair[0], task.real_tokens)
+            if real is not None and not real.any():
+                raise DataError(
+                    "task().real_tokens marks no position of two samples; return True for what is no padding"
+                )
         if name in ("val", "test"):
             evaluate_module(model, [pair], task)
             find_slices([pair], task.slices)
@@ -80,7 +88,15 @@ def _require_same_buffers(model: nn.Module, before: dict[str, Tensor]) -> None:
         )
 
 
-def run_network(model: nn.Module, inputs: Any, whole: Any, name: str) -> Any:
+def _check_class_names(task: Task, outputs: Any) -> None:
+    if task.class_names and len(task.class_names) != outputs.shape[1]:
+        raise DataError(
+            f"task().class_names has {len(task.class_names)} names, and the network {outputs.shape[1]} outputs; give "
+            "one name for each output"
+        )
+
+
+def run_network(model: nn.Module, inputs: Any, whole: Any, name: str, where: str = "") -> Any:
     """The outputs for two samples; ModelError with the shapes where the network fails."""
     with evaluating(model), torch.no_grad():
         try:
@@ -90,15 +106,16 @@ def run_network(model: nn.Module, inputs: Any, whole: Any, name: str) -> Any:
             said = str(error).strip().splitlines()
             text = f"{type(error).__name__}{': ' + said[0] if said else ''}"
             advice = "make build_model() and load_data() fit each other"
-            if num_samples(whole) > 2 and _works(model, whole):
+            if _works(model, as_floats := map_tensors(lambda tensor: tensor.float(), inputs)):
+                odd = next(o for o, f in zip(tensors(inputs), tensors(as_floats), strict=True) if o.dtype != f.dtype)
+                advice = f"it takes float32, and load_data() gives {odd.dtype}: write x.float()"
+            elif num_samples(whole) > 2 and _works(model, whole):
                 advice = (
                     f"it takes the whole batch of {num_samples(whole)}: does one of its members have as many rows and "
                     "no batch axis? Choose another batch size, or make it a buffer of the network"
                 )
-            raise ModelError(
-                f"{type(model).__name__} fails on two samples of the {name} split ({described(inputs)}): {text}; "
-                f"{advice}"
-            ) from error
+            seen = f"two samples of the {name} split{where} ({described(inputs)})"
+            raise ModelError(f"{type(model).__name__} fails on {seen}: {text}; {advice}") from error
 
 
 def _works(model: nn.Module, inputs: Any) -> bool:
@@ -115,6 +132,17 @@ def _require_finite(outputs: Any, name: str, where: str) -> None:
             raise DataError(
                 f"the network's output {output!r} holds NaN or infinity on the {name} split{where}; check its weights "
                 "and its data"
+            )
+
+
+def _require_repeatable(model: nn.Module, inputs: Any, outputs: Any, name: str) -> None:
+    again = name_outputs(run_network(model, inputs, inputs, name))
+    for output, tensor in name_outputs(outputs).items():
+        if not torch.allclose(tensor.float(), again[output].float(), rtol=1e-3, atol=1e-3 * float(tensor.abs().max())):
+            raise ModelError(
+                f"forward() gives another {output!r} the second time for the same samples of the {name} split: write "
+                "F.dropout(x, p, training=self.training), draw nothing in evaluation mode, and change neither inputs "
+                "nor buffers in place"
             )
 
 
@@ -153,17 +181,43 @@ def try_training(findings: Findings, model: nn.Module, task: Task, name: str, se
                     f"split: {type(error).__name__}{': ' + said[0] if said else ''}; correct forward()"
                     f"{hint if num_samples(inputs) < 2 else ''}"
                 ) from error
+            if not any(tensor.requires_grad for tensor in tensors(outputs)):
+                raise ModelError("forward() gives nothing to differentiate; use no no_grad(), detach() or numpy in it")
             loss = task.loss(outputs, target)
             if not torch.isfinite(loss):
                 raise DataError(f"task().loss gives {loss.item()} on the first batch of the {name} split; check both")
             if not loss.requires_grad:
                 raise ModelError("task().loss cannot be differentiated; use no detach(), argmax() or no_grad() in it")
+            if (
+                task.divergence is not None
+                and not task.divergence(outputs, map_tensors(Tensor.detach, outputs), 1.0).requires_grad
+            ):
+                raise ModelError("task().divergence cannot be differentiated; use no detach() or no_grad() in it")
             loss.backward()  # type: ignore[no-untyped-call]
-    if min(seen.sizes) == 1 and any(isinstance(module, _NORMS) for module in model.modules()):
+    if min(seen.sizes) == 1 and least_samples(model, inputs) > 1:
         findings.notes.append(
-            f"the {name} split has a batch of one sample, which a batch norm cannot be trained on: fine-tuning leaves "
+            f"the {name} split has a batch of one sample, which the network cannot be trained on: fine-tuning leaves "
             "such batches out; write drop_last=True, or another batch size"
         )
+
+
+def try_extremes(findings: Findings, model: nn.Module, task: Task, name: str, seen: Survey, seconds: float) -> None:
+    """Other sizes than those of the first batch, the largest and the least whole numbers; while there is time."""
+    begun = time.perf_counter()
+    with findings.trying(f"{name}: extremes", f"{len(seen.extremes)} of sizes and whole numbers"):
+        for extreme in seen.extremes.values():
+            inputs, target = extreme.samples
+            where = f", batch {extreme.number}{f', {extreme.what}' if extreme.what else ''}"
+            outputs = run_network(model, inputs, inputs, name, where)
+            try:
+                if name == "train":
+                    task.loss(outputs, target)
+                elif name != "calib":
+                    task.metric(outputs, target)
+            except DeploypipeError as error:
+                raise DataError(f"the {name} split{where}: {error}") from error
+            if time.perf_counter() - begun > seconds:
+                return
 
 
 def try_export(

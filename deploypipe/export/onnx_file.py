@@ -1,10 +1,12 @@
 """A network to one self-contained ONNX file of any batch size, checked against the network before it is kept."""
 
 import logging
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import is_dataclass
+from inspect import Parameter, signature
 from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -35,7 +37,7 @@ from deploypipe.runs import file_sha256
 from deploypipe.runtimes import Array
 from deploypipe.runtimes.onnxruntime import OnnxRuntime
 from deploypipe.runtimes.packing import name_outputs
-from deploypipe.task import Batch, as_arguments, forward, repeat_samples, take
+from deploypipe.task import Batch, as_arguments, forward, has_batch_axis, num_samples, repeat_samples, take
 from deploypipe.trees import constants_in_lists, map_tensors, tensors
 from deploypipe.wrappers import unwrapped
 
@@ -128,10 +130,7 @@ def export_onnx(
 
 def _copy_for_export(model: nn.Module) -> nn.Module:
     """An eval-mode copy on the CPU in contiguous layout, so that nothing has to be put back."""
-    values = [*model.parameters(), *model.buffers()]
-    odd = {str(v.dtype) for v in values if v.is_floating_point() and v.dtype != torch.float32}
-    if odd:
-        raise ModelError(f"the network holds {', '.join(sorted(odd))}; this version exports fp32: call model.float()")
+    require_fp32(model)
     for name, module in model.named_modules():
         if isinstance(module, nn.LSTM) and module.proj_size:
             raise ModelError(
@@ -141,6 +140,14 @@ def _copy_for_export(model: nn.Module) -> nn.Module:
     network = copied(model).cpu().eval()
     network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # missing in torch's stubs
     return network
+
+
+def require_fp32(model: nn.Module) -> None:
+    """ModelError for a network with weights or buffers of another precision."""
+    values = [*model.parameters(), *model.buffers()]
+    odd = {str(v.dtype) for v in values if v.is_floating_point() and v.dtype != torch.float32}
+    if odd:
+        raise ModelError(f"the network holds {', '.join(sorted(odd))}; this version exports fp32: call model.float()")
 
 
 def _num_bytes(network: nn.Module) -> int:
@@ -203,8 +210,10 @@ def _export(
         raise ModelError(
             f"{type(network).__name__} cannot be exported: {_root_cause(error)}; forward() must be traceable by "
             f"torch.export, with any batch size{others} (no shape written as a constant, no branch on values)"
+            f"{_hint(network, inputs, error)}"
         ) from error
     assert program is not None  # it was asked for
+    _require_free(program.model_proto, network, names, example, axes)
     written = program.model.opset_imports[""]
     if written != settings.opset:  # the exporter falls back without a word
         raise ConfigError(
@@ -215,6 +224,33 @@ def _export(
             f"use export.opset = {max(written, 18)} to 23",
         )
     return program
+
+
+def _hint(network: nn.Module, inputs: Any, error: BaseException) -> str:
+    """What else to change, for constructs that are known not to be exportable."""
+    if any("rnn.py" in line for line in traceback.format_exception(error)):
+        return "; packed sequences cannot be: give the padded ones to the layer, and take each sequence's last step"
+    kinds = [parameter.kind for parameter in signature(network.forward).parameters.values()]
+    if isinstance(inputs, Mapping) and Parameter.VAR_KEYWORD in kinds:
+        return "; name the arguments of forward() in place of **kwargs"
+    return ""
+
+
+def _require_free(proto: onnx.ModelProto, network: nn.Module, names: Sequence[str], example: Any, axes: Axes) -> None:
+    """ModelError where an axis that should be free is a constant: for some networks the exporter falls back to it."""
+    size = num_samples(example)
+    free = {
+        name: [*([0] if has_batch_axis(tensor, size) else []), *axes.get(name, {})]
+        for name, tensor in zip(names, tensors(example), strict=True)
+    }
+    for value in proto.graph.input:
+        for axis in free.get(value.name, []):
+            dim = value.type.tensor_type.shape.dim[axis]
+            if dim.HasField("dim_value"):
+                raise ModelError(
+                    f"{type(network).__name__} cannot be exported: forward() makes axis {axis} of {value.name!r} a "
+                    f"constant, {dim.dim_value}; write x.shape[{axis}] where it has len(x), int(...) or a number"
+                )
 
 
 def _write(program: Any, path: Path, is_single: bool) -> onnx.ModelProto:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import wraps
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from deploypipe.records import PruningPlan
 from deploypipe.runs import PLAN, file_sha256, load_plan, write_atomically
 from deploypipe.runtimes.program_file import load_program
 from deploypipe.task import as_arguments, has_batch_axis, num_samples, repeat_samples, take
-from deploypipe.trees import map_leaves, map_tensors
+from deploypipe.trees import as_plain, map_leaves, map_tensors
 from deploypipe.weights import INDEX_SUFFIX, WeightFiles, without_weights
 from deploypipe.wrappers import unwrapped
 
@@ -114,6 +115,7 @@ def _program(model: nn.Module, inputs: Any) -> bytes:
     size = num_samples(zeros)
     axes = map_leaves(lambda leaf: {0: batch} if has_batch_axis(leaf, size) else None, kwargs or args)
     network = copied(model).eval()
+    network.forward = _with_plain_outputs(network.forward)
     forget_sizes_(network, [repeat_samples(network, take(zeros, 1), count) for count in (2, 3)])
     try:
         program = torch.export.export(
@@ -129,6 +131,16 @@ def _program(model: nn.Module, inputs: Any) -> bytes:
             "take data-dependent branches and fixed batch sizes out of forward()"
         ) from error
     return program_bytes(program)
+
+
+def _with_plain_outputs(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """forward() with dicts and tuples for dataclasses and NamedTuples, whose classes a program would have to name."""
+
+    @wraps(forward)
+    def plain(*args: Any, **kwargs: Any) -> Any:
+        return as_plain(forward(*args, **kwargs))
+
+    return plain
 
 
 def program_bytes(program: torch.export.ExportedProgram) -> bytes:

@@ -160,6 +160,8 @@ def _find_channels(
 
 def require_trainable(model: nn.Module) -> None:
     """ModelError for a network without a parameter that may change: neither surgery nor training could."""
+    if not any(True for _ in model.parameters()):
+        raise ModelError("the network has no parameters, so there is nothing to remove; give the trained network")
     if not any(p.requires_grad for p in model.parameters()):
         raise ModelError("all parameters are frozen (requires_grad=False); call model.requires_grad_(True) first")
 

@@ -138,7 +138,7 @@ def _prepare(
     fabric = ranks.fabric(_PRECISIONS[settings.precision])
     student, teaching = copied(pruned), copied(dense).eval()
     example = first_of(splits.val, "val")[0]
-    least = _least_samples(student, example)
+    least = least_samples(student, example)
     orders = [find_order_(network, example) for network in (student, teaching)]
     student = ranks.with_shared_norms(student)
     teacher = Teacher(
@@ -474,7 +474,7 @@ def _count_batches(ranks: Ranks, splits: Splits) -> int:
     return count
 
 
-def _least_samples(model: nn.Module, inputs: Any) -> int:
+def least_samples(model: nn.Module, inputs: Any) -> int:
     """How many samples a batch needs: two where the network cannot be trained on one, as batch norms of vectors."""
     probe = copied(model).train()
     try:

@@ -1,0 +1,42 @@
+"""What the functions of a task may return: the problem with anything else, as an error goes on after "gives "."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+
+def metric_problem(value: Any) -> str:
+    if not isinstance(value, Tensor) or value.is_complex():
+        return f"{kind_of(value)}; return a tensor with one real value per sample"
+    return ""
+
+
+def slices_problem(value: Any) -> str:
+    wanted = "return a dict of names and bool tensors, one bool for each sample"
+    if not isinstance(value, Mapping):
+        return f"{kind_of(value)}; {wanted}"
+    for name, mask in value.items():
+        if not isinstance(name, str):
+            return f"a slice the name {name!r:.40}, which is no text; write str(...)"
+        if not isinstance(mask, Tensor):
+            return f"{kind_of(mask)} for slice {name!r}; {wanted}"
+    return ""
+
+
+def divergence_problem(value: Any) -> str:
+    if not isinstance(value, Tensor) or value.dim():
+        return f"{kind_of(value)}; return one finite number, a mean over the samples, as a tensor without dimensions"
+    return ""
+
+
+def real_tokens_problem(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return f"{kind_of(value)}; return a tensor of shape (samples, tokens), True for what is no padding"
+    return ""
+
+
+def kind_of(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)} ({str(value.dtype).removeprefix('torch.')})"
+    return "None" if value is None else f"a {type(value).__name__}"
