@@ -84,24 +84,6 @@ def _cross_entropy(outputs: Any, target: Tensor) -> Tensor:
     return F.cross_entropy(outputs, target if target.is_floating_point() else target.long())
 
 
-def call_loss(task: Task, outputs: Any, target: Any) -> Tensor:
-    """The loss of one batch; DataError where the user's function raises, or gives no mean over the samples."""
-    try:
-        loss = task.loss(outputs, target)
-    except Exception as error:  # whatever the user's code raises
-        raise_if_exhausted(error)
-        reason = next(iter(str(error).splitlines()), "")
-        kinds = ", ".join(f"{t.dtype} {list(t.shape)}" if isinstance(t, Tensor) else repr(t) for t in tensors(target))
-        raise DataError(
-            f"task().loss raised {type(error).__name__} ({reason}) for targets of {kinds}; change the loss, or the "
-            "targets that load_data() gives"
-        ) from error
-    if not isinstance(loss, Tensor) or loss.dim():
-        seen = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-        raise DataError(f"task().loss gives {seen}; return the mean over the samples (reduction='mean')")
-    return loss
-
-
 def is_classification(task: Task) -> bool:
     """Whether the task is that of `classification()`, also where it was wrapped."""
     return inspect.unwrap(task.metric) is _is_correct

@@ -27,7 +27,6 @@ from deploypipe.task import (
     Batch,
     Splits,
     Task,
-    call_loss,
     channels_last,
     count_batches,
     empty_split,
@@ -277,10 +276,10 @@ def _distilled_loss(lesson: _Lesson, batch: Batch, part: Part, share: float) -> 
     size = num_samples(batch[0])
     inputs = lesson.arrange(to_device(map_samples(mixed, batch[0], size)))
     outputs = forward(lesson.model, inputs)
-    loss = call_loss(task, outputs, to_device(map_samples(own, batch[1], size)))
+    loss = task.loss(outputs, to_device(map_samples(own, batch[1], size)))
     if share:
         mirror = to_device(map_samples(mirrored, batch[1], size))
-        loss = (1 - share) * loss + share * call_loss(task, outputs, mirror)
+        loss = (1 - share) * loss + share * task.loss(outputs, mirror)
     weight, temperature = lesson.settings.distil_weight, lesson.settings.distil_temperature
     if weight == 0:
         return loss
