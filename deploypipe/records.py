@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import datetime
 from enum import StrEnum
+from math import isfinite
 from typing import Literal, TypeAlias
 
 # "in" or "out" of a layer; "pos_embed.2", an axis of one of a module's tensors; "@num_heads", an attribute that counts.
@@ -664,6 +666,19 @@ class BenchmarkReport:
     test_data: str = ""  # hash of the test split: results on another one are not compared
     measured_at: str = ""  # ISO 8601, UTC
 
+    def __post_init__(self) -> None:
+        """ValueError for what does not fit together: a result that was edited, since no run writes that."""
+        counts = {len(m.per_sample_metric) for m in (self.dense, self.compressed) if m.per_sample_metric}
+        if len(counts) > 1:
+            raise ValueError(f"per_sample_metric has {min(counts)} and {max(counts)} values; measure both again")
+        for name, samples in self.slices.items() if counts else ():
+            if samples and not 0 <= min(samples) <= max(samples) < min(counts):
+                raise ValueError(f"slices: {name!a} holds a number that no test sample has; measure again")
+        try:
+            _ = self.measured_at and datetime.fromisoformat(self.measured_at)
+        except ValueError:
+            raise ValueError(f"measured_at = {self.measured_at[:40]!a} is no time; measure again") from None
+
     @property
     def doubts(self) -> str:
         """Why no timing of this report decides anything; "" where nothing speaks against them."""
@@ -747,3 +762,7 @@ class StageTime:
     stage: str
     seconds: float
     was_cached: bool
+
+    def __post_init__(self) -> None:
+        if not isfinite(self.seconds):
+            raise ValueError(f"seconds = {self.seconds} of {self.stage!a} is not finite; run it again")

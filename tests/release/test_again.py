@@ -2,9 +2,11 @@
 
 import itertools
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -24,7 +26,8 @@ from deploypipe.release.bundle import release
 from deploypipe.release.decision import decide_again
 from deploypipe.release.gate import decide
 from deploypipe.release.waivers import load_waivers
-from deploypipe.runs import load_result, save_result
+from deploypipe.runs import RESULT, load_result, save_result
+from deploypipe.seal import seal, unseal
 from deploypipe.target import Budget
 
 MEASURED = datetime(2026, 11, 20, 12, tzinfo=UTC)
@@ -103,6 +106,31 @@ def test_a_file_that_computes_something_else_is_held(tmp_path: Path) -> None:
         measured = replace(shipped, file=replace(shipped.file, max_abs_error=error))
         other = replace(result, benchmark=replace(result.benchmark, compressed=measured))
         assert decide_again(tmp_path / "run", other, None, (), MEASURED).decision.verdict is verdict
+
+
+EDITS: list[tuple[Callable[[Any], object], str]] = [
+    (lambda c: c["benchmark"].update(measured_at="yesterday"), "measured_at = 'yesterday' is no time"),
+    (lambda c: c["benchmark"]["compressed"].update(per_sample_metric=[1.0] * 400), "has 400 and 500 values"),
+    (lambda c: c["benchmark"].update(slices={"a": [10**9]}), "'a' holds a number that no test sample has"),
+    (lambda c: c["benchmark"].update(slices={"a": [-1, 1]}), "'a' holds a number that no test sample has"),
+    (lambda c: c["stages"][0].update(seconds={"not_finite": "nan"}), "seconds = nan of 'baseline' is not finite"),
+]
+
+
+@pytest.mark.parametrize(("edit", "told"), EDITS)
+def test_a_result_edited_and_sealed_again_that_does_not_fit_together_is_one_error(
+    edit: Callable[[Any], object], told: str, tmp_path: Path
+) -> None:
+    write_run(tmp_path / "run")
+    path = tmp_path / "run" / RESULT
+    content = json.loads(unseal(path.read_bytes()))
+    edit(content)
+    path.write_bytes(seal(json.dumps(content)))
+    for command in ("gate", "release", "report"):
+        done = CliRunner().invoke(app, [command, str(tmp_path / "run")])
+        assert done.exit_code == 2 and "Traceback" not in done.output
+        [error] = done.output.splitlines()
+        assert error.startswith("error: ") and told in error
 
 
 def interval(low: float, high: float) -> Interval:
