@@ -275,7 +275,7 @@ def quarantined(frozen: tuple[Frozen, ...]) -> list[Frozen]:
     edge = {
         row.name
         for row in rows
-        if re.search("network's (in|out)put|looked up by an index|single channel|nothing reads", row.reason)
+        if re.search("network's (in|out)put|looked up by an index|a single |nothing reads", row.reason)
     }
     shared = {row.name for row in rows if any(f"shares its channels with {name!r}" in row.reason for name in edge)}
     return [row for row in rows if row.name not in edge | shared]

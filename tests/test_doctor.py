@@ -33,7 +33,7 @@ def test_missing_extras_name_their_install(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_target_this_machine_can_only_export_for() -> None:
-    orin = Target(runtime="tensorrt", name="orin", board="Orin Nano", num_threads=10_000)
+    orin = Target(runtime="tensorrt", name="orin", board="Orin Nano", num_threads=4_096)
     findings = by_name(examine(orin))
     assert findings["target orin"].status == "missing"
     assert "can make an ONNX file for it, and cannot run" in findings["target orin"].detail

@@ -479,10 +479,9 @@ def test_on_the_device_the_engines_are_measured(
 
     gpu = Gpu(name="NVIDIA GeForce RTX 4090", compute_capability="8.9")
     monkeypatch.setattr(ability, "this_machine", lambda: replace(this_machine(), gpus=(gpu,), driver="1"))
-    monkeypatch.setitem(RUNTIMES, "tensorrt-rtx", lambda _: Stand())
-    monkeypatch.setattr(
-        importlib.import_module("deploypipe.benchmark"), "measure_peak_memory", lambda *_: (None, "it is the GPU's")
-    )
+    monkeypatch.setitem(RUNTIMES, "tensorrt-rtx", lambda *_: Stand())
+    package = importlib.import_module("deploypipe.benchmark")
+    monkeypatch.setattr(package, "measure_peak_memory", lambda *_, **__: (None, "it is the GPU's"))
     target = replace(GPU, budget=Budget(latency_p50="4x", macs="0.5x", file_size="2x", accuracy_drop_pp=50.0))
     result = compress(dense, tiny.load_data(), tiny.task(), tiny.recipe(), target, tmp_path / "run")
     assert {"dense.engine", "candidate.engine", "compressed.engine"} <= set(opened)
