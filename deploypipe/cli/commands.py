@@ -175,7 +175,7 @@ def init(
                 raise ConfigError(str(path), "", "is there already", "choose another name, or move the file away")
         for path, text in texts.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
+            write_atomically(path, text.encode())
             say(path)
         say(f"Put your network and data in, or try it as it is: deploypipe run {name} {name}")
 
