@@ -57,7 +57,7 @@ def round_up(share: float) -> float:
 
 
 def reach_text(reach: Reach, shares: Mapping[str, float]) -> str:
-    told = ", ".join(f"{name} {share:.2f}x (least {reach.least[name]:.2f}x)" for name, share in shares.items())
+    told = ", ".join(f"{name} {share:.2g}x (least {reach.least[name]:.2g}x)" for name, share in shares.items())
     return f"in reach: {told}; 10^{reach.log10_choices:.0f} choices"
 
 

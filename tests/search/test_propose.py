@@ -103,6 +103,8 @@ def test_several_budgets_hold_at_once() -> None:
 def test_budgets_out_of_reach_are_refused_by_name() -> None:
     reach = find_reach(proposer("bottleneck", {"macs": 0.9}), {"macs": 0.9})
     assert 0 < reach.least["macs"] < 0.9 and reach.log10_choices > 1
+    tiny = replace(reach, least={"macs": 0.0012})
+    assert reach_text(tiny, {"macs": 0.9}).startswith("in reach: macs 0.9x (least 0.0012x);")
     with pytest.raises(BudgetError, match=r"budget\.macs: 0\.0001 times .* out of reach: .* relax the budget"):
         find_reach(proposer("bottleneck", {"macs": 1e-4}), {"macs": 1e-4})
     least = find_reach(proposer("bottleneck", {"latency_p50": 0.9}), {"latency_p50": 0.9}).least["latency_p50"]
@@ -120,7 +122,7 @@ def test_the_least_latency_in_reach_is_that_of_a_network_that_was_measured(
     propose = replace(proposer(name, {"latency_p50": 0.9}), timed=timed)
     reach = find_reach(propose, propose.shares)
     assert reach.least["latency_p50"] == min(t.ratio for t in timed)
-    assert f"(least {reach.least['latency_p50']:.2f}x)" in reach_text(reach, propose.shares)
+    assert f"(least {reach.least['latency_p50']:.2g}x)" in reach_text(reach, propose.shares)
     assert propose.figures(propose.cheapest("latency_p50"), propose.latency_model(())) >= [reach.least["latency_p50"]]
     sizes = [true_time(propose.sites, t.cut) for t in timed]
     assert sizes[0] == min(sizes)
