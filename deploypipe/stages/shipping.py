@@ -14,6 +14,7 @@ from deploypipe.runtimes.engine_file import load_record
 from deploypipe.runtimes.int8_kernels import kernels_of
 from deploypipe.stages import analysis
 from deploypipe.stages.job import Job
+from deploypipe.target import Budget
 from deploypipe.task import take_calib
 
 MODEL = "model.onnx"
@@ -134,12 +135,15 @@ def benchmark(
         return replace(report, notes=(*report.notes, *notes))
 
     inputs = {"dense": dense_file.sha256, "compressed": compressed.sha256, "device": job.device, **job.origin}
-    return job.run.remember("benchmark", inputs, compute, BenchmarkReport, is_final=_is_final)
+    budget = job.target.budget
+    return job.run.remember(
+        "benchmark", inputs, compute, BenchmarkReport, is_final=lambda report: _is_final(report, budget)
+    )
 
 
-def _is_final(report: BenchmarkReport) -> bool:
-    """False where another measurement, on a quieter machine, may decide what this one does not."""
-    return report.compressed.latency is None or not report.doubts
+def _is_final(report: BenchmarkReport, budget: Budget) -> bool:
+    """False if a latency budget is undecided because the machine was unsteady: a quieter one may decide it."""
+    return budget.latency_p50 is None or report.compressed.latency is None or not report.doubts
 
 
 def golden(job: Job, shipped: Shipped) -> Golden:
