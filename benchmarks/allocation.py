@@ -14,16 +14,16 @@ import time
 import numpy as np
 import torch
 
-from deploypipe.pruning.plan import make_plan
-from deploypipe.pruning.structures import list_structures
+from deploypipe.pruning.surgery.plan import make_plan
+from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.records import Curves, Cut, LossCurve, ScoreTable, Structures, TimedCut
-from deploypipe.search.allocate import Bound, allocate, allowed_widths, cost_of
-from deploypipe.search.costs import latency_costs
-from deploypipe.search.curves import width_levels
-from deploypipe.search.design import design_networks
-from deploypipe.search.latency_model import LatencyModel
-from deploypipe.search.propose import cut_of
-from deploypipe.search.sites import Site, find_sites
+from deploypipe.search.allocation.loss_curves import width_levels
+from deploypipe.search.allocation.proposer import cut_of
+from deploypipe.search.allocation.solver import Bound, allocate, allowed_widths, cost_of
+from deploypipe.search.cost_models.additive_costs import latency_costs
+from deploypipe.search.cost_models.latency_model import LatencyModel
+from deploypipe.search.cost_models.latency_samples import design_networks
+from deploypipe.search.cost_models.layer_widths import Site, find_sites
 
 SHARES = (0.7, 0.5, 0.35)
 NUM_TIMED = 40

@@ -43,14 +43,14 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves
 from zoo import NETWORKS, Inputs, Network
 
-from deploypipe.export.onnx_file import export_onnx
-from deploypipe.jsonio import from_json, to_json
-from deploypipe.pruning.apply import apply_plan, masked_dense
-from deploypipe.pruning.macs import count_operations
-from deploypipe.pruning.plan import empty_plan, make_plan
-from deploypipe.pruning.saved import load_pruned, save_pruned
-from deploypipe.pruning.slicing import sizes_after
-from deploypipe.pruning.structures import list_structures, model_fingerprint
+from deploypipe.export.onnx_export.export_onnx import export_onnx
+from deploypipe.files.json_records import from_json, to_json
+from deploypipe.pruning.surgery.apply_plan import apply_plan, masked_dense
+from deploypipe.pruning.surgery.module_slicing import sizes_after
+from deploypipe.pruning.surgery.plan import empty_plan, make_plan
+from deploypipe.pruning.surgery.saved_network import load_pruned, save_pruned
+from deploypipe.pruning.tracing.count_macs import count_operations
+from deploypipe.pruning.tracing.structures import list_structures, model_fingerprint
 from deploypipe.recipe import Export, Finetune
 from deploypipe.records import Frozen, PruningPlan, ScoreTable, Structures
 from deploypipe.task import Splits, Task, evaluating, forward, num_samples

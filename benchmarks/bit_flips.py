@@ -22,10 +22,10 @@ from tempfile import TemporaryDirectory
 from typer.testing import CliRunner
 
 from deploypipe.cli import app
-from deploypipe.jsonio import to_json
+from deploypipe.files.json_records import to_json
 from deploypipe.release.bundle import MODEL, release
-from deploypipe.runs import RESULT, load_result, read_record
-from deploypipe.seal import unseal
+from deploypipe.runs.store import RESULT, load_result, read_record
+from deploypipe.text.sealed_json import unseal
 
 RERUN = "rerun"
 

@@ -27,17 +27,17 @@ from torch import nn
 from deploypipe.benchmark.accuracy import evaluate_module
 from deploypipe.blockwise import prune_blockwise
 from deploypipe.errors import DeploypipeError
-from deploypipe.observe.stream import observe
-from deploypipe.pruning.apply import apply_plan
-from deploypipe.pruning.plan import make_plan
-from deploypipe.pruning.repair import repair
-from deploypipe.pruning.saved import load_pruned, own_weights
-from deploypipe.pruning.structures import list_structures
+from deploypipe.networks.streamed_weights import without_weights
+from deploypipe.observe.calibration_pass import observe
+from deploypipe.pruning.repair.least_squares_repair import repair
+from deploypipe.pruning.surgery.apply_plan import apply_plan
+from deploypipe.pruning.surgery.plan import make_plan
+from deploypipe.pruning.surgery.saved_network import load_pruned, own_weights
+from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.recipe import Magnitude, Observe, OutputError, Recipe, Repair
 from deploypipe.records import Event
 from deploypipe.scoring import score
 from deploypipe.task import take, take_calib
-from deploypipe.weights import without_weights
 from pipelines import vit_cifar10
 
 _KEPT, _SAMPLES, _TOKENS, _BATCH = 0.75, 32, 256, 4

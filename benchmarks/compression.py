@@ -27,25 +27,25 @@ from torch import nn
 
 from deploypipe.benchmark import benchmark
 from deploypipe.cli import load_target
-from deploypipe.export.onnx_file import export_onnx
+from deploypipe.export.onnx_export.export_onnx import export_onnx
 from deploypipe.numerics.intervals import interval_of_mean
+from deploypipe.observe.calibration_pass import observe
 from deploypipe.observe.moments import Moments
-from deploypipe.observe.stream import observe
-from deploypipe.pipeline_module import load_pipeline
-from deploypipe.pruning.apply import apply_plan
-from deploypipe.pruning.plan import make_plan
-from deploypipe.pruning.repair import repair
-from deploypipe.pruning.saved import own_weights
-from deploypipe.pruning.structures import count_macs, list_structures
+from deploypipe.pruning.repair.least_squares_repair import repair
+from deploypipe.pruning.surgery.apply_plan import apply_plan
+from deploypipe.pruning.surgery.plan import make_plan
+from deploypipe.pruning.surgery.saved_network import own_weights
+from deploypipe.pruning.tracing.structures import count_macs, list_structures
 from deploypipe.recipe import Magnitude, Mipp, Recipe
 from deploypipe.records import BenchmarkReport, Event, PruningPlan, TrainLog
-from deploypipe.runs import RunFolder, open_run
+from deploypipe.runs.store import RunFolder, open_run
 from deploypipe.scoring import score
-from deploypipe.search.allocate import Allocation, Bound, allocate_to, allowed_widths, uniform
-from deploypipe.search.costs import mac_costs
-from deploypipe.search.curves import measure_curves
+from deploypipe.search.allocation.loss_curves import measure_curves
+from deploypipe.search.allocation.solver import Allocation, Bound, allocate_to, allowed_widths, uniform
+from deploypipe.search.cost_models.additive_costs import mac_costs
 from deploypipe.task import Splits, Task, forward, take, take_calib
 from deploypipe.training.finetune import finetune
+from deploypipe.user_pipeline import load_pipeline
 
 SCORERS = {"mipp": Mipp(), "magnitude": Magnitude()}
 

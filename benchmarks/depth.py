@@ -18,19 +18,19 @@ import numpy as np
 from judging import test_hits
 from torch import nn
 
+from deploypipe.observe.calibration_pass import observe
 from deploypipe.observe.moments import Moments
-from deploypipe.observe.stream import observe
-from deploypipe.pipeline_module import Pipeline, load_pipeline
-from deploypipe.pruning.apply import apply_plan
-from deploypipe.pruning.plan import empty_plan
-from deploypipe.pruning.repair import repair
-from deploypipe.pruning.structures import list_structures
+from deploypipe.pruning.repair.least_squares_repair import repair
+from deploypipe.pruning.surgery.apply_plan import apply_plan
+from deploypipe.pruning.surgery.plan import empty_plan
+from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.recipe import BlockMi, BlockScorer, LogitDivergence, Mpruner, Repair
 from deploypipe.records import Names
-from deploypipe.runs import RunFolder, open_run
+from deploypipe.runs.store import RunFolder, open_run
 from deploypipe.scoring.blocks import rank_blocks
 from deploypipe.scoring.blocks.block_mi import choose_blocks
 from deploypipe.task import take, take_calib
+from deploypipe.user_pipeline import Pipeline, load_pipeline
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,13 +17,13 @@ import numpy as np
 from judging import ENTRANTS, Subject, stage_name, with_spread
 
 from deploypipe.observe.moments import Moments
-from deploypipe.pipeline_module import load_pipeline
 from deploypipe.recipe import Finetune
 from deploypipe.records import Event, ScoreTable, TrainLog
-from deploypipe.runs import RunFolder, open_run
+from deploypipe.runs.store import RunFolder, open_run
 from deploypipe.scoring import score
 from deploypipe.task import Batch
 from deploypipe.training.finetune import finetune
+from deploypipe.user_pipeline import load_pipeline
 
 BEST = ("output error", "MIPP", "layer-wise MI, joint", "magnitude L2")
 

@@ -20,12 +20,12 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from deploypipe.benchmark import BenchResult, bench_file
-from deploypipe.benchmark.bench import compare
-from deploypipe.export.onnx_file import export_onnx
+from deploypipe.benchmark.bench_file import compare
+from deploypipe.export.onnx_export.export_onnx import export_onnx
 from deploypipe.numerics.intervals import interval_of_mean
-from deploypipe.pipeline_module import load_pipeline
 from deploypipe.target import Target
 from deploypipe.task import take_calib
+from deploypipe.user_pipeline import load_pipeline
 
 TARGET = Target(runtime="onnxruntime", name="one_thread")
 

@@ -10,14 +10,13 @@ from numpy.typing import NDArray
 from torch import nn
 
 from deploypipe.benchmark.accuracy import evaluate_module
+from deploypipe.observe.calibration_pass import observe
 from deploypipe.observe.moments import Moments
-from deploypipe.observe.stream import observe
-from deploypipe.pipeline_module import Pipeline
-from deploypipe.pruning.apply import apply_plan
-from deploypipe.pruning.attention import with_slim_attention
-from deploypipe.pruning.plan import make_plan
-from deploypipe.pruning.repair import repair
-from deploypipe.pruning.structures import count_macs, list_structures
+from deploypipe.pruning.repair.least_squares_repair import repair
+from deploypipe.pruning.surgery.apply_plan import apply_plan
+from deploypipe.pruning.surgery.plan import make_plan
+from deploypipe.pruning.surgery.slim_attention import with_slim_attention
+from deploypipe.pruning.tracing.structures import count_macs, list_structures
 from deploypipe.recipe import (
     BatchNormScale,
     ConditionalMi,
@@ -32,8 +31,9 @@ from deploypipe.recipe import (
     Taylor,
 )
 from deploypipe.records import PruningPlan, ScoreTable
-from deploypipe.search.allocate import uniform
+from deploypipe.search.allocation.solver import uniform
 from deploypipe.task import Batch, Splits, Task, channels_last, stack_batches, take, take_calib
+from deploypipe.user_pipeline import Pipeline
 
 ENTRANTS: dict[str, Scorer] = {
     "magnitude L2": Magnitude(),

@@ -31,14 +31,14 @@ from typing import Any
 import torch
 
 from deploypipe.benchmark import latency, memory
-from deploypipe.jsonio import to_json
+from deploypipe.files.json_records import to_json
 from deploypipe.pipeline import compress
-from deploypipe.pipeline_module import Pipeline, load_pipeline
 from deploypipe.recipe import Recipe
 from deploypipe.records import Event
-from deploypipe.runs import file_sha256, load_result
-from deploypipe.seal import unseal
+from deploypipe.runs.store import file_sha256, load_result
 from deploypipe.target import Budget, Target
+from deploypipe.text.sealed_json import unseal
+from deploypipe.user_pipeline import Pipeline, load_pipeline
 
 TARGET = Target(
     runtime="onnxruntime",

@@ -19,22 +19,22 @@ import numpy as np
 import torch
 from scipy.stats import spearmanr
 
-from deploypipe.export.int8 import to_int8
-from deploypipe.export.onnx_file import export_onnx
-from deploypipe.pipeline_module import Pipeline, load_pipeline
-from deploypipe.pruning.attention import with_slim_attention
-from deploypipe.pruning.plan import make_plan
-from deploypipe.pruning.structures import list_structures
+from deploypipe.export.onnx_export.export_onnx import export_onnx
+from deploypipe.export.quantization.int8 import to_int8
+from deploypipe.pruning.surgery.plan import make_plan
+from deploypipe.pruning.surgery.slim_attention import with_slim_attention
+from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.records import PrecisionRow, ScoreTable, TimedNetworks
-from deploypipe.runtimes.int8_kernels import kernels_of
-from deploypipe.search.allocate import Allocation
-from deploypipe.search.candidates import Candidates
-from deploypipe.search.curves import width_levels
-from deploypipe.search.latency_model import LatencyModel
-from deploypipe.search.sites import find_sites
-from deploypipe.search.timing import time_networks
+from deploypipe.runtimes.int8_arithmetic import kernels_of
+from deploypipe.search.allocation.loss_curves import width_levels
+from deploypipe.search.allocation.solver import Allocation
+from deploypipe.search.cost_models.latency_model import LatencyModel
+from deploypipe.search.cost_models.layer_widths import find_sites
+from deploypipe.search.cost_models.time_networks import time_networks
+from deploypipe.search.evaluation.candidate_files import Candidates
 from deploypipe.target import Target
 from deploypipe.task import take, take_calib
+from deploypipe.user_pipeline import Pipeline, load_pipeline
 
 HEADER = (
     "| network | groups | mean error, % | largest, % | Spearman | in the 95 % interval | left out of the fit, % | "

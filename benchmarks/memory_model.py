@@ -23,17 +23,17 @@ from scipy.stats import spearmanr
 
 from deploypipe.benchmark import first_batch
 from deploypipe.benchmark.memory import measure_peak_memory
-from deploypipe.export.onnx_file import export_onnx
-from deploypipe.pipeline_module import load_pipeline
-from deploypipe.pruning.apply import apply_plan
-from deploypipe.pruning.plan import make_plan
+from deploypipe.export.onnx_export.export_onnx import export_onnx
+from deploypipe.pruning.surgery.apply_plan import apply_plan
+from deploypipe.pruning.surgery.plan import make_plan
 from deploypipe.records import ScoreTable
 from deploypipe.runtimes.onnxruntime import OnnxRuntime
-from deploypipe.search.allocate import uniform
-from deploypipe.search.footprint import Footprint, footprint
-from deploypipe.search.memory_model import fit_memory
+from deploypipe.search.allocation.solver import uniform
+from deploypipe.search.cost_models.memory_model import fit_memory
+from deploypipe.search.cost_models.onnx_memory_plan import Footprint, footprint
 from deploypipe.target import Target
 from deploypipe.task import Batch
+from deploypipe.user_pipeline import load_pipeline
 
 WIDTHS = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25)
 FITTED_TO = (("dense",), ("dense", "0.5"), ("dense", "0.5", "0.25"), ("dense", "0.5", "third"))

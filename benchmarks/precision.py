@@ -26,19 +26,19 @@ from deploypipe.benchmark import first_batch
 from deploypipe.benchmark.accuracy import evaluate_file
 from deploypipe.benchmark.environment import describe_environment
 from deploypipe.benchmark.latency import time_interleaved
-from deploypipe.export.engine import build_engine
-from deploypipe.export.fp16 import to_fp16
-from deploypipe.export.int8 import to_int8
-from deploypipe.export.onnx_file import export_onnx
+from deploypipe.export.onnx_export.export_onnx import export_onnx
+from deploypipe.export.quantization.fp16 import to_fp16
+from deploypipe.export.quantization.int8 import to_int8
+from deploypipe.export.tensorrt_engine.build_engine import build_engine
 from deploypipe.numerics.intervals import interval_of_drop_pp, interval_of_median_ratio
-from deploypipe.pipeline_module import Pipeline, load_pipeline
-from deploypipe.pruning.attention import with_slim_attention
+from deploypipe.pruning.surgery.slim_attention import with_slim_attention
 from deploypipe.records import Converted, Interval
 from deploypipe.runtimes import is_installed
-from deploypipe.runtimes.int8_kernels import Int8Kernels, saturates_here
+from deploypipe.runtimes.int8_arithmetic import Int8Kernels, saturates_here
 from deploypipe.runtimes.onnxruntime import OnnxRuntime
 from deploypipe.target import Target
 from deploypipe.task import Batch, take_calib
+from deploypipe.user_pipeline import Pipeline, load_pipeline
 
 BATCH_SIZES = (1, 16)
 KERNELS = {

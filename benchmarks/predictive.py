@@ -15,13 +15,13 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from deploypipe.numerics.gaussian_mi import SequentialRemoval
-from deploypipe.observe.patches import columns, num_taps, sample_inputs, sample_positions, weight_matrix
-from deploypipe.observe.stream import hooked
-from deploypipe.pipeline_module import load_pipeline
+from deploypipe.observe.calibration_pass import hooked
+from deploypipe.observe.layer_regressions import columns, num_taps, sample_inputs, sample_positions, weight_matrix
 from deploypipe.recipe import Mipp
-from deploypipe.scoring.mipp_predictive import score_mipp_predictive
-from deploypipe.scoring.top_down import cumulative, remove_one_by_one
+from deploypipe.scoring.mutual_information.mipp_predictive import score_mipp_predictive
+from deploypipe.scoring.mutual_information.top_down_mi import cumulative, remove_one_by_one
 from deploypipe.task import Batch, forward, take_calib
+from deploypipe.user_pipeline import load_pipeline
 
 DEFAULT_LAYERS = ("layer1.0.conv2", "layer1.2.conv2", "layer2.1.conv2")
 

@@ -18,11 +18,11 @@ import numpy as np
 from judging import ENTRANTS, Subject, stage_name, with_spread
 
 from deploypipe.observe.moments import Moments
-from deploypipe.pipeline_module import load_pipeline
 from deploypipe.recipe import Scorer
-from deploypipe.runs import RunFolder, open_run
+from deploypipe.runs.store import RunFolder, open_run
 from deploypipe.scoring import score
 from deploypipe.task import Batch
+from deploypipe.user_pipeline import load_pipeline
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

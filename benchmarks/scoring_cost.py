@@ -22,14 +22,14 @@ from deploypipe.numerics.gaussian_mi import SequentialRemoval, SequentialSelecti
 from deploypipe.numerics.intervals import interval_of_median_ratio
 from deploypipe.numerics.label_information import forward_selection
 from deploypipe.numerics.output_error import SequentialErrorRemoval
+from deploypipe.observe.calibration_pass import observe
 from deploypipe.observe.moments import Moments
-from deploypipe.observe.stream import observe
-from deploypipe.pipeline_module import load_pipeline
-from deploypipe.pruning.structures import list_structures
+from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.recipe import ConditionalMi, LabelMi, LayerwiseMi, Mipp, Observe, OutputError, Scorer
 from deploypipe.records import Structures
 from deploypipe.scoring import score
 from deploypipe.task import Batch, forward, take, take_calib
+from deploypipe.user_pipeline import load_pipeline
 
 CLOSED_FORMS: tuple[Scorer, ...] = (Mipp(), LayerwiseMi(), OutputError(), ConditionalMi(), LabelMi())
 WIDTHS = (256, 512, 1024, 2048, 4096)

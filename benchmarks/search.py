@@ -49,26 +49,26 @@ from deploypipe.cli import load_target
 from deploypipe.errors import BudgetError
 from deploypipe.numerics.intervals import interval_of_drop_pp, interval_of_mean, interval_of_median_ratio
 from deploypipe.observe.moments import merge
-from deploypipe.pipeline_module import load_pipeline
-from deploypipe.pruning.apply import apply_plan
-from deploypipe.pruning.attention import with_slim_attention
-from deploypipe.pruning.plan import make_plan
-from deploypipe.pruning.repair import repair
-from deploypipe.pruning.structures import count_macs
+from deploypipe.pruning.repair.least_squares_repair import repair
+from deploypipe.pruning.surgery.apply_plan import apply_plan
+from deploypipe.pruning.surgery.plan import make_plan
+from deploypipe.pruning.surgery.slim_attention import with_slim_attention
+from deploypipe.pruning.tracing.structures import count_macs
 from deploypipe.records import Candidate, Event, Interval, PrecisionRow, PruningPlan, Trial
-from deploypipe.runs import open_run
+from deploypipe.runs.store import open_run
 from deploypipe.runtimes import find_runtime
-from deploypipe.search.accuracies import Accuracies
-from deploypipe.search.allocate import uniform
-from deploypipe.search.judge import Judge
-from deploypipe.search.limits import candidate_of, search_limits, with_margin
-from deploypipe.search.looks import Results, draw_parts, pack, unpack
-from deploypipe.search.trials import History, is_same_network, judge_plan, most_accurate, violations
-from deploypipe.stages import analysis, searching
-from deploypipe.stages.job import Job
+from deploypipe.search.allocation.limits import candidate_of, search_limits, with_margin
+from deploypipe.search.allocation.solver import uniform
+from deploypipe.search.evaluation.accuracy_cache import Accuracies
+from deploypipe.search.evaluation.early_stopping import Results, draw_parts, pack, unpack
+from deploypipe.search.evaluation.evaluator import Judge
+from deploypipe.search.evaluation.trial_loop import History, is_same_network, judge_plan, most_accurate, violations
+from deploypipe.stages import profile, search
+from deploypipe.stages.context import Job
 from deploypipe.target import Budget
 from deploypipe.task import channels_last, take, take_calib
 from deploypipe.training.finetune import finetune
+from deploypipe.user_pipeline import load_pipeline
 
 NUM_BISECTIONS = 7
 NUM_LATENCY_SAMPLES = 200  # of a candidate, as `Judge` takes them
@@ -171,15 +171,15 @@ class Contest:
     def __init__(self, name: str, job: Job) -> None:
         self.name, self.job, self.run, self.recipe, self.target = name, job, job.run, job.recipe, job.target
         self.dense, self.splits, self.task = job.model, job.splits, job.task
-        self.structures = analysis.structures(job)
-        self.baseline = analysis.baseline(job, analysis.dense_export(job))
-        halves = analysis.observe(job, self.structures)
+        self.structures = profile.structures(job)
+        self.baseline = profile.baseline(job, profile.dense_export(job))
+        halves = profile.observe(job, self.structures)
         self.moments = merge(*halves)
-        self.scores = analysis.score(job, self.structures, halves, self.moments)
+        self.scores = profile.score(job, self.structures, halves, self.moments)
         self.limits, _ = search_limits(self.target.budget.limits(), job.ability)
         self.most = with_margin(self.limits)["latency_p50"].value  # of the dense network's latency
         self.row = PrecisionRow(precision="fp32", file=self.baseline.file)
-        self.candidates = searching.candidates(job, self.baseline, self.row)
+        self.candidates = search.candidates(job, self.baseline, self.row)
         # Beside it stands whatever an entrant is told: another network, budget or device is another contest.
         # How the networks are trained afterwards decides nothing.
         untrained = replace(self.recipe, finetune=replace(self.recipe.finetune, num_epochs=0))
@@ -188,7 +188,7 @@ class Contest:
     @cached_property
     def reference(self) -> Candidate:
         assert self.baseline.accuracy is not None
-        return candidate_of(self.baseline, analysis.dense_opened(self.job, self.baseline), self.baseline.accuracy.value)
+        return candidate_of(self.baseline, profile.dense_opened(self.job, self.baseline), self.baseline.accuracy.value)
 
     def print_(self) -> None:
         entrants: dict[str, Callable[[], Found]] = {
@@ -200,20 +200,20 @@ class Contest:
             "random": lambda: self.drawn(optuna.samplers.RandomSampler(seed=self.recipe.seed)),
         }
         found = {"ours": self.ours()}
-        for name, search in entrants.items():
-            found[name] = self.run.remember(name, self.key, _ignoring_folder(search), Found)
+        for name, entrant in entrants.items():
+            found[name] = self.run.remember(name, self.key, _ignoring_folder(entrant), Found)
         found["fastnas"] = self.fastnas_at(found["ours"].plan)
         Table(self, found).print_()
 
     def ours(self) -> Found:
         started = time.perf_counter()
         try:
-            basis = searching.unobserved(self.job, self.structures, self.baseline, self.limits, self.row)
-            basis = replace(basis, timed=searching.timed_networks(self.job, basis))
-            basis = replace(basis, reach=searching.reach(self.job, basis))
-            curves = analysis.curves(self.job, self.structures, self.scores, self.moments)
+            basis = search.unobserved(self.job, self.structures, self.baseline, self.limits, self.row)
+            basis = replace(basis, timed=search.timed_networks(self.job, basis))
+            basis = replace(basis, reach=search.reach(self.job, basis))
+            curves = profile.curves(self.job, self.structures, self.scores, self.moments)
             basis = replace(basis, scores=self.scores, curves=curves)
-            result = searching.confirm(self.job, basis, searching.search(self.job, basis))
+            result = search.confirm(self.job, basis, search.search(self.job, basis))
         except BudgetError as error:
             return Found(plan=None, tried=(), seconds=time.perf_counter() - started, note=str(error))
         if result.latency_fit:

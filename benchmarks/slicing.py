@@ -22,20 +22,20 @@ import torch
 
 from deploypipe.benchmark import first_batch
 from deploypipe.benchmark.latency import time_interleaved
-from deploypipe.export.onnx_file import export_onnx
-from deploypipe.export.sliced import slice_file
-from deploypipe.export.template import open_template
+from deploypipe.export.graph_slicing.sliced_files import slice_file
+from deploypipe.export.graph_slicing.template import open_template
+from deploypipe.export.onnx_export.export_onnx import export_onnx
 from deploypipe.numerics.intervals import interval_of_median_ratio
-from deploypipe.pipeline_module import Pipeline, load_pipeline
-from deploypipe.pruning.apply import apply_plan
-from deploypipe.pruning.attention import with_slim_attention
-from deploypipe.pruning.plan import make_plan
-from deploypipe.pruning.structures import list_structures
+from deploypipe.pruning.surgery.apply_plan import apply_plan
+from deploypipe.pruning.surgery.plan import make_plan
+from deploypipe.pruning.surgery.slim_attention import with_slim_attention
+from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.records import Interval, PruningPlan, ScoreTable, Structures
 from deploypipe.runtimes import Array
 from deploypipe.runtimes.onnxruntime import OnnxRuntime
 from deploypipe.target import Target
 from deploypipe.task import take, take_calib
+from deploypipe.user_pipeline import Pipeline, load_pipeline
 
 NUM_PARITY = 2  # samples that an export is checked on, as in a search
 

@@ -18,15 +18,15 @@ from judging import Subject
 from torch import nn
 
 from deploypipe.observe.moments import Moments
-from deploypipe.pipeline_module import load_pipeline
-from deploypipe.pruning.apply import apply_plan
-from deploypipe.pruning.plan import make_plan
-from deploypipe.pruning.slicing import has_two_sides
+from deploypipe.pruning.surgery.apply_plan import apply_plan
+from deploypipe.pruning.surgery.module_slicing import has_two_sides
+from deploypipe.pruning.surgery.plan import make_plan
 from deploypipe.recipe import LogitDivergence
 from deploypipe.records import ChannelGroup, PruningPlan
-from deploypipe.runs import open_run
+from deploypipe.runs.store import open_run
 from deploypipe.scoring import score
 from deploypipe.scoring.blocks import rank_blocks
+from deploypipe.user_pipeline import load_pipeline
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

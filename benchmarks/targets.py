@@ -27,8 +27,8 @@ from torch import nn
 
 from deploypipe.cli import load_target
 from deploypipe.pipeline import compress
-from deploypipe.pipeline_module import Pipeline, load_pipeline
-from deploypipe.side_by_side import alone
+from deploypipe.scheduling.exclusive_measurement import alone
+from deploypipe.user_pipeline import Pipeline, load_pipeline
 
 _THREADS = torch.get_num_threads()
 

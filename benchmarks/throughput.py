@@ -21,12 +21,12 @@ import torch
 from torch import nn
 
 from deploypipe.numerics.intervals import interval_of_median_ratio
-from deploypipe.pipeline_module import load_pipeline
 from deploypipe.recipe import Finetune
 from deploypipe.records import Event
 from deploypipe.task import Batch, Splits, Task, channels_last, forward, num_samples
 from deploypipe.training.finetune import finetune
-from deploypipe.training.precision import with_precision
+from deploypipe.training.training_precision import with_precision
+from deploypipe.user_pipeline import load_pipeline
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WARM_UP = 3  # steps of every round that are not counted

@@ -31,10 +31,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from studies import DENSE, ORIGIN, Evaluator, propose, run  # made-up networks
 
 from deploypipe.recipe import Search
-from deploypipe.search.board import open_board
+from deploypipe.search.distributed.study_storage import Storage
+from deploypipe.search.distributed.trial_queue import open_board
+from deploypipe.search.evaluation.trial_loop import History, judge_plan, violations
 from deploypipe.search.sampling import knobs, next_knobs, warm_starts
-from deploypipe.search.storage import Storage
-from deploypipe.search.trials import History, judge_plan, violations
 
 FILL = (0.2, 0.8)
 COUNTS = (1, 2, 4)

@@ -11,24 +11,24 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from deploypipe.installed import load_onnxruntime
+from deploypipe.installed_packages import load_onnxruntime
 
 if TYPE_CHECKING:
     from deploypipe.benchmark import benchmark
     from deploypipe.blockwise import prune_blockwise
-    from deploypipe.checks import check
-    from deploypipe.export.onnx_file import export_onnx
-    from deploypipe.observe.stream import observe
+    from deploypipe.export.onnx_export.export_onnx import export_onnx
+    from deploypipe.observe.calibration_pass import observe
     from deploypipe.pipeline import compress
-    from deploypipe.pruning.apply import apply_plan
-    from deploypipe.pruning.plan import make_plan
-    from deploypipe.pruning.repair import repair
-    from deploypipe.pruning.saved import load_pruned
-    from deploypipe.pruning.structures import list_structures
-    from deploypipe.release.baseline import compare_with_baseline
+    from deploypipe.preflight import check
+    from deploypipe.pruning.repair.least_squares_repair import repair
+    from deploypipe.pruning.surgery.apply_plan import apply_plan
+    from deploypipe.pruning.surgery.plan import make_plan
+    from deploypipe.pruning.surgery.saved_network import load_pruned
+    from deploypipe.pruning.tracing.structures import list_structures
+    from deploypipe.release.baseline_comparison import compare_with_baseline
     from deploypipe.release.bundle import release
     from deploypipe.release.gate import decide
-    from deploypipe.release.registry import promote
+    from deploypipe.release.registries.registry import promote
     from deploypipe.scoring import score
     from deploypipe.training.finetune import finetune
 

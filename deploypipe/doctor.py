@@ -7,15 +7,15 @@ from typing import Literal
 import torch
 
 from deploypipe.benchmark.environment import describe_environment
-from deploypipe.installed import ONNXRUNTIME, distributions_of, find_package
+from deploypipe.installed_packages import ONNXRUNTIME, distributions_of, find_package
 from deploypipe.records import Environment
 from deploypipe.runtimes import RUNTIMES, is_installed
-from deploypipe.runtimes.ability import can
-from deploypipe.runtimes.int8_kernels import saturates_here
-from deploypipe.runtimes.machine import this_machine
+from deploypipe.runtimes.device_ability import can
+from deploypipe.runtimes.int8_arithmetic import saturates_here
 from deploypipe.runtimes.onnxruntime import PROVIDERS, missing_provider
+from deploypipe.runtimes.this_machine import this_machine
 from deploypipe.target import Target
-from deploypipe.training.precision import native_precision
+from deploypipe.training.training_precision import native_precision
 
 _SPEED_FEATURES = ("avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "neon", "i8mm")
 

@@ -3,7 +3,7 @@
 Whatever is not a `DeploypipeError` is a bug of ours. The command line prints these as one message and exits with 2.
 """
 
-from deploypipe.plain_text import printable
+from deploypipe.text.printable_text import printable
 
 
 class DeploypipeError(Exception):

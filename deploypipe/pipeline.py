@@ -9,18 +9,17 @@ from tempfile import TemporaryDirectory
 
 from torch import nn
 
-from deploypipe.checks import check_inputs
 from deploypipe.errors import ConfigError, DeploypipeError, StorageError
-from deploypipe.export.engine import place_engine
-from deploypipe.export.parity import limit_of
-from deploypipe.export.sizes import ends_of, extremes_of
-from deploypipe.golden_file import GOLDEN, TENSORS
-from deploypipe.names import name_problem
+from deploypipe.export.onnx_export.input_sizes import ends_of, extremes_of
+from deploypipe.export.onnx_export.parity import limit_of
+from deploypipe.export.tensorrt_engine.build_engine import place_engine
+from deploypipe.networks.model_wrappers import unwrapped
+from deploypipe.observe.calibration_pass import observe_halves
 from deploypipe.observe.moments import Moments, merge
-from deploypipe.observe.stream import observe_halves
-from deploypipe.pruning.attention import with_slim_attention
-from deploypipe.pruning.computed_weights import describe_hooks
-from deploypipe.pruning.structures import list_structures
+from deploypipe.preflight import check_inputs
+from deploypipe.pruning.surgery.hook_computed_weights import describe_hooks
+from deploypipe.pruning.surgery.slim_attention import with_slim_attention
+from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.recipe import Recipe
 from deploypipe.records import (
     BenchmarkReport,
@@ -42,13 +41,11 @@ from deploypipe.records import (
     silent,
 )
 from deploypipe.release.gate import decide
-from deploypipe.runs import RunResult, open_run, place_file, save_result, start_afresh
+from deploypipe.runs.store import RunResult, open_run, place_file, save_result, start_afresh
 from deploypipe.scoring import needs_derivatives, score_halves
-from deploypipe.scoring.null import null_shares
-from deploypipe.scoring.summary import summarise
-from deploypipe.search.basis import Basis
-from deploypipe.search.board import require_same
-from deploypipe.search.limits import (
+from deploypipe.scoring.permutation_baseline import null_shares
+from deploypipe.scoring.score_summary import summarise
+from deploypipe.search.allocation.limits import (
     candidate_of,
     converted,
     is_over_budget,
@@ -56,15 +53,18 @@ from deploypipe.search.limits import (
     search_limits,
     with_margin,
 )
-from deploypipe.search.storage import Storage
-from deploypipe.stages import analysis, making, searching, shipping
-from deploypipe.stages.job import Job
-from deploypipe.stages.shipping import MODEL, Shipped
+from deploypipe.search.distributed.study_storage import Storage
+from deploypipe.search.distributed.trial_queue import require_same
+from deploypipe.search.search_inputs import Basis
+from deploypipe.stages import compression, deploy, profile, search
+from deploypipe.stages.context import Job
+from deploypipe.stages.deploy import MODEL, Shipped
 from deploypipe.target import Limit, Target
 from deploypipe.task import Splits, Task, take, take_calib
+from deploypipe.text.safe_names import name_problem
 from deploypipe.training.ranks import ALONE, Ranks
-from deploypipe.user_code import blaming, guard_splits, guard_task
-from deploypipe.wrappers import unwrapped
+from deploypipe.user_code_errors import blaming, guard_splits, guard_task
+from deploypipe.verification.golden_file import GOLDEN, TENSORS
 
 ENGINE, REPORT = "model.engine", "report.html"
 
@@ -126,7 +126,7 @@ def compress(
         for entry in result.golden.files if result.golden else ():
             place_file(run.files("golden") / entry.name, run.path / entry.name)
         if result.engine:
-            place_engine(shipping.engine_file(job), run.path, ENGINE)
+            place_engine(deploy.engine_file(job), run.path, ENGINE)
         _write_report(result, run.path, notify)
         save_result(run.path, result)
         return result
@@ -195,14 +195,14 @@ def help_search(
     ):
         job = Job(with_slim_attention(model), splits, task, recipe, target, run, source, storage)
         require_same(storage, job.about())
-        structures = analysis.structures(job)
-        dense = analysis.baseline(job, analysis.dense_export(job))
+        structures = profile.structures(job)
+        dense = profile.baseline(job, profile.dense_export(job))
         limits, _ = search_limits(job.target.budget.limits(), job.ability)
         _, row = _dense_precision(job, dense, limits)
         if not row:
             raise StorageError(f"{storage.shown}: {storage.study}: the dense network is within the budget here")
         basis, _ = _observed(job, structures, dense, limits, row)
-        return searching.help_search(job, basis, storage)
+        return search.help_search(job, basis, storage)
 
 
 def _dense_precision(
@@ -211,10 +211,10 @@ def _dense_precision(
     """The dense network in another precision, where that was tried; and what candidates are made in, unless the dense
     network is within the limits."""
     # No budget of the search is about accuracy.
-    reference = candidate_of(dense, analysis.dense_opened(job, dense), accuracy=0.0)
+    reference = candidate_of(dense, profile.dense_opened(job, dense), accuracy=0.0)
     if not is_over_budget(reference, reference, with_margin(limits)):
         return None, None
-    precision = shipping.dense_precision(job, dense)
+    precision = deploy.dense_precision(job, dense)
     row = precision.row if precision else PrecisionRow(precision="fp32", file=dense.file)
     is_over = is_over_budget(converted(reference, row), reference, with_margin(limits))
     return precision, row if is_over else None
@@ -223,18 +223,18 @@ def _dense_precision(
 def _observed(
     job: Job, structures: Structures, dense: Measurement, limits: Mapping[str, Limit], row: PrecisionRow
 ) -> tuple[Basis, ScoreSummary]:
-    basis = searching.unobserved(job, structures, dense, limits, row)
-    basis = replace(basis, timed=searching.timed_networks(job, basis))
-    basis = replace(basis, reach=searching.reach(job, basis))  # a budget out of reach ends here
+    basis = search.unobserved(job, structures, dense, limits, row)
+    basis = replace(basis, timed=search.timed_networks(job, basis))
+    basis = replace(basis, reach=search.reach(job, basis))  # a budget out of reach ends here
     moments, scores, curves = _analysed(job, structures)
     return replace(basis, scores=scores, curves=curves), summarise(structures, scores, moments)
 
 
 def _analysed(job: Job, structures: Structures) -> tuple[Moments, ScoreTable, Curves]:
-    halves = analysis.observe(job, structures)
+    halves = profile.observe(job, structures)
     moments = merge(*halves)
-    scores = analysis.score(job, structures, halves, moments)
-    return moments, scores, analysis.curves(job, structures, scores, moments)
+    scores = profile.score(job, structures, halves, moments)
+    return moments, scores, profile.curves(job, structures, scores, moments)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -253,20 +253,20 @@ class _Made:
 
 
 def _run_stages(job: Job, name: str) -> RunResult:
-    structures = analysis.structures(job)  # first: what the recipe names is looked up here
+    structures = profile.structures(job)  # first: what the recipe names is looked up here
     limits, stand_in = search_limits(job.target.budget.limits(), job.ability)
     meanwhile = partial(_analysed, job, structures) if limits else None  # without, there is nothing to search for
-    dense = analysis.baseline(job, analysis.dense_export(job, meanwhile))
+    dense = profile.baseline(job, profile.dense_export(job, meanwhile))
     summary = None
     precision, row = _dense_precision(job, dense, limits)
     if row:
         basis, summary = _observed(job, structures, dense, limits, row)
         made = _make_smaller(job, basis, stand_in)
     else:
-        precision = precision or shipping.dense_precision(job, dense)
-        shipped = shipping.shipped(job, dense.file, "baseline", precision)
+        precision = precision or deploy.dense_precision(job, dense)
+        shipped = deploy.shipped(job, dense.file, "baseline", precision)
         made = _judge(job, dense, shipped, (dense.num_params, dense.num_macs), stand_in, precision)
-    golden = shipping.golden(job, made.shipped)
+    golden = deploy.golden(job, made.shipped)
     return RunResult(
         pipeline=name,
         metric=job.task.name,
@@ -295,17 +295,17 @@ def _make_smaller(job: Job, basis: Basis, stand_in: str) -> _Made:
     Latency moves by a few percent from one minute to the next: what the search found within its limit, the benchmark
     sometimes does not.
     """
-    trials, part = searching.search(job, basis), 1.0
+    trials, part = search.search(job, basis), 1.0
     too_slow: list[str] = []
     most = job.recipe.search.num_attempts
     for number in range(1, most + 1):
-        found = searching.finalists(job, searching.confirm(job, basis, trials, part))
+        found = search.finalists(job, search.confirm(job, basis, trials, part))
         plan = found.trials[found.best].plan
-        outcome = making.prune(job, plan)
-        training = making.finetune(job, plan)
-        file = making.export(job, plan)
-        precision = shipping.precision(job, file)
-        shipped = shipping.shipped(job, file, "export", precision)
+        outcome = compression.prune(job, plan)
+        training = compression.finetune(job, plan)
+        file = compression.export(job, plan)
+        precision = deploy.precision(job, file)
+        shipped = deploy.shipped(job, file, "export", precision)
         counts = (outcome.prune.params_after, outcome.prune.macs_after)
         made = _judge(job, basis.dense, shipped, counts, stand_in, precision)
         made = replace(made, search=found, outcome=outcome, training=training, too_slow=tuple(too_slow))
@@ -327,8 +327,8 @@ def _judge(
     stand_in: str,
     precision: PrecisionChoice | None,
 ) -> _Made:
-    engine = shipping.engine(job, shipped)
-    report = shipping.benchmark(job, dense, shipped, engine, counts, stand_in)
+    engine = deploy.engine(job, shipped)
+    report = deploy.benchmark(job, dense, shipped, engine, counts, stand_in)
     job.run.notify(Event(stage="gate", message="start"))
     parity_limit = limit_of(job.recipe.export, shipped.file.precision)
     # By today's date: what an earlier run left may have been measured long ago.

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-from deploypipe.bounds import (
+from deploypipe.text.field_bounds import (
     FRACTION,
     MAX_SAMPLES,
     SHARE,

@@ -4,8 +4,8 @@ import re
 from dataclasses import dataclass, field, fields
 from typing import Literal, TypeAlias
 
-from deploypipe.bounds import above, real, require, require_text, require_texts, shown, whole
-from deploypipe.names import name_problem
+from deploypipe.text.field_bounds import above, real, require, require_text, require_texts, shown, whole
+from deploypipe.text.safe_names import name_problem
 
 RELATIVE = "x"
 Runtime: TypeAlias = Literal["onnxruntime", "tensorrt", "tensorrt-rtx", "eager"]

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deploypipe.errors import DataError
-from deploypipe.exhaustion import raise_if_exhausted
-from deploypipe.trees import Leaf, leaves, map_leaves, same_value, structure, tensors
+from deploypipe.files.exhausted_resources import raise_if_exhausted
+from deploypipe.networks.batch_trees import Leaf, leaves, map_leaves, same_value, structure, tensors
 
 # (inputs, target); inputs: a tensor, or a tuple, list or mapping of tensors and values, as deep as one likes. A mapping
 # goes to forward() by name, a tuple or list by position.
@@ -46,7 +46,7 @@ class Task:
     without being asked for. slices(inputs, target) -> named parts of the batch, bool (n,) each, that a budget may hold
     to a limit of their own (`slice_drop_pp`). divergence(outputs, the dense network's, temperature) -> scalar: how far
     the answers are apart, in the unit of `loss`; fine-tuning and loss curves go by it. Found from a batch where it is
-    not given: that of classes for integer targets, that of values for all others (`deploypipe.answers`).
+    not given: that of classes for integer targets, that of values for all others (`deploypipe.distillation_loss`).
     """
 
     loss: Callable[[Any, Any], Tensor]

@@ -12,31 +12,25 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
-from typing import Any, TypeAlias
 
 import numpy as np
 
 from deploypipe.errors import DeploypipeError, ModelError
-from deploypipe.golden_file import GOLDEN, TENSORS, GoldenModel, read_golden, shown
-from deploypipe.limited_process import ProcessLimits, run_limited
-from deploypipe.names import name_problem
-from deploypipe.onnx_check import check_onnx_file
-from deploypipe.plain_text import printable
 from deploypipe.records import FileEntry, Parity
-
-Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+from deploypipe.text.printable_text import printable
+from deploypipe.text.safe_names import name_problem
+from deploypipe.untrusted_files.limited_process import ProcessLimits, run_limited
+from deploypipe.untrusted_files.onnx_file_check import check_onnx_file
+from deploypipe.verification.golden_file import GOLDEN, TENSORS, GoldenModel, read_golden, shown
+from deploypipe.verification.golden_tensors import Array, read_tensors, tensor_name
 
 EXIT_SAME, EXIT_DIFFERENT, EXIT_UNUSABLE = 0, 1, 2
 HEADER = ("file", "precision", "max error", "allowed", "top-1", "verdict")
 
 _MODEL_SUFFIXES = (".onnx", ".ort")
-_MAX_HEADER_BYTES, _MAX_TENSOR_BYTES = 2**24, 2**30  # of golden.safetensors, which holds a few samples
 _USUAL = ProcessLimits()
 _LIMITS_REMEDY = "do not use it, or allow it more with --time-limit and --memory-limit"
-_DTYPES = {"F64": "f8", "F32": "f4", "F16": "f2", "I64": "i8", "I32": "i4", "I16": "i2", "I8": "i1", "BOOL": "?"}
-_DTYPES |= {"U64": "u8", "U32": "u4", "U16": "u2", "U8": "u1"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,11 +50,6 @@ class Verification:
     @property
     def is_same(self) -> bool:
         return all(replay.is_same for replay in self.replays)
-
-
-def tensor_name(case: int, model: str, name: str) -> str:
-    """Of an input (`model` empty) or of a model's output, in golden.safetensors."""
-    return f"{model or 'input'}/{case}/{name}"
 
 
 def verify(folder: Path, limits: ProcessLimits = _USUAL) -> Verification:
@@ -138,40 +127,12 @@ def _check_hash(folder: Path, entry: FileEntry) -> None:
         raise ModelError(f"{path}: {how} (its sha256 is not the one in {GOLDEN}); copy the folder again")
 
 
-def read_tensors(path: Path) -> dict[str, Array]:
-    """A safetensors file; ModelError for what is none, or larger than golden samples are."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as stream:
-            header_size = int.from_bytes(stream.read(8), "little")
-            if header_size > min(_MAX_HEADER_BYTES, size - 8) or size > _MAX_TENSOR_BYTES:
-                raise ValueError(f"{size} bytes with a header of {header_size} are not golden samples")
-            header = json.loads(stream.read(header_size))
-            header.pop("__metadata__", None)
-            content = memoryview(stream.read(_MAX_TENSOR_BYTES))
-        return {name: _read_tensor(content, entry) for name, entry in header.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(f"{path}: no safetensors file ({type(error).__name__}: {error}); copy it again") from None
-
-
-def _read_tensor(content: memoryview, entry: dict[str, Any]) -> Array:
-    begin, end = entry["data_offsets"]
-    dtype, shape = np.dtype(_DTYPES[entry["dtype"]]), entry["shape"]
-    if (
-        not 0 <= begin <= end <= len(content)
-        or prod(shape) * dtype.itemsize != end - begin
-        or min(shape, default=0) < 0
-    ):
-        raise ValueError(f"shape {shape} does not fit the bytes {begin} to {end}")
-    return np.frombuffer(content[begin:end], dtype).reshape(shape)
-
-
 def _replay(folder: Path, model: GoldenModel, num_cases: int, used: set[str], limits: ProcessLimits) -> Replay:
     """What a model answers to the stored samples, in a process of its own, which cannot take this one or the machine
     with it; adds the names of the tensors that it takes to `used`."""
     path = folder / model.file
     memory = "" if limits.memory_mib is None else str(limits.memory_mib)
-    command = ["-m", "deploypipe.replay", str(folder), model.file, model.precision, str(num_cases), memory]
+    command = ["-m", "deploypipe.verification.replay", str(folder), model.file, model.precision, str(num_cases), memory]
     outcome = run_limited(command, limits)
     if outcome.problem:
         raise ModelError(f"{path}: cannot be run here: {outcome.problem}; {_LIMITS_REMEDY}")

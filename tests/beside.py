@@ -3,7 +3,7 @@
 import threading
 from pathlib import Path
 
-from deploypipe.side_by_side import alone, side_by_side
+from deploypipe.scheduling.exclusive_measurement import alone, side_by_side
 
 
 def start_measuring(folder: Path) -> threading.Event:

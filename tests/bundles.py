@@ -10,11 +10,11 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from deploypipe import records as r
-from deploypipe.export.golden import write_golden
-from deploypipe.export.parity import limit_of
+from deploypipe.export.onnx_export.golden_samples import write_golden
+from deploypipe.export.onnx_export.parity import limit_of
 from deploypipe.numerics.intervals import interval_of_drop_pp
 from deploypipe.release.gate import decide
-from deploypipe.runs import RunResult, file_sha256, save_result
+from deploypipe.runs.store import RunResult, file_sha256, save_result
 from deploypipe.target import Budget
 
 MODEL = "model.onnx"

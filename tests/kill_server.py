@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 from deploypipe.benchmark import memory
-from deploypipe.export.onnx_file import export_onnx
+from deploypipe.export.onnx_export.export_onnx import export_onnx
 from deploypipe.pipeline import compress
-from deploypipe.pruning.structures import list_structures
+from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.task import take_calib
 
 

@@ -7,14 +7,14 @@ import torch
 from networks import build
 from torch import nn
 
-from deploypipe.pruning.plan import make_plan
-from deploypipe.pruning.structures import list_structures
+from deploypipe.pruning.surgery.plan import make_plan
+from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.records import Cut, PruningPlan, ScoreTable, Structures, TimedCut
-from deploypipe.search.allocate import Allocation
-from deploypipe.search.costs import Levels
-from deploypipe.search.design import design_networks
-from deploypipe.search.propose import cut_of
-from deploypipe.search.sites import Site, find_sites
+from deploypipe.search.allocation.proposer import cut_of
+from deploypipe.search.allocation.solver import Allocation
+from deploypipe.search.cost_models.additive_costs import Levels
+from deploypipe.search.cost_models.latency_samples import design_networks
+from deploypipe.search.cost_models.layer_widths import Site, find_sites
 
 
 @cache

@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deploypipe.errors import DeploypipeError
-from deploypipe.jsonio import to_json
-from deploypipe.pruning.apply import apply_plan
-from deploypipe.pruning.structures import model_fingerprint
+from deploypipe.files.json_records import to_json
+from deploypipe.pruning.surgery.apply_plan import apply_plan
+from deploypipe.pruning.tracing.structures import model_fingerprint
 from deploypipe.recipe import Finetune
 from deploypipe.records import Edit, PruningPlan
-from deploypipe.runs import digest
+from deploypipe.runs.store import digest
 from deploypipe.task import Batch, Splits, Task, classification
-from deploypipe.training import together
+from deploypipe.training import multi_rank_finetune
 from deploypipe.training.finetune import finetune
 from deploypipe.training.ranks import Ranks, join
 
@@ -194,7 +194,7 @@ def run_all(ranks: Ranks, folder: Path) -> None:
 
     def replay() -> None:
         if not ranks.is_first:
-            together.apply_plan = lambda dense, plan: network(3)
+            multi_rank_finetune.apply_plan = lambda dense, plan: network(3)
         lead_or_serve(ranks, folder, job_splits())
 
     def with_nan() -> list[Batch]:
@@ -205,8 +205,8 @@ def run_all(ranks: Ranks, folder: Path) -> None:
     failures: dict[str, Callable[[], object]] = {
         "order": lambda: train(Case(train=batches(EVEN, ranks.rank)), ranks=ranks),
         "number": lambda: train(Case(train=batches(EVEN[ranks.rank :], 0)), ranks=ranks),
-        "others": lambda: together.agree(ranks, network(ranks.rank), other(2), str(ranks.rank)),
-        "few": lambda: together.agree(ranks, network(0), same(1), ""),
+        "others": lambda: multi_rank_finetune.agree(ranks, network(ranks.rank), other(2), str(ranks.rank)),
+        "few": lambda: multi_rank_finetune.agree(ranks, network(0), same(1), ""),
         "replay": replay,
         "nan": lambda: train(Case(train=with_nan()), ranks=ranks),
     }
@@ -215,7 +215,7 @@ def run_all(ranks: Ranks, folder: Path) -> None:
             act()
         except DeploypipeError as error:
             (folder / f"{name}-{ranks.rank}.txt").write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
-    together.agree(ranks, network(0), same(2), "")
+    multi_rank_finetune.agree(ranks, network(0), same(2), "")
 
 
 def lead_or_serve(ranks: Ranks, folder: Path, splits: Splits) -> None:
@@ -226,13 +226,13 @@ def lead_or_serve(ranks: Ranks, folder: Path, splits: Splits) -> None:
             (folder / "start.txt").write_text(model_fingerprint(start), encoding="utf-8")
             return finetune(start, *arguments, **options)
 
-        together.finetune = followed
-        together.serve(ranks, dense, splits, task)
+        multi_rank_finetune.finetune = followed
+        multi_rank_finetune.serve(ranks, dense, splits, task)
         return
     options = {"checkpoint": folder, "seed": 5, "ranks": ranks}
-    outcome = together.finetune_together(pruned(), PLAN, dense, splits, task, SETTINGS, **options)
+    outcome = multi_rank_finetune.finetune_together(pruned(), PLAN, dense, splits, task, SETTINGS, **options)
     write(folder, "tuned", outcome)
-    together.dismiss(ranks)
+    multi_rank_finetune.dismiss(ranks)
 
 
 def main() -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from studies import Evaluator, run
 
-from deploypipe.jsonio import to_json
+from deploypipe.files.json_records import to_json
 from deploypipe.recipe import Search
-from deploypipe.search.storage import Storage
+from deploypipe.search.distributed.study_storage import Storage
 
 
 class Slow(Evaluator):

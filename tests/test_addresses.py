@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from deploypipe.addresses import masked, masked_reference, without_secrets
 from deploypipe.cli import app
 from deploypipe.errors import DeploypipeError, StorageError
-from deploypipe.search.storage import Storage
-from deploypipe.stores import open_store
+from deploypipe.files.object_stores import open_store
+from deploypipe.search.distributed.study_storage import Storage
+from deploypipe.text.masked_addresses import masked, masked_reference, without_secrets
 
 BEGIN, END = "hunter", "wolf77"  # of a password: neither half may be seen
 FORMS = [

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deploypipe.answers import of_classes, of_values, with_divergence
+from deploypipe.distillation_loss import of_classes, of_values, with_divergence
 from deploypipe.errors import DataError, ModelError
 from deploypipe.task import Task, classification
 

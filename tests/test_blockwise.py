@@ -13,17 +13,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
-from deploypipe.blockwise import BlockwiseResult, blocks, find_blocks_in_a_row, prune_blockwise, work
+from deploypipe.blockwise import BlockwiseResult, find_blocks_in_a_row, prune_block, prune_blockwise, work_folder
 from deploypipe.cli import app
 from deploypipe.errors import ConfigError, DataError, DeploypipeError, ModelError, RunFolderError
-from deploypipe.jsonio import to_json
-from deploypipe.pruning.apply import apply_plan, masked_dense
-from deploypipe.pruning.saved import load_pruned, own_weights
-from deploypipe.pruning.structures import model_fingerprint
+from deploypipe.files.json_records import to_json
+from deploypipe.networks.streamed_weights import WeightFiles, streamed, without_weights
+from deploypipe.pruning.surgery.apply_plan import apply_plan, masked_dense
+from deploypipe.pruning.surgery.saved_network import load_pruned, own_weights
+from deploypipe.pruning.tracing.structures import model_fingerprint
 from deploypipe.recipe import Observe, OutputError, Recipe, Repair, Taylor
 from deploypipe.records import Event
 from deploypipe.task import Batch
-from deploypipe.weights import WeightFiles, streamed, without_weights
 
 WIDTH, LENGTH, VOCABULARY = 24, 6, 31
 
@@ -137,8 +137,8 @@ def error(network: nn.Module, dense: nn.Module, tokens: Tensor) -> float:
 def test_repair_starts_from_what_the_pruned_blocks_give(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Errors that arrive are corrected: behind the last block there are fewer than where each is repaired alone."""
     both = prune(build_llama, tmp_path).blocks[-1].error
-    real = blocks.repair
-    monkeypatch.setattr(blocks, "repair", lambda *args, arriving, **given: real(*args, **given))
+    real = prune_block.repair
+    monkeypatch.setattr(prune_block, "repair", lambda *args, arriving, **given: real(*args, **given))
     alone = prune(build_llama, tmp_path, folder=tmp_path / "alone").blocks[-1].error
     assert both < 0.7 * alone
 
@@ -184,7 +184,7 @@ def test_a_killed_run_goes_on(build: Callable[[], nn.Module], tmp_path: Path) ->
 
 def test_a_block_that_was_not_finished_is_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = prune(build_network, tmp_path, folder=tmp_path / "whole")
-    monkeypatch.setattr(work, "write_atomically", fail_at("block-00001"))
+    monkeypatch.setattr(work_folder, "write_atomically", fail_at("block-00001"))
     with pytest.raises(OSError, match="disk full"):
         prune(build_network, tmp_path)
     monkeypatch.undo()
@@ -192,7 +192,7 @@ def test_a_block_that_was_not_finished_is_done_again(tmp_path: Path, monkeypatch
 
 
 def fail_at(name: str) -> Callable[[Path, bytes], None]:
-    real = work.write_atomically
+    real = work_folder.write_atomically
 
     def write(path: Path, content: bytes) -> None:
         if path.name.startswith(name):
@@ -388,13 +388,13 @@ def test_blocks_in_which_nothing_can_go_are_refused(tmp_path: Path) -> None:
 
 def test_blocks_that_do_not_fit_together_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What one pass over the dense network cannot show: together, the pruned ones give something else."""
-    real = blocks.Pruner.prune
+    real = prune_block.Pruner.prune
 
     def doubled(self: Any, name: str, block: nn.Module, streams: Any) -> Any:
         row, pruned, (dense, after) = real(self, name, block, streams)
         return row, pruned, (dense, [2 * value for value in after])
 
-    monkeypatch.setattr(blocks.Pruner, "prune", doubled)
+    monkeypatch.setattr(prune_block.Pruner, "prune", doubled)
     with pytest.raises(ModelError, match="together do not give what they gave one by one"):
         prune(build_network, tmp_path)
     assert not (tmp_path / "out" / "hashes.json").exists()

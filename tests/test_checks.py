@@ -14,15 +14,15 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from typer.testing import CliRunner
 
 from deploypipe import check, finetune
-from deploypipe.checks import CheckReport, check_inputs
 from deploypipe.cli import app
-from deploypipe.data import TensorBatches
 from deploypipe.errors import DataError, DeploypipeError, ModelError, PipelineError
+from deploypipe.preflight import CheckReport, check_inputs
 from deploypipe.recipe import Finetune
-from deploypipe.runs import open_run
-from deploypipe.stages.job import Job
+from deploypipe.runs.store import open_run
+from deploypipe.stages.context import Job
 from deploypipe.task import Splits, Task, classification, forward, stack_batches
-from deploypipe.user_code import blaming, find_fault, guard_splits
+from deploypipe.tensor_batches import TensorBatches
+from deploypipe.user_code_errors import blaming, find_fault, guard_splits
 
 X, Y = tiny.images(64, seed=1)
 Change = Callable[[Splits], Any]

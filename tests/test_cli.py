@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 
 from deploypipe.cli import app
 from deploypipe.errors import BudgetError
-from deploypipe.jsonio import to_json
+from deploypipe.files.json_records import to_json
 from deploypipe.records import Edit, Event, GroupCut, PruningPlan
-from deploypipe.report.tables import ranges
-from deploypipe.runs import save_result
+from deploypipe.report.run_tables import ranges
+from deploypipe.runs.store import save_result
 
 TOY = """
 from torch import nn
@@ -133,7 +133,7 @@ def test_several_targets_end_with_a_table_and_the_worst_exit_code(
 
 def test_several_at_a_time_are_not_for_torchrun(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = SimpleNamespace(count=2, is_first=True)
-    monkeypatch.setattr(sys.modules["deploypipe.cli.run"], "joined_ranks", lambda: nullcontext(ranks))
+    monkeypatch.setattr(sys.modules["deploypipe.cli.run_command"], "joined_ranks", lambda: nullcontext(ranks))
     done = invoke("run", "./toy.py", "cpu", "other", "--jobs", "2")  # before it looks at anything else
     assert done.exit_code == 2 and "--jobs: torchrun starts processes of its own" in done.output
 
@@ -300,7 +300,7 @@ def test_score_has_no_target(home: Path) -> None:
 
 def test_init_writes_what_loads_and_never_overwrites(home: Path) -> None:
     from deploypipe.cli import load_target
-    from deploypipe.pipeline_module import load_pipeline
+    from deploypipe.user_pipeline import load_pipeline
 
     done = invoke("init", "fresh_one")
     assert done.exit_code == 0 and "deploypipe run fresh_one fresh_one" in done.output

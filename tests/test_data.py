@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from deploypipe.data import TensorBatches, fingerprint, random_crop_flip
 from deploypipe.errors import DataError
 from deploypipe.task import Splits
+from deploypipe.tensor_batches import TensorBatches, fingerprint, random_crop_flip
 
 
 def images(count: int) -> torch.Tensor:

@@ -24,10 +24,10 @@ from typer.testing import CliRunner
 from deploypipe import compress
 from deploypipe.cli import app
 from deploypipe.errors import DeploypipeError, ExhaustedError, RunFolderError
-from deploypipe.exhaustion import find_exhaustion
-from deploypipe.pruning.structures import list_structures
+from deploypipe.files.exhausted_resources import find_exhaustion
+from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.records import Event
-from deploypipe.runs import RunResult, write_atomically
+from deploypipe.runs.store import RunResult, write_atomically
 
 
 @pytest.fixture

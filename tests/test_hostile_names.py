@@ -13,16 +13,16 @@ from finished_runs import finished_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deploypipe import strict_json
 from deploypipe.cli import terminal
-from deploypipe.jsonio import from_json, from_plain, to_json, to_plain
-from deploypipe.plain_text import HIDDEN, printable
+from deploypipe.files.json_records import from_json, from_plain, to_json, to_plain
 from deploypipe.records import Check, Status, Waiver
-from deploypipe.release.card import model_card
-from deploypipe.release.render import junit, markdown
+from deploypipe.release.ci_reports import junit, markdown
+from deploypipe.release.model_card import model_card
 from deploypipe.report.html import render_report, write_overview
-from deploypipe.report.markdown import plain
-from deploypipe.runs import RunResult
+from deploypipe.report.safe_markdown import plain
+from deploypipe.runs.store import RunResult
+from deploypipe.text import strict_json
+from deploypipe.text.printable_text import HIDDEN, printable
 
 HOSTILE = (
     "\n\n# Heading\n| a | b |\n<script>alert(1)</script><img src=x onerror=alert(1)> @octocat #1 **bold** _it_ `code` "

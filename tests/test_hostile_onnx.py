@@ -21,17 +21,18 @@ from programs import start
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
-from deploypipe.benchmark.child import try_file
-from deploypipe.benchmark.inputs import load_inputs, make_inputs, read_specs
+from deploypipe.benchmark.child_processes.run_child import try_file
+from deploypipe.benchmark.input_batches import load_inputs, make_inputs, read_specs
 from deploypipe.cli import app
 from deploypipe.errors import DataError, ModelError, RunFolderError
-from deploypipe.golden_file import GOLDEN, TENSORS
-from deploypipe.limited_process import ProcessLimits
-from deploypipe.release.baseline import compare_with_baseline
+from deploypipe.release.baseline_comparison import compare_with_baseline
 from deploypipe.release.bundle import MODEL, release
-from deploypipe.runs import file_sha256, load_result
+from deploypipe.runs.store import file_sha256, load_result
 from deploypipe.target import Target
-from deploypipe.verify import read_tensors, verify
+from deploypipe.untrusted_files.limited_process import ProcessLimits
+from deploypipe.verification.golden_file import GOLDEN, TENSORS
+from deploypipe.verification.golden_tensors import read_tensors
+from deploypipe.verify import verify
 
 RUNNER = CliRunner()
 TARGET = Target(runtime="onnxruntime", name="here")
@@ -174,7 +175,7 @@ def test_verify_limits_memory(bundle: Path, tmp_path: Path) -> None:
 
 
 def test_a_baseline_that_never_ends_is_not_timed(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = importlib.import_module("deploypipe.release.baseline")
+    module = importlib.import_module("deploypipe.release.baseline_comparison")
     monkeypatch.setattr(module, "ProcessLimits", lambda: ProcessLimits(seconds=3))
     monkeypatch.setattr(module, "load_bundle", lambda _: result)
     result = write_run(tmp_path / "run")

@@ -17,16 +17,16 @@ from bundles import write_run
 from torch import nn
 from typer.testing import CliRunner
 
-from deploypipe.benchmark.inputs import load_inputs
+from deploypipe.benchmark.input_batches import load_inputs
 from deploypipe.cli import app
 from deploypipe.errors import DataError, ModelError
-from deploypipe.pruning.plan import empty_plan
-from deploypipe.pruning.reproduction import reproduce
-from deploypipe.pruning.saved import load_pruned, save_pruned
-from deploypipe.pruning.structures import list_structures
+from deploypipe.networks.streamed_weights import WeightFiles
+from deploypipe.pruning.surgery.plan import empty_plan
+from deploypipe.pruning.surgery.saved_network import load_pruned, save_pruned
+from deploypipe.pruning.tracing.bug_report import reproduce
+from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.release.bundle import release
-from deploypipe.runs import file_sha256
-from deploypipe.weights import WeightFiles
+from deploypipe.runs.store import file_sha256
 
 RUNNER = CliRunner()
 

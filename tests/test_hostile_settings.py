@@ -13,11 +13,20 @@ from typer.testing import CliRunner
 
 from deploypipe.cli import app
 from deploypipe.errors import ConfigError
-from deploypipe.jsonio import checked, from_json, from_plain, load_toml, override, read_toml, to_json, to_plain
-from deploypipe.plain_text import HIDDEN
+from deploypipe.files.json_records import (
+    checked,
+    from_json,
+    from_plain,
+    load_toml,
+    override,
+    read_toml,
+    to_json,
+    to_plain,
+)
 from deploypipe.recipe import LogitDivergence, Mipp, Recipe, Repair
 from deploypipe.release.waivers import load_waivers
 from deploypipe.target import Budget, Target
+from deploypipe.text.printable_text import HIDDEN
 
 TARGET = Target(runtime="onnxruntime", provider="cuda", budget=Budget(latency_p50="4 ms"), batch_range=(1, 2, 4))
 RECORDS = (Recipe(), TARGET)

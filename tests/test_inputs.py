@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deploypipe.errors import DataError
-from deploypipe.export.onnx_file import export_onnx
+from deploypipe.export.onnx_export.export_onnx import export_onnx
 from deploypipe.pipeline import compress
-from deploypipe.pruning.structures import list_structures
+from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.recipe import Export
+from deploypipe.runtimes.named_arrays import feed, repack
 from deploypipe.runtimes.onnxruntime import OnnxRuntime
-from deploypipe.runtimes.packing import feed, repack
 from deploypipe.task import Splits, Task, num_samples
 from deploypipe.verify import verify
 

@@ -53,11 +53,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from deploypipe.benchmark.environment import describe_environment
 from deploypipe.doctor import _onnxruntime
-from deploypipe.export.metadata import _versions
-from deploypipe.installed import package_versions
-from deploypipe.runtimes.ability import can
+from deploypipe.export.onnx_export.file_metadata import _versions
+from deploypipe.installed_packages import package_versions
+from deploypipe.runtimes.device_ability import can
 from deploypipe.runtimes.onnxruntime import PROVIDERS, missing_provider
-from deploypipe.stages.job import PACKAGES
+from deploypipe.stages.context import PACKAGES
 from deploypipe.target import Target
 try:
     version("onnxruntime")

@@ -7,13 +7,13 @@ from finished_runs import finished_run, untouched_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deploypipe.bounds import shown
 from deploypipe.errors import ConfigError
-from deploypipe.jsonio import from_json, from_plain, load_toml, override, to_json, to_plain
+from deploypipe.files.json_records import from_json, from_plain, load_toml, override, to_json, to_plain
 from deploypipe.recipe import Constraints, Magnitude, Mipp, Random, Recipe
 from deploypipe.records import GroupCut, PruningPlan, Trial
-from deploypipe.runs import RunResult
+from deploypipe.runs.store import RunResult
 from deploypipe.target import UNITS, Budget, Target, parse_limit
+from deploypipe.text.field_bounds import shown
 
 ROOT = Path(__file__).parents[1]
 

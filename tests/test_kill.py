@@ -13,8 +13,8 @@ import pytest
 import tiny
 from safetensors.torch import save_file
 
-from deploypipe.runs import RunResult, file_sha256, load_result
-from deploypipe.seal import unseal
+from deploypipe.runs.store import RunResult, file_sha256, load_result
+from deploypipe.text.sealed_json import unseal
 
 NUM_KILLS = 30
 LONGEST = 2.5  # seconds a child lives

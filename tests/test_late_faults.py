@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deploypipe import check
-from deploypipe.checks import CheckReport, check_inputs
-from deploypipe.data import TensorBatches
 from deploypipe.errors import PipelineError
-from deploypipe.pruning.plan import empty_plan
-from deploypipe.pruning.saved import load_pruned, save_pruned
-from deploypipe.pruning.structures import list_structures
+from deploypipe.preflight import CheckReport, check_inputs
+from deploypipe.pruning.surgery.plan import empty_plan
+from deploypipe.pruning.surgery.saved_network import load_pruned, save_pruned
+from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.task import Splits, Task, classification
-from deploypipe.user_code import guard_splits
+from deploypipe.tensor_batches import TensorBatches
+from deploypipe.user_code_errors import guard_splits
 
 SPLITS = ("calib", "train", "val", "test")
 X, Y = tiny.images(64, seed=1)
@@ -165,7 +165,7 @@ def test_all_splits_that_are_used_up_are_named_and_lengths_that_are_not_true_not
 ) -> None:
     with pytest.raises(PipelineError, match=r"(?s)split 'calib'.*split 'train'.*split 'val'.*split 'test'"):
         guard_splits(Splits(**{name: iter([(X, Y)]) for name in SPLITS}))
-    monkeypatch.setattr("deploypipe.checks._SECONDS_OF_A_RUN", 0.02)
+    monkeypatch.setattr("deploypipe.preflight._SECONDS_OF_A_RUN", 0.02)
     data = {**dict.fromkeys(SPLITS, GOOD), "val": Endless(), "train": WrongLength([(X[:16], Y[:16])])}
     notes: list[str] = []
     guarded = guard_splits(Splits(**data))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from deploypipe.errors import RunFolderError
-from deploypipe.mirror import download_stage, upload_stage
+from deploypipe.runs.stage_mirror import download_stage, upload_stage
 
 
 def finished(folder: Path) -> Path:

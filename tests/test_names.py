@@ -15,12 +15,12 @@ from typer.testing import CliRunner
 from deploypipe import compress
 from deploypipe.cli import app
 from deploypipe.errors import BundleError, ConfigError
-from deploypipe.names import MOST_BYTES, name_problem
 from deploypipe.recipe import Recipe
 from deploypipe.release.bundle import bundle_name
-from deploypipe.release.registry import promote, resolve
+from deploypipe.release.registries.registry import promote, resolve
 from deploypipe.target import Target
 from deploypipe.task import Splits, classification
+from deploypipe.text.safe_names import MOST_BYTES, name_problem
 
 RUNNER = CliRunner()
 USUAL = ["x86_cpu", "jetson-orin", "résumé", "v1.2+cu13", "模型", "7b", "_own", "model.onnx.data"]

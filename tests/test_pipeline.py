@@ -27,16 +27,16 @@ from deploypipe.benchmark import latency
 from deploypipe.benchmark.latency import Timings
 from deploypipe.cli.terminal import show_result
 from deploypipe.errors import RunFolderError
-from deploypipe.jsonio import to_json
+from deploypipe.files.json_records import to_json
 from deploypipe.pipeline import compress
 from deploypipe.recipe import Constraints
 from deploypipe.records import Event, Status, Verdict
-from deploypipe.runs import RunResult, digest, file_sha256, load_result
-from deploypipe.runtimes import RUNTIMES, Session, ability
-from deploypipe.runtimes.ability import can
+from deploypipe.runs.store import RunResult, digest, file_sha256, load_result
+from deploypipe.runtimes import RUNTIMES, Session, device_ability
+from deploypipe.runtimes.device_ability import can
 from deploypipe.runtimes.engine_file import load_record
-from deploypipe.runtimes.machine import Gpu, this_machine
 from deploypipe.runtimes.onnxruntime import OnnxRuntime
+from deploypipe.runtimes.this_machine import Gpu, this_machine
 from deploypipe.target import Budget, Target
 from deploypipe.task import Task
 from deploypipe.verify import verify
@@ -200,7 +200,7 @@ def test_runs_for_several_targets_share_what_does_not_depend_on_them(
     def repair_again(*_: object, **__: object) -> None:
         raise AssertionError("what a repaired network comes to on val is known from the other targets")
 
-    monkeypatch.setattr("deploypipe.search.judge.repair", repair_again)
+    monkeypatch.setattr("deploypipe.search.evaluation.evaluator.repair", repair_again)
     timed_otherwise = run_for("timed_otherwise", first[1].target.budget.macs, num_latency_samples=250)
     assert "search" not in {stage.stage for stage in timed_otherwise.stages if stage.was_cached}
     assert plans(timed_otherwise) == plans(same)
@@ -286,7 +286,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **slower: float) -> None:
         self.slower = slower
-        monkeypatch.setattr("deploypipe.search.candidates.time_interleaved", self.in_the_search)
+        monkeypatch.setattr("deploypipe.search.evaluation.candidate_files.time_interleaved", self.in_the_search)
         monkeypatch.setattr(
             importlib.import_module("deploypipe.benchmark"), "time_steadily", partial(self.time, "benchmark")
         )
@@ -478,7 +478,7 @@ def test_on_the_device_the_engines_are_measured(
                 yield session
 
     gpu = Gpu(name="NVIDIA GeForce RTX 4090", compute_capability="8.9")
-    monkeypatch.setattr(ability, "this_machine", lambda: replace(this_machine(), gpus=(gpu,), driver="1"))
+    monkeypatch.setattr(device_ability, "this_machine", lambda: replace(this_machine(), gpus=(gpu,), driver="1"))
     monkeypatch.setitem(RUNTIMES, "tensorrt-rtx", lambda *_: Stand())
     package = importlib.import_module("deploypipe.benchmark")
     monkeypatch.setattr(package, "measure_peak_memory", lambda *_, **__: (None, "it is the GPU's"))

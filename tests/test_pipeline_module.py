@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from deploypipe.errors import ConfigError, PipelineError
-from deploypipe.pipeline_module import load_pipeline
+from deploypipe.user_pipeline import load_pipeline
 
 GOOD = """
 import torch

@@ -12,18 +12,18 @@ from typer.testing import CliRunner
 
 from deploypipe.benchmark.accuracy import evaluate_module
 from deploypipe.cli import app
-from deploypipe.jsonio import to_json
-from deploypipe.observe.stream import observe
-from deploypipe.pruning.apply import apply_plan
-from deploypipe.pruning.plan import make_plan
-from deploypipe.pruning.repair import repair
-from deploypipe.pruning.structures import count_macs, list_structures
+from deploypipe.files.json_records import to_json
+from deploypipe.observe.calibration_pass import observe
+from deploypipe.pruning.repair.least_squares_repair import repair
+from deploypipe.pruning.surgery.apply_plan import apply_plan
+from deploypipe.pruning.surgery.plan import make_plan
+from deploypipe.pruning.tracing.structures import count_macs, list_structures
 from deploypipe.recipe import Magnitude, Observe, Repair, Search
-from deploypipe.runs import load_result
+from deploypipe.runs.store import load_result
 from deploypipe.scoring import score
-from deploypipe.search.allocate import Allocation, Bound, allocate_to, allowed_widths, uniform
-from deploypipe.search.costs import mac_costs
-from deploypipe.search.curves import measure_curves
+from deploypipe.search.allocation.loss_curves import measure_curves
+from deploypipe.search.allocation.solver import Allocation, Bound, allocate_to, allowed_widths, uniform
+from deploypipe.search.cost_models.additive_costs import mac_costs
 from deploypipe.task import channels_last, classification, take, take_calib
 from pipelines import cifar_resnet, vit_cifar10
 

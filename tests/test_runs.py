@@ -13,10 +13,9 @@ import pytest
 from beside import start_measuring
 from finished_runs import finished_run
 
-from deploypipe import runs
 from deploypipe.errors import RunFolderError
 from deploypipe.records import Event, Interval
-from deploypipe.runs import load_plan, load_result, open_run, place_file, save_result, write_atomically
+from deploypipe.runs.store import load_plan, load_result, open_run, place_file, save_result, store, write_atomically
 
 RECORD = Interval(value=1.0, low=0.5, high=1.5)
 
@@ -158,7 +157,7 @@ def test_a_kill_between_the_two_renames_is_harmless(tmp_path: Path, monkeypatch:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "write_atomically", killed)
+        patch.setattr(store, "write_atomically", killed)
         with pytest.raises(KeyboardInterrupt):
             once(tmp_path, work, seed=1)
     (stale,) = [path for path in tmp_path.iterdir() if path.is_dir()]
@@ -283,7 +282,8 @@ def test_a_file_placed_twice_leaves_no_other_name(tmp_path: Path) -> None:
 
 def test_a_second_run_in_the_folder_is_refused_and_the_lock_is_given_back(tmp_path: Path) -> None:
     attempt = (
-        f"from pathlib import Path; from deploypipe.runs import open_run\nwith open_run(Path({str(tmp_path)!r})): pass"
+        "from pathlib import Path; from deploypipe.runs.store import open_run\n"
+        f"with open_run(Path({str(tmp_path)!r})): pass"
     )
     command = [sys.executable, "-c", attempt]
     root = Path(__file__).parents[1]
@@ -352,7 +352,7 @@ def test_a_device_or_a_stream_is_written_to_and_stays(tmp_path: Path) -> None:
 
 def test_a_plan_is_a_file_of_sensible_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "plan.json").write_bytes(b" " * 2000)
-    monkeypatch.setattr("deploypipe.runs._MOST_RESULT_BYTES", 1000)
+    monkeypatch.setattr("deploypipe.runs.store._MOST_RESULT_BYTES", 1000)
     with pytest.raises(RunFolderError, match="more than 1,000 bytes"):
         load_plan(tmp_path)
     os.mkfifo(tmp_path / "pipe")

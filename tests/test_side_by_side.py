@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from beside import start_measuring
 
-from deploypipe.side_by_side import alone, give_way, pause, side_by_side
+from deploypipe.scheduling.exclusive_measurement import alone, give_way, pause, side_by_side
 
 NUM_PROCESSES, NUM_TURNS = 3, 8
 CONTEXT = multiprocessing.get_context("spawn")
@@ -138,7 +138,9 @@ def test_while_one_sleeps_others_measure(tmp_path: Path, monkeypatch: pytest.Mon
 def test_who_waits_to_measure_comes_before_who_has_measured_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deploypipe.side_by_side._TURN_S", 1.0)  # the other thread may be late on a busy machine
+    monkeypatch.setattr(
+        "deploypipe.scheduling.exclusive_measurement._TURN_S", 1.0
+    )  # the other thread may be late on a busy machine
     with side_by_side(tmp_path):
         with alone():
             measured = start_measuring(tmp_path)

@@ -12,18 +12,18 @@ from torch.nn import functional as F
 
 from deploypipe import compress
 from deploypipe.errors import ModelError
-from deploypipe.observe.stream import observe
-from deploypipe.pruning import repair as repairing
-from deploypipe.pruning.apply import apply_plan
-from deploypipe.pruning.lockstep import run_in_step
-from deploypipe.pruning.paths import find_paths
-from deploypipe.pruning.plan import make_plan
-from deploypipe.pruning.repair import repair
-from deploypipe.pruning.structures import list_structures
+from deploypipe.observe.calibration_pass import observe
+from deploypipe.pruning.repair.affine_paths import find_paths
+from deploypipe.pruning.repair.least_squares_repair import least_squares_repair as repairing
+from deploypipe.pruning.repair.least_squares_repair import repair
+from deploypipe.pruning.surgery.apply_plan import apply_plan
+from deploypipe.pruning.surgery.plan import make_plan
+from deploypipe.pruning.tracing.lockstep_forwards import run_in_step
+from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.recipe import Finetune, Magnitude, Observe, Recipe, Repair, Search
 from deploypipe.records import PruningPlan
 from deploypipe.scoring import score
-from deploypipe.search.curves import measure_curves
+from deploypipe.search.allocation.loss_curves import measure_curves
 from deploypipe.target import Budget, Target
 from deploypipe.task import Batch, Splits, Task, stack_alike
 

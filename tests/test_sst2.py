@@ -8,7 +8,7 @@ import torch
 
 from deploypipe.benchmark.accuracy import evaluate_module
 from deploypipe.errors import DataError
-from deploypipe.export.onnx_file import export_onnx
+from deploypipe.export.onnx_export.export_onnx import export_onnx
 from deploypipe.recipe import Export
 from deploypipe.task import Splits
 from pipelines import sst2_transformer as sst2

@@ -7,9 +7,9 @@ import pytest
 
 from deploypipe.cli import load_target
 from deploypipe.errors import ConfigError
-from deploypipe.jsonio import from_plain
-from deploypipe.runtimes.ability import can
-from deploypipe.runtimes.machine import this_machine
+from deploypipe.files.json_records import from_plain
+from deploypipe.runtimes.device_ability import can
+from deploypipe.runtimes.this_machine import this_machine
 from deploypipe.target import Target
 
 FOLDER = Path(__file__).parents[1] / "targets"

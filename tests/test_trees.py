@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from deploypipe.errors import DataError
+from deploypipe.networks.batch_trees import leaves, map_tensors, structure
 from deploypipe.task import forward, num_samples, stack_batches, take, take_batch, take_calib
-from deploypipe.trees import leaves, map_tensors, structure
 
 
 class Pair(NamedTuple):

@@ -10,9 +10,9 @@ import pytest
 from typer.testing import CliRunner
 
 from deploypipe.cli import app
-from deploypipe.cli.run import _Asked
-from deploypipe.pipeline_module import load_pipeline
-from deploypipe.pipeline_source import read_source
+from deploypipe.cli.run_command import _Asked
+from deploypipe.pipeline_sources import read_source
+from deploypipe.user_pipeline import load_pipeline
 
 PIPELINE = """
 from pathlib import Path

@@ -12,9 +12,9 @@ from s3 import Store
 from deploypipe.errors import DeploypipeError, RunFolderError, StorageError
 from deploypipe.pipeline import compress, help_search
 from deploypipe.records import Event
-from deploypipe.runs import RunResult
-from deploypipe.search.storage import Storage
-from deploypipe.side_by_side import try_lock
+from deploypipe.runs.store import RunResult
+from deploypipe.scheduling.exclusive_measurement import try_lock
+from deploypipe.search.distributed.study_storage import Storage
 
 NUM_TRIALS = 8
 RECIPE = replace(tiny.recipe(), search=replace(tiny.recipe().search, num_trials=NUM_TRIALS, num_parallel=3))

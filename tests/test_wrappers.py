@@ -12,19 +12,19 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from deploypipe.errors import DeploypipeError, ModelError
-from deploypipe.export.onnx_file import export_onnx
-from deploypipe.observe.stream import observe
+from deploypipe.export.onnx_export.export_onnx import export_onnx
+from deploypipe.networks.model_wrappers import unwrapped
+from deploypipe.observe.calibration_pass import observe
 from deploypipe.pipeline import compress
-from deploypipe.pipeline_module import load_pipeline
-from deploypipe.pruning.apply import apply_plan
-from deploypipe.pruning.plan import make_plan
-from deploypipe.pruning.repair import repair
-from deploypipe.pruning.saved import load_pruned, save_pruned
-from deploypipe.pruning.structures import list_structures
+from deploypipe.pruning.repair.least_squares_repair import repair
+from deploypipe.pruning.surgery.apply_plan import apply_plan
+from deploypipe.pruning.surgery.plan import make_plan
+from deploypipe.pruning.surgery.saved_network import load_pruned, save_pruned
+from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.recipe import Export, Magnitude, Observe, Repair
 from deploypipe.scoring import score
 from deploypipe.training.finetune import finetune
-from deploypipe.wrappers import unwrapped
+from deploypipe.user_pipeline import load_pipeline
 
 
 def network() -> nn.Sequential:

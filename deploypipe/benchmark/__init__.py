@@ -8,19 +8,19 @@ from typing import TypeAlias
 import numpy as np
 
 from deploypipe.benchmark.accuracy import evaluate_file
-from deploypipe.benchmark.bench import bench_file as bench_file
+from deploypipe.benchmark.bench_file import bench_file as bench_file
+from deploypipe.benchmark.bench_results import BenchResult as BenchResult
 from deploypipe.benchmark.environment import describe_environment
 from deploypipe.benchmark.latency import Timings, conditions_of, find_doubts, summarise, time_steadily
 from deploypipe.benchmark.memory import measure_peak_memory
-from deploypipe.benchmark.results import BenchResult as BenchResult
-from deploypipe.data import fingerprint_of
 from deploypipe.errors import DataError, RuntimeUnavailableError
 from deploypipe.numerics.intervals import interval_of_drop_pp, interval_of_mean, interval_of_median_ratio
 from deploypipe.records import BenchmarkReport, Event, Measurement, ModelFile, Progress, silent
 from deploypipe.runtimes import Array, Runtime, find_runtime
-from deploypipe.runtimes.packing import feed
+from deploypipe.runtimes.named_arrays import feed
 from deploypipe.target import Target
 from deploypipe.task import Batch, Task, find_slices, num_samples
+from deploypipe.tensor_batches import fingerprint_of
 
 Counts: TypeAlias = tuple[int, int]  # parameters, multiply-accumulates of one sample
 

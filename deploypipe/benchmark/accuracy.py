@@ -11,8 +11,8 @@ from torch import nn
 
 from deploypipe.errors import DataError
 from deploypipe.runtimes import Runtime
-from deploypipe.runtimes.packing import feed, name_outputs, repack
-from deploypipe.side_by_side import give_way
+from deploypipe.runtimes.named_arrays import feed, name_outputs, repack
+from deploypipe.scheduling.exclusive_measurement import give_way
 from deploypipe.task import Batch, Task, evaluating, forward, num_samples
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from deploypipe.benchmark.results import Energy
+from deploypipe.benchmark.bench_results import Energy
 from deploypipe.runtimes import Array, Session, is_installed
 from deploypipe.target import Target
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from deploypipe.installed import ONNXRUNTIME, package_versions
+from deploypipe.installed_packages import ONNXRUNTIME, package_versions
 from deploypipe.records import Environment
 
 # Instruction sets that decide how fast a network runs. Arm's names for neon: asimd (64 bit), neon (32 bit).

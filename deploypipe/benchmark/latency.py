@@ -21,7 +21,7 @@ from deploypipe.benchmark.environment import count_cpus
 from deploypipe.numerics.intervals import interval_of_quantile
 from deploypipe.records import Conditions, Event, Interval, Latency, MachineState, Progress, silent
 from deploypipe.runtimes import Array, Runtime, Session
-from deploypipe.side_by_side import alone, pause
+from deploypipe.scheduling.exclusive_measurement import alone, pause
 from deploypipe.target import Target
 
 BLOCK = 10  # timed runs in a row

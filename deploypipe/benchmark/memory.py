@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 
-from deploypipe.benchmark.child import OWN_FILES, run_child
-from deploypipe.limited_process import ProcessLimits
+from deploypipe.benchmark.child_processes.run_child import OWN_FILES, run_child
 from deploypipe.runtimes import Array
-from deploypipe.side_by_side import alone
+from deploypipe.scheduling.exclusive_measurement import alone
 from deploypipe.target import Target
+from deploypipe.untrusted_files.limited_process import ProcessLimits
 
 _NUM_CHILDREN = 3
 

@@ -14,22 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deploypipe.blockwise.blocks import PrunedBlock, Pruner, summary
-from deploypipe.blockwise.calls import find_calls, stream_of
-from deploypipe.blockwise.work import Work
-from deploypipe.copies import copied
-from deploypipe.data import fingerprint_of
+from deploypipe.blockwise.block_inputs import find_calls, stream_of
+from deploypipe.blockwise.prune_block import PrunedBlock, Pruner, summary
+from deploypipe.blockwise.work_folder import Work
 from deploypipe.errors import ConfigError, ModelError
-from deploypipe.pruning.apply import cut_out
-from deploypipe.pruning.saved import own_weights, save_parts
-from deploypipe.pruning.structures import state_fingerprint
+from deploypipe.networks.model_copies import copied
+from deploypipe.networks.model_wrappers import unwrapped
+from deploypipe.networks.streamed_weights import WeightFiles, streamed, without_weights
+from deploypipe.pruning.surgery.apply_plan import cut_out
+from deploypipe.pruning.surgery.saved_network import own_weights, save_parts
+from deploypipe.pruning.tracing.structures import state_fingerprint
 from deploypipe.recipe import Recipe
 from deploypipe.records import Event, Progress, PruningPlan, silent
-from deploypipe.runs import digest
+from deploypipe.runs.store import digest
 from deploypipe.scoring import needs_derivatives
 from deploypipe.task import Batch, forward
-from deploypipe.weights import WeightFiles, streamed, without_weights
-from deploypipe.wrappers import unwrapped
+from deploypipe.tensor_batches import fingerprint_of
 
 _TOLERANCE = (
     0.01  # of the length of what the last block gives; half precision, in other batches, is off by a thousandth

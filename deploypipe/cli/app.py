@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from deploypipe.provider_options import ALLOWED_BY, OPTION
+from deploypipe.runtimes.provider_options import ALLOWED_BY, OPTION
 
 app = typer.Typer(
     name="deploypipe",

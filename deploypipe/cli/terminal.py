@@ -18,16 +18,16 @@ from rich.table import Table
 from rich.text import Text
 
 from deploypipe.errors import DeploypipeError, RanksError
-from deploypipe.exhaustion import find_exhaustion
-from deploypipe.installed import find_missing
-from deploypipe.plain_text import printable
+from deploypipe.files.exhausted_resources import find_exhaustion
+from deploypipe.installed_packages import find_missing
 from deploypipe.records import Check, Event, GateDecision, Verdict
 from deploypipe.report.next_steps import next_steps
-from deploypipe.report.tables import PRECISION_HEADER, before_after, check_cells, precision_rows, seconds
-from deploypipe.runs import RunResult
+from deploypipe.report.run_tables import PRECISION_HEADER, before_after, check_cells, precision_rows, seconds
+from deploypipe.runs.store import RunResult
+from deploypipe.text.printable_text import printable
 
 if TYPE_CHECKING:
-    from deploypipe.benchmark.results import BenchResult
+    from deploypipe.benchmark.bench_results import BenchResult
     from deploypipe.training.ranks import Ranks
 
 EXIT_HOLD, EXIT_DIFFERENT, EXIT_ERROR, EXIT_INTERRUPTED = 1, 1, 2, 130
@@ -115,7 +115,7 @@ def _not_a_bug(error: Exception) -> str:
         return f"{problem}; {remedy}, and run the same command again"
     if isinstance(error, ImportError) and (problem := find_missing()):
         return problem
-    from deploypipe.user_code import find_fault  # late: brings torch
+    from deploypipe.user_code_errors import find_fault  # late: brings torch
 
     if fault := find_fault(error):
         return str(fault)

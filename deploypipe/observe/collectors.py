@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from deploypipe.errors import DataError
 from deploypipe.numerics.cka import HsicAccumulator, centred_gram
 from deploypipe.numerics.least_squares import add_gram_, mirrored, sum_of_products
-from deploypipe.observe.moments import InputMoments
-from deploypipe.observe.patches import (
+from deploypipe.observe.layer_regressions import (
     Mixer,
     has_channels_last,
     num_inputs,
@@ -23,6 +22,7 @@ from deploypipe.observe.patches import (
     weight_matrix,
     within_groups,
 )
+from deploypipe.observe.moments import InputMoments
 from deploypipe.records import ChannelGroup, Structures
 
 Hook = tuple[str, Callable[..., None]]  # the module's name, and what runs after its forward

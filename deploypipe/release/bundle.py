@@ -8,20 +8,20 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from deploypipe import strict_json
 from deploypipe.errors import BundleError
-from deploypipe.jsonio import to_json, to_plain
-from deploypipe.names import name_problem
+from deploypipe.files.json_records import to_json, to_plain
 from deploypipe.records import FileEntry, Verdict
-from deploypipe.release.bom import bill_of_materials
-from deploypipe.release.card import model_card
-from deploypipe.release.decision import decide_today
+from deploypipe.release.bill_of_materials import bill_of_materials
+from deploypipe.release.decide_again import decide_today
 from deploypipe.release.manifest import SIGNATURE, check_manifest, write_manifest
+from deploypipe.release.model_card import model_card
 from deploypipe.release.provenance import provenance
 from deploypipe.report.html import render_report
-from deploypipe.runs import RunResult, file_sha256, load_result
+from deploypipe.runs.store import RunResult, file_sha256, load_result
 from deploypipe.runtimes.engine_file import load_record
-from deploypipe.seal import seal
+from deploypipe.text import strict_json
+from deploypipe.text.safe_names import name_problem
+from deploypipe.text.sealed_json import seal
 
 REPORT = "report.json"
 MODEL, ENGINE = "model.onnx", "model.engine"

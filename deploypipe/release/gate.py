@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 
-from deploypipe.golden_file import shown
 from deploypipe.numerics.intervals import interval_of_drop_pp
 from deploypipe.records import (
     BaselineComparison,
@@ -18,8 +17,9 @@ from deploypipe.records import (
     Waiver,
 )
 from deploypipe.release.waivers import waived
-from deploypipe.report.tables import what_is_covered
+from deploypipe.report.run_tables import what_is_covered
 from deploypipe.target import Budget, Limit
+from deploypipe.verification.golden_file import shown
 
 _FEWEST_OF_A_SLICE = 2  # one sample tells nothing of others like it
 _CLOCKS_DIFFER_DAYS = 0.05  # by so much those of two machines may

@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from deploypipe.errors import BundleError, ConfigError
-from deploypipe.golden_file import shown
-from deploypipe.jsonio import from_json
-from deploypipe.names import MOST_BYTES, name_problem
+from deploypipe.files.json_records import from_json
 from deploypipe.records import FileEntry
-from deploypipe.runs import file_sha256, write_atomically
+from deploypipe.runs.store import file_sha256, write_atomically
+from deploypipe.text.safe_names import MOST_BYTES, name_problem
+from deploypipe.verification.golden_file import shown
 
 MANIFEST, SIGNATURE = "manifest.json", "signature.json"
 FORMAT = "deploypipe-bundle-1"

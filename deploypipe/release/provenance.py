@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from deploypipe.jsonio import to_plain
+from deploypipe.files.json_records import to_plain
 from deploypipe.records import FileEntry
-from deploypipe.runs import RunResult, digest
+from deploypipe.runs.store import RunResult, digest
 
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 PREDICATE_TYPE = "https://slsa.dev/provenance/v1"

@@ -6,7 +6,7 @@ from datetime import date
 from pathlib import Path
 
 from deploypipe.errors import ConfigError
-from deploypipe.jsonio import load_toml
+from deploypipe.files.json_records import load_toml
 from deploypipe.records import Check, Status, Waiver
 
 _DATES = ("granted", "expires")

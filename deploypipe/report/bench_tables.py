@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Iterable, Sequence
 
+from deploypipe.benchmark.bench_results import BenchResult, FileFigures, LayerTime, SweepPoint
 from deploypipe.benchmark.latency import PERCENTILE_FLOORS
-from deploypipe.benchmark.results import BenchResult, FileFigures, LayerTime, SweepPoint
 from deploypipe.records import Conditions, Interval, MachineState
-from deploypipe.report.tables import NOT_MEASURED, file_size, number
+from deploypipe.report.run_tables import NOT_MEASURED, file_size, number
 
 Rows = list[tuple[str, ...]]
 _NUM_LAYERS = 10

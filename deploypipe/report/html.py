@@ -6,21 +6,10 @@ from typing import Any
 from urllib.parse import quote
 
 from deploypipe.errors import DeploypipeError
-from deploypipe.plain_text import printable_lines
 from deploypipe.records import PruneReport, ScoreSummary, SearchResult
-from deploypipe.report.joint_front import Judged, front_sentence, judged_networks
-from deploypipe.report.layers import Stage, stages_of
+from deploypipe.report.joint_pareto import Judged, front_sentence, judged_networks
 from deploypipe.report.next_steps import next_steps
-from deploypipe.report.search_text import (
-    REACH_HEADER,
-    STAGE_HEADER,
-    fit_sentence,
-    importance_note,
-    limit_sentences,
-    reach_rows,
-    stage_rows,
-)
-from deploypipe.report.tables import (
+from deploypipe.report.run_tables import (
     OVERVIEW_HEADER,
     PRECISION_HEADER,
     before_after,
@@ -34,7 +23,18 @@ from deploypipe.report.tables import (
     seconds,
     what_is_covered,
 )
-from deploypipe.runs import RunResult, write_atomically
+from deploypipe.report.search_text import (
+    REACH_HEADER,
+    STAGE_HEADER,
+    fit_sentence,
+    importance_note,
+    limit_sentences,
+    reach_rows,
+    stage_rows,
+)
+from deploypipe.report.width_tables import Stage, stages_of
+from deploypipe.runs.store import RunResult, write_atomically
+from deploypipe.text.printable_text import printable_lines
 
 REPORT = "report.html"
 _MOST_SLICES = 30  # classes that are shown

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from deploypipe.plain_text import printable
 from deploypipe.records import (
     BenchmarkReport,
     Interval,
@@ -16,6 +15,7 @@ from deploypipe.records import (
     StageTime,
     TrainLog,
 )
+from deploypipe.text.printable_text import printable
 
 DENSE, COMPRESSED, MUTED, LIMIT = "#8a94a6", "#2563eb", "#cbd2dc", "#dc2626"
 CONFIG = {"displayModeBar": False, "responsive": True}  # its buttons would lie over the legend

@@ -6,10 +6,10 @@ from typing import Any
 import plotly.graph_objects as go
 
 from deploypipe.records import Candidate, LatencyFit, SearchResult, Trial
-from deploypipe.report.joint_front import Judged, joint_front
-from deploypipe.report.layers import Stage
+from deploypipe.report.joint_pareto import Judged, joint_front
 from deploypipe.report.plots import COMPRESSED, DENSE, LIMIT, MUTED, as_html
 from deploypipe.report.search_text import held_budgets
+from deploypipe.report.width_tables import Stage
 from deploypipe.target import Target
 
 _INK = "#111827"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from deploypipe.errors import ConfigError, ModelError, RuntimeUnavailableError
 from deploypipe.records import EngineFile, EngineKey
-from deploypipe.runtimes.machine import Machine, this_machine
+from deploypipe.runtimes.this_machine import Machine, this_machine
 
 SUFFIX = ".engine"
 _REBUILD = "rebuild the engine from the ONNX file on this machine"
@@ -42,7 +42,9 @@ def read_engine(path: Path, library: str, version: str) -> bytes:
 
 def load_record(engine: Path) -> EngineFile:
     """The record of an engine; ModelError where one of the two is absent, or the record is damaged."""
-    from deploypipe.jsonio import from_json  # late: brings pydantic, which a process that measures memory need not hold
+    from deploypipe.files.json_records import (
+        from_json,  # late: brings pydantic, which a process that measures memory need not hold
+    )
 
     record = record_path(engine)
     for path in (engine, record):

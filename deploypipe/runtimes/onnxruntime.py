@@ -12,7 +12,7 @@ import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
 from deploypipe.errors import DataError, ModelError, RuntimeUnavailableError
-from deploypipe.installed import ONNXRUNTIME, find_package
+from deploypipe.installed_packages import ONNXRUNTIME, find_package
 
 _CPU = "CPUExecutionProvider"
 

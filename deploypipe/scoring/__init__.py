@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from deploypipe.errors import DataError
+from deploypipe.networks.model_wrappers import unwrapped
 from deploypipe.observe.moments import Moments
 from deploypipe.recipe import (
     BatchNormScale,
@@ -23,17 +24,16 @@ from deploypipe.recipe import (
 )
 from deploypipe.records import ScoreTable, Structures
 from deploypipe.scoring.batch_norm_scale import score_batch_norm_scale
-from deploypipe.scoring.conditional_mi import score_conditional_mi
 from deploypipe.scoring.fpgm import score_fpgm
-from deploypipe.scoring.label_mi import score_label_mi
-from deploypipe.scoring.layerwise_mi import score_layerwise_mi
 from deploypipe.scoring.magnitude import score_magnitude
-from deploypipe.scoring.mipp import score_mipp
+from deploypipe.scoring.mutual_information.conditional_mi import score_conditional_mi
+from deploypipe.scoring.mutual_information.label_mi import score_label_mi
+from deploypipe.scoring.mutual_information.layerwise_mi import score_layerwise_mi
+from deploypipe.scoring.mutual_information.mipp import score_mipp
 from deploypipe.scoring.output_error import score_output_error
 from deploypipe.scoring.random import score_random
-from deploypipe.scoring.stability import stability
+from deploypipe.scoring.score_stability import stability
 from deploypipe.scoring.taylor import score_taylor
-from deploypipe.wrappers import unwrapped
 
 ScoreFunction = Callable[[nn.Module, Structures, Moments, Any, int], ScoreTable]
 

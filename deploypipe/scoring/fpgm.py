@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from deploypipe.observe.layer_regressions import writes
 from deploypipe.observe.moments import Moments
-from deploypipe.observe.patches import writes
 from deploypipe.recipe import Fpgm
 from deploypipe.records import ChannelGroup, ScoreTable, Structures
 from deploypipe.scoring.magnitude import completed_by_magnitude, weight_rows

@@ -9,7 +9,14 @@ from deploypipe.numerics.output_error import SequentialErrorRemoval
 from deploypipe.observe.moments import Moments
 from deploypipe.recipe import OutputError
 from deploypipe.records import ScoreTable, Structures
-from deploypipe.scoring.top_down import Ranking, Reader, cumulative, rankings_of, remove_one_by_one, score_top_down
+from deploypipe.scoring.mutual_information.top_down_mi import (
+    Ranking,
+    Reader,
+    cumulative,
+    rankings_of,
+    remove_one_by_one,
+    score_top_down,
+)
 
 _STILL = 1e-6  # share of a layer's mean output variance below which a variance is not trusted to divide by
 

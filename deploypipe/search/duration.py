@@ -4,12 +4,12 @@ import time
 from dataclasses import replace
 
 from deploypipe.benchmark.accuracy import evaluate_module
-from deploypipe.pruning.apply import apply_plan
-from deploypipe.pruning.repair import repair
+from deploypipe.pruning.repair.least_squares_repair import repair
+from deploypipe.pruning.surgery.apply_plan import apply_plan
 from deploypipe.records import PruningPlan
-from deploypipe.search.candidates import NUM_LATENCY_SAMPLES
-from deploypipe.search.judge import Judge
-from deploypipe.search.propose import NUM_TIMED
+from deploypipe.search.allocation.proposer import NUM_TIMED
+from deploypipe.search.evaluation.candidate_files import NUM_LATENCY_SAMPLES
+from deploypipe.search.evaluation.evaluator import Judge
 from deploypipe.task import num_samples, take_calib
 
 _TRIED = 8  # a repair with this part of the samples is tried

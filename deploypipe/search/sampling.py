@@ -10,8 +10,8 @@ from optuna.trial import FrozenTrial
 
 from deploypipe.recipe import ObjectiveName, Search
 from deploypipe.records import FEWEST_FOR_IMPORTANCES, Trial
-from deploypipe.search.limits import Range
-from deploypipe.search.propose import GREEDY, UNIFORM
+from deploypipe.search.allocation.limits import Range
+from deploypipe.search.allocation.proposer import GREEDY, UNIFORM
 
 Space: TypeAlias = Mapping[str, BaseDistribution]
 Seen: TypeAlias = Sequence[FrozenTrial]

@@ -9,14 +9,22 @@ from typing import Any
 from deploypipe.errors import BudgetError
 from deploypipe.recipe import ObjectiveName, Search
 from deploypipe.records import Candidate, Event, Progress, PruningPlan, SearchResult, Trial, silent
-from deploypipe.runs import digest
-from deploypipe.search.board import Board, Claim, Done, open_board
-from deploypipe.search.front import costs, pareto_front
-from deploypipe.search.limits import Range
+from deploypipe.runs.store import digest
+from deploypipe.scheduling.exclusive_measurement import pause
+from deploypipe.search.allocation.limits import Range
+from deploypipe.search.distributed.study_storage import Storage
+from deploypipe.search.distributed.trial_queue import Board, Claim, Done, open_board
+from deploypipe.search.evaluation.trial_loop import (
+    Evaluate,
+    History,
+    Propose,
+    judge_plan,
+    most_accurate,
+    network_key,
+    violations,
+)
+from deploypipe.search.pareto import costs, pareto_front
 from deploypipe.search.sampling import Seen, Space, importances, knobs, next_knobs, warm_starts
-from deploypipe.search.storage import Storage
-from deploypipe.search.trials import Evaluate, History, Propose, judge_plan, most_accurate, network_key, violations
-from deploypipe.side_by_side import pause
 from deploypipe.target import Limit
 
 _POLL_S, _LONGEST_POLL_S = 0.5, 5.0  # where a trial has to wait for those of other workers

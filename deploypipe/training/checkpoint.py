@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from deploypipe.errors import ConfigError
-from deploypipe.jsonio import from_json, to_json
+from deploypipe.files.json_records import from_json, to_json
 from deploypipe.records import TrainLog
 from deploypipe.training.teacher import digest_of
 

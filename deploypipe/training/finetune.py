@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from deploypipe.answers import with_divergence
-from deploypipe.copies import copied
-from deploypipe.data import fingerprint_of
+from deploypipe.distillation_loss import with_divergence
 from deploypipe.errors import DataError, ModelError
 from deploypipe.memory_order import Arrange, SafeConvolutions, as_given, find_order_
+from deploypipe.networks.batch_trees import tensors
+from deploypipe.networks.model_copies import copied
+from deploypipe.networks.model_wrappers import unwrapped
 from deploypipe.numerics.intervals import seems_worse
 from deploypipe.recipe import Finetune
 from deploypipe.records import EpochLog, Event, Progress, TrainLog, silent
@@ -37,14 +38,13 @@ from deploypipe.task import (
     num_samples,
     take,
 )
+from deploypipe.tensor_batches import fingerprint_of
 from deploypipe.training.checkpoint import Checkpoint, load_checkpoint, store_checkpoint
-from deploypipe.training.faults import Step, Suspects, diverged, lost
-from deploypipe.training.precision import with_precision
+from deploypipe.training.non_finite_numbers import Step, Suspects, diverged, lost
 from deploypipe.training.ranks import ALONE, Part, Ranks
 from deploypipe.training.teacher import Teacher
-from deploypipe.trees import tensors
-from deploypipe.user_code import blaming, guard_splits, guard_task
-from deploypipe.wrappers import unwrapped
+from deploypipe.training.training_precision import with_precision
+from deploypipe.user_code_errors import blaming, guard_splits, guard_task
 
 _PRECISIONS: dict[str, Any] = {"bf16": "bf16-mixed", "fp32": "32-true"}
 

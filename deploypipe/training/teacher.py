@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from deploypipe.networks.batch_trees import leaves
 from deploypipe.task import forward
-from deploypipe.trees import leaves
 
 _MOST_BYTES = 2**30  # in a folder
 

@@ -13,14 +13,14 @@ from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from deploypipe.benchmark import BenchResult, bench_file
-from deploypipe.benchmark.bench import PARTS, compare
-from deploypipe.benchmark.inputs import load_inputs, make_inputs, read_specs
+from deploypipe.benchmark.bench_file import PARTS, compare
+from deploypipe.benchmark.input_batches import load_inputs, make_inputs, read_specs
 from deploypipe.benchmark.latency import ROUND, schedule
-from deploypipe.benchmark.layers import read_profile
+from deploypipe.benchmark.operator_times import read_profile
 from deploypipe.benchmark.sweeps import batch_sizes, count_cores, thread_counts
 from deploypipe.cli import app
 from deploypipe.errors import ConfigError, DataError, ModelError, RuntimeUnavailableError
-from deploypipe.jsonio import from_json, to_json
+from deploypipe.files.json_records import from_json, to_json
 from deploypipe.records import Event, Interval
 from deploypipe.report.bench_tables import figure_rows, layer_rows, missing_lines, sweep_rows, verdict_lines
 from deploypipe.target import Target

@@ -13,7 +13,7 @@ from torch import nn
 
 from deploypipe.benchmark import benchmark, first_batch, latency, measure, memory
 from deploypipe.benchmark.accuracy import evaluate_file, evaluate_module
-from deploypipe.benchmark.child import run_child
+from deploypipe.benchmark.child_processes.run_child import run_child
 from deploypipe.benchmark.environment import describe_environment
 from deploypipe.benchmark.latency import (
     BLOCK,
@@ -28,12 +28,12 @@ from deploypipe.benchmark.latency import (
 )
 from deploypipe.benchmark.memory import measure_peak_memory
 from deploypipe.errors import DataError, ModelError
-from deploypipe.export.onnx_file import export_onnx
-from deploypipe.jsonio import from_json, to_json
+from deploypipe.export.onnx_export.export_onnx import export_onnx
+from deploypipe.files.json_records import from_json, to_json
 from deploypipe.recipe import Export
 from deploypipe.records import BenchmarkReport, MachineState, ModelFile
 from deploypipe.runtimes.onnxruntime import OnnxRuntime
-from deploypipe.side_by_side import side_by_side, try_lock
+from deploypipe.scheduling.exclusive_measurement import side_by_side, try_lock
 from deploypipe.target import Target
 from deploypipe.task import Batch, classification
 

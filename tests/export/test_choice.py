@@ -6,8 +6,8 @@ import pytest
 import tiny
 
 from deploypipe.errors import ParityError
-from deploypipe.export.choice import choose_precision, decide_precision
-from deploypipe.export.onnx_file import export_onnx
+from deploypipe.export.onnx_export.export_onnx import export_onnx
+from deploypipe.export.quantization.precision_choice import choose_precision, decide_precision
 from deploypipe.recipe import Export, Int8
 from deploypipe.records import Interval, PrecisionChoice
 from deploypipe.runtimes.onnxruntime import OnnxRuntime

@@ -19,18 +19,24 @@ from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_
 from torch import Tensor, nn
 
 from deploypipe.errors import ConfigError, ModelError, RuntimeUnavailableError
-from deploypipe.export import engine as module
-from deploypipe.export import engine_child
-from deploypipe.export.engine import build_engine, make_profile, parse_layers, runnable, stored_precisions
-from deploypipe.export.onnx_file import export_onnx
-from deploypipe.jsonio import from_json
+from deploypipe.export.onnx_export.export_onnx import export_onnx
+from deploypipe.export.tensorrt_engine import build_engine as module
+from deploypipe.export.tensorrt_engine import engine_child
+from deploypipe.export.tensorrt_engine.build_engine import (
+    build_engine,
+    make_profile,
+    parse_layers,
+    runnable,
+    stored_precisions,
+)
+from deploypipe.files.json_records import from_json
 from deploypipe.recipe import Export
 from deploypipe.records import EngineFile, EngineKey
-from deploypipe.runs import file_sha256
+from deploypipe.runs.store import file_sha256
 from deploypipe.runtimes import engine_file, make_runtime
 from deploypipe.runtimes.engine_file import find_mismatch, load_record, read_engine, record_path
-from deploypipe.runtimes.machine import Gpu, Machine, this_machine
 from deploypipe.runtimes.tensorrt_libraries import LIBRARIES, load_library
+from deploypipe.runtimes.this_machine import Gpu, Machine, this_machine
 from deploypipe.target import Target
 
 ALL = ("8.6", "8.9", "12.0")
@@ -655,9 +661,9 @@ def test_real_networks_build(
     sst2_dir: Path,
 ) -> None:
     """FP32, FP16 and INT8, for three compute capabilities, from the user's own pipelines."""
-    from deploypipe.pipeline_module import load_pipeline
-    from deploypipe.pruning.attention import with_slim_attention
+    from deploypipe.pruning.surgery.slim_attention import with_slim_attention
     from deploypipe.task import take_calib
+    from deploypipe.user_pipeline import load_pipeline
 
     settings = {
         "resnet56_cifar10": {"CIFAR10_DIR": str(cifar10_dir), "WEIGHTS": str(resnet_weights(56))},

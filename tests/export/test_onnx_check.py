@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from deploypipe.errors import ModelError
-from deploypipe.onnx_check import check_onnx_file
+from deploypipe.untrusted_files.onnx_file_check import check_onnx_file
 
 Make = Callable[[Path], onnx.ModelProto]
 
@@ -217,7 +217,7 @@ def test_hostile_models(make: Callable[[], onnx.ModelProto], message: str, tmp_p
 
 
 def test_too_many_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deploypipe.onnx_check._MAX_NODES", 10)
+    monkeypatch.setattr("deploypipe.untrusted_files.onnx_file_check._MAX_NODES", 10)
     check_onnx_file(save(tmp_path / "m.onnx", model(nodes=10)))
     with pytest.raises(ModelError, match="more than 10 nodes"):
         check_onnx_file(save(tmp_path / "m.onnx", model(nodes=11)))

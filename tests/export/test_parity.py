@@ -11,10 +11,10 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from deploypipe.errors import DataError, ParityError
-from deploypipe.export.divergence import find_divergence_of_files
-from deploypipe.export.onnx_file import export_onnx
-from deploypipe.export.parity import compare_networks, limit_of, require_parity
-from deploypipe.numerics.differences import difference
+from deploypipe.export.onnx_export.export_onnx import export_onnx
+from deploypipe.export.onnx_export.mismatch_bisection import find_divergence_of_files
+from deploypipe.export.onnx_export.parity import compare_networks, limit_of, require_parity
+from deploypipe.numerics.output_differences import difference
 from deploypipe.recipe import Export
 from deploypipe.records import Parity
 

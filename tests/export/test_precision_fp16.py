@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from deploypipe.errors import DataError, DeploypipeError, ModelError, ParityError
-from deploypipe.export.fp16 import to_fp16
-from deploypipe.export.onnx_file import export_onnx
+from deploypipe.export.onnx_export.export_onnx import export_onnx
+from deploypipe.export.quantization.fp16 import to_fp16
 from deploypipe.recipe import Export
-from deploypipe.runs import file_sha256
+from deploypipe.runs.store import file_sha256
 from deploypipe.runtimes.onnxruntime import OnnxRuntime
 
 FLOAT, HALF = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16

@@ -15,13 +15,13 @@ from torch.nn import functional as F
 
 from deploypipe.benchmark.accuracy import evaluate_file
 from deploypipe.errors import DataError, DeploypipeError, ModelError, ParityError
-from deploypipe.export.int8 import Judge, to_int8
-from deploypipe.export.onnx_file import export_onnx
-from deploypipe.pruning.attention import with_slim_attention
+from deploypipe.export.onnx_export.export_onnx import export_onnx
+from deploypipe.export.quantization.int8 import Judge, to_int8
+from deploypipe.pruning.surgery.slim_attention import with_slim_attention
 from deploypipe.recipe import Export, Int8
-from deploypipe.runtimes.int8_kernels import Int8Kernels
+from deploypipe.runtimes.int8_arithmetic import Int8Kernels
+from deploypipe.runtimes.named_arrays import feed
 from deploypipe.runtimes.onnxruntime import OnnxRuntime
-from deploypipe.runtimes.packing import feed
 from deploypipe.task import Batch
 
 INT8, INT32, UINT8 = onnx.TensorProto.INT8, onnx.TensorProto.INT32, onnx.TensorProto.UINT8

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deploypipe.export.onnx_file import export_onnx
-from deploypipe.export.remembered import forget_sizes_
-from deploypipe.pruning.plan import empty_plan
-from deploypipe.pruning.saved import load_pruned, save_pruned
-from deploypipe.pruning.structures import list_structures
+from deploypipe.export.onnx_export.export_onnx import export_onnx
+from deploypipe.export.onnx_export.remembered_sizes import forget_sizes_
+from deploypipe.pruning.surgery.plan import empty_plan
+from deploypipe.pruning.surgery.saved_network import load_pruned, save_pruned
+from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.recipe import Export
 from deploypipe.runtimes.onnxruntime import OnnxRuntime
 

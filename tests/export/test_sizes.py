@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deploypipe.errors import ConfigError, ParityError
-from deploypipe.export.onnx_file import export_onnx
-from deploypipe.export.sizes import Ranges, ends_of, extremes_of, other_sizes, shapes_of
+from deploypipe.export.onnx_export.export_onnx import export_onnx
+from deploypipe.export.onnx_export.input_sizes import Ranges, ends_of, extremes_of, other_sizes, shapes_of
 from deploypipe.recipe import Export
-from deploypipe.runs import open_run
-from deploypipe.stages import analysis
-from deploypipe.stages.job import Job
+from deploypipe.runs.store import open_run
+from deploypipe.stages import profile
+from deploypipe.stages.context import Job
 from deploypipe.task import Splits, Task, classification
 
 ROWS = 12
@@ -100,7 +100,7 @@ def test_a_run_follows_the_branch_that_only_the_longest_batch_takes(tmp_path: Pa
     task: Task = replace(classification(), loss=F.cross_entropy)
     with open_run(tmp_path) as run:
         job = Job(Tagger(), splits, task, tiny.recipe(), tiny.target(macs="0.9x"), run, "")
-        structures = analysis.structures(job)
+        structures = profile.structures(job)
     assert max(lengths(job.other_inputs)) == ROWS
     (tokens,) = [group for group in structures.groups if group.name == "tokens"]
     assert "long" in {member.module for member in tokens.members}

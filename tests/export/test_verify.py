@@ -22,11 +22,11 @@ from typer.testing import CliRunner
 import deploypipe
 from deploypipe.cli import app
 from deploypipe.errors import DataError, ModelError
-from deploypipe.export.golden import write_golden
-from deploypipe.export.onnx_file import export_onnx
-from deploypipe.golden_file import GOLDEN, TENSORS
+from deploypipe.export.onnx_export.export_onnx import export_onnx
+from deploypipe.export.onnx_export.golden_samples import write_golden
 from deploypipe.recipe import Export
-from deploypipe.runs import file_sha256
+from deploypipe.runs.store import file_sha256
+from deploypipe.verification.golden_file import GOLDEN, TENSORS
 from deploypipe.verify import main, verify
 
 # Refuses every import that is neither the standard library nor numpy, onnxruntime or this package.

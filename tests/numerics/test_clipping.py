@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from deploypipe.numerics.clipping import LEVELS, ClippingMethod, clip_range
+from deploypipe.numerics.int8_range import LEVELS, ClippingMethod, clip_range
 
 METHODS: tuple[ClippingMethod, ...] = get_args(ClippingMethod)
 IGNORING_FEW: tuple[ClippingMethod, ...] = ("percentile", "entropy")

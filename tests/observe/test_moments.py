@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deploypipe.errors import DataError
+from deploypipe.observe.calibration_pass import observe, observe_halves
 from deploypipe.observe.collectors import MAX_ROWS
 from deploypipe.observe.moments import load_moments, merge, save_moments
-from deploypipe.observe.stream import observe, observe_halves
-from deploypipe.pruning.structures import list_structures
+from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.recipe import Observe
 from deploypipe.records import Structures
 from deploypipe.task import Batch

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deploypipe.observe.patches import (
+from deploypipe.observe.layer_regressions import (
     blocks_of_matrix,
     columns,
     from_blocks,

@@ -6,8 +6,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from deploypipe.pruning.slicing import has_two_sides
-from deploypipe.pruning.structures import list_structures
+from deploypipe.pruning.surgery.module_slicing import has_two_sides
+from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.records import ChannelGroup
 
 torch_pruning = pytest.importorskip("torch_pruning")

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deploypipe.pruning.ahead import layers_ahead
-from deploypipe.pruning.apply import apply_plan
-from deploypipe.pruning.paths import find_paths
-from deploypipe.pruning.plan import make_plan
-from deploypipe.pruning.repair import repair
-from deploypipe.pruning.structures import list_structures
+from deploypipe.pruning.repair.affine_paths import find_paths
+from deploypipe.pruning.repair.least_squares_repair import repair
+from deploypipe.pruning.repair.removed_block_targets import layers_ahead
+from deploypipe.pruning.surgery.apply_plan import apply_plan
+from deploypipe.pruning.surgery.plan import make_plan
+from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.recipe import Repair
 from deploypipe.records import ScoreTable
 

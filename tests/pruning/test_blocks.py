@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 from zoo import NETWORKS
 
-from deploypipe.jsonio import from_json, to_json
-from deploypipe.pruning.apply import apply_plan
-from deploypipe.pruning.plan import make_plan
-from deploypipe.pruning.saved import load_pruned, save_pruned
-from deploypipe.pruning.structures import list_structures
+from deploypipe.files.json_records import from_json, to_json
+from deploypipe.pruning.surgery.apply_plan import apply_plan
+from deploypipe.pruning.surgery.plan import make_plan
+from deploypipe.pruning.surgery.saved_network import load_pruned, save_pruned
+from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.records import PruningPlan, ScoreTable, Structures
 from deploypipe.task import forward
 

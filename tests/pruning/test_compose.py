@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from deploypipe.errors import ModelError, PlanError
-from deploypipe.pruning.apply import apply_plan, describe
-from deploypipe.pruning.plan import compose, empty_plan, make_plan
-from deploypipe.pruning.slicing import is_depthwise
-from deploypipe.pruning.structures import list_structures
+from deploypipe.pruning.surgery.apply_plan import apply_plan, describe
+from deploypipe.pruning.surgery.module_slicing import is_depthwise
+from deploypipe.pruning.surgery.plan import compose, empty_plan, make_plan
+from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.records import Edit, GroupCut, PruningPlan, ScoreTable, Structures
 
 

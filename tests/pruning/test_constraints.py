@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from deploypipe.errors import ConfigError, PlanError
-from deploypipe.observe.stream import observe
-from deploypipe.pruning.apply import apply_plan, masked_dense
-from deploypipe.pruning.plan import make_plan
-from deploypipe.pruning.structures import list_structures
+from deploypipe.observe.calibration_pass import observe
+from deploypipe.pruning.surgery.apply_plan import apply_plan, masked_dense
+from deploypipe.pruning.surgery.plan import make_plan
+from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.recipe import Constraints, Observe
 from deploypipe.records import ChannelGroup, Member, ResolvedConstraints, ScoreTable, Structures
 from deploypipe.scoring import SCORERS, score

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deploypipe.pruning.apply import apply_plan, masked_dense
-from deploypipe.pruning.plan import make_plan
-from deploypipe.pruning.structures import list_structures
+from deploypipe.pruning.surgery.apply_plan import apply_plan, masked_dense
+from deploypipe.pruning.surgery.plan import make_plan
+from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.records import ChannelGroup, ScoreTable, Structures
 
 WIDTH, HEADS, DIM = 24, 3, 8

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from deploypipe.errors import ModelError
-from deploypipe.pruning import propagation
-from deploypipe.pruning.apply import apply_plan, masked_dense
-from deploypipe.pruning.plan import make_plan
-from deploypipe.pruning.structures import find_structures, list_structures
+from deploypipe.pruning.surgery.apply_plan import apply_plan, masked_dense
+from deploypipe.pruning.surgery.plan import make_plan
+from deploypipe.pruning.tracing import index_propagation
+from deploypipe.pruning.tracing.structures import find_structures, list_structures
 from deploypipe.records import PruningPlan, ScoreTable, Structures
 
 
@@ -159,7 +159,7 @@ def test_a_rule_that_fails_is_named_and_keeps_only_what_reaches_it(monkeypatch: 
     def broken(*_: object) -> Any:
         raise ValueError("no such axis")
 
-    monkeypatch.setitem(propagation.RULES, "glu", broken)  # type: ignore[arg-type]
+    monkeypatch.setitem(index_propagation.RULES, "glu", broken)  # type: ignore[arg-type]
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.GLU(), nn.Linear(4, 2))
     found = find_structures(model, torch.randn(2, 6))
     assert [group.name for group in found.groups] == ["0"]

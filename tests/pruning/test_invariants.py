@@ -11,10 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from deploypipe.jsonio import from_json, to_json
-from deploypipe.pruning.apply import apply_plan, describe, masked_dense
-from deploypipe.pruning.plan import empty_plan, make_plan
-from deploypipe.pruning.structures import count_macs, list_structures, model_fingerprint
+from deploypipe.files.json_records import from_json, to_json
+from deploypipe.pruning.surgery.apply_plan import apply_plan, describe, masked_dense
+from deploypipe.pruning.surgery.plan import empty_plan, make_plan
+from deploypipe.pruning.tracing.structures import count_macs, list_structures, model_fingerprint
 from deploypipe.records import PruningPlan, ScoreTable, Structures
 
 _spec = importlib.util.spec_from_file_location("networks", Path(__file__).parents[1] / "networks.py")

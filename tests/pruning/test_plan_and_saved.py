@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from deploypipe.errors import ModelError, PlanError
-from deploypipe.pruning.apply import apply_plan, describe, masked_dense
-from deploypipe.pruning.plan import empty_plan, make_plan
-from deploypipe.pruning.saved import load_pruned, save_pruned
-from deploypipe.pruning.structures import list_structures
+from deploypipe.pruning.surgery.apply_plan import apply_plan, describe, masked_dense
+from deploypipe.pruning.surgery.plan import empty_plan, make_plan
+from deploypipe.pruning.surgery.saved_network import load_pruned, save_pruned
+from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.records import ChannelGroup, Edit, Member, PruningPlan, ScoreTable, Structures
 
 

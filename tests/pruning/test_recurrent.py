@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from deploypipe.pruning.apply import apply_plan, masked_dense
-from deploypipe.pruning.plan import make_plan
-from deploypipe.pruning.structures import list_structures
+from deploypipe.pruning.surgery.apply_plan import apply_plan, masked_dense
+from deploypipe.pruning.surgery.plan import make_plan
+from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.records import PruningPlan, ScoreTable, Structures
 
 

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from deploypipe.cli import app
 from deploypipe.errors import ModelError
-from deploypipe.pruning.reproduction import write_reproduction
-from deploypipe.pruning.structures import list_structures, model_fingerprint
+from deploypipe.pruning.tracing.bug_report import write_reproduction
+from deploypipe.pruning.tracing.structures import list_structures, model_fingerprint
 
 Function = Callable[[Tensor], Tensor]
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deploypipe.pruning.apply import apply_plan, masked_dense
-from deploypipe.pruning.plan import make_plan
-from deploypipe.pruning.structures import find_structures, list_structures
+from deploypipe.pruning.surgery.apply_plan import apply_plan, masked_dense
+from deploypipe.pruning.surgery.plan import make_plan
+from deploypipe.pruning.tracing.structures import find_structures, list_structures
 from deploypipe.records import PruningPlan, ScoreTable, Structures
 
 ROWS, WIDTH = 12, 16

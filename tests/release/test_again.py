@@ -21,14 +21,14 @@ from deploypipe.cli import app
 from deploypipe.errors import BundleError, ConfigError
 from deploypipe.numerics.intervals import interval_of_drop_pp
 from deploypipe.records import BaselineComparison, BenchmarkReport, Check, Interval, Status, Verdict, Waiver
-from deploypipe.release.baseline import check_approved_latency, compare_with_baseline
+from deploypipe.release.baseline_comparison import check_approved_latency, compare_with_baseline
 from deploypipe.release.bundle import release
-from deploypipe.release.decision import decide_again
+from deploypipe.release.decide_again import decide_again
 from deploypipe.release.gate import decide
 from deploypipe.release.waivers import load_waivers
-from deploypipe.runs import RESULT, load_result, save_result
-from deploypipe.seal import seal, unseal
+from deploypipe.runs.store import RESULT, load_result, save_result
 from deploypipe.target import Budget
+from deploypipe.text.sealed_json import seal, unseal
 
 MEASURED = datetime(2026, 11, 20, 12, tzinfo=UTC)
 RUNNER = CliRunner()

@@ -8,12 +8,11 @@ from bit_flips import Group, flip_and_check, groups_of
 from bundles import write_run
 from typer.testing import CliRunner
 
-from deploypipe import runs
 from deploypipe.cli import app
-from deploypipe.golden_file import GOLDEN
 from deploypipe.records import Interval
 from deploypipe.release.bundle import release
-from deploypipe.runs import open_run
+from deploypipe.runs.store import open_run, store
+from deploypipe.verification.golden_file import GOLDEN
 
 pytest.importorskip("cyclonedx", reason="bills of materials need cyclonedx-python-lib")
 
@@ -54,5 +53,5 @@ def test_gate_decides_about_the_files_that_are_there(groups: list[Group]) -> Non
 
 
 def test_without_the_seals_flips_would_go_through(groups: list[Group], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "unseal", lambda content: content[: content.rindex(b', "content_sha256')] + b"}")
+    monkeypatch.setattr(store, "unseal", lambda content: content[: content.rindex(b', "content_sha256')] + b"}")
     assert all(row.through for row in flip_and_check(groups[:2], 24, seed=0))

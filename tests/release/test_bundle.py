@@ -18,15 +18,15 @@ from typer.testing import CliRunner
 
 from deploypipe.cli import app
 from deploypipe.errors import BundleError
-from deploypipe.golden_file import GOLDEN
 from deploypipe.records import BaselineComparison, Check, Status, Verdict, Waiver
 from deploypipe.release.bundle import load_bundle, release
-from deploypipe.release.decision import decide_again
+from deploypipe.release.decide_again import decide_again
 from deploypipe.release.manifest import MANIFEST, SIGNATURE, check_manifest
-from deploypipe.release.registry import promote, resolve
+from deploypipe.release.registries.registry import promote, resolve
 from deploypipe.release.signing import check_keyless, check_signature, sign, sign_keyless
-from deploypipe.runs import RunResult, save_result
+from deploypipe.runs.store import RunResult, save_result
 from deploypipe.target import Budget
+from deploypipe.verification.golden_file import GOLDEN
 
 pytest.importorskip("cyclonedx", reason="bills of materials need cyclonedx-python-lib")
 RUNNER = CliRunner()

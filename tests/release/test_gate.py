@@ -18,7 +18,7 @@ from deploypipe.records import (
     Verdict,
 )
 from deploypipe.release.gate import decide
-from deploypipe.report.tables import check_cells
+from deploypipe.report.run_tables import check_cells
 from deploypipe.target import Budget
 
 

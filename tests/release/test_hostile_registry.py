@@ -16,10 +16,10 @@ from typer.testing import CliRunner
 
 from deploypipe.cli import app
 from deploypipe.errors import BundleError
-from deploypipe.release import object_registry
 from deploypipe.release.bundle import release
 from deploypipe.release.manifest import MANIFEST, check_manifest
-from deploypipe.release.registry import promote, resolve
+from deploypipe.release.registries import object_registry
+from deploypipe.release.registries.registry import promote, resolve
 
 NAME = "digits-x86_cpu"
 
@@ -107,7 +107,7 @@ def test_a_bundle_of_another_name_is_refused(registry: Path, tmp_path: Path) -> 
 KILLED = """
 import os, shutil, signal, sys
 from pathlib import Path
-from deploypipe.release.registry import promote
+from deploypipe.release.registries.registry import promote
 whole = {shutil: shutil.copytree, Path: Path.replace}
 def die(*arguments, **options):
     if WHERE is shutil:

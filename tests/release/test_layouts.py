@@ -21,8 +21,8 @@ from typer.testing import CliRunner
 from deploypipe.cli import app
 from deploypipe.errors import BundleError
 from deploypipe.release.bundle import release
-from deploypipe.release.oci import write_oci
-from deploypipe.release.triton import triton_config, write_triton
+from deploypipe.release.oci_layout import write_oci
+from deploypipe.release.triton_repository import triton_config, write_triton
 from deploypipe.target import Target
 
 RUNNER = CliRunner()

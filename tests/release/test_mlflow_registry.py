@@ -20,7 +20,7 @@ from deploypipe.cli import app
 from deploypipe.errors import BundleError
 from deploypipe.release.bundle import release
 from deploypipe.release.manifest import check_manifest
-from deploypipe.release.registry import promote, resolve
+from deploypipe.release.registries.registry import promote, resolve
 from deploypipe.verify import golden_case
 
 mlflow = pytest.importorskip("mlflow", reason="mlflow is absent; pip install 'deploypipe[mlflow]'")

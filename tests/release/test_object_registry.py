@@ -11,7 +11,7 @@ from s3 import Store
 from deploypipe.errors import BundleError
 from deploypipe.release.bundle import release
 from deploypipe.release.manifest import check_manifest
-from deploypipe.release.registry import promote, resolve
+from deploypipe.release.registries.registry import promote, resolve
 
 NAME = "digits-x86_cpu"
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from studies import DENSE
 
 from deploypipe.report.html import write_overview
-from deploypipe.report.joint_front import Judged, front_sentence, joint_front, judged_networks
+from deploypipe.report.joint_pareto import Judged, front_sentence, joint_front, judged_networks
 
 
 def judged(target: str, number: int, macs: int, accuracy: float) -> Judged:

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 from deploypipe.errors import RuntimeUnavailableError
-from deploypipe.runtimes import ability as module
-from deploypipe.runtimes.ability import can, find_misfits
-from deploypipe.runtimes.machine import Gpu, Machine, _is_portable, this_machine
+from deploypipe.runtimes import device_ability as module
+from deploypipe.runtimes.device_ability import can, find_misfits
 from deploypipe.runtimes.tensorrt_libraries import LIBRARIES
+from deploypipe.runtimes.this_machine import Gpu, Machine, _is_portable, this_machine
 from deploypipe.target import Target
 
 SERVER = Machine(

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from deploypipe.runtimes import int8_kernels
-from deploypipe.runtimes.int8_kernels import VNNI, Int8Kernels, kernels_of, saturates_here
-from deploypipe.runtimes.machine import this_machine
+from deploypipe.runtimes import int8_arithmetic
+from deploypipe.runtimes.int8_arithmetic import VNNI, Int8Kernels, kernels_of, saturates_here
+from deploypipe.runtimes.this_machine import this_machine
 from deploypipe.target import Target
 
 X86 = Target(runtime="onnxruntime", machine="x86_64")
@@ -49,7 +49,7 @@ def test_the_probe_agrees_with_the_processors_own_word() -> None:
 def test_files_are_judged_in_float_where_other_kernels_compute(monkeypatch: pytest.MonkeyPatch) -> None:
     exact, saturating = (Int8Kernels(runtime="onnxruntime", saturate=saturate) for saturate in (False, True))
     for here in (False, True):
-        monkeypatch.setattr(int8_kernels, "saturates_here", lambda here=here: here)
+        monkeypatch.setattr(int8_arithmetic, "saturates_here", lambda here=here: here)
         assert exact.are_emulated_here is here
         assert not saturating.are_emulated_here
         assert Int8Kernels(runtime="tensorrt").are_emulated_here

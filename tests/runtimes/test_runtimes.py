@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from deploypipe.errors import DataError, ModelError, RuntimeUnavailableError
 from deploypipe.runtimes import RUNTIMES, Runtime, find_runtime, make_runtime
 from deploypipe.runtimes.eager import EagerRuntime
+from deploypipe.runtimes.named_arrays import feed, name_outputs, repack
 from deploypipe.runtimes.onnxruntime import PROVIDERS, OnnxRuntime, Provider, missing_provider
-from deploypipe.runtimes.packing import feed, name_outputs, repack
 from deploypipe.target import Target
 
 OPENVINO = pytest.mark.skipif(bool(missing_provider(PROVIDERS["openvino"])), reason="needs onnxruntime-openvino")
@@ -61,7 +61,7 @@ def write_program(folder: Path) -> Path:
 
 
 def write_engine(folder: Path) -> Path:
-    from deploypipe.export.engine import build_engine
+    from deploypipe.export.tensorrt_engine.build_engine import build_engine
 
     return folder / build_engine(write_onnx(folder), Target(runtime="tensorrt"), folder).path
 

@@ -13,20 +13,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deploypipe.data import TensorBatches
 from deploypipe.errors import DataError, PlanError
+from deploypipe.observe.calibration_pass import observe
 from deploypipe.observe.moments import Moments
-from deploypipe.observe.stream import observe
-from deploypipe.pruning.structures import list_structures
+from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.recipe import BlockMi, Constraints, Finetune, LogitDivergence, Mpruner, Observe, Repair
 from deploypipe.records import DepthLog, Names, Structures
 from deploypipe.scoring.blocks import BLOCK_SCORERS, rank_blocks
+from deploypipe.scoring.blocks.block_families import families
 from deploypipe.scoring.blocks.block_mi import choose_blocks, fast_block_select
-from deploypipe.scoring.blocks.depth import mpruner, prune_depth
-from deploypipe.scoring.blocks.families import families
 from deploypipe.scoring.blocks.logit_divergence import divergence
 from deploypipe.scoring.blocks.mpruner import cluster_blocks, clusters, mpruner_candidates
+from deploypipe.scoring.blocks.mpruner_loop import mpruner, prune_depth
 from deploypipe.task import Batch, Splits, classification
+from deploypipe.tensor_batches import TensorBatches
 from deploypipe.training.finetune import finetune
 
 REPAIRED = LogitDivergence(repair=Repair(num_samples=64))

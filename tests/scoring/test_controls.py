@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from deploypipe.observe.calibration_pass import observe
 from deploypipe.observe.moments import Moments
-from deploypipe.observe.stream import observe
-from deploypipe.pruning.structures import list_structures
+from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.recipe import BatchNormScale, Fpgm, Magnitude, Observe
 from deploypipe.records import ScoreTable, Structures
 from deploypipe.scoring.batch_norm_scale import score_batch_norm_scale

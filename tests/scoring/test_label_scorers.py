@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deploypipe.errors import DataError
+from deploypipe.observe.calibration_pass import observe
 from deploypipe.observe.moments import Moments
-from deploypipe.observe.stream import observe
-from deploypipe.pruning.structures import list_structures
+from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.recipe import ConditionalMi, LabelMi, Magnitude, Observe, Taylor
 from deploypipe.records import ScoreTable, Structures
-from deploypipe.scoring.conditional_mi import score_conditional_mi
-from deploypipe.scoring.label_mi import score_label_mi
 from deploypipe.scoring.magnitude import score_magnitude
+from deploypipe.scoring.mutual_information.conditional_mi import score_conditional_mi
+from deploypipe.scoring.mutual_information.label_mi import score_label_mi
 from deploypipe.scoring.taylor import score_taylor
 
 Scorer = Callable[[nn.Module, Structures, Moments, Any, int], ScoreTable]

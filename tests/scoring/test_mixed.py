@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deploypipe.records import ScoreTable
-from deploypipe.scoring.mixed import mixed
+from deploypipe.scoring.mixed_scores import mixed
 
 SCORES = st.lists(st.floats(-10, 10), min_size=6, max_size=6)
 

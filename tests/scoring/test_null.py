@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from deploypipe.numerics.gaussian_mi import total_information
-from deploypipe.observe.stream import observe
-from deploypipe.pruning.structures import list_structures
+from deploypipe.observe.calibration_pass import observe
+from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.recipe import ConditionalMi, LabelMi, LayerwiseMi, Magnitude, Mipp, Observe
-from deploypipe.scoring.null import null_shares
+from deploypipe.scoring.permutation_baseline import null_shares
 
 
 def test_total_information_is_the_joint_log_determinant() -> None:

@@ -12,14 +12,14 @@ from beside import start_measuring
 from torch import Tensor, nn
 
 from deploypipe.numerics.gaussian_mi import SequentialRemoval
+from deploypipe.observe.calibration_pass import observe
 from deploypipe.observe.moments import Moments
-from deploypipe.observe.stream import observe
-from deploypipe.pruning.structures import list_structures
+from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.recipe import LayerwiseMi, Magnitude, Mipp, Observe, OutputError, Random
 from deploypipe.records import ChannelGroup, Structures
+from deploypipe.scheduling.exclusive_measurement import side_by_side
 from deploypipe.scoring import SCORERS, score
-from deploypipe.scoring.top_down import cumulative, remove_one_by_one
-from deploypipe.side_by_side import side_by_side
+from deploypipe.scoring.mutual_information.top_down_mi import cumulative, remove_one_by_one
 
 VARIANTS = (Magnitude(power=1), Mipp(keep=0.5, confidence=0.9), LayerwiseMi(joint=False), OutputError(fisher=True))
 EVERY_SCORER = pytest.mark.parametrize("scorer", [*(kind() for kind in SCORERS), *VARIANTS], ids=str)

@@ -8,14 +8,14 @@ from scipy.stats import spearmanr
 from torch import nn
 
 from deploypipe.errors import DataError
+from deploypipe.observe.calibration_pass import observe
 from deploypipe.observe.moments import Moments
-from deploypipe.observe.stream import observe
-from deploypipe.pruning.structures import list_structures
+from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.recipe import ConditionalMi, LabelMi, Observe
 from deploypipe.records import ScoreTable
-from deploypipe.scoring.conditional_mi import score_conditional_mi
-from deploypipe.scoring.label_mi import score_label_mi
-from deploypipe.scoring.stability import recommended_samples, shuffled_null, stability
+from deploypipe.scoring.mutual_information.conditional_mi import score_conditional_mi
+from deploypipe.scoring.mutual_information.label_mi import score_label_mi
+from deploypipe.scoring.score_stability import recommended_samples, shuffled_null, stability
 
 
 def table(*row: float) -> ScoreTable:

@@ -5,13 +5,13 @@ import pytest
 import torch
 
 from deploypipe.errors import DataError
+from deploypipe.observe.calibration_pass import observe_halves
 from deploypipe.observe.moments import merge
-from deploypipe.observe.stream import observe_halves
-from deploypipe.pruning.structures import list_structures
+from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.recipe import LabelMi, Magnitude, Mipp, Observe, Random
 from deploypipe.records import ScoreTable
 from deploypipe.scoring import score_halves
-from deploypipe.scoring.summary import kept_information, num_redundant, summarise
+from deploypipe.scoring.score_summary import kept_information, num_redundant, summarise
 
 
 def test_cumulative_scores_say_what_was_lost_and_others_are_summed() -> None:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from deploypipe.records import PruningPlan
-from deploypipe.search.accuracies import Accuracies
+from deploypipe.search.evaluation.accuracy_cache import Accuracies
 
 PLAN = PruningPlan(model_fingerprint="f", cuts=(), edits=(), blocks=("layer1.0",))
 RESULTS = np.random.default_rng(0).random(1000).round()

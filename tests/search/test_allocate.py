@@ -17,7 +17,7 @@ from deploypipe.records import (
     ScoreTable,
     Structures,
 )
-from deploypipe.search.allocate import (
+from deploypipe.search.allocation.solver import (
     Allocation,
     Bound,
     Emphasis,
@@ -29,7 +29,7 @@ from deploypipe.search.allocate import (
     greedy,
     uniform,
 )
-from deploypipe.search.costs import STAYS, Costs, Pair, mac_costs
+from deploypipe.search.cost_models.additive_costs import STAYS, Costs, Pair, mac_costs
 
 WIDTH = 4
 

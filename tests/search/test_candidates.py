@@ -12,9 +12,9 @@ import tiny
 from deploypipe.benchmark.latency import Timings
 from deploypipe.recipe import Export
 from deploypipe.records import PrecisionRow
-from deploypipe.search import candidates
-from deploypipe.search.candidates import Candidates
-from deploypipe.search.measuring import Known, OwnMeasuring
+from deploypipe.search.evaluation import candidate_files
+from deploypipe.search.evaluation.candidate_files import Candidates
+from deploypipe.search.evaluation.latency_store import Known, OwnMeasuring
 
 
 class Interrupted(OwnMeasuring):
@@ -51,7 +51,7 @@ def test_what_was_timed_beside_another_is_timed_again(
         taken.append(0.5 + 0.1 * (times - len(taken)))  # only the last is undisturbed
         return Timings(samples=(np.full(200, 1.0), np.full(200, taken[-1])), block=20)
 
-    monkeypatch.setattr(candidates, "time_interleaved", time_interleaved)
+    monkeypatch.setattr(candidate_files, "time_interleaved", time_interleaved)
     monkeypatch.setattr(Candidates, "_key", lambda _, path: path.name)
     monkeypatch.setattr(Candidates, "_feed", lambda *_: {})
     measuring = Interrupted(times)

@@ -9,16 +9,16 @@ from torch import Tensor, nn
 
 from deploypipe.errors import DataError
 from deploypipe.numerics.least_squares import CrossMoments
+from deploypipe.observe.calibration_pass import observe
+from deploypipe.observe.layer_regressions import is_mixer
 from deploypipe.observe.moments import Moments
-from deploypipe.observe.patches import is_mixer
-from deploypipe.observe.stream import observe
-from deploypipe.pruning.apply import apply_plan
-from deploypipe.pruning.plan import make_plan
-from deploypipe.pruning.structures import list_structures
+from deploypipe.pruning.surgery.apply_plan import apply_plan
+from deploypipe.pruning.surgery.plan import make_plan
+from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.recipe import Constraints, Observe, Random, Search
 from deploypipe.records import Curves, LossCurve, ScoreTable, Structures
 from deploypipe.scoring import score
-from deploypipe.search.curves import TEMPERATURE, measure_curves, width_levels
+from deploypipe.search.allocation.loss_curves import TEMPERATURE, measure_curves, width_levels
 
 SETTINGS = Search(num_curve_samples=40, num_levels=2)
 NOTHING = Moments(

@@ -7,8 +7,8 @@ import pytest
 from studies import DENSE, HALF
 
 from deploypipe.records import Check, Interval, PruningPlan, SearchResult, Status, Trial
-from deploypipe.search.finalists import confirm_finalists, with_finalists, with_tuned
-from deploypipe.search.limits import part_to_hold, share_to_confirm
+from deploypipe.search.allocation.limits import part_to_hold, share_to_confirm
+from deploypipe.search.evaluation.winner import confirm_finalists, with_finalists, with_tuned
 
 
 def plan(name: str) -> PruningPlan:

@@ -8,13 +8,13 @@ import pytest
 from latencies import levels_of, networks, subject, timed_of
 from torch import nn
 
-from deploypipe.pruning.apply import apply_plan
+from deploypipe.pruning.surgery.apply_plan import apply_plan
 from deploypipe.records import Cut
-from deploypipe.search.allocate import cost_of
-from deploypipe.search.costs import latency_costs
-from deploypipe.search.latency_model import LatencyModel
-from deploypipe.search.propose import cut_of
-from deploypipe.search.sites import Site
+from deploypipe.search.allocation.proposer import cut_of
+from deploypipe.search.allocation.solver import cost_of
+from deploypipe.search.cost_models.additive_costs import latency_costs
+from deploypipe.search.cost_models.latency_model import LatencyModel
+from deploypipe.search.cost_models.layer_widths import Site
 
 NETWORKS = ("pad_resnet", "bottleneck", "separable", "dense", "flattened", "encoder", "upsampled")
 

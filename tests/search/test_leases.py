@@ -11,11 +11,11 @@ from typing import TypeVar
 import pytest
 import sqlalchemy as sa
 
-from deploypipe.search import leases
-from deploypipe.search.leases import Held, Leases, is_gone, this_process
-from deploypipe.search.measuring import SharedMeasuring
-from deploypipe.search.storage import Storage
-from deploypipe.side_by_side import alone, side_by_side
+from deploypipe.scheduling.exclusive_measurement import alone, side_by_side
+from deploypipe.search.distributed import leases
+from deploypipe.search.distributed.leases import Held, Leases, is_gone, this_process
+from deploypipe.search.distributed.study_storage import Storage
+from deploypipe.search.evaluation.latency_store import SharedMeasuring
 
 T = TypeVar("T")
 
@@ -86,7 +86,7 @@ def test_a_holder_at_work_keeps_it(engine: sa.Engine) -> None:
 
 
 def test_what_a_dead_process_held_is_free_at_once(engine: sa.Engine) -> None:
-    code = "from deploypipe.search.leases import this_process; print(this_process())"
+    code = "from deploypipe.search.distributed.leases import this_process; print(this_process())"
     dead = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     assert is_gone(dead) and not is_gone(this_process())
     host, pid, _ = dead.split(":")

@@ -4,8 +4,8 @@ import pytest
 
 from deploypipe.errors import BudgetError
 from deploypipe.records import Candidate
-from deploypipe.runtimes.ability import Ability
-from deploypipe.search.limits import bounded_shares, search_limits, with_margin
+from deploypipe.runtimes.device_ability import Ability
+from deploypipe.search.allocation.limits import bounded_shares, search_limits, with_margin
 from deploypipe.target import Budget, Limit
 
 

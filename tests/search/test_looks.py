@@ -8,10 +8,9 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 from torch import Tensor, nn
 
-from deploypipe.data import TensorBatches
 from deploypipe.numerics.intervals import interval_of_drop_pp
-from deploypipe.numerics.paired import chance_if_not_worse
-from deploypipe.search.looks import (
+from deploypipe.numerics.paired_test import chance_if_not_worse
+from deploypipe.search.evaluation.early_stopping import (
     Results,
     draw_parts,
     ends_of_looks,
@@ -21,6 +20,7 @@ from deploypipe.search.looks import (
     unpack,
 )
 from deploypipe.task import Batch, Task, num_samples
+from deploypipe.tensor_batches import TensorBatches
 
 TASK = Task(loss=lambda outputs, _: outputs.sum(), metric=lambda outputs, target: (outputs[:, 0] == target).float())
 

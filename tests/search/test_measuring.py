@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from deploypipe.seal import seal
-from deploypipe.search.measuring import OwnMeasuring
+from deploypipe.search.evaluation.latency_store import OwnMeasuring
+from deploypipe.text.sealed_json import seal
 
 KEY, RATIO = "0123456789abcdef", 0.6180339887498949
 

@@ -13,8 +13,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from deploypipe.benchmark.memory import measure_peak_memory
 from deploypipe.errors import DataError, ModelError
-from deploypipe.search.footprint import Footprint, Step, Tensor, footprint, peak_bytes
-from deploypipe.search.memory_model import fit_memory
+from deploypipe.search.cost_models.memory_model import fit_memory
+from deploypipe.search.cost_models.onnx_memory_plan import Footprint, Step, Tensor, footprint, peak_bytes
 from deploypipe.target import Target
 
 IMAGE = ["batch", 3, 8, 8]

@@ -9,13 +9,13 @@ from latencies import levels_of, subject, timed_of, true_time
 from networks import build
 
 from deploypipe.errors import BudgetError
-from deploypipe.pruning.apply import apply_plan
-from deploypipe.pruning.structures import count_macs
+from deploypipe.pruning.surgery.apply_plan import apply_plan
+from deploypipe.pruning.tracing.structures import count_macs
 from deploypipe.records import Candidate, Curves, Cut, LossCurve, PruningPlan, ScoreTable, Trial
 from deploypipe.scoring.magnitude import score_magnitudes
-from deploypipe.search.allocate import Emphasis
-from deploypipe.search.propose import Proposer, cut_of
-from deploypipe.search.reach import find_reach, reach_text
+from deploypipe.search.allocation.feasibility import find_reach, reach_text
+from deploypipe.search.allocation.proposer import Proposer, cut_of
+from deploypipe.search.allocation.solver import Emphasis
 
 PLAIN = {
     "fill": 1.0,

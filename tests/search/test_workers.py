@@ -14,10 +14,10 @@ from tempfile import TemporaryDirectory
 import pytest
 from studies import Evaluator, run
 
-from deploypipe.jsonio import from_json, to_json
+from deploypipe.files.json_records import from_json, to_json
 from deploypipe.recipe import Search
 from deploypipe.records import SearchResult
-from deploypipe.search.storage import Storage
+from deploypipe.search.distributed.study_storage import Storage
 
 pgserver = pytest.importorskip("pgserver", reason="a PostgreSQL of the tests' own needs pgserver")
 

@@ -4,9 +4,9 @@ from pathlib import Path
 import tiny
 
 from deploypipe.recipe import Recipe
-from deploypipe.runs import open_run
-from deploypipe.stages import analysis, searching
-from deploypipe.stages.job import Job
+from deploypipe.runs.store import open_run
+from deploypipe.stages import profile, search
+from deploypipe.stages.context import Job
 from deploypipe.target import Target
 
 
@@ -16,8 +16,8 @@ def test_accuracies_are_those_of_one_network_data_and_repair_whatever_the_target
     def folder(recipe: Recipe, target: Target, source: str = "") -> Path:
         with open_run(tmp_path) as run:
             job = Job(dense, splits, tiny.task(), recipe, target, run, source)
-            analysis.observe(job, analysis.structures(job))
-            return searching.known_accuracies(job).folder
+            profile.observe(job, profile.structures(job))
+            return search.known_accuracies(job).folder
 
     recipe, target = tiny.recipe(), tiny.target(latency_p50="0.5x")
     own = folder(recipe, target)

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from deploypipe.recipe import Finetune
-from deploypipe.runtimes.machine import Machine
-from deploypipe.training import precision
-from deploypipe.training.precision import native_precision, with_precision
+from deploypipe.runtimes.this_machine import Machine
+from deploypipe.training import training_precision
+from deploypipe.training.training_precision import native_precision, with_precision
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_auto_goes_by_what_the_processor_has(
     architecture: str, features: set[str], capability: str, expected: str, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     machine = Machine(system="Linux", architecture=architecture, cpu_features=frozenset(features))
-    monkeypatch.setattr(precision, "this_machine", lambda: machine)
+    monkeypatch.setattr(training_precision, "this_machine", lambda: machine)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     found, why = native_precision()

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from deploypipe.networks.model_wrappers import unwrapped
 from deploypipe.observe.moments import Moments
 from deploypipe.recipe import BlockMi, BlockScorer, LogitDivergence, Mpruner
 from deploypipe.records import BlockRanking, Structures
@@ -12,7 +13,6 @@ from deploypipe.scoring.blocks.block_mi import rank_by_information
 from deploypipe.scoring.blocks.logit_divergence import rank_by_divergence
 from deploypipe.scoring.blocks.mpruner import rank_by_similarity
 from deploypipe.task import Batch
-from deploypipe.wrappers import unwrapped
 
 RankFunction = Callable[[nn.Module, Structures, Moments, Iterable[Batch], Any, int], BlockRanking]
 

@@ -17,7 +17,7 @@ from deploypipe.numerics.block_information import principal_rows, redundancy
 from deploypipe.observe.moments import Moments
 from deploypipe.recipe import BlockMi
 from deploypipe.records import BlockRanking, Names, Structures
-from deploypipe.scoring.blocks.families import families
+from deploypipe.scoring.blocks.block_families import families
 from deploypipe.task import Batch
 
 Lost = Callable[[Names], float]  # what removing a run of neighbouring blocks loses

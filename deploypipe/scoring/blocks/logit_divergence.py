@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deploypipe.answers import of_classes
+from deploypipe.distillation_loss import of_classes
 from deploypipe.errors import DataError
 from deploypipe.observe.moments import Moments
-from deploypipe.pruning.apply import check_fingerprint, cut_out
-from deploypipe.pruning.plan import empty_plan
-from deploypipe.pruning.repair import repair
+from deploypipe.pruning.repair.least_squares_repair import repair
+from deploypipe.pruning.surgery.apply_plan import check_fingerprint, cut_out
+from deploypipe.pruning.surgery.plan import empty_plan
 from deploypipe.recipe import LogitDivergence
 from deploypipe.records import BlockRanking, Structures
 from deploypipe.task import Batch, evaluating, forward, num_samples, take_calib

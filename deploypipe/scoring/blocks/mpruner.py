@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from deploypipe.observe.moments import Moments
 from deploypipe.recipe import Mpruner
 from deploypipe.records import BlockRanking, Names, Structures
-from deploypipe.scoring.blocks.families import families
+from deploypipe.scoring.blocks.block_families import families
 from deploypipe.task import Batch
 
 

@@ -1,0 +1,52 @@
+"""The process whose memory is measured: `memory_child.py SETTINGS MODEL INPUTS.npz` writes KiB to stdout.
+
+SETTINGS is JSON: "target", the fields of the `Target` that its runtime is made with, and "trust_program".
+
+Started by its path and importing no torch, so that the runtime is all that is resident before the model is loaded.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from deploypipe.runtimes import make_runtime
+from deploypipe.target import Target
+from deploypipe.untrusted_files.limited_process import end_with_parent
+
+_NUM_RUNS = 3  # the arena may still grow in the second
+
+
+def main(settings: str, model: str, inputs: str) -> int:
+    """KiB of resident memory that loading and running `model` adds at its peak."""
+    given = json.loads(settings)
+    target = Target(**given["target"])
+    with np.load(inputs) as archive:
+        batch = {name: archive[name] for name in archive.files}
+    _reset_peak()
+    before = _status("VmRSS")
+    with make_runtime(target, trust_program=given["trust_program"]).open(
+        Path(model), num_threads=target.num_threads
+    ) as session:
+        for _ in range(_NUM_RUNS):
+            session.run(batch)
+        return max(0, _status("VmHWM") - before)
+
+
+def _reset_peak() -> None:
+    """Bring VmHWM down to the memory held now (proc(5), clear_refs)."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _status(key: str) -> int:
+    """A field of /proc/self/status, in KiB."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1])
+    raise OSError(f"/proc/self/status has no {key}")
+
+
+if __name__ == "__main__":
+    end_with_parent()
+    sys.stdout.write(f"{main(*sys.argv[1:])}\n")

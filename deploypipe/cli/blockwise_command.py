@@ -1,0 +1,69 @@
+"""Prune a network that does not fit into memory twice."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deploypipe.cli.app import PipelineArgument, SetOption, app
+from deploypipe.cli.arguments import split_settings
+from deploypipe.cli.terminal import exit_codes, say, shown_stages
+from deploypipe.files.json_records import override
+from deploypipe.records import Event
+
+_STAGE = "blocks"
+
+
+@app.command(epilog="Example: deploypipe blockwise my_llama model.safetensors.index.json --kept 0.75")
+def blockwise(
+    pipeline: PipelineArgument,
+    weights: Annotated[
+        Path, typer.Argument(metavar="WEIGHTS", help="A .safetensors file, or the .index.json of several.")
+    ],
+    kept: Annotated[float, typer.Option(metavar="SHARE", help="Of every group of units and heads in the blocks.")],
+    out: Annotated[Path | None, typer.Option(help="Folder. Default: runs/PIPELINE-blockwise.")] = None,
+    channel_multiple: Annotated[int, typer.Option(min=1, help="Widths stay multiples of it.")] = 1,
+    block: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Blocks in order, once each. Default: the longest list of equal modules."),
+    ] = None,
+    set_: SetOption = None,
+) -> None:
+    """Prune the blocks of PIPELINE's network one after the other, where the whole does not fit into memory twice.
+
+    Weights are read from their file, block by block; those that build_model() loads are not. One share for every
+    group; no search, fine-tuning or export. A command that was interrupted goes on where it stopped. Afterwards, in
+    Python: deploypipe.load_pruned(FOLDER, build_model).
+    """
+    with exit_codes():
+        settings = split_settings(set_ or [], targets=False)
+        from deploypipe.blockwise import prune_blockwise  # late: brings torch, which `--help` need not wait for
+        from deploypipe.task import take_calib
+        from deploypipe.user_pipeline import load_pipeline
+
+        loaded = load_pipeline(pipeline, settings["pipeline"])
+        recipe = override(loaded.recipe(), settings["recipe"])
+        folder = out or Path("runs") / f"{loaded.name}-blockwise"
+        with shown_stages((_STAGE,)) as notify:
+            notify(Event(stage=_STAGE, message="start"))
+
+            def tell(event: Event) -> None:
+                notify(event)
+                notify(replace(event, message=f"NOTE: {event.message}"))
+
+            result = prune_blockwise(
+                loaded.build_model,
+                weights,
+                take_calib(loaded.load_data().calib, max(recipe.observe.num_samples, recipe.repair.num_samples)),
+                folder,
+                recipe,
+                kept=kept,
+                channel_multiple=channel_multiple,
+                blocks=tuple(block or ()),
+                notify=tell,
+            )
+            notify(Event(stage=_STAGE, message="done"))
+        share = result.params_after / result.params_before
+        say(f"parameters  {result.params_before:,} -> {result.params_after:,} ({share:.3f}x)")
+        say(f"folder      {folder}")

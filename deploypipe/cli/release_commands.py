@@ -1,0 +1,273 @@
+"""Decide, release, promote, check: what a CI job calls after a run."""
+
+import os
+import sys
+from enum import StrEnum
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deploypipe.cli.app import AllowOption, MemoryLimit, RunArgument, TimeLimit, app
+from deploypipe.cli.terminal import (
+    EXIT_DIFFERENT,
+    EXIT_HOLD,
+    exit_code,
+    exit_codes,
+    say,
+    show_checks,
+    show_decision,
+    show_next_steps,
+    show_table,
+)
+from deploypipe.errors import ConfigError, DeploypipeError, NoVersionError
+from deploypipe.files.json_records import to_json
+from deploypipe.records import Verdict
+from deploypipe.runs.store import RESULT, RunResult, load_result, write_atomically
+from deploypipe.untrusted_files.limited_process import ProcessLimits
+
+_PUBLIC_KEY = "PEM of the public key that the bundle has to be signed with."
+_REGISTRY = "Folder of bundles and their aliases, s3://... (or another store), or `models:`, the MLflow server in use."
+
+
+@app.command(epilog="Example: deploypipe gate runs/digits-x86_cpu --baseline registry/digits-x86_cpu@production")
+def gate(
+    run: RunArgument,
+    baseline: Annotated[
+        str | None, typer.Option(help="Bundle released before: its folder, REGISTRY/NAME@ALIAS, or models:/NAME@ALIAS.")
+    ] = None,
+    registry: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead of --baseline: what --alias means here for this pipeline and target, if anything yet."
+        ),
+    ] = None,
+    alias: Annotated[str, typer.Option(help="See --registry.")] = "production",
+    key: Annotated[
+        Path | None, typer.Option(help="PEM of the public key that the baseline has to be signed with.")
+    ] = None,
+    waivers: Annotated[Path | None, typer.Option(help="TOML file of waivers; README.md shows one.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the decision as JSON.")] = False,
+    markdown: Annotated[Path | None, typer.Option(help="Write it as Markdown, for a pull request.")] = None,
+    junit: Annotated[Path | None, typer.Option(help="Write it as JUnit XML, a test case for each check.")] = None,
+    _allow: AllowOption = False,
+) -> None:
+    """Decide again about a finished run: exit 0 SHIP, 1 HOLD, 2 error. The run remembers the decision.
+
+    With --baseline the run must not be worse than what was released before: both files are timed in turns on this
+    machine, and compared on the same test samples. A waiver says which check need not pass, why, who says so, and from
+    when (granted) to when (expires).
+    """
+    with exit_codes():
+        result = load_result(run)
+        from datetime import UTC, datetime
+
+        from deploypipe.release.baseline_comparison import compare_with_baseline
+        from deploypipe.release.bundle import check_run
+        from deploypipe.release.ci_reports import junit as as_junit
+        from deploypipe.release.ci_reports import markdown as as_markdown
+        from deploypipe.release.decide_again import decide_again
+        from deploypipe.release.waivers import load_waivers
+
+        check_run(run)
+        excused = load_waivers(waivers) if waivers else ()
+        before = _find_baseline(result, baseline, registry, alias, key)
+        compared = compare_with_baseline(run, result, before) if before else None
+        result = decide_again(run, result, compared, excused, datetime.now(UTC))
+        for path, text in ((markdown, as_markdown), (junit, as_junit)):
+            if path:
+                write_atomically(path, text(result).encode())
+        if json:
+            say(to_json(result.decision))
+        else:
+            show_decision(result.decision)
+            show_next_steps(result)
+    raise typer.Exit(exit_code(result.decision))
+
+
+def _find_baseline(
+    result: RunResult, baseline: str | None, registry: str | None, alias: str, key: Path | None
+) -> Path | None:
+    """The bundle to compare with; a registry that has none yet is told of."""
+    from deploypipe.release.bundle import bundle_name
+    from deploypipe.release.registries.registry import resolve
+    from deploypipe.release.signing import check_signature
+    from deploypipe.text.masked_addresses import masked_reference
+
+    if baseline and registry:
+        raise ConfigError("--registry", "", "is given together with --baseline", "give one of them")
+    if not (baseline or registry):
+        return None
+    reference = baseline or f"{str(registry).rstrip('/')}/{bundle_name(result)}@{alias}"
+    try:
+        found = resolve(reference)
+    except NoVersionError:
+        if baseline:
+            raise
+        say(
+            f"note: {masked_reference(reference)} does not exist yet: there is nothing to compare with", file=sys.stderr
+        )
+        return None
+    if key:
+        check_signature(found, key)
+    return found
+
+
+@app.command(epilog="Example: deploypipe release runs/digits-x86_cpu --out bundles --key private.pem")
+def release(
+    run: RunArgument,
+    out: Annotated[Path, typer.Option(help="The bundle becomes a folder in here, named by its content.")] = Path(
+        "bundles"
+    ),
+    key: Annotated[Path | None, typer.Option(help="PEM of the private key (elliptic curve) to sign it with.")] = None,
+    certificate: Annotated[
+        list[Path] | None, typer.Option(help="PEM of the key's certificate, then of those up to the root.")
+    ] = None,
+    sigstore: Annotated[
+        bool,
+        typer.Option("--sigstore", help="Sign without a key: by the CI job's identity, or yours, in a public log."),
+    ] = False,
+) -> None:
+    """Write the bundle of a RUN that ships: model, golden samples, plan, report, card, bill of materials, provenance.
+
+    The gate decides again, with what is recorded and today's date: a waiver may have run out, or the measurements be
+    too old. The same run gives the same bytes. A run on HOLD is not released (exit 1).
+    """
+    with exit_codes():
+        if certificate and not key:
+            raise ConfigError("--certificate", "", "is given without --key", "add the private key it belongs to")
+        if sigstore and key:
+            raise ConfigError("--sigstore", "", "is given together with --key", "give one of them")
+        from datetime import UTC, datetime
+
+        from deploypipe.release import signing
+        from deploypipe.release.bundle import release as write_bundle
+        from deploypipe.release.decide_again import decide_today
+
+        sign = signing.sign_keyless if sigstore else None
+        if key:
+            sign = partial(signing.sign, private_key=key, certificates=tuple(certificate or ()))
+
+        now = datetime.now(UTC)
+        decision = decide_today(run, load_result(run), now)
+        if decision.verdict is Verdict.SHIP:
+            say(write_bundle(run, out, sign=sign, now=now))
+            return
+        show_decision(decision)
+    raise typer.Exit(EXIT_HOLD)
+
+
+@app.command(epilog="Example: deploypipe promote bundles/digits-x86_cpu-0123456789ab --alias production")
+def promote(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder that `deploypipe release` wrote.")],
+    registry: Annotated[str, typer.Option(help=_REGISTRY)] = "registry",
+    alias: Annotated[str, typer.Option(help="Word that is to mean this version from now on.")] = "production",
+    key: Annotated[Path | None, typer.Option(help=_PUBLIC_KEY)] = None,
+) -> None:
+    """Put BUNDLE into a registry as a new version, unless it is there, and let an alias point to it."""
+    with exit_codes():
+        from deploypipe.release.manifest import check_manifest
+        from deploypipe.release.registries.registry import promote as put
+        from deploypipe.release.signing import check_signature
+        from deploypipe.text.masked_addresses import masked
+
+        if key:
+            check_signature(bundle, key)
+        number = put(bundle, registry, alias)
+        name = check_manifest(bundle).name
+        say(f"{masked(registry).rstrip('/')}/{name}@{alias} is version {number}")
+
+
+class Layout(StrEnum):
+    triton = "triton"
+    oci = "oci"
+
+
+@app.command(epilog="Example: deploypipe layout bundles/digits-x86_cpu-0123456789ab --as triton --out model_repository")
+def layout(
+    bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="A bundle's folder, or REGISTRY/NAME@ALIAS.")],
+    form: Annotated[
+        Layout,
+        typer.Option(
+            "--as",
+            help="triton: a model in a Triton server's repository; oci: an artifact for container registries.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="A folder for it is made in here.")],
+    key: Annotated[Path | None, typer.Option(help=_PUBLIC_KEY)] = None,
+) -> None:
+    """Write BUNDLE as a server or a registry takes it."""
+    with exit_codes():
+        from deploypipe.release.oci_layout import write_oci
+        from deploypipe.release.registries.registry import resolve
+        from deploypipe.release.signing import check_signature
+        from deploypipe.release.triton_repository import write_triton
+
+        folder = resolve(bundle)
+        if key:
+            check_signature(folder, key)
+        say((write_triton if form is Layout.triton else write_oci)(folder, out))
+
+
+@app.command(epilog="Exit codes: 0 the same, 1 different, 2 unusable. Example: deploypipe verify runs/digits-x86_cpu")
+def verify(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="A bundle, REGISTRY/NAME@ALIAS, or a finished run.")],
+    key: Annotated[Path | None, typer.Option(help=_PUBLIC_KEY)] = None,
+    root: Annotated[
+        list[Path] | None, typer.Option(help="PEM of a root certificate that the signer's has to come from.")
+    ] = None,
+    identity: Annotated[
+        str | None, typer.Option(help="Who signed by Sigstore: an e-mail address, or the address of a workflow.")
+    ] = None,
+    issuer: Annotated[
+        str, typer.Option(help="OpenID Connect issuer that vouched for --identity.")
+    ] = "https://token.actions.githubusercontent.com",
+    latency: Annotated[
+        bool, typer.Option("--latency", help="Time the model, and compare with what was approved (bundles only).")
+    ] = False,
+    _allow: AllowOption = False,
+    time_limit: TimeLimit = 120.0,
+    memory_limit: MemoryLimit = None,
+) -> None:
+    """Check signature and hashes of what is in DIR, before anything is parsed, and replay the samples beside it.
+
+    Where only numpy and onnxruntime are installed: python -m deploypipe.verify DIR
+    """
+    with exit_codes():
+        from deploypipe.release.bundle import check_run
+        from deploypipe.release.manifest import MANIFEST, check_manifest
+        from deploypipe.release.registries.registry import is_remote, resolve
+        from deploypipe.release.signing import check_keyless, check_signature
+        from deploypipe.verify import HEADER, cells
+        from deploypipe.verify import verify as replay
+
+        is_reference = is_remote(folder) or ("@" in folder and not Path(folder).exists())
+        path = resolve(folder) if is_reference else Path(folder)
+        if key or root:
+            check_signature(path, key, tuple(root or ()))
+        if identity:
+            check_keyless(path, identity, issuer)
+        is_bundle = os.path.lexists(path / MANIFEST)  # also what only looks like one
+        if is_bundle:
+            manifest = check_manifest(path)
+            signed = "signed and unchanged" if key or root or identity else "unchanged; its signature was not checked"
+            say(f"{manifest.name}, {len(manifest.files)} files, {signed}")
+        elif os.path.lexists(path / RESULT):
+            check_run(path)
+        verification = replay(path, ProcessLimits(seconds=time_limit, memory_mib=memory_limit))
+        show_table(f"Golden samples in {path}", HEADER, cells(verification))
+        listed = {entry.name for entry in manifest.files} | {MANIFEST} if is_bundle else set()
+        for note in verification.notes if not listed else ():
+            say(f"note: {note}")
+        is_same = verification.is_same
+        if latency:
+            if not is_bundle:
+                raise DeploypipeError(f"{path}: is no bundle, so no latency was approved; leave --latency out")
+            from deploypipe.release.baseline_comparison import check_approved_latency
+
+            check = check_approved_latency(path)
+            show_checks([check])
+            is_same = is_same and check.is_settled
+    if not is_same:
+        raise typer.Exit(EXIT_DIFFERENT)

@@ -1,0 +1,300 @@
+"""What conversions to half precision and to 8 bits share: a plain graph to work on, and how far a candidate is off."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.inliner
+import onnxruntime
+import torch
+from onnxruntime.capi import onnxruntime_pybind11_state as errors
+
+from deploypipe.errors import DataError, ModelError
+from deploypipe.export.onnx_export.file_metadata import PREFIX
+from deploypipe.numerics.output_differences import difference
+from deploypipe.records import ModelFile, Parity
+from deploypipe.runs.store import file_sha256
+from deploypipe.runtimes import Array
+from deploypipe.runtimes.named_arrays import feed
+from deploypipe.runtimes.onnxruntime import OnnxRuntime, OnnxSession
+from deploypipe.task import Batch, batch_size_of
+from deploypipe.untrusted_files.onnx_file_check import check_onnx_file
+
+FLOAT, HALF = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
+Feed = dict[str, Array]
+Outputs = list[list[Array]]  # outputs[batch][output]
+
+_CANNOT_RUN = (
+    errors.Fail,
+    errors.InvalidArgument,
+    errors.InvalidGraph,
+    errors.InvalidProtobuf,
+    errors.NotImplemented,
+    errors.RuntimeException,
+)
+_MAX_BYTES = 1_900_000_000  # one protobuf message ends at 2 GiB
+_MAX_BYTES_AT_ONCE = 256 * 2**20  # of inner tensors
+_ERRORS_ONLY = 3
+
+
+def load_float(path: Path) -> onnx.ModelProto:
+    """The file's graph, made plain: constants folded, batch norms in their convolutions, no functions, every node with
+    a name of its own, and every tensor's type known. It computes what the file computes.
+
+    ModelError where the file is absent, broken, or already of another precision.
+    """
+    check_onnx_file(path)
+    try:
+        proto = onnx.load(path)
+        onnx.checker.check_model(proto)
+        proto = onnx.inliner.inline_local_functions(proto)
+    except (onnx.checker.ValidationError, ValueError) as error:
+        raise ModelError(f"{path}: is no valid ONNX file ({_first_line(error)}); export the model again") from error
+    if any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in proto.graph.node):
+        raise ModelError(f"{path}: is quantised already; convert the fp32 file it was made from")
+    if any(weight.data_type == HALF for weight in proto.graph.initializer):
+        raise ModelError(f"{path}: holds half-precision weights already; convert the fp32 file it was made from")
+    if proto.ByteSize() > _MAX_BYTES:
+        raise ModelError(
+            f"{path}: takes {proto.ByteSize() / 1e9:.2f} GB and a graph that is worked on holds {_MAX_BYTES / 1e9} GB; "
+            "ask for a smaller network with budget.params"
+        )
+    metadata = list(proto.metadata_props)
+    _drop_weight_inputs(proto.graph)
+    _name_nodes(proto.graph, set())
+    proto = folded(proto, path)
+    _name_nodes(proto.graph, set())  # folding makes nodes of its own
+    proto = onnx.shape_inference.infer_shapes(proto)
+    del proto.metadata_props[:]
+    proto.metadata_props.extend(metadata)
+    return proto
+
+
+def _drop_weight_inputs(graph: onnx.GraphProto) -> None:
+    """Old files list their weights among the inputs, as defaults; then nothing may be folded or take their place."""
+    weights = {weight.name for weight in graph.initializer}
+    for value in [value for value in graph.input if value.name in weights]:
+        graph.input.remove(value)
+
+
+def folded(proto: onnx.ModelProto, path: Path) -> onnx.ModelProto:
+    """`proto` after onnxruntime's basic optimisations, unless they bring operators that are not ONNX's own.
+
+    Weights that are split or transposed before a product become plain weights, which can be in 8 bits.
+    """
+    return fold(proto, path)[0]
+
+
+def fold(proto: onnx.ModelProto, path: Path) -> tuple[onnx.ModelProto, OnnxSession]:
+    """What `folded` gives, and a session that computes it; one that takes little time to open and much to run."""
+    with TemporaryDirectory() as scratch:
+        plain_path = Path(scratch) / "plain.onnx"
+        options = _session_options(onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC)
+        options.optimized_model_filepath = str(plain_path)
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        session = _open(proto, options, path)
+        plain = onnx.load(plain_path)
+    used = {node.domain for node in plain.graph.node}
+    if used <= {node.domain for node in proto.graph.node}:
+        opsets = [o for o in plain.opset_import if o.domain in used or o.domain == ""]
+        del plain.opset_import[:]
+        plain.opset_import.extend(opsets)
+        plain.producer_name, plain.producer_version = proto.producer_name, proto.producer_version
+        proto = plain
+    return proto, OnnxSession.around(session, path)
+
+
+def _name_nodes(graph: onnx.GraphProto, taken: set[str]) -> None:
+    for node in graph.node:
+        base, number = node.name or node.op_type, 2
+        node.name = base
+        while node.name in taken:
+            node.name, number = f"{base}_{number}", number + 1
+        taken.add(node.name)
+        for inner in subgraphs(node):
+            _name_nodes(inner, taken)
+
+
+def subgraphs(node: onnx.NodeProto) -> list[onnx.GraphProto]:
+    """The branches or the body of a control flow node."""
+    return [graph for a in node.attribute for graph in ([a.g] if a.HasField("g") else a.graphs)]
+
+
+def opset_of(proto: onnx.ModelProto) -> int:
+    """The version of ONNX's own operators."""
+    return next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), 0)
+
+
+def types_of(graph: onnx.GraphProto) -> dict[str, int]:
+    """The element type of every tensor of the graph whose type is known, but not of its nodes' subgraphs."""
+    values = (*graph.input, *graph.output, *graph.value_info)
+    types: dict[str, int] = {value.name: value.type.tensor_type.elem_type for value in values}
+    return types | {weight.name: weight.data_type for weight in graph.initializer}
+
+
+def copy_of(proto: onnx.ModelProto) -> onnx.ModelProto:
+    other = onnx.ModelProto()
+    other.CopyFrom(proto)
+    return other
+
+
+def feeds_of(batches: Iterable[Batch], proto: onnx.ModelProto) -> list[Feed]:
+    """The batches as named arrays; DataError without a sample, or where they lack an input."""
+    names = [value.name for value in proto.graph.input]
+    inputs = [feed(inputs, names) for inputs, _ in batches]
+    if num_samples_of(inputs) == 0:
+        raise DataError("no samples to convert the file with; return batches as `calib` from load_data()")
+    return inputs
+
+
+def take_feeds(inputs: Sequence[Feed], count: int, start: int = 0) -> list[Feed]:
+    """The `count` samples from `start` on, in their own batches; fewer where there are fewer."""
+    taken, seen = [], 0
+    for batch in inputs:
+        size = num_samples_of([batch])
+        first, last = max(start - seen, 0), min(start + count - seen, size)
+        if first < last:
+            taken.append(
+                {
+                    name: a[first:last] if a.ndim and len(a) == size else a for name, a in batch.items()
+                }  # see num_samples
+            )
+        seen += size
+    return taken
+
+
+def num_samples_of(inputs: Sequence[Feed]) -> int:
+    return sum(batch_size_of([array.shape for array in batch.values()]) or 0 for batch in inputs)
+
+
+def run_file(path: Path, inputs: Sequence[Feed]) -> Outputs:
+    """A file's outputs on the CPU, in onnxruntime; DataError where the inputs do not fit it or the outputs are not
+    finite."""
+    with OnnxRuntime().open(path, num_threads=torch.get_num_threads()) as session:
+        outputs = [session.run(batch) for batch in inputs]
+        names = session.output_names
+    for arrays in outputs:
+        for name, array in zip(names, arrays, strict=True):
+            if array.dtype.kind == "f" and not np.isfinite(array).all():
+                raise DataError(f"{path}: output {name!r} holds NaN or infinity on these samples; check the inputs")
+    return outputs
+
+
+def compare_file(path: Path, inputs: Sequence[Feed], expected: Outputs, *, is_plain: bool = False) -> Parity:
+    """How far a candidate's outputs are from `expected`; NaN errors where they are not finite. is_plain: computed in
+    float between the roundings, not by this machine's 8-bit kernels."""
+    with OnnxRuntime(is_plain=is_plain).open(path, num_threads=torch.get_num_threads()) as session:
+        return _difference(expected, [session.run(batch) for batch in inputs])
+
+
+def compare_graph(proto: onnx.ModelProto, inputs: Sequence[Feed], expected: Outputs, path: Path) -> Parity:
+    """As `compare_file`, every node run as it stands; errors name `path`, which the graph was made from."""
+    session = _open(proto, _session_options(onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL), path)
+    return _difference(expected, [_run(session, None, batch, path) for batch in inputs])
+
+
+def _difference(expected: Outputs, seen: Outputs) -> Parity:
+    with np.errstate(invalid="ignore", over="ignore"):  # candidates may be infinite; the figures tell it
+        return difference(expected, seen)
+
+
+def read_tensors(
+    proto: onnx.ModelProto, names: Sequence[str], inputs: Sequence[Feed], path: Path
+) -> Iterator[dict[str, Array]]:
+    """Inner tensors of the graph by name, a few samples at a time: as many as 256 MiB hold."""
+    typed = {value.name: value for value in (*proto.graph.value_info, *proto.graph.input)}
+    probe = copy_of(proto)
+    present = {value.name for value in proto.graph.output}
+    probe.graph.output.extend(typed.get(n, onnx.ValueInfoProto(name=n)) for n in names if n not in present)
+    session = _open(probe, _session_options(onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL), path)
+    at_once = 1
+    for batch in inputs:
+        start = 0
+        while start < num_samples_of([batch]):
+            part = {name: array[start : start + at_once] for name, array in batch.items()}
+            arrays = dict(zip(names, _run(session, list(names), part, path), strict=True))
+            yield arrays
+            start += at_once
+            num_bytes = sum(array.nbytes for array in arrays.values()) // num_samples_of([part])
+            at_once = max(1, _MAX_BYTES_AT_ONCE // max(1, num_bytes))
+
+
+def _session_options(level: Any) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = level
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.inter_op_num_threads = 1
+    options.log_severity_level = _ERRORS_ONLY
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
+
+
+def _open(proto: onnx.ModelProto, options: Any, path: Path) -> Any:
+    try:
+        return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except _CANNOT_RUN as error:
+        raise ModelError(f"{path}: onnxruntime cannot run it ({_first_line(error)}); export the model again") from error
+
+
+def _run(session: Any, names: list[str] | None, inputs: Feed, path: Path) -> list[Array]:
+    try:
+        return list(session.run(names, inputs))
+    except (*_CANNOT_RUN, ValueError) as error:
+        seen = ", ".join(f"{name} {value.dtype}{list(value.shape)}" for name, value in inputs.items())
+        raise DataError(f"{path}: cannot run on {seen} ({_first_line(error)}); give batches of its inputs") from error
+
+
+def fewest(order: Sequence[str], holds: Callable[[frozenset[str]], bool]) -> frozenset[str]:
+    """The shortest beginning of `order` with which `holds` is true; all of it where none shorter does.
+
+    By bisection: `holds` is called about log2(len(order)) times, and should not become false as more are added.
+    """
+    low, high = 0, len(order)
+    while low < high:
+        middle = (low + high) // 2
+        if holds(frozenset(order[:middle])):
+            high = middle
+        else:
+            low = middle + 1
+    return frozenset(order[:high])
+
+
+@contextmanager
+def scratch_beside(out: Path) -> Iterator[Path]:
+    """A folder on the file system of `out`, gone afterwards: what is made there can be moved to `out` at once."""
+    with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
+        yield Path(folder)
+
+
+def write(proto: onnx.ModelProto, path: Path, precision: str) -> None:
+    """The graph as a file that says its precision. The same graph gives the same bytes."""
+    final = copy_of(proto)
+    del final.graph.value_info[:]
+    metadata = {entry.key: entry.value for entry in final.metadata_props} | {f"{PREFIX}precision": precision}
+    del final.metadata_props[:]
+    onnx.helper.set_model_props(final, dict(sorted(metadata.items())))
+    path.write_bytes(final.SerializeToString(deterministic=True))
+
+
+def place(part: Path, out: Path, proto: onnx.ModelProto, precision: str, parity: Parity) -> ModelFile:
+    """Move a finished file to `out`, and its record; `parity` is against the fp32 file."""
+    part.replace(out)
+    return ModelFile(
+        path=out.name,
+        sha256=file_sha256(out),
+        size_bytes=out.stat().st_size,
+        precision=precision,
+        opset=opset_of(proto),
+        max_abs_error=parity.max_abs_error,
+        input_names=tuple(i.name for i in proto.graph.input),
+        output_names=tuple(o.name for o in proto.graph.output),
+        parity=parity,
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]

@@ -1,0 +1,197 @@
+"""Records to JSON and back, and from TOML, as strict as a type checker. The only importer of pydantic."""
+
+import json
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from pydantic import TypeAdapter, ValidationError
+
+from deploypipe.errors import ConfigError
+from deploypipe.text import strict_json
+from deploypipe.text.field_bounds import shown
+
+_MAX_TOML_BYTES = 2**20
+_MAX_DOTS = 1_000
+T = TypeVar("T")
+
+
+# By a record's type, made once: that takes longer than to read a record.
+_adapter: Callable[[Any], Any] = cache(TypeAdapter)
+
+
+class _NotToml(ConfigError):
+    """A text that is not TOML at all, rather than TOML that no setting takes."""
+
+
+def to_plain(record: object) -> Any:
+    """A record as JSON-ready dicts, lists, strings and numbers."""
+    return _adapter(type(record)).dump_python(record, mode="json")
+
+
+def to_json(record: object) -> str:
+    """A record as canonical JSON: sorted keys, so that equal records give equal bytes."""
+    return strict_json.dumps(to_plain(record))
+
+
+def from_json(record_type: type[T], text: str | bytes, source: str) -> T:
+    """JSON -> record. Unknown keys and wrong types raise ConfigError naming `source`, key, value and remedy."""
+    try:
+        plain = strict_json.loads_any_float(text)
+    except ValueError as error:
+        raise ConfigError(source, "", f"is not JSON ({error})", "check the path, or write the file again") from None
+    return from_plain(record_type, plain, source)
+
+
+def from_plain(record_type: type[T], value: object, source: str) -> T:
+    """Plain data (parsed TOML, say) -> record, checked like `from_json`."""
+    try:
+        text = json.dumps(value, default=str)  # pydantic is strict about JSON's types, and reads tuples from lists
+        record: T = _adapter(record_type).validate_json(text, strict=True, extra="forbid")
+        return record
+    except ValidationError as error:
+        raise _explain(error, source, record_type) from None
+    except RecursionError:
+        raise ConfigError(source, "", "is nested too deeply", f"write at most {strict_json.MAX_DEPTH} levels") from None
+    except ValueError as error:
+        raise ConfigError(source, "", f"cannot be written ({_one_line(error)})", "write plainer values") from None
+
+
+def checked(record: T, source: str) -> T:
+    """A record that Python code made, with every type and bound checked as if it had come from a file."""
+    try:
+        plain = _adapter(type(record)).dump_python(record, mode="json", warnings="none")
+    except (ValueError, TypeError, AttributeError) as error:  # pydantic's own class is the first
+        raise ConfigError(source, "", f"holds what no setting takes ({_one_line(error)})", "correct it") from None
+    return from_plain(type(record), plain, source)
+
+
+def load_toml(record_type: type[T], path: Path) -> T:
+    """A TOML file -> record, checked like `from_json`."""
+    return from_plain(record_type, read_toml(path), str(path))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A TOML file as plain data; ConfigError where it is absent, not TOML, or holds what no setting takes.
+
+    A byte order mark at its start is skipped, as some editors write one.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise ConfigError(str(path), "", "is not a file", "give the path of a TOML file")
+        with path.open("rb") as stream:
+            content = stream.read(_MAX_TOML_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(str(path), "", f"cannot be read ({error.strerror})", "check the path") from None
+    except ValueError as error:  # a NUL in the path
+        raise ConfigError(ascii(str(path)), "", f"is no path ({error})", "check the path") from None
+    if len(content) > _MAX_TOML_BYTES:
+        told = f"has more than {_MAX_TOML_BYTES} bytes"
+        raise ConfigError(str(path), "", told, "settings are far shorter; check the path")
+    try:
+        return _parse_toml(content.decode("utf-8-sig"), str(path))
+    except UnicodeDecodeError as error:
+        raise ConfigError(str(path), "", f"is not UTF-8 (byte {error.start})", "save it as UTF-8") from None
+
+
+def _parse_toml(text: str, source: str, key: str = "") -> dict[str, Any]:
+    """key: where the whole text is the value of one."""
+    if any(line.count(".") > _MAX_DOTS for line in text.splitlines()):  # tomllib takes their number squared
+        raise ConfigError(source, key, f"has a line with more than {_MAX_DOTS} dots", "write shorter keys")
+    try:
+        value = tomllib.loads(text)
+        too_deep = strict_json.is_too_deep(value)
+    except tomllib.TOMLDecodeError as error:
+        raise _NotToml(source, key, f"is not TOML ({_one_line(error)})", "fix the line named") from None
+    except RecursionError:
+        too_deep, value = True, {}
+    except ValueError:  # Python does not read whole numbers of more than some thousand digits
+        raise ConfigError(source, key, "holds a number of thousands of digits", "write a smaller one") from None
+    if too_deep:
+        told = f"nests lists or tables deeper than {strict_json.MAX_DEPTH}"
+        raise ConfigError(source, key, told, "no setting takes them; write fewer brackets") from None
+    if place := strict_json.find_not_finite(value):
+        raise ConfigError(source, key or place, "is not a finite number", "write a number such as 0.5")
+    return value
+
+
+def override(record: T, assignments: Mapping[str, str], source: str = "--set") -> T:
+    """`{"search.num_trials": "10"}` applied to a record. Values are TOML; a bare word is taken as a string."""
+    plain = to_plain(record)
+    for key, text in assignments.items():
+        _assign(plain, key.split("."), parse_setting(text, key, source), key, source)
+    return from_plain(type(record), plain, source)
+
+
+def parse_setting(text: str, key: str, source: str = "--set") -> Any:
+    """The value of one `--set KEY=VALUE`: TOML, or the text itself where it is not."""
+    try:
+        found = _parse_toml(f"value = {text}", source, key)
+    except _NotToml:
+        return text
+    if len(found) > 1:  # a line break, and then another key
+        raise ConfigError(source, key, f"{shown(text)} sets more than one value", "write one --set for each")
+    return found["value"]
+
+
+def _assign(plain: Any, path: Sequence[str], value: Any, key: str, source: str) -> None:
+    parent = plain
+    for name in path[:-1]:
+        parent = parent.get(name) if isinstance(parent, dict) else None
+    if not isinstance(parent, dict):
+        raise ConfigError(source, key, "no such key", f"the keys here are: {', '.join(sorted(plain))}")
+    if path[-1] not in parent and parent is plain:
+        raise ConfigError(source, key, "unknown key", f"the keys here are: {', '.join(sorted(plain))}")
+    if path[-1] == "kind":  # another variant: its fields start from their defaults
+        parent.clear()
+    parent[path[-1]] = value
+
+
+def _explain(error: ValidationError, source: str, record_type: type[object]) -> ConfigError:
+    problem = _most_telling(error)
+    classes = _adapter(record_type).json_schema().get("$defs", {})
+    place = [str(part) for part in problem["loc"]]
+    # Of a union, pydantic adds the class that it tried.
+    key = ".".join(part for number, part in enumerate(place) if not number or part not in classes)
+    if problem["type"] == "json_invalid":
+        return ConfigError(source, key, f"cannot be read ({problem['ctx']['error']})", "write a plainer value")
+    if problem["type"] == "unexpected_keyword_argument":
+        siblings = _keys_beside(record_type, problem["loc"])
+        remedy = f"the keys here are: {', '.join(siblings)}" if siblings else "remove it or check the spelling"
+        return ConfigError(source, key, "unknown key", remedy)
+    if problem["type"] == "literal_error" and problem["loc"][-1] == "kind":
+        kinds = [p["ctx"]["expected"] for p in error.errors(include_url=False) if p["loc"][-1] == "kind"]
+        return ConfigError(source, key, f"there is no {shown(problem['input'])}", f"write one of {', '.join(kinds)}")
+    message = problem["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    if problem["type"] == "value_error":
+        problem_text, _, remedy = message.partition("; ")
+        return ConfigError(source, key, problem_text, remedy or "change the value")
+    if problem["type"] == "missing_keyword_only_argument" or problem["type"] == "missing":
+        return ConfigError(source, key, "is missing", "add it")
+    return ConfigError(source, key, f"{shown(problem['input'])} does not fit", message[0].lower() + message[1:])
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _most_telling(error: ValidationError) -> Any:
+    """Of a union, the variant whose `kind` was right has something to say; the others only say that it was wrong."""
+    problems = error.errors(include_url=False)
+    wrong_kind = {p["loc"][:-1] for p in problems if p["type"] == "literal_error" and p["loc"][-1] == "kind"}
+    telling = [p for p in problems if p["loc"][:-1] not in wrong_kind]
+    return (telling or problems)[0]
+
+
+def _keys_beside(record_type: type[object], place: tuple[int | str, ...]) -> list[str]:
+    """The field names allowed where an unknown key stood."""
+    schema = _adapter(record_type).json_schema()
+    definitions = schema.get("$defs", {})
+    here: Any = schema
+    for part in place[:-1]:
+        here = definitions.get(part) if part in definitions else here.get("properties", {}).get(part, {})
+        if "$ref" in here:
+            here = definitions[cast(str, here["$ref"]).rsplit("/", 1)[-1]]
+    return sorted(here.get("properties", {}))

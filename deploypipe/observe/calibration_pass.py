@@ -1,0 +1,169 @@
+"""One streaming pass over the calibration samples: all that scores and loss curves need, nothing stored."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deploypipe.errors import DataError
+from deploypipe.memory_order import SafeConvolutions
+from deploypipe.networks.model_wrappers import unwrapped
+from deploypipe.observe.collectors import BlockCollector, GradientCollector, InputCollector, Tokens, UnitCollector
+from deploypipe.observe.moments import Moments
+from deploypipe.recipe import Observe
+from deploypipe.records import Event, Progress, Structures, silent
+from deploypipe.task import (
+    Batch,
+    RealTokens,
+    evaluating,
+    find_real_tokens,
+    forward,
+    num_samples,
+    take_batch,
+    take_calib,
+)
+
+
+def observe(
+    model: nn.Module,
+    structures: Structures,
+    batches: Sequence[Batch],
+    settings: Observe,
+    *,
+    loss: Callable[[Any, Any], Tensor] | None = None,
+    real_tokens: RealTokens | None = None,
+    shuffled: bool = False,
+    seed: int = 0,
+    notify: Progress = silent,
+) -> Moments:
+    """Second moments of what every consumer of a prunable group reads, and what blocks and units do.
+
+    One forward pass over at most `settings.num_samples` samples, and with a `loss(outputs, target)` (a mean over the
+    batch) a backward pass for the scores that need derivatives. `shuffled` also pairs what a layer reads with what it
+    writes for another sample, for the null of a score. Padding, as `Task.real_tokens` tells it, does not count in what
+    is drawn from positions or averaged over them. Memory does not grow with the number of samples. The
+    model comes back as it was: hooks removed, training flag restored, buffers untouched (eval mode). Raises DataError
+    for an empty split and for activations that are not finite, naming the layer.
+    """
+    model = unwrapped(model)
+    taken = take_calib(batches, settings.num_samples)
+    modules = dict(model.named_modules())
+    tokens = Tokens()
+    inputs = InputCollector(structures, modules, settings.positions_per_sample, seed, tokens, shuffled=shuffled)
+    units, blocks = UnitCollector(structures, modules, tokens), BlockCollector(structures, tokens)
+    gradients = GradientCollector(structures, modules) if loss is not None else None
+    hooks = inputs.hooks() + units.hooks() + blocks.hooks() + (gradients.hooks() if gradients else [])
+    with (
+        hooked(model, hooks),
+        hooked(model, blocks.pre_hooks(), before=True),
+        evaluating(model),
+        _derivatives(model, loss is not None),
+        SafeConvolutions() if loss is not None else nullcontext(),
+    ):
+        for number, (batch, target) in enumerate(taken, start=1):
+            tokens.real = find_real_tokens(batch, real_tokens)
+            outputs = forward(model, batch)
+            if loss is not None and gradients is not None:
+                (loss(outputs, target) * num_samples(batch)).backward()  # type: ignore[no-untyped-call]
+                gradients.end_batch_()
+            units.end_batch_(target)
+            blocks.end_batch_(num_samples(batch))
+            notify(Event(stage="observe", done=number, total=len(taken)))
+    count = sum(num_samples(batch) for batch, _ in taken)
+    return Moments(
+        num_samples=count,
+        skipped=inputs.skipped,
+        inputs=inputs.moments(),
+        units=units.units(),
+        labels=units.all_labels(),
+        block_hsic=blocks.hsic.total,
+        block_inputs=blocks.block_inputs(),
+        block_outputs=blocks.block_outputs(),
+        shuffled=inputs.shuffled(),
+        gates=gradients.mean_gates(count) if gradients else {},
+        output_fisher=gradients.mean_fisher(count) if gradients else {},
+    )
+
+
+def observe_halves(
+    model: nn.Module,
+    structures: Structures,
+    batches: Sequence[Batch],
+    settings: Observe,
+    *,
+    loss: Callable[[Any, Any], Tensor] | None = None,
+    real_tokens: RealTokens | None = None,
+    shuffled: bool = False,
+    seed: int = 0,
+    notify: Progress = silent,
+) -> tuple[Moments, Moments]:
+    """One pass in two parts: the moments of the odd batches and of the even ones; `merge` makes those of all.
+
+    How much a score changes from one half to the other is its stability. A lone batch is cut in two.
+    """
+    model = unwrapped(model)
+    taken = take_calib(batches, settings.num_samples)
+    if len(taken) == 1:
+        taken = _cut_in_two(taken[0])
+    halves = []
+    for number in (0, 1):
+
+        def tell(event: Event, first: int = number) -> None:
+            notify(Event(stage=event.stage, done=event.done + first * len(taken[::2]), total=len(taken)))
+
+        half = taken[number::2]
+        halves.append(
+            observe(
+                model,
+                structures,
+                half,
+                settings,
+                loss=loss,
+                real_tokens=real_tokens,
+                shuffled=shuffled,
+                seed=2 * seed + number,
+                notify=tell,
+            )
+        )
+    return halves[0], halves[1]
+
+
+@contextmanager
+def hooked(
+    model: nn.Module, hooks: Sequence[tuple[str, Callable[..., Any]]], *, before: bool = False
+) -> Iterator[None]:
+    """Hooks after (or before) the forward of the named modules, removed when the block ends."""
+    modules = dict(model.named_modules())
+    with ExitStack() as stack:
+        for name, hook in hooks:
+            module = modules[name]
+            handle = module.register_forward_pre_hook(hook) if before else module.register_forward_hook(hook)
+            stack.callback(handle.remove)
+        yield
+
+
+@contextmanager
+def _derivatives(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """With derivatives through every parameter, frozen or not, or with none. Flags and `.grad` are given back."""
+    parameters = list(model.parameters())
+    flags, gradients = [p.requires_grad for p in parameters], [p.grad for p in parameters]
+    try:
+        for parameter in parameters if wanted else []:
+            parameter.grad = None
+            parameter.requires_grad_(parameter.is_floating_point())
+        with torch.set_grad_enabled(wanted):
+            yield
+    finally:
+        for parameter, flag, gradient in zip(parameters, flags, gradients, strict=True):
+            parameter.requires_grad_(flag)
+            parameter.grad = gradient
+
+
+def _cut_in_two(batch: Batch) -> list[Batch]:
+    count = num_samples(batch[0])
+    if count < 2:
+        raise DataError("the calibration split has one sample; a score's stability needs two or more")
+    half = count // 2
+    return [take_batch(batch, half), take_batch(batch, count, half)]

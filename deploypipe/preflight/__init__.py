@@ -1,0 +1,120 @@
+"""What can be known of a run before any work is done: everything that is wrong, at once, and nothing is written."""
+
+import torch
+from torch import Tensor, nn
+
+from deploypipe.distillation_loss import with_outputs_class
+from deploypipe.errors import ConfigError, DeploypipeError, ModelError, RuntimeUnavailableError
+from deploypipe.export.onnx_export.export_onnx import require_fp32
+from deploypipe.networks.model_wrappers import unwrapped
+from deploypipe.preflight.findings import CheckReport, Findings, Tried
+from deploypipe.preflight.split_checks import Survey, fewest_samples, remarks, survey, unlike_calib
+from deploypipe.preflight.trial_passes import run_network, try_export, try_extremes, try_inference, try_training
+from deploypipe.pruning.tracing.structures import require_trainable
+from deploypipe.recipe import Recipe
+from deploypipe.runtimes.device_ability import can
+from deploypipe.runtimes.provider_options import require_harmless_options
+from deploypipe.scoring import needs_derivatives
+from deploypipe.target import Target
+from deploypipe.task import Splits, Task, take_batch
+from deploypipe.user_code_errors import GuardedSplit, blaming, guard_splits, guard_task
+
+__all__ = ["CheckReport", "Tried", "check", "check_inputs"]
+
+_SECONDS = 3.0  # of reading each split, twice
+_SECONDS_OF_A_RUN = 1.0
+
+
+@blaming()
+def check(model: nn.Module, splits: Splits, task: Task, recipe: Recipe, target: Target) -> CheckReport:
+    """Try all that a run for `target` needs, on one batch of each split, and list everything that is wrong.
+
+    That is: the forward pass, loss and backward pass (on a copy), metric, slices, divergence, real tokens, the export
+    with its parity, and one run of the runtime; sizes, labels, NaN and the order of the splits, as far as some seconds
+    allow. Nothing is written and `model` is left as it is.
+    """
+    model, findings = unwrapped(model), Findings()
+    try:
+        splits, task = guard_splits(splits), guard_task(task)
+    except DeploypipeError as error:
+        findings.add(error)
+        return findings.report()
+    surveys = _examine(findings, model, splits, task, recipe, target, _SECONDS)
+    if not findings.errors:
+        calib, val = surveys["calib"].first, surveys["val"].first
+        outputs = run_network(model, take_batch(val, 2)[0], val[0], "val")
+        try_export(findings, model, with_outputs_class(task, outputs), recipe, target, [take_batch(calib, 8)], val)
+    return findings.report()
+
+
+def check_inputs(
+    model: nn.Module, splits: Splits, task: Task, recipe: Recipe, target: Target, notes: list[str] | None = None
+) -> None:
+    """`check` without the export, which a run does soon: raise the DeploypipeError that names all that is wrong."""
+    findings = Findings()
+    _examine(findings, model, splits, task, recipe, target, _SECONDS_OF_A_RUN)
+    findings.raise_all()
+    if notes is not None:
+        notes += findings.notes
+
+
+def _examine(
+    findings: Findings, model: nn.Module, splits: Splits, task: Task, recipe: Recipe, target: Target, seconds: float
+) -> dict[str, Survey]:
+    with findings.trying("target", target.name or target.runtime):
+        _check_target(target)
+    with findings.trying("weights", f"{sum(p.numel() for p in model.parameters()):,} parameters"):
+        _check_weights(model)
+    if any(isinstance(error, ModelError) for error in findings.errors):
+        return {}
+    surveys: dict[str, Survey] = {}
+    for name in ("calib", "val", "test", *(["train"] if recipe.finetune.num_epochs else [])):
+        found = _survey(findings, getattr(splits, name), name, seconds)
+        if found is None:
+            continue
+        surveys[name] = found
+        findings.notes += remarks(found, name)
+        try_inference(findings, model, task, name, found)
+        is_fine = findings.went_well(f"{name}: forward")
+        if is_fine and (name == "train" or (name == "calib" and needs_derivatives(recipe.score))):
+            try_training(findings, model, task, name, found)
+            is_fine = findings.went_well(f"{name}: loss and backward")
+        if is_fine:
+            try_extremes(findings, model, task, name, found, seconds)
+        if is_fine and name in ("val", "test") and "calib" in surveys:
+            findings.add_if(unlike_calib(surveys["calib"], found, name))
+    return surveys
+
+
+def _survey(findings: Findings, split: GuardedSplit, name: str, seconds: float) -> Survey | None:
+    found: Survey | None = None
+    what = f"{name}: read twice" if name != "train" else "train: read"
+    with findings.trying(what):
+        found = survey(split, seconds)
+        if name != "train":
+            findings.add_if(fewest_samples(found, name))
+    if found and findings.went_well(what):
+        last = findings.tried.pop()
+        findings.tried.append(Tried(what=last.what, detail=str(found), seconds=last.seconds))
+    return found
+
+
+def _check_weights(model: nn.Module) -> None:
+    require_trainable(model)
+    require_fp32(model)
+    for name, value in model.state_dict().items():
+        if isinstance(value, Tensor) and value.is_floating_point() and not torch.isfinite(value).all():
+            raise ModelError(f"weight {name!r} holds NaN or infinity; load or train the network again")
+
+
+def _check_target(target: Target) -> None:
+    """A machine that is not the device may still export for it; one that is has to have the runtime."""
+    require_harmless_options(target)
+    ability = can(target)
+    source = f"target {target.name!r}" if target.name else "target"
+    if ability.is_the_device and ability.verdict != "run":
+        raise RuntimeUnavailableError(f"{source}: runtime {target.runtime!r}: {ability.reason}")
+    if target.runtime == "eager":
+        raise ConfigError(
+            source, "runtime", "a run ships ONNX files, and eager torch takes .pt2 programs", "write 'onnxruntime'"
+        )

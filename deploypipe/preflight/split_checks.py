@@ -1,0 +1,233 @@
+"""A little of each split is read twice: sizes, labels, NaN, and whether the order stays."""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deploypipe.errors import DataError, DeploypipeError
+from deploypipe.networks.batch_trees import leaves, map_tensors
+from deploypipe.task import Batch, empty_split, has_batch_axis, known_length, num_samples, take_batch
+from deploypipe.user_code_errors import GuardedSplit, digest_of, order_error
+
+_MAX_SHAPES = 16
+_PLAIN = (bool, int, float, complex, str, bytes)
+_WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Extreme:
+    """Two samples at most of a batch in which something is the largest, the least or of a new shape."""
+
+    number: int  # of the batch
+    what: str  # "target up to 255"; "" for a shape, which an error shows anyway
+    value: float
+    samples: Batch
+
+
+@dataclass
+class Survey:
+    """What one pass over a split found, or over its first batches where all of them would take too long."""
+
+    first: Batch
+    length: int | None = None  # what len() says, where the split has one
+    sizes: list[int] = field(default_factory=list)  # of the batches
+    is_whole: bool = True
+    labels: tuple[float, float] | None = None  # the least and the largest, where targets are class numbers
+    suspect: tuple[int, Batch] | None = None  # a batch's number and its first sample that holds NaN
+    digests: list[bytes] = field(default_factory=list)
+    extremes: dict[Any, Extreme] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        count = f"{sum(self.sizes)}{'' if self.is_whole else '+'} samples in {len(self.sizes)} batches"
+        return f"{count} of {min(self.sizes)} to {max(self.sizes)}" if len(set(self.sizes)) > 1 else count
+
+
+def survey(split: GuardedSplit, seconds: float) -> Survey:
+    """Read a split for about so long; DataError where it is empty or comes in another order the second time."""
+    found = _read(split, seconds)
+    if split.name != "train":
+        _compare(split, found, seconds)
+    return found
+
+
+def _read(split: GuardedSplit, seconds: float) -> Survey:
+    found: Survey | None = None
+    begun = time.perf_counter()
+    with _seeded(0):
+        for number, batch in enumerate(split):
+            size = num_samples(batch[0])
+            if found is None:
+                if not size:
+                    raise empty_split(split.name)
+                found = Survey(first=batch, length=known_length(split))
+            elif time.perf_counter() - begun > seconds:
+                found.is_whole = False
+                break
+            found.sizes.append(size)
+            if split.name != "train":
+                found.digests.append(digest_of(batch))
+            found.labels = _widened(found.labels, batch[1])
+            if found.suspect is None and size:
+                found.suspect = _suspect(batch, number, size)
+            _note_extremes_(found, batch, number, size)
+    if found is None:
+        raise empty_split(split.name)
+    return found
+
+
+def _compare(split: GuardedSplit, found: Survey, seconds: float) -> None:
+    begun = time.perf_counter()
+    number = -1
+    with _seeded(1):  # else a loader that shuffles by the global generator would look as if it did not
+        for number, batch in enumerate(split):
+            if number >= len(found.digests):
+                break
+            if digest_of(batch) != found.digests[number]:
+                raise order_error(split.name, number)
+            if time.perf_counter() - begun > seconds:
+                return
+    if number + 1 < len(found.digests):
+        raise DataError(
+            f"the {split.name} split gives {len(found.digests)} batches in a first pass and {number + 1} in a second; "
+            "give something that can be iterated again and again: TensorBatches, a DataLoader or a list"
+        )
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def _widened(known: tuple[float, float] | None, target: Any) -> tuple[float, float] | None:
+    if not isinstance(target, Tensor) or not target.numel() or target.is_floating_point() or target.is_complex():
+        return known
+    least, largest = float(target.min()), float(target.max())
+    return (min(known[0], least), max(known[1], largest)) if known else (least, largest)
+
+
+def _suspect(batch: Batch, number: int, size: int) -> tuple[int, Batch] | None:
+    """Masks hold minus infinity; NaN and plus infinity are rarely meant."""
+    for leaf in leaves(batch, ""):
+        value = leaf.value
+        if not isinstance(value, Tensor) or not value.is_floating_point() or not has_batch_axis(value, size):
+            continue
+        total = float(value.detach().sum())
+        if math.isfinite(total):
+            continue
+        odd = (value.isnan() | (value == math.inf)).reshape(size, -1).any(dim=1).nonzero()
+        if len(odd):
+            place = int(odd[0])
+            return number, take_batch(batch, place + 1, place)
+    return None
+
+
+def _note_extremes_(found: Survey, batch: Batch, number: int, size: int) -> None:
+    """What may fail where the first samples do not: sizes of other batches, and whole numbers (token ids, labels)."""
+    known = found.extremes
+    own = [leaf.value for leaf in leaves(batch[0]) if has_batch_axis(leaf.value, size)]
+    shapes = tuple(tuple(value.shape[1:]) for value in own)
+    if shapes not in known and len(known) < _MAX_SHAPES:
+        known[shapes] = _extreme(batch, number, 0)
+    for leaf in (*leaves(batch[0]), *leaves(batch[1], "target")):
+        value = leaf.value
+        if not has_batch_axis(value, size) or value.dtype not in _WHOLE or not value.numel():
+            continue
+        rows = value.reshape(size, -1)
+        for side, ends in (("down", -rows.amin(dim=1).long()), ("up", rows.amax(dim=1).long())):
+            place = int(ends.argmax())
+            reached = int(ends[place])
+            before = known.get((leaf.place, side))
+            if before is None or reached > before.value:
+                text = f"{leaf.place} {side} to {reached if side == 'up' else -reached}"
+                known[leaf.place, side] = _extreme(batch, number, place, text, reached)
+
+
+def _extreme(batch: Batch, number: int, place: int, what: str = "", value: float = 0.0) -> Extreme:
+    start = max(0, min(place, num_samples(batch[0]) - 2))
+    samples = map_tensors(torch.clone, take_batch(batch, start + 2, start))  # else all of the batch would be kept
+    return Extreme(number=number, what=what, value=value, samples=samples)
+
+
+def unlike_calib(calib: Survey, other: Survey, split: str) -> DeploypipeError | None:
+    """An error where batches of a split differ from those of calib in what the exported file is made for."""
+    sides = list(leaves(calib.first[0])), list(leaves(other.first[0]))
+    if odd := sorted({leaf.place for leaf in sides[0]} ^ {leaf.place for leaf in sides[1]}):
+        return DataError(
+            f"calib and {split} differ in what a batch holds ({', '.join(odd[:3])}); give the same in both"
+        )
+    for one, leaf in zip(*sides, strict=True):
+        if _made_for(one.value) != _made_for(leaf.value):
+            return DataError(
+                f"{one.place} is {_made_for(one.value)} in calib and {_made_for(leaf.value)} in {split}; the file is "
+                "made for one of them: give the same in all splits"
+            )
+    return None
+
+
+def _made_for(value: Any) -> str:
+    """A tensor may be of any values and most sizes; anything else becomes a constant of the file."""
+    if isinstance(value, Tensor):
+        return f"a tensor with {value.dim()} axes of {value.dtype}"
+    return f"{value!r:.40}" if value is None or isinstance(value, _PLAIN) else f"a {type(value).__name__}"
+
+
+def remarks(found: Survey, split: str) -> Iterator[str]:
+    """What is worth knowing of a split's length."""
+    count = f"{len(found.sizes)}{'' if found.is_whole else ' or more'}"
+    if found.length is None and not found.is_whole:
+        yield (
+            f"the {split} split has no length, and did not end after {len(found.sizes)} batches; a run reads it to "
+            "its end: give it one, where it is endless"
+        )
+    elif found.length is not None and (
+        len(found.sizes) > found.length or (found.is_whole and len(found.sizes) < found.length)
+    ):
+        yield (
+            f"the {split} split says that it has {found.length} batches, and gives {count}; correct its __len__ "
+            "(learning rates go by it)"
+        )
+
+
+def check_labels(target: Any, split: str, num_classes: int, labels: tuple[float, float] | None) -> None:
+    """DataError where these are no targets for `classification()`; `labels`: the least and largest of the split."""
+    problem = _problem_of_labels(target)
+    if problem:
+        raise DataError(f"classification() needs class numbers, and the {split} split gives {problem}")
+    if labels and (labels[0] < 0 or labels[1] >= num_classes):
+        raise DataError(
+            f"the {split} split has labels from {labels[0]:.0f} to {labels[1]:.0f}, and the network {num_classes} "
+            f"outputs; number them from 0 to {num_classes - 1}, or give the network more outputs"
+        )
+
+
+def _problem_of_labels(target: Any) -> str:
+    if not isinstance(target, Tensor):
+        some = next((leaf.value for leaf in leaves(target)), None)
+        if isinstance(some, str):
+            return f"text ({some!r:.20}); number the names: torch.tensor([names.index(name) for name in labels])"
+        return f"a {type(target).__name__}; write torch.tensor(labels)"
+    kind, shape = str(target.dtype), list(target.shape)
+    if target.dim() == 2 and target.shape[1] > 1:
+        return f"{kind} of shape {shape}, one-hot; write y.argmax(dim=1)"
+    if target.dim() != 1:
+        return f"{kind} of shape {shape}; give one number for each sample: y.flatten()"
+    if target.is_floating_point() or target.is_complex():
+        return f"{kind}; write y.long()"
+    return ""
+
+
+def fewest_samples(found: Survey, split: str) -> DeploypipeError | None:
+    """An error where a split has fewer samples than an interval or a score's stability needs."""
+    if not found.is_whole or sum(found.sizes) >= 2:
+        return None
+    return DataError(
+        f"the {split} split has one sample, and no interval can be had from it; give 2 or more, for a decision hundreds"
+    )

@@ -1,0 +1,239 @@
+"""One batch of each split through the network and each of the task's functions."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deploypipe.benchmark.accuracy import evaluate_file, evaluate_module
+from deploypipe.distillation_loss import with_divergence
+from deploypipe.errors import DataError, DeploypipeError, ModelError
+from deploypipe.export.onnx_export.export_onnx import export_onnx
+from deploypipe.export.tensorrt_engine.build_engine import is_built
+from deploypipe.files.exhausted_resources import raise_if_exhausted
+from deploypipe.networks.batch_trees import map_tensors, tensors
+from deploypipe.networks.model_copies import copied
+from deploypipe.preflight.findings import Findings, described
+from deploypipe.preflight.split_checks import Survey, check_labels
+from deploypipe.pruning.surgery.slim_attention import with_slim_attention
+from deploypipe.recipe import Recipe
+from deploypipe.runtimes import make_runtime
+from deploypipe.runtimes.device_ability import can
+from deploypipe.runtimes.named_arrays import name_outputs
+from deploypipe.target import Target
+from deploypipe.task import (
+    Batch,
+    Task,
+    evaluating,
+    find_real_tokens,
+    find_slices,
+    forward,
+    is_classification,
+    num_samples,
+    require_logits,
+    take_batch,
+)
+from deploypipe.training.finetune import least_samples
+
+_NUM_TRAINED = 4  # samples: a batch norm needs more than one
+
+
+def try_inference(findings: Findings, model: nn.Module, task: Task, name: str, seen: Survey) -> None:
+    """Forward and, on val and test, metric, slices and divergence."""
+    pair = take_batch(seen.first, 2)
+    detail = described(pair[0])
+    with findings.trying(f"{name}: forward", detail):
+        before = _stored_buffers(model)
+        outputs = run_network(model, pair[0], seen.first[0], name)
+        _require_same_buffers(model, before)
+        _require_finite(outputs, name, "")
+        _require_repeatable(model, pair[0], outputs, name)
+        _try_suspect(model, task, name, seen)
+        if is_classification(task):
+            require_logits(outputs)
+            _check_class_names(task, outputs)
+            if name != "calib" and outputs.dim() == 2:
+                check_labels(pair[1], name, outputs.shape[1], seen.labels)
+        if name == "calib":
+            real = find_real_tokens(pair[0], task.real_tokens)
+            if real is not None and not real.any():
+                raise DataError(
+                    "task().real_tokens marks no position of two samples; return True for what is no padding"
+                )
+        if name in ("val", "test"):
+            evaluate_module(model, [pair], task)
+            find_slices([pair], task.slices)
+        if name == "val":
+            with_divergence(task, outputs, pair[1])
+
+
+def _stored_buffers(model: nn.Module) -> dict[str, Tensor]:
+    own = dict(model.named_buffers())
+    return {name: own[name].clone() for name in model.state_dict() if name in own}
+
+
+def _require_same_buffers(model: nn.Module, before: dict[str, Tensor]) -> None:
+    """A plan is made for a network with certain values, which must still be those when it is applied."""
+    now = model.state_dict()
+    changed = [n for n, t in before.items() if n not in now or now[n].shape != t.shape or not now[n].equal(t)]
+    changed += [name for name in _stored_buffers(model) if name not in before]
+    if changed:
+        raise ModelError(
+            f"{type(model).__name__} changes {', '.join(map(repr, changed))} in evaluation mode; change buffers only "
+            "`if self.training`, or register them with persistent=False"
+        )
+
+
+def _check_class_names(task: Task, outputs: Any) -> None:
+    if task.class_names and len(task.class_names) != outputs.shape[1]:
+        raise DataError(
+            f"task().class_names has {len(task.class_names)} names, and the network {outputs.shape[1]} outputs; give "
+            "one name for each output"
+        )
+
+
+def run_network(model: nn.Module, inputs: Any, whole: Any, name: str, where: str = "") -> Any:
+    """The outputs for two samples; ModelError with the shapes where the network fails."""
+    with evaluating(model), torch.no_grad():
+        try:
+            return forward(model, inputs)
+        except Exception as error:  # the user's own network on the user's own data: whatever it is, it is not ours
+            raise_if_exhausted(error)
+            said = str(error).strip().splitlines()
+            text = f"{type(error).__name__}{': ' + said[0] if said else ''}"
+            advice = "make build_model() and load_data() fit each other"
+            if _works(model, as_floats := map_tensors(lambda tensor: tensor.float(), inputs)):
+                odd = next(o for o, f in zip(tensors(inputs), tensors(as_floats), strict=True) if o.dtype != f.dtype)
+                advice = f"it takes float32, and load_data() gives {odd.dtype}: write x.float()"
+            elif num_samples(whole) > 2 and _works(model, whole):
+                advice = (
+                    f"it takes the whole batch of {num_samples(whole)}: does one of its members have as many rows and "
+                    "no batch axis? Choose another batch size, or make it a buffer of the network"
+                )
+            seen = f"two samples of the {name} split{where} ({described(inputs)})"
+            raise ModelError(f"{type(model).__name__} fails on {seen}: {text}; {advice}") from error
+
+
+def _works(model: nn.Module, inputs: Any) -> bool:
+    try:
+        forward(model, inputs)
+    except Exception:  # as above
+        return False
+    return True
+
+
+def _require_finite(outputs: Any, name: str, where: str) -> None:
+    for output, tensor in name_outputs(outputs).items():
+        if not torch.isfinite(tensor).all():
+            raise DataError(
+                f"the network's output {output!r} holds NaN or infinity on the {name} split{where}; check its weights "
+                "and its data"
+            )
+
+
+def _require_repeatable(model: nn.Module, inputs: Any, outputs: Any, name: str) -> None:
+    again = name_outputs(run_network(model, inputs, inputs, name))
+    for output, tensor in name_outputs(outputs).items():
+        if not torch.allclose(tensor.float(), again[output].float(), rtol=1e-3, atol=1e-3 * float(tensor.abs().max())):
+            raise ModelError(
+                f"forward() gives another {output!r} the second time for the same samples of the {name} split: write "
+                "F.dropout(x, p, training=self.training), draw nothing in evaluation mode, and change neither inputs "
+                "nor buffers in place"
+            )
+
+
+def _try_suspect(model: nn.Module, task: Task, name: str, seen: Survey) -> None:
+    """A sample that holds NaN, where the network or the task cannot do with it."""
+    if seen.suspect is None:
+        return
+    number, sample = seen.suspect
+    if num_samples(sample[0]) < 1:
+        return
+    where = f", batch {number}: inputs or targets of a sample hold NaN or infinity"
+    with evaluating(model), torch.no_grad():
+        outputs = forward(model, sample[0])
+        _require_finite(outputs, name, where)
+        value = task.loss(outputs, sample[1]) if name == "train" else torch.zeros(())
+        if name in ("val", "test"):
+            value = task.metric(outputs, sample[1])
+    if not torch.isfinite(value).all():
+        raise DataError(f"the {name} split{where}; leave such samples out, or write torch.nan_to_num(...)")
+
+
+def try_training(findings: Findings, model: nn.Module, task: Task, name: str, seen: Survey) -> None:
+    """A step's forward, loss and backward in training mode, on a copy."""
+    inputs, target = take_batch(seen.first, _NUM_TRAINED)
+    with findings.trying(f"{name}: loss and backward", described(target, "target")):
+        student = copied(model).train()
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            try:
+                outputs = forward(student, inputs)
+            except Exception as error:  # as in run_network
+                raise_if_exhausted(error)
+                said = str(error).strip().splitlines()
+                hint = " (a batch norm needs two samples or more: write drop_last=True or larger batches)"
+                raise ModelError(
+                    f"{type(model).__name__} fails in training mode on {num_samples(inputs)} samples of the {name} "
+                    f"split: {type(error).__name__}{': ' + said[0] if said else ''}; correct forward()"
+                    f"{hint if num_samples(inputs) < 2 else ''}"
+                ) from error
+            if not any(tensor.requires_grad for tensor in tensors(outputs)):
+                raise ModelError("forward() gives nothing to differentiate; use no no_grad(), detach() or numpy in it")
+            loss = task.loss(outputs, target)
+            if not torch.isfinite(loss):
+                raise DataError(f"task().loss gives {loss.item()} on the first batch of the {name} split; check both")
+            if not loss.requires_grad:
+                raise ModelError("task().loss cannot be differentiated; use no detach(), argmax() or no_grad() in it")
+            if (
+                task.divergence is not None
+                and not task.divergence(outputs, map_tensors(Tensor.detach, outputs), 1.0).requires_grad
+            ):
+                raise ModelError("task().divergence cannot be differentiated; use no detach() or no_grad() in it")
+            loss.backward()  # type: ignore[no-untyped-call]
+    if min(seen.sizes) == 1 and least_samples(model, inputs) > 1:
+        findings.notes.append(
+            f"the {name} split has a batch of one sample, which the network cannot be trained on: fine-tuning leaves "
+            "such batches out; write drop_last=True, or another batch size"
+        )
+
+
+def try_extremes(findings: Findings, model: nn.Module, task: Task, name: str, seen: Survey, seconds: float) -> None:
+    """Other sizes than those of the first batch, the largest and the least whole numbers; while there is time."""
+    begun = time.perf_counter()
+    with findings.trying(f"{name}: extremes", f"{len(seen.extremes)} of sizes and whole numbers"):
+        for extreme in seen.extremes.values():
+            inputs, target = extreme.samples
+            where = f", batch {extreme.number}{f', {extreme.what}' if extreme.what else ''}"
+            outputs = run_network(model, inputs, inputs, name, where)
+            try:
+                if name == "train":
+                    task.loss(outputs, target)
+                elif name != "calib":
+                    task.metric(outputs, target)
+            except DeploypipeError as error:
+                raise DataError(f"the {name} split{where}: {error}") from error
+            if time.perf_counter() - begun > seconds:
+                return
+
+
+def try_export(
+    findings: Findings,
+    model: nn.Module,
+    task: Task,
+    recipe: Recipe,
+    target: Target,
+    batches: Sequence[Batch],
+    val: Batch,
+) -> None:
+    """The ONNX file, compared with the network, and on the target's runtime where that is here."""
+    with TemporaryDirectory() as folder, findings.trying("export and parity", f"opset {recipe.export.opset}"):
+        path = Path(folder) / "model.onnx"
+        export_onnx(with_slim_attention(model).cpu().eval(), batches, path, recipe.export)
+        if can(target).verdict == "run" and not is_built(target):
+            evaluate_file(path, [take_batch(val, 2)], task, make_runtime(target), target.num_threads)
+        else:
+            findings.notes.append(f"{target.runtime} was not tried: no engine is built, and nothing runs, in a check")

@@ -1,0 +1,319 @@
+"""A network's own description of its sizes, written back where it provably describes what surgery left.
+
+Networks of `transformers` are built from `model.config`. Nothing here knows the names of its fields: the class is built
+again, without memory for its weights, with one field changed at a time, which tells the sizes each field decides. Those
+are solved for the pruned network's sizes, and the class is built from the solution. The config is written only if that
+network has the pruned one's tensors, by name and shape, and every value that its forward() reads is the same.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from dataclasses import field as dataclass_field
+from functools import lru_cache
+from typing import Any
+
+from torch import nn
+
+from deploypipe.pruning.model_config.config_probe import (
+    Fact,
+    Field,
+    Misfit,
+    build,
+    config_parts,
+    dotted,
+    facts_of,
+    fields_of,
+    is_config,
+    plain_values,
+    set_field_,
+    shapes_of,
+    value_of,
+    with_fields,
+)
+from deploypipe.pruning.model_config.forward_reads import Reads, reads_of
+from deploypipe.pruning.surgery.module_slicing import Bypass
+from deploypipe.pruning.tracing.module_attributes import are_equal, is_plain
+
+_TRIED = (64, 128)  # in the place of a None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConfigFit:
+    """What became of one config: `values` were written, or `reason` says why it is that of the dense network."""
+
+    module: str  # the outermost module that holds it
+    values: dict[Field, int]  # those that change
+    reason: str = ""
+
+    def note(self) -> str:
+        """One sentence for the user."""
+        where = f"{self.module}.config" if self.module else "config"
+        if self.reason:
+            return f"{where} still describes the dense network: {self.reason}"
+        values = ", ".join(f"{dotted(field)} {value}" for field, value in self.values.items())
+        return f"{where} describes the pruned network: {values}"
+
+
+def fit_configs(dense: nn.Module, pruned: nn.Module) -> tuple[ConfigFit, ...]:
+    """For each config whose network lost something, the fields that describe what is left; changes neither network.
+
+    Cost: the construction of the dense class once for each whole number in its config, and a few times more.
+    """
+    fits = []
+    left = dict(pruned.named_modules())
+    for name in _owners(dense):
+        before, after = dense.get_submodule(name), left.get(name)
+        if after is None or isinstance(after, Bypass) or shapes_of(before) == shapes_of(after):
+            continue
+        try:
+            fits.append(ConfigFit(module=name, values=_solve(before, after)))
+        except Misfit as error:
+            fits.append(ConfigFit(module=name, values={}, reason=str(error)))
+        except Exception as error:  # a config that cannot be copied, compared or told apart: nothing depends on it
+            fits.append(ConfigFit(module=name, values={}, reason=f"{type(error).__name__}: {error}"))
+    return tuple(fits)
+
+
+def write_configs_(pruned: nn.Module, fits: tuple[ConfigFit, ...]) -> None:
+    """Bring every config object inside of `pruned` up to date; those of other networks are not shared with it."""
+    for fit in fits:
+        if not fit.values:
+            continue
+        owner: Any = pruned.get_submodule(fit.module)
+        for field, value in fit.values.items():
+            set_field_(owner.config, field, value)
+        known = [id(part) for part in config_parts(owner.config)]
+        built = dict(build(type(owner), owner.config).named_modules())
+        for name, module in owner.named_modules():  # some keep a changed copy of the config, such as T5's two stacks
+            for attribute, copy in vars(module).items():
+                if is_config(copy) and id(copy) not in known and name in built:
+                    _follow_(copy, vars(built[name]).get(attribute), fit.values)
+
+
+def _owners(model: nn.Module) -> Iterator[str]:
+    """Names of the outermost modules that hold a config."""
+    found: list[str] = []
+    for name, module in model.named_modules():
+        is_inside = any(not other or name.startswith(f"{other}.") for other in found)
+        if not is_inside and is_config(vars(module).get("config")):
+            found.append(name)
+            yield name
+
+
+def _follow_(copy: Any, built: Any, fields: Mapping[Field, int]) -> None:
+    for field in fields:
+        name = next(step for step in reversed(field) if isinstance(step, str))
+        if name in vars(copy) and built is not None and name in vars(built):
+            setattr(copy, name, getattr(built, name))
+
+
+# --- solving ----------------------------------------------------------------------------------------------------------
+
+
+def _solve(dense: nn.Module, pruned: nn.Module) -> dict[Field, int]:
+    """Fields that change, and their new values. Raises Misfit with the reason where there are none that fit."""
+    kind: type[nn.Module] = type(dense)
+    config: Any = dense.config
+    built = build(kind, config)
+    if shapes_of(built) != shapes_of(dense):
+        raise Misfit(f"{kind.__name__}(config) is not the dense network: its tensors have other names or shapes")
+    reads = reads_of(type(module) for module in dense.modules())
+    try:
+        return _solved(kind, config, pruned, reads)
+    except Misfit:
+        # A field that is None may stand for a number that follows from others, as n_inner of GPT-2 does.
+        spare = _spare_fields(_Spec(kind=kind, text=_text(config), config=config))
+        if not spare:
+            raise
+    values = {**spare, **_solved(kind, with_fields(config, spare), pruned, reads)}
+    for field in spare:
+        fewer = {f: v for f, v in values.items() if f != field}
+        if not _difference(kind, config, fewer, pruned, reads):
+            values = fewer
+    return values
+
+
+def _solved(kind: type[nn.Module], config: Any, pruned: nn.Module, reads: Reads) -> dict[Field, int]:
+    """Solve field by field: each from the sizes that it alone decides, once those before it are known."""
+    wanted = {fact: size for fact, size in facts_of(pruned).items() if _counts(fact, reads)}
+    free = [field for field, value in fields_of(config) if value is not None and value > 0]
+    values: dict[Field, int] = {}
+    spec = _Spec(kind=kind, text=_text(config), config=config)
+    while True:
+        every = {field: _slopes(spec, field) for field in free}
+        slopes = {field: {fact: by for fact, by in every[field].items() if fact in wanted} for field in free}
+        free = [field for field in free if slopes[field]]
+        settled = _settled(spec.config, {field: slopes[field] for field in free}, _facts_of(spec), wanted)
+        if not settled:
+            break
+        free = [field for field in free if field not in settled]
+        values |= settled
+        current = with_fields(config, values)
+        spec = _Spec(kind=kind, text=_text(current), config=current)
+    values = {field: value for field, value in values.items() if value != value_of(config, field)}
+    if reason := _difference(kind, config, values, pruned, reads):
+        raise Misfit(reason)
+    return values
+
+
+def _settled(
+    config: Any, slopes: Mapping[Field, Mapping[Fact, float]], facts: Mapping[Fact, int], wanted: Mapping[Fact, int]
+) -> dict[Field, int]:
+    """Values of the fields that need not change, or have a size to themselves."""
+    users = Counter(fact for found in slopes.values() for fact in found)
+    moving = [found for found in slopes.values() if any(facts[fact] != wanted[fact] for fact in found)]
+    moved = {fact for found in moving for fact in found}
+    settled = {}
+    for field, found in slopes.items():
+        alone = {fact: slope for fact, slope in found.items() if users[fact] == 1}
+        if moved.isdisjoint(found):
+            settled[field] = value_of(config, field)
+        elif alone:
+            settled[field] = _agreed(config, field, alone, facts, wanted)
+    return settled
+
+
+def _counts(fact: Fact, reads: Reads) -> bool:
+    return not fact[1].startswith("@") or fact[1][1:] in reads.attributes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Spec:
+    """What a network is built from; equal where class and `text` are."""
+
+    kind: type[nn.Module]
+    text: str
+    config: Any = dataclass_field(compare=False)
+
+
+@lru_cache(maxsize=256)  # a search cuts the same network many times
+def _facts_of(spec: _Spec) -> dict[Fact, int]:
+    return facts_of(build(spec.kind, spec.config))
+
+
+@lru_cache(maxsize=1024)
+def _slopes(spec: _Spec, field: Field) -> dict[Fact, float]:
+    """By how much each size grows with the field, where it does; none for a field that takes no other value."""
+    facts, old = _facts_of(spec), value_of(spec.config, field)
+    for new in (2 * old, 3 * old, old + 1):
+        try:
+            seen = facts_of(build(spec.kind, spec.config, {field: new}))
+        except Misfit:
+            continue
+        changed = [fact for fact in facts if fact in seen and seen[fact] != facts[fact]]
+        return {fact: (seen[fact] - facts[fact]) / (new - old) for fact in changed}
+    return {}
+
+
+def _text(config: Any) -> str:
+    return repr((type(config), config.to_dict()))
+
+
+def _agreed(
+    config: Any, field: Field, slopes: Mapping[Fact, float], facts: Mapping[Fact, int], wanted: Mapping[Fact, int]
+) -> int:
+    """The one value that gives all these sizes; numbers that modules keep decide where no tensor does."""
+    tensors = {fact: slope for fact, slope in slopes.items() if not fact[1].startswith("@")}
+    old = value_of(config, field)
+    asked: dict[float, Fact] = {}
+    for fact, slope in (tensors or slopes).items():
+        is_inverse = slope < 0 < wanted[fact]  # the size of a head is the width by the number of heads
+        value = old * facts[fact] / wanted[fact] if is_inverse else old + (wanted[fact] - facts[fact]) / slope
+        asked.setdefault(value, fact)
+    (value, one), *others = asked.items()
+    for other, two in others:
+        raise Misfit(f"{dotted(field)} would be {value:g} for {one[0]!r}, but {other:g} for {two[0]!r}")
+    if value != int(value) or value < 1:
+        raise Misfit(f"{dotted(field)} would be {value:g} for {one[0]!r}")
+    return int(value)
+
+
+@lru_cache(maxsize=16)
+def _spare_fields(spec: _Spec) -> dict[Field, int]:
+    """Fields that are None, and the number that gives the same network."""
+    kind, config, facts = spec.kind, spec.config, _facts_of(spec)
+    found: dict[Field, int] = {}
+    for field in [field for field, value in fields_of(config) if value is None]:
+        try:
+            low, high = (facts_of(build(kind, config, {field: value})) for value in _TRIED)
+        except Misfit:
+            continue
+        if not low.keys() == high.keys() == facts.keys():
+            continue
+        tensors = [fact for fact in facts if not fact[1].startswith("@") and low[fact] != high[fact]]
+        if not tensors:
+            continue
+        slope = (high[tensors[0]] - low[tensors[0]]) / (_TRIED[1] - _TRIED[0])
+        value = round(_TRIED[0] + (facts[tensors[0]] - low[tensors[0]]) / slope)
+        if facts_of(build(kind, config, {field: value})) == facts:
+            found[field] = value
+    return found
+
+
+# --- the proof --------------------------------------------------------------------------------------------------------
+
+
+def _difference(
+    kind: type[nn.Module], config: Any, values: Mapping[Field, int], pruned: nn.Module, reads: Reads
+) -> str:
+    """Why the network built from the config with these values is not the pruned one; "" where it is."""
+    try:
+        new = with_fields(config, values)
+        built = build(kind, _reloaded(new))
+    except Misfit as error:
+        return str(error)
+    ours, theirs = shapes_of(pruned), shapes_of(built)
+    for name in {**ours, **theirs}:
+        if ours.get(name) != theirs.get(name):
+            return f"no values of its fields give {name!r} the shape {ours.get(name)}, but {theirs.get(name)}"
+    modules = dict(built.named_modules())
+    for name, module in pruned.named_modules():
+        if name in modules:
+            if reason := _differs(name, module, modules[name], reads):
+                return reason
+        elif not isinstance(module, Bypass):
+            return f"{name!r} is not in a {kind.__name__} built from it"
+    return _misreads(config, new, reads)
+
+
+def _misreads(config: Any, new: Any, reads: Reads) -> str:
+    """Whether forward() computes with a field that would change: the pruned network was tried with the old one."""
+    for part, other in zip(config_parts(config), config_parts(new), strict=True):
+        for name in sorted(reads.config & {*vars(part), *dir(type(part))}):
+            if not are_equal(_safely(part, name), _safely(other, name)):
+                return f"forward() reads config.{name}, and was tried with the dense network's"
+    return ""
+
+
+def _differs(name: str, ours: nn.Module, theirs: nn.Module, reads: Reads) -> str:
+    """Buffers that no state dict holds, and the values that forward() reads."""
+    if type(ours) is not type(theirs):
+        return f"{name!r} is a {type(ours).__name__} now"
+    is_torch = type(ours).__module__.startswith("torch.")
+    own, other = plain_values(ours), plain_values(theirs)
+    pairs = [(key, own[key], other[key]) for key in own if key in other and (is_torch or key in reads.attributes)]
+    loaded = theirs.state_dict()
+    pairs += [(key, value, theirs._buffers.get(key)) for key, value in ours._buffers.items() if key not in loaded]
+    for key, mine, built in pairs:
+        if not are_equal(mine, built):
+            return f"{key!r} of {name!r} is another in a network built from it"
+    return ""
+
+
+def _reloaded(config: Any) -> Any:
+    """The config as it comes back from a file, where its class can do that."""
+    read = getattr(type(config), "from_dict", None)
+    try:
+        return read(config.to_dict()) if read else config
+    except Exception as error:  # validation of whatever kind
+        raise Misfit(f"{type(config).__name__}.from_dict() raises {type(error).__name__}: {error}") from error
+
+
+def _safely(config: Any, name: str) -> Any:
+    """A plain value of the config; None for methods, and for properties that raise."""
+    try:
+        value = getattr(config, name)
+    except Exception:  # a property of a class we do not know
+        return None
+    return value if is_plain(value) else None

@@ -1,0 +1,65 @@
+"""What a layer before removed blocks is to give: what those blocks gave.
+
+The layer that is left then does a part of their work, and the layers behind find inputs like those they were trained
+on. Repaired to its own former output, the next block left would have to make up for all of them alone.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deploypipe.observe.calibration_pass import hooked
+from deploypipe.pruning.repair.affine_paths import End, Path, watching
+from deploypipe.task import forward
+
+# What may stand between the end of a path and a block: the same before the block as behind it.
+_BETWEEN: tuple[Callable[[Tensor], Tensor], ...] = (lambda x: x, torch.relu)
+
+
+def layers_ahead(model: nn.Module, paths: Mapping[str, Path], removed: Sequence[str], inputs: Any) -> dict[str, str]:
+    """For each layer whose path ends where removed blocks begin: the layer whose path ends where the last of them does.
+
+    paths: of `model`, the dense network. inputs: a few samples. Told by values: a block's input is what one path ends
+    with, its output what another one does, both as they are or both behind a ReLU. Blocks of which this is not true, as
+    between layer norms with weights of their own, have no entry.
+    """
+    modules = dict(model.named_modules())
+    ends: dict[str, Tensor] = {}
+    around: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def record(end: End) -> Tensor:
+        ends[end.path.layer] = (end.value if end.other is None else end.value + end.other).clone()
+        return end.value
+
+    def enter(name: str) -> Callable[..., None]:
+        def hook(_m: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            given = output[0] if isinstance(output, tuple) else output
+            if args and isinstance(args[0], Tensor) and isinstance(given, Tensor):
+                around[name] = (args[0].clone(), given.clone())
+
+        return hook
+
+    hooks = [(name, enter(name)) for name in removed if name in modules]
+    with torch.no_grad(), watching(model, paths, record), hooked(model, hooks):
+        forward(model, inputs)
+    follows = {}
+    for before, behind in around.values():
+        for between in _BETWEEN:
+            first, last = _ending_with(before, ends, between), _ending_with(behind, ends, between)
+            if first and last:
+                follows[first] = last
+    return {layer: _last(layer, follows) for layer in follows if layer not in follows.values()}
+
+
+def _ending_with(value: Tensor, ends: Mapping[str, Tensor], between: Callable[[Tensor], Tensor]) -> str:
+    found = [name for name, end in ends.items() if end.shape == value.shape and torch.equal(between(end), value)]
+    return found[-1] if found else ""
+
+
+def _last(layer: str, follows: Mapping[str, str]) -> str:
+    """Through all blocks of a run."""
+    while layer in follows:
+        layer = follows[layer]
+    return layer

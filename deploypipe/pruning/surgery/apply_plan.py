@@ -1,0 +1,92 @@
+"""Turn the dense network into the pruned one: no tracing, no example inputs, the same bits every time."""
+
+from typing import Any
+
+from torch import nn
+
+from deploypipe.errors import PlanError
+from deploypipe.networks.model_copies import copied
+from deploypipe.networks.model_wrappers import unwrapped
+from deploypipe.pruning.model_config.write_back import fit_configs, write_configs_
+from deploypipe.pruning.surgery.hook_computed_weights import with_plain_weights
+from deploypipe.pruning.surgery.module_slicing import cut_, forget_caches_, mask_, replace_by_identity_
+from deploypipe.pruning.tracing.structures import count_macs, model_fingerprint, structure_fingerprint
+from deploypipe.records import Edit, PruneReport, PruneRow, PruningPlan
+
+
+def apply_plan(dense: nn.Module, plan: PruningPlan) -> nn.Module:
+    """A new, smaller network; `dense` is left as it was. Raises PlanError when the plan was made for another model.
+
+    A config that the network is built from (`transformers`) is brought up to date where one describes what is left.
+    """
+    dense = with_plain_weights(unwrapped(dense))
+    check_fingerprint(dense, plan)
+    return cut_out(dense, plan)
+
+
+def masked_dense(dense: nn.Module, plan: PruningPlan) -> nn.Module:
+    """The reference: a dense copy that ignores what `plan` removes, and so computes what the pruned network must."""
+    dense = with_plain_weights(unwrapped(dense))
+    check_fingerprint(dense, plan)
+    model = copied(dense)
+    forget_caches_(model)
+    replace_by_identity_(model, {name: plan.returns.get(name) for name in plan.blocks})
+    mask_(model, _outside_blocks(plan))
+    return model
+
+
+def cut_out(dense: nn.Module, plan: PruningPlan) -> nn.Module:
+    """`apply_plan` without the check that `dense` has the weights the plan was made from."""
+    model = copied(dense)
+    forget_caches_(model)
+    replace_by_identity_(model, {name: plan.returns.get(name) for name in plan.blocks})
+    cut_(model, _outside_blocks(plan))
+    write_configs_(model, fit_configs(dense, model))
+    return model
+
+
+def check_fingerprint(dense: nn.Module, plan: PruningPlan, structure_only: bool = False) -> None:
+    """Raise PlanError, saying whether structure or weights differ, unless `plan` was made for this very model."""
+    seen = structure_fingerprint(dense) if structure_only else model_fingerprint(dense)
+    expected = plan.model_fingerprint
+    if seen.partition("-")[0] != expected.partition("-")[0]:
+        raise PlanError(
+            f"the plan was made for a model of another structure (fingerprint {expected}, this one has {seen}); "
+            "names or shapes of its parameters differ: build the same network, or make a new plan"
+        )
+    if not structure_only and seen != expected:
+        raise PlanError(
+            f"the plan was made for this structure with other weights (fingerprint {expected}, this one has {seen}); "
+            "load the weights it was made from, or make a new plan"
+        )
+
+
+def describe(dense: nn.Module, pruned: nn.Module, plan: PruningPlan, inputs: Any) -> PruneReport:
+    """Asked against realised for every structure of the plan, and both networks' costs."""
+    dense, pruned = with_plain_weights(unwrapped(dense)), unwrapped(pruned)
+    rows = [
+        PruneRow(
+            name=cut.group,
+            kind="channels",
+            width_before=cut.num_units,
+            asked=cut.asked,
+            realised=cut.num_units - len(cut.removed),
+            reason=cut.reason,
+        )
+        for cut in plan.cuts
+    ]
+    rows += [PruneRow(name=name, kind="block", width_before=1, asked=0, realised=0) for name in plan.blocks]
+    params_before, macs_before = count_macs(dense, inputs)
+    params_after, macs_after = count_macs(pruned, inputs)
+    return PruneReport(
+        rows=tuple(rows),
+        params_before=params_before,
+        params_after=params_after,
+        macs_before=macs_before,
+        macs_after=macs_after,
+        notes=tuple(fit.note() for fit in fit_configs(dense, pruned)),
+    )
+
+
+def _outside_blocks(plan: PruningPlan) -> list[Edit]:
+    return [e for e in plan.edits if not any(e.module == b or e.module.startswith(f"{b}.") for b in plan.blocks)]

@@ -1,0 +1,171 @@
+"""A pruned network on disk: the plan and its weights, which are only data, and a program that needs no class."""
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import wraps
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from deploypipe.errors import ModelError, PlanError
+from deploypipe.export.onnx_export.remembered_sizes import forget_sizes_
+from deploypipe.files.exhausted_resources import raise_if_exhausted
+from deploypipe.files.json_records import to_json
+from deploypipe.networks.batch_trees import as_plain, map_leaves, map_tensors
+from deploypipe.networks.model_copies import copied
+from deploypipe.networks.model_wrappers import unwrapped
+from deploypipe.networks.streamed_weights import INDEX_SUFFIX, WeightFiles, without_weights
+from deploypipe.pruning.surgery.apply_plan import check_fingerprint, cut_out
+from deploypipe.pruning.surgery.hook_computed_weights import with_plain_weights
+from deploypipe.pruning.tracing.structures import pair_of
+from deploypipe.records import PruningPlan
+from deploypipe.runs.store import PLAN, file_sha256, load_plan, write_atomically
+from deploypipe.runtimes.program_file import load_program
+from deploypipe.task import as_arguments, has_batch_axis, num_samples, repeat_samples, take
+from deploypipe.text import strict_json
+
+WEIGHTS, PROGRAM, HASHES = "weights.safetensors", "model.pt2", "hashes.json"
+INDEX = f"weights{INDEX_SUFFIX}"
+_SAFE_WAY = (
+    "load plan and weights instead with load_pruned(folder, build_model), or, if you trust whoever made the folder, "
+    "allow it with trust_program=True"
+)
+
+
+def save_pruned(model: nn.Module, plan: PruningPlan, inputs: Any, folder: Path) -> None:
+    """Write plan.json, weights.safetensors, model.pt2 (any batch size, evaluation mode) and the hashes of all three.
+
+    inputs: one batch, of which only shapes and dtypes are used; no sample gets into a file. hashes.json comes last, so
+    a folder without it was not finished. Raises ModelError when the network cannot be exported.
+    """
+    model = unwrapped(model)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / HASHES).unlink(missing_ok=True)
+    write_atomically(folder / PLAN, to_json(plan).encode())
+    write_atomically(folder / WEIGHTS, save(own_weights(model)))
+    write_atomically(folder / PROGRAM, _program(model, inputs))
+    _write_hashes(folder, (PLAN, WEIGHTS, PROGRAM))
+
+
+def save_parts(folder: Path, plan: PruningPlan, parts: Sequence[Path]) -> None:
+    """Finish a folder in which the weights lie already, in several files: the plan, an index as `transformers` writes
+    it, and the hashes. There is no program, which would take the whole network to export."""
+    names = {name: part.name for part in parts for name in WeightFiles(part).names}
+    index = {"metadata": {"total_size": sum(part.stat().st_size for part in parts)}, "weight_map": names}
+    write_atomically(folder / PLAN, to_json(plan).encode())
+    write_atomically(folder / INDEX, strict_json.dumps(index, indent=2).encode())
+    _write_hashes(folder, [PLAN, INDEX, *(part.name for part in parts)])
+
+
+def _write_hashes(folder: Path, names: Sequence[str]) -> None:
+    hashes = {name: file_sha256(folder / name) for name in names}
+    write_atomically(folder / HASHES, strict_json.dumps(hashes, indent=2).encode())
+
+
+def own_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict as safetensors takes it: on the CPU, contiguous whatever the memory format, nothing shared."""
+    return {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
+
+
+def load_pruned(
+    folder: Path, build_model: Callable[[], nn.Module] | None = None, *, trust_program: bool = False
+) -> nn.Module:
+    """The pruned network: an ordinary module in evaluation mode, cut by the plan, to train further.
+
+    `build_model` makes the dense network: it needs the structure the plan was made for; its weights are replaced. Only
+    JSON and safetensors are read then. Without it the exported program is loaded, which can only be run. A program can
+    run any code when it is loaded, and hashes.json, which lies beside it, proves nothing about its origin: ModelError
+    unless `trust_program`. Files that differ from hashes.json are refused before use. What was saved in parts has no
+    program; its weights stay in their files until they are looked at.
+    """
+    is_in_parts = _check_hashes(folder)
+    if build_model is None:
+        if is_in_parts:
+            raise ModelError(f"{folder}: was saved block by block, without a program; load it with build_model")
+        program: nn.Module = load_program(folder / PROGRAM, is_trusted=trust_program, remedy=_SAFE_WAY).module()
+        return program
+    plan = load_plan(folder / PLAN)
+    with without_weights() if is_in_parts else nullcontext():
+        dense = with_plain_weights(unwrapped(build_model()))
+    check_fingerprint(dense, plan, structure_only=True)
+    model = cut_out(dense, plan)
+    if is_in_parts:
+        WeightFiles(folder / INDEX).load_(model)
+        return model.eval()
+    try:
+        model.load_state_dict(load_file(folder / WEIGHTS), strict=True)
+    except SafetensorError as error:
+        raise ModelError(f"{folder / WEIGHTS}: is not a safetensors file ({error}); save the network again") from None
+    except RuntimeError as error:
+        raise PlanError(f"{folder / WEIGHTS} does not fit the network cut by {PLAN}: {error}; save it again") from error
+    return model.eval()
+
+
+def _program(model: nn.Module, inputs: Any) -> bytes:
+    """The exported program, without example values and without the source paths torch records."""
+    batch = torch.export.Dim("batch", min=1)
+    zeros = map_tensors(torch.zeros_like, pair_of(model, inputs))
+    args, kwargs = as_arguments(zeros)
+    size = num_samples(zeros)
+    axes = map_leaves(lambda leaf: {0: batch} if has_batch_axis(leaf, size) else None, kwargs or args)
+    network = copied(model).eval()
+    network.forward = _with_plain_outputs(network.forward)
+    forget_sizes_(network, [repeat_samples(network, take(zeros, 1), count) for count in (2, 3)])
+    try:
+        program = torch.export.export(
+            network,
+            args=args,
+            kwargs=kwargs,
+            dynamic_shapes=axes,
+        )
+    except Exception as error:  # torch.export raises many classes on code it cannot follow
+        raise_if_exhausted(error)
+        raise ModelError(
+            f"torch.export cannot export the network with a free batch size ({type(error).__name__}: {error}); "
+            "take data-dependent branches and fixed batch sizes out of forward()"
+        ) from error
+    return program_bytes(program)
+
+
+def _with_plain_outputs(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """forward() with dicts and tuples for dataclasses and NamedTuples, whose classes a program would have to name."""
+
+    @wraps(forward)
+    def plain(*args: Any, **kwargs: Any) -> Any:
+        return as_plain(forward(*args, **kwargs))
+
+    return plain
+
+
+def program_bytes(program: torch.export.ExportedProgram) -> bytes:
+    """What torch.export.save() writes, less source paths and example values (which it would pickle)."""
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)
+    program.example_inputs = None
+    buffer = BytesIO()
+    torch.export.save(program, buffer)
+    return buffer.getvalue()
+
+
+def _check_hashes(folder: Path) -> bool:
+    """Whether the weights are in several parts."""
+    try:
+        expected = dict(json.loads((folder / HASHES).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise ModelError(f"{folder} holds no finished pruned network ({HASHES}: {error}); save it again") from error
+    is_in_parts = INDEX in expected
+    for name in expected if is_in_parts else (PLAN, WEIGHTS, PROGRAM):
+        path = folder / Path(name).name
+        if not path.is_file():
+            raise ModelError(f"{path} is absent; save the network again")
+        if file_sha256(path) != expected.get(name):
+            raise ModelError(
+                f"{path} was changed after it was saved (its sha256 is not the one in {HASHES}); save again"
+            )
+    return is_in_parts

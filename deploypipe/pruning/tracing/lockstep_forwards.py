@@ -1,0 +1,103 @@
+"""Forward passes of one network over several batches of unlike shapes, in step: each pauses where the others pause.
+
+What is solved at a layer's output then sees all samples at once, as if they were one batch, at the cost of one pass.
+"""
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deploypipe.errors import ModelError
+from deploypipe.networks.model_copies import copied
+from deploypipe.pruning.repair.affine_paths import End, Path, watching
+from deploypipe.task import forward
+
+Solve = Callable[[Sequence[End]], list[Tensor]]  # one end for each batch; gives the values to go on with
+
+
+def run_in_step(model: nn.Module, paths: Mapping[str, Path], solve: Solve, batches: Sequence[Any]) -> None:
+    """Pass all batches without gradients; call `solve` at the end of each path with what each batch has there.
+
+    ModelError where the layers run in another order for one batch than for another.
+    """
+    if len(batches) == 1:
+        with torch.no_grad(), watching(model, paths, lambda end: solve([end])[0]):
+            forward(model, batches[0])
+        return
+    walkers = [_Walker(_sharing_weights(model), paths, inputs) for inputs in batches]
+    try:
+        values: Sequence[Tensor | None] = [None] * len(walkers)
+        while True:
+            ends = [walker.go_on(value) for walker, value in zip(walkers, values, strict=True)]
+            reached = [end for end in ends if end is not None]
+            if not reached:
+                return
+            if len({end.path.layer for end in reached}) > 1 or len(reached) < len(ends):
+                names = ", ".join(sorted({end.path.layer if end else "the end" for end in ends}))
+                raise ModelError(
+                    f"batches of other sizes run through other layers ({names}), so they cannot be repaired together; "
+                    "pad the calibration batches to one size"
+                )
+            with torch.no_grad():
+                values = solve(reached)
+    finally:
+        for walker in walkers:
+            walker.stop()
+
+
+def _sharing_weights(model: nn.Module) -> nn.Module:
+    """Other modules, for hooks of their own, with the same parameters and buffers."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copied(model, shared)
+
+
+class _Stopped(Exception):
+    """The pass is given up."""
+
+
+class _Walker:
+    """One forward pass in a thread of its own, which runs only while `go_on` waits for it."""
+
+    def __init__(self, model: nn.Module, paths: Mapping[str, Path], inputs: Any) -> None:
+        self._model, self._paths, self._inputs = model, paths, inputs
+        self._given: SimpleQueue[Tensor | None] = SimpleQueue()
+        self._reached: SimpleQueue[End | BaseException | None] = SimpleQueue()
+        self._is_over = False
+        self._thread = threading.Thread(target=self._walk, daemon=True)
+
+    def go_on(self, value: Tensor | None) -> End | None:
+        """Go on to the next end with a value, or begin; None when the pass is over. Raises what the network raises."""
+        if self._thread.ident is None:
+            self._thread.start()
+        else:
+            self._given.put(value)
+        reached = self._reached.get()
+        self._is_over = not isinstance(reached, End)
+        if isinstance(reached, BaseException):
+            raise reached
+        return reached
+
+    def stop(self) -> None:
+        if self._thread.ident is not None:
+            if not self._is_over:
+                self._given.put(None)
+            self._thread.join()
+
+    def _walk(self) -> None:
+        try:
+            with torch.no_grad(), watching(self._model, self._paths, self._wait_at):
+                forward(self._model, self._inputs)
+            self._reached.put(None)
+        except BaseException as error:  # handed to the thread that waits, which raises it
+            self._reached.put(error)
+
+    def _wait_at(self, end: End) -> Tensor:
+        self._reached.put(end)
+        value = self._given.get()
+        if value is None:
+            raise _Stopped
+        return value

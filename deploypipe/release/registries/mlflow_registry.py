@@ -1,0 +1,217 @@
+"""MLflow 3 as the registry: for every bundle a run, a model of the onnx flavour and a version of it, and aliases.
+
+What a bundle's run holds is logged first, the version comes after it, and the alias, by which it is found, last: a
+promotion that breaks off publishes nothing, and the same call again completes it. The only importer of mlflow.
+"""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import onnx
+
+from deploypipe.errors import BundleError, DeploypipeError, NoVersionError
+from deploypipe.files.json_records import to_plain
+from deploypipe.installed_packages import ONNXRUNTIME, find_package
+from deploypipe.release.bundle import MODEL
+from deploypipe.release.manifest import Manifest
+from deploypipe.runs.store import RunResult
+from deploypipe.text import strict_json
+from deploypipe.text.masked_addresses import masked, without_secrets
+from deploypipe.verify import golden_case
+
+_DIGEST, _COMPLETE = "deploypipe.digest", "deploypipe.complete"
+_CPU = ["CPUExecutionProvider"]
+_BUNDLE, _MODEL = "bundle", "model"
+_MOST_PARAMS = 100  # that one call logs
+_LONGEST_VALUE = 500  # characters of a parameter; what is longer is in the bundle
+_DEAD_AFTER_S = 24 * 3600.0
+_LONGEST_TOLD = 200  # characters of an error
+_SETTINGS = {  # unless the user has set them
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",  # seconds of one request, and how often it is tried: 120 and 7 are minutes
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+
+
+def promote(bundle: Path, manifest: Manifest, result: RunResult, alias: str) -> int:
+    """Log the bundle on the server of MLFLOW_TRACKING_URI unless it is there, and let `alias` mean its version.
+
+    Raises BundleError where the server refuses or does not answer; the alias means then what it meant before.
+    """
+    with _server() as mlflow:
+        client = mlflow.MlflowClient()
+        version = _find(client, manifest) or _add(mlflow, client, bundle, manifest, result)
+        client.set_registered_model_alias(manifest.name, alias, version)
+        return int(version)
+
+
+def download(name: str, alias: str, folder: Path) -> tuple[Path, str]:
+    """The bundle that an alias means, in a new folder inside `folder`, and the digest it was promoted with.
+
+    Raises BundleError as `promote`, NoVersionError where there is no such alias.
+    """
+    with _server() as mlflow:
+        client = mlflow.MlflowClient()
+        models = client.search_registered_models(f"name = '{name}'")
+        aliases = models[0].aliases if models else {}
+        if alias not in aliases:
+            known = ", ".join(sorted(aliases)) or "none"
+            raise NoVersionError(
+                f"models:/{name}@{alias}: there is no such alias (known: {known}); set it with `deploypipe promote`"
+            )
+        version = client.get_model_version(name, aliases[alias])
+        if not (version.run_id and _DIGEST in version.tags):
+            raise BundleError(f"models:/{name}@{alias}: was not promoted by deploypipe; set the alias with it")
+        local = mlflow.artifacts.download_artifacts(run_id=version.run_id, artifact_path=_BUNDLE, dst_path=str(folder))
+        return Path(local), version.tags[_DIGEST]
+
+
+def _find(client: Any, manifest: Manifest) -> str | None:
+    """The first version of the same content."""
+    versions = client.search_model_versions(f"name = '{manifest.name}'")
+    numbers = [int(version.version) for version in versions if version.tags.get(_DIGEST) == manifest.digest]
+    return str(min(numbers)) if numbers else None
+
+
+def _add(mlflow: ModuleType, client: Any, bundle: Path, manifest: Manifest, result: RunResult) -> str:
+    run = _find_run(client, manifest)
+    if run is None:
+        run = _log_run(mlflow, client, bundle, manifest, result)
+    if not client.search_registered_models(f"name = '{manifest.name}'"):
+        client.create_registered_model(manifest.name)
+    [output] = run.outputs.model_outputs
+    version = client.create_model_version(
+        manifest.name,
+        source=f"models:/{output.model_id}",
+        run_id=run.info.run_id,
+        model_id=output.model_id,
+        tags={_DIGEST: manifest.digest, "deploypipe.verdict": result.decision.verdict.value},
+    )
+    return str(version.version)
+
+
+def _find_run(client: Any, manifest: Manifest) -> Any:
+    """The bundle's run, if all of it was logged; what is left of one that broke off is deleted."""
+    experiment = client.get_experiment_by_name(manifest.name)
+    if experiment is None:
+        return None
+    _remove_leftovers(client, experiment.experiment_id)
+    found = client.search_runs([experiment.experiment_id], f"tags.`{_DIGEST}` = '{manifest.digest}'")
+    complete = [run for run in found if _COMPLETE in run.data.tags]
+    for run in found if not complete else ():
+        client.delete_run(run.info.run_id)
+    return complete[0] if complete else None
+
+
+def _remove_leftovers(client: Any, experiment_id: str) -> None:
+    """Runs of promotions that broke off, where they began so long ago that nobody is at them."""
+    before = int((time.time() - _DEAD_AFTER_S) * 1000)
+    for run in client.search_runs([experiment_id], f"attributes.start_time < {before}"):
+        if _DIGEST in run.data.tags and _COMPLETE not in run.data.tags:
+            client.delete_run(run.info.run_id)
+
+
+def _log_run(mlflow: ModuleType, client: Any, bundle: Path, manifest: Manifest, result: RunResult) -> Any:
+    experiment = client.get_experiment_by_name(manifest.name)
+    experiment_id = experiment.experiment_id if experiment else client.create_experiment(manifest.name)
+    checks = {f"gate.{check.name}": check.status.value for check in result.decision.checks}
+    tags = {_DIGEST: manifest.digest, "gate": f"{result.decision.verdict.value}: {result.decision.reason}", **checks}
+    with mlflow.start_run(experiment_id=experiment_id, run_name=bundle.name, tags=tags) as run:
+        params = list(_params(result).items())
+        for start in range(0, len(params), _MOST_PARAMS):
+            mlflow.log_params(dict(params[start : start + _MOST_PARAMS]))
+        mlflow.log_metrics(_metrics(result))
+        if result.search:
+            for trial in result.search.trials:
+                mlflow.log_metric("trial.accuracy", trial.candidate.accuracy, step=trial.number)
+            mlflow.log_table(_trial_table(result), "trials.json")
+        mlflow.log_artifacts(str(bundle), _BUNDLE)
+        mlflow.log_artifact(str(bundle / "report.html"))
+        _log_model(mlflow, bundle, result)
+        mlflow.set_tag(_COMPLETE, "true")
+    return client.get_run(run.info.run_id)
+
+
+def _log_model(mlflow: ModuleType, bundle: Path, result: RunResult) -> None:
+    """As `mlflow.pyfunc` and the server's own tools read it; the approved bytes are those of the bundle."""
+    mlflow.onnx.log_model(
+        onnx.load(bundle / MODEL),
+        name=_MODEL,
+        signature=mlflow.models.infer_signature(golden_case(bundle), golden_case(bundle, MODEL)),
+        pip_requirements=["onnx", find_package(ONNXRUNTIME).name, "numpy", "pandas"],
+        onnx_execution_providers=[
+            *(["CUDAExecutionProvider"] if result.target.needs_gpu else []),
+            "CPUExecutionProvider",
+        ],
+        save_as_external_data=bool(result.benchmark.compressed.file.data),
+    )
+
+
+def _params(result: RunResult) -> dict[str, str]:
+    settings = {"recipe": to_plain(result.recipe), "target": to_plain(result.target), "pipeline": result.pipeline}
+    return {key: value for key, value in _flat(settings, "") if len(value) <= _LONGEST_VALUE}
+
+
+def _flat(value: Any, key: str) -> Iterator[tuple[str, str]]:
+    """(dotted key, text) of every leaf; a list is one."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _flat(inner, f"{key}.{name}" if key else str(name))
+    elif value not in (None, "", []):
+        plain = "".join(c if c.isalnum() or c in "_-. /" else "_" for c in key)
+        yield plain, value if isinstance(value, str) else strict_json.dumps(value)
+
+
+def _metrics(result: RunResult) -> dict[str, float]:
+    report = result.benchmark
+    metrics: dict[str, float | None] = {}
+    for name, measured in (("dense", report.dense), ("compressed", report.compressed)):
+        accuracy = measured.accuracy.value if measured.accuracy else None
+        metrics |= {f"{name}.{key}": value for key, value in {"accuracy": accuracy, **measured.figures}.items()}
+    for key, interval in (("latency_ratio", report.latency_ratio), ("accuracy_drop_pp", report.accuracy_drop_pp)):
+        if interval:
+            metrics |= {key: interval.value, f"{key}.low": interval.low, f"{key}.high": interval.high}
+    return {key: float(value) for key, value in metrics.items() if value is not None}
+
+
+def _trial_table(result: RunResult) -> dict[str, list[Any]]:
+    """A column for each figure and knob, a row for each trial."""
+    trials = result.search.trials if result.search else ()
+    rows = [
+        {"trial": trial.number, "feasible": trial.feasible, **asdict(trial.candidate), **trial.knobs}
+        for trial in trials
+    ]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+@contextmanager
+def _server() -> Iterator[ModuleType]:
+    """mlflow, its usage telemetry off, and its errors as BundleError; a password in the address is not told."""
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
+    try:
+        import mlflow
+        import mlflow.onnx
+        from mlflow.exceptions import MlflowException
+        from requests.exceptions import RequestException
+        from sqlalchemy.exc import SQLAlchemyError
+    except ImportError as error:
+        raise DeploypipeError(f"{error.name} is missing; pip install 'deploypipe[mlflow]'") from None
+    try:
+        yield mlflow
+    except (MlflowException, RequestException, SQLAlchemyError, ValueError) as error:  # the last: an odd address
+        text = (str(error).splitlines() or [type(error).__name__])[0][:_LONGEST_TOLD]
+        address = mlflow.get_tracking_uri()
+        told = without_secrets(text, address)
+        raise BundleError(
+            f"MLflow at {masked(address)}: {told}; see that MLFLOW_TRACKING_URI names a server that runs, and repeat"
+        ) from None

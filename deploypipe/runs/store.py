@@ -1,0 +1,440 @@
+"""The run folder: what a run has finished stays finished, whatever kills it.
+
+Each stage leaves `NN-stage-<key>.json` (the record, and the hashes of its files) beside a folder of the same name with
+its files. The key is a hash of everything the stage depends on. A record is written last and by rename, so it either
+exists whole or not at all. It is sealed, and names its key: a changed record, or one that lies under another stage's
+name, is computed again, with a warning.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TextIO, TypeVar
+
+from deploypipe.errors import ExhaustedError, RunFolderError
+from deploypipe.files.exhausted_resources import find_exhaustion
+from deploypipe.files.json_records import from_json, from_plain, to_json, to_plain
+from deploypipe.recipe import Recipe
+from deploypipe.records import (
+    BaselineComparison,
+    BenchmarkReport,
+    EngineFile,
+    Event,
+    GateDecision,
+    Golden,
+    Origin,
+    PrecisionChoice,
+    Progress,
+    PruneReport,
+    PruningPlan,
+    RepairReport,
+    ScoreSummary,
+    SearchResult,
+    StageTime,
+    Structures,
+    TrainLog,
+    silent,
+)
+from deploypipe.runs.stage_mirror import download_stage, upload_stage
+from deploypipe.scheduling.exclusive_measurement import give_way, pause, side_by_side, try_lock
+from deploypipe.target import Target
+from deploypipe.text import strict_json
+from deploypipe.text.masked_addresses import masked
+from deploypipe.text.sealed_json import seal, unseal
+
+T = TypeVar("T")
+
+RESULT, PLAN = "result.json", "plan.json"
+_LOCK = "run.lock"
+_POLL_S = 0.1
+_MOST_RESULT_BYTES = 2**28
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunResult:
+    """Everything a finished run has to tell; `result.json` in its folder."""
+
+    pipeline: str
+    metric: str
+    recipe: Recipe
+    target: Target
+    structures: Structures
+    scores: ScoreSummary | None  # None, like the next four: nothing had to be removed
+    search: SearchResult | None
+    prune: PruneReport | None
+    repair: RepairReport | None
+    training: TrainLog | None
+    benchmark: BenchmarkReport
+    decision: GateDecision
+    stages: tuple[StageTime, ...]
+    precision: PrecisionChoice | None = None  # of a target that takes more than fp32
+    engine: EngineFile | None = None  # of a target that takes one, where this machine could build it
+    golden: Golden | None = None  # what `deploypipe verify` replays; in the run folder
+    origin: Origin = field(default_factory=Origin)
+    baseline: BaselineComparison | None = None  # where the gate was asked to compare with one
+    too_slow: tuple[str, ...] = ()  # of each network trained before this one: what the benchmark said of it
+    command: str = ""  # that made the run, addresses without passwords; "" where the library was called
+
+
+def save_result(folder: Path, result: RunResult) -> None:
+    """Write `result.json` atomically, sealed."""
+    write_atomically(folder / RESULT, seal(to_json(result)))
+
+
+def load_result(folder: Path, name: str = RESULT) -> RunResult:
+    """Read `result.json`; RunFolderError where the run has not finished, or the file was changed after it."""
+    path = folder / name
+    if not path.is_file():
+        raise RunFolderError(f"{folder}: holds no finished run ({name} is absent); finish it with `deploypipe run`")
+    try:
+        if (size := path.stat().st_size) > _MOST_RESULT_BYTES:
+            raise ValueError(f"has {size:,} bytes, and {_MOST_RESULT_BYTES:,} are the most")
+        text = unseal(path.read_bytes())
+    except ValueError as error:
+        remedy = "run the same command again, which takes seconds where the run's stages are kept"
+        remedy = remedy if name == RESULT else "copy the bundle again from where it was built"
+        raise RunFolderError(f"{path}: {error}; {remedy}") from None
+    return from_json(RunResult, text, str(path))
+
+
+def load_plan(path: Path) -> PruningPlan:
+    """The plan in a file, in a folder that holds a plan.json, or of a finished run; RunFolderError where none is."""
+    file = path / PLAN if path.is_dir() else path
+    if file.is_file():
+        with file.open("rb") as stream:
+            content = stream.read(_MOST_RESULT_BYTES + 1)
+        if len(content) > _MOST_RESULT_BYTES:
+            raise RunFolderError(
+                f"{file}: has more than {_MOST_RESULT_BYTES:,} bytes, which is no plan; check the path"
+            )
+        return from_json(PruningPlan, content, str(file))
+    if not path.is_dir():
+        raise RunFolderError(f"{path}: is no file; give a plan.json, or the folder of a finished run")
+    found = load_result(path).search
+    if found is None:
+        raise RunFolderError(f"{path}: this run removed nothing, so it has no plan; give a run that had to compress")
+    return found.trials[found.best].plan
+
+
+def start_afresh(folder: Path, names: Sequence[str]) -> None:
+    """Remove the end products of an earlier run, so that nobody takes them for those of one that fails."""
+    for name in (RESULT, *names):
+        (folder / name).unlink(missing_ok=True)
+
+
+def place_file(source: Path, path: Path) -> None:
+    """A second, stable name for a file: a hard link where the file system has them, else a copy; atomic."""
+    part = path.with_name(f".{path.name}.part")
+    part.unlink(missing_ok=True)
+    try:
+        os.link(source, part)
+    except OSError:
+        shutil.copyfile(source, part)
+    part.replace(path)
+    part.unlink(missing_ok=True)  # two names of one file are not renamed to each other
+
+
+def cache_folder() -> Path:
+    """Where measurements outlive a run: `DEPLOYPIPE_CACHE`, or ~/.cache/deploypipe."""
+    return Path(os.environ.get("DEPLOYPIPE_CACHE") or Path.home() / ".cache" / "deploypipe")
+
+
+def digest(value: object) -> str:
+    """A short hash of any record or plain JSON value."""
+    plain = json.dumps(value, sort_keys=True, default=to_plain)
+    return hashlib.sha256(plain.encode()).hexdigest()[:16]
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write and flush beside `path`, then rename over it: readers see the old content or the new, never a part.
+
+    A device or a shell's name of a stream (/dev/stdout) is written to and stays what it is.
+    """
+    if _is_stream(path):
+        path.write_bytes(content)
+        return
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # others may be at the same file
+    try:
+        with part.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    _flush_folder(path.parent)
+
+
+def _is_stream(path: Path) -> bool:
+    is_in_dev = path.is_absolute() and path.parts[1:2] == ("dev",)
+    return path.is_char_device() or (is_in_dev and path.is_symlink())
+
+
+def _flush_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@dataclass(slots=True)
+class RunFolder:
+    """An open, locked run folder. Use `open_run`."""
+
+    path: Path
+    notify: Progress = silent
+    shared: Path | None = None  # where stages are that do not depend on the target, for runs for other targets too
+    source: str = ""  # of a worker: address where the run it helps left its stages, of which it computes none
+    stages: dict[str, Path] = field(default_factory=dict)  # finished in this run -> its folder; its record is beside it
+    times: list[StageTime] = field(default_factory=list)
+    remeasure: bool = False  # stages that measure, and may do so again, do
+    _is_ahead: bool = False  # at what comes later, while another run is at a stage
+
+    def remember(
+        self,
+        stage: str,
+        inputs: Mapping[str, object],
+        compute: Callable[[Path], T],
+        record_type: type[T],
+        *,
+        is_shared: bool = False,
+        meanwhile: Callable[[], object] | None = None,
+        is_final: Callable[[T], bool] | None = None,
+    ) -> T:
+        """The record of `stage` for these inputs: read if it is there and whole, else computed and stored.
+
+        `compute` is given a folder that outlives a kill, for checkpoints and for the stage's files, which are found
+        again with `files(stage)`; what is hidden in it does not outlive one. Only a success is stored. A stage's
+        number is its place in the run that came to it first. is_shared: runs for other targets may find it, also those
+        that are at work at the same time. Where one of them is at this stage, `meanwhile` is done first, up to a stage
+        that one of them is at. is_final: a record that it says False of is computed again by the next run, and any
+        record where `remeasure` is set; once a run.
+        """
+        hashes = {name: digest(value) for name, value in inputs.items()}
+        key = f"{stage}-{digest([stage, hashes])}"
+        self.notify(Event(stage=stage, message="start"))
+        if not (is_shared and self.shared):
+            return self._remember(stage, key, self.path, hashes, compute, record_type, is_final)
+        with self._in_turn(stage, self.shared / f"{key}.lock", meanwhile):
+            return self._remember(stage, key, self.shared, hashes, compute, record_type, is_final)
+
+    def _remember(
+        self,
+        stage: str,
+        key: str,
+        root: Path,
+        hashes: dict[str, str],
+        compute: Callable[[Path], T],
+        record_type: type[T],
+        is_final: Callable[[T], bool] | None,
+    ) -> T:
+        known = sorted(root.glob(f"[0-9][0-9]-{key}.*"))  # a record, or the folder of one that was interrupted
+        at = root / (known[0].stem if known else f"{len(self.times) + 1:02d}-{key}")
+        if self.source:
+            at = download_stage(key, self.source, root) or at
+        stored = self._read(stage, key, at)
+        if stored and is_final and at not in self.stages.values():  # else this run computed it
+            is_kept = not self.remeasure and is_final(from_plain(record_type, stored[0], at.name))
+            stored = stored if is_kept else None
+        if self.source and not stored:
+            raise RunFolderError(
+                f"{masked(self.source)}: has no sound stage {key}, so this process is not about the run that is there: "
+                f"see that it has the same pipeline, target and settings"
+            )
+        record, seconds = stored if stored else _compute(at, key, hashes, compute)
+        if self.stages.get(stage) != at:  # else this run was ahead with it
+            self.times.append(StageTime(stage=stage, seconds=seconds, was_cached=stored is not None))
+        self.stages[stage] = at
+        self.notify(Event(stage=stage, message="cached" if stored else "done"))
+        return from_plain(record_type, record, at.name)
+
+    @contextmanager
+    def _in_turn(self, stage: str, path: Path, meanwhile: Callable[[], object] | None) -> Iterator[None]:
+        """Of runs side by side one computes a stage; the others wait, and find it."""
+        with path.open("w") as lock:
+            is_ours = try_lock(lock, fcntl.LOCK_EX)
+            if not is_ours and self._is_ahead:
+                raise _InOtherHands
+            if not is_ours and meanwhile:
+                self._go_ahead(meanwhile)
+                is_ours = try_lock(lock, fcntl.LOCK_EX)
+            if not is_ours:
+                self.notify(Event(stage=stage, message="NOTE: waits for another run, which is at it"))
+                while not try_lock(lock, fcntl.LOCK_EX):
+                    pause(_POLL_S)
+            yield
+
+    def _go_ahead(self, work: Callable[[], object]) -> None:
+        self._is_ahead = True
+        try:
+            with suppress(_InOtherHands):
+                work()
+        finally:
+            self._is_ahead = False
+
+    def publish(self, url: str) -> None:
+        """Copy the stages finished so far to where workers find them, if that is not here."""
+        for at in self.stages.values():
+            upload_stage(at, url)
+
+    def files(self, stage: str) -> Path:
+        """The folder with the files of a stage finished in this run."""
+        return self.stages[stage]
+
+    def key(self, stage: str) -> str:
+        """The key of a stage finished in this run: equal keys, equal inputs."""
+        return self.stages[stage].name.rsplit("-", 1)[-1]
+
+    def _read(self, stage: str, key: str, at: Path) -> tuple[object, float] | None:
+        path = _record_of(at)
+        if not path.is_file():
+            return None
+        if stored := read_record(at, key):
+            return stored
+        self.notify(Event(stage=stage, message=f"WARNING: {path} or one of its files is damaged; computing it again"))
+        path.unlink()
+        shutil.rmtree(at, ignore_errors=True)
+        return None
+
+
+def read_record(at: Path, key: str) -> tuple[object, float] | None:
+    """The record of the stage with that key whose files are in `at`, and the seconds it took; None where the record or
+    a file is absent, was changed, or is of another stage."""
+    try:
+        stored = strict_json.loads_any_float(unseal(_record_of(at).read_bytes()))
+        is_sound = stored["key"] == key and all(
+            file_sha256(at / file) == sha256 for file, sha256 in stored["files"].items()
+        )
+        return (stored["record"], float(stored["seconds"])) if is_sound else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+class _InOtherHands(Exception):
+    """Another run is at a stage that this one would be ahead with."""
+
+
+def _record_of(at: Path) -> Path:
+    return at.with_name(f"{at.name}.json")
+
+
+def _compute(at: Path, key: str, hashes: dict[str, str], compute: Callable[[Path], T]) -> tuple[object, float]:
+    work = at.with_name(f"{at.name}.part")
+    shutil.rmtree(at, ignore_errors=True)  # renamed by a run that was killed before it wrote the record
+    work.mkdir(exist_ok=True)
+    _remove_scratch(work)
+    started = time.perf_counter()
+    record = to_plain(compute(work))
+    seconds = time.perf_counter() - started
+    files = {str(p.relative_to(work)): file_sha256(p) for p in sorted(work.rglob("*")) if p.is_file()}
+    work.replace(at)
+    stored = {"key": key, "inputs": hashes, "seconds": seconds, "files": files, "record": record}
+    write_atomically(_record_of(at), seal(strict_json.dumps(stored, sort_keys=False)))
+    return record, seconds
+
+
+def _remove_scratch(work: Path) -> None:
+    """Hidden files and folders that a killed run left at work."""
+    for path in work.glob(".*"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+@contextmanager
+def open_run(
+    path: Path, notify: Progress = silent, shared: Path | None = None, source: str = "", place: Path | None = None
+) -> Iterator[RunFolder]:
+    """Open (or make) a run folder, locked against a second run for as long as the block lasts.
+
+    Runs with one folder `shared` may be at work side by side: what one computes the others find. Those with one `place`
+    (which is `shared`, unless it is given) stand still on one machine while one of them measures.
+    """
+    if shared and shared.resolve() == path.resolve():
+        raise RunFolderError(f"{path}: a run's own folder is not that of all runs; choose another folder with --shared")
+    with ExitStack() as stack:
+        if shared:
+            stack.enter_context(_joined(shared))
+        stack.enter_context(_locked(path))
+        if place := place or shared:
+            stack.enter_context(side_by_side(place))
+        stack.enter_context(_what_is_kept(path, shared))
+
+        def told(event: Event) -> None:
+            notify(event)
+            give_way()
+
+        yield RunFolder(path=path, notify=told, shared=shared, source=source)
+
+
+@contextmanager
+def _what_is_kept(path: Path, shared: Path | None) -> Iterator[None]:
+    """What the machine has run out of becomes one error that says what is kept, and how to go on."""
+    try:
+        yield
+    except Exception as error:
+        for folder in (path, shared):
+            if folder and not (folder / _LOCK).exists():
+                raise RunFolderError(
+                    f"{folder}: was deleted or moved while the run was at work in it, with what it had finished; "
+                    "run the same command again"
+                ) from error
+        if found := find_exhaustion(error):
+            problem, remedy = found
+            raise ExhaustedError(
+                f"{path}: {problem}; {remedy}, and run the same command again: it goes on after the last finished stage"
+            ) from error
+        raise
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Alone in the folder."""
+    with _opened_lock(path, "--out") as lock:
+        if not try_lock(lock, fcntl.LOCK_EX):
+            raise RunFolderError(f"{path}: another run is at work here; wait for it or choose another --out")
+        _remove_parts(path)
+        yield
+
+
+@contextmanager
+def _joined(path: Path) -> Iterator[None]:
+    """In the folder with other runs."""
+    with _opened_lock(path, "--shared") as lock:
+        if try_lock(lock, fcntl.LOCK_EX):  # what is half-written is nobody's
+            _remove_parts(path)
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        yield
+
+
+@contextmanager
+def _opened_lock(path: Path, option: str) -> Iterator[TextIO]:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = (path / _LOCK).open("w")
+    except OSError as error:
+        problem = "is a file" if path.is_file() else f"cannot be written ({error.strerror})"
+        raise RunFolderError(f"{path}: {problem}; choose another folder with {option}") from None
+    with lock:
+        yield lock
+
+
+def _remove_parts(folder: Path) -> None:
+    """Files, and SQLite's journals, that a killed run had in the making."""
+    for part in [*folder.glob(".*.part*"), *folder.glob("*/.*.part")]:
+        part.unlink()

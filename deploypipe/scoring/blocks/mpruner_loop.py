@@ -1,0 +1,130 @@
+"""MPruner's loop: remove, train, compare with the dense network's accuracy; keep what holds, else remove less."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from torch import nn
+
+from deploypipe.benchmark.accuracy import evaluate_module
+from deploypipe.networks.model_copies import copied
+from deploypipe.observe.calibration_pass import observe
+from deploypipe.pruning.repair.least_squares_repair import repair
+from deploypipe.pruning.surgery.apply_plan import apply_plan
+from deploypipe.pruning.surgery.plan import make_plan
+from deploypipe.pruning.tracing.structures import model_fingerprint
+from deploypipe.recipe import Mpruner, Recipe
+from deploypipe.records import DepthLog, DepthRow, Event, Names, Progress, ScoreTable, Structures, silent
+from deploypipe.scoring.blocks.mpruner import cluster_blocks, mpruner_candidates
+from deploypipe.task import Splits, Task, take_calib
+
+Network = TypeVar("Network")
+_ROUNDING = 1e-9  # percentage points that a difference of two accuracies may be off
+
+
+def prune_depth(
+    dense: nn.Module,
+    structures: Structures,
+    splits: Splits,
+    task: Task,
+    settings: Mpruner,
+    recipe: Recipe,
+    *,
+    train: Callable[[nn.Module], nn.Module] | None = None,
+    notify: Progress = silent,
+) -> tuple[nn.Module, DepthLog]:
+    """The shallowest network found whose accuracy on val is at most `settings.max_drop_pp` below the dense one's.
+
+    train: gives a trained copy of a repaired network (`training.finetune`, usually); None: repair alone. `dense` is
+    left as it was; so many blocks stay as `structures.constraints` asks. Cost of an iteration: a pass over calib, a
+    repair, the training, and a pass over val.
+    """
+    calib = take_calib(splits.calib, max(recipe.observe.num_samples, recipe.repair.num_samples))
+    shared: dict[str, Any] = {"real_tokens": task.real_tokens, "seed": recipe.seed, "notify": notify}
+
+    def left(model: nn.Module) -> Structures:
+        """The blocks that are still there. Channel groups are left out, so that `observe` skips them."""
+        blocks = tuple(b for b in structures.blocks if not isinstance(model.get_submodule(b.name), nn.Identity))
+        return replace(structures, model_fingerprint=model_fingerprint(model), groups=(), blocks=blocks)
+
+    def analyse(model: nn.Module) -> tuple[Names, ...]:
+        blocks = left(model)
+        moments = observe(model, blocks, calib, recipe.observe, **shared)
+        return cluster_blocks(blocks, moments, settings.threshold)
+
+    def remove_and_train(model: nn.Module, names: Names) -> nn.Module:
+        # Repaired towards the network that is cut, not the dense one: what earlier training has gained stays.
+        plan = make_plan(left(model), ScoreTable(scorer=settings.kind, channels={}), {}, names)
+        pruned, _ = repair(model, apply_plan(model, plan), plan, calib, recipe.repair, **shared)
+        return train(pruned) if train else pruned
+
+    def evaluate(model: nn.Module) -> float:
+        return float(evaluate_module(model, splits.val, task).mean())
+
+    most = len(structures.blocks) - structures.constraints.least_blocks
+    return mpruner(copied(dense), settings, analyse, remove_and_train, evaluate, num_removable=most, notify=notify)
+
+
+def mpruner(
+    dense: Network,
+    settings: Mpruner,
+    analyse: Callable[[Network], tuple[Names, ...]],
+    remove_and_train: Callable[[Network, Names], Network],
+    evaluate: Callable[[Network], float],
+    *,
+    num_removable: int = sys.maxsize,
+    notify: Progress = silent,
+) -> tuple[Network, DepthLog]:
+    """The loop itself; none of the three functions may change its argument, so rolling back is keeping the best.
+
+    What holds is analysed again at the same stride; what does not is tried again at the next one, unless that would
+    remove the same blocks. Ends when no cluster has a second member, `max_stride` was refused or `num_removable` blocks
+    are gone.
+    """
+    best, stride = dense, settings.stride
+    dense_accuracy = best_accuracy = evaluate(dense)
+    found = analyse(dense)
+    rows: list[DepthRow] = []
+    removed: Names = ()
+    refused: Names = ()
+    while stride <= settings.max_stride and any(len(cluster) > 1 for cluster in found):
+        names = mpruner_candidates(found, stride)[: num_removable - len(removed)]
+        if not names:
+            break
+        accuracy, accepted, reason = None, False, "the same blocks as at the stride before"
+        if names != refused:
+            tried = remove_and_train(best, names)
+            accuracy = evaluate(tried)
+            drop_pp = 100 * (dense_accuracy - accuracy)
+            accepted = drop_pp <= settings.max_drop_pp + _ROUNDING
+            reason = f"accuracy falls by {drop_pp:.2f} pp; {settings.max_drop_pp:g} are allowed"
+        rows.append(
+            DepthRow(
+                iteration=len(rows) + 1,
+                stride=stride,
+                clusters=found,
+                removed=names,
+                accuracy=accuracy,
+                accepted=accepted,
+                reason=reason,
+            )
+        )
+        notify(Event(stage="depth", done=len(rows), message=reason))
+        if accepted and accuracy is not None:
+            best, best_accuracy, removed = tried, accuracy, removed + names
+            found = analyse(best)
+        else:
+            refused, stride = names, stride + 1
+    reason = "no block is like one before it"
+    if stride > settings.max_stride:
+        reason = f"refused at stride {settings.max_stride}"
+    elif any(len(cluster) > 1 for cluster in found):
+        reason = "recipe.constraints.least_blocks asks for the blocks that are left"
+    return best, DepthLog(
+        rows=tuple(rows),
+        dense_accuracy=dense_accuracy,
+        accuracy=best_accuracy,
+        removed=removed,
+        reason=reason,
+    )

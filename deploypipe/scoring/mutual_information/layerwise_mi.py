@@ -1,0 +1,49 @@
+"""Layer-wise pruning by mutual information with the kept units above (Fan et al., arXiv:2108.12594), Gaussian form."""
+
+import torch
+from torch import Tensor, nn
+
+from deploypipe.numerics.gaussian_mi import SequentialSelection
+from deploypipe.observe.moments import Moments
+from deploypipe.recipe import LayerwiseMi
+from deploypipe.records import ScoreTable, Structures
+from deploypipe.scoring.mutual_information.top_down_mi import (
+    Ranking,
+    Reader,
+    cumulative,
+    rankings_of,
+    score_top_down,
+    take_one_by_one,
+)
+
+
+def score_layerwise_mi(
+    model: nn.Module, structures: Structures, moments: Moments, config: LayerwiseMi, seed: int
+) -> ScoreTable:
+    """Nats about the kept outputs of all readers, summed over the readers.
+
+    joint: units are chosen one by one, each time the one that adds most to those chosen; the score is what was still
+    unknown when a unit was chosen, so the first one has the highest. Otherwise: what each unit tells by itself, so that
+    two that tell the same both stay. The information of deterministic outputs is infinite; a noise floor makes it
+    finite. Groups none of whose consumers could be observed are scored by magnitude.
+    """
+
+    def rank(readers: list[Reader]) -> list[Ranking]:
+        problems = [SequentialSelection(r.covariance, r.weights, r.regressors, noise=config.noise) for r in readers]
+
+        def choose_(unit: Tensor) -> None:
+            for problem in problems:
+                problem.choose_(unit)
+
+        if config.joint:
+            order, gains = take_one_by_one(lambda: _gains(problems), choose_, len(readers[0].regressors), greatest=True)
+            return rankings_of(cumulative(order.flip(-1), gains.flip(-1)))
+        return rankings_of(torch.stack(_gains(problems)).sum(0).nan_to_num(nan=0.0))
+
+    return score_top_down(
+        model, structures, moments, rank, scorer=config.kind, is_cumulative=config.joint, keep=config.keep
+    )
+
+
+def _gains(problems: list[SequentialSelection]) -> list[Tensor]:
+    return [problem.gains() for problem in problems]

@@ -1,0 +1,245 @@
+"""Measured loss curves: what cutting one structure alone does to the network's answers.
+
+Summed scores allocate worse than uniform widths; the measured divergence of the answers allocates far better. Scores
+say which units of a group go, these curves say how many.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deploypipe.distillation_loss import of_classes
+from deploypipe.errors import DataError
+from deploypipe.memory_order import find_order
+from deploypipe.networks.model_copies import copied
+from deploypipe.numerics.least_squares import solve_towards
+from deploypipe.observe.calibration_pass import hooked
+from deploypipe.observe.layer_regressions import (
+    blocks_of_matrix,
+    columns,
+    from_blocks,
+    has_channels_last,
+    num_inputs,
+    num_taps,
+    reads,
+    weight_matrix,
+)
+from deploypipe.observe.moments import InputMoments, Moments
+from deploypipe.pruning.surgery.module_slicing import Bypass, cut_, looks_across, mask_
+from deploypipe.recipe import Search
+from deploypipe.records import ChannelGroup, Curves, Edit, Event, LossCurve, Progress, ScoreTable, Structures, silent
+from deploypipe.runtimes.named_arrays import name_outputs
+from deploypipe.task import (
+    Batch,
+    Divergence,
+    evaluating,
+    forward,
+    num_samples,
+    stack_alike,
+    take_calib,
+)
+
+_RIDGE = 1e-3
+# On images a network has memorised its answers are saturated, and the KL at temperature 1 hangs on a few of them. At a
+# higher one every image tells something: better widths from the same number of images (pipelines/LOG.md).
+TEMPERATURE = 4.0
+
+
+def measure_curves(
+    dense: nn.Module,
+    structures: Structures,
+    scores: ScoreTable,
+    moments: Moments,
+    batches: Sequence[Batch],
+    settings: Search,
+    *,
+    channel_multiple: int = 1,
+    divergence: Divergence | None = None,
+    notify: Progress = silent,
+) -> Curves:
+    """How far the answers are from the dense network's with each group at several widths, and without each block.
+
+    By `divergence` at `TEMPERATURE`; without one, that of classes: nats a sample.
+
+    The cut is simulated on the dense network (removed inputs of the consumers set to zero, which is what surgery does),
+    with the consumers' weights repaired in closed form from `moments`. Cost: a forward pass a point; blocks that ran
+    before the structure are not run again.
+    """
+    taken = take_calib(batches, settings.num_curve_samples)
+    alike = stack_alike([batch for batch, _ in taken])
+    probe = _Probe(dense, structures, list(map(find_order(dense, alike[0]), alike)), divergence or of_classes())
+    offered = unmeasured_curves(structures, settings, channel_multiple).curves
+    groups = {group.name: group for group in structures.groups}
+    curves: list[LossCurve] = []
+    for curve in offered:
+        if curve.kind == "block":
+            losses = [probe.loss_without(curve.name)]
+        else:
+            losses = _group_losses(probe, groups[curve.name], curve.kept, scores, moments)
+        curves.append(replace(curve, losses=tuple(losses)))
+        notify(Event(stage="curves", done=len(curves), total=len(offered), message=curve.name))
+    return Curves(curves=tuple(curves), num_samples=sum(map(num_samples, alike)))
+
+
+def unmeasured_curves(structures: Structures, settings: Search, channel_multiple: int) -> Curves:
+    """All that `measure_curves` measures, at no loss: what may be chosen is known before anything is observed."""
+    curves = []
+    for group in structures.groups:
+        least, step = structures.least_width(group, channel_multiple), group.step(channel_multiple)
+        kept = (*width_levels(group.num_units, settings.num_levels, step, least), group.num_units)
+        curves.append(LossCurve(name=group.name, kind="channels", kept=kept, losses=(0.0,) * len(kept)))
+    if settings.prune_blocks:
+        curves += [LossCurve(name=block.name, kind="block", kept=(0,), losses=(0.0,)) for block in structures.blocks]
+    return Curves(curves=tuple(curves), num_samples=0)
+
+
+def _group_losses(
+    probe: "_Probe", group: ChannelGroup, widths: Sequence[int], scores: ScoreTable, moments: Moments
+) -> list[float]:
+    ranked = sorted(range(group.num_units), key=lambda i: (-scores.channels[group.name][i], i))
+    return [probe.loss_at(group, ranked[:width], moments) if width < group.num_units else 0.0 for width in widths]
+
+
+def width_levels(num_units: int, count: int, multiple: int, least: int = 1) -> list[int]:
+    """At most `count` widths from `least` to below `num_units`, evenly spread multiples of `multiple`, ascending."""
+    steps = list(range(-(-least // multiple) * multiple, num_units, multiple))
+    if len(steps) <= count:
+        return steps
+    return sorted({steps[round(i * (len(steps) - 1) / max(count - 1, 1))] for i in range(count)})
+
+
+class _Part:
+    """Samples of one shape: what goes in, and what the dense network makes of it."""
+
+    def __init__(self, inputs: Any) -> None:
+        self.inputs, self.count = inputs, num_samples(inputs)
+        self.block_outputs: dict[str, Any] = {}
+        self.dense_answers: Any = None
+
+
+class _Probe:
+    """Runs the dense network with one structure cut and compares its answers."""
+
+    def __init__(self, dense: nn.Module, structures: Structures, groups: Sequence[Any], divergence: Divergence) -> None:
+        self.model, self.divergence = dense, divergence
+        self.parts = [_Part(inputs) for inputs in groups]
+        self.modules = dict(dense.named_modules())
+        self.order = [block.name for block in structures.blocks]
+        self.blocks = {block.name: Bypass(self.modules[block.name], block.returns) for block in structures.blocks}
+        for part in self.parts:
+            hooks = [(name, _keep_output(name, part)) for name in self.order]
+            with evaluating(dense), torch.no_grad(), hooked(dense, hooks):
+                part.dense_answers = self._answers(dense, part)
+
+    def loss_at(self, group: ChannelGroup, kept: Sequence[int], moments: Moments) -> float:
+        """The divergence with only the units `kept` of a group."""
+        readers = [m for m in group.members if reads(self.modules[m.module], m.side)]
+        if not readers or any(looks_across(self.modules[m.module]) for m in group.members):
+            return self._loss_cut(group, kept)
+        with evaluating(self.model), torch.no_grad(), ExitStack() as stack:
+            num_skipped = min(self._position(m.module) for m in group.members)
+            for member in readers:
+                layer = self.modules[member.module]
+                gone = tuple(i for u in set(range(group.num_units)) - set(kept) for i in member.units[u])
+                seen = moments.inputs.get(member.module)
+                if seen is not None:  # it may read other groups' channels too (concatenation): they all stay
+                    units = sorted(set(range(num_inputs(layer))) - set(gone))
+                    stack.enter_context(_repaired(layer, columns(units, num_taps(layer)), seen))
+                    continue
+                stack.enter_context(_weights(layer, layer.weight.detach().clone()))
+                mask_(self.model, [Edit(module=member.module, side=member.side, removed=gone)])
+            return self._loss(self.model, num_skipped)
+
+    def _loss_cut(self, group: ChannelGroup, kept: Sequence[int]) -> float:
+        """Where masking the readers is not the same as surgery, as between layer norms: surgery, without repair."""
+        gone = set(range(group.num_units)) - set(kept)
+        smaller = copied(self.model)
+        edits = [(m.module, m.side, {i for u in gone for i in m.units[u]}) for m in group.members]
+        cut_(smaller, [Edit(module=name, side=side, removed=tuple(sorted(ids))) for name, side, ids in edits])
+        with evaluating(smaller), torch.no_grad():
+            return self._loss(smaller)
+
+    def loss_without(self, block: str) -> float:
+        """The divergence with a block replaced by the identity."""
+        with evaluating(self.model), torch.no_grad(), ExitStack() as stack:
+            stack.enter_context(_forward_as(self.modules[block], self.blocks[block].forward))
+            return self._loss(self.model, self.order.index(block))
+
+    def _position(self, module: str) -> int:
+        """How many blocks are finished when `module` runs: what is inside block i needs blocks 0 .. i-1."""
+        inside = [i for i, name in enumerate(self.order) if module.startswith(f"{name}.")]
+        return inside[0] if inside else 0
+
+    def _answers(self, model: nn.Module, part: _Part) -> Any:
+        outputs = forward(model, part.inputs)
+        if not all(torch.isfinite(tensor).all() for tensor in name_outputs(outputs).values()):
+            raise DataError("the network's outputs are not finite on the calibration samples; check data and model")
+        return outputs.double() if isinstance(outputs, Tensor) else outputs
+
+    def _loss(self, model: nn.Module, num_skipped: int = 0) -> float:
+        """The mean over all samples; the first blocks give what they gave in the dense network."""
+        total = 0.0
+        for part in self.parts:
+            with ExitStack() as stack:
+                for name in self.order[:num_skipped]:
+                    output = part.block_outputs[name]
+                    stack.enter_context(_forward_as(self.modules[name], lambda *_a, o=output, **_k: deepcopy(o)))
+                answers = self._answers(model, part)
+            total += part.count * float(self.divergence(answers, part.dense_answers, TEMPERATURE))
+        return max(total / sum(part.count for part in self.parts), 0.0)
+
+
+def _keep_output(name: str, part: _Part) -> Callable[..., None]:
+    def hook(_m: nn.Module, _a: tuple[Any, ...], output: Any) -> None:
+        part.block_outputs[name] = deepcopy(output)  # the next module may work in place
+
+    return hook
+
+
+@contextmanager
+def _forward_as(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
+    own = vars(module).get("forward")  # patched networks have one of their own
+    module.forward = function
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
+
+
+@contextmanager
+def _repaired(layer: Any, kept: Sequence[int], moments: InputMoments) -> Iterator[None]:
+    """Only the input columns `kept` have weight, solved to predict the dense output from them."""
+    dense = weight_matrix(layer).double()
+    index = torch.tensor(list(kept))
+    covariance = moments.covariance
+    cross = covariance[index] @ dense.T
+    solution = solve_towards(covariance[index][:, index], cross, dense[:, index].T, _RIDGE).T
+    weight = torch.zeros_like(dense)
+    weight[:, index] = solution
+    shift = (dense - weight) @ moments.mean
+    shaped = shift.to(layer.weight.dtype)
+    if not has_channels_last(layer):
+        shaped = shaped.reshape(-1, *[1] * (layer.weight.dim() - 2))
+    handle = layer.register_forward_hook(lambda _m, _i, output: output + shaped)
+    try:
+        with _weights(layer, from_blocks(layer, blocks_of_matrix(layer, weight)).to(layer.weight.dtype)):
+            yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _weights(layer: Any, weight: Tensor) -> Iterator[None]:
+    dense = layer.weight.data
+    layer.weight.data = weight
+    try:
+        yield
+    finally:
+        layer.weight.data = dense

@@ -1,0 +1,173 @@
+"""From the few knobs of a study to a plan that meets every budget that can be predicted."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from deploypipe.pruning.surgery.apply_plan import apply_plan
+from deploypipe.pruning.surgery.plan import make_plan
+from deploypipe.pruning.tracing.structures import count_macs
+from deploypipe.records import Candidate, Curves, Cut, LatencyFit, PruningPlan, ScoreTable, Structures, TimedCut, Trial
+from deploypipe.scheduling.exclusive_measurement import give_way
+from deploypipe.scoring.mixed_scores import mixed
+from deploypipe.search.allocation.solver import (
+    Allocation,
+    Bound,
+    Emphasis,
+    allocate_to,
+    allowed_widths,
+    cheapest,
+    greedy,
+    uniform,
+)
+from deploypipe.search.cost_models.additive_costs import Costs, latency_costs, mac_costs, param_costs
+from deploypipe.search.cost_models.latency_model import LatencyModel
+from deploypipe.search.cost_models.layer_widths import Site
+
+_FAMILY_STEPS = 64  # shares of what is kept that are tried
+NUM_TIMED = 5  # networks for one trial
+UNIFORM, GREEDY = 1.0, 2.0  # of the knob "control"
+_FILLED = 0.97  # of the latency: as near to its limit as times can be told apart
+
+
+def cut_of(plan: PruningPlan) -> Cut:
+    return Cut(removed={c.group: len(c.removed) for c in plan.cuts if c.removed}, blocks=plan.blocks)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Proposer:
+    """A `Propose` for `search`."""
+
+    dense: nn.Module
+    inputs: Any  # a batch, to count multiply-accumulates with
+    structures: Structures
+    scores: ScoreTable
+    magnitudes: ScoreTable
+    curves: Curves
+    channel_multiple: int
+    shares: Mapping[str, float]  # of the dense network's figures: the most by budget, those of `BOUNDED` at least one
+    reference: Candidate  # the dense network
+    sites: Sequence[Site]
+    timed: Sequence[TimedCut]  # empty where latency bounds nothing
+    dense_ratio: float = 1.0  # latency of the dense network, in the precision that ships, to that of its fp32 file
+    measure: Callable[[PruningPlan], float]  # its latency, as a share of the dense network's
+
+    def __call__(self, knobs: Mapping[str, float], trials: Sequence[Trial]) -> PruningPlan:
+        model = self.latency_model(trials)
+        shares = {name: share * knobs["fill"] for name, share in self.shares.items()}
+        if knobs["control"]:
+            allocations = {UNIFORM: self._uniform, GREEDY: self._greedy}
+            return self.plan(self._widest_within(allocations[knobs["control"]], list(shares.values()), model))
+        emphasis = Emphasis(
+            exponent=knobs["exponent"],
+            block_weight=knobs["block_weight"],
+            by_importance=bool(knobs["by_importance"] and self.curves.block_importance),
+            late=knobs["late"],
+        )
+        if model is None or "latency_p50" not in shares:
+            return self.plan(self.allocate(emphasis, model, shares), knobs["magnitude"])
+        return self._timed_within(emphasis, model, shares, knobs["magnitude"])
+
+    def _timed_within(
+        self, emphasis: Emphasis, model: LatencyModel, shares: Mapping[str, float], magnitude: float
+    ) -> PruningPlan:
+        """What the solver finds where the model is best tends to be where the model is off: so what it finds is timed,
+        the model told, and the solver asked again, until the network fills its latency. Of those within it the one that
+        fills it most; the fastest where none is."""
+        limit = asked = shares["latency_p50"]
+        found: list[tuple[float, PruningPlan]] = []
+        for _ in range(NUM_TIMED):
+            plan = self.plan(self.allocate(emphasis, model, {**shares, "latency_p50": asked}), magnitude)
+            ratio = self.measure(plan)
+            is_known = any(plan == other for _, other in found)
+            found.append((ratio, plan))
+            if _FILLED * limit <= ratio <= limit:
+                break
+            model = LatencyModel(self.sites, [*model.timed, TimedCut(cut=cut_of(plan), ratio=ratio)], self.dense_ratio)
+            # The model takes a part of the difference for noise: the rest has to come from the limit.
+            asked = asked * limit / ratio if is_known else limit * model.predict(cut_of(plan)).value / ratio
+        within = [pair for pair in found if pair[0] <= limit]
+        return max(within, key=lambda pair: pair[0])[1] if within else min(found, key=lambda pair: pair[0])[1]
+
+    def allocate(self, emphasis: Emphasis, model: LatencyModel | None, shares: Mapping[str, float]) -> Allocation:
+        """The choice of least loss whose figures are within the shares."""
+        bounds = [Bound(costs=self.costs(name, model), share=share) for name, share in shares.items()]
+        return allocate_to(self.structures, self.curves, bounds, lambda chosen: self.figures(chosen, model), emphasis)
+
+    def plain(self) -> PruningPlan:
+        """The choice of least loss as measured, within the shares as predicted before the search."""
+        return self.plan(self.allocate(Emphasis(), self.latency_model(()), self.shares))
+
+    def cheapest(self, name: str) -> Allocation:
+        """The choice that costs least by one of the budgets."""
+        return cheapest(self.structures, self.curves, self.costs(name, self.latency_model(())))
+
+    def latency_model(self, trials: Sequence[Trial]) -> LatencyModel | None:
+        """Of what was measured before the search and, as they are real, of its trials."""
+        if not self.timed:
+            return None
+        give_way()
+        return LatencyModel(self.sites, [*self.timed, *measured_trials(trials, self.reference)], self.dense_ratio)
+
+    def plan(self, allocation: Allocation, magnitude: float = 0.0) -> PruningPlan:
+        """magnitude: its weight beside the recipe's scorer, in what each group loses first."""
+        widths, blocks = allocation.widths, allocation.blocks
+        scores = mixed(self.scores, self.magnitudes, magnitude)
+        return make_plan(self.structures, scores, widths, blocks, self.channel_multiple)
+
+    def costs(self, name: str, model: LatencyModel | None) -> Costs:
+        levels = allowed_widths(self.structures, self.curves)
+        if name == "latency_p50" and model:
+            return latency_costs(model, self.structures, levels)
+        return mac_costs(self.structures, levels) if name == "macs" else param_costs(self.structures, levels)
+
+    def figures(self, allocation: Allocation, model: LatencyModel | None) -> list[float]:
+        """What the network comes to, by `shares`: its latency predicted, the rest counted."""
+        plan = self.plan(allocation)
+        num_params, num_macs = count_macs(apply_plan(self.dense, plan), self.inputs)
+        params, macs = num_params / self.structures.num_params, num_macs / self.structures.num_macs
+        latency = model.predict(cut_of(plan)).value if model else 0.0
+        known = {"latency_p50": latency, "macs": macs, "params": params, "file_size": params}
+        return [known[name] for name in self.shares]
+
+    def latency_fit(self, trials: Sequence[Trial]) -> LatencyFit | None:
+        """How well the model knows each network that was timed, before the search or in it, from all others."""
+        model = self.latency_model(trials)
+        if not model:
+            return None
+        measured = tuple(timed.ratio for timed in model.timed)
+        return LatencyFit(predicted=tuple(model.held_out().tolist()), measured=measured)
+
+    def _widest_within(
+        self, choose: Callable[[float], Allocation], shares: Sequence[float], model: LatencyModel | None
+    ) -> Allocation:
+        """Of a family of networks, by the share that is kept, the widest within the bounds; the narrowest where none
+        is."""
+        low, high = 0, _FAMILY_STEPS
+        while low < high:  # share low / 64 is within, or unknown for 0
+            middle = (low + high + 1) // 2
+            figures = self.figures(choose(middle / _FAMILY_STEPS), model)
+            if all(figure <= share for figure, share in zip(figures, shares, strict=True)):
+                low = middle
+            else:
+                high = middle - 1
+        return choose(low / _FAMILY_STEPS)
+
+    def _uniform(self, share: float) -> Allocation:
+        return uniform(self.structures, share, self.channel_multiple)
+
+    def _greedy(self, share: float) -> Allocation:
+        return greedy(self.structures, self.magnitudes, share, self.channel_multiple)
+
+
+def measured_trials(trials: Sequence[Trial], reference: Candidate) -> list[TimedCut]:
+    """Each network that a search timed, once."""
+    found: list[TimedCut] = []
+    for trial in trials:
+        latency, dense = trial.candidate.latency_p50_ms, reference.latency_p50_ms
+        if latency is not None and dense is not None:
+            timed = TimedCut(cut=cut_of(trial.plan), ratio=latency / dense)
+            found += [] if timed in found else [timed]
+    return found

@@ -1,0 +1,199 @@
+"""Latency of any choice of widths and blocks, learnt from a few dozen networks measured whole on the target.
+
+A network's time is a sum over its layers, and a layer's time a function of its two widths and of its kind. What that
+function is, steps included, no formula says for all devices: it is a Gaussian process over both widths, and since a sum
+of Gaussian processes is one too, times of whole networks are enough to learn it. No runtime has to tell the times of
+single layers, and what it fuses or reorders between them is in the figures.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg import cho_factor, cho_solve
+from scipy.optimize import minimize
+
+from deploypipe.records import Cut, Interval, TimedCut
+from deploypipe.scheduling.exclusive_measurement import give_way
+from deploypipe.search.cost_models.layer_widths import Site
+
+Floats = NDArray[np.float64]
+Widths = tuple[int, int]  # inputs, outputs of a layer
+Key = tuple[str, ...]  # a function of widths, and the kind of layers it is taken over
+
+_STEPS = (4, 8, 16, 32)  # channels that vector units and tile sizes come in
+_Z95 = 1.96
+_LOG_BOUNDS = (-14.0, 2.0)  # of a prior's variance
+_LOG_NOISE_BOUNDS = (-14.0, -3.0)
+_START, _START_NOISE = -4.0, -7.0
+_JITTER = 1e-9
+_SLACK = 0.1  # a narrower network may be slower: times are noisy, and some devices dislike odd widths
+
+
+class LatencyModel:
+    """Fitted to networks measured next to the dense one, which need not be among them.
+
+    All times are shares of the dense fp32 file's; dense: that of the dense network in the precision of the others. A
+    sum of layers that was fitted to noisy times may come out negative, or above the time of a wider network. So
+    predictions stay within what the measured networks bound: none is faster than the fastest of them, nor, but for
+    `_SLACK`, than one that it contains layer by layer, nor slower than one that contains it.
+
+    Costs O(n^3 + n^2 features) for n networks. The same measurements give the same model.
+    """
+
+    def __init__(self, sites: Sequence[Site], timed: Sequence[TimedCut], dense: float = 1.0) -> None:
+        self.sites, self.timed, self.dense = tuple(sites), tuple(timed), dense
+        self._features = _Features(self.sites)
+        cuts = (Cut(removed={}, blocks=()), *(t.cut for t in timed))
+        self._widths = np.stack([self._widths_of(cut) for cut in cuts])
+        rows = [self._features.of(cut) for cut in cuts]
+        self._columns = {key: i for i, key in enumerate(dict.fromkeys(key for row in rows for key in row))}
+        self._design = np.stack([self._row(row) for row in rows])
+        self._times = np.array([dense, *(t.ratio for t in timed)])
+        owners = np.array([_KINDS.index(key[0]) for key in self._columns])
+        self._variances, self._noise = _fit_prior(self._design, self._times, owners)
+        self._prior = self._variances[owners]
+        covariance = (self._design * self._prior) @ self._design.T + self._noise * np.diag(self._times**2)
+        self._factor = cho_factor(covariance + _JITTER * np.eye(len(rows)), lower=True)
+        self._weights = self._prior * (self._design.T @ cho_solve(self._factor, self._times))
+
+    def predict(self, cut: Cut) -> Interval:
+        """The latency of a network, and where a measurement of it would lie."""
+        features = self._features.of(cut)
+        row = self._row(features)
+        value = float(row @ self._weights)
+        reach = self._design @ (self._prior * row)
+        variance = float(row @ (self._prior * row) - reach @ cho_solve(self._factor, reach))
+        unknown = [(_KINDS.index(key[0]), x) for key, x in features.items() if key not in self._columns]
+        variance += sum(float(self._variances[kind]) * x * x for kind, x in unknown)
+        spread = _Z95 * float(np.sqrt(max(variance, 0.0) + self._noise * value**2))
+        least, most = self._bounds(self._widths_of(cut), np.ones(len(self._times), dtype=bool))
+        value = min(max(value, least), most)
+        low, high = max(value - spread, (1 - _SLACK) * least), min(value + spread, (1 + _SLACK) * most)
+        return Interval(value=value, low=low, high=high)
+
+    @property
+    def least(self) -> float:
+        """The time of the fastest network that was measured."""
+        return float(self._times.min())
+
+    def time_of(self, site: Site, widths: Widths) -> float:
+        """The part of a network's latency that one layer has at these widths."""
+        return float(self._row(self._features.of_site(site, widths)) @ self._weights)
+
+    @property
+    def fixed(self) -> float:
+        """The part that no choice changes."""
+        return float(self._weights[self._columns[_FIXED]])
+
+    def held_out(self) -> Floats:
+        """(n,) predictions of the measured networks, each from all others (Rasmussen and Williams 2006, eq. 5.12)."""
+        inverse = cho_solve(self._factor, np.eye(len(self._times)))
+        left_out: Floats = self._times - (inverse @ self._times) / np.diag(inverse)
+        for number, widths in enumerate(self._widths):
+            least, most = self._bounds(widths, np.arange(len(self._times)) != number)
+            left_out[number] = min(max(left_out[number], least), most)
+        return left_out[1:]
+
+    def _widths_of(self, cut: Cut) -> Floats:
+        """(2 sites,): inputs and outputs of each layer; 0 where it goes with its block."""
+        gone = set(cut.blocks)
+        stays = [gone.isdisjoint(site.blocks) for site in self.sites]
+        widths = [[side.width(cut.removed) for side in (site.inputs, site.outputs)] for site in self.sites]
+        left: Floats = np.array(widths, dtype=np.float64) * np.array(stays)[:, None]
+        return left.ravel()
+
+    def _bounds(self, widths: Floats, known: NDArray[np.bool_]) -> tuple[float, float]:
+        """The least and the most that a network can take, by those of the measured ones that are known."""
+        times, others = self._times[known], self._widths[known]
+        inside, around = (others <= widths).all(axis=1), (others >= widths).all(axis=1)
+        least = max(float(times.min()), (1 - _SLACK) * float(times[inside].max(initial=0.0)))
+        most = (1 + _SLACK) * float(times[around].min(initial=np.inf))
+        return min(least, most), max(least, most)  # contradicting measurements bound it from both sides
+
+    def _row(self, features: Mapping[Key, float]) -> Floats:
+        """(columns,); pairs of widths that no measured network has are not among them."""
+        row = np.zeros(len(self._columns))
+        for key, x in features.items():
+            if key in self._columns:
+                row[self._columns[key]] = x
+        return row
+
+
+_FIXED = ("fixed",)
+_PLAIN = ("count", "inputs", "outputs", "product")
+_STEPPED = tuple(f"{side} in {step}s" for step in _STEPS for side in ("inputs", "outputs", "both"))
+_KINDS = ("fixed", *(f"all {name}" for name in _PLAIN), *_PLAIN, *_STEPPED, "pair")
+
+
+class _Features:
+    """What a network's latency is linear in: for each kind of layer, functions of the two widths, as shares of what
+    the dense network has of them; the same over layers of all kinds; and one for each pair of widths that occurs."""
+
+    def __init__(self, sites: Sequence[Site]) -> None:
+        self.sites = sites
+        work: dict[str, float] = {}
+        for site in sites:
+            work[site.kind] = work.get(site.kind, 0.0) + site.macs
+        total = sum(work.values()) or 1.0
+        count = len(work)
+        self.share = {kind: 0.5 * macs / total + 0.5 / count for kind, macs in work.items()}
+        self.dense: dict[tuple[str, str], float] = {}
+        for site in sites:
+            for name, value in _functions(site.inputs.dense, site.outputs.dense).items():
+                self.dense[site.kind, name] = self.dense.get((site.kind, name), 0.0) + value
+        self.numbers = {kind: sum(site.kind == kind for site in sites) for kind in work}
+
+    def of(self, cut: Cut) -> dict[Key, float]:
+        total: dict[Key, float] = {_FIXED: 1.0}
+        for site in self.sites:
+            if not set(site.blocks).isdisjoint(cut.blocks):
+                continue
+            for key, x in self.of_site(site, (site.inputs.width(cut.removed), site.outputs.width(cut.removed))).items():
+                total[key] = total.get(key, 0.0) + x
+        return total
+
+    def of_site(self, site: Site, widths: Widths) -> dict[Key, float]:
+        kind, share = site.kind, self.share[site.kind]
+        found: dict[Key, float] = {}
+        for name, value in _functions(*widths).items():
+            x = share * value / self.dense[kind, name]
+            found[name, kind] = x
+            if name in _PLAIN:
+                found[(f"all {name}",)] = x
+        found["pair", kind, str(widths)] = share / self.numbers[kind]
+        return found
+
+
+def _functions(inputs: int, outputs: int) -> dict[str, float]:
+    found = {"count": 1.0, "inputs": inputs, "outputs": outputs, "product": inputs * outputs}
+    for step in _STEPS:
+        wide_in, wide_out = -(-inputs // step) * step, -(-outputs // step) * step
+        found[f"inputs in {step}s"] = wide_in * outputs
+        found[f"outputs in {step}s"] = inputs * wide_out
+        found[f"both in {step}s"] = wide_in * wide_out
+    return {name: float(value) for name, value in found.items()}
+
+
+def _fit_prior(design: Floats, times: Floats, owners: NDArray[np.int64]) -> tuple[Floats, float]:
+    """(the prior variance of a weight by kind of column, the noise's variance relative to a time): those of the largest
+    marginal likelihood (Rasmussen and Williams 2006, eq. 5.8 and 5.9). owners: each column's kind."""
+    parts = [design[:, owners == kind] @ design[:, owners == kind].T for kind in range(len(_KINDS))]
+    squares = np.diag(times**2)
+
+    def negative(log_variances: Floats) -> tuple[float, Floats]:
+        variances = np.exp(log_variances)
+        covariance = sum(v * part for v, part in zip(variances, parts, strict=False)) + variances[-1] * squares
+        factor = cho_factor(covariance + _JITTER * np.eye(len(times)), lower=True)
+        solved = cho_solve(factor, times)
+        inverse = cho_solve(factor, np.eye(len(times)))
+        value = 0.5 * float(times @ solved) + float(np.log(np.diag(factor[0])).sum())
+        inner = inverse - np.outer(solved, solved)
+        slopes = [0.5 * v * float((inner * part).sum()) for v, part in zip(variances, [*parts, squares], strict=True)]
+        return value, np.array(slopes)
+
+    start = np.array([_START] * len(parts) + [_START_NOISE])
+    bounds = [_LOG_BOUNDS] * len(parts) + [_LOG_NOISE_BOUNDS]
+    found = minimize(negative, start, jac=True, bounds=bounds, method="L-BFGS-B", callback=lambda _: give_way())
+    best = np.exp(found.x)
+    return best[:-1], float(best[-1])

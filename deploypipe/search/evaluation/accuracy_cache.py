@@ -1,0 +1,39 @@
+"""What candidates came to on val, kept beside the stages: a search for another target need not repair them again."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from deploypipe.records import PruningPlan
+from deploypipe.runs.store import write_atomically
+from deploypipe.search.evaluation.early_stopping import Results, pack, unpack
+from deploypipe.search.evaluation.trial_loop import network_key
+from deploypipe.text import strict_json
+from deploypipe.text.sealed_json import seal, unseal
+
+
+@dataclass(frozen=True, slots=True)
+class Accuracies:
+    """A file for each network in a folder that belongs to one dense network, data, repair and seed."""
+
+    folder: Path
+
+    def of(self, plan: PruningPlan) -> Results:
+        """The results of the samples that were judged, in the order of val's parts; none where nothing is known, or
+        where the file is damaged or another network's."""
+        try:
+            stored = strict_json.loads_any_float(unseal(self._file(plan).read_bytes()))
+            return unpack(stored["results"]) if stored["network"] == network_key(plan) else np.empty(0)
+        except (OSError, ValueError, KeyError, TypeError):
+            return np.empty(0)
+
+    def keep(self, plan: PruningPlan, results: Results) -> None:
+        """Remember them, unless more is known."""
+        if len(results) > len(self.of(plan)):
+            self.folder.mkdir(exist_ok=True)
+            content = {"network": network_key(plan), "results": pack(results)}
+            write_atomically(self._file(plan), seal(strict_json.dumps(content)))
+
+    def _file(self, plan: PruningPlan) -> Path:
+        return self.folder / f"{network_key(plan)}.json"

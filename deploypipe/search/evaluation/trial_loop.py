@@ -1,0 +1,121 @@
+"""One trial after the other: what each is compared with, and when it is stopped. Without optuna."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from deploypipe.recipe import ObjectiveName
+from deploypipe.records import Candidate, PruningPlan, Trial
+from deploypipe.runs.store import digest
+from deploypipe.search.evaluation.early_stopping import Results, is_certainly_worse
+from deploypipe.search.pareto import cost, costs
+from deploypipe.target import Limit
+
+IsSettled = Callable[[Candidate, Results], bool]
+
+
+class Evaluate(Protocol):
+    """Judge one plan: surgery, repair, the exported file on the target's runtime, accuracy on val.
+
+    The costs come first. `is_settled` is asked, with the candidate and all results so far, after each part of val but
+    the last; once it says yes, the rest of val is left out. Returns the candidate, and the results its accuracy is the
+    mean of.
+    """
+
+    def __call__(self, plan: PruningPlan, is_settled: IsSettled) -> tuple[Candidate, Results]: ...
+
+
+Propose = Callable[[Mapping[str, float], Sequence[Trial]], PruningPlan]  # knobs, the trials so far -> a plan
+
+
+@dataclass(kw_only=True, slots=True)
+class History:
+    """The trials that one looks at, and sample by sample the results of those within the budget that saw all of val."""
+
+    trials: list[Trial]
+    results: dict[int, Results]  # trial number ->
+
+    def rival(self, candidate: Candidate, objectives: Sequence[ObjectiveName]) -> Results | None:
+        """Of the most accurate trial so far that costs no more. With accuracy as the only objective costs are none."""
+        own = costs(candidate, objectives)
+        cheap = [
+            t
+            for t in self.trials
+            if t.number in self.results
+            and all(a <= b for a, b in zip(costs(t.candidate, objectives), own, strict=True))
+        ]
+        return self.results[most_accurate(cheap).number] if cheap else None
+
+
+def judge_plan(
+    number: int,
+    chosen: dict[str, float],
+    plan: PruningPlan,
+    evaluate: Evaluate,
+    excess_of: Callable[[Candidate], dict[str, float]],
+    objectives: Sequence[ObjectiveName],
+    history: History,
+) -> tuple[Trial, Results | None]:
+    """Judge what the knobs made: the trial, and its results where later trials may be compared with them."""
+    is_stopped = False
+
+    def is_settled(candidate: Candidate, seen: Results) -> bool:
+        nonlocal is_stopped
+        rival = history.rival(candidate, objectives)
+        is_over = not _is_feasible(excess_of(candidate))
+        is_stopped = is_over or (rival is not None and is_certainly_worse(seen, rival))
+        return is_stopped
+
+    candidate, results = evaluate(plan, is_settled)
+    excess = excess_of(candidate)
+    trial = Trial(
+        number=number,
+        knobs=chosen,
+        candidate=candidate,
+        violations=excess,
+        feasible=_is_feasible(excess),
+        plan=plan,
+        num_val_samples=len(results),
+        is_stopped=is_stopped,
+    )
+    return trial, results if trial.feasible and not is_stopped else None
+
+
+def is_same_network(plan: PruningPlan, other: PruningPlan) -> bool:
+    """Whether both make the same network."""
+    return plan.edits == other.edits and plan.blocks == other.blocks
+
+
+def network_key(plan: PruningPlan) -> str:
+    """The same for all plans that make the same network."""
+    return digest([plan.edits, plan.blocks])
+
+
+def _is_feasible(excess: Mapping[str, float]) -> bool:
+    return all(value <= 0 for value in excess.values())
+
+
+def violations(candidate: Candidate, dense: Candidate, limits: Mapping[str, Limit]) -> dict[str, float]:
+    """Relative excess over each limit a search can judge; zero or less meets it."""
+    figures = {
+        "latency_p50": (candidate.latency_p50_ms, dense.latency_p50_ms),
+        "peak_memory": (candidate.peak_memory_mib, dense.peak_memory_mib),
+        "file_size": (candidate.file_size_mib, dense.file_size_mib),
+        "params": (float(candidate.num_params), float(dense.num_params)),
+        "macs": (float(candidate.num_macs), float(dense.num_macs)),
+    }
+    excess = {}
+    for name, limit in limits.items():
+        measured, reference = figures[name]
+        if measured is not None and reference is not None:  # what cannot be measured here, the gate says
+            excess[name] = measured / limit.absolute(reference) - 1
+    return excess
+
+
+def most_accurate(trials: Sequence[Trial]) -> Trial:
+    return max(trials, key=rank)
+
+
+def rank(trial: Trial) -> tuple[float, float, int]:
+    """Of equals on val the one that uses more of the budget is first: it has more left to lose on other data."""
+    return trial.candidate.accuracy, cost(trial.candidate), -trial.number

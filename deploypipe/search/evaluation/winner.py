@@ -1,0 +1,89 @@
+"""Who wins a search: of the trials within the budget those that still are when they are timed once more, and of these
+the one that a short training brings furthest."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Protocol
+
+from deploypipe.records import PruningPlan, SearchResult, Trial
+from deploypipe.search.allocation.limits import timed_ms
+from deploypipe.search.evaluation.trial_loop import is_same_network, rank
+
+MOST_TIMED_AGAIN = 5
+_MOST_NARROWED = 5
+_LEEWAY = 0.99  # of what a narrower network may take: its latency is a measurement too
+
+
+class Narrow(Protocol):
+    """A trial like `trial`, numbered `number`, whose latency is to be at most that share of the dense network's."""
+
+    def __call__(self, trial: Trial, number: int, share: float) -> Trial: ...
+
+
+def confirm_finalists(
+    found: SearchResult, limit: float, measure: Callable[[PruningPlan], float], narrow: Narrow, wanted: int = 1
+) -> SearchResult:
+    """With the `wanted` most accurate trials that are within their latency when they are timed once more as finalists.
+
+    Of many trials near a limit, those that were timed a little too fast are within it: a winner by one measurement is
+    likely one of them. limit, and what `measure` gives afresh: shares of the dense network's latency. At most
+    `MOST_TIMED_AGAIN` are timed; where none of them holds, the most accurate is narrowed until it does, and where even
+    that fails, the network nearest to the limit is taken.
+    """
+    again: dict[int, float] = {}
+    for trial in _distinct(found)[:MOST_TIMED_AGAIN]:
+        again[trial.number] = measure(trial.plan)
+        if sum(ratio <= limit for ratio in again.values()) == wanted:
+            break
+    if min(again.values()) > limit:
+        found, again = _narrowed(found, again, limit, measure, narrow)
+    nearest = min(again, key=lambda number: (max(again[number], limit), list(again).index(number)))
+    held = tuple(number for number, ratio in again.items() if ratio <= limit) or (nearest,)
+    timed_again = {str(number): ratio for number, ratio in again.items()}
+    return replace(found, best=held[0], finalists=held, timed_again=timed_again)
+
+
+def with_finalists(found: SearchResult, wanted: int) -> SearchResult:
+    """With the `wanted` most accurate trials, where no latency is to be confirmed."""
+    return replace(found, finalists=tuple(trial.number for trial in _distinct(found)[:wanted]))
+
+
+def with_tuned(found: SearchResult, accuracies: Mapping[str, float]) -> SearchResult:
+    """With the finalist that a short training brought furthest as the winner. accuracies: on val, by trial number."""
+    best = max(found.finalists, key=lambda number: (accuracies[str(number)], rank(found.trials[number])))
+    return replace(found, best=best, tuned=dict(accuracies))
+
+
+def _narrowed(
+    found: SearchResult,
+    again: Mapping[int, float],
+    limit: float,
+    measure: Callable[[PruningPlan], float],
+    narrow: Narrow,
+) -> tuple[SearchResult, dict[int, float]]:
+    """With ever narrower versions of the most accurate trial that was timed again, until one of them holds."""
+    again = dict(again)
+    trial, first = found.trials[next(iter(again))], len(found.trials)
+    for number in range(first, first + _MOST_NARROWED):
+        # What the search took the network's latency for is what the next one is found by.
+        share = timed_ms(trial.candidate) / timed_ms(found.dense) * min(1.0, limit / again[trial.number]) * _LEEWAY
+        narrower = narrow(trial, number, share)
+        if not narrower.feasible or any(is_same_network(narrower.plan, known.plan) for known in found.trials[first:]):
+            break  # there is none
+        trial = replace(narrower, narrowed_from=trial.number)
+        found = replace(found, trials=(*found.trials, trial))
+        known = [ratio for other, ratio in again.items() if is_same_network(found.trials[other].plan, trial.plan)]
+        again[number] = max(known) if known else measure(trial.plan)  # timed until it holds, any network would
+        if again[number] <= limit:
+            break
+    return found, again
+
+
+def _distinct(found: SearchResult) -> list[Trial]:
+    """The feasible trials, each network once, the most accurate first."""
+    ordered = sorted((t for t in found.trials if t.feasible and not t.is_stopped), key=rank, reverse=True)
+    distinct: list[Trial] = []
+    for trial in ordered:
+        if not any(is_same_network(trial.plan, other.plan) for other in distinct):
+            distinct.append(trial)
+    return distinct

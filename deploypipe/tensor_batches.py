@@ -1,0 +1,141 @@
+"""Batches held in memory: the quickest way to give a pipeline its splits.
+
+Order and augmentation depend on (seed, epoch) alone and never on a global generator, so that a run that was interrupted
+and continued sees what an uninterrupted one sees.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from deploypipe.errors import DataError
+from deploypipe.networks.batch_trees import leaves
+from deploypipe.task import Batch, Splits, known_length
+
+Augment: TypeAlias = Callable[[Tensor, torch.Generator], Tensor]
+
+
+class TensorBatches:
+    """Two tensors of equal length, in batches, as often as one likes.
+
+    Without `shuffle` and `augment` every pass is the same. With them a pass follows from (seed, epoch): say
+    `set_epoch(epoch)` before it.
+    """
+
+    def __init__(
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        augment: Augment | None = None,
+        seed: int = 0,
+    ) -> None:
+        if len(inputs) != len(targets):
+            raise DataError(f"{len(inputs)} inputs against {len(targets)} targets; give one target for each input")
+        if batch_size < 1:
+            raise DataError(f"batch_size = {batch_size} makes no batches; write 1 or more")
+        self.inputs, self.targets, self.batch_size = inputs, targets, batch_size
+        self.shuffle, self.augment, self.seed = shuffle, augment, seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return -(-len(self.inputs) // self.batch_size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order and the augmentation of the next pass."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[Batch]:
+        mixed = hashlib.sha256(f"{self.seed} {self.epoch}".encode()).digest()
+        generator = torch.Generator().manual_seed(
+            int.from_bytes(mixed[:4], "big")
+        )  # it reads 32 bits of a seed, no more
+        count = len(self.inputs)
+        order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
+        for start in range(0, count, self.batch_size):
+            picked = order[start : start + self.batch_size]
+            batch = self.inputs[picked]
+            yield (self.augment(batch, generator) if self.augment else batch), self.targets[picked]
+
+
+def random_crop_flip(padding: int, *, flip: bool = True) -> Augment:
+    """Shift each image by up to `padding` pixels (zeros move in) and mirror half of them."""
+
+    def augment(
+        images: Tensor,  # (n images, c, h, w)
+        generator: torch.Generator,
+    ) -> Tensor:
+        n, _, h, w = images.shape
+        padded = F.pad(images, (padding, padding, padding, padding))
+        top, left = torch.randint(0, 2 * padding + 1, (2, n), generator=generator)
+        rows = top[:, None] + torch.arange(h)  # (n, h)
+        columns = left[:, None] + torch.arange(w)  # (n, w)
+        if flip:
+            mirrored = torch.rand(n, generator=generator) < 0.5
+            columns = torch.where(mirrored[:, None], columns.flip(1), columns)
+        picked = padded.permute(0, 2, 3, 1)[torch.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]
+        return picked.permute(0, 3, 1, 2).contiguous()
+
+    return augment
+
+
+def fingerprints(splits: Splits, see: Callable[[Any], object] = lambda _: None) -> dict[str, str]:
+    """A hash of each split: of all of calib and val, of the first batch of test, and of all lengths; the global
+    generator rests.
+
+    The training split is named by its length only: its batches may differ from pass to pass. see: is called with the
+    inputs of every batch of calib and val.
+    """
+    found = {}
+    with torch.random.fork_rng(devices=[]):
+        for name, split, count in (("calib", splits.calib, None), ("val", splits.val, None), ("test", splits.test, 1)):
+            sha = hashlib.sha256(f"{_length(split)}\n".encode())
+            for inputs, target in islice(iter(split), count):
+                _hash_into(sha, inputs)
+                _hash_into(sha, target)
+                if name != "test":
+                    see(inputs)
+            found[name] = sha.hexdigest()[:16]
+        found["train"] = _length(splits.train)
+    return found
+
+
+def fingerprint(splits: Splits) -> str:
+    """`fingerprints` as one hash."""
+    return hashlib.sha256(repr(sorted(fingerprints(splits).items())).encode()).hexdigest()[:16]
+
+
+def fingerprint_of(split: Iterable[Batch]) -> str:
+    """A hash of all that a split gives."""
+    sha = hashlib.sha256()
+    for inputs, target in split:
+        _hash_into(sha, inputs)
+        _hash_into(sha, target)
+    return sha.hexdigest()[:16]
+
+
+def _length(split: Iterable[Batch]) -> str:
+    length = known_length(split)
+    return "unknown" if length is None else str(length)
+
+
+def _hash_into(sha: Any, value: Any) -> None:
+    for leaf in leaves(value, ""):
+        sha.update(f"{leaf.place} ".encode())
+        if isinstance(tensor := leaf.value, Tensor):
+            sha.update(f"{tuple(tensor.shape)} {tensor.dtype}\n".encode())
+            sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        elif isinstance(leaf.value, np.ndarray | np.generic):
+            sha.update(f"{leaf.value.dtype} {leaf.value.shape}\n".encode() + leaf.value.tobytes())
+        elif leaf.value is None or isinstance(leaf.value, bool | int | float | complex | str | bytes):
+            sha.update(f"{leaf.value!r}\n".encode())
+        else:  # the text of an unknown object may hold its address
+            sha.update(f"{type(leaf.value).__qualname__}\n".encode())

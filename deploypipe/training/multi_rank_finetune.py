@@ -1,0 +1,119 @@
+"""Fine-tuning on all ranks of a job: rank 0 says what to train, the others replay the plan and train along."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from deploypipe.errors import RanksError
+from deploypipe.networks.model_wrappers import unwrapped
+from deploypipe.pruning.surgery.apply_plan import apply_plan
+from deploypipe.pruning.surgery.saved_network import own_weights
+from deploypipe.pruning.surgery.slim_attention import with_slim_attention
+from deploypipe.pruning.tracing.structures import model_fingerprint
+from deploypipe.recipe import Finetune
+from deploypipe.records import Progress, PruningPlan, TrainLog, silent
+from deploypipe.runs.store import digest
+from deploypipe.task import Splits, Task, num_samples
+from deploypipe.tensor_batches import fingerprint
+from deploypipe.training.finetune import finetune
+from deploypipe.training.ranks import ALONE, Ranks
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Job:
+    """One fine-tuning, as rank 0 hands it out."""
+
+    plan: PruningPlan
+    weights: dict[str, Tensor]  # of the repaired network
+    settings: Finetune
+    seed: int
+
+
+def agree(ranks: Ranks, model: nn.Module, splits: Splits, source: str) -> None:
+    """RanksError on all ranks unless they have the same pipeline, network and data, and a batch enough for all."""
+    if ranks.count == 1:
+        return
+    ranks.check_equal(
+        {"pipeline": digest(source), "network": model_fingerprint(model), "data": fingerprint(splits)},
+        "start all of them with the same code, weights and data, and draw nothing without a seed",
+    )
+    with torch.random.fork_rng(devices=[]):
+        first = next(iter(splits.train), None)
+    if first and num_samples(first[0]) < ranks.count:
+        raise RanksError(
+            f"the train split gives batches of {num_samples(first[0])} samples to {ranks.count} ranks; start fewer "
+            "ranks, or make the batches larger"
+        )
+
+
+def finetune_together(
+    pruned: nn.Module,
+    plan: PruningPlan,
+    dense: nn.Module,
+    splits: Splits,
+    task: Task,
+    settings: Finetune,
+    *,
+    checkpoint: Path | None = None,
+    answers: Path | None = None,
+    seed: int = 0,
+    notify: Progress = silent,
+    ranks: Ranks = ALONE,
+) -> tuple[nn.Module, TrainLog]:
+    """`finetune` on all ranks, called on rank 0 while the others are at `serve`. `plan` made `pruned` of `dense`.
+
+    RanksError on all of them where the plan gives another network elsewhere, or where a rank has ended.
+    """
+    if ranks.count > 1:
+        ranks.tell(_Job(plan=plan, weights=own_weights(pruned), settings=settings, seed=seed))
+        _replay(ranks, dense, plan)
+    with ranks.watched():
+        return finetune(
+            pruned,
+            dense,
+            splits,
+            task,
+            settings,
+            checkpoint=checkpoint,
+            answers=answers,
+            seed=seed,
+            notify=notify,
+            ranks=ranks,
+        )
+
+
+def serve(ranks: Ranks, model: nn.Module, splits: Splits, task: Task) -> None:
+    """The work of a rank that is not the first: train what rank 0 hands out, until it dismisses them or has ended.
+
+    RanksError as in `finetune_together`.
+    """
+    model = unwrapped(model)
+    dense = with_slim_attention(model).cpu().eval()
+    while job := _next_job(ranks):
+        pruned = _replay(ranks, dense, job.plan)
+        pruned.load_state_dict(job.weights)
+        with ranks.watched():
+            finetune(pruned, dense, splits, task, job.settings, seed=job.seed, ranks=ranks)
+
+
+def dismiss(ranks: Ranks) -> None:
+    """Rank 0 has nothing more to train."""
+    ranks.tell(None)
+
+
+def _next_job(ranks: Ranks) -> _Job | None:
+    nothing: _Job | None = None
+    try:
+        return ranks.tell(nothing)
+    except RanksError:  # rank 0 has said why it ended, or torchrun will
+        return None
+
+
+def _replay(ranks: Ranks, dense: nn.Module, plan: PruningPlan) -> nn.Module:
+    pruned = apply_plan(dense, plan)
+    ranks.check_equal(
+        {"network after the plan": model_fingerprint(pruned)}, "install the same versions of deploypipe and torch"
+    )
+    return pruned

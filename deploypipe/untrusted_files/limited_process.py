@@ -1,0 +1,116 @@
+"""Processes that open files from elsewhere: limited in time and, on Linux, in memory. Standard library only.
+
+A graph can ask for more rounds than the sun has years, or for terabytes, and no inspection tells: so it is tried in a
+process that the system ends.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_SHARE_OF_FREE = 0.75
+_CGROUP = Path("/sys/fs/cgroup")
+_MEMORY_SIGNS = ("bad_alloc", "MemoryError", "allocate memory", "bad allocation", "out of memory")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProcessLimits:
+    """What one process may take to load a file and run it."""
+
+    seconds: float = 120.0  # by the clock
+    memory_mib: int | None = None  # beside what the runtime itself takes; None: three quarters of what is free
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What a process wrote, and why it did not end well ("": it did)."""
+
+    written: str
+    problem: str
+
+
+def run_limited(command: Sequence[str], limits: ProcessLimits) -> Outcome:
+    """Run Python with these arguments, and end it after `limits.seconds`. Memory is for the process itself to limit,
+    by `limit_memory`, once it has loaded its libraries."""
+    root = str(Path(__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
+    # -P: the folder of a script, which holds modules with everyday names, stays out of the import path.
+    process = subprocess.Popen(
+        [sys.executable, "-P", *command],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        env=environment,
+    )
+    try:
+        written, said = process.communicate(timeout=limits.seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        written, _ = process.communicate()
+        return Outcome(written=written, problem=f"took over {limits.seconds:g} s to load and run, and was ended")
+    except BaseException:
+        process.kill()
+        process.wait()
+        raise
+    return Outcome(written=written, problem=_problem(process.returncode, said, limits))
+
+
+def _problem(code: int, said: str, limits: ProcessLimits) -> str:
+    if code == 0:
+        return ""
+    lines = [line for line in said.strip().splitlines() if line.strip()]
+    reason = lines[-1].strip() if lines else f"it ended with status {code}"
+    if code < 0:
+        reason = f"it was ended by {signal.Signals(-code).name}{f' ({reason})' if lines else ''}"
+    if any(sign in said for sign in _MEMORY_SIGNS):
+        asked = f"the limit of {limits.memory_mib:,} MiB" if limits.memory_mib else "three quarters of what is free"
+        return f"asks for more memory than {asked} ({reason})"
+    return reason
+
+
+def end_with_parent() -> None:
+    """Let Linux end this process when the one that started it is gone, which alone watches the time."""
+    if sys.platform.startswith("linux"):
+        import ctypes
+
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def limit_memory(mib: int | None) -> None:
+    """Let this process take `mib` more than it has (None: three quarters of what is free), and no more.
+
+    On Linux only: other systems do not enforce such a limit, and there this does nothing.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    import resource
+
+    room = mib * 2**20 if mib is not None else int(_SHARE_OF_FREE * free_memory())
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = _kib("/proc/self/status", "VmData") * 1024 + room
+    limit = limit if most == resource.RLIM_INFINITY else min(limit, most)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
+def free_memory() -> int:
+    """Bytes that this machine, or the container that this process is in, can still give. Linux only."""
+    free = _kib("/proc/meminfo", "MemAvailable") * 1024
+    try:
+        limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        return min(free, max(0, int(limit) - int(used)))
+    except (OSError, ValueError):  # no limit: "max"
+        return free
+
+
+def _kib(path: str, key: str) -> int:
+    for line in Path(path).read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1])
+    raise OSError(f"{path} has no {key}")
