@@ -24,7 +24,8 @@ from typer.testing import CliRunner
 from deploypipe.cli import app
 from deploypipe.files.json_records import to_json
 from deploypipe.release.bundle import MODEL, release
-from deploypipe.runs.store import RESULT, load_result, read_record
+from deploypipe.runs.result import RESULT, load_result
+from deploypipe.runs.store import read_record
 from deploypipe.text.sealed_json import unseal
 
 RERUN = "rerun"

@@ -35,7 +35,8 @@ from deploypipe.files.json_records import to_json
 from deploypipe.pipeline import compress
 from deploypipe.recipe import Recipe
 from deploypipe.records import Event
-from deploypipe.runs.store import file_sha256, load_result
+from deploypipe.files.hashing import file_sha256
+from deploypipe.runs.result import load_result
 from deploypipe.target import Budget, Target
 from deploypipe.text.sealed_json import unseal
 from deploypipe.user_pipeline import Pipeline, load_pipeline

@@ -41,7 +41,9 @@ from deploypipe.records import (
     silent,
 )
 from deploypipe.release.gate import decide
-from deploypipe.runs.store import RunResult, open_run, place_file, save_result, start_afresh
+from deploypipe.runs.result import RunResult, save_result, start_afresh
+from deploypipe.runs.store import open_run
+from deploypipe.files.atomic import place_file
 from deploypipe.scoring import needs_derivatives, score_halves
 from deploypipe.scoring.permutation_baseline import null_shares
 from deploypipe.scoring.score_summary import summarise

@@ -14,7 +14,8 @@ from deploypipe.export.onnx_export.golden_samples import write_golden
 from deploypipe.export.onnx_export.parity import limit_of
 from deploypipe.numerics.intervals import interval_of_drop_pp
 from deploypipe.release.gate import decide
-from deploypipe.runs.store import RunResult, file_sha256, save_result
+from deploypipe.runs.result import RunResult, save_result
+from deploypipe.files.hashing import file_sha256
 from deploypipe.target import Budget
 
 MODEL = "model.onnx"

@@ -5,7 +5,7 @@ from typing import Literal
 
 from deploypipe import records as r
 from deploypipe.recipe import Recipe
-from deploypipe.runs.store import RunResult
+from deploypipe.runs.result import RunResult
 from deploypipe.target import Budget, Target
 
 _STATE = r.MachineState(

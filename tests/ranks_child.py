@@ -25,7 +25,7 @@ from deploypipe.pruning.surgery.apply_plan import apply_plan
 from deploypipe.pruning.tracing.structures import model_fingerprint
 from deploypipe.recipe import Finetune
 from deploypipe.records import Edit, PruningPlan
-from deploypipe.runs.store import digest
+from deploypipe.files.hashing import digest
 from deploypipe.task import Batch, Splits, Task, classification
 from deploypipe.training import multi_rank_finetune
 from deploypipe.training.finetune import finetune

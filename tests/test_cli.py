@@ -18,7 +18,7 @@ from deploypipe.errors import BudgetError
 from deploypipe.files.json_records import to_json
 from deploypipe.records import Edit, Event, GroupCut, PruningPlan
 from deploypipe.report.run_tables import ranges
-from deploypipe.runs.store import save_result
+from deploypipe.runs.result import save_result
 
 TOY = """
 from torch import nn

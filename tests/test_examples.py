@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from deploypipe.runs.store import load_result
+from deploypipe.runs.result import load_result
 
 ROOT = Path(__file__).parents[1]
 

@@ -27,7 +27,8 @@ from deploypipe.errors import DeploypipeError, ExhaustedError, RunFolderError
 from deploypipe.files.exhausted_resources import find_exhaustion
 from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.records import Event
-from deploypipe.runs.store import RunResult, write_atomically
+from deploypipe.runs.result import RunResult
+from deploypipe.files.atomic import write_atomically
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from deploypipe.release.ci_reports import junit, markdown
 from deploypipe.release.model_card import model_card
 from deploypipe.report.html import render_report, write_overview
 from deploypipe.report.safe_markdown import plain
-from deploypipe.runs.store import RunResult
+from deploypipe.runs.result import RunResult
 from deploypipe.text import strict_json
 from deploypipe.text.printable_text import HIDDEN, printable
 

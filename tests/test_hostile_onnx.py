@@ -27,7 +27,8 @@ from deploypipe.cli import app
 from deploypipe.errors import DataError, ModelError, RunFolderError
 from deploypipe.release.baseline_comparison import compare_with_baseline
 from deploypipe.release.bundle import MODEL, release
-from deploypipe.runs.store import file_sha256, load_result
+from deploypipe.files.hashing import file_sha256
+from deploypipe.runs.result import load_result
 from deploypipe.target import Target
 from deploypipe.untrusted_files.limited_process import ProcessLimits
 from deploypipe.verification.golden_file import GOLDEN, TENSORS

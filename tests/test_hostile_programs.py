@@ -26,7 +26,7 @@ from deploypipe.pruning.surgery.saved_network import load_pruned, save_pruned
 from deploypipe.pruning.tracing.bug_report import reproduce
 from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.release.bundle import release
-from deploypipe.runs.store import file_sha256
+from deploypipe.files.hashing import file_sha256
 
 RUNNER = CliRunner()
 

@@ -11,7 +11,7 @@ from deploypipe.errors import ConfigError
 from deploypipe.files.json_records import from_json, from_plain, load_toml, override, to_json, to_plain
 from deploypipe.recipe import Constraints, Magnitude, Mipp, Random, Recipe
 from deploypipe.records import GroupCut, PruningPlan, Trial
-from deploypipe.runs.store import RunResult
+from deploypipe.runs.result import RunResult
 from deploypipe.target import UNITS, Budget, Target, parse_limit
 from deploypipe.text.field_bounds import shown
 

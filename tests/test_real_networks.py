@@ -19,7 +19,7 @@ from deploypipe.pruning.surgery.apply_plan import apply_plan
 from deploypipe.pruning.surgery.plan import make_plan
 from deploypipe.pruning.tracing.structures import count_macs, list_structures
 from deploypipe.recipe import Magnitude, Observe, Repair, Search
-from deploypipe.runs.store import load_result
+from deploypipe.runs.result import load_result
 from deploypipe.scoring import score
 from deploypipe.search.allocation.loss_curves import measure_curves
 from deploypipe.search.allocation.solver import Allocation, Bound, allocate_to, allowed_widths, uniform

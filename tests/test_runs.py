@@ -15,7 +15,9 @@ from finished_runs import finished_run
 
 from deploypipe.errors import RunFolderError
 from deploypipe.records import Event, Interval
-from deploypipe.runs.store import load_plan, load_result, open_run, place_file, save_result, store, write_atomically
+from deploypipe.runs.result import load_plan, load_result, save_result
+from deploypipe.runs.store import open_run, store
+from deploypipe.files.atomic import place_file, write_atomically
 
 RECORD = Interval(value=1.0, low=0.5, high=1.5)
 
@@ -352,7 +354,7 @@ def test_a_device_or_a_stream_is_written_to_and_stays(tmp_path: Path) -> None:
 
 def test_a_plan_is_a_file_of_sensible_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "plan.json").write_bytes(b" " * 2000)
-    monkeypatch.setattr("deploypipe.runs.store._MOST_RESULT_BYTES", 1000)
+    monkeypatch.setattr("deploypipe.runs.result._MOST_RESULT_BYTES", 1000)
     with pytest.raises(RunFolderError, match="more than 1,000 bytes"):
         load_plan(tmp_path)
     os.mkfifo(tmp_path / "pipe")

@@ -12,7 +12,7 @@ from s3 import Store
 from deploypipe.errors import DeploypipeError, RunFolderError, StorageError
 from deploypipe.pipeline import compress, help_search
 from deploypipe.records import Event
-from deploypipe.runs.store import RunResult
+from deploypipe.runs.result import RunResult
 from deploypipe.scheduling.exclusive_measurement import try_lock
 from deploypipe.search.distributed.study_storage import Storage
 

@@ -34,7 +34,7 @@ from deploypipe.benchmark.sweeps import (
 from deploypipe.errors import ConfigError, DataError
 from deploypipe.numerics.intervals import interval_of_median_ratio, interval_of_quantile
 from deploypipe.records import Conditions, Event, Interval, Progress, silent
-from deploypipe.runs.store import file_sha256
+from deploypipe.files.hashing import file_sha256
 from deploypipe.runtimes import Array, Runtime, find_runtime
 from deploypipe.target import Target
 from deploypipe.text.field_bounds import shown

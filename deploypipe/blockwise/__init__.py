@@ -26,7 +26,7 @@ from deploypipe.pruning.surgery.saved_network import own_weights, save_parts
 from deploypipe.pruning.tracing.structures import state_fingerprint
 from deploypipe.recipe import Recipe
 from deploypipe.records import Event, Progress, PruningPlan, silent
-from deploypipe.runs.store import digest
+from deploypipe.files.hashing import digest
 from deploypipe.scoring import needs_derivatives
 from deploypipe.task import Batch, forward
 from deploypipe.tensor_batches import fingerprint_of

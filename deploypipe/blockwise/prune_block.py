@@ -16,7 +16,7 @@ from deploypipe.pruning.surgery.plan import empty_plan, make_plan
 from deploypipe.pruning.tracing.structures import find_structures, model_fingerprint
 from deploypipe.recipe import Recipe
 from deploypipe.records import Edit, GroupCut, PruningPlan, RepairRow, Structures
-from deploypipe.runs.store import digest
+from deploypipe.files.hashing import digest
 from deploypipe.scoring import score
 from deploypipe.search.allocation.solver import uniform
 from deploypipe.task import Batch, forward

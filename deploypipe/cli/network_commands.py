@@ -37,7 +37,8 @@ from deploypipe.report.run_tables import (
     score_notes,
     score_table,
 )
-from deploypipe.runs.store import load_plan, load_result, write_atomically
+from deploypipe.runs.result import load_plan, load_result
+from deploypipe.files.atomic import write_atomically
 from deploypipe.untrusted_files.limited_process import ProcessLimits
 
 

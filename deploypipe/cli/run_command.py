@@ -28,7 +28,7 @@ from deploypipe.errors import ConfigError, DeploypipeError
 from deploypipe.files.json_records import override, to_plain
 from deploypipe.recipe import Recipe
 from deploypipe.report.run_tables import OVERVIEW_HEADER, overview_rows
-from deploypipe.runs.store import RunResult, load_result
+from deploypipe.runs.result import RunResult, load_result
 from deploypipe.runtimes.provider_options import require_harmless_options
 from deploypipe.target import Target
 from deploypipe.text.masked_addresses import masked

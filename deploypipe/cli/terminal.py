@@ -23,7 +23,7 @@ from deploypipe.installed_packages import find_missing
 from deploypipe.records import Check, Event, GateDecision, Verdict
 from deploypipe.report.next_steps import next_steps
 from deploypipe.report.run_tables import PRECISION_HEADER, before_after, check_cells, precision_rows, seconds
-from deploypipe.runs.store import RunResult
+from deploypipe.runs.result import RunResult
 from deploypipe.text.printable_text import printable
 
 if TYPE_CHECKING:

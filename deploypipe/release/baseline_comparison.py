@@ -12,7 +12,7 @@ from deploypipe.records import BaselineComparison, Check, Interval, Status
 from deploypipe.release.bundle import ENGINE, MODEL, check_run, load_bundle
 from deploypipe.release.gate import doubted
 from deploypipe.report.run_tables import what_is_covered
-from deploypipe.runs.store import RunResult
+from deploypipe.runs.result import RunResult
 from deploypipe.runtimes import find_runtime
 from deploypipe.untrusted_files.limited_process import ProcessLimits
 from deploypipe.verify import golden_inputs

@@ -5,7 +5,8 @@ from datetime import datetime
 
 from deploypipe.errors import DeploypipeError
 from deploypipe.records import FileEntry
-from deploypipe.runs.store import RunResult, digest
+from deploypipe.runs.result import RunResult
+from deploypipe.files.hashing import digest
 
 _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "urn:deploypipe:bundle")
 

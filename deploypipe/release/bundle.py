@@ -17,7 +17,8 @@ from deploypipe.release.manifest import SIGNATURE, check_manifest, write_manifes
 from deploypipe.release.model_card import model_card
 from deploypipe.release.provenance import provenance
 from deploypipe.report.html import render_report
-from deploypipe.runs.store import RunResult, file_sha256, load_result
+from deploypipe.runs.result import RunResult, load_result
+from deploypipe.files.hashing import file_sha256
 from deploypipe.runtimes.engine_file import load_record
 from deploypipe.text import strict_json
 from deploypipe.text.safe_names import name_problem

@@ -6,7 +6,7 @@ from deploypipe.records import GateDecision, Status, Verdict
 from deploypipe.release.model_card import check_table
 from deploypipe.report.run_tables import before_after
 from deploypipe.report.safe_markdown import plain, table
-from deploypipe.runs.store import RunResult
+from deploypipe.runs.result import RunResult
 from deploypipe.text.printable_text import printable
 
 

@@ -11,7 +11,7 @@ from deploypipe.export.onnx_export.parity import limit_of
 from deploypipe.records import BaselineComparison, Check, GateDecision, Verdict, Waiver
 from deploypipe.release.gate import decide
 from deploypipe.report.html import write_report
-from deploypipe.runs.store import RESULT, RunResult, save_result
+from deploypipe.runs.result import RESULT, RunResult, save_result
 
 _REPORT = "report.html"
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from deploypipe.errors import BundleError, ConfigError
 from deploypipe.files.json_records import from_json
 from deploypipe.records import FileEntry
-from deploypipe.runs.store import file_sha256, write_atomically
+from deploypipe.files.hashing import file_sha256
+from deploypipe.files.atomic import write_atomically
 from deploypipe.text.safe_names import MOST_BYTES, name_problem
 from deploypipe.verification.golden_file import shown
 

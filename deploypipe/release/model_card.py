@@ -6,7 +6,7 @@ from math import isfinite
 from deploypipe.records import Check
 from deploypipe.report.run_tables import before_after, check_cells, int8_approval
 from deploypipe.report.safe_markdown import plain, table
-from deploypipe.runs.store import RunResult
+from deploypipe.runs.result import RunResult
 from deploypipe.text.printable_text import printable
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from deploypipe.errors import BundleError
 from deploypipe.release.manifest import MANIFEST, SIGNATURE, check_manifest
-from deploypipe.runs.store import file_sha256
+from deploypipe.files.hashing import file_sha256
 from deploypipe.text import strict_json
 
 _ARTIFACT = "application/vnd.deploypipe.bundle.v1"

@@ -33,7 +33,8 @@ from deploypipe.report.search_text import (
     stage_rows,
 )
 from deploypipe.report.width_tables import Stage, stages_of
-from deploypipe.runs.store import RunResult, write_atomically
+from deploypipe.runs.result import RunResult
+from deploypipe.files.atomic import write_atomically
 from deploypipe.text.printable_text import printable_lines
 
 REPORT = "report.html"

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from deploypipe.records import Candidate
-from deploypipe.runs.store import RunResult
+from deploypipe.runs.result import RunResult
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

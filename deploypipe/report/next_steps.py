@@ -1,7 +1,7 @@
 """What to do about a run on HOLD: for each check that holds it, a sentence that ends with the command to run next."""
 
 from deploypipe.records import Check, Status, Verdict
-from deploypipe.runs.store import RunResult
+from deploypipe.runs.result import RunResult
 
 _AGAIN = "--remeasure"
 _SIZES = ("latency_p50", "peak_memory", "file_size", "params", "macs", "latency_against_baseline")

@@ -18,7 +18,7 @@ from deploypipe.records import (
     ScoreSummary,
     Waiver,
 )
-from deploypipe.runs.store import RunResult
+from deploypipe.runs.result import RunResult
 
 NOT_MEASURED = "not measured"
 

@@ -9,7 +9,7 @@ from scipy.stats import spearmanr
 
 from deploypipe.records import FEWEST_FOR_IMPORTANCES, Candidate, LatencyFit, SearchResult, Structures
 from deploypipe.report.width_tables import Stage
-from deploypipe.runs.store import RunResult
+from deploypipe.runs.result import RunResult
 from deploypipe.target import Target
 
 REACH_HEADER = ("budget", "least in reach", "asked for", "held to in the search", "chosen")

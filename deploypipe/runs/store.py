@@ -17,7 +17,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO, TypeVar
-
 from deploypipe.errors import ExhaustedError, RunFolderError
 from deploypipe.files.exhausted_resources import find_exhaustion
 from deploypipe.files.json_records import from_json, from_plain, to_json, to_plain
@@ -48,147 +47,12 @@ from deploypipe.target import Target
 from deploypipe.text import strict_json
 from deploypipe.text.masked_addresses import masked
 from deploypipe.text.sealed_json import seal, unseal
+from deploypipe.files.atomic import write_atomically
+from deploypipe.files.hashing import digest, file_sha256
 
 T = TypeVar("T")
-
-RESULT, PLAN = "result.json", "plan.json"
 _LOCK = "run.lock"
 _POLL_S = 0.1
-_MOST_RESULT_BYTES = 2**28
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunResult:
-    """Everything a finished run has to tell; `result.json` in its folder."""
-
-    pipeline: str
-    metric: str
-    recipe: Recipe
-    target: Target
-    structures: Structures
-    scores: ScoreSummary | None  # None, like the next four: nothing had to be removed
-    search: SearchResult | None
-    prune: PruneReport | None
-    repair: RepairReport | None
-    training: TrainLog | None
-    benchmark: BenchmarkReport
-    decision: GateDecision
-    stages: tuple[StageTime, ...]
-    precision: PrecisionChoice | None = None  # of a target that takes more than fp32
-    engine: EngineFile | None = None  # of a target that takes one, where this machine could build it
-    golden: Golden | None = None  # what `deploypipe verify` replays; in the run folder
-    origin: Origin = field(default_factory=Origin)
-    baseline: BaselineComparison | None = None  # where the gate was asked to compare with one
-    too_slow: tuple[str, ...] = ()  # of each network trained before this one: what the benchmark said of it
-    command: str = ""  # that made the run, addresses without passwords; "" where the library was called
-
-
-def save_result(folder: Path, result: RunResult) -> None:
-    """Write `result.json` atomically, sealed."""
-    write_atomically(folder / RESULT, seal(to_json(result)))
-
-
-def load_result(folder: Path, name: str = RESULT) -> RunResult:
-    """Read `result.json`; RunFolderError where the run has not finished, or the file was changed after it."""
-    path = folder / name
-    if not path.is_file():
-        raise RunFolderError(f"{folder}: holds no finished run ({name} is absent); finish it with `deploypipe run`")
-    try:
-        if (size := path.stat().st_size) > _MOST_RESULT_BYTES:
-            raise ValueError(f"has {size:,} bytes, and {_MOST_RESULT_BYTES:,} are the most")
-        text = unseal(path.read_bytes())
-    except ValueError as error:
-        remedy = "run the same command again, which takes seconds where the run's stages are kept"
-        remedy = remedy if name == RESULT else "copy the bundle again from where it was built"
-        raise RunFolderError(f"{path}: {error}; {remedy}") from None
-    return from_json(RunResult, text, str(path))
-
-
-def load_plan(path: Path) -> PruningPlan:
-    """The plan in a file, in a folder that holds a plan.json, or of a finished run; RunFolderError where none is."""
-    file = path / PLAN if path.is_dir() else path
-    if file.is_file():
-        with file.open("rb") as stream:
-            content = stream.read(_MOST_RESULT_BYTES + 1)
-        if len(content) > _MOST_RESULT_BYTES:
-            raise RunFolderError(
-                f"{file}: has more than {_MOST_RESULT_BYTES:,} bytes, which is no plan; check the path"
-            )
-        return from_json(PruningPlan, content, str(file))
-    if not path.is_dir():
-        raise RunFolderError(f"{path}: is no file; give a plan.json, or the folder of a finished run")
-    found = load_result(path).search
-    if found is None:
-        raise RunFolderError(f"{path}: this run removed nothing, so it has no plan; give a run that had to compress")
-    return found.trials[found.best].plan
-
-
-def start_afresh(folder: Path, names: Sequence[str]) -> None:
-    """Remove the end products of an earlier run, so that nobody takes them for those of one that fails."""
-    for name in (RESULT, *names):
-        (folder / name).unlink(missing_ok=True)
-
-
-def place_file(source: Path, path: Path) -> None:
-    """A second, stable name for a file: a hard link where the file system has them, else a copy; atomic."""
-    part = path.with_name(f".{path.name}.part")
-    part.unlink(missing_ok=True)
-    try:
-        os.link(source, part)
-    except OSError:
-        shutil.copyfile(source, part)
-    part.replace(path)
-    part.unlink(missing_ok=True)  # two names of one file are not renamed to each other
-
-
-def cache_folder() -> Path:
-    """Where measurements outlive a run: `DEPLOYPIPE_CACHE`, or ~/.cache/deploypipe."""
-    return Path(os.environ.get("DEPLOYPIPE_CACHE") or Path.home() / ".cache" / "deploypipe")
-
-
-def digest(value: object) -> str:
-    """A short hash of any record or plain JSON value."""
-    plain = json.dumps(value, sort_keys=True, default=to_plain)
-    return hashlib.sha256(plain.encode()).hexdigest()[:16]
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write and flush beside `path`, then rename over it: readers see the old content or the new, never a part.
-
-    A device or a shell's name of a stream (/dev/stdout) is written to and stays what it is.
-    """
-    if _is_stream(path):
-        path.write_bytes(content)
-        return
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # others may be at the same file
-    try:
-        with part.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    _flush_folder(path.parent)
-
-
-def _is_stream(path: Path) -> bool:
-    is_in_dev = path.is_absolute() and path.parts[1:2] == ("dev",)
-    return path.is_char_device() or (is_in_dev and path.is_symlink())
-
-
-def _flush_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @dataclass(slots=True)

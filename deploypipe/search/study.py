@@ -9,7 +9,7 @@ from typing import Any
 from deploypipe.errors import BudgetError
 from deploypipe.recipe import ObjectiveName, Search
 from deploypipe.records import Candidate, Event, Progress, PruningPlan, SearchResult, Trial, silent
-from deploypipe.runs.store import digest
+from deploypipe.files.hashing import digest
 from deploypipe.scheduling.exclusive_measurement import pause
 from deploypipe.search.allocation.limits import Range
 from deploypipe.search.distributed.study_storage import Storage

@@ -17,7 +17,7 @@ from deploypipe.pruning.tracing.module_calls import one_thread_if_small
 from deploypipe.pruning.tracing.structures import count_macs
 from deploypipe.recipe import Finetune
 from deploypipe.records import ModelFile, Progress, PruneOutcome, PruningPlan, RepairReport, TrainLog
-from deploypipe.runs.store import digest
+from deploypipe.files.hashing import digest
 from deploypipe.stages.context import Job
 from deploypipe.task import num_samples
 from deploypipe.training.multi_rank_finetune import finetune_together

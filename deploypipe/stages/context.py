@@ -16,7 +16,9 @@ from deploypipe.networks.model_copies import copied
 from deploypipe.pruning.tracing.structures import model_fingerprint
 from deploypipe.recipe import Recipe
 from deploypipe.records import Event, Origin
-from deploypipe.runs.store import RunFolder, digest, write_atomically
+from deploypipe.runs.store import RunFolder
+from deploypipe.files.hashing import digest
+from deploypipe.files.atomic import write_atomically
 from deploypipe.runtimes.device_ability import can
 from deploypipe.runtimes.this_machine import this_machine
 from deploypipe.search.distributed.study_storage import Storage

@@ -15,7 +15,7 @@ from deploypipe.pruning.tracing.module_calls import one_thread_if_small
 from deploypipe.pruning.tracing.structures import count_macs, list_structures
 from deploypipe.recipe import Mpruner
 from deploypipe.records import Curves, Measurement, ModelFile, Observation, ResolvedConstraints, ScoreTable, Structures
-from deploypipe.runs.store import place_file
+from deploypipe.files.atomic import place_file
 from deploypipe.runtimes.engine_file import load_record
 from deploypipe.scoring import needs_derivatives, score_halves
 from deploypipe.scoring.blocks import rank_blocks

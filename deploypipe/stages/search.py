@@ -24,7 +24,7 @@ from deploypipe.records import (
     Trial,
     silent,
 )
-from deploypipe.runs.store import digest
+from deploypipe.files.hashing import digest
 from deploypipe.scoring.magnitude import score_magnitudes
 from deploypipe.search import study
 from deploypipe.search.allocation.feasibility import find_reach, reach_text, require_in_reach

@@ -14,7 +14,7 @@ from deploypipe.pruning.surgery.slim_attention import with_slim_attention
 from deploypipe.pruning.tracing.structures import model_fingerprint
 from deploypipe.recipe import Finetune
 from deploypipe.records import Progress, PruningPlan, TrainLog, silent
-from deploypipe.runs.store import digest
+from deploypipe.files.hashing import digest
 from deploypipe.task import Splits, Task, num_samples
 from deploypipe.tensor_batches import fingerprint
 from deploypipe.training.finetune import finetune

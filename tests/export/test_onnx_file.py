@@ -19,7 +19,7 @@ from deploypipe.pruning.surgery.plan import make_plan
 from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.recipe import Export
 from deploypipe.records import ScoreTable
-from deploypipe.runs.store import file_sha256
+from deploypipe.files.hashing import file_sha256
 from deploypipe.runtimes.onnxruntime import OnnxRuntime
 from deploypipe.untrusted_files.onnx_file_check import check_onnx_file
 

@@ -15,7 +15,7 @@ from deploypipe.errors import DataError, DeploypipeError, ModelError, ParityErro
 from deploypipe.export.onnx_export.export_onnx import export_onnx
 from deploypipe.export.quantization.fp16 import to_fp16
 from deploypipe.recipe import Export
-from deploypipe.runs.store import file_sha256
+from deploypipe.files.hashing import file_sha256
 from deploypipe.runtimes.onnxruntime import OnnxRuntime
 
 FLOAT, HALF = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16

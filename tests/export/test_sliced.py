@@ -28,7 +28,7 @@ from deploypipe.pruning.surgery.slim_attention import with_slim_attention
 from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.recipe import Export
 from deploypipe.records import CandidateFile, PruningPlan, ScoreTable, Structures
-from deploypipe.runs.store import file_sha256
+from deploypipe.files.hashing import file_sha256
 from deploypipe.runtimes import Array
 from deploypipe.runtimes.onnxruntime import OnnxRuntime
 

@@ -26,7 +26,7 @@ from deploypipe.release.bundle import release
 from deploypipe.release.decide_again import decide_again
 from deploypipe.release.gate import decide
 from deploypipe.release.waivers import load_waivers
-from deploypipe.runs.store import RESULT, load_result, save_result
+from deploypipe.runs.result import RESULT, load_result, save_result
 from deploypipe.target import Budget
 from deploypipe.text.sealed_json import seal, unseal
 

@@ -24,7 +24,7 @@ from deploypipe.release.decide_again import decide_again
 from deploypipe.release.manifest import MANIFEST, SIGNATURE, check_manifest
 from deploypipe.release.registries.registry import promote, resolve
 from deploypipe.release.signing import check_keyless, check_signature, sign, sign_keyless
-from deploypipe.runs.store import RunResult, save_result
+from deploypipe.runs.result import RunResult, save_result
 from deploypipe.target import Budget
 from deploypipe.verification.golden_file import GOLDEN
 

@@ -9,7 +9,7 @@ from deploypipe.records import BaselineComparison, BenchmarkReport, Interval, Tr
 from deploypipe.release.gate import decide
 from deploypipe.report.html import render_report
 from deploypipe.report.next_steps import next_steps
-from deploypipe.runs.store import RunResult
+from deploypipe.runs.result import RunResult
 from deploypipe.target import Budget
 
 COMMAND = "deploypipe run digits x86_cpu --set target.num_threads=2"

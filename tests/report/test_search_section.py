@@ -11,7 +11,7 @@ from deploypipe.report import search_plots
 from deploypipe.report.html import render_report
 from deploypipe.report.search_text import fit_sentence, importance_note, limit_sentences, reach_rows, stage_rows
 from deploypipe.report.width_tables import stages_of
-from deploypipe.runs.store import RunResult
+from deploypipe.runs.result import RunResult
 from deploypipe.target import Budget
 
 FIT = r.LatencyFit(predicted=(0.2, 0.6, 0.5, 0.9), measured=(0.3, 0.5, 0.6, 0.9))

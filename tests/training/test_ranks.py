@@ -21,7 +21,7 @@ from deploypipe.files.json_records import from_json
 from deploypipe.pruning.tracing.structures import model_fingerprint
 from deploypipe.recipe import Finetune
 from deploypipe.records import TrainLog
-from deploypipe.runs.store import load_result
+from deploypipe.runs.result import load_result
 from deploypipe.task import classification
 from deploypipe.training.finetune import _own_dropout, finetune
 from deploypipe.training.ranks import Ranks, share_norms_

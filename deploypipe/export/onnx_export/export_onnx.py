@@ -41,7 +41,7 @@ from deploypipe.networks.model_copies import copied
 from deploypipe.networks.model_wrappers import unwrapped
 from deploypipe.recipe import Export
 from deploypipe.records import FileEntry, ModelFile, Parity
-from deploypipe.runs.store import file_sha256
+from deploypipe.files.hashing import file_sha256
 from deploypipe.runtimes import Array
 from deploypipe.runtimes.named_arrays import name_outputs
 from deploypipe.runtimes.onnxruntime import OnnxRuntime

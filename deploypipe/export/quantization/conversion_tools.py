@@ -17,7 +17,7 @@ from deploypipe.errors import DataError, ModelError
 from deploypipe.export.onnx_export.file_metadata import PREFIX
 from deploypipe.numerics.output_differences import difference
 from deploypipe.records import ModelFile, Parity
-from deploypipe.runs.store import file_sha256
+from deploypipe.files.hashing import file_sha256
 from deploypipe.runtimes import Array
 from deploypipe.runtimes.named_arrays import feed
 from deploypipe.runtimes.onnxruntime import OnnxRuntime, OnnxSession

@@ -25,7 +25,9 @@ from deploypipe.pruning.surgery.apply_plan import check_fingerprint, cut_out
 from deploypipe.pruning.surgery.hook_computed_weights import with_plain_weights
 from deploypipe.pruning.tracing.structures import pair_of
 from deploypipe.records import PruningPlan
-from deploypipe.runs.store import PLAN, file_sha256, load_plan, write_atomically
+from deploypipe.runs.result import PLAN, load_plan
+from deploypipe.files.hashing import file_sha256
+from deploypipe.files.atomic import write_atomically
 from deploypipe.runtimes.program_file import load_program
 from deploypipe.task import as_arguments, has_batch_axis, num_samples, repeat_samples, take
 from deploypipe.text import strict_json

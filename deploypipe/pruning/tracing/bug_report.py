@@ -26,7 +26,7 @@ from deploypipe.pruning.surgery.saved_network import program_bytes
 from deploypipe.pruning.tracing.module_calls import evaluating
 from deploypipe.pruning.tracing.structures import find_structures, pair_of
 from deploypipe.records import Frozen
-from deploypipe.runs.store import write_atomically
+from deploypipe.files.atomic import write_atomically
 from deploypipe.runtimes.program_file import load_program
 from deploypipe.task import forward
 

@@ -20,7 +20,7 @@ from deploypipe.files.json_records import to_plain
 from deploypipe.installed_packages import ONNXRUNTIME, find_package
 from deploypipe.release.bundle import MODEL
 from deploypipe.release.manifest import Manifest
-from deploypipe.runs.store import RunResult
+from deploypipe.runs.result import RunResult
 from deploypipe.text import strict_json
 from deploypipe.text.masked_addresses import masked, without_secrets
 from deploypipe.verify import golden_case

@@ -22,7 +22,8 @@ from sqlalchemy.exc import (
 )
 
 from deploypipe.errors import RunFolderError, StorageError
-from deploypipe.runs.store import cache_folder, digest
+from deploypipe.files.cache_folder import cache_folder
+from deploypipe.files.hashing import digest
 from deploypipe.scheduling.exclusive_measurement import pause
 from deploypipe.text.masked_addresses import masked, without_secrets
 

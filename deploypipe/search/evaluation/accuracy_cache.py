@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from deploypipe.records import PruningPlan
-from deploypipe.runs.store import write_atomically
+from deploypipe.files.atomic import write_atomically
 from deploypipe.search.evaluation.early_stopping import Results, pack, unpack
 from deploypipe.search.evaluation.trial_loop import network_key
 from deploypipe.text import strict_json

@@ -28,7 +28,7 @@ from deploypipe.numerics.intervals import interval_of_median_ratio
 from deploypipe.pruning.surgery.apply_plan import apply_plan
 from deploypipe.recipe import Export
 from deploypipe.records import PrecisionRow, PruningPlan
-from deploypipe.runs.store import digest
+from deploypipe.files.hashing import digest
 from deploypipe.runtimes import Array, find_runtime
 from deploypipe.runtimes.int8_arithmetic import kernels_of
 from deploypipe.runtimes.named_arrays import feed

@@ -12,7 +12,8 @@ from typing import Protocol, TypeVar
 import sqlalchemy as sa
 
 from deploypipe.benchmark.conditions import read_state
-from deploypipe.runs.store import cache_folder, write_atomically
+from deploypipe.files.cache_folder import cache_folder
+from deploypipe.files.atomic import write_atomically
 from deploypipe.scheduling.exclusive_measurement import machine
 from deploypipe.search.distributed.leases import Held, Leases, make_table
 from deploypipe.search.distributed.study_storage import Storage

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from deploypipe.recipe import ObjectiveName
 from deploypipe.records import Candidate, PruningPlan, Trial
-from deploypipe.runs.store import digest
+from deploypipe.files.hashing import digest
 from deploypipe.search.evaluation.early_stopping import Results, is_certainly_worse
 from deploypipe.search.pareto import cost, costs
 from deploypipe.target import Limit

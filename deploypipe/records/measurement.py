@@ -1,0 +1,145 @@
+"""What was measured of a file, and on which machine."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from math import isfinite
+from typing import Literal, TypeAlias
+from deploypipe.records.interval import Interval
+from deploypipe.records.model_files import ModelFile
+from deploypipe.records.structures import Names
+
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Environment:
+    """The machine and the software that a figure was taken on."""
+
+    cpu: str
+    cpu_features: tuple[str, ...]
+    num_cpus: int
+    governor: str  # "" where the platform does not tell
+    load_before: float  # one-minute load average
+    memory_gib: float
+    gpu: str
+    system: str
+    versions: dict[str, str]
+    device_fingerprint: str  # equal on machines whose latencies may be compared
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MachineState:
+    """What the machine did at one moment. None where the platform does not tell."""
+
+    load: float  # one-minute load average
+    clock_mhz: float | None  # of the fastest processor: those that idle are slow by themselves
+    temperature_c: float | None  # of the hottest zone
+    num_throttled: int | None  # times that heat slowed a core or the package down, since boot
+    num_quota_throttled: int | None  # times that the control group's processor quota stopped this process
+    busy_s: float | None  # processor seconds that were not idle, of all processors, since boot
+    stolen_s: float | None  # processor seconds that the hypervisor gave to others
+    own_s: float  # processor seconds of this process and its children
+    at_s: float  # clock, in seconds from anywhere
+    gpu_clock_mhz: float | None = None
+    gpu_temperature_c: float | None = None
+    gpu_slowdowns: Names = ()  # reasons in force that slow the GPU down
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Conditions:
+    """What the machine was like while something was measured."""
+
+    before: MachineState
+    after: MachineState
+    other_cpus: float | None  # processors that other processes kept busy, on average
+    stolen_share: float | None  # of the time of all processors
+    verdict: Literal["steady", "throttled", "noisy"]
+    reasons: Names
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Latency:
+    """Timed runs of one file."""
+
+    batch_size: int
+    num_threads: int
+    samples_ms: tuple[float, ...]
+    p50_ms: Interval
+    p90_ms: float | None  # None below 64 samples
+    p99_ms: float | None  # None below 662 samples
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Measurement:
+    """One model file on one target. None is 'not measured', which no gate lets pass."""
+
+    file: ModelFile
+    num_params: int
+    num_macs: int
+    latency: Latency | None
+    peak_memory_mib: float | None
+    per_sample_metric: tuple[float, ...]  # of the exported file, in test order; its mean is the accuracy
+    accuracy: Interval | None
+
+    @property
+    def figures(self) -> dict[str, float | None]:
+        """What budgets limit, by the names they have there: ms, MiB, counts."""
+        return {
+            "latency_p50": self.latency.p50_ms.value if self.latency else None,
+            "peak_memory": self.peak_memory_mib,
+            "file_size": self.file.size_bytes / 2**20,
+            "params": self.num_params,
+            "macs": self.num_macs,
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchmarkReport:
+    """Dense and compressed, timed interleaved in one process."""
+
+    dense: Measurement
+    compressed: Measurement
+    latency_ratio: Interval | None  # compressed / dense
+    accuracy_drop_pp: Interval | None  # paired: same samples, both files
+    environment: Environment
+    is_steady: bool  # nothing speaks against the timings; see `conditions` too
+    notes: tuple[str, ...] = ()
+    conditions: Conditions | None = None  # None: nothing was measured
+    slices: dict[str, tuple[int, ...]] = field(default_factory=dict)  # numbers of test samples, by `Task.slices`
+    test_data: str = ""  # hash of the test split: results on another one are not compared
+    measured_at: str = ""  # ISO 8601, UTC
+
+    def __post_init__(self) -> None:
+        """ValueError for what does not fit together: a result that was edited, since no run writes that."""
+        counts = {len(m.per_sample_metric) for m in (self.dense, self.compressed) if m.per_sample_metric}
+        if len(counts) > 1:
+            raise ValueError(f"per_sample_metric has {min(counts)} and {max(counts)} values; measure both again")
+        for name, samples in self.slices.items() if counts else ():
+            if samples and not 0 <= min(samples) <= max(samples) < min(counts):
+                raise ValueError(f"slices: {name!a} holds a number that no test sample has; measure again")
+        try:
+            _ = self.measured_at and datetime.fromisoformat(self.measured_at)
+        except ValueError:
+            raise ValueError(f"measured_at = {self.measured_at[:40]!a} is no time; measure again") from None
+
+    @property
+    def doubts(self) -> str:
+        """Why no timing of this report decides anything; "" where nothing speaks against them."""
+        if self.conditions and self.conditions.verdict != "steady":
+            told = "; ".join(self.conditions.reasons) or "no reason was recorded"
+            return f"the timings were not steady: the machine was {self.conditions.verdict}: {told}"
+        if not self.is_steady:
+            return f"the timings were not steady: {'; '.join(self.notes) or 'no reason was recorded'}"
+        return ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BaselineComparison:
+    """A run's file against that of a bundle released before. None is 'not compared', which no gate lets pass."""
+
+    name: str
+    latency_ratio: Interval | None  # this run's file / the bundle's, timed interleaved
+    accuracy_drop_pp: Interval | None  # paired: same test samples, both files
+    notes: tuple[str, ...] = ()
+    latency_doubts: str = ""  # why the ratio decides nothing, though it was measured

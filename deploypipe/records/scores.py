@@ -1,0 +1,68 @@
+"""Importance of structures, and what the calibration pass left."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from math import isfinite
+from typing import Literal, TypeAlias
+from deploypipe.records.structures import Names
+
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoreTable:
+    """One finite score for every unit of every group; higher = keep. Comparable within a group only."""
+
+    scorer: str
+    channels: dict[str, tuple[float, ...]]
+    suggested: dict[str, int] = field(default_factory=dict)  # widths that the method itself would leave, if it has any
+    reasons: dict[str, str] = field(default_factory=dict)  # groups that another method had to score, and why
+    is_cumulative: bool = False  # a score is all that was lost when its unit went, not the unit's own share
+    stability: dict[str, float] = field(default_factory=dict)  # rank correlation between halves of the samples
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Observation:
+    """What `observe` saw, beside the moments it keeps as tensors."""
+
+    num_samples: int
+    skipped: dict[str, str]  # consumers without moments, and why
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockRanking:
+    """One finite importance for every removable block; higher = keep. Comparable within one ranking only."""
+
+    scorer: str
+    importance: dict[str, float]
+    clusters: tuple[Names, ...] = ()  # blocks that do much the same, where the method says so
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupSummary:
+    """One group as its scores see it."""
+
+    name: str
+    num_units: int
+    kept_information: tuple[float, ...]  # share that the best 0, 1, ..., num_units units keep
+    redundant: tuple[int, ...]  # units that can go while each of the summary's `shares` stays
+    suggested: int | None
+    stability: float | None
+    null: float | None  # information found in shuffled data, as a share of that in the data
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoreSummary:
+    """How much of a network is redundant, by one scorer, and which of its blocks do alike."""
+
+    scorer: str
+    num_samples: int
+    shares: tuple[float, ...]  # of the information
+    groups: tuple[GroupSummary, ...]
+    shaky: tuple[str, ...]  # groups whose ranking changes between halves of the samples
+    samples_wanted: int | None  # that would settle them; None where nothing is shaky
+    block_names: tuple[str, ...]
+    block_cka: tuple[tuple[float, ...], ...]
+    clusters: tuple[tuple[str, ...], ...]  # blocks whose outputs are alike, in order (arXiv:2408.13482)

@@ -1,0 +1,88 @@
+"""What can be removed from a network."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from math import isfinite
+from typing import Literal, TypeAlias
+
+# "in" or "out" of a layer; "pos_embed.2", an axis of one of a module's tensors; "@num_heads", an attribute that counts.
+Side: TypeAlias = str
+GroupKind: TypeAlias = Literal["channels", "heads", "head_dims"]
+Names: TypeAlias = tuple[str, ...]  # of blocks, in execution order
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Member:
+    """One side of one module that a channel group shares.
+
+    `units[i]` are the module's own indices that belong to the group's unit i (several after a flatten).
+    """
+
+    module: str
+    side: Side
+    units: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChannelGroup:
+    """Channels that can only be removed together: producers, normalisations between, and all consumers."""
+
+    name: str  # the module that produces the channels, as in `named_modules()`; "MODULE:heads" for attention heads
+    num_units: int
+    members: tuple[Member, ...]
+    params_per_unit: float  # saved by removing one unit from the dense network
+    macs_per_unit: float  # multiply-accumulates of one sample, likewise
+    kind: GroupKind = "channels"
+
+    def step(self, channel_multiple: int) -> int:
+        """Units that widths come in multiples of: a target asks for multiples of channels, not of heads."""
+        return channel_multiple if self.kind == "channels" else 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Block:
+    """A module whose input and output agree, so that it can be replaced by the identity."""
+
+    name: str
+    params: int
+    macs: int
+    # What it gives after its output, where that is a tuple: the parameter whose argument it hands on, or "".
+    returns: Names | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Frozen:
+    """A structure that cannot be removed, and why."""
+
+    name: str
+    kind: GroupKind | Literal["block", "weights"]  # "weights": those of a module with no outputs of its own (a norm)
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResolvedConstraints:
+    """What every choice of widths and blocks must hold to: the recipe's constraints with patterns made names."""
+
+    least: dict[str, int] = field(default_factory=dict)  # by group: units that stay
+    uniform: tuple[tuple[str, ...], ...] = ()  # groups with one width; disjoint, of one dense width, kind and least
+    least_blocks: int = 0  # of `Structures.blocks`, how many stay
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Structures:
+    """What can be removed from one network, and what cannot."""
+
+    model_fingerprint: str
+    groups: tuple[ChannelGroup, ...]  # in execution order
+    blocks: tuple[Block, ...]  # in execution order, not nested in each other
+    frozen: tuple[Frozen, ...]
+    num_params: int
+    num_macs: int  # one sample
+    constraints: ResolvedConstraints = field(default_factory=ResolvedConstraints)
+
+    def least_width(self, group: ChannelGroup, channel_multiple: int) -> int:
+        """The narrowest width that `group` may be brought to, in whole steps; its dense width at most."""
+        step = group.step(channel_multiple)
+        return min(-(-self.constraints.least.get(group.name, 1) // step) * step, group.num_units)

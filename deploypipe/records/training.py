@@ -1,0 +1,50 @@
+"""Logs of trainings."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from math import isfinite
+from typing import Literal, TypeAlias
+from deploypipe.records.structures import Names
+
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DepthRow:
+    """One decision of the loop."""
+
+    iteration: int
+    stride: int
+    clusters: tuple[Names, ...]
+    removed: Names  # what was tried, from the best network so far
+    accuracy: float | None  # None: not tried
+    accepted: bool
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DepthLog:
+    rows: tuple[DepthRow, ...]
+    dense_accuracy: float
+    accuracy: float  # of the network that is returned
+    removed: Names  # from the dense network, in the order of removal
+    reason: str  # why the loop ended
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EpochLog:
+    epoch: int  # 0: before the first step
+    learning_rate: float
+    train_loss: float
+    val_accuracy: float
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainLog:
+    epochs: tuple[EpochLog, ...]
+    chosen_epoch: int  # the last that is not worse on val than the best; 0 means the training was rolled back
+    reason: str = ""
+    precision: str = ""  # of the arithmetic: "bf16" or "fp32"
+    notes: tuple[str, ...] = ()  # what a reader should know of it, such as batches that were left out
