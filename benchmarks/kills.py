@@ -31,11 +31,11 @@ from typing import Any
 import torch
 
 from deploypipe.benchmark import latency, memory
+from deploypipe.files.hashing import file_sha256
 from deploypipe.files.json_records import to_json
 from deploypipe.pipeline import compress
 from deploypipe.recipe import Recipe
 from deploypipe.records import Event
-from deploypipe.files.hashing import file_sha256
 from deploypipe.runs.result import load_result
 from deploypipe.target import Budget, Target
 from deploypipe.text.sealed_json import unseal

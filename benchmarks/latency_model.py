@@ -31,7 +31,7 @@ from deploypipe.search.allocation.solver import Allocation
 from deploypipe.search.cost_models.latency_model import LatencyModel
 from deploypipe.search.cost_models.layer_widths import find_sites
 from deploypipe.search.cost_models.time_networks import time_networks
-from deploypipe.search.evaluation.candidate_files import Candidates
+from deploypipe.search.evaluation.candidate_files import CandidateFiles
 from deploypipe.target import Target
 from deploypipe.task import take, take_calib
 from deploypipe.user_pipeline import Pipeline, load_pipeline
@@ -82,7 +82,7 @@ def row(name: str, pipeline: Pipeline, folder: Path, options: argparse.Namespace
 
     def measure(count: int, seed: int, repeat: int) -> TimedNetworks:
         os.environ["DEPLOYPIPE_CACHE"] = str(folder / f"cache{seed}{repeat}")
-        candidates = Candidates(
+        candidates = CandidateFiles(
             dense=dense,
             dense_onnx=file,
             dense_opened=file,

@@ -59,10 +59,10 @@ from deploypipe.runs.store import open_run
 from deploypipe.runtimes import find_runtime
 from deploypipe.search.allocation.limits import candidate_of, search_limits, with_margin
 from deploypipe.search.allocation.solver import uniform
-from deploypipe.search.evaluation.accuracy_cache import Accuracies
+from deploypipe.search.evaluation.accuracy_cache import AccuracyCache
 from deploypipe.search.evaluation.early_stopping import Results, draw_parts, pack, unpack
 from deploypipe.search.evaluation.evaluator import Judge
-from deploypipe.search.evaluation.trial_loop import History, is_same_network, judge_plan, most_accurate, violations
+from deploypipe.search.evaluation.trial_loop import History, evaluate_plan, is_same_network, most_accurate, violations
 from deploypipe.stages import profile, search
 from deploypipe.stages.context import Job
 from deploypipe.target import Budget
@@ -257,7 +257,7 @@ class Contest:
                 if twin:
                     trial, results = replace(twin, number=number, knobs=knobs), None
                 else:
-                    trial, results = judge_plan(number, knobs, plan, judge, excess_of, ("accuracy",), history)
+                    trial, results = evaluate_plan(number, knobs, plan, judge, excess_of, ("accuracy",), history)
                 asked.set_constraint("latency", trial.violations["latency_p50"])
                 study.tell(asked, trial.candidate.accuracy)
                 history.trials.append(trial)
@@ -397,7 +397,7 @@ class Contest:
                 recipe=self.recipe,
                 memory_limit_mib=None,
                 work=Path(folder),
-                accuracies=Accuracies(Path(folder)),
+                accuracies=AccuracyCache(Path(folder)),
             )
 
     def _space(self) -> dict[str, BaseDistribution]:

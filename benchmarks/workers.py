@@ -33,7 +33,7 @@ from studies import DENSE, ORIGIN, Evaluator, propose, run  # made-up networks
 from deploypipe.recipe import Search
 from deploypipe.search.distributed.study_storage import Storage
 from deploypipe.search.distributed.trial_queue import open_board
-from deploypipe.search.evaluation.trial_loop import History, judge_plan, violations
+from deploypipe.search.evaluation.trial_loop import History, evaluate_plan, violations
 from deploypipe.search.sampling import knobs, next_knobs, warm_starts
 
 FILL = (0.2, 0.8)
@@ -137,7 +137,7 @@ def measure_costs(address: str, num_trials: int = 60) -> Costs:
             plan = propose(chosen)
             excess_of = partial(violations, dense=DENSE, limits={})
             history = History(trials=[], results={})
-            trial, results = judge_plan(
+            trial, results = evaluate_plan(
                 claim.number, chosen, plan, Evaluator(), excess_of, settings.objectives, history
             )
             started = time.perf_counter()

@@ -13,6 +13,7 @@ from deploypipe.errors import ConfigError, DeploypipeError, StorageError
 from deploypipe.export.onnx_export.input_sizes import ends_of, extremes_of
 from deploypipe.export.onnx_export.parity import limit_of
 from deploypipe.export.tensorrt_engine.build_engine import place_engine
+from deploypipe.files.atomic import place_file
 from deploypipe.networks.model_wrappers import unwrapped
 from deploypipe.observe.calibration_pass import observe_halves
 from deploypipe.observe.moments import Moments, merge
@@ -43,16 +44,15 @@ from deploypipe.records import (
 from deploypipe.release.gate import decide
 from deploypipe.runs.result import RunResult, save_result, start_afresh
 from deploypipe.runs.store import open_run
-from deploypipe.files.atomic import place_file
 from deploypipe.scoring import needs_derivatives, score_halves
-from deploypipe.scoring.permutation_baseline import null_shares
+from deploypipe.scoring.permutation_baseline import permutation_baseline_shares
 from deploypipe.scoring.score_summary import summarise
 from deploypipe.search.allocation.limits import (
     candidate_of,
     converted,
     is_over_budget,
-    part_to_hold,
     search_limits,
+    tightened_limit_fraction,
     with_margin,
 )
 from deploypipe.search.distributed.study_storage import Storage
@@ -166,7 +166,7 @@ def summarise_scores(
     moments = merge(*halves)
     notify(Event(stage="score", message="start"))
     table = score_halves(model, structures, halves, moments, recipe.score, seed=seed)
-    nulls = null_shares(model, structures, moments, recipe.score)
+    nulls = permutation_baseline_shares(model, structures, moments, recipe.score)
     notify(Event(stage="score", message="done"))
     return summarise(structures, table, moments, nulls)
 
@@ -314,7 +314,7 @@ def _make_smaller(job: Job, basis: Basis, stand_in: str) -> _Made:
         failed = [c for c in made.decision.checks if c.name == "latency_p50" and c.status is Status.FAIL]
         if number == most or not failed or not found.timed_again:
             break
-        part = part_to_hold(basis.limits, found, failed[0])
+        part = tightened_limit_fraction(basis.limits, found, failed[0])
         told = f"trial {found.best}: {failed[0].reason}"
         too_slow.append(told)
         job.run.notify(Event(stage="gate", message=f"NOTE: {told}; a faster network is made, {number + 1} of {most}"))

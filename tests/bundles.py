@@ -12,10 +12,10 @@ from onnx import TensorProto, helper, numpy_helper
 from deploypipe import records as r
 from deploypipe.export.onnx_export.golden_samples import write_golden
 from deploypipe.export.onnx_export.parity import limit_of
+from deploypipe.files.hashing import file_sha256
 from deploypipe.numerics.intervals import interval_of_drop_pp
 from deploypipe.release.gate import decide
 from deploypipe.runs.result import RunResult, save_result
-from deploypipe.files.hashing import file_sha256
 from deploypipe.target import Budget
 
 MODEL = "model.onnx"

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deploypipe.errors import DeploypipeError
+from deploypipe.files.hashing import digest
 from deploypipe.files.json_records import to_json
 from deploypipe.pruning.surgery.apply_plan import apply_plan
 from deploypipe.pruning.tracing.structures import model_fingerprint
 from deploypipe.recipe import Finetune
 from deploypipe.records import Edit, PruningPlan
-from deploypipe.files.hashing import digest
 from deploypipe.task import Batch, Splits, Task, classification
 from deploypipe.training import multi_rank_finetune
 from deploypipe.training.finetune import finetune

@@ -24,11 +24,11 @@ from typer.testing import CliRunner
 from deploypipe import compress
 from deploypipe.cli import app
 from deploypipe.errors import DeploypipeError, ExhaustedError, RunFolderError
+from deploypipe.files.atomic import write_atomically
 from deploypipe.files.exhausted_resources import find_exhaustion
 from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.records import Event
 from deploypipe.runs.result import RunResult
-from deploypipe.files.atomic import write_atomically
 
 
 @pytest.fixture

@@ -25,9 +25,9 @@ from deploypipe.benchmark.child_processes.run_child import try_file
 from deploypipe.benchmark.input_batches import load_inputs, make_inputs, read_specs
 from deploypipe.cli import app
 from deploypipe.errors import DataError, ModelError, RunFolderError
+from deploypipe.files.hashing import file_sha256
 from deploypipe.release.baseline_comparison import compare_with_baseline
 from deploypipe.release.bundle import MODEL, release
-from deploypipe.files.hashing import file_sha256
 from deploypipe.runs.result import load_result
 from deploypipe.target import Target
 from deploypipe.untrusted_files.limited_process import ProcessLimits

@@ -20,13 +20,13 @@ from typer.testing import CliRunner
 from deploypipe.benchmark.input_batches import load_inputs
 from deploypipe.cli import app
 from deploypipe.errors import DataError, ModelError
+from deploypipe.files.hashing import file_sha256
 from deploypipe.networks.streamed_weights import WeightFiles
 from deploypipe.pruning.surgery.plan import empty_plan
 from deploypipe.pruning.surgery.saved_network import load_pruned, save_pruned
 from deploypipe.pruning.tracing.bug_report import reproduce
 from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.release.bundle import release
-from deploypipe.files.hashing import file_sha256
 
 RUNNER = CliRunner()
 

@@ -13,8 +13,8 @@ import pytest
 import tiny
 from safetensors.torch import save_file
 
-from deploypipe.runs.result import RunResult, load_result
 from deploypipe.files.hashing import file_sha256
+from deploypipe.runs.result import RunResult, load_result
 from deploypipe.text.sealed_json import unseal
 
 NUM_KILLS = 30

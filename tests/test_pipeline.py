@@ -27,12 +27,12 @@ from deploypipe.benchmark import latency
 from deploypipe.benchmark.latency import Timings
 from deploypipe.cli.terminal import show_result
 from deploypipe.errors import RunFolderError
+from deploypipe.files.hashing import digest, file_sha256
 from deploypipe.files.json_records import to_json
 from deploypipe.pipeline import compress
 from deploypipe.recipe import Constraints
 from deploypipe.records import Event, Status, Verdict
 from deploypipe.runs.result import RunResult, load_result
-from deploypipe.files.hashing import digest, file_sha256
 from deploypipe.runtimes import RUNTIMES, Session, device_ability
 from deploypipe.runtimes.device_ability import can
 from deploypipe.runtimes.engine_file import load_record

@@ -14,10 +14,10 @@ from beside import start_measuring
 from finished_runs import finished_run
 
 from deploypipe.errors import RunFolderError
+from deploypipe.files.atomic import place_file, write_atomically
 from deploypipe.records import Event, Interval
 from deploypipe.runs.result import load_plan, load_result, save_result
 from deploypipe.runs.store import open_run, store
-from deploypipe.files.atomic import place_file, write_atomically
 
 RECORD = Interval(value=1.0, low=0.5, high=1.5)
 

@@ -16,9 +16,9 @@ from deploypipe.observe.calibration_pass import observe
 from deploypipe.pruning.repair.affine_paths import find_paths
 from deploypipe.pruning.repair.least_squares_repair import least_squares_repair as repairing
 from deploypipe.pruning.repair.least_squares_repair import repair
+from deploypipe.pruning.repair.lockstep_forwards import run_in_step
 from deploypipe.pruning.surgery.apply_plan import apply_plan
 from deploypipe.pruning.surgery.plan import make_plan
-from deploypipe.pruning.tracing.lockstep_forwards import run_in_step
 from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.recipe import Finetune, Magnitude, Observe, Recipe, Repair, Search
 from deploypipe.records import PruningPlan

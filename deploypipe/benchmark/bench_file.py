@@ -32,9 +32,9 @@ from deploypipe.benchmark.sweeps import (
     thread_counts,
 )
 from deploypipe.errors import ConfigError, DataError
+from deploypipe.files.hashing import file_sha256
 from deploypipe.numerics.intervals import interval_of_median_ratio, interval_of_quantile
 from deploypipe.records import Conditions, Event, Interval, Progress, silent
-from deploypipe.files.hashing import file_sha256
 from deploypipe.runtimes import Array, Runtime, find_runtime
 from deploypipe.target import Target
 from deploypipe.text.field_bounds import shown

@@ -18,6 +18,7 @@ from deploypipe.blockwise.block_inputs import find_calls, stream_of
 from deploypipe.blockwise.prune_block import PrunedBlock, Pruner, summary
 from deploypipe.blockwise.work_folder import Work
 from deploypipe.errors import ConfigError, ModelError
+from deploypipe.files.hashing import digest
 from deploypipe.networks.model_copies import copied
 from deploypipe.networks.model_wrappers import unwrapped
 from deploypipe.networks.streamed_weights import WeightFiles, streamed, without_weights
@@ -26,7 +27,6 @@ from deploypipe.pruning.surgery.saved_network import own_weights, save_parts
 from deploypipe.pruning.tracing.structures import state_fingerprint
 from deploypipe.recipe import Recipe
 from deploypipe.records import Event, Progress, PruningPlan, silent
-from deploypipe.files.hashing import digest
 from deploypipe.scoring import needs_derivatives
 from deploypipe.task import Batch, forward
 from deploypipe.tensor_batches import fingerprint_of

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from deploypipe.blockwise.block_inputs import Calls
+from deploypipe.files.hashing import digest
 from deploypipe.observe.calibration_pass import observe
 from deploypipe.pruning.repair.least_squares_repair import repair
 from deploypipe.pruning.surgery.apply_plan import apply_plan
@@ -16,7 +17,6 @@ from deploypipe.pruning.surgery.plan import empty_plan, make_plan
 from deploypipe.pruning.tracing.structures import find_structures, model_fingerprint
 from deploypipe.recipe import Recipe
 from deploypipe.records import Edit, GroupCut, PruningPlan, RepairRow, Structures
-from deploypipe.files.hashing import digest
 from deploypipe.scoring import score
 from deploypipe.search.allocation.solver import uniform
 from deploypipe.task import Batch, forward

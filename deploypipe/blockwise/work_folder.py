@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from deploypipe.blockwise.prune_block import PrunedBlock, Streams
 from deploypipe.errors import RunFolderError
+from deploypipe.files.atomic import write_atomically
 from deploypipe.files.json_records import from_json, to_json
 from deploypipe.networks.streamed_weights import WeightFiles
-from deploypipe.files.atomic import write_atomically
 
 _WORK, _ABOUT = ".work", "about.json"  # in the folder, until the network is whole
 _KINDS = ("dense", "pruned")

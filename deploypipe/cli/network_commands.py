@@ -28,6 +28,7 @@ from deploypipe.cli.terminal import (
     shown_stages,
 )
 from deploypipe.errors import ConfigError
+from deploypipe.files.atomic import write_atomically
 from deploypipe.files.json_records import override, to_json
 from deploypipe.report.run_tables import (
     COMPARISON_HEADER,
@@ -38,7 +39,6 @@ from deploypipe.report.run_tables import (
     score_table,
 )
 from deploypipe.runs.result import load_plan, load_result
-from deploypipe.files.atomic import write_atomically
 from deploypipe.untrusted_files.limited_process import ProcessLimits
 
 

@@ -22,10 +22,10 @@ from deploypipe.cli.terminal import (
     show_table,
 )
 from deploypipe.errors import ConfigError, DeploypipeError, NoVersionError
+from deploypipe.files.atomic import write_atomically
 from deploypipe.files.json_records import to_json
 from deploypipe.records import Verdict
 from deploypipe.runs.result import RESULT, RunResult, load_result
-from deploypipe.files.atomic import write_atomically
 from deploypipe.untrusted_files.limited_process import ProcessLimits
 
 _PUBLIC_KEY = "PEM of the public key that the bundle has to be signed with."

@@ -11,7 +11,7 @@ from deploypipe.errors import DataError
 from deploypipe.numerics.cka import HsicAccumulator, centred_gram
 from deploypipe.numerics.least_squares import add_gram_, mirrored, sum_of_products
 from deploypipe.observe.layer_regressions import (
-    Mixer,
+    LinearLike,
     has_channels_last,
     num_inputs,
     num_taps,
@@ -55,7 +55,7 @@ class InputCollector:
         *,
         shuffled: bool,
     ) -> None:
-        self.layers: dict[str, Mixer] = {name: modules[name] for name in consumers(structures, modules)}
+        self.layers: dict[str, LinearLike] = {name: modules[name] for name in consumers(structures, modules)}
         widths = {name: num_inputs(layer) * num_taps(layer) for name, layer in self.layers.items()}
         self.skipped = {
             n: f"reads {width} values a position; more than {MAX_COLUMNS}"
@@ -70,7 +70,7 @@ class InputCollector:
         return [(name, self._reader(name)) for name in self.sums]
 
     def _reader(self, name: str) -> Callable[..., None]:
-        def read(module: Mixer, args: tuple[Any, ...], output: Tensor) -> None:
+        def read(module: LinearLike, args: tuple[Any, ...], output: Tensor) -> None:
             if not args:
                 self.skipped[name] = BY_KEYWORD
                 return
@@ -104,7 +104,7 @@ class UnitCollector:
         return [(module, self._reader(group, units)) for group, (module, units) in self.readers.items()]
 
     def _reader(self, group: str, units: Tensor) -> Callable[..., None]:
-        def read(module: Mixer, args: tuple[Any, ...], output: Tensor) -> None:
+        def read(module: LinearLike, args: tuple[Any, ...], output: Tensor) -> None:
             room = MAX_ROWS - sum(map(len, self.rows[group]))
             if room > 0 and args:
                 real = None if self.tokens.real is None else self.tokens.real[:room]
@@ -204,7 +204,7 @@ class GradientCollector:
         return [(name, self._reader(name)) for name in self.consumers]
 
     def _reader(self, name: str) -> Callable[..., None]:
-        def read(module: Mixer, args: tuple[Any, ...], output: Tensor) -> None:
+        def read(module: LinearLike, args: tuple[Any, ...], output: Tensor) -> None:
             if not args:
                 return
             values = args[0].detach().clone()  # later modules may overwrite it before the derivatives come
@@ -265,7 +265,7 @@ def first_readers(structures: Structures, modules: dict[str, nn.Module]) -> dict
     return {name: reader for name, reader in found.items() if reader is not None}
 
 
-def pooled(module: Mixer, inputs: Tensor, real: Tensor | None = None) -> Tensor:
+def pooled(module: LinearLike, inputs: Tensor, real: Tensor | None = None) -> Tensor:
     """What the module reads, averaged over positions (of tokens, the `real` ones): (n samples, channels)."""
     if not has_channels_last(module):
         return inputs.flatten(2).mean(2)

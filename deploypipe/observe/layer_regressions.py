@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from deploypipe.records import Side
 
-Mixer: TypeAlias = Any  # a module of one of the KINDS
+LinearLike: TypeAlias = Any  # a module of one of the KINDS
 
 # (module, dimension, output places (n, positions, 1), each tap's number (taps,), size of the input) -> the input places
 # that the taps read, clamped to the input, and whether they lie outside of it: (n, positions, taps) each
-_Reach = Callable[[Mixer, int, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+_Reach = Callable[[LinearLike, int, Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,7 +31,7 @@ class Kind:
     sides: tuple[Side, Side] = ("in", "out")  # what structures call its inputs and its outputs
 
 
-def _convolution(m: Mixer, d: int, places: Tensor, taps: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def _convolution(m: LinearLike, d: int, places: Tensor, taps: Tensor, size: int) -> tuple[Tensor, Tensor]:
     reached = places * m.stride[d] - _padding_before(m, d) + taps * m.dilation[d]
     if m.padding_mode == "zeros":
         return reached.clamp(0, size - 1), (reached < 0) | (reached >= size)
@@ -45,13 +45,13 @@ _FOLDS: dict[str, Callable[[Tensor, int], Tensor]] = {
 }
 
 
-def _padding_before(m: Mixer, d: int) -> int:
+def _padding_before(m: LinearLike, d: int) -> int:
     if m.padding == "same":
         return int(m.dilation[d] * (m.kernel_size[d] - 1) // 2)
     return 0 if m.padding == "valid" else int(m.padding[d])
 
 
-def _transposed(m: Mixer, d: int, places: Tensor, taps: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def _transposed(m: LinearLike, d: int, places: Tensor, taps: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Input i reaches output i * stride - padding + tap * dilation; most taps reach an output place from none."""
     numerator = places + m.padding[d] - taps * m.dilation[d]
     reached = torch.div(numerator, m.stride[d], rounding_mode="floor")
@@ -83,7 +83,7 @@ def kind_of(module: nn.Module) -> Kind | None:
     return next((kind for kind in KINDS if kind.fits(module)), None)
 
 
-def _kind(module: Mixer) -> Kind:
+def _kind(module: LinearLike) -> Kind:
     kind = kind_of(module)
     assert kind is not None, type(module)
     return kind
@@ -106,28 +106,28 @@ def writes(module: nn.Module, side: Side) -> bool:
     return side == ("out" if kind is None else kind.sides[1])
 
 
-def has_channels_last(module: Mixer) -> bool:
+def has_channels_last(module: LinearLike) -> bool:
     """Whether inputs and outputs are (n, ..., channels); else (n, channels, ...)."""
     return _kind(module).reach is None
 
 
-def num_groups(module: Mixer) -> int:
+def num_groups(module: LinearLike) -> int:
     """Into how many parts inputs and outputs fall that have nothing to do with each other."""
     return int(getattr(module, "groups", 1))
 
 
-def num_taps(module: Mixer) -> int:
+def num_taps(module: LinearLike) -> int:
     """Weights per (output, input) channel pair: 9 for a 3x3 convolution, 1 for a linear layer."""
     return prod(module.weight.shape[2:])
 
 
-def num_inputs(module: Mixer) -> int:
+def num_inputs(module: LinearLike) -> int:
     """Input channels."""
     return int(module.weight.shape[0] if _kind(module).inputs_first else module.weight.shape[1] * num_groups(module))
 
 
 def sample_positions(
-    module: Mixer, output: Tensor, count: int, generator: torch.Generator, real: Tensor | None = None
+    module: LinearLike, output: Tensor, count: int, generator: torch.Generator, real: Tensor | None = None
 ) -> Tensor:
     """Flat output positions, drawn with replacement for each sample: (n samples, at most `count`) int64.
 
@@ -154,7 +154,7 @@ def real_positions(real: Tensor, count: int, generator: torch.Generator) -> Tens
     return in_front.gather(1, (drawn * numbers).long())
 
 
-def sample_inputs(module: Mixer, inputs: Tensor, output: Tensor, positions: Tensor) -> Tensor:
+def sample_inputs(module: LinearLike, inputs: Tensor, output: Tensor, positions: Tensor) -> Tensor:
     """The patches read at `positions`: (n * positions, channels * taps), a channel's taps side by side.
 
     What a patch reads from beyond the border is zero, or what the padding mode says; so are taps of a transposed
@@ -181,21 +181,21 @@ def sample_inputs(module: Mixer, inputs: Tensor, output: Tensor, positions: Tens
     return patches.masked_fill_(outside.unsqueeze(1), 0).transpose(1, 2).flatten(2).flatten(0, 1)
 
 
-def sample_outputs(module: Mixer, output: Tensor, positions: Tensor) -> Tensor:
+def sample_outputs(module: LinearLike, output: Tensor, positions: Tensor) -> Tensor:
     """The values at `positions` of a tensor shaped like the module's output: (n * positions, channels)."""
     samples = torch.arange(len(output)).unsqueeze(1)
     rows = output if has_channels_last(module) else output.movedim(1, -1)
     return rows.reshape(len(output), -1, rows.shape[-1])[samples, positions].flatten(0, 1)
 
 
-def weight_blocks(module: Mixer) -> Tensor:
+def weight_blocks(module: LinearLike) -> Tensor:
     """The weights by group: (groups, outputs / groups, inputs / groups * taps)."""
     weight: Tensor = module.weight
     blocks = weight.reshape(num_groups(module), -1, *weight.shape[1:])
     return (blocks.transpose(1, 2) if _kind(module).inputs_first else blocks).flatten(2)
 
 
-def from_blocks(module: Mixer, blocks: Tensor) -> Tensor:
+def from_blocks(module: LinearLike, blocks: Tensor) -> Tensor:
     """The inverse of `weight_blocks`: a tensor shaped like the module's weight."""
     shape: torch.Size = module.weight.shape
     if not _kind(module).inputs_first:
@@ -203,7 +203,7 @@ def from_blocks(module: Mixer, blocks: Tensor) -> Tensor:
     return blocks.reshape(*blocks.shape[:2], -1, num_taps(module)).transpose(1, 2).reshape(shape)
 
 
-def weight_matrix(module: Mixer) -> Tensor:
+def weight_matrix(module: LinearLike) -> Tensor:
     """The weights as (outputs, inputs * taps), so that `sample_inputs(...) @ weight_matrix(...).T` is the output.
 
     Zero where an output and an input are of two groups.
@@ -212,7 +212,7 @@ def weight_matrix(module: Mixer) -> Tensor:
     return blocks[0] if len(blocks) == 1 else torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
 
 
-def blocks_of_matrix(module: Mixer, matrix: Tensor) -> Tensor:
+def blocks_of_matrix(module: LinearLike, matrix: Tensor) -> Tensor:
     """What a matrix (outputs, inputs * taps) holds for `weight_blocks`."""
     groups = num_groups(module)
     outputs, regressors = matrix.shape
@@ -220,7 +220,7 @@ def blocks_of_matrix(module: Mixer, matrix: Tensor) -> Tensor:
     return cut.diagonal(dim1=0, dim2=2).movedim(-1, 0)
 
 
-def within_groups(module: Mixer, products: Tensor) -> Tensor:
+def within_groups(module: LinearLike, products: Tensor) -> Tensor:
     """Products of inputs * taps with each other (or with outputs) as they are, those of two groups as zero."""
     groups = num_groups(module)
     if groups == 1:

@@ -2,13 +2,135 @@
 
 from deploypipe.records.events import Event, Progress, silent
 from deploypipe.records.interval import Interval
-from deploypipe.records.structures import Side, GroupKind, Names, Member, ChannelGroup, Block, Frozen, ResolvedConstraints, Structures
-from deploypipe.records.scores import ScoreTable, Observation, BlockRanking, GroupSummary, ScoreSummary
-from deploypipe.records.plan import Edit, GroupCut, PruningPlan, PruneRow, PruneReport, RepairRow, RepairReport, PruneOutcome
-from deploypipe.records.search import LossCurve, Curves, Cut, TimedCut, TimedNetworks, LatencyFit, Reach, Candidate, Trial, FEWEST_FOR_IMPORTANCES, SearchResult
-from deploypipe.records.training import EpochLog, TrainLog, DepthRow, DepthLog
-from deploypipe.records.model_files import FileEntry, Parity, ModelFile, CandidateFile, FloatLayer, Calibration, Converted, PrecisionRow, PrecisionChoice, Golden, EngineKey, EngineLayer, EngineFile
-from deploypipe.records.measurement import Environment, MachineState, Conditions, Latency, Measurement, BenchmarkReport, BaselineComparison
-from deploypipe.records.release import Origin, Status, Verdict, Waiver, Check, GateDecision, StageTime
+from deploypipe.records.measurement import (
+    BaselineComparison,
+    BenchmarkReport,
+    Conditions,
+    Environment,
+    Latency,
+    MachineState,
+    Measurement,
+)
+from deploypipe.records.model_files import (
+    Calibration,
+    CandidateFile,
+    Converted,
+    EngineFile,
+    EngineKey,
+    EngineLayer,
+    FileEntry,
+    FloatLayer,
+    Golden,
+    ModelFile,
+    Parity,
+    PrecisionChoice,
+    PrecisionRow,
+)
+from deploypipe.records.plan import (
+    Edit,
+    GroupCut,
+    PruneOutcome,
+    PruneReport,
+    PruneRow,
+    PruningPlan,
+    RepairReport,
+    RepairRow,
+)
+from deploypipe.records.release import Check, GateDecision, Origin, StageTime, Status, Verdict, Waiver
+from deploypipe.records.scores import BlockRanking, GroupSummary, Observation, ScoreSummary, ScoreTable
+from deploypipe.records.search import (
+    FEWEST_FOR_IMPORTANCES,
+    Candidate,
+    Curves,
+    Cut,
+    Feasibility,
+    LatencyFit,
+    LossCurve,
+    SearchResult,
+    TimedCut,
+    TimedNetworks,
+    Trial,
+)
+from deploypipe.records.structures import (
+    Block,
+    ChannelGroup,
+    Frozen,
+    GroupKind,
+    Member,
+    Names,
+    ResolvedConstraints,
+    Side,
+    Structures,
+)
+from deploypipe.records.training import DepthLog, DepthRow, EpochLog, TrainLog
 
-__all__ = ["BaselineComparison", "BenchmarkReport", "Block", "BlockRanking", "Calibration", "Candidate", "CandidateFile", "ChannelGroup", "Check", "Conditions", "Converted", "Curves", "Cut", "DepthLog", "DepthRow", "Edit", "EngineFile", "EngineKey", "EngineLayer", "Environment", "EpochLog", "Event", "FEWEST_FOR_IMPORTANCES", "FileEntry", "FloatLayer", "Frozen", "GateDecision", "Golden", "GroupCut", "GroupKind", "GroupSummary", "Interval", "Latency", "LatencyFit", "LossCurve", "MachineState", "Measurement", "Member", "ModelFile", "Names", "Observation", "Origin", "Parity", "PrecisionChoice", "PrecisionRow", "Progress", "PruneOutcome", "PruneReport", "PruneRow", "PruningPlan", "Reach", "RepairReport", "RepairRow", "ResolvedConstraints", "ScoreSummary", "ScoreTable", "SearchResult", "Side", "StageTime", "Status", "Structures", "TimedCut", "TimedNetworks", "TrainLog", "Trial", "Verdict", "Waiver", "silent"]
+__all__ = [
+    "FEWEST_FOR_IMPORTANCES",
+    "BaselineComparison",
+    "BenchmarkReport",
+    "Block",
+    "BlockRanking",
+    "Calibration",
+    "Candidate",
+    "CandidateFile",
+    "ChannelGroup",
+    "Check",
+    "Conditions",
+    "Converted",
+    "Curves",
+    "Cut",
+    "DepthLog",
+    "DepthRow",
+    "Edit",
+    "EngineFile",
+    "EngineKey",
+    "EngineLayer",
+    "Environment",
+    "EpochLog",
+    "Event",
+    "Feasibility",
+    "FileEntry",
+    "FloatLayer",
+    "Frozen",
+    "GateDecision",
+    "Golden",
+    "GroupCut",
+    "GroupKind",
+    "GroupSummary",
+    "Interval",
+    "Latency",
+    "LatencyFit",
+    "LossCurve",
+    "MachineState",
+    "Measurement",
+    "Member",
+    "ModelFile",
+    "Names",
+    "Observation",
+    "Origin",
+    "Parity",
+    "PrecisionChoice",
+    "PrecisionRow",
+    "Progress",
+    "PruneOutcome",
+    "PruneReport",
+    "PruneRow",
+    "PruningPlan",
+    "RepairReport",
+    "RepairRow",
+    "ResolvedConstraints",
+    "ScoreSummary",
+    "ScoreTable",
+    "SearchResult",
+    "Side",
+    "StageTime",
+    "Status",
+    "Structures",
+    "TimedCut",
+    "TimedNetworks",
+    "TrainLog",
+    "Trial",
+    "Verdict",
+    "Waiver",
+    "silent",
+]

@@ -1,12 +1,8 @@
 """Progress of a run."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from datetime import datetime
-from enum import StrEnum
-from math import isfinite
-from typing import Literal, TypeAlias
-
+from dataclasses import dataclass
+from typing import TypeAlias
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,6 +13,8 @@ class Event:
     done: int = 0
     total: int = 0  # 0: length unknown
     message: str = ""
+
+
 Progress: TypeAlias = Callable[[Event], None]
 
 

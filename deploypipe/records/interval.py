@@ -1,12 +1,6 @@
 """A figure with its confidence interval."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from datetime import datetime
-from enum import StrEnum
-from math import isfinite
-from typing import Literal, TypeAlias
-
+from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

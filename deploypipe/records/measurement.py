@@ -1,15 +1,12 @@
 """What was measured of a file, and on which machine."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
-from enum import StrEnum
-from math import isfinite
-from typing import Literal, TypeAlias
+from typing import Literal
+
 from deploypipe.records.interval import Interval
 from deploypipe.records.model_files import ModelFile
 from deploypipe.records.structures import Names
-
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

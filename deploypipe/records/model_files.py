@@ -1,14 +1,10 @@
 """Model files: ONNX, converted, and engines."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import datetime
-from enum import StrEnum
-from math import isfinite
-from typing import Literal, TypeAlias
+from typing import Literal
+
 from deploypipe.records.interval import Interval
 from deploypipe.records.structures import Names
-
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,13 +1,9 @@
 """What is removed, and what that did."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import datetime
-from enum import StrEnum
-from math import isfinite
-from typing import Literal, TypeAlias
-from deploypipe.records.structures import Block, GroupKind, Names, Side
+from typing import Literal
 
+from deploypipe.records.structures import GroupKind, Names, Side
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,13 +1,10 @@
 """The decision on a release, and what it is based on."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import datetime
 from enum import StrEnum
 from math import isfinite
-from typing import Literal, TypeAlias
-from deploypipe.records.interval import Interval
 
+from deploypipe.records.interval import Interval
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,13 +1,8 @@
 """Importance of structures, and what the calibration pass left."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import datetime
-from enum import StrEnum
-from math import isfinite
-from typing import Literal, TypeAlias
-from deploypipe.records.structures import Names
 
+from deploypipe.records.structures import Names
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,14 +1,10 @@
 """Loss curves, timed networks, trials and the winner of a search."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import datetime
-from enum import StrEnum
-from math import isfinite
-from typing import Literal, TypeAlias
+from typing import Literal
+
 from deploypipe.records.plan import PruningPlan
 from deploypipe.records.structures import Names
-
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,7 +61,7 @@ class LatencyFit:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Reach:
+class Feasibility:
     """What a search can come to, found before its first trial."""
 
     least: dict[str, float]  # by budget: the smallest share of the dense network's figure
@@ -97,6 +93,8 @@ class Trial:
     is_stopped: bool = False  # before all of val: over budget, or certainly worse than a trial before it
     judged_by: str = ""  # of many workers: host and process
     narrowed_from: int | None = None  # number of the trial that this one is a faster version of
+
+
 FEWEST_FOR_IMPORTANCES = 20  # trials within the budget: the best quarter, which knobs are told from, is five
 
 
@@ -110,5 +108,5 @@ class SearchResult:
     timed_again: dict[str, float] = field(default_factory=dict)  # number of a trial -> share of the dense latency
     finalists: tuple[int, ...] = ()  # numbers of trials, the most accurate first
     tuned: dict[str, float] = field(default_factory=dict)  # number of a finalist -> on val after a short training
-    reach: Reach | None = None
+    reach: Feasibility | None = None
     latency_fit: LatencyFit | None = None  # None where nothing was timed

@@ -1,10 +1,6 @@
 """What can be removed from a network."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import datetime
-from enum import StrEnum
-from math import isfinite
 from typing import Literal, TypeAlias
 
 # "in" or "out" of a layer; "pos_embed.2", an axis of one of a module's tensors; "@num_heads", an attribute that counts.

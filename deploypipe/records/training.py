@@ -1,13 +1,8 @@
 """Logs of trainings."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from datetime import datetime
-from enum import StrEnum
-from math import isfinite
-from typing import Literal, TypeAlias
-from deploypipe.records.structures import Names
+from dataclasses import dataclass
 
+from deploypipe.records.structures import Names
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,9 +4,9 @@ import uuid
 from datetime import datetime
 
 from deploypipe.errors import DeploypipeError
+from deploypipe.files.hashing import digest
 from deploypipe.records import FileEntry
 from deploypipe.runs.result import RunResult
-from deploypipe.files.hashing import digest
 
 _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "urn:deploypipe:bundle")
 

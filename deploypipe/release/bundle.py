@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from deploypipe.errors import BundleError
+from deploypipe.files.hashing import file_sha256
 from deploypipe.files.json_records import to_json, to_plain
 from deploypipe.records import FileEntry, Verdict
 from deploypipe.release.bill_of_materials import bill_of_materials
@@ -18,7 +19,6 @@ from deploypipe.release.model_card import model_card
 from deploypipe.release.provenance import provenance
 from deploypipe.report.html import render_report
 from deploypipe.runs.result import RunResult, load_result
-from deploypipe.files.hashing import file_sha256
 from deploypipe.runtimes.engine_file import load_record
 from deploypipe.text import strict_json
 from deploypipe.text.safe_names import name_problem

@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from deploypipe.errors import BundleError, ConfigError
+from deploypipe.files.atomic import write_atomically
+from deploypipe.files.hashing import file_sha256
 from deploypipe.files.json_records import from_json
 from deploypipe.records import FileEntry
-from deploypipe.files.hashing import file_sha256
-from deploypipe.files.atomic import write_atomically
 from deploypipe.text.safe_names import MOST_BYTES, name_problem
 from deploypipe.verification.golden_file import shown
 

@@ -11,8 +11,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from deploypipe.errors import BundleError
-from deploypipe.release.manifest import MANIFEST, SIGNATURE, check_manifest
 from deploypipe.files.hashing import file_sha256
+from deploypipe.release.manifest import MANIFEST, SIGNATURE, check_manifest
 from deploypipe.text import strict_json
 
 _ARTIFACT = "application/vnd.deploypipe.bundle.v1"

@@ -2,10 +2,10 @@
 
 from typing import Any
 
+from deploypipe.files.hashing import digest
 from deploypipe.files.json_records import to_plain
 from deploypipe.records import FileEntry
 from deploypipe.runs.result import RunResult
-from deploypipe.files.hashing import digest
 
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 PREDICATE_TYPE = "https://slsa.dev/provenance/v1"

@@ -6,6 +6,7 @@ from typing import Any
 from urllib.parse import quote
 
 from deploypipe.errors import DeploypipeError
+from deploypipe.files.atomic import write_atomically
 from deploypipe.records import PruneReport, ScoreSummary, SearchResult
 from deploypipe.report.joint_pareto import Judged, front_sentence, judged_networks
 from deploypipe.report.next_steps import next_steps
@@ -34,7 +35,6 @@ from deploypipe.report.search_text import (
 )
 from deploypipe.report.width_tables import Stage, stages_of
 from deploypipe.runs.result import RunResult
-from deploypipe.files.atomic import write_atomically
 from deploypipe.text.printable_text import printable_lines
 
 REPORT = "report.html"

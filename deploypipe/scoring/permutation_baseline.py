@@ -16,7 +16,9 @@ from deploypipe.scoring.score_stability import shuffled_null
 _SHUFFLES = (0, 1, 2)  # seeds
 
 
-def null_shares(model: nn.Module, structures: Structures, moments: Moments, scorer: Scorer) -> dict[str, float]:
+def permutation_baseline_shares(
+    model: nn.Module, structures: Structures, moments: Moments, scorer: Scorer
+) -> dict[str, float]:
     """By group: the information found in shuffled data as a share of that in the data. Near 1: all is chance.
 
     Labels are permuted; what a layer reads is paired with what it writes for another sample (`observe(...,

@@ -16,7 +16,7 @@ LOW_STABILITY = 0.8  # rank correlation between halves below which a ranking is 
 def summarise(
     structures: Structures, table: ScoreTable, moments: Moments, nulls: Mapping[str, float] | None = None
 ) -> ScoreSummary:
-    """The table for a person, by group and block; with `null_shares` where they were asked for."""
+    """The table for a person, by group and block; with `permutation_baseline_shares` where they were asked for."""
     shaky = {name: rho for name, rho in table.stability.items() if rho < LOW_STABILITY}
     return ScoreSummary(
         scorer=table.scorer,

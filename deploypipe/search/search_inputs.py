@@ -5,15 +5,15 @@ from dataclasses import dataclass
 
 from deploypipe.records import (
     Curves,
+    Feasibility,
     Measurement,
     PrecisionRow,
-    Reach,
     ScoreTable,
     Structures,
     TimedNetworks,
 )
 from deploypipe.search.allocation.proposer import Proposer
-from deploypipe.search.evaluation.candidate_files import Candidates
+from deploypipe.search.evaluation.candidate_files import CandidateFiles
 from deploypipe.search.evaluation.evaluator import Judge
 from deploypipe.target import Limit
 
@@ -28,9 +28,9 @@ class Basis:
     dense: Measurement
     limits: Mapping[str, Limit]  # those that can be held here
     shipping: PrecisionRow  # the precision that candidates are made in
-    candidates: Candidates
+    candidates: CandidateFiles
     timed: TimedNetworks | None = None  # None: no latency is asked for, or none can be taken
-    reach: Reach | None = None
+    reach: Feasibility | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,18 +7,18 @@ from functools import partial
 from typing import Any
 
 from deploypipe.errors import BudgetError
+from deploypipe.files.hashing import digest
 from deploypipe.recipe import ObjectiveName, Search
 from deploypipe.records import Candidate, Event, Progress, PruningPlan, SearchResult, Trial, silent
-from deploypipe.files.hashing import digest
 from deploypipe.scheduling.exclusive_measurement import pause
 from deploypipe.search.allocation.limits import Range
 from deploypipe.search.distributed.study_storage import Storage
-from deploypipe.search.distributed.trial_queue import Board, Claim, Done, open_board
+from deploypipe.search.distributed.trial_queue import Claim, Done, TrialQueue, open_board
 from deploypipe.search.evaluation.trial_loop import (
     Evaluate,
     History,
     Propose,
-    judge_plan,
+    evaluate_plan,
     most_accurate,
     network_key,
     violations,
@@ -59,7 +59,7 @@ def search(
     def turned(number: int, seen: Seen) -> tuple[dict[str, Any], dict[str, Any]]:
         return next_knobs(number, seen, space, warm, settings, seed)
 
-    def do(board: Board, claim: Claim) -> None:
+    def do(board: TrialQueue, claim: Claim) -> None:
         history = _history(board.done(), claim.number - settings.num_parallel)
         chosen = {"control": 0.0, **claim.knobs}
         plan = propose(chosen, history.trials)
@@ -68,7 +68,7 @@ def search(
             trial, results = replace(twin, number=claim.number, knobs=chosen), None
         else:
             number, objectives = claim.number, settings.objectives
-            trial, results = judge_plan(number, chosen, plan, evaluate, excess_of, objectives, history)
+            trial, results = evaluate_plan(number, chosen, plan, evaluate, excess_of, objectives, history)
         trial = replace(trial, judged_by=board.worker)
         # A stopped trial is told its estimate: "pruned" ones only TPE would look at, and with one objective only.
         board.finish(claim, trial, results, [trial.candidate.accuracy, *costs(trial.candidate, settings.objectives)])
@@ -113,7 +113,7 @@ def _history(done: Done, last: int) -> History:
     )
 
 
-def _find_twin(board: Board, claim: Claim, plan: PruningPlan) -> Trial | None:
+def _find_twin(board: TrialQueue, claim: Claim, plan: PruningPlan) -> Trial | None:
     """The trial with a lower number that makes the same network, waited for where another worker is at it."""
     own = network_key(plan)
     board.note_plan(claim, own)

@@ -11,14 +11,14 @@ from deploypipe.benchmark.environment import describe_environment
 from deploypipe.distillation_loss import with_divergence, with_outputs_class
 from deploypipe.export.onnx_export.input_sizes import Extremes, other_sizes
 from deploypipe.export.tensorrt_engine.build_engine import is_built
+from deploypipe.files.atomic import write_atomically
+from deploypipe.files.hashing import digest
 from deploypipe.installed_packages import find_package, package_versions
 from deploypipe.networks.model_copies import copied
 from deploypipe.pruning.tracing.structures import model_fingerprint
 from deploypipe.recipe import Recipe
 from deploypipe.records import Event, Origin
 from deploypipe.runs.store import RunFolder
-from deploypipe.files.hashing import digest
-from deploypipe.files.atomic import write_atomically
 from deploypipe.runtimes.device_ability import can
 from deploypipe.runtimes.this_machine import this_machine
 from deploypipe.search.distributed.study_storage import Storage

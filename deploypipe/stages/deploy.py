@@ -7,8 +7,8 @@ from deploypipe.benchmark import benchmark as compare_files
 from deploypipe.export.onnx_export.golden_samples import write_golden
 from deploypipe.export.quantization.precision_choice import choose_precision
 from deploypipe.export.tensorrt_engine.build_engine import as_model_file, build_engine, is_built
-from deploypipe.records import BenchmarkReport, EngineFile, Golden, Measurement, ModelFile, PrecisionChoice
 from deploypipe.files.atomic import place_file
+from deploypipe.records import BenchmarkReport, EngineFile, Golden, Measurement, ModelFile, PrecisionChoice
 from deploypipe.runtimes import make_runtime
 from deploypipe.runtimes.engine_file import load_record
 from deploypipe.runtimes.int8_arithmetic import kernels_of

@@ -9,13 +9,13 @@ from deploypipe.benchmark.accuracy import evaluate_module
 from deploypipe.export.onnx_export.export_onnx import export_onnx
 from deploypipe.export.onnx_export.input_sizes import ends_of, shapes_of
 from deploypipe.export.tensorrt_engine.build_engine import as_model_file, build_engine
+from deploypipe.files.atomic import place_file
 from deploypipe.observe.calibration_pass import observe_halves
 from deploypipe.observe.moments import Moments, load_moments, save_moments
 from deploypipe.pruning.tracing.module_calls import one_thread_if_small
 from deploypipe.pruning.tracing.structures import count_macs, list_structures
 from deploypipe.recipe import Mpruner
 from deploypipe.records import Curves, Measurement, ModelFile, Observation, ResolvedConstraints, ScoreTable, Structures
-from deploypipe.files.atomic import place_file
 from deploypipe.runtimes.engine_file import load_record
 from deploypipe.scoring import needs_derivatives, score_halves
 from deploypipe.scoring.blocks import rank_blocks

@@ -7,15 +7,16 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from deploypipe.files.hashing import digest
 from deploypipe.memory_order import find_order
 from deploypipe.pruning.surgery.plan import make_plan
 from deploypipe.recipe import Magnitude
 from deploypipe.records import (
     Event,
+    Feasibility,
     Measurement,
     PrecisionRow,
     PruningPlan,
-    Reach,
     ScoreTable,
     SearchResult,
     Structures,
@@ -24,10 +25,9 @@ from deploypipe.records import (
     Trial,
     silent,
 )
-from deploypipe.files.hashing import digest
 from deploypipe.scoring.magnitude import score_magnitudes
 from deploypipe.search import study
-from deploypipe.search.allocation.feasibility import find_reach, reach_text, require_in_reach
+from deploypipe.search.allocation.feasibility import feasibility_text, find_feasibility, require_feasible
 from deploypipe.search.allocation.limits import (
     bounded_shares,
     candidate_of,
@@ -43,12 +43,12 @@ from deploypipe.search.cost_models.layer_widths import find_sites
 from deploypipe.search.cost_models.time_networks import time_networks
 from deploypipe.search.distributed.study_storage import Storage
 from deploypipe.search.duration import duration_text, predict_seconds
-from deploypipe.search.evaluation.accuracy_cache import Accuracies
-from deploypipe.search.evaluation.candidate_files import Candidates
+from deploypipe.search.evaluation.accuracy_cache import AccuracyCache
+from deploypipe.search.evaluation.candidate_files import CandidateFiles
 from deploypipe.search.evaluation.early_stopping import draw_parts
 from deploypipe.search.evaluation.evaluator import Judge
-from deploypipe.search.evaluation.latency_store import OwnMeasuring, SharedMeasuring
-from deploypipe.search.evaluation.trial_loop import History, judge_plan, violations
+from deploypipe.search.evaluation.latency_store import LocalLatencyStore, SharedLatencyStore
+from deploypipe.search.evaluation.trial_loop import History, evaluate_plan, violations
 from deploypipe.search.evaluation.winner import confirm_finalists, with_finalists, with_tuned
 from deploypipe.search.search_inputs import Basis, Tools
 from deploypipe.stages import compression, profile
@@ -56,10 +56,10 @@ from deploypipe.stages.context import Job
 from deploypipe.target import Limit
 
 
-def candidates(job: Job, dense: Measurement, shipping: PrecisionRow) -> Candidates:
+def candidates(job: Job, dense: Measurement, shipping: PrecisionRow) -> CandidateFiles:
     """Files of pruned networks in the precision that ships, which is that of the row, and their latency."""
     baseline = job.run.files("baseline")
-    return Candidates(
+    return CandidateFiles(
         dense=job.model,
         dense_onnx=baseline / profile.DENSE,
         dense_opened=baseline / profile.dense_opened(job, dense).path,
@@ -69,7 +69,7 @@ def candidates(job: Job, dense: Measurement, shipping: PrecisionRow) -> Candidat
         target=job.target,
         builds_engines=job.builds,
         export=job.recipe.export,
-        measuring=SharedMeasuring(job.storage, digest(job.device)) if job.storage else OwnMeasuring(),
+        measuring=SharedLatencyStore(job.storage, digest(job.device)) if job.storage else LocalLatencyStore(),
     )
 
 
@@ -122,21 +122,21 @@ def timed_networks(job: Job, basis: Basis) -> TimedNetworks | None:
     return job.run.remember("latency", inputs, compute, TimedNetworks)
 
 
-def reach(job: Job, basis: Basis) -> Reach:
+def reach(job: Job, basis: Basis) -> Feasibility:
     """What networks can come to; BudgetError where that is not within the budgets."""
 
-    def compute(work: Path) -> Reach:
+    def compute(work: Path) -> Feasibility:
         proposer = _proposer(job, basis, work)
-        found, shares = find_reach(proposer, proposer.shares), dict(proposer.shares)
+        found, shares = find_feasibility(proposer, proposer.shares), dict(proposer.shares)
         dense = proposer.reference.peak_memory_mib
         limit = memory_limit_mib(with_margin(basis.limits), proposer.reference, ())
         if dense and limit:  # what predicts it learns from the search's candidates: here it is measured
             smallest = [proposer.plan(proposer.cheapest(name)) for name in ("params", "macs")]
             if least := basis.candidates.least_peak_memory_mib(smallest, work):
                 shares["peak_memory"] = limit / dense
-                require_in_reach("peak_memory", least / dense, shares["peak_memory"])
+                require_feasible("peak_memory", least / dense, shares["peak_memory"])
                 found = replace(found, least={**found.least, "peak_memory": least / dense})
-        _note(job, reach_text(found, shares), stage="reach")
+        _note(job, feasibility_text(found, shares), stage="reach")
         return found
 
     inputs = {
@@ -147,7 +147,7 @@ def reach(job: Job, basis: Basis) -> Reach:
         "precision": basis.shipping.file,
         "budget": job.target.budget,
     }
-    return job.run.remember("reach", inputs, compute, Reach)
+    return job.run.remember("reach", inputs, compute, Feasibility)
 
 
 def search(job: Job, basis: Basis) -> SearchResult:
@@ -181,7 +181,7 @@ def confirm(job: Job, basis: Basis, found: SearchResult, part: float = 1.0) -> S
             excess_of = partial(violations, dense=tools.proposer.reference, limits=tools.limits)
             history = History(trials=[], results={})
             objectives = job.recipe.search.objectives
-            return judge_plan(number, trial.knobs, plan, tools.judge, excess_of, objectives, history)[0]
+            return evaluate_plan(number, trial.knobs, plan, tools.judge, excess_of, objectives, history)[0]
 
         limit = part * share_to_confirm(basis.limits, found.dense)
         return confirm_finalists(found, limit, lambda plan: basis.candidates.ratio_anew(plan, work), narrow, wanted)
@@ -285,11 +285,11 @@ def _tools(job: Job, basis: Basis, work: Path) -> Tools:
     return Tools(limits=tight, proposer=proposer, judge=judge)
 
 
-def known_accuracies(job: Job) -> Accuracies:
+def known_accuracies(job: Job) -> AccuracyCache:
     """Of the repaired networks that this search, or one for another target or budget, has judged."""
     settings = {"repair": job.recipe.repair, "num_samples": job.recipe.search.num_repair_samples}
     key = digest([job.origin, job.run.key("observe"), settings])
-    return Accuracies((job.run.shared or job.run.path) / f"accuracies-{key}")
+    return AccuracyCache((job.run.shared or job.run.path) / f"accuracies-{key}")
 
 
 def _run_trials(job: Job, tools: Tools, inputs: Mapping[str, object], storage: Storage) -> SearchResult:

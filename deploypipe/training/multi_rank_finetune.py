@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from deploypipe.errors import RanksError
+from deploypipe.files.hashing import digest
 from deploypipe.networks.model_wrappers import unwrapped
 from deploypipe.pruning.surgery.apply_plan import apply_plan
 from deploypipe.pruning.surgery.saved_network import own_weights
@@ -14,7 +15,6 @@ from deploypipe.pruning.surgery.slim_attention import with_slim_attention
 from deploypipe.pruning.tracing.structures import model_fingerprint
 from deploypipe.recipe import Finetune
 from deploypipe.records import Progress, PruningPlan, TrainLog, silent
-from deploypipe.files.hashing import digest
 from deploypipe.task import Splits, Task, num_samples
 from deploypipe.tensor_batches import fingerprint
 from deploypipe.training.finetune import finetune

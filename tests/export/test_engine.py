@@ -29,10 +29,10 @@ from deploypipe.export.tensorrt_engine.build_engine import (
     runnable,
     stored_precisions,
 )
+from deploypipe.files.hashing import file_sha256
 from deploypipe.files.json_records import from_json
 from deploypipe.recipe import Export
 from deploypipe.records import EngineFile, EngineKey
-from deploypipe.files.hashing import file_sha256
 from deploypipe.runtimes import engine_file, make_runtime
 from deploypipe.runtimes.engine_file import find_mismatch, load_record, read_engine, record_path
 from deploypipe.runtimes.tensorrt_libraries import LIBRARIES, load_library

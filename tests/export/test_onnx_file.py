@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from deploypipe.errors import ConfigError, DataError, ModelError, ParityError
 from deploypipe.export.onnx_export.export_onnx import export_onnx
+from deploypipe.files.hashing import file_sha256
 from deploypipe.pruning.surgery.apply_plan import apply_plan, masked_dense
 from deploypipe.pruning.surgery.plan import make_plan
 from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.recipe import Export
 from deploypipe.records import ScoreTable
-from deploypipe.files.hashing import file_sha256
 from deploypipe.runtimes.onnxruntime import OnnxRuntime
 from deploypipe.untrusted_files.onnx_file_check import check_onnx_file
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from deploypipe.errors import DataError, DeploypipeError, ModelError, ParityError
 from deploypipe.export.onnx_export.export_onnx import export_onnx
 from deploypipe.export.quantization.fp16 import to_fp16
-from deploypipe.recipe import Export
 from deploypipe.files.hashing import file_sha256
+from deploypipe.recipe import Export
 from deploypipe.runtimes.onnxruntime import OnnxRuntime
 
 FLOAT, HALF = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16

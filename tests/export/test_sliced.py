@@ -22,13 +22,13 @@ from deploypipe.export.graph_slicing.resize_graph import UnfitError, regrouped
 from deploypipe.export.graph_slicing.sliced_files import slice_file
 from deploypipe.export.graph_slicing.template import Template, open_template
 from deploypipe.export.onnx_export.export_onnx import export_onnx
+from deploypipe.files.hashing import file_sha256
 from deploypipe.pruning.surgery.apply_plan import apply_plan
 from deploypipe.pruning.surgery.plan import make_plan
 from deploypipe.pruning.surgery.slim_attention import with_slim_attention
 from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.recipe import Export
 from deploypipe.records import CandidateFile, PruningPlan, ScoreTable, Structures
-from deploypipe.files.hashing import file_sha256
 from deploypipe.runtimes import Array
 from deploypipe.runtimes.onnxruntime import OnnxRuntime
 

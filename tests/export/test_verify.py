@@ -24,8 +24,8 @@ from deploypipe.cli import app
 from deploypipe.errors import DataError, ModelError
 from deploypipe.export.onnx_export.export_onnx import export_onnx
 from deploypipe.export.onnx_export.golden_samples import write_golden
-from deploypipe.recipe import Export
 from deploypipe.files.hashing import file_sha256
+from deploypipe.recipe import Export
 from deploypipe.verification.golden_file import GOLDEN, TENSORS
 from deploypipe.verify import main, verify
 

@@ -10,7 +10,7 @@ from deploypipe.numerics.gaussian_mi import total_information
 from deploypipe.observe.calibration_pass import observe
 from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.recipe import ConditionalMi, LabelMi, LayerwiseMi, Magnitude, Mipp, Observe
-from deploypipe.scoring.permutation_baseline import null_shares
+from deploypipe.scoring.permutation_baseline import permutation_baseline_shares
 
 
 def test_total_information_is_the_joint_log_determinant() -> None:
@@ -43,7 +43,7 @@ def test_a_signal_is_told_from_chance_and_more_samples_tell_it_better(scorer: An
         labels = torch.randint(0, 2, (count,), generator=generator)
         images = torch.randn(count, *inputs.shape[1:], generator=generator) + 2 * labels[:, None, None, None]
         moments = observe(model, structures, [(images, labels)], Observe(num_samples=count), shuffled=True)
-        found = null_shares(model, structures, moments, scorer)
+        found = permutation_baseline_shares(model, structures, moments, scorer)
         assert found.keys() == {group.name for group in structures.groups}
         shares.append(sum(found.values()) / len(found))
     assert shares[1] < 0.6 * shares[0]
@@ -54,4 +54,4 @@ def test_what_is_no_information_has_no_null() -> None:
     model, inputs = networks.build("pad_resnet")
     structures = list_structures(model, inputs)
     moments = observe(model, structures, [(inputs, torch.zeros(len(inputs)))], Observe(), shuffled=True)
-    assert null_shares(model, structures, moments, Magnitude()) == {}
+    assert permutation_baseline_shares(model, structures, moments, Magnitude()) == {}

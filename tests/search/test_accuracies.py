@@ -5,23 +5,23 @@ import numpy as np
 import pytest
 
 from deploypipe.records import PruningPlan
-from deploypipe.search.evaluation.accuracy_cache import Accuracies
+from deploypipe.search.evaluation.accuracy_cache import AccuracyCache
 
 PLAN = PruningPlan(model_fingerprint="f", cuts=(), edits=(), blocks=("layer1.0",))
 RESULTS = np.random.default_rng(0).random(1000).round()
 
 
 def test_what_is_kept_is_known_and_the_longer_one_stays(tmp_path: Path) -> None:
-    accuracies = Accuracies(tmp_path / "accuracies")
+    accuracies = AccuracyCache(tmp_path / "accuracies")
     assert len(accuracies.of(PLAN)) == 0
     for results, known in ((RESULTS[:500], 500), (RESULTS, 1000), (RESULTS[:500], 1000)):
         accuracies.keep(PLAN, results)
-        np.testing.assert_array_equal(Accuracies(tmp_path / "accuracies").of(PLAN), RESULTS[:known])
+        np.testing.assert_array_equal(AccuracyCache(tmp_path / "accuracies").of(PLAN), RESULTS[:known])
     assert len(accuracies.of(replace(PLAN, blocks=("layer1.1",)))) == 0
 
 
 def test_the_file_of_another_network_is_as_none(tmp_path: Path) -> None:
-    accuracies = Accuracies(tmp_path)
+    accuracies = AccuracyCache(tmp_path)
     other = replace(PLAN, blocks=("layer1.1",))
     accuracies.keep(PLAN, RESULTS)
     (file,) = tmp_path.iterdir()
@@ -33,7 +33,7 @@ def test_the_file_of_another_network_is_as_none(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", ["", "[]", '{"results": "bits 1 zz", "sha256": ""}', "{}"])
 def test_a_damaged_file_is_as_none(tmp_path: Path, content: str) -> None:
-    accuracies = Accuracies(tmp_path)
+    accuracies = AccuracyCache(tmp_path)
     accuracies.keep(PLAN, RESULTS)
     (file,) = tmp_path.iterdir()
     file.write_text(content or file.read_text().replace(" 1000 ", " 1001 "), encoding="utf-8")

@@ -13,11 +13,11 @@ from deploypipe.benchmark.latency import Timings
 from deploypipe.recipe import Export
 from deploypipe.records import PrecisionRow
 from deploypipe.search.evaluation import candidate_files
-from deploypipe.search.evaluation.candidate_files import Candidates
-from deploypipe.search.evaluation.latency_store import Known, OwnMeasuring
+from deploypipe.search.evaluation.candidate_files import CandidateFiles
+from deploypipe.search.evaluation.latency_store import Known, LocalLatencyStore
 
 
-class Interrupted(OwnMeasuring):
+class Interrupted(LocalLatencyStore):
     """Somebody else measured beside the first `times` measurements."""
 
     def __init__(self, times: int) -> None:
@@ -52,10 +52,10 @@ def test_what_was_timed_beside_another_is_timed_again(
         return Timings(samples=(np.full(200, 1.0), np.full(200, taken[-1])), block=20)
 
     monkeypatch.setattr(candidate_files, "time_interleaved", time_interleaved)
-    monkeypatch.setattr(Candidates, "_key", lambda _, path: path.name)
-    monkeypatch.setattr(Candidates, "_feed", lambda *_: {})
+    monkeypatch.setattr(CandidateFiles, "_key", lambda _, path: path.name)
+    monkeypatch.setattr(CandidateFiles, "_feed", lambda *_: {})
     measuring = Interrupted(times)
-    subject = Candidates(
+    subject = CandidateFiles(
         dense=tiny.Network(),
         dense_onnx=dense,
         dense_opened=dense,

@@ -7,7 +7,7 @@ import pytest
 from studies import DENSE, HALF
 
 from deploypipe.records import Check, Interval, PruningPlan, SearchResult, Status, Trial
-from deploypipe.search.allocation.limits import part_to_hold, share_to_confirm
+from deploypipe.search.allocation.limits import share_to_confirm, tightened_limit_fraction
 from deploypipe.search.evaluation.winner import confirm_finalists, with_finalists, with_tuned
 
 
@@ -129,7 +129,7 @@ def test_after_a_benchmark_that_was_too_slow_finalists_keep_more_room() -> None:
         unit="ms",
         reason="",
     )
-    part = part_to_hold(HALF, found, failed)
+    part = tightened_limit_fraction(HALF, found, failed)
     assert part == pytest.approx(0.49 / 0.52)
     assert part * share_to_confirm(HALF, DENSE) == pytest.approx(0.5 * 0.985 * 0.49 / 0.52)
 

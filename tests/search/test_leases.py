@@ -15,7 +15,7 @@ from deploypipe.scheduling.exclusive_measurement import alone, side_by_side
 from deploypipe.search.distributed import leases
 from deploypipe.search.distributed.leases import Held, Leases, is_gone, this_process
 from deploypipe.search.distributed.study_storage import Storage
-from deploypipe.search.evaluation.latency_store import SharedMeasuring
+from deploypipe.search.evaluation.latency_store import SharedLatencyStore
 
 T = TypeVar("T")
 
@@ -101,20 +101,20 @@ def test_what_a_dead_process_held_is_free_at_once(engine: sa.Engine) -> None:
 def test_the_first_time_that_was_taken_counts_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     storage = Storage(url=f"sqlite:///{tmp_path}/study.db", study="one")
     monkeypatch.setenv("DEPLOYPIPE_CACHE", str(tmp_path / "first"))
-    first, second = (SharedMeasuring(storage, "device") for _ in range(2))
+    first, second = (SharedLatencyStore(storage, "device") for _ in range(2))
     assert first.known("network") is None
     assert first.publish("network", 0.5, is_telling=False).ratio == 0.5
     assert second.publish("network", 0.7, is_telling=True).ratio == 0.5
     known = second.known("network")
     assert known and known.ratio == 0.5 and "load" in known.told
-    other = SharedMeasuring(Storage(url=storage.url, study="another"), "device")
+    other = SharedLatencyStore(Storage(url=storage.url, study="another"), "device")
     found = other.known("network")  # what this machine remembers of an earlier search
     assert found and found.ratio == 0.7 and found.told == "an earlier run here"
 
 
 def test_only_one_worker_of_a_machine_measures(tmp_path: Path) -> None:
     storage = Storage(url=f"sqlite:///{tmp_path}/study.db", study="one", grace_s=60)
-    first, second = (SharedMeasuring(storage, "device") for _ in range(2))
+    first, second = (SharedLatencyStore(storage, "device") for _ in range(2))
     got = threading.Event()
 
     def wait() -> None:

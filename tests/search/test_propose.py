@@ -13,7 +13,7 @@ from deploypipe.pruning.surgery.apply_plan import apply_plan
 from deploypipe.pruning.tracing.structures import count_macs
 from deploypipe.records import Candidate, Curves, Cut, LossCurve, PruningPlan, ScoreTable, Trial
 from deploypipe.scoring.magnitude import score_magnitudes
-from deploypipe.search.allocation.feasibility import find_reach, reach_text
+from deploypipe.search.allocation.feasibility import feasibility_text, find_feasibility
 from deploypipe.search.allocation.proposer import Proposer, cut_of
 from deploypipe.search.allocation.solver import Emphasis
 
@@ -101,16 +101,16 @@ def test_several_budgets_hold_at_once() -> None:
 
 
 def test_budgets_out_of_reach_are_refused_by_name() -> None:
-    reach = find_reach(proposer("bottleneck", {"macs": 0.9}), {"macs": 0.9})
+    reach = find_feasibility(proposer("bottleneck", {"macs": 0.9}), {"macs": 0.9})
     assert 0 < reach.least["macs"] < 0.9 and reach.log10_choices > 1
     tiny = replace(reach, least={"macs": 0.0012})
-    assert reach_text(tiny, {"macs": 0.9}).startswith("in reach: macs 0.9x (least 0.0012x);")
+    assert feasibility_text(tiny, {"macs": 0.9}).startswith("in reach: macs 0.9x (least 0.0012x);")
     with pytest.raises(BudgetError, match=r"budget\.macs: 0\.0001 times .* out of reach: .* relax the budget"):
-        find_reach(proposer("bottleneck", {"macs": 1e-4}), {"macs": 1e-4})
-    least = find_reach(proposer("bottleneck", {"latency_p50": 0.9}), {"latency_p50": 0.9}).least["latency_p50"]
+        find_feasibility(proposer("bottleneck", {"macs": 1e-4}), {"macs": 1e-4})
+    least = find_feasibility(proposer("bottleneck", {"latency_p50": 0.9}), {"latency_p50": 0.9}).least["latency_p50"]
     asked = {"latency_p50": 0.8 * least}
     with pytest.raises(BudgetError, match=r"budget\.latency_p50"):
-        find_reach(proposer("bottleneck", asked), asked)
+        find_feasibility(proposer("bottleneck", asked), asked)
 
 
 @pytest.mark.parametrize(("name", "count", "noise", "seed"), [("encoder", 8, 0.3, 3), ("pad_resnet", 8, 0.3, 3)])
@@ -120,15 +120,15 @@ def test_the_least_latency_in_reach_is_that_of_a_network_that_was_measured(
     """However few and noisy the times are; the smallest network of all is among those that are timed."""
     timed = timed_of(name, count, noise, seed)
     propose = replace(proposer(name, {"latency_p50": 0.9}), timed=timed)
-    reach = find_reach(propose, propose.shares)
+    reach = find_feasibility(propose, propose.shares)
     assert reach.least["latency_p50"] == min(t.ratio for t in timed)
-    assert f"(least {reach.least['latency_p50']:.2g}x)" in reach_text(reach, propose.shares)
+    assert f"(least {reach.least['latency_p50']:.2g}x)" in feasibility_text(reach, propose.shares)
     assert propose.figures(propose.cheapest("latency_p50"), propose.latency_model(())) >= [reach.least["latency_p50"]]
     sizes = [true_time(propose.sites, t.cut) for t in timed]
     assert sizes[0] == min(sizes)
     beyond = {"latency_p50": 0.9 * reach.least["latency_p50"]}
     with pytest.raises(BudgetError, match=r"out of reach: the smallest network .* comes to 0\.\d+ times"):
-        find_reach(replace(propose, shares=beyond), beyond)
+        find_feasibility(replace(propose, shares=beyond), beyond)
 
 
 def test_trials_that_were_timed_teach_the_model() -> None:

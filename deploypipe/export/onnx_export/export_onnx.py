@@ -36,12 +36,12 @@ from deploypipe.export.onnx_export.parity import limit_of, measure_parity, requi
 from deploypipe.export.onnx_export.remembered_sizes import forget_sizes_
 from deploypipe.export.quantization.conversion_tools import folded
 from deploypipe.files.exhausted_resources import raise_if_exhausted
+from deploypipe.files.hashing import file_sha256
 from deploypipe.networks.batch_trees import constants_in_lists, map_tensors, tensors
 from deploypipe.networks.model_copies import copied
 from deploypipe.networks.model_wrappers import unwrapped
 from deploypipe.recipe import Export
 from deploypipe.records import FileEntry, ModelFile, Parity
-from deploypipe.files.hashing import file_sha256
 from deploypipe.runtimes import Array
 from deploypipe.runtimes.named_arrays import name_outputs
 from deploypipe.runtimes.onnxruntime import OnnxRuntime

@@ -9,10 +9,10 @@ import numpy as np
 from safetensors.numpy import save
 
 from deploypipe.errors import DataError, ModelError
+from deploypipe.files.atomic import write_atomically
+from deploypipe.files.hashing import file_sha256
 from deploypipe.networks.batch_trees import tensors
 from deploypipe.records import FileEntry, Golden, ModelFile
-from deploypipe.files.hashing import file_sha256
-from deploypipe.files.atomic import write_atomically
 from deploypipe.runtimes import Array
 from deploypipe.runtimes.int8_arithmetic import saturates_here
 from deploypipe.runtimes.named_arrays import feed

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from deploypipe.errors import DeploypipeError
 from deploypipe.export.onnx_export.file_metadata import module_of
-from deploypipe.numerics.output_differences import difference
 from deploypipe.files.atomic import place_file
+from deploypipe.numerics.output_differences import difference
 from deploypipe.runtimes import Array
 from deploypipe.runtimes.named_arrays import feed
 from deploypipe.runtimes.onnxruntime import OnnxRuntime

@@ -15,9 +15,9 @@ from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
 from deploypipe.errors import DataError, ModelError
 from deploypipe.export.onnx_export.file_metadata import PREFIX
+from deploypipe.files.hashing import file_sha256
 from deploypipe.numerics.output_differences import difference
 from deploypipe.records import ModelFile, Parity
-from deploypipe.files.hashing import file_sha256
 from deploypipe.runtimes import Array
 from deploypipe.runtimes.named_arrays import feed
 from deploypipe.runtimes.onnxruntime import OnnxRuntime, OnnxSession

@@ -125,7 +125,7 @@ def to_int8(
     )
 
 
-def sketch_int8(
+def quantize_for_timing(
     source: Path, out: Path, batches: Iterable[Batch], kernels: Int8Kernels, kept_float: Collection[str]
 ) -> None:
     """Write a file that takes as long as `to_int8`'s where it leaves the layers `kept_float` in float, in a fraction of

@@ -21,11 +21,11 @@ from google.protobuf.message import DecodeError
 
 import deploypipe
 from deploypipe.errors import ConfigError, ModelError, RuntimeUnavailableError
-from deploypipe.files.json_records import to_json
-from deploypipe.records import EngineFile, EngineKey, EngineLayer, ModelFile, Names
+from deploypipe.files.atomic import place_file, write_atomically
 from deploypipe.files.cache_folder import cache_folder
 from deploypipe.files.hashing import digest, file_sha256
-from deploypipe.files.atomic import place_file, write_atomically
+from deploypipe.files.json_records import to_json
+from deploypipe.records import EngineFile, EngineKey, EngineLayer, ModelFile, Names
 from deploypipe.runtimes.engine_file import SUFFIX, load_record, platform_of, record_path
 from deploypipe.runtimes.tensorrt_libraries import Library, load_library
 from deploypipe.runtimes.this_machine import Machine, this_machine

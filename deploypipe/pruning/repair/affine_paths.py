@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from deploypipe.observe.calibration_pass import hooked
 from deploypipe.observe.collectors import BY_KEYWORD
 from deploypipe.observe.layer_regressions import (
-    Mixer,
+    LinearLike,
     has_channels_last,
     is_mixer,
     num_groups,
@@ -34,7 +34,7 @@ _SAME = 1e-2  # of the largest output: half-precision sums differ by less, anoth
 
 
 @dataclass(slots=True)
-class Path:
+class SignalPath:
     """From a layer to where its output is compared with the dense network's."""
 
     layer: str
@@ -48,7 +48,7 @@ class Path:
 class End:
     """What is known at the end of a path."""
 
-    path: Path
+    path: SignalPath
     args: tuple[Any, ...]  # of the layer's call
     value: Tensor
     other: Tensor | None = None  # the addition's other operand
@@ -57,10 +57,10 @@ class End:
 Finish = Callable[[End], Tensor]  # gives the value to go on with
 
 
-def find_paths(model: nn.Module, inputs: Any) -> dict[str, Path]:
+def find_paths(model: nn.Module, inputs: Any) -> dict[str, SignalPath]:
     """The path of every mixer, by name, in one small forward pass."""
     owners = Counter(id(p) for m in model.modules() for p in m._parameters.values())
-    paths = {name: Path(name, why_not=_why_not(m, owners)) for name, m in model.named_modules() if is_mixer(m)}
+    paths = {name: SignalPath(name, why_not=_why_not(m, owners)) for name, m in model.named_modules() if is_mixer(m)}
     norm_calls: Counter[str] = Counter()
     trace = _FindAdditions(list(paths))
 
@@ -90,7 +90,7 @@ def find_paths(model: nn.Module, inputs: Any) -> dict[str, Path]:
     return paths
 
 
-def _settle_(paths: Mapping[str, Path], steps: Sequence["_Step"], norm_calls: Mapping[str, int]) -> None:
+def _settle_(paths: Mapping[str, SignalPath], steps: Sequence["_Step"], norm_calls: Mapping[str, int]) -> None:
     """Shorten the paths whose tensors have other readers, and those of modules that are called again."""
     for step in steps:  # whoever else reads a tensor must find in it what was there before
         if step.num_uses > 1:
@@ -103,7 +103,7 @@ def _settle_(paths: Mapping[str, Path], steps: Sequence["_Step"], norm_calls: Ma
             path.why_not = "is called more than once" if path.num_calls else "is not called"
 
 
-def common_paths(paths: Mapping[str, Path], others: Mapping[str, Path]) -> dict[str, Path]:
+def common_paths(paths: Mapping[str, SignalPath], others: Mapping[str, SignalPath]) -> dict[str, SignalPath]:
     """Paths as far as they are the same in both networks: without a removed block, others may begin."""
     for name, path in paths.items():
         other = others[name]
@@ -135,7 +135,7 @@ def _why_not(layer: nn.Module, owners: Mapping[int, int]) -> str:
     return "shares its weights with another module" if owners[id(weight)] > 1 else ""
 
 
-def _differs(layer: Mixer, args: tuple[Any, ...], output: Tensor) -> str:
+def _differs(layer: LinearLike, args: tuple[Any, ...], output: Tensor) -> str:
     """Whether the layer computes something else than its kind does, as subclasses and unusual calls may."""
     if not args:
         return BY_KEYWORD
@@ -154,7 +154,7 @@ def _differs(layer: Mixer, args: tuple[Any, ...], output: Tensor) -> str:
 class _Step:
     """A tensor on a path; holding it keeps its id unique, versions tell whether it was changed in place since."""
 
-    path: Path
+    path: SignalPath
     tensor: Tensor
     source: Tensor  # what the layer read
     is_after_norm: bool
@@ -174,7 +174,7 @@ class _FindAdditions(TorchFunctionMode):
         self.steps: list[_Step] = []
         self.by_id: dict[int, _Step] = {}
 
-    def follow(self, path: Path, tensor: Tensor, source: Tensor) -> None:
+    def follow(self, path: SignalPath, tensor: Tensor, source: Tensor) -> None:
         step = _Step(path, tensor, source, path.norm is not None, (tensor._version, source._version))
         self.steps.append(step)
         self.by_id[id(tensor)] = step
@@ -203,7 +203,7 @@ def _is_plain_sum(func: Any, args: Any, kwargs: Any) -> bool:
     return all(isinstance(a, Tensor) for a in args) and args[0].shape == args[1].shape
 
 
-def _is_per_output(model: nn.Module, path: Path, output: Tensor) -> bool:
+def _is_per_output(model: nn.Module, path: SignalPath, output: Tensor) -> bool:
     """Whether the axis that a batch norm works on is the layer's outputs."""
     return output.dim() == 2 or not has_channels_last(model.get_submodule(path.layer))
 
@@ -215,7 +215,7 @@ def _norm_hooks(model: nn.Module, hook: Callable[[str], Callable[..., Any]]) -> 
 
 
 @contextmanager
-def watching(model: nn.Module, paths: Mapping[str, Path], finish: Finish) -> Iterator[None]:
+def watching(model: nn.Module, paths: Mapping[str, SignalPath], finish: Finish) -> Iterator[None]:
     """Call `finish` at the end of each path while the block runs, and go on with what it returns."""
     carried: dict[int, End] = {}
 
@@ -225,7 +225,7 @@ def watching(model: nn.Module, paths: Mapping[str, Path], finish: Finish) -> Ite
         carried[id(end.value)] = end
         return end.value
 
-    def layer_hook(path: Path) -> Callable[..., Tensor]:
+    def layer_hook(path: SignalPath) -> Callable[..., Tensor]:
         def hook(_m: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
             return end_or_carry(End(path, args, output), path.norm is None and not path.is_added)
 

@@ -22,7 +22,7 @@ from deploypipe.memory_order import find_order
 from deploypipe.networks.model_wrappers import unwrapped
 from deploypipe.numerics.least_squares import CrossMoments
 from deploypipe.observe.layer_regressions import (
-    Mixer,
+    LinearLike,
     from_blocks,
     num_groups,
     sample_inputs,
@@ -31,9 +31,9 @@ from deploypipe.observe.layer_regressions import (
     weight_blocks,
     writes,
 )
-from deploypipe.pruning.repair.affine_paths import End, Path, common_paths, find_paths, watching, without_path
+from deploypipe.pruning.repair.affine_paths import End, SignalPath, common_paths, find_paths, watching, without_path
+from deploypipe.pruning.repair.lockstep_forwards import run_in_step
 from deploypipe.pruning.repair.removed_block_targets import layers_ahead
-from deploypipe.pruning.tracing.lockstep_forwards import run_in_step
 from deploypipe.recipe import Repair
 from deploypipe.records import Event, Progress, PruningPlan, RepairReport, RepairRow, silent
 from deploypipe.task import (
@@ -131,7 +131,7 @@ class _Sampler:
         self.count, self.seed, self.real = count, seed, real
         self.order = {name: number for number, (name, _) in enumerate(model.named_modules())}
 
-    def positions(self, name: str, layer: Mixer, output: Tensor, group: int) -> Tensor:
+    def positions(self, name: str, layer: LinearLike, output: Tensor, group: int) -> Tensor:
         """Of the samples of one group of batches."""
         seed = self.seed * 100_003 + self.order[name] + group * 10_000_019
         return sample_positions(layer, output, self.count, torch.Generator().manual_seed(seed), self.real[group])
@@ -139,7 +139,7 @@ class _Sampler:
 
 def _dense_targets(
     teacher: nn.Module,
-    paths: dict[str, Path],
+    paths: dict[str, SignalPath],
     layers_at: dict[str, str],
     sampler: _Sampler,
     plan: PruningPlan,
@@ -174,7 +174,7 @@ def _dense_targets(
 
 
 def _solve_layer_(
-    ends: Sequence[End], layer: Mixer, norm: Any, places: Sequence[Tensor], target: Tensor, ridge: float
+    ends: Sequence[End], layer: LinearLike, norm: Any, places: Sequence[Tensor], target: Tensor, ridge: float
 ) -> tuple[RepairRow, list[Tensor]]:
     """Regress `target` (rows, outputs) on what the layer reads, write the solution, and keep it if it is better.
 
@@ -226,7 +226,7 @@ class _Solution:
 
 
 def _regress(
-    ends: Sequence[End], layer: Mixer, norm: Any, places: Sequence[Tensor], target: Tensor, ridge: float
+    ends: Sequence[End], layer: LinearLike, norm: Any, places: Sequence[Tensor], target: Tensor, ridge: float
 ) -> _Solution:
     """One regression for each group of a convolution, shrunk towards the weights that are there."""
     blocks, groups = weight_blocks(layer).double(), num_groups(layer)  # (groups, outputs, inputs * taps)
@@ -258,7 +258,7 @@ def _regress(
     )
 
 
-def _inputs_of(layer: Mixer, inputs: Tensor, part: slice) -> Tensor:
+def _inputs_of(layer: LinearLike, inputs: Tensor, part: slice) -> Tensor:
     """What the groups `part` of a convolution read."""
     groups = num_groups(layer)
     if groups == 1:
@@ -275,12 +275,12 @@ def _output_scale(norm: Any) -> Tensor | None:
     return scale.detach()
 
 
-def _as_weight(layer: Mixer, rows: Tensor) -> Tensor:
+def _as_weight(layer: LinearLike, rows: Tensor) -> Tensor:
     """Rows (outputs, inputs / groups * taps) as a tensor shaped like the layer's weight."""
     return from_blocks(layer, rows.view(num_groups(layer), -1, rows.shape[1]))
 
 
-def _write_before_norm_(layer: Mixer, norm: Any, solution: _Solution) -> None:
+def _write_before_norm_(layer: LinearLike, norm: Any, solution: _Solution) -> None:
     """Write the solution, its scale and its intercept in the batch norm.
 
     The norm gets the true statistics of `layer(x)`, so that the network computes the same with batch statistics

@@ -11,14 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from deploypipe.observe.calibration_pass import hooked
-from deploypipe.pruning.repair.affine_paths import End, Path, watching
+from deploypipe.pruning.repair.affine_paths import End, SignalPath, watching
 from deploypipe.task import forward
 
 # What may stand between the end of a path and a block: the same before the block as behind it.
 _BETWEEN: tuple[Callable[[Tensor], Tensor], ...] = (lambda x: x, torch.relu)
 
 
-def layers_ahead(model: nn.Module, paths: Mapping[str, Path], removed: Sequence[str], inputs: Any) -> dict[str, str]:
+def layers_ahead(
+    model: nn.Module, paths: Mapping[str, SignalPath], removed: Sequence[str], inputs: Any
+) -> dict[str, str]:
     """For each layer whose path ends where removed blocks begin: the layer whose path ends where the last of them does.
 
     paths: of `model`, the dense network. inputs: a few samples. Told by values: a block's input is what one path ends

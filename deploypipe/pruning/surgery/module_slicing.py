@@ -155,7 +155,7 @@ def mask_(model: nn.Module, edits: Iterable[Edit]) -> None:
     make_plain_(_find(model, name) for name in by_module)
     for name, sides in by_module.items():
         module = _find(model, name)
-        if looks_across(module):
+        if normalizes_over_channels(module):
             _narrow_(name, module, sides)
             continue
         for side, removed in sides.items():
@@ -373,7 +373,7 @@ def _masked_parts(
     return [cut for cut in _tensor_cuts(name, module, side, removed) if isinstance(cut[0], nn.Parameter)]
 
 
-def looks_across(module: nn.Module) -> bool:
+def normalizes_over_channels(module: nn.Module) -> bool:
     """Whether a layer without layers in it treats its channels together: LayerNorm, RMSNorm, by whatever name."""
     if isinstance(module, nn.GroupNorm):
         return module.num_groups == 1

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from deploypipe.errors import ModelError, PlanError
 from deploypipe.export.onnx_export.remembered_sizes import forget_sizes_
+from deploypipe.files.atomic import write_atomically
 from deploypipe.files.exhausted_resources import raise_if_exhausted
+from deploypipe.files.hashing import file_sha256
 from deploypipe.files.json_records import to_json
 from deploypipe.networks.batch_trees import as_plain, map_leaves, map_tensors
 from deploypipe.networks.model_copies import copied
@@ -26,8 +28,6 @@ from deploypipe.pruning.surgery.hook_computed_weights import with_plain_weights
 from deploypipe.pruning.tracing.structures import pair_of
 from deploypipe.records import PruningPlan
 from deploypipe.runs.result import PLAN, load_plan
-from deploypipe.files.hashing import file_sha256
-from deploypipe.files.atomic import write_atomically
 from deploypipe.runtimes.program_file import load_program
 from deploypipe.task import as_arguments, has_batch_axis, num_samples, repeat_samples, take
 from deploypipe.text import strict_json

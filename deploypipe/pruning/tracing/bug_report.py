@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, fx, nn
 
 from deploypipe.errors import ModelError
+from deploypipe.files.atomic import write_atomically
 from deploypipe.installed_packages import package_versions
 from deploypipe.networks.batch_trees import map_tensors
 from deploypipe.networks.model_wrappers import unwrapped
@@ -26,7 +27,6 @@ from deploypipe.pruning.surgery.saved_network import program_bytes
 from deploypipe.pruning.tracing.module_calls import evaluating
 from deploypipe.pruning.tracing.structures import find_structures, pair_of
 from deploypipe.records import Frozen
-from deploypipe.files.atomic import write_atomically
 from deploypipe.runtimes.program_file import load_program
 from deploypipe.task import forward
 

@@ -20,7 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from deploypipe.files.exhausted_resources import raise_if_exhausted
 from deploypipe.networks.batch_trees import tensors
-from deploypipe.pruning.surgery.module_slicing import looks_across
+from deploypipe.pruning.surgery.module_slicing import normalizes_over_channels
 from deploypipe.pruning.surgery.recurrent_layers import RECURRENT, sizes_of, without_fused_kernels
 from deploypipe.pruning.tracing.axis_indices import Atoms, Axes, Axis, Factor, Indices, fixed, has_atoms, size_of
 from deploypipe.pruning.tracing.axis_reductions import FunctionCalls, all_tensors, side_of
@@ -216,7 +216,7 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
         stay, as a norm is.
         """
         axis, where = self.of(operand)[dim], self.running[-1]
-        if looks_across(self.modules[where]) or not has_atoms(axis):
+        if normalizes_over_channels(self.modules[where]) or not has_atoms(axis):
             return
         place = next((i for i, each in enumerate(self.calls.operands) if each is operand), None)
         if place is None or name not in _SYMMETRIC:

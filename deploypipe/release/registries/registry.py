@@ -13,10 +13,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from deploypipe.errors import BundleError, NoVersionError
+from deploypipe.files.atomic import write_atomically
+from deploypipe.files.cache_folder import cache_folder
 from deploypipe.release.bundle import load_bundle
 from deploypipe.release.manifest import MANIFEST, MOST_VERSIONS, Manifest, check_manifest, read_manifest, version_number
-from deploypipe.files.cache_folder import cache_folder
-from deploypipe.files.atomic import write_atomically
 from deploypipe.text import strict_json
 from deploypipe.text.masked_addresses import masked, masked_reference
 from deploypipe.text.safe_names import MOST_BYTES, name_problem

@@ -4,14 +4,14 @@ from collections.abc import Mapping
 from math import log10
 
 from deploypipe.errors import BudgetError
-from deploypipe.records import Reach
+from deploypipe.records import Feasibility
 from deploypipe.search.allocation.proposer import Proposer
 from deploypipe.search.allocation.solver import Allocation, Emphasis, allowed_widths
 
 _TOLERANCE = 0.03  # relative: a budget that is predicted to be missed by less may be met
 
 
-def find_reach(proposer: Proposer, shares: Mapping[str, float]) -> Reach:
+def find_feasibility(proposer: Proposer, shares: Mapping[str, float]) -> Feasibility:
     """The least share of each bounded figure, and how many choices there are. What they lose does not matter.
 
     The least latency is that of the fastest network that was measured; other figures are counted.
@@ -28,7 +28,7 @@ def find_reach(proposer: Proposer, shares: Mapping[str, float]) -> Reach:
     if model and "latency_p50" in shares:
         least["latency_p50"] = model.least
     for name, share in shares.items():
-        require_in_reach(name, least[name], share)
+        require_feasible(name, least[name], share)
     together = proposer.allocate(Emphasis(), model, dict(shares))
     for name, share in shares.items():
         reached = figure(name, together)
@@ -38,10 +38,10 @@ def find_reach(proposer: Proposer, shares: Mapping[str, float]) -> Reach:
                 f"budget.{name}: {share:.3g} times the dense network's cannot be had together with {others}; the "
                 f"nearest network comes to {reached:.3g} times it: relax one of them in the target"
             )
-    return Reach(least=least, log10_choices=_log10_choices(proposer))
+    return Feasibility(least=least, log10_choices=_log10_choices(proposer))
 
 
-def require_in_reach(name: str, least: float, share: float) -> None:
+def require_feasible(name: str, least: float, share: float) -> None:
     """BudgetError where the least there is of a figure is more than the share of the dense one that is allowed."""
     if least > share * (1 + _TOLERANCE):
         raise BudgetError(
@@ -56,7 +56,7 @@ def round_up(share: float) -> float:
     return -(-share * 100 // 1) / 100
 
 
-def reach_text(reach: Reach, shares: Mapping[str, float]) -> str:
+def feasibility_text(reach: Feasibility, shares: Mapping[str, float]) -> str:
     told = ", ".join(f"{name} {share:.2g}x (least {reach.least[name]:.2g}x)" for name, share in shares.items())
     return f"in reach: {told}; 10^{reach.log10_choices:.0f} choices"
 

@@ -78,7 +78,7 @@ def share_to_confirm(limits: Mapping[str, Limit], dense: Candidate) -> float:
     return limit.absolute(timed_ms(dense)) / timed_ms(dense)
 
 
-def part_to_hold(limits: Mapping[str, Limit], found: SearchResult, failed: Check) -> float:
+def tightened_limit_fraction(limits: Mapping[str, Limit], found: SearchResult, failed: Check) -> float:
     """The part of the latency limit that finalists have to be held to, for a benchmark like the one that `failed` to
     pass: it took the winner for slower than it was when it was timed again."""
     if failed.interval is None or failed.limit is None:

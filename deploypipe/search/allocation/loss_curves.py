@@ -30,7 +30,7 @@ from deploypipe.observe.layer_regressions import (
     weight_matrix,
 )
 from deploypipe.observe.moments import InputMoments, Moments
-from deploypipe.pruning.surgery.module_slicing import Bypass, cut_, looks_across, mask_
+from deploypipe.pruning.surgery.module_slicing import Bypass, cut_, mask_, normalizes_over_channels
 from deploypipe.recipe import Search
 from deploypipe.records import ChannelGroup, Curves, Edit, Event, LossCurve, Progress, ScoreTable, Structures, silent
 from deploypipe.runtimes.named_arrays import name_outputs
@@ -139,7 +139,7 @@ class _Probe:
     def loss_at(self, group: ChannelGroup, kept: Sequence[int], moments: Moments) -> float:
         """The divergence with only the units `kept` of a group."""
         readers = [m for m in group.members if reads(self.modules[m.module], m.side)]
-        if not readers or any(looks_across(self.modules[m.module]) for m in group.members):
+        if not readers or any(normalizes_over_channels(self.modules[m.module]) for m in group.members):
             return self._loss_cut(group, kept)
         with evaluating(self.model), torch.no_grad(), ExitStack() as stack:
             num_skipped = min(self._position(m.module) for m in group.members)

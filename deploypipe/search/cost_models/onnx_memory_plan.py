@@ -63,7 +63,7 @@ def footprint(path: Path, batch_size: int, dynamic: Mapping[str, int] | None = N
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Tensor:
+class GraphTensor:
     shape: tuple[int, ...]
     bits: int  # of one element
 
@@ -91,7 +91,7 @@ class _Buffer:
     until: int  # the last step that reads it, as far as is known
 
 
-def peak_bytes(steps: Sequence[Step], tensors: Mapping[str, Tensor], kept: Collection[str]) -> int:
+def peak_bytes(steps: Sequence[Step], tensors: Mapping[str, GraphTensor], kept: Collection[str]) -> int:
     """The most bytes held during any of `steps`, done in order.
 
     tensors: what is written; what is not in it takes no memory. kept: held to the end. A buffer that is free again is
@@ -100,7 +100,7 @@ def peak_bytes(steps: Sequence[Step], tensors: Mapping[str, Tensor], kept: Colle
     last = {name: i for i, step in enumerate(steps) for name in (*step.writes, *step.reads)}
     last |= {name: len(steps) for name in kept}
     homes: dict[str, _Buffer] = {}
-    pools: dict[Tensor, list[_Buffer]] = {}
+    pools: dict[GraphTensor, list[_Buffer]] = {}
     for i, step in enumerate(steps):
         for position, name in enumerate(step.writes):
             if name not in tensors:
@@ -120,7 +120,7 @@ def peak_bytes(steps: Sequence[Step], tensors: Mapping[str, Tensor], kept: Colle
     return max(accumulate(changes))
 
 
-def _shared(step: Step, i: int, tensors: Mapping[str, Tensor], homes: Mapping[str, _Buffer]) -> _Buffer | None:
+def _shared(step: Step, i: int, tensors: Mapping[str, GraphTensor], homes: Mapping[str, _Buffer]) -> _Buffer | None:
     """An input's buffer that the first output of step `i` lies in too."""
     size = tensors[step.writes[0]].num_bytes
     fitting = [(name, homes[name]) for name in step.reads if name in homes and tensors[name].num_bytes == size]
@@ -153,8 +153,8 @@ def _weight_bytes(graph: onnx.GraphProto) -> dict[str, int]:
     return found
 
 
-def _tensor(dims: Iterable[int], data_type: int) -> Tensor:
-    return Tensor(shape=tuple(dims), bits=ELEMENT_BITS[_FLOAT if data_type in _HALVES else data_type])
+def _tensor(dims: Iterable[int], data_type: int) -> GraphTensor:
+    return GraphTensor(shape=tuple(dims), bits=ELEMENT_BITS[_FLOAT if data_type in _HALVES else data_type])
 
 
 def _bind(inputs: Sequence[onnx.ValueInfoProto], batch_size: int, dynamic: Mapping[str, int], path: Path) -> None:
@@ -178,7 +178,7 @@ def _bind(inputs: Sequence[onnx.ValueInfoProto], batch_size: int, dynamic: Mappi
             dim.dim_value = batch_size if axis == 0 else sizes[dim.dim_param]
 
 
-def _activations(proto: onnx.ModelProto, path: Path) -> dict[str, Tensor]:
+def _activations(proto: onnx.ModelProto, path: Path) -> dict[str, GraphTensor]:
     """Everything that a node writes. Takes from `proto` what does not matter to shapes."""
     graph = proto.graph
     del graph.value_info[:]  # in terms of the dynamic axes
@@ -202,7 +202,7 @@ def _activations(proto: onnx.ModelProto, path: Path) -> dict[str, Tensor]:
     }
 
 
-def _known(inferred: Any, writer: str) -> Tensor:
+def _known(inferred: Any, writer: str) -> GraphTensor:
     dims = inferred.shape.dim if inferred is not None and inferred.HasField("shape") else None
     if dims is None or not inferred.elem_type or not all(dim.HasField("dim_value") for dim in dims):
         raise ModelError(f"{writer} writes a tensor of unknown shape; measure this file's memory")
@@ -222,7 +222,7 @@ def _steps(nodes: Iterable[onnx.NodeProto]) -> list[Step]:
     ]
 
 
-def _with_8_bits(graph: onnx.GraphProto, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _with_8_bits(graph: onnx.GraphProto, tensors: Mapping[str, GraphTensor]) -> dict[str, GraphTensor]:
     """`tensors` once onnxruntime has made one operator of DequantizeLinear, operator, QuantizeLinear.
 
     What goes to QuantizeLinear is then written in 8 bits, and what comes from DequantizeLinear to such an operator is
@@ -232,7 +232,7 @@ def _with_8_bits(graph: onnx.GraphProto, tensors: Mapping[str, Tensor]) -> dict[
     for node in graph.node:
         for name in node.input:
             readers.setdefault(name, []).append(node)
-    fused: dict[str, Tensor] = {}
+    fused: dict[str, GraphTensor] = {}
     for node in reversed(graph.node):
         written = [_written_in_8_bits(reader, fused, tensors) for reader in readers.get(node.output[0], ())]
         if written and written[0] and None not in written:
@@ -248,8 +248,8 @@ def _with_8_bits(graph: onnx.GraphProto, tensors: Mapping[str, Tensor]) -> dict[
 
 
 def _written_in_8_bits(
-    reader: onnx.NodeProto, fused: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
-) -> Tensor | None:
+    reader: onnx.NodeProto, fused: Mapping[str, GraphTensor], tensors: Mapping[str, GraphTensor]
+) -> GraphTensor | None:
     """What `reader` writes, where whatever it reads is made to write just that."""
     if reader.op_type == "QuantizeLinear":
         return tensors[reader.output[0]]

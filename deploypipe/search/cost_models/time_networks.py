@@ -11,14 +11,14 @@ from deploypipe.search.allocation.proposer import cut_of
 from deploypipe.search.allocation.solver import Allocation
 from deploypipe.search.cost_models.additive_costs import Levels
 from deploypipe.search.cost_models.latency_samples import design_networks
-from deploypipe.search.evaluation.candidate_files import Candidates
+from deploypipe.search.evaluation.candidate_files import CandidateFiles
 
 _AT_ONCE = 5  # files timed against one another and the dense one: its time is shared by them
 _NUM_SAMPLES = 60  # of each: many networks tell more than many runs of one
 
 
 def time_networks(
-    candidates: Candidates,
+    candidates: CandidateFiles,
     structures: Structures,
     levels: Levels,
     plan_for: Callable[[Allocation], PruningPlan],

@@ -47,7 +47,7 @@ class Claim:
 
 
 @dataclass(slots=True)
-class Board:
+class TrialQueue:
     """An open study."""
 
     storage: Storage
@@ -232,7 +232,7 @@ def open_board(
     space: Space,
     objectives: Sequence[ObjectiveName],
     origin: Mapping[str, str],
-) -> Iterator[Board]:
+) -> Iterator[TrialQueue]:
     """The study, made if there is none. origin: what it is about, as words or fingerprints by name; a study of anything
     else is refused by RunFolderError or StorageError. Raises those, too, for what the database refuses."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -243,7 +243,7 @@ def open_board(
             with leases.held(f"study {storage.study}") if storage.is_shared else nullcontext():
                 study = _found_or_made(storage, database, objectives, origin)
             _require_origin(storage, json.loads(study.user_attrs[_ORIGIN]), origin)
-            board = Board(storage=storage, database=database, study=study, space=space, leases=leases)
+            board = TrialQueue(storage=storage, database=database, study=study, space=space, leases=leases)
             if not storage.is_shared:
                 board.end_all()
             yield board

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from deploypipe.records import PruningPlan
 from deploypipe.files.atomic import write_atomically
+from deploypipe.records import PruningPlan
 from deploypipe.search.evaluation.early_stopping import Results, pack, unpack
 from deploypipe.search.evaluation.trial_loop import network_key
 from deploypipe.text import strict_json
@@ -14,7 +14,7 @@ from deploypipe.text.sealed_json import seal, unseal
 
 
 @dataclass(frozen=True, slots=True)
-class Accuracies:
+class AccuracyCache:
     """A file for each network in a folder that belongs to one dense network, data, repair and seed."""
 
     folder: Path

@@ -22,19 +22,19 @@ from deploypipe.export.graph_slicing.sliced_files import slice_file
 from deploypipe.export.graph_slicing.template import Template, open_template
 from deploypipe.export.onnx_export.export_onnx import export_onnx
 from deploypipe.export.quantization.fp16 import to_fp16
-from deploypipe.export.quantization.int8 import sketch_int8
+from deploypipe.export.quantization.int8 import quantize_for_timing
 from deploypipe.export.tensorrt_engine.build_engine import runnable
+from deploypipe.files.hashing import digest
 from deploypipe.numerics.intervals import interval_of_median_ratio
 from deploypipe.pruning.surgery.apply_plan import apply_plan
 from deploypipe.recipe import Export
 from deploypipe.records import PrecisionRow, PruningPlan
-from deploypipe.files.hashing import digest
 from deploypipe.runtimes import Array, find_runtime
 from deploypipe.runtimes.int8_arithmetic import kernels_of
 from deploypipe.runtimes.named_arrays import feed
 from deploypipe.search.cost_models.memory_model import fit_memory
 from deploypipe.search.cost_models.onnx_memory_plan import Footprint, footprint
-from deploypipe.search.evaluation.latency_store import Known, Measuring, OwnMeasuring
+from deploypipe.search.evaluation.latency_store import Known, LocalLatencyStore, Measuring
 from deploypipe.target import Target
 from deploypipe.task import Batch, take_calib
 
@@ -46,7 +46,7 @@ _NUM_RANGED = 16  # samples that ranges of 8 bits are taken from: the times do n
 
 
 @dataclass(kw_only=True)
-class Candidates:
+class CandidateFiles:
     """For one dense network and one target."""
 
     dense: nn.Module
@@ -58,7 +58,7 @@ class Candidates:
     target: Target
     builds_engines: bool  # they are what the device runs, and this machine can build them
     export: Export
-    measuring: Measuring = field(default_factory=OwnMeasuring)
+    measuring: Measuring = field(default_factory=LocalLatencyStore)
     ratios: dict[str, Known] = field(default_factory=dict)  # by shape and device: latencies known so far
     measured: list[tuple[Footprint, float]] = field(default_factory=list)  # files of candidates, and their peaks in MiB
     exported: Counter[str] = field(default_factory=Counter)  # why files could not be cut out of the dense one
@@ -170,7 +170,7 @@ class Candidates:
     def _convert(self, plain: Path, path: Path) -> None:
         if self.precision.precision == "int8":
             kept = [row.layer for row in self.precision.conversion.kept_float] if self.precision.conversion else []
-            sketch_int8(plain, path, take_calib(self.calib, _NUM_RANGED), kernels_of(self.target), kept)
+            quantize_for_timing(plain, path, take_calib(self.calib, _NUM_RANGED), kernels_of(self.target), kept)
         elif self.precision.precision == "fp16":
             to_fp16(plain, path, take_calib(self.calib, _NUM_RANGED), self.export)
         else:

@@ -13,8 +13,8 @@ from deploypipe.pruning.tracing.structures import count_macs
 from deploypipe.recipe import Recipe
 from deploypipe.records import Candidate, PruningPlan
 from deploypipe.scheduling.exclusive_measurement import give_way
-from deploypipe.search.evaluation.accuracy_cache import Accuracies
-from deploypipe.search.evaluation.candidate_files import NUM_LATENCY_SAMPLES, Candidates
+from deploypipe.search.evaluation.accuracy_cache import AccuracyCache
+from deploypipe.search.evaluation.candidate_files import NUM_LATENCY_SAMPLES, CandidateFiles
 from deploypipe.search.evaluation.early_stopping import Results, evaluate_growing
 from deploypipe.search.evaluation.trial_loop import IsSettled
 from deploypipe.task import Batch, Task, take
@@ -24,7 +24,7 @@ from deploypipe.task import Batch, Task, take
 class Judge:
     """An `Evaluate` for `search`: call it with a plan."""
 
-    candidates: Candidates
+    candidates: CandidateFiles
     dense_p50_ms: float | None  # None: the target cannot be measured here, and no candidate is
     calib: list[Batch]
     parts: Sequence[Sequence[Batch]]  # of val, as `draw_parts` drew them
@@ -32,7 +32,7 @@ class Judge:
     recipe: Recipe
     memory_limit_mib: float | None  # None: nothing asks for it
     work: Path
-    accuracies: Accuracies  # what is known, and what this one adds to it
+    accuracies: AccuracyCache  # what is known, and what this one adds to it
 
     def __call__(self, plan: PruningPlan, is_settled: IsSettled) -> tuple[Candidate, Results]:
         pruned = apply_plan(self.candidates.dense, plan)

@@ -12,8 +12,8 @@ from typing import Protocol, TypeVar
 import sqlalchemy as sa
 
 from deploypipe.benchmark.conditions import read_state
-from deploypipe.files.cache_folder import cache_folder
 from deploypipe.files.atomic import write_atomically
+from deploypipe.files.cache_folder import cache_folder
 from deploypipe.scheduling.exclusive_measurement import machine
 from deploypipe.search.distributed.leases import Held, Leases, make_table
 from deploypipe.search.distributed.study_storage import Storage
@@ -56,7 +56,7 @@ class Measuring(Protocol):
         """Nobody else measures here for as long as the block lasts; what it gives says whether that was so."""
 
 
-class OwnMeasuring:
+class LocalLatencyStore:
     """For the only process that measures; well told times are kept in the cache folder for later runs."""
 
     is_shared = False
@@ -79,14 +79,14 @@ class OwnMeasuring:
         return nullcontext(lambda: True)
 
 
-class SharedMeasuring:
+class SharedLatencyStore:
     """For the workers of a study: one of a machine's at a time, and all of them go by the first time that was taken."""
 
     is_shared = True
 
     def __init__(self, storage: Storage, device: str) -> None:
         self._storage, self._study = storage, storage.study
-        self._own = OwnMeasuring()
+        self._own = LocalLatencyStore()
         with storage.errors_told():
             self._engine = storage.open().engine
             self._leases = Leases(self._engine, self._patiently, storage.grace_s)

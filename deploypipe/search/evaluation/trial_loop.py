@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from deploypipe.files.hashing import digest
 from deploypipe.recipe import ObjectiveName
 from deploypipe.records import Candidate, PruningPlan, Trial
-from deploypipe.files.hashing import digest
 from deploypipe.search.evaluation.early_stopping import Results, is_certainly_worse
 from deploypipe.search.pareto import cost, costs
 from deploypipe.target import Limit
@@ -47,7 +47,7 @@ class History:
         return self.results[most_accurate(cheap).number] if cheap else None
 
 
-def judge_plan(
+def evaluate_plan(
     number: int,
     chosen: dict[str, float],
     plan: PruningPlan,

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from deploypipe.errors import ModelError
 from deploypipe.networks.model_copies import copied
-from deploypipe.pruning.repair.affine_paths import End, Path, watching
+from deploypipe.pruning.repair.affine_paths import End, SignalPath, watching
 from deploypipe.task import forward
 
 Solve = Callable[[Sequence[End]], list[Tensor]]  # one end for each batch; gives the values to go on with
 
 
-def run_in_step(model: nn.Module, paths: Mapping[str, Path], solve: Solve, batches: Sequence[Any]) -> None:
+def run_in_step(model: nn.Module, paths: Mapping[str, SignalPath], solve: Solve, batches: Sequence[Any]) -> None:
     """Pass all batches without gradients; call `solve` at the end of each path with what each batch has there.
 
     ModelError where the layers run in another order for one batch than for another.
@@ -62,7 +62,7 @@ class _Stopped(Exception):
 class _Walker:
     """One forward pass in a thread of its own, which runs only while `go_on` waits for it."""
 
-    def __init__(self, model: nn.Module, paths: Mapping[str, Path], inputs: Any) -> None:
+    def __init__(self, model: nn.Module, paths: Mapping[str, SignalPath], inputs: Any) -> None:
         self._model, self._paths, self._inputs = model, paths, inputs
         self._given: SimpleQueue[Tensor | None] = SimpleQueue()
         self._reached: SimpleQueue[End | BaseException | None] = SimpleQueue()
