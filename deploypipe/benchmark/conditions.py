@@ -23,9 +23,9 @@ _GPU_SLOWDOWNS = {
     0x80: "power brake",
 }
 _SECONDS = 10.0  # for nvidia-smi to answer
-_LEAST_CLOCK = 0.9  # of what it was before
-_MOST_STOLEN = 0.01  # share of the processors' time
-_MOST_OF_FREE = 0.5  # share of the processors that the measurement leaves free, which others may use
+_MIN_CLOCK = 0.9  # of what it was before
+_MAX_STOLEN = 0.01  # share of the processors' time
+_MAX_OF_FREE = 0.5  # share of the processors that the measurement leaves free, which others may use
 _ALLOWANCE = 0.1  # processors, for the system itself
 LEAST_SECONDS = 0.5  # counters tick a hundred times a second
 
@@ -69,12 +69,12 @@ def judge_conditions(
     share = stolen / capacity if is_long and stolen is not None else None
     throttled, noisy = _find_throttling(before, after), list(unsteady)
     free = max(0, num_cpus - num_threads)
-    if others is not None and others > _MOST_OF_FREE * free + _ALLOWANCE:
+    if others is not None and others > _MAX_OF_FREE * free + _ALLOWANCE:
         noisy.append(
             f"other processes kept {others:.1f} of {num_cpus} processors busy, and {num_threads} "
             f"{'was' if num_threads == 1 else 'were'} wanted here"
         )
-    if share is not None and share > _MOST_STOLEN:
+    if share is not None and share > _MAX_STOLEN:
         noisy.append(f"the hypervisor gave {share:.1%} of the processors' time to others")
     return Conditions(
         before=before,
@@ -120,7 +120,7 @@ def _find_throttling(before: MachineState, after: MachineState) -> list[str]:
         found.append(f"heat slowed the processor down {heat:.0f} times")
     if quota := _grown(before.num_quota_throttled, after.num_quota_throttled):
         found.append(f"the control group's processor quota stopped this process {quota:.0f} times")
-    if before.clock_mhz and after.clock_mhz and after.clock_mhz < _LEAST_CLOCK * before.clock_mhz:
+    if before.clock_mhz and after.clock_mhz and after.clock_mhz < _MIN_CLOCK * before.clock_mhz:
         found.append(f"the clock fell from {before.clock_mhz:.0f} to {after.clock_mhz:.0f} MHz")
     found += [f"GPU: {why}" for why in after.gpu_slowdowns]
     return found

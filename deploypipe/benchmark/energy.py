@@ -19,8 +19,8 @@ from deploypipe.runtimes import Array, Session, is_installed
 from deploypipe.target import Target
 
 _IDLE_SECONDS = 1.0
-_LEAST_SECONDS = 2.0  # of running: counters and samples come every 1 to 100 ms
-_LEAST_RUNS = 3
+_MIN_SECONDS = 2.0  # of running: counters and samples come every 1 to 100 ms
+_MIN_RUNS = 3
 _SAMPLE_SECONDS = 0.1
 # Rails of the whole board, as Jetsons name them; the first that is there counts.
 _RAILS = ("VDD_IN", "VIN_SYS_5V0", "POM_5V_IN", "VIN")
@@ -50,7 +50,7 @@ def measure_energy(session: Session, inputs: Mapping[str, Array], meter: Meter) 
         time.sleep(_IDLE_SECONDS)
         begun, spent_idle = time.perf_counter(), joules()
         count = 0
-        while count < _LEAST_RUNS or time.perf_counter() - begun < _LEAST_SECONDS:
+        while count < _MIN_RUNS or time.perf_counter() - begun < _MIN_SECONDS:
             session.run(inputs)
             count += 1
         ended, spent = time.perf_counter(), joules()

@@ -15,7 +15,7 @@ from deploypipe.runtimes import Array
 from deploypipe.untrusted_files.onnx_file_check import check_onnx_file
 
 _SOME_VALUES = 2  # integers whose use is not known are 0 or 1: an index, a flag or a length that most graphs can take
-_MOST_VALUES = 2**28  # of all random inputs
+_MAX_VALUES = 2**28  # of all random inputs
 _MOST_BYTES = 2**33  # of a file with a batch
 _IMAGE_VALUES = 256
 
@@ -83,10 +83,10 @@ def make_inputs(
         declared = tuple(batch_size if isinstance(size, str) else size for size in spec.shape)
         shape = tuple(shapes.get(spec.name, declared))
         count = prod(shape) + sum(array.size for array in made.values())
-        if count > _MOST_VALUES:
+        if count > _MAX_VALUES:
             raise DataError(
                 f"{path}: inputs up to {spec.name} of shape {list(shape)} would have {count:,} values, and "
-                f"{_MOST_VALUES:,} are the most; give a smaller --shape, or --inputs FILE"
+                f"{_MAX_VALUES:,} are the most; give a smaller --shape, or --inputs FILE"
             )
         made[spec.name] = _make(spec, shape, generator)
     check_inputs(path, specs, made)

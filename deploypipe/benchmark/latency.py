@@ -36,10 +36,10 @@ _WARM_UP_SECONDS = 3.0  # at most, once three rounds are done
 _REOPENED_SECONDS = 0.1  # at most, once two runs are done
 _WARM_UP_TOLERANCE = 0.02  # medians of two rounds in a row
 _SECONDS = 2.0  # of timed runs of each file, where no number of them is asked for
-_MOST_SAMPLES = 4000
+_MAX_SAMPLES = 4000
 _ATTEMPTS = 3  # to find the machine steady
 _PAUSE_SECONDS = 5.0  # before the next one
-_LOOK_SECONDS, _MOST_LOOKS = 1.0, 10  # after the pause, for a machine that is still throttled or busy
+_LOOK_SECONDS, _MAX_LOOKS = 1.0, 10  # after the pause, for a machine that is still throttled or busy
 _MAX_DRIFT = 0.10  # of the median, last third against first third
 _MAX_SPREAD = 0.25  # interquartile range over the median
 
@@ -73,7 +73,7 @@ def time_interleaved(
         before = read_state()
         spent = [_try(path, inputs, runtime, target) for path in paths]
         to_open, to_run = (sum(seconds) for seconds in zip(*spent, strict=True))
-        least = num_samples or max(target.num_latency_samples, min(_MOST_SAMPLES, int(_SECONDS * len(paths) / to_run)))
+        least = num_samples or max(target.num_latency_samples, min(_MAX_SAMPLES, int(_SECONDS * len(paths) / to_run)))
         openings, runs = schedule(least)
         if openings * to_open > max(_CHEAP_SECONDS, least * to_run):
             openings, runs = schedule(least, most=_FEW_OPENINGS)
@@ -158,7 +158,7 @@ def _looked_at_long(timings: Timings) -> Timings:
 def _wait_for_quiet(num_threads: int, *, can_look: bool) -> None:
     """Pause, and then for some seconds more where the machine is still throttled or busy with others."""
     pause(_PAUSE_SECONDS)
-    for _ in range(_MOST_LOOKS if can_look else 0):
+    for _ in range(_MAX_LOOKS if can_look else 0):
         before = read_state()
         pause(_LOOK_SECONDS)
         now = judge_conditions(before, read_state(), num_cpus=count_cpus(), num_threads=num_threads, unsteady=())

@@ -14,7 +14,7 @@ from deploypipe.target import Target
 
 MOST_BATCH = 64
 _SECONDS = 0.3  # of timed runs for each point
-LEAST_RUNS, _MOST_RUNS = 8, 400
+LEAST_RUNS, _MAX_RUNS = 8, 400
 PATIENCE = 5.0  # seconds that one point may take
 _CPUINFO = Path("/proc/cpuinfo")
 
@@ -41,7 +41,7 @@ def sweep_batches(
             begun = time.perf_counter()
             session.run(batch)
             per_sample = (time.perf_counter() - begun) / size
-            samples = time_loaded(session, batch, seconds=_SECONDS, least=LEAST_RUNS, most=_MOST_RUNS)
+            samples = time_loaded(session, batch, seconds=_SECONDS, least=LEAST_RUNS, most=_MAX_RUNS)
             yield _point(samples, size, target.num_threads)
 
 
@@ -56,7 +56,7 @@ def sweep_threads(
     """Latency with each number of threads; the file is opened for each."""
     for count in counts:
         with runtime.open(path, num_threads=count) as session:
-            samples = time_loaded(session, inputs, seconds=_SECONDS, least=LEAST_RUNS, most=_MOST_RUNS)
+            samples = time_loaded(session, inputs, seconds=_SECONDS, least=LEAST_RUNS, most=_MAX_RUNS)
         yield _point(samples, batch_size, count)
 
 

@@ -12,7 +12,7 @@ from deploypipe.target import Target
 from deploypipe.text.safe_names import name_problem
 from deploypipe.untrusted_files.onnx_file_check import MAX_RANK
 
-_MOST_DIGITS = 15  # of a size in a shape
+_MAX_DIGITS = 15  # of a size in a shape
 
 
 def load_target(name: str) -> Target:
@@ -68,7 +68,7 @@ def parse_shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
     for text in texts:
         name, _, sizes = text.rpartition("=")
         parts = sizes.split("x") if sizes else []
-        is_plain = len(parts) <= MAX_RANK and all(part.isdecimal() and len(part) <= _MOST_DIGITS for part in parts)
+        is_plain = len(parts) <= MAX_RANK and all(part.isdecimal() and len(part) <= _MAX_DIGITS for part in parts)
         if not name or not is_plain or not all(map(int, parts)):
             raise ConfigError("--shape", text, "is no shape", "write it like --shape input_ids=1x128")
         shapes[name] = tuple(map(int, parts))

@@ -50,7 +50,7 @@ _BY_WORDS = (  # of torch, safetensors, onnxruntime, protobuf, SQLite and Python
     ("failed to map segment", _MEMORY),  # of a library
     ("can't start new thread", _THREADS),
 )
-_MOST_CAUSES = 8
+_MAX_CAUSES = 8
 
 
 def find_exhaustion(error: BaseException) -> tuple[str, str] | None:
@@ -79,7 +79,7 @@ def raise_if_exhausted(error: BaseException) -> None:
 def _causes(error: BaseException) -> Iterator[BaseException]:
     """The error, and those that it was raised for or in place of."""
     cause: BaseException | None = error
-    for _ in range(_MOST_CAUSES):
+    for _ in range(_MAX_CAUSES):
         if cause is None:
             return
         yield cause

@@ -14,8 +14,8 @@ from torch import Tensor
 from deploypipe.numerics.least_squares import regular_cholesky, regularised
 
 _PANELS = 16  # parts in which a matrix is worked off: fewer mean less copying and more work on columns
-_LEAST_PANEL = 64  # columns of change put off until they are multiplied out: enough for a fast matrix product
-_LEAST_NOISE = 1e-9  # share of the outputs' mean variance; a floor of zero would make every information infinite
+_MIN_PANEL = 64  # columns of change put off until they are multiplied out: enough for a fast matrix product
+_MIN_NOISE = 1e-9  # share of the outputs' mean variance; a floor of zero would make every information infinite
 
 
 class SequentialRemoval:
@@ -83,7 +83,7 @@ def total_information(covariance: Tensor, cross: Tensor, outputs: Tensor, *, noi
     """
     factor = ridged_cholesky(covariance, 1e-6)
     image = torch.linalg.solve_triangular(factor, cross, upper=False)
-    floor = max(noise, _LEAST_NOISE) * outputs.diagonal().mean().clamp_min(1e-12)
+    floor = max(noise, _MIN_NOISE) * outputs.diagonal().mean().clamp_min(1e-12)
     noisy = outputs + floor * torch.eye(len(outputs), dtype=outputs.dtype)
     return 0.5 * float(torch.logdet(noisy) - torch.logdet(noisy - image.T @ image))
 
@@ -126,7 +126,7 @@ class DelayedMatrix:
         self.groups = torch.arange(self.num_groups).repeat(number, 1)  # those that have rows here, in this order
         self.blocks = _diagonal_blocks(self.matrix, size)  # (number, groups, s, s)
         self.removed: list[Tensor] = []  # (number, 1) each, since the products were last subtracted; still have rows
-        self.delay = -(-max(width // _PANELS, _LEAST_PANEL) // size)  # removals
+        self.delay = -(-max(width // _PANELS, _MIN_PANEL) // size)  # removals
         self.left = self.right = matrix.new_empty(number, 0, width)  # panels
         self.used = 0  # rows of them
 
@@ -223,7 +223,7 @@ def between(matrix: Tensor, rows: Tensor) -> Tensor:
 def _noise_floor(covariance: Tensor, weights: Tensor, noise: float) -> Tensor:
     """s^2 (*, 1, 1): a share of the outputs' mean variance."""
     variance = ((covariance @ weights) * weights).sum(-2, keepdim=True).mean(-1, keepdim=True)
-    return max(noise, _LEAST_NOISE) * variance.clamp_min(1e-12)
+    return max(noise, _MIN_NOISE) * variance.clamp_min(1e-12)
 
 
 def _by_group(matrix: Tensor, size: int) -> Tensor:

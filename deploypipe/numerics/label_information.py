@@ -7,7 +7,7 @@ Legend: n samples; p units; x (n, p) one value a unit and sample; y (n,) int64, 
 import torch
 from torch import Tensor
 
-_LEAST_SHRINKAGE = 1e-3  # share of a unit's variance taken for noise; without any, duplicates make covariances singular
+_MIN_SHRINKAGE = 1e-3  # share of a unit's variance taken for noise; without any, duplicates make covariances singular
 _CONSTANT = 1e-6  # spread, relative to the largest value, below which float32 cannot tell a unit from a constant
 
 
@@ -74,7 +74,7 @@ def class_covariances(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, float]:
 
     within = (1 - a) W + a I, total = within + between: scaled so, shrinkage leaves what one unit knows as it is, and no
     conditional variance falls below a, which is as if every unit were measured with a little noise. Constant units have
-    none but that. a: Ledoit-Wolf, and never less than `_LEAST_SHRINKAGE`. O(n p^2).
+    none but that. a: Ledoit-Wolf, and never less than `_MIN_SHRINKAGE`. O(n p^2).
     """
     x = x.double()
     centred = x - x.mean(0)
@@ -84,11 +84,11 @@ def class_covariances(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, float]:
     spread = centred.square().mean(0).sqrt()
     is_constant = spread <= _CONSTANT * x.abs().amax(0)
     # A unit that is constant within each class would know the label infinitely well.
-    scale = torch.maximum(residuals.square().mean(0).sqrt(), _LEAST_SHRINKAGE**0.5 * spread)
+    scale = torch.maximum(residuals.square().mean(0).sqrt(), _MIN_SHRINKAGE**0.5 * spread)
     weight = torch.where(is_constant, 0, 1 / scale.masked_fill(is_constant, 1))
     residuals, between = residuals * weight, means[y] * weight
     within = residuals.T @ residuals / len(x)
-    shrinkage = max(_LEAST_SHRINKAGE, ledoit_wolf_intensity(residuals, within))
+    shrinkage = max(_MIN_SHRINKAGE, ledoit_wolf_intensity(residuals, within))
     within = (1 - shrinkage) * within + shrinkage * torch.eye(len(within), dtype=torch.float64)
     return within + between.T @ between / len(x), within, shrinkage
 

@@ -21,7 +21,7 @@ from deploypipe.report.run_tables import what_is_covered
 from deploypipe.target import Budget, Limit
 from deploypipe.verification.golden_file import shown
 
-_FEWEST_OF_A_SLICE = 2  # one sample tells nothing of others like it
+_MIN_OF_A_SLICE = 2  # one sample tells nothing of others like it
 _CLOCKS_DIFFER_DAYS = 0.05  # by so much those of two machines may
 _UNITS = {"latency_p50": "ms", "peak_memory": "MiB", "file_size": "MiB", "params": "", "macs": ""}
 
@@ -130,10 +130,10 @@ def _check_slices(report: BenchmarkReport, limit_pp: float) -> Check:
     metrics = {
         slice_name: ([dense[i] for i in numbers], [compressed[i] for i in numbers])
         for slice_name, numbers in report.slices.items()
-        if len(numbers) >= _FEWEST_OF_A_SLICE
+        if len(numbers) >= _MIN_OF_A_SLICE
     }
     few = sorted(report.slices.keys() - metrics.keys())
-    told_few = f"fewer than {_FEWEST_OF_A_SLICE} test samples in {shown(few)}" if few else ""
+    told_few = f"fewer than {_MIN_OF_A_SLICE} test samples in {shown(few)}" if few else ""
     if not metrics:
         return _unknown(name, unit, limit_pp, told_few)
     drops = {slice_name: interval_of_drop_pp(*pair) for slice_name, pair in metrics.items()}

@@ -38,7 +38,7 @@ from deploypipe.runs.result import RunResult
 from deploypipe.text.printable_text import printable_lines
 
 REPORT = "report.html"
-_MOST_SLICES = 30  # classes that are shown
+_MAX_SLICES = 30  # classes that are shown
 
 
 def write_report(result: RunResult, path: Path) -> None:
@@ -86,7 +86,7 @@ def render_report(result: RunResult) -> str:
         rows=before_after(result),
         next_steps=next_steps(result),
         checks=[check_cells(check) for check in result.decision.checks],
-        most_slices=_MOST_SLICES,
+        most_slices=_MAX_SLICES,
         removed_blocks=_removed_blocks(result.prune),
         remarks=[row for row in result.prune.rows if row.reason] if result.prune else [],
         unrepaired=repair_remarks(result.repair) if result.repair else [],
@@ -180,7 +180,7 @@ def _figures(result: RunResult) -> dict[str, str]:
     if result.benchmark.dense.latency or result.benchmark.compressed.latency:
         figures["latencies"] = plots.latencies(result.benchmark)
     if any(result.benchmark.slices.values()) and result.benchmark.compressed.per_sample_metric:
-        figures["slices"] = plots.slices(result.benchmark, _MOST_SLICES)
+        figures["slices"] = plots.slices(result.benchmark, _MAX_SLICES)
     if result.search:
         figures |= _search_figures(result, result.search)
     if result.training and result.training.epochs:

@@ -29,7 +29,7 @@ from deploypipe.target import Target
 from deploypipe.text.sealed_json import seal, unseal
 
 RESULT, PLAN = "result.json", "plan.json"
-_MOST_RESULT_BYTES = 2**28
+_MAX_RESULT_BYTES = 2**28
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,8 +69,8 @@ def load_result(folder: Path, name: str = RESULT) -> RunResult:
     if not path.is_file():
         raise RunFolderError(f"{folder}: holds no finished run ({name} is absent); finish it with `deploypipe run`")
     try:
-        if (size := path.stat().st_size) > _MOST_RESULT_BYTES:
-            raise ValueError(f"has {size:,} bytes, and {_MOST_RESULT_BYTES:,} are the most")
+        if (size := path.stat().st_size) > _MAX_RESULT_BYTES:
+            raise ValueError(f"has {size:,} bytes, and {_MAX_RESULT_BYTES:,} are the most")
         text = unseal(path.read_bytes())
     except ValueError as error:
         remedy = "run the same command again, which takes seconds where the run's stages are kept"
@@ -84,11 +84,9 @@ def load_plan(path: Path) -> PruningPlan:
     file = path / PLAN if path.is_dir() else path
     if file.is_file():
         with file.open("rb") as stream:
-            content = stream.read(_MOST_RESULT_BYTES + 1)
-        if len(content) > _MOST_RESULT_BYTES:
-            raise RunFolderError(
-                f"{file}: has more than {_MOST_RESULT_BYTES:,} bytes, which is no plan; check the path"
-            )
+            content = stream.read(_MAX_RESULT_BYTES + 1)
+        if len(content) > _MAX_RESULT_BYTES:
+            raise RunFolderError(f"{file}: has more than {_MAX_RESULT_BYTES:,} bytes, which is no plan; check the path")
         return from_json(PruningPlan, content, str(file))
     if not path.is_dir():
         raise RunFolderError(f"{path}: is no file; give a plan.json, or the folder of a finished run")

@@ -10,7 +10,7 @@ from urllib.parse import quote, unquote, unquote_plus
 _HIDDEN = "***"
 _OF_A_FILE = ("sqlite", "file", "local")  # schemes without a server: an '@' belongs to the path
 _SECRET_KEYS = re.compile(r"(?i)\b(password|passwd|pwd|secret|token|sig|signature|api_?key|access_?key)\s*=")
-_LEAST_PIECE = 3  # characters of a part of a secret that is looked for in a text
+_MIN_PIECE = 3  # characters of a part of a secret that is looked for in a text
 
 
 def masked(address: str) -> str:
@@ -51,7 +51,7 @@ def without_secrets(text: str, address: str) -> str:
     pieces = {piece for whole in hidden for way in (str, unquote_plus) for piece in re.split(r"[\W_]+", way(whole))}
     secrets = {way(secret) for secret in wholes | pieces for way in (str, unquote, unquote_plus, quote, _escaped)}
     for secret in sorted(secrets, key=lambda secret: (-len(secret), secret)):
-        if len(secret) >= _LEAST_PIECE:
+        if len(secret) >= _MIN_PIECE:
             text = text.replace(secret, _HIDDEN)
     return text
 

@@ -8,7 +8,7 @@ import unicodedata
 MOST_BYTES = 100  # of one name: folders join two of them and a hash, and file systems take 255
 _MARKS = "_-.+"
 _DEVICES = {"con", "prn", "aux", "nul", *(f"{kind}{i}" for kind in ("com", "lpt") for i in range(10))}  # of Windows
-_MOST_SHOWN = 60  # characters of a name in an error
+_MAX_SHOWN = 60  # characters of a name in an error
 _REMEDY = f"use letters, digits and any of {' '.join(_MARKS)}, with a letter or digit first"
 
 
@@ -19,7 +19,7 @@ def name_problem(name: str, *, most_bytes: int = MOST_BYTES) -> str:
     two spellings of one name.
     """
     problem = _problem(name, most_bytes)
-    shown = repr(name if len(name) <= _MOST_SHOWN else f"{name[:_MOST_SHOWN]}...")
+    shown = repr(name if len(name) <= _MAX_SHOWN else f"{name[:_MAX_SHOWN]}...")
     return f"{shown} {problem}; {_REMEDY}" if problem else ""
 
 

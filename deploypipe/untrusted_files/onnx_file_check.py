@@ -28,7 +28,7 @@ _MAX_ELEMENTS = 2**40  # of a tensor whose shape is declared without data
 ELEMENT_BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 8: 0, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 14: 64}
 ELEMENT_BITS |= {15: 128, 16: 16, 17: 8, 18: 8, 19: 8, 20: 8, 21: 4, 22: 4, 23: 4, 24: 8, 25: 2, 26: 2}
 _TYPED_DATA = {4: 4, 5: 1, 6: 1, 7: 1, 10: 8, 11: 1}  # TensorProto's field -> least bytes of one packed entry
-_MOST_PER_ENTRY = 4  # elements in one entry of int32_data, for 2-bit types
+_MAX_PER_ENTRY = 4  # elements in one entry of int32_data, for 2-bit types
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -214,7 +214,7 @@ def _check_tensor(content: memoryview, state: _State, depth: int) -> None:
     elif tensor.raw_bytes is not None:
         if tensor.raw_bytes != expected:
             raise Refused(f"{what} of shape {tensor.dims} needs {expected} bytes and holds {tensor.raw_bytes}")
-    elif count > tensor.entries * _MOST_PER_ENTRY:
+    elif count > tensor.entries * _MAX_PER_ENTRY:
         raise Refused(f"{what} of shape {tensor.dims} holds {tensor.entries} values")
 
 

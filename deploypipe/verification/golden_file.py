@@ -21,7 +21,7 @@ FORMAT = "deploypipe-golden-1"
 TOLERANCES = {"fp32": 1e-3, "fp16": 1e-2, "int8": 5e-2}
 
 _MAX_BYTES = 2**24
-_MOST_SHOWN = 5
+_MAX_SHOWN = 5
 _HEX = frozenset("0123456789abcdef")
 
 
@@ -62,8 +62,8 @@ def read_golden(folder: Path) -> GoldenContent:
 
 def shown(names: Sequence[str]) -> str:
     """The first names of a list, and how many more there are."""
-    more = len(names) - _MOST_SHOWN
-    return ", ".join(names[:_MOST_SHOWN]) + (f" and {more} more" if more > 0 else "")
+    more = len(names) - _MAX_SHOWN
+    return ", ".join(names[:_MAX_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def _parse(content: Any) -> GoldenContent:

@@ -161,7 +161,7 @@ def test_power_lines() -> None:
 
 def test_energy_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(energy, "_IDLE_SECONDS", 0.01)
-    monkeypatch.setattr(energy, "_LEAST_SECONDS", 0.01)
+    monkeypatch.setattr(energy, "_MIN_SECONDS", 0.01)
     session = Counting()
 
     @contextmanager

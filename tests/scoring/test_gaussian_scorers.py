@@ -205,7 +205,7 @@ def test_groups_ranked_side_by_side_are_each_as_if_alone(config: Any, monkeypatc
     runs = list(top_down_mi._runs(seen[1], dict(model.named_modules())))
     assert max(map(len, runs)) >= 4  # else nothing is ranked together here
     together = table(seen, config)
-    monkeypatch.setattr(top_down_mi, "_MOST_VALUES", 1)
+    monkeypatch.setattr(top_down_mi, "_MAX_VALUES", 1)
     alone = table(seen, config)
     assert together.suggested == alone.suggested
     for name, scores in alone.channels.items():

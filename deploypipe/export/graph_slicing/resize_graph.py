@@ -15,7 +15,7 @@ from deploypipe.task import batch_size_of
 
 Shape: TypeAlias = tuple[int, ...]
 _NUM_SAMPLES = 1_000_003  # a prime
-_MOST_KNOWN = 64  # elements of a value that is worked out: shapes are short
+_MAX_KNOWN = 64  # elements of a value that is worked out: shapes are short
 _INTEGERS = (onnx.TensorProto.INT64, onnx.TensorProto.INT32)
 
 
@@ -57,7 +57,7 @@ def facts_of(weights: Iterable[onnx.TensorProto], feed: Mapping[str, Array]) -> 
         facts.types[name] = onnx.helper.make_tensor_type_proto(kind, shape)
     for weight in weights:
         facts.types[weight.name] = onnx.helper.make_tensor_type_proto(weight.data_type, weight.dims)
-        if weight.data_type in _INTEGERS and math.prod(weight.dims) <= _MOST_KNOWN:
+        if weight.data_type in _INTEGERS and math.prod(weight.dims) <= _MAX_KNOWN:
             facts.values[weight.name] = numpy_helper.to_array(weight)
     return facts
 

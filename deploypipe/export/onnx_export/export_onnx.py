@@ -48,7 +48,7 @@ from deploypipe.runtimes.onnxruntime import OnnxRuntime
 from deploypipe.task import Batch, as_arguments, forward, has_batch_axis, num_samples, repeat_samples, take
 from deploypipe.untrusted_files.onnx_file_check import check_onnx_file
 
-_LEAST_TRACED = 2  # torch.export takes an axis of size one for a constant
+_MIN_TRACED = 2  # torch.export takes an axis of size one for a constant
 _PRECISION = "fp32"
 
 
@@ -193,7 +193,7 @@ def _export(
 ) -> Any:
     """The exporter's program, not optimised yet; ModelError where there is none, ConfigError where its opset is another
     than asked."""
-    example = repeat_samples(network, inputs, _LEAST_TRACED)
+    example = repeat_samples(network, inputs, _MIN_TRACED)
     batch = torch.export.Dim("batch")  # unlike a name alone, raises where the network binds it in any way
     args, kwargs = as_arguments(constants_in_lists(example))
     try:

@@ -43,7 +43,7 @@ Name = TypeVar("Name", bound=str)
 Compare: TypeAlias = Callable[[Path, Sequence[Feed], Outputs], Parity]
 Quantise: TypeAlias = Callable[[Sequence[str]], onnx.ModelProto]  # layers in 8 bits -> the graph
 
-_LEAST_OPSET = 13  # QuantizeLinear with a scale per channel
+_MIN_OPSET = 13  # QuantizeLinear with a scale per channel
 _ENOUGH_SAMPLES = 500  # for ranges; with fewer a note says so
 _NUM_HELD_OUT = 128  # samples that errors are measured on
 _NUM_RANKED_ON = 32  # samples that one layer's error is measured on
@@ -139,10 +139,10 @@ def quantize_for_timing(
 
 
 def _require_layers(proto: onnx.ModelProto, layers: Sequence[str], refused: Mapping[str, str], source: Path) -> None:
-    if opset_of(proto) < _LEAST_OPSET:
+    if opset_of(proto) < _MIN_OPSET:
         raise ModelError(
             f"{source}: opset {opset_of(proto)} has no 8 bits per channel; export it with export.opset = "
-            f"{_LEAST_OPSET} or more"
+            f"{_MIN_OPSET} or more"
         )
     if not layers:
         reasons = "; ".join(sorted(set(refused.values()))) or f"it has no {', '.join(LAYERS)}"

@@ -47,7 +47,7 @@ from deploypipe.task import (
 )
 
 _NEGLIGIBLE = 1e-7  # relative squared error that float32 rounding alone can make
-_MOST_COLUMNS = 1024  # of groups of a convolution that are sampled together; their patches are held in memory
+_MAX_COLUMNS = 1024  # of groups of a convolution that are sampled together; their patches are held in memory
 
 
 def repair(
@@ -234,7 +234,7 @@ def _regress(
     prior = blocks.mT if scale is None else blocks.mT * scale.view(groups, 1, -1)
     targets = target.view(len(target), groups, -1).movedim(1, 0)  # (groups, rows, outputs)
     has_intercept = norm is not None or layer.bias is not None
-    step = max(1, _MOST_COLUMNS // blocks.shape[2])
+    step = max(1, _MAX_COLUMNS // blocks.shape[2])
     fits = []
     for start in range(0, groups, step):
         part = slice(start, start + step)

@@ -28,7 +28,7 @@ from deploypipe.verify import golden_case
 _DIGEST, _COMPLETE = "deploypipe.digest", "deploypipe.complete"
 _CPU = ["CPUExecutionProvider"]
 _BUNDLE, _MODEL = "bundle", "model"
-_MOST_PARAMS = 100  # that one call logs
+_MAX_PARAMS = 100  # that one call logs
 _LONGEST_VALUE = 500  # characters of a parameter; what is longer is in the bundle
 _DEAD_AFTER_S = 24 * 3600.0
 _LONGEST_TOLD = 200  # characters of an error
@@ -126,8 +126,8 @@ def _log_run(mlflow: ModuleType, client: Any, bundle: Path, manifest: Manifest, 
     tags = {_DIGEST: manifest.digest, "gate": f"{result.decision.verdict.value}: {result.decision.reason}", **checks}
     with mlflow.start_run(experiment_id=experiment_id, run_name=bundle.name, tags=tags) as run:
         params = list(_params(result).items())
-        for start in range(0, len(params), _MOST_PARAMS):
-            mlflow.log_params(dict(params[start : start + _MOST_PARAMS]))
+        for start in range(0, len(params), _MAX_PARAMS):
+            mlflow.log_params(dict(params[start : start + _MAX_PARAMS]))
         mlflow.log_metrics(_metrics(result))
         if result.search:
             for trial in result.search.trials:

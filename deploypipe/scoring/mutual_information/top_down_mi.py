@@ -21,7 +21,7 @@ from deploypipe.scoring.magnitude import score_magnitude
 
 UNOBSERVED = "none of its consumers could be observed; scored by magnitude"
 STEP = 1e-9  # keeps the order in which units were taken where nothing is lost or gained
-_MOST_VALUES = 2**22  # of the covariances ranked side by side: what is larger gains nothing, and takes memory
+_MAX_VALUES = 2**22  # of the covariances ranked side by side: what is larger gains nothing, and takes memory
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,13 +108,13 @@ def _runs(structures: Structures, modules: dict[str, nn.Module]) -> Iterator[lis
 
 
 def _of_one_shape(observed: dict[str, list[Reader]]) -> Iterator[list[str]]:
-    """The names of the groups, those together whose readers can be stacked, up to `_MOST_VALUES`."""
+    """The names of the groups, those together whose readers can be stacked, up to `_MAX_VALUES`."""
     by_shape: dict[str, list[str]] = {}
     for name, readers in observed.items():
         shape = str([(reader.weights.shape, reader.regressors) for reader in readers])
         by_shape.setdefault(shape, []).append(name)
     for names in by_shape.values():
-        size = max(1, _MOST_VALUES // max(reader.covariance.numel() for reader in observed[names[0]]))
+        size = max(1, _MAX_VALUES // max(reader.covariance.numel() for reader in observed[names[0]]))
         yield from (names[start : start + size] for start in range(0, len(names), size))
 
 

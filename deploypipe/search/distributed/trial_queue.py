@@ -34,7 +34,7 @@ Done = dict[int, tuple[Trial, Results | None]]  # by number, in its order
 
 _NUMBER, _WORKER, _CLAIMED, _PLAN, _RECORD, _RESULTS = "number", "worker", "claimed", "plan", "record", "results"
 _GIVEN_BACK, _ORIGIN, _JOB = "given_back", "origin", "job"
-_MOST_DEATHS = 10  # of workers at one trial, before it is taken for the cause
+_MAX_DEATHS = 10  # of workers at one trial, before it is taken for the cause
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -189,7 +189,7 @@ class TrialQueue:
     def _require_that_workers_survive(self, number: int) -> None:
         failed = [a for a in self._attempts(TrialState.FAIL) if a.user_attrs.get(_NUMBER) == number]
         deaths = [a for a in failed if not a.user_attrs.get(_GIVEN_BACK)]
-        if self.storage.is_shared and len(deaths) >= _MOST_DEATHS:
+        if self.storage.is_shared and len(deaths) >= _MAX_DEATHS:
             who = ", ".join(sorted({a.user_attrs[_WORKER].split(":")[0] for a in deaths}))
             raise StorageError(
                 f"trial {number} ended {len(deaths)} workers (on {who}): they ran out of memory or were killed; give "

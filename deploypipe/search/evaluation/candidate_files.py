@@ -41,7 +41,7 @@ from deploypipe.task import Batch, take_calib
 NUM_LATENCY_SAMPLES = 200  # of one candidate
 _NUM_CHECKED = 2  # samples that a file is compared with its network on
 _TELLING = 0.1  # width of a latency's interval, relative: what other work on the machine blurs is not for later runs
-_FEWEST_MEASURED = 3  # peaks, before others are predicted
+_MIN_MEASURED = 3  # peaks, before others are predicted
 _NUM_RANGED = 16  # samples that ranges of 8 bits are taken from: the times do not hang on them
 
 
@@ -84,7 +84,7 @@ class CandidateFiles:
         """Predicted once a few files were measured, and it is plain on which side of the limit the file lies; measured
         otherwise, in processes of its own, which takes seconds."""
         known = self._footprint(path)
-        if known and len(self.measured) >= _FEWEST_MEASURED and not self.measuring.is_shared:  # workers' would differ
+        if known and len(self.measured) >= _MIN_MEASURED and not self.measuring.is_shared:  # workers' would differ
             predicted = fit_memory([f for f, _ in self.measured], [mib for _, mib in self.measured]).predict(known)
             if not predicted.low <= limit_mib <= predicted.high:
                 return predicted.value

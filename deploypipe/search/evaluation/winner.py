@@ -10,7 +10,7 @@ from deploypipe.search.allocation.limits import timed_ms
 from deploypipe.search.evaluation.trial_loop import is_same_network, rank
 
 MOST_TIMED_AGAIN = 5
-_MOST_NARROWED = 5
+_MAX_NARROWED = 5
 _LEEWAY = 0.99  # of what a narrower network may take: its latency is a measurement too
 
 
@@ -64,7 +64,7 @@ def _narrowed(
     """With ever narrower versions of the most accurate trial that was timed again, until one of them holds."""
     again = dict(again)
     trial, first = found.trials[next(iter(again))], len(found.trials)
-    for number in range(first, first + _MOST_NARROWED):
+    for number in range(first, first + _MAX_NARROWED):
         # What the search took the network's latency for is what the next one is found by.
         share = timed_ms(trial.candidate) / timed_ms(found.dense) * min(1.0, limit / again[trial.number]) * _LEEWAY
         narrower = narrow(trial, number, share)
