@@ -9,7 +9,7 @@ from scipy.stats import binomtest
 from torch import Tensor, nn
 
 from deploypipe.numerics.intervals import interval_of_drop_pp
-from deploypipe.numerics.paired_test import chance_if_not_worse
+from deploypipe.numerics.paired_comparison import chance_if_not_worse
 from deploypipe.search.evaluation.early_stopping import (
     Results,
     draw_parts,

@@ -13,7 +13,7 @@ from torch import nn
 
 from deploypipe.benchmark.accuracy import evaluate_module
 from deploypipe.memory_order import Arrange, as_given
-from deploypipe.numerics.paired_test import chance_if_not_worse
+from deploypipe.numerics.paired_comparison import chance_if_not_worse
 from deploypipe.task import Batch, Task, map_samples, num_samples
 
 Results: TypeAlias = NDArray[np.float64]  # (samples,) of the task's metric, in the order in which they were drawn
