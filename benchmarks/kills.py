@@ -1,7 +1,7 @@
 """A run is killed again and again at random moments, and resumed each time: does it end as if nothing had happened?
 
     python benchmarks/kills.py --kills 60 --out runs/kills
-    python benchmarks/kills.py --pipeline tests/tiny.py --kills 60 --out runs/kills-tiny
+    python benchmarks/kills.py --pipeline tests/tiny_pipeline.py --kills 60 --out runs/kills-tiny
 
 The digits (or another pipeline) with few trials, under a budget of MACs, which no clock can move. Each process computes
 in a fork of this one, which saves the seconds that importing torch takes; kill -9 ends it. A third of the kills are

@@ -28,7 +28,7 @@ import pgserver
 import sqlalchemy
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from studies import DENSE, ORIGIN, Evaluator, propose, run  # made-up networks
+from made_up_searches import DENSE, ORIGIN, Evaluator, propose, run  # made-up networks
 
 from deploypipe.recipe import Search
 from deploypipe.search.distributed.study_storage import Storage

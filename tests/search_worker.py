@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from studies import Evaluator, run
+from made_up_searches import Evaluator, run
 
 from deploypipe.files.json_records import to_json
 from deploypipe.recipe import Search

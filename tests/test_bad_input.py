@@ -15,8 +15,8 @@ TARGET = 'runtime = "onnxruntime"\nnum_latency_samples = 200\n[budget]\nmacs = "
 GOOD = """
 import torch
 from torch import nn
-from tiny import *
-import tiny
+from tiny_pipeline import *
+import tiny_pipeline as tiny
 """
 FROZEN = "def build_model(): return Network().eval().requires_grad_(False)\n"
 NAN_WEIGHTS = """

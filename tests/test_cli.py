@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import tiny
+import tiny_pipeline as tiny
 from finished_runs import finished_run, untouched_run
 from typer.testing import CliRunner
 
@@ -287,9 +287,9 @@ def test_score_shows_a_table_and_writes_the_figures(kind: str, tmp_path: Path, m
     monkeypatch.chdir(tmp_path)
     done = invoke("score", tiny.__file__, "--set", f"score.kind={kind}")
     assert done.exit_code == 0, done.output
-    assert f"Redundant units in tiny, by {kind}" in done.output and "blocks.0.conv1" in done.output
-    assert "figures runs/tiny-scores.html" in done.output
-    assert kind in (tmp_path / "runs" / "tiny-scores.html").read_text(encoding="utf-8")
+    assert f"Redundant units in tiny_pipeline, by {kind}" in done.output and "blocks.0.conv1" in done.output
+    assert "figures runs/tiny_pipeline-scores.html" in done.output
+    assert kind in (tmp_path / "runs" / "tiny_pipeline-scores.html").read_text(encoding="utf-8")
 
 
 def test_score_has_no_target(home: Path) -> None:

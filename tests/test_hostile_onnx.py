@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from bundles import write_run
+from child_program import start
 from onnx import TensorProto, helper, numpy_helper
-from programs import start
+from releasable_run import write_run
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
 

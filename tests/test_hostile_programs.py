@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bundles import write_run
+from releasable_run import write_run
 from torch import nn
 from typer.testing import CliRunner
 

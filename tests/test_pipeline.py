@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 import onnx
 import pytest
-import tiny
+import tiny_pipeline as tiny
 import torch
 from finished_runs import conditions
 from torch import Tensor, nn

@@ -5,7 +5,7 @@ import socket
 from pathlib import Path
 
 import pytest
-from bundles import write_run
+from releasable_run import write_run
 from typer.testing import CliRunner
 
 from deploypipe.cli import app
@@ -35,8 +35,8 @@ GUARDS = {
         "release/test_bundle.py::test_commands",
     ),
     "An ONNX file": (
-        "export/test_onnx_check.py::test_hostile_tensors",
-        "export/test_onnx_check.py::test_hostile_models",
+        "export/test_onnx_file_check.py::test_hostile_tensors",
+        "export/test_onnx_file_check.py::test_hostile_models",
         "test_hostile_onnx.py::test_bench_ends_with_one_error",
         "test_hostile_onnx.py::test_memory_is_limited_to_what_is_asked",
         "test_hostile_onnx.py::test_batch_sizes_that_never_end_are_not_swept",
@@ -45,9 +45,9 @@ GUARDS = {
         "test_hostile_onnx.py::test_a_baseline_that_never_ends_is_not_timed",
     ),
     "A TensorRT engine": (
-        "export/test_engine.py::test_one_that_was_exchanged",
-        "export/test_engine.py::test_of_another_version",
-        "export/test_engine.py::test_for_another_gpu",
+        "export/test_tensorrt_engine.py::test_one_that_was_exchanged",
+        "export/test_tensorrt_engine.py::test_of_another_version",
+        "export/test_tensorrt_engine.py::test_for_another_gpu",
     ),
     "Saved networks": (
         "pruning/test_plan_and_saved.py::test_saved_network_comes_back_with_and_without_its_class",
@@ -61,7 +61,7 @@ GUARDS = {
     "Target and waiver files": (
         "test_hostile_settings.py::test_a_target_file_that_makes_no_sense_is_one_line",
         "test_hostile_settings.py::test_any_text_of_any_setting",
-        "release/test_again.py::test_waivers_that_say_too_little_are_refused",
+        "release/test_decide_again.py::test_waivers_that_say_too_little_are_refused",
         "test_hostile_settings.py::test_any_value_of_any_field",
         "test_hostile_settings.py::test_any_bytes_as_a_file",
     ),
@@ -70,18 +70,18 @@ GUARDS = {
         "test_provider_options.py::test_a_person_allows_them_on_the_command_line",
     ),
     "The database of a shared search": (
-        "test_worker_code.py::test_other_code_is_not_executed",
-        "test_worker_code.py::test_a_job_of_another_run_is_not_executed",
-        "test_worker_code.py::test_source_is_read_without_importing",
+        "test_worker_code_check.py::test_other_code_is_not_executed",
+        "test_worker_code_check.py::test_a_job_of_another_run_is_not_executed",
+        "test_worker_code_check.py::test_source_is_read_without_importing",
     ),
     "The cache": (
-        "search/test_measuring.py::test_no_flipped_bit_or_lost_byte_gives_another_latency",
+        "search/test_latency_store.py::test_no_flipped_bit_or_lost_byte_gives_another_latency",
         "release/test_hostile_registry.py::test_a_damaged_bundle_in_the_cache_is_downloaded_again",
     ),
     "Names of targets": (
-        "test_names.py::test_odd_names_are_refused_by_what_is_odd",
-        "test_names.py::test_no_command_takes_one",
-        "test_names.py::test_names_in_results_aliases_and_calls",
+        "test_safe_names.py::test_odd_names_are_refused_by_what_is_odd",
+        "test_safe_names.py::test_no_command_takes_one",
+        "test_safe_names.py::test_names_in_results_aliases_and_calls",
     ),
     "Study file": (),  # a statement of what is not guarded, like the next
     "Pipeline files": (),
@@ -107,9 +107,9 @@ GUARDS = {
         "release/test_mlflow_registry.py::test_a_bundle_is_logged_registered_and_found_again",
     ),
     "Of an address": (
-        "test_addresses.py::test_no_form_shows_a_password",
-        "test_addresses.py::test_a_reference_that_names_no_bundle",
-        "test_addresses.py::test_a_search_that_cannot_reach_its_storage",
+        "test_masked_addresses.py::test_no_form_shows_a_password",
+        "test_masked_addresses.py::test_a_reference_that_names_no_bundle",
+        "test_masked_addresses.py::test_a_search_that_cannot_reach_its_storage",
         "release/test_mlflow_registry.py::test_a_password_in_the_address_is_not_told",
     ),
 }

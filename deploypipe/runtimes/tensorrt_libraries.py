@@ -28,7 +28,7 @@ _RTX = ("tensorrt_rtx", "tensorrt_rtx_bindings")
 _RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 
 # Names checked in the wheels tensorrt_cu12_bindings 10.3.0 (JetPack 6.1) and 10.13.3.9, tensorrt_cu13_bindings
-# 11.4.0.106 and tensorrt_rtx_cu13_bindings 1.7.1.116, all on PyPI; tests/export/test_engine.py has the list.
+# 11.4.0.106 and tensorrt_rtx_cu13_bindings 1.7.1.116, all on PyPI; tests/export/test_tensorrt_engine.py has the list.
 LIBRARIES: tuple[Library, ...] = (
     Library(
         runtime="tensorrt",

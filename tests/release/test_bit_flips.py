@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from bit_flips import Group, flip_and_check, groups_of
-from bundles import write_run
+from releasable_run import write_run
 from typer.testing import CliRunner
 
 from deploypipe.cli import app

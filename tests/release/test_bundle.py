@@ -11,9 +11,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from bundles import MODEL, write_run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from releasable_run import MODEL, write_run
 from typer.testing import CliRunner
 
 from deploypipe.cli import app

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from bundles import write_run
+from releasable_run import write_run
 from typer.testing import CliRunner
 
 from deploypipe.cli import app

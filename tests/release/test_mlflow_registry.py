@@ -13,7 +13,7 @@ from urllib.request import urlopen
 
 import numpy as np
 import pytest
-from bundles import write_run
+from releasable_run import write_run
 from typer.testing import CliRunner
 
 from deploypipe.cli import app

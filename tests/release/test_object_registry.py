@@ -5,8 +5,8 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from bundles import write_run
-from s3 import Store
+from releasable_run import write_run
+from s3_server import Store
 
 from deploypipe.errors import BundleError
 from deploypipe.release.bundle import release

@@ -8,7 +8,7 @@ from typing import Any
 import networks
 import pytest
 import torch
-from beside import start_measuring
+from runs_side_by_side import start_measuring
 from torch import Tensor, nn
 
 from deploypipe.numerics.gaussian_mi import SequentialRemoval

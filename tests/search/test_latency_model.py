@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from latencies import levels_of, networks, subject, timed_of
+from known_latencies import levels_of, networks, subject, timed_of
 from torch import nn
 
 from deploypipe.pruning.surgery.apply_plan import apply_plan

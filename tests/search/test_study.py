@@ -13,7 +13,7 @@ import pytest
 import sqlalchemy
 from hypothesis import given
 from hypothesis import strategies as st
-from studies import DENSE, HALF, NUM_VAL, ORIGIN, SETTINGS, Evaluator, propose, run
+from made_up_searches import DENSE, HALF, NUM_VAL, ORIGIN, SETTINGS, Evaluator, propose, run
 
 from deploypipe.errors import BudgetError, ConfigError, RunFolderError
 from deploypipe.recipe import ObjectiveName, Search

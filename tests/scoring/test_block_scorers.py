@@ -8,7 +8,7 @@ from typing import Any
 
 import networks
 import pytest
-import tiny
+import tiny_pipeline as tiny
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -11,8 +11,8 @@ from itertools import chain
 from pathlib import Path
 from shutil import copytree
 
+import multi_rank_child
 import pytest
-import ranks_child
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -79,14 +79,14 @@ def assert_same_training(found: tuple[dict[str, torch.Tensor], TrainLog], model:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two ranks wrote about every case."""
     folder = tmp_path_factory.mktemp("trained")
-    done = torchrun(folder, str(TESTS / "ranks_child.py"), "all", str(folder))
+    done = torchrun(folder, str(TESTS / "multi_rank_child.py"), "all", str(folder))
     assert done.returncode == 0, done.stderr
     return folder
 
 
-@pytest.mark.parametrize("name", ranks_child.CASES)
+@pytest.mark.parametrize("name", multi_rank_child.CASES)
 def test_two_ranks_train_as_one(name: str, trained: Path) -> None:
-    model, log = ranks_child.train(ranks_child.CASES[name])
+    model, log = multi_rank_child.train(multi_rank_child.CASES[name])
     assert log.chosen_epoch > 0  # what is compared was trained
     for rank in range(2):
         assert_same_training(outcome(trained, f"{name}-{rank}"), model, log)
@@ -127,12 +127,12 @@ def test_each_rank_draws_its_own_dropout() -> None:
 
 
 def test_a_batch_passed_in_parts_gives_the_same_gradients() -> None:
-    case = ranks_child.CASES["uneven"]
-    whole, log = ranks_child.train(case)
+    case = multi_rank_child.CASES["uneven"]
+    whole, log = multi_rank_child.train(case)
     for parts, largest in ((2, 8), (100, 1)):
         losses: list[int] = []
         settings = replace(case.settings, accumulate=parts)
-        model, other = ranks_child.train(ranks_child.counted(replace(case, settings=settings), losses, []))
+        model, other = multi_rank_child.train(multi_rank_child.counted(replace(case, settings=settings), losses, []))
         assert_same_training((model.state_dict(), other), whole, log)
         assert max(losses) == largest
 
@@ -184,22 +184,22 @@ def test_one_rank_alone_weighs_exactly_one() -> None:
 
 
 def test_a_killed_rank_ends_the_job_and_any_number_of_ranks_goes_on(tmp_path: Path) -> None:
-    child = str(TESTS / "ranks_child.py")
+    child = str(TESTS / "multi_rank_child.py")
     checkpoint = tmp_path / "killed"
     checkpoint.mkdir()
     killed = torchrun(tmp_path, child, "job", str(checkpoint), KILL="1")
     assert killed.returncode != 0 and -signal.SIGKILL in codes(killed), killed.stderr
     assert [path.name for path in checkpoint.glob("epoch*")] == ["epoch-1.safetensors"]
-    assert (checkpoint / "start.txt").read_text(encoding="utf-8") == model_fingerprint(ranks_child.pruned())
+    assert (checkpoint / "start.txt").read_text(encoding="utf-8") == model_fingerprint(multi_rank_child.pruned())
     copytree(checkpoint, tmp_path / "again")
 
     passes: list[int] = []
-    dense, task = ranks_child.network(1), classification()
-    settings = ranks_child.SETTINGS
-    whole, log = finetune(ranks_child.pruned(), dense, ranks_child.job_splits(), task, settings, seed=5)
+    dense, task = multi_rank_child.network(1), classification()
+    settings = multi_rank_child.SETTINGS
+    whole, log = finetune(multi_rank_child.pruned(), dense, multi_rank_child.job_splits(), task, settings, seed=5)
     assert log.chosen_epoch > 1
-    splits = ranks_child.job_splits(lambda epoch, number: passes.append(epoch))
-    alone, alone_log = finetune(ranks_child.pruned(), dense, splits, task, settings, checkpoint=checkpoint, seed=5)
+    splits = multi_rank_child.job_splits(lambda epoch, number: passes.append(epoch))
+    alone, alone_log = finetune(multi_rank_child.pruned(), dense, splits, task, settings, checkpoint=checkpoint, seed=5)
     assert set(passes) == {2, 3}
     assert_same_training((alone.state_dict(), alone_log), whole, log)
 
@@ -230,7 +230,7 @@ def test_a_number_of_parts_is_whole_and_positive(value: object) -> None:
 
 
 def write_pipeline(folder: Path, text: str) -> None:
-    (folder / "pipe.py").write_text(f"import os\n\nimport torch\nfrom tiny import *\n{text}", encoding="utf-8")
+    (folder / "pipe.py").write_text(f"import os\n\nimport torch\nfrom tiny_pipeline import *\n{text}", encoding="utf-8")
     (folder / "cpu.toml").write_text(TARGET, encoding="utf-8")
 
 

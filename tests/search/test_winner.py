@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import pytest
-from studies import DENSE, HALF
+from made_up_searches import DENSE, HALF
 
 from deploypipe.records import Check, Interval, PruningPlan, SearchResult, Status, Trial
 from deploypipe.search.allocation.limits import share_to_confirm, tightened_limit_fraction

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-import tiny
+import tiny_pipeline as tiny
 import torch
 from onnx import helper
 from safetensors.torch import save_file
@@ -207,7 +207,7 @@ def test_what_libraries_make_of_a_full_disk_is_known(write: Callable[[Path], obj
 def test_a_command_says_it_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pipe.py").write_text(
-        "from tiny import *\ndef load_data(): raise OSError(28, 'No space left on device', 'cache.bin')\n"
+        "from tiny_pipeline import *\ndef load_data(): raise OSError(28, 'No space left on device', 'cache.bin')\n"
     )
     (tmp_path / "cpu.toml").write_text('runtime = "onnxruntime"\n')
     done = CliRunner().invoke(app, ["run", "./pipe.py", "./cpu.toml"])

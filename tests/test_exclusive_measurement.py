@@ -12,7 +12,7 @@ from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
-from beside import start_measuring
+from runs_side_by_side import start_measuring
 
 from deploypipe.scheduling.exclusive_measurement import alone, give_way, pause, side_by_side
 

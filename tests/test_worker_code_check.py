@@ -29,7 +29,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     Path("pipe.py").write_text(PIPELINE)
-    Path("neighbour.py").write_text("from tiny import *\nfrom deeper import X\n")
+    Path("neighbour.py").write_text("from tiny_pipeline import *\nfrom deeper import X\n")
     Path("deeper.py").write_text("X = 1\n")
     Path("cpu.toml").write_text(TARGET)
     address = f"sqlite:///{tmp_path}/study.db"

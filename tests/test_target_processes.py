@@ -8,12 +8,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from programs import start
+from child_program import start
 
 from deploypipe.runs.result import RunResult, load_result
 
 QUICK = ("search.num_trials=3", "search.num_finalists=1", "finetune.num_epochs=1", "search.num_levels=3")
-PIPELINE = "from tiny import *\nprint(torch.get_num_threads(), 'thread')\n"
+PIPELINE = "from tiny_pipeline import *\nprint(torch.get_num_threads(), 'thread')\n"
 NAMES = ("half", "most", "never")
 
 

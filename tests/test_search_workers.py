@@ -5,9 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import tiny
+import tiny_pipeline as tiny
 import torch
-from s3 import Store
+from s3_server import Store
 
 from deploypipe.errors import DeploypipeError, RunFolderError, StorageError
 from deploypipe.pipeline import compress, help_search

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from latencies import levels_of, subject, timed_of, true_time
+from known_latencies import levels_of, subject, timed_of, true_time
 from networks import build
 
 from deploypipe.errors import BudgetError

@@ -14,8 +14,8 @@ from urllib.request import urlopen
 
 import onnx
 import pytest
-from bundles import write_run
 from onnx import TensorProto, helper
+from releasable_run import write_run
 from typer.testing import CliRunner
 
 from deploypipe.cli import app

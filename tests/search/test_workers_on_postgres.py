@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-from studies import Evaluator, run
+from made_up_searches import Evaluator, run
 
 from deploypipe.files.json_records import from_json, to_json
 from deploypipe.recipe import Search

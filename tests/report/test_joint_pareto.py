@@ -6,7 +6,7 @@ from pathlib import Path
 from finished_runs import finished_run, untouched_run
 from hypothesis import given
 from hypothesis import strategies as st
-from studies import DENSE
+from made_up_searches import DENSE
 
 from deploypipe.report.html import write_overview
 from deploypipe.report.joint_pareto import Judged, front_sentence, joint_front, judged_networks

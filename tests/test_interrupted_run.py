@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from programs import start
+from child_program import start
 
 from deploypipe.cli.terminal import shown_stages
 from deploypipe.records import Event
@@ -14,7 +14,7 @@ TARGET = 'runtime = "onnxruntime"\nnum_latency_samples = 200\n[budget]\nmacs = "
 
 
 def test_control_c_says_how_to_go_on(tmp_path: Path) -> None:
-    (tmp_path / "pipe.py").write_text("from tiny import *\n", encoding="utf-8")
+    (tmp_path / "pipe.py").write_text("from tiny_pipeline import *\n", encoding="utf-8")
     (tmp_path / "cpu.toml").write_text(TARGET, encoding="utf-8")
     long = ("--set", "search.num_trials=200", "--set", "finetune.num_epochs=200")  # not over before the signal comes
     child = start(tmp_path, "run", "./pipe.py", "./cpu.toml", "--out", "out", *long)

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import tiny
+import tiny_pipeline as tiny
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

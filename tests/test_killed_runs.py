@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import tiny
+import tiny_pipeline as tiny
 from safetensors.torch import save_file
 
 from deploypipe.files.hashing import file_sha256
@@ -33,7 +33,7 @@ def start(tmp_path: Path) -> Iterator[Callable[[Path, float], int]]:
         "PYTHONPATH": str(here),
     }
     server = subprocess.Popen(
-        [sys.executable, str(here / "kill_server.py"), str(weights)],
+        [sys.executable, str(here / "killed_runs_server.py"), str(weights)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -1,4 +1,4 @@
-"""Runs of the tiny pipeline in forked children that are killed: `kill_server.py WEIGHTS`, then lines `FOLDER SECONDS`.
+"""Runs of the tiny pipeline in forked children that are killed: `killed_runs_server.py WEIGHTS`, then `FOLDER SECONDS`.
 
 Importing torch takes seconds and is done once, here. After a fork no backward pass may have run in the parent.
 """
@@ -11,7 +11,7 @@ import traceback
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import tiny
+import tiny_pipeline as tiny
 import torch
 from safetensors.torch import load_file
 

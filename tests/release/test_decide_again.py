@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from bundles import write_run
+from releasable_run import write_run
 from typer.testing import CliRunner
 
 from deploypipe.benchmark import latency

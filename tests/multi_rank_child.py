@@ -1,4 +1,4 @@
-"""One process of a job of several: `python -m torch.distributed.run ... ranks_child.py all|job FOLDER`.
+"""One process of a job of several: `python -m torch.distributed.run ... multi_rank_child.py all|job FOLDER`.
 
 `all`: every case of `CASES` is trained on all ranks, and what each gets is written to FOLDER; then what must fail is
 tried. `job`: rank 0 leads the training of a pruned network with checkpoints in FOLDER; with KILL in the environment,

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from bundles import write_run
 from hypothesis import given
 from hypothesis import strategies as st
+from releasable_run import write_run
 from torch import nn
 from typer.testing import CliRunner
 
@@ -52,7 +52,7 @@ def test_what_passes_is_one_file_in_its_folder(name: str) -> None:
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DEPLOYPIPE_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "pipe.py").write_text("from tiny import *\n", encoding="utf-8")
+    (tmp_path / "pipe.py").write_text("from tiny_pipeline import *\n", encoding="utf-8")
     (tmp_path / "cpu.toml").write_text('runtime = "onnxruntime"\n', encoding="utf-8")
     return tmp_path
 

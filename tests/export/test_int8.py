@@ -7,7 +7,7 @@ from typing import Any
 
 import onnx
 import pytest
-import tiny
+import tiny_pipeline as tiny
 import torch
 from onnx import numpy_helper
 from torch import Tensor, nn

@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from beside import start_measuring
 from finished_runs import finished_run
+from runs_side_by_side import start_measuring
 
 from deploypipe.errors import RunFolderError
 from deploypipe.files.atomic import place_file, write_atomically

@@ -1,7 +1,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-import tiny
+import tiny_pipeline as tiny
 
 from deploypipe.recipe import Recipe
 from deploypipe.runs.store import open_run

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-import tiny
+import tiny_pipeline as tiny
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
+import tiny_pipeline as tiny
 
 from deploypipe.benchmark.latency import Timings
 from deploypipe.recipe import Export

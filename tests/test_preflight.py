@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import tiny
+import tiny_pipeline as tiny
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -113,7 +113,7 @@ LOSSES: list[tuple[Any, str]] = [
     (lambda out, y: F.cross_entropy(out, y).item(), "task().loss gives a float"),
     (lambda out, y: F.cross_entropy(out.detach(), y), "cannot be differentiated"),
     (lambda out, y: F.cross_entropy(out, y) * float("nan"), "task().loss gives nan"),
-    (lambda out, y: out.nothing(), "test_checks.py, line"),
+    (lambda out, y: out.nothing(), "test_preflight.py, line"),
 ]
 
 
@@ -142,7 +142,7 @@ def test_all_complaints_come_at_once_and_name_whose_code_failed() -> None:
     task = replace(classification(), slices=bad_slices, real_tokens=lambda inputs: inputs.no_such())
     report = look(splits(train=Broken(X, Y, 16), test=SHUFFLED), task)
     calib, val, test, train = report.complaints
-    assert "test_checks.py, line" in calib and "task().real_tokens raised AttributeError" in calib
+    assert "test_preflight.py, line" in calib and "task().real_tokens raised AttributeError" in calib
     assert "(in bad_slices): task().slices raised KeyError: 'colour'" in val
     assert "write shuffle=False for test" in test
     assert "reading the train split, batch 2, raised OSError: disk is gone" in train
@@ -273,7 +273,7 @@ def test_a_rerun_in_the_same_folder_says_which_split_changed(tmp_path: Path) -> 
 
 def test_the_command_lists_all_complaints_and_ends_with_2(tmp_path: Path) -> None:
     source = (
-        "from tiny import *\nimport tiny\n"
+        "from tiny_pipeline import *\nimport tiny_pipeline as tiny\n"
         "def load_data():\n"
         "    good = tiny.load_data()\n"
         "    x, y = images(64, seed=1)\n"

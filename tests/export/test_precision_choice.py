@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-import tiny
+import tiny_pipeline as tiny
 
 from deploypipe.errors import ParityError
 from deploypipe.export.onnx_export.export_onnx import export_onnx
