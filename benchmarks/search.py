@@ -61,7 +61,7 @@ from deploypipe.search.allocation.limits import candidate_of, search_limits, wit
 from deploypipe.search.allocation.solver import uniform
 from deploypipe.search.evaluation.accuracy_cache import AccuracyCache
 from deploypipe.search.evaluation.early_stopping import Results, draw_parts, pack, unpack
-from deploypipe.search.evaluation.evaluator import Judge
+from deploypipe.search.evaluation.evaluator import Evaluator
 from deploypipe.search.evaluation.trial_loop import History, evaluate_plan, is_same_network, most_accurate, violations
 from deploypipe.stages import profile, search
 from deploypipe.stages.context import Job
@@ -71,7 +71,7 @@ from deploypipe.training.finetune import finetune
 from deploypipe.user_pipeline import load_pipeline
 
 NUM_BISECTIONS = 7
-NUM_LATENCY_SAMPLES = 200  # of a candidate, as `Judge` takes them
+NUM_LATENCY_SAMPLES = 200  # of a candidate, as `Evaluator` takes them
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -248,7 +248,7 @@ class Contest:
         excess_of = partial(violations, dense=self.reference, limits=with_margin(self.limits))
         history = History(trials=[], results={})
         space = self._space()
-        with self._judge() as judge:
+        with self._evaluator() as evaluator:
             while len(history.trials) < self.recipe.search.num_trials:
                 asked = study.ask(space)
                 knobs = {name: float(value) for name, value in asked.params.items()}
@@ -257,7 +257,7 @@ class Contest:
                 if twin:
                     trial, results = replace(twin, number=number, knobs=knobs), None
                 else:
-                    trial, results = evaluate_plan(number, knobs, plan, judge, excess_of, ("accuracy",), history)
+                    trial, results = evaluate_plan(number, knobs, plan, evaluator, excess_of, ("accuracy",), history)
                 asked.set_constraint("latency", trial.violations["latency_p50"])
                 study.tell(asked, trial.candidate.accuracy)
                 history.trials.append(trial)
@@ -354,12 +354,12 @@ class Contest:
         started = time.perf_counter()
         tried: list[Tried] = []
         judged: list[tuple[float, PruningPlan]] = []
-        with self._judge() as judge:
+        with self._evaluator() as evaluator:
             for multiple in (1, self.target.channel_multiple):
                 plan, timed = self._widest(partial(plan_of, multiple=multiple))
                 tried += timed
                 if plan:
-                    accuracy = judge(plan, lambda *_: False)[0].accuracy
+                    accuracy = evaluator(plan, lambda *_: False)[0].accuracy
                     judged.append((accuracy, plan))
                     tried.append(Tried(ratio=self._ratio(plan), accuracy=accuracy, fits=True))
         best = max(judged, key=lambda pair: pair[0])[1] if judged else None
@@ -386,9 +386,9 @@ class Contest:
         return self.candidates.write(apply_plan(self.dense, plan), plan, path)
 
     @contextmanager
-    def _judge(self) -> Iterator[Judge]:
+    def _evaluator(self) -> Iterator[Evaluator]:
         with TemporaryDirectory() as folder:
-            yield Judge(
+            yield Evaluator(
                 candidates=self.candidates,
                 dense_p50_ms=self.reference.latency_p50_ms,
                 calib=self.job.calib,

@@ -14,7 +14,7 @@ from deploypipe.records import (
 )
 from deploypipe.search.allocation.proposer import Proposer
 from deploypipe.search.evaluation.candidate_files import CandidateFiles
-from deploypipe.search.evaluation.evaluator import Judge
+from deploypipe.search.evaluation.evaluator import Evaluator
 from deploypipe.target import Limit
 
 
@@ -39,4 +39,4 @@ class Tools:
 
     limits: Mapping[str, Limit]  # with the margin that is left to the gate
     proposer: Proposer
-    judge: Judge
+    evaluator: Evaluator

@@ -46,7 +46,7 @@ from deploypipe.search.duration import duration_text, predict_seconds
 from deploypipe.search.evaluation.accuracy_cache import AccuracyCache
 from deploypipe.search.evaluation.candidate_files import CandidateFiles
 from deploypipe.search.evaluation.early_stopping import draw_parts
-from deploypipe.search.evaluation.evaluator import Judge
+from deploypipe.search.evaluation.evaluator import Evaluator
 from deploypipe.search.evaluation.latency_store import LocalLatencyStore, SharedLatencyStore
 from deploypipe.search.evaluation.trial_loop import History, evaluate_plan, violations
 from deploypipe.search.evaluation.winner import confirm_finalists, with_finalists, with_tuned
@@ -157,7 +157,7 @@ def search(job: Job, basis: Basis) -> SearchResult:
     def compute(work: Path) -> SearchResult:
         tools = _tools(job, basis, work)
         typical, num_trials = tools.proposer.plain(), job.recipe.search.num_trials
-        _note(job, duration_text(predict_seconds(tools.judge, typical, num_trials), num_trials))
+        _note(job, duration_text(predict_seconds(tools.evaluator, typical, num_trials), num_trials))
         if job.storage:
             _invite_workers(job, job.storage)
         found = _run_trials(job, tools, inputs, job.storage or _own_storage(job, inputs))
@@ -181,7 +181,7 @@ def confirm(job: Job, basis: Basis, found: SearchResult, part: float = 1.0) -> S
             excess_of = partial(violations, dense=tools.proposer.reference, limits=tools.limits)
             history = History(trials=[], results={})
             objectives = job.recipe.search.objectives
-            return evaluate_plan(number, trial.knobs, plan, tools.judge, excess_of, objectives, history)[0]
+            return evaluate_plan(number, trial.knobs, plan, tools.evaluator, excess_of, objectives, history)[0]
 
         limit = part * share_to_confirm(basis.limits, found.dense)
         return confirm_finalists(found, limit, lambda plan: basis.candidates.ratio_anew(plan, work), narrow, wanted)
@@ -271,7 +271,7 @@ def _tools(job: Job, basis: Basis, work: Path) -> Tools:
     tight, proposer = with_margin(basis.limits), _proposer(job, basis, work)
     reference = proposer.reference
     arrange = find_order(job.model, job.inputs)
-    judge = Judge(
+    evaluator = Evaluator(
         candidates=basis.candidates,
         dense_p50_ms=reference.latency_p50_ms,
         calib=job.calib,
@@ -282,7 +282,7 @@ def _tools(job: Job, basis: Basis, work: Path) -> Tools:
         work=work,
         accuracies=known_accuracies(job),
     )
-    return Tools(limits=tight, proposer=proposer, judge=judge)
+    return Tools(limits=tight, proposer=proposer, evaluator=evaluator)
 
 
 def known_accuracies(job: Job) -> AccuracyCache:
@@ -296,7 +296,7 @@ def _run_trials(job: Job, tools: Tools, inputs: Mapping[str, object], storage: S
     settings = job.recipe.search
     return study.search(
         tools.proposer,
-        tools.judge,
+        tools.evaluator,
         tools.proposer.reference,
         tools.limits,
         fill_range(tools.proposer.shares, tools.limits, settings.objectives),

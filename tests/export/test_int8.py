@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from deploypipe.benchmark.accuracy import evaluate_file
 from deploypipe.errors import DataError, DeploypipeError, ModelError, ParityError
 from deploypipe.export.onnx_export.export_onnx import export_onnx
-from deploypipe.export.quantization.int8 import Judge, to_int8
+from deploypipe.export.quantization.int8 import MeasureAccuracy, to_int8
 from deploypipe.pruning.surgery.slim_attention import with_slim_attention
 from deploypipe.recipe import Export, Int8
 from deploypipe.runtimes.int8_arithmetic import Int8Kernels
@@ -64,7 +64,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def judge_on(batches: list[Batch]) -> Judge:
+def accuracy_on(batches: list[Batch]) -> MeasureAccuracy:
     reader = OnnxRuntime(is_plain=CPU.are_emulated_here)
     return lambda path: float(evaluate_file(path, batches, tiny.task(), reader, 1).mean())
 
@@ -75,7 +75,7 @@ def weights_of(proto: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
 
 def test_a_trained_network(dense: Path, tmp_path: Path) -> None:
     splits = tiny.load_data()
-    made = to_int8(dense, tmp_path / "int8.onnx", splits.calib, judge_on(list(splits.val)), CPU, Export())
+    made = to_int8(dense, tmp_path / "int8.onnx", splits.calib, accuracy_on(list(splits.val)), CPU, Export())
 
     proto = onnx.load(tmp_path / "int8.onnx")
     onnx.checker.check_model(proto, full_check=True)
@@ -192,8 +192,8 @@ def lopsided(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_sensitive_layer_stays_float(lopsided: Path, tmp_path: Path) -> None:
     splits = tiny.load_data()
-    judge = judge_on(list(splits.val))
-    made = to_int8(lopsided, tmp_path / "int8.onnx", splits.calib, judge, CPU, Export())
+    measure_accuracy = accuracy_on(list(splits.val))
+    made = to_int8(lopsided, tmp_path / "int8.onnx", splits.calib, measure_accuracy, CPU, Export())
 
     assert [kept.layer for kept in made.kept_float] == ["middle/Gemm"]
     assert "mean error of the outputs" in made.kept_float[0].reason

@@ -38,7 +38,7 @@ from deploypipe.records import Calibration, Converted, FloatLayer, Parity
 from deploypipe.runtimes.int8_arithmetic import Int8Kernels
 from deploypipe.task import Batch
 
-Judge: TypeAlias = Callable[[Path], float]
+MeasureAccuracy: TypeAlias = Callable[[Path], float]
 Name = TypeVar("Name", bound=str)
 Compare: TypeAlias = Callable[[Path, Sequence[Feed], Outputs], Parity]
 Quantise: TypeAlias = Callable[[Sequence[str]], onnx.ModelProto]  # layers in 8 bits -> the graph
@@ -51,19 +51,25 @@ _TINY = 1e-9
 
 
 def to_int8(
-    source: Path, out: Path, batches: Iterable[Batch], judge: Judge | None, kernels: Int8Kernels, settings: Export
+    source: Path,
+    out: Path,
+    batches: Iterable[Batch],
+    measure_accuracy: MeasureAccuracy | None,
+    kernels: Int8Kernels,
+    settings: Export,
 ) -> Converted:
     """Write `source`, an fp32 file, to `out` with convolutions and products in 8 bits, for `kernels`.
 
     Errors are measured by this machine's own 8-bit kernels, or in float between the roundings where those compute
-    something else than `kernels`. A `judge` has to do the same.
+    something else than `kernels`. `measure_accuracy` has to do the same.
 
-    `batches`: the first `settings.int8.num_calib_samples` samples give the ranges, the 128 after them (or a quarter of
-    all, where there are not so many) measure errors. `judge(path)` is a file's mean metric on yet others, higher is
-    better; without one, errors alone decide. Ranges are chosen by the method of best accuracy; those within half of
-    `max_drop_pp` of it count as equal, and the least error decides. Where the limits of `settings` are not held then,
-    layers go back to float in order of the error each causes alone, the fewest that hold them. The same inputs give
-    the same bytes.
+    batches: the first `settings.int8.num_calib_samples` samples give the ranges. The next 128 measure errors (a quarter
+    of all samples if there are fewer). `measure_accuracy(path)` returns a file's mean metric on other samples, higher =
+    better; without it, errors alone decide.
+
+    Every range method is tried. Methods within half of `max_drop_pp` of the best accuracy count as equal; the smallest
+    error decides among them. If the limits of `settings` are still exceeded, layers return to float in the order of the
+    error that each causes alone, as few as are needed. The same inputs give the same bytes.
 
     Raises ModelError for a file that is broken, of another precision, or without a layer for 8 bits; DataError for
     samples that do not fit it; ParityError where the limits cannot be held. Nothing is left at `out` then that was not
@@ -80,7 +86,7 @@ def to_int8(
     histograms = observe_tensors(proto, channel_axes(proto, layers, recipe), inputs, source)
     with scratch_beside(out) as scratch:
         compare = partial(compare_file, is_plain=kernels.are_emulated_here)
-        trials = _Trials(scratch / out.name, held_out, expected, judge, source, settings, compare)
+        trials = _Trials(scratch / out.name, held_out, expected, measure_accuracy, source, settings, compare)
         method, tried = _choose_method(proto, layers, histograms, recipe, trials)
         ranges = ranges_by(method, histograms)
         graph = proto
@@ -176,20 +182,22 @@ class _Trials:
         path: Path,
         held_out: list[Feed],
         expected: Outputs,
-        judge: Judge | None,
+        measure_accuracy: MeasureAccuracy | None,
         source: Path,
         settings: Export,
         compare: Compare,
     ) -> None:
         self.path, self.held_out, self.expected = path, held_out, expected
-        self.judge, self.source, self.settings, self.compare = judge, source, settings, compare
-        self.accuracy_fp32 = judge(source) if judge else None
+        self.measure_accuracy, self.source = measure_accuracy, source
+        self.settings, self.compare = settings, compare
+        self.accuracy_fp32 = measure_accuracy(source) if measure_accuracy else None
 
     def measure(self, graph: onnx.ModelProto) -> _Seen:
         write(graph, self.path, "int8")
         parity = self.compare(self.path, self.held_out, self.expected)
-        is_finite = bool(np.isfinite(parity.max_abs_error))  # a judge may refuse what is not
-        return _Seen(parity=parity, accuracy=self.judge(self.path) if self.judge and is_finite else None)
+        is_finite = bool(np.isfinite(parity.max_abs_error))  # the metric may refuse what is not
+        accuracy = self.measure_accuracy(self.path) if self.measure_accuracy and is_finite else None
+        return _Seen(parity=parity, accuracy=accuracy)
 
     def best(self, tried: Mapping[Name, _Seen]) -> Name:
         """Of those whose accuracy is as good as the best's, but for the noise, the one of least error."""

@@ -51,7 +51,7 @@ def choose_precision(
     path = folder / source.path
     kernels = kernels_of(target)
 
-    def judge(candidate: Path) -> float:
+    def measure_accuracy(candidate: Path) -> float:
         reader = OnnxRuntime(is_plain=kernels.are_emulated_here)
         return float(evaluate_file(candidate, val, task, reader, target.num_threads).mean())
 
@@ -59,7 +59,7 @@ def choose_precision(
     for precision in (p for p in target.precisions if p != "fp32"):
         notify(Event(stage=_STAGE, message=precision))
         out = work / f"{precision}.onnx"
-        rows.append(_convert(precision, path, out, calib, judge, target, settings))
+        rows.append(_convert(precision, path, out, calib, measure_accuracy, target, settings))
     good = {row.precision: row.file for row in rows if row.file}
     if not set(good) & set(target.precisions):
         told = "; ".join(f"{row.precision}: {row.reason}" for row in rows if row.reason)
@@ -95,19 +95,19 @@ def _convert(
     path: Path,
     out: Path,
     calib: Sequence[Batch],
-    judge: Callable[[Path], float],
+    measure_accuracy: Callable[[Path], float],
     target: Target,
     settings: Export,
 ) -> PrecisionRow:
     try:
         if precision == "int8":
-            return _row(to_int8(path, out, calib, judge, kernels_of(target), settings))
+            return _row(to_int8(path, out, calib, measure_accuracy, kernels_of(target), settings))
         converted = to_fp16(path, out, calib, settings)
     except (ParityError, ModelError) as error:
         return PrecisionRow(precision=precision, file=None, reason=str(error))
     if target.runtime == "onnxruntime" and (trouble := _trouble(converted, out, calib, target)):
         return PrecisionRow(precision=precision, file=None, reason=trouble)
-    before, after = judge(path), judge(out)
+    before, after = measure_accuracy(path), measure_accuracy(out)
     row = _row(replace(converted, accuracy_fp32=before, accuracy=after))
     drop_pp = 100 * (before - after)
     if drop_pp > settings.int8.max_drop_pp:

@@ -21,7 +21,7 @@ from deploypipe.task import Batch, Task, take
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Judge:
+class Evaluator:
     """An `Evaluate` for `search`: call it with a plan."""
 
     candidates: CandidateFiles
