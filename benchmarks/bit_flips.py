@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 from deploypipe.cli import app
 from deploypipe.files.json_records import to_json
-from deploypipe.release.bundle import MODEL, release
+from deploypipe.release.bundle import MODEL, make_bundle
 from deploypipe.runs.result import RESULT, load_result
 from deploypipe.runs.store import read_record
 from deploypipe.text.sealed_json import unseal
@@ -170,7 +170,7 @@ def main() -> None:
     with TemporaryDirectory() as scratch:
         run, device = Path(scratch) / "run", Path(scratch) / "device"
         shutil.copytree(options.run, run)
-        bundle = release(run, Path(scratch) / "released")
+        bundle = make_bundle(run, Path(scratch) / "released")
         device.mkdir()
         for name in _golden_names(run):
             shutil.copyfile(run / name, device / name)

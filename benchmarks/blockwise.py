@@ -28,7 +28,7 @@ from deploypipe.benchmark.accuracy import evaluate_module
 from deploypipe.blockwise import prune_blockwise
 from deploypipe.errors import DeploypipeError
 from deploypipe.networks.streamed_weights import without_weights
-from deploypipe.observe.calibration_pass import observe
+from deploypipe.observe.calibration_pass import observe_activations
 from deploypipe.pruning.repair.least_squares_repair import repair
 from deploypipe.pruning.surgery.apply_plan import apply_plan
 from deploypipe.pruning.surgery.plan import make_plan
@@ -146,7 +146,7 @@ def compare_with_whole(kept: float) -> dict[str, float]:
         result = prune_blockwise(vit_cifar10.build_model, weights, calib, out, recipe, kept=kept)
         blockwise = load_pruned(out, vit_cifar10.build_model)
         structures = list_structures(dense, take(calib[0][0], 2))
-        scores = score(dense, structures, observe(dense, structures, calib, recipe.observe), recipe.score)
+        scores = score(dense, structures, observe_activations(dense, structures, calib, recipe.observe), recipe.score)
         plan = make_plan(structures, scores, {c.group: c.num_units - len(c.removed) for c in result.plan.cuts})
         whole, _ = repair(dense, apply_plan(dense, plan), plan, calib, recipe.repair)
         networks = {

@@ -25,11 +25,11 @@ from judging import test_hits
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from deploypipe.benchmark import benchmark
+from deploypipe.benchmark import compare_files
 from deploypipe.cli import load_target
 from deploypipe.export.onnx_export.export_onnx import export_onnx
 from deploypipe.numerics.intervals import interval_of_mean
-from deploypipe.observe.calibration_pass import observe
+from deploypipe.observe.calibration_pass import observe_activations
 from deploypipe.observe.moments import Moments
 from deploypipe.pruning.repair.least_squares_repair import repair
 from deploypipe.pruning.surgery.apply_plan import apply_plan
@@ -148,7 +148,9 @@ class Comparison:
         samples = take_calib(self.calib, self.recipe.observe.num_samples)
         timed("warm-up", lambda: [self._plain(b) for b, _ in samples[:1]])
         timed("plain forward", lambda: [self._plain(b) for b, _ in samples])
-        moments: Moments = timed("observe", lambda: observe(self.dense, structures, samples, self.recipe.observe))  # type: ignore[assignment]
+        moments: Moments = timed(
+            "observe", lambda: observe_activations(self.dense, structures, samples, self.recipe.observe)
+        )  # type: ignore[assignment]
         scores = timed("score", lambda: score(self.dense, structures, moments, self.recipe.score))
         curves = timed(
             "curves",
@@ -216,7 +218,7 @@ class Comparison:
         batches = take_calib(self.calib, 64)
         dense_file = export_onnx(self.dense, batches, work / "dense.onnx", self.recipe.export)
         file = export_onnx(tuned, batches, work / "compressed.onnx", self.recipe.export)
-        return benchmark(
+        return compare_files(
             dense_file, file, folder=work, test_batches=self.splits.test, task=self.task,
             target=load_target("x86_cpu"),
             counts=(count_macs(self.dense, self.inputs), count_macs(tuned, self.inputs)),

@@ -18,7 +18,7 @@ import numpy as np
 from judging import test_hits
 from torch import nn
 
-from deploypipe.observe.calibration_pass import observe
+from deploypipe.observe.calibration_pass import observe_activations
 from deploypipe.observe.moments import Moments
 from deploypipe.pruning.repair.least_squares_repair import repair
 from deploypipe.pruning.surgery.apply_plan import apply_plan
@@ -66,7 +66,7 @@ class Comparison:
         self.structures = list_structures(self.dense, take(self.calib[0][0], 2), self.recipe.keep)
 
     def show(self) -> None:
-        moments = observe(self.dense, self.structures, self.calib, self.recipe.observe)
+        moments = observe_activations(self.dense, self.structures, self.calib, self.recipe.observe)
         choices: dict[str, Callable[[], dict[str, Names]]] = {
             "KL of the answers, repaired": lambda: self.first(LogitDivergence(repair=Repair(num_samples=512)), moments),
             "KL of the answers": lambda: self.first(LogitDivergence(), moments),

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from deploypipe.benchmark.accuracy import evaluate_module
-from deploypipe.observe.calibration_pass import observe
+from deploypipe.observe.calibration_pass import observe_activations
 from deploypipe.observe.moments import Moments
 from deploypipe.pruning.repair.least_squares_repair import repair
 from deploypipe.pruning.surgery.apply_plan import apply_plan
@@ -78,7 +78,9 @@ class Subject:
     def moments(self, batches: list[Batch], draw: int) -> Moments:
         settings = replace(self.recipe.observe, num_samples=len(batches) * BATCH)
         loss, real_tokens = self.task.loss, self.task.real_tokens
-        return observe(self.dense, self.structures, batches, settings, loss=loss, real_tokens=real_tokens, seed=draw)
+        return observe_activations(
+            self.dense, self.structures, batches, settings, loss=loss, real_tokens=real_tokens, seed=draw
+        )
 
     def cut(self, table: ScoreTable, width: float, batches: list[Batch], draw: int) -> tuple[nn.Module, nn.Module]:
         """The network sliced only, and repaired."""

@@ -22,7 +22,7 @@ from deploypipe.numerics.gaussian_mi import SequentialRemoval, SequentialSelecti
 from deploypipe.numerics.intervals import interval_of_median_ratio
 from deploypipe.numerics.label_information import forward_selection
 from deploypipe.numerics.output_error import SequentialErrorRemoval
-from deploypipe.observe.calibration_pass import observe
+from deploypipe.observe.calibration_pass import observe_activations
 from deploypipe.observe.moments import Moments
 from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.recipe import ConditionalMi, LabelMi, LayerwiseMi, Mipp, Observe, OutputError, Scorer
@@ -59,9 +59,9 @@ def show_pipeline(name: str, rounds: int) -> None:
     structures = list_structures(model, take(batches[0][0], 2))
     works: dict[str, Callable[[], object]] = {
         "plain forward": lambda: run_plainly(model, batches),
-        "observe": lambda: observe(model, structures, batches, settings),
+        "observe": lambda: observe_activations(model, structures, batches, settings),
         "observe and scores": lambda: score_all(
-            model, structures, observe(model, structures, batches, settings), CLOSED_FORMS
+            model, structures, observe_activations(model, structures, batches, settings), CLOSED_FORMS
         ),
     }
     seconds: dict[str, list[float]] = {name: [] for name in works}
@@ -137,7 +137,7 @@ def show_resnet50(num_samples: int) -> None:
     after_plain = peak_mib()
     found: list[Moments] = []
     settings = Observe(num_samples=num_samples)
-    seconds = timed(lambda: found.append(observe(model, structures, batches, settings)))
+    seconds = timed(lambda: found.append(observe_activations(model, structures, batches, settings)))
     by_scorer = score_all(model, structures, found[0], CLOSED_FORMS)
     total = seconds + sum(by_scorer.values())
     print(f"{num_samples} images of 224 px; {torch.get_num_threads()} threads")

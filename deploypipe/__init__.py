@@ -3,59 +3,59 @@
     from deploypipe import compress
     result = compress(model, splits, task, recipe, target, "runs/mine")
 
-Each stage can be called alone under the names below. They are loaded when first used, because they bring torch.
+Each stage can be called alone under the names in `dir(deploypipe)`. They are loaded when first used, because they
+import torch.
 """
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from deploypipe.installed_packages import load_onnxruntime
 
 if TYPE_CHECKING:
-    from deploypipe.benchmark import benchmark
+    from deploypipe.benchmark import compare_files
     from deploypipe.blockwise import prune_blockwise
     from deploypipe.export.onnx_export.export_onnx import export_onnx
-    from deploypipe.observe.calibration_pass import observe
+    from deploypipe.observe.calibration_pass import observe_activations
     from deploypipe.pipeline import compress
     from deploypipe.preflight import check
     from deploypipe.pruning.repair.least_squares_repair import repair
     from deploypipe.pruning.surgery.apply_plan import apply_plan
     from deploypipe.pruning.surgery.plan import make_plan
-    from deploypipe.pruning.surgery.saved_network import load_pruned
+    from deploypipe.pruning.surgery.saved_network import load_pruned, save_pruned
     from deploypipe.pruning.tracing.structures import list_structures
     from deploypipe.release.baseline_comparison import compare_with_baseline
-    from deploypipe.release.bundle import release
+    from deploypipe.release.bundle import make_bundle
     from deploypipe.release.gate import decide
     from deploypipe.release.registries.registry import promote
     from deploypipe.scoring import score
     from deploypipe.training.finetune import finetune
 
-_HOMES = {
-    "check": "checks",
+_HOMES = {  # in the order of a run
     "compress": "pipeline",
-    "list_structures": "pruning.structures",
-    "observe": "observe.stream",
+    "check": "preflight",
+    "list_structures": "pruning.tracing.structures",
+    "observe_activations": "observe.calibration_pass",
     "score": "scoring",
-    "make_plan": "pruning.plan",
-    "apply_plan": "pruning.apply",
-    "repair": "pruning.repair",
+    "make_plan": "pruning.surgery.plan",
+    "apply_plan": "pruning.surgery.apply_plan",
+    "repair": "pruning.repair.least_squares_repair",
     "finetune": "training.finetune",
-    "export_onnx": "export.onnx_file",
-    "benchmark": "benchmark",
-    "decide": "release.gate",
-    "compare_with_baseline": "release.baseline",
-    "release": "release.bundle",
-    "promote": "release.registry",
+    "save_pruned": "pruning.surgery.saved_network",
+    "load_pruned": "pruning.surgery.saved_network",
     "prune_blockwise": "blockwise",
-    "load_pruned": "pruning.saved",
+    "export_onnx": "export.onnx_export.export_onnx",
+    "compare_files": "benchmark",
+    "decide": "release.gate",
+    "compare_with_baseline": "release.baseline_comparison",
+    "make_bundle": "release.bundle",
+    "promote": "release.registries.registry",
 }
 
 __all__ = [
     "apply_plan",
-    "benchmark",
     "check",
+    "compare_files",
     "compare_with_baseline",
     "compress",
     "decide",
@@ -63,12 +63,13 @@ __all__ = [
     "finetune",
     "list_structures",
     "load_pruned",
+    "make_bundle",
     "make_plan",
-    "observe",
+    "observe_activations",
     "promote",
     "prune_blockwise",
-    "release",
     "repair",
+    "save_pruned",
     "score",
 ]
 
@@ -84,12 +85,5 @@ def __getattr__(name: str) -> Any:
     return getattr(home, name)
 
 
-class _Package(ModuleType):
-    """Two stages share their name with the subpackage that they live in: under that name, here, is the stage."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _HOMES and isinstance(value, ModuleType)):  # else: the import system, binding the subpackage
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
+def __dir__() -> list[str]:
+    return [*__all__, "__all__", "__doc__", "__file__", "__name__", "__path__"]

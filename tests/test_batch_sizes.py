@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from deploypipe import compress
 from deploypipe.errors import ModelError
-from deploypipe.observe.calibration_pass import observe
+from deploypipe.observe.calibration_pass import observe_activations
 from deploypipe.pruning.repair.affine_paths import find_paths
 from deploypipe.pruning.repair.least_squares_repair import least_squares_repair as repairing
 from deploypipe.pruning.repair.least_squares_repair import repair
@@ -134,7 +134,7 @@ def test_curves_weigh_every_sample_alike(build: Any, load: Any, dim: int) -> Non
     model, batches = build().eval(), load()
     structures = list_structures(model, batches[0][0])
     scores = score(model, structures, None, Magnitude())
-    moments = observe(model, structures, batches, Observe())
+    moments = observe_activations(model, structures, batches, Observe())
 
     def losses(part: list[Batch]) -> Tensor:
         measured = measure_curves(

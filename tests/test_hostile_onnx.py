@@ -27,7 +27,7 @@ from deploypipe.cli import app
 from deploypipe.errors import DataError, ModelError, RunFolderError
 from deploypipe.files.hashing import file_sha256
 from deploypipe.release.baseline_comparison import compare_with_baseline
-from deploypipe.release.bundle import MODEL, release
+from deploypipe.release.bundle import MODEL, make_bundle
 from deploypipe.runs.result import load_result
 from deploypipe.target import Target
 from deploypipe.untrusted_files.limited_process import ProcessLimits
@@ -138,7 +138,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("cyclonedx", reason="bills of materials need cyclonedx-python-lib")
     folder = tmp_path_factory.mktemp("bundle")
     write_run(folder / "run")
-    return release(folder / "run", folder)
+    return make_bundle(folder / "run", folder)
 
 
 def replaced(bundle: Path, folder: Path, name: str, content: bytes) -> Path:

@@ -26,7 +26,7 @@ from deploypipe.pruning.surgery.plan import empty_plan
 from deploypipe.pruning.surgery.saved_network import load_pruned, save_pruned
 from deploypipe.pruning.tracing.bug_report import reproduce
 from deploypipe.pruning.tracing.structures import list_structures
-from deploypipe.release.bundle import release
+from deploypipe.release.bundle import make_bundle
 
 RUNNER = CliRunner()
 
@@ -138,7 +138,7 @@ def test_a_program_in_a_run_or_a_bundle_is_bytes_to_all_commands(saved: Path, tm
     (run / "07-finetune-0123456789abcdef").mkdir()
     shutil.copy(program, run / "07-finetune-0123456789abcdef" / "model.pt2")
     shutil.copy(program, run / "model.pt2")
-    bundle = release(run, tmp_path / "bundles")
+    bundle = make_bundle(run, tmp_path / "bundles")
     registry = str(tmp_path / "registry")
     for command, code in (
         (["verify", str(run)], 0),

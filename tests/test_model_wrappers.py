@@ -14,7 +14,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from deploypipe.errors import DeploypipeError, ModelError
 from deploypipe.export.onnx_export.export_onnx import export_onnx
 from deploypipe.networks.model_wrappers import unwrapped
-from deploypipe.observe.calibration_pass import observe
+from deploypipe.observe.calibration_pass import observe_activations
 from deploypipe.pipeline import compress
 from deploypipe.pruning.repair.least_squares_repair import repair
 from deploypipe.pruning.surgery.apply_plan import apply_plan
@@ -95,7 +95,7 @@ def test_every_stage_takes_a_wrapped_network(tmp_path: Path) -> None:
     batches = [(x, torch.zeros(6, dtype=torch.long))]
     structures = list_structures(make(), x)
     assert structures == list_structures(plain, x)
-    moments = observe(make(), structures, batches, Observe(num_samples=6))
+    moments = observe_activations(make(), structures, batches, Observe(num_samples=6))
     scores = score(make(), structures, moments, Magnitude())
     plan = make_plan(structures, scores, {group.name: 4 for group in structures.groups})
     pruned = apply_plan(make(), plan)

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from deploypipe.benchmark.accuracy import evaluate_module
 from deploypipe.cli import app
 from deploypipe.files.json_records import to_json
-from deploypipe.observe.calibration_pass import observe
+from deploypipe.observe.calibration_pass import observe_activations
 from deploypipe.pruning.repair.least_squares_repair import repair
 from deploypipe.pruning.surgery.apply_plan import apply_plan
 from deploypipe.pruning.surgery.plan import make_plan
@@ -57,7 +57,7 @@ def test_resnet56_repaired_without_training(
     calib = take_calib(splits.calib, 2048)
     inputs = take(calib[0][0], 2)
     structures = list_structures(dense, inputs, keep=("conv1",))  # the residual stream stays
-    moments = observe(dense, structures, calib, Observe())
+    moments = observe_activations(dense, structures, calib, Observe())
     scores = score(dense, structures, moments, Magnitude())
 
     def macs_of(widths: Allocation) -> int:

@@ -27,7 +27,7 @@ Counts: TypeAlias = tuple[int, int]  # parameters, multiply-accumulates of one s
 _STAGE = "benchmark"
 
 
-def benchmark(
+def compare_files(
     dense: ModelFile,
     compressed: ModelFile,
     *,
@@ -96,9 +96,9 @@ def measure(
     counts: Counts,
     notify: Progress = silent,
 ) -> Measurement:
-    """One file, by the method of `benchmark`, for figures that no verdict rests on.
+    """One file, by the method of `compare_files`, for figures that no verdict rests on.
 
-    Raises as `benchmark` does, and RuntimeUnavailableError without the runtime.
+    Raises as `compare_files` does, and RuntimeUnavailableError without the runtime.
     """
     measured, *_ = _measure_all(
         (file,),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from deploypipe.blockwise.block_inputs import Calls
 from deploypipe.files.hashing import digest
-from deploypipe.observe.calibration_pass import observe
+from deploypipe.observe.calibration_pass import observe_activations
 from deploypipe.pruning.repair.least_squares_repair import repair
 from deploypipe.pruning.surgery.apply_plan import apply_plan
 from deploypipe.pruning.surgery.plan import empty_plan, make_plan
@@ -72,7 +72,7 @@ class Pruner:
         structures = self._structures(alone, batches[0][0])
         if not structures.groups:
             return empty_plan(structures)
-        moments = observe(alone, structures, batches, self.recipe.observe, seed=self.recipe.seed)
+        moments = observe_activations(alone, structures, batches, self.recipe.observe, seed=self.recipe.seed)
         scores = score(alone, structures, moments, self.recipe.score, seed=self.recipe.seed)
         widths = uniform(structures, self.kept, self.multiple).widths
         return make_plan(structures, scores, widths, channel_multiple=self.multiple)

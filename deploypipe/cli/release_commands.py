@@ -143,7 +143,7 @@ def release(
         from datetime import UTC, datetime
 
         from deploypipe.release import signing
-        from deploypipe.release.bundle import release as write_bundle
+        from deploypipe.release.bundle import make_bundle
         from deploypipe.release.decide_again import decide_today
 
         sign = signing.sign_keyless if sigstore else None
@@ -153,7 +153,7 @@ def release(
         now = datetime.now(UTC)
         decision = decide_today(run, load_result(run), now)
         if decision.verdict is Verdict.SHIP:
-            say(write_bundle(run, out, sign=sign, now=now))
+            say(make_bundle(run, out, sign=sign, now=now))
             return
         show_decision(decision)
     raise typer.Exit(EXIT_HOLD)

@@ -26,7 +26,7 @@ from deploypipe.task import (
 )
 
 
-def observe(
+def observe_activations(
     model: nn.Module,
     structures: Structures,
     batches: Sequence[Batch],
@@ -115,7 +115,7 @@ def observe_halves(
 
         half = taken[number::2]
         halves.append(
-            observe(
+            observe_activations(
                 model,
                 structures,
                 half,

@@ -28,7 +28,9 @@ REPORT = "report.json"
 MODEL, ENGINE = "model.onnx", "model.engine"
 
 
-def release(run: Path, out: Path, *, sign: Callable[[Path], None] | None = None, now: datetime | None = None) -> Path:
+def make_bundle(
+    run: Path, out: Path, *, sign: Callable[[Path], None] | None = None, now: datetime | None = None
+) -> Path:
     """Write the bundle of a finished run into `out`, and return its folder.
 
     sign: writes the signature into a bundle's folder, such as `partial(signing.sign, private_key=path)`. The same run

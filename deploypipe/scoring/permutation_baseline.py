@@ -21,7 +21,7 @@ def permutation_baseline_shares(
 ) -> dict[str, float]:
     """By group: the information found in shuffled data as a share of that in the data. Near 1: all is chance.
 
-    Labels are permuted; what a layer reads is paired with what it writes for another sample (`observe(...,
+    Labels are permuted; what a layer reads is paired with what it writes for another sample (`observe_activations(...,
     shuffled=True)`). Empty for scores that are no information.
     """
     if isinstance(scorer, (Mipp, LayerwiseMi)):

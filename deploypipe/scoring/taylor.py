@@ -20,7 +20,7 @@ def score_taylor(model: nn.Module, structures: Structures, moments: Moments, con
     if not moments.gates:
         raise DataError(
             "taylor needs the derivatives of the loss, and none were gathered; "
-            "give observe(..., loss=task.loss) and labelled calibration samples"
+            "give observe_activations(..., loss=task.loss) and labelled calibration samples"
         )
     if not all(torch.isfinite(gate).all() for gate in moments.gates.values()):
         raise DataError("the derivatives of the loss hold NaN or infinity; check the loss on the calibration samples")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from deploypipe.benchmark import benchmark as compare_files
+from deploypipe.benchmark import compare_files
 from deploypipe.export.onnx_export.golden_samples import write_golden
 from deploypipe.export.quantization.precision_choice import choose_precision
 from deploypipe.export.tensorrt_engine.build_engine import as_model_file, build_engine, is_built

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from deploypipe.benchmark import benchmark, first_batch, latency, measure, memory
+from deploypipe.benchmark import compare_files, first_batch, latency, measure, memory
 from deploypipe.benchmark.accuracy import evaluate_file, evaluate_module
 from deploypipe.benchmark.child_processes.run_child import run_child
 from deploypipe.benchmark.environment import describe_environment
@@ -68,7 +68,7 @@ def small(folder: Path) -> ModelFile:
 
 
 def test_report(folder: Path, large: ModelFile, small: ModelFile) -> None:
-    report = benchmark(
+    report = compare_files(
         large,
         small,
         folder=folder,
@@ -113,7 +113,7 @@ def test_an_unsteady_measurement_is_repeated(folder: Path, small: ModelFile, mon
 
 
 def test_runtime_that_is_absent_measures_nothing(folder: Path, large: ModelFile, small: ModelFile) -> None:
-    report = benchmark(
+    report = compare_files(
         large,
         small,
         folder=folder,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deploypipe.errors import DataError
-from deploypipe.observe.calibration_pass import observe, observe_halves
+from deploypipe.observe.calibration_pass import observe_activations, observe_halves
 from deploypipe.observe.collectors import MAX_ROWS
 from deploypipe.observe.moments import load_moments, merge, save_moments
 from deploypipe.pruning.tracing.structures import list_structures
@@ -31,7 +31,7 @@ def prepared(name: str, num_batches: int = 3) -> tuple[nn.Module, Structures, li
 def test_equal_numpy_when_all_positions_are_taken() -> None:
     model, structures, batches = prepared("pad_resnet")
     batches = [(inputs + 50, target) for inputs, target in batches]  # a mean far above the deviation
-    moments = observe(model, structures, batches, EVERYWHERE)
+    moments = observe_activations(model, structures, batches, EVERYWHERE)
     read: dict[str, list[Tensor]] = {name: [] for name in moments.inputs}
     handles = [
         model.get_submodule(name).register_forward_pre_hook(lambda _m, args, name=name: read[name].append(args[0]))
@@ -66,7 +66,7 @@ def test_network_does_not_notice(name: str) -> None:
     next(model.children()).eval()
     flags = [m.training for m in model.modules()]
     values = {key: value.clone() for key, value in model.state_dict().items()}
-    moments = observe(model, structures, batches, Observe(num_samples=10))
+    moments = observe_activations(model, structures, batches, Observe(num_samples=10))
     assert moments.num_samples == 10
     assert moments.block_cka.shape == (len(structures.blocks),) * 2
     assert all(torch.isfinite(seen.covariance).all() for seen in moments.inputs.values())
@@ -77,7 +77,7 @@ def test_network_does_not_notice(name: str) -> None:
 
 def test_same_seed_same_moments_and_another_seed_others() -> None:
     model, structures, batches = prepared("pad_resnet")
-    first, again, other = (observe(model, structures, batches, Observe(), seed=s) for s in (0, 0, 1))
+    first, again, other = (observe_activations(model, structures, batches, Observe(), seed=s) for s in (0, 0, 1))
     for name, seen in first.inputs.items():
         assert torch.equal(seen.covariance, again.inputs[name].covariance)
     assert not torch.equal(first.inputs["stages.0.0.conv2"].mean, other.inputs["stages.0.0.conv2"].mean)
@@ -89,7 +89,7 @@ def test_nan_names_the_layer_and_hooks_are_removed() -> None:
         model.conv1.bias[0] = float("nan")
     model.train()
     with pytest.raises(DataError, match="conv2"):
-        observe(model, structures, batches, Observe())
+        observe_activations(model, structures, batches, Observe())
     assert model.training
     assert not any(m._forward_hooks for m in model.modules())
 
@@ -97,20 +97,20 @@ def test_nan_names_the_layer_and_hooks_are_removed() -> None:
 def test_hooks_are_removed_when_the_network_raises() -> None:
     model, structures, _ = prepared("flattened")
     with pytest.raises(RuntimeError):
-        observe(model, structures, [(torch.randn(4, 5, 8, 8), torch.zeros(4))], Observe())
+        observe_activations(model, structures, [(torch.randn(4, 5, 8, 8), torch.zeros(4))], Observe())
     assert not any(m._forward_hooks for m in model.modules())
 
 
 def test_empty_split_is_refused() -> None:
     model, structures, _ = prepared("mlp")
     with pytest.raises(DataError, match="calib"):
-        observe(model, structures, [], Observe())
+        observe_activations(model, structures, [], Observe())
 
 
 @pytest.mark.parametrize("name", ["pad_resnet", "mlp"])  # with and without blocks
 def test_saved_and_loaded_are_the_same(name: str, tmp_path: Path) -> None:
     model, structures, batches = prepared(name)
-    moments = observe(model, structures, batches, Observe())
+    moments = observe_activations(model, structures, batches, Observe())
     save_moments(moments, tmp_path / "moments.safetensors")
     loaded = load_moments(tmp_path / "moments.safetensors")
     assert loaded.skipped == moments.skipped
@@ -147,7 +147,7 @@ def test_work_in_place_after_a_block_does_not_reach_its_similarity() -> None:
     for inplace in (True, False):
         torch.manual_seed(0)
         model = Net(inplace)
-        seen.append(observe(model, list_structures(model, batches[0][0]), batches, Observe()))
+        seen.append(observe_activations(model, list_structures(model, batches[0][0]), batches, Observe()))
     assert seen[0].block_names == ("one", "two")
     assert torch.equal(seen[0].block_cka, seen[1].block_cka)
 
@@ -161,7 +161,7 @@ def test_one_pass_in_two_halves_is_one_pass() -> None:
     model, structures, batches = prepared("pad_resnet", num_batches=5)
     batches = with_labels(batches, 10)
     loss = F.cross_entropy
-    whole = observe(model, structures, batches[::2] + batches[1::2], EVERYWHERE, loss=loss)
+    whole = observe_activations(model, structures, batches[::2] + batches[1::2], EVERYWHERE, loss=loss)
     odd, even = observe_halves(model, structures, batches, EVERYWHERE, loss=loss)
     merged = merge(odd, even)
     assert (odd.num_samples, even.num_samples, merged.num_samples) == (12, 8, 20)
@@ -190,7 +190,7 @@ def test_gates_are_derivatives_of_a_factor_on_each_unit() -> None:
     """A factor in front of the reader, differentiated by hand, sample by sample."""
     model, structures, batches = prepared("flattened", num_batches=2)
     batches = with_labels(batches, 3)
-    gates = observe(model, structures, batches, EVERYWHERE, loss=F.cross_entropy).gates
+    gates = observe_activations(model, structures, batches, EVERYWHERE, loss=F.cross_entropy).gates
     group = next(g for g in structures.groups if any(m.module == "conv2" and m.side == "in" for m in g.members))
     reader = model.get_submodule("conv2")
     total = torch.zeros(group.num_units, dtype=torch.float64)
@@ -211,7 +211,7 @@ def test_derivatives_leave_no_trace() -> None:
     frozen = next(model.parameters()).requires_grad_(False)
     kept = list(model.parameters())[-1]
     kept.grad = torch.ones_like(kept)
-    observe(model, structures, with_labels(batches, 10), EVERYWHERE, loss=F.cross_entropy)
+    observe_activations(model, structures, with_labels(batches, 10), EVERYWHERE, loss=F.cross_entropy)
     assert not frozen.requires_grad
     assert frozen.grad is None
     assert torch.equal(kept.grad, torch.ones_like(kept))
@@ -221,7 +221,7 @@ def test_derivatives_leave_no_trace() -> None:
 def test_rows_are_kept_up_to_a_bound() -> None:
     model, structures, _ = prepared("pad_resnet")
     batches = [(torch.randn(600, 3, 8, 8), torch.zeros(600, dtype=torch.long)) for _ in range(2)]
-    moments = observe(model, structures, batches, Observe(num_samples=1200))
+    moments = observe_activations(model, structures, batches, Observe(num_samples=1200))
     assert moments.labels is not None
     assert len(moments.labels) == MAX_ROWS
     assert {len(rows) for rows in [*moments.units.values(), *moments.block_outputs.values()]} == {MAX_ROWS}
@@ -266,13 +266,15 @@ def test_padding_counts_for_nothing(count: int) -> None:
     settings = Observe(positions_per_sample=count)
     masks = {"attention_mask": ids != 0}
     seen = [
-        observe(model, structures, [(ids, torch.zeros(40))], settings, real_tokens=lambda x: x != 0),
-        observe(other, structures, [(ids, torch.zeros(40))], settings, real_tokens=lambda x: x != 0),
-        observe(other, structures, [({"ids": ids, **masks}, torch.zeros(40))], settings),
+        observe_activations(model, structures, [(ids, torch.zeros(40))], settings, real_tokens=lambda x: x != 0),
+        observe_activations(other, structures, [(ids, torch.zeros(40))], settings, real_tokens=lambda x: x != 0),
+        observe_activations(other, structures, [({"ids": ids, **masks}, torch.zeros(40))], settings),
     ]
     short = ids[(ids != 0).sum(1) == 5]
-    alone = observe(model, structures, [(short[:, :5], torch.zeros(len(short)))], EVERYWHERE)
-    cut = observe(other, structures, [(short, torch.zeros(len(short)))], EVERYWHERE, real_tokens=lambda x: x != 0)
+    alone = observe_activations(model, structures, [(short[:, :5], torch.zeros(len(short)))], EVERYWHERE)
+    cut = observe_activations(
+        other, structures, [(short, torch.zeros(len(short)))], EVERYWHERE, real_tokens=lambda x: x != 0
+    )
     for first, second in ((seen[0], seen[1]), (seen[0], seen[2]), (alone, cut)):
         for name, moments in first.inputs.items():
             torch.testing.assert_close(moments.covariance, second.inputs[name].covariance)
@@ -287,12 +289,14 @@ def test_padding_counts_for_nothing(count: int) -> None:
 def test_mask_of_another_shape_is_refused() -> None:
     model, ids = padded()
     with pytest.raises(DataError, match="real_tokens"):
-        observe(model, list_structures(model, ids), [(ids, torch.zeros(40))], Observe(), real_tokens=lambda x: x[:5])
+        observe_activations(
+            model, list_structures(model, ids), [(ids, torch.zeros(40))], Observe(), real_tokens=lambda x: x[:5]
+        )
 
 
 def test_inputs_of_two_groups_are_never_together() -> None:
     model, structures, batches = prepared("resnext")
-    moments = observe(model, structures, batches, EVERYWHERE, shuffled=True)
+    moments = observe_activations(model, structures, batches, EVERYWHERE, shuffled=True)
     grouped = [name for name in moments.inputs if getattr(model.get_submodule(name), "groups", 1) == 2]
     assert grouped
     for name in grouped:

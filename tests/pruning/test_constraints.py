@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from deploypipe.errors import ConfigError, PlanError
-from deploypipe.observe.calibration_pass import observe
+from deploypipe.observe.calibration_pass import observe_activations
 from deploypipe.pruning.surgery.apply_plan import apply_plan, masked_dense
 from deploypipe.pruning.surgery.plan import make_plan
 from deploypipe.pruning.tracing.structures import list_structures
@@ -173,7 +173,7 @@ def test_every_scorer_scores_tied_groups(scorer: type, network: str, tie: tuple[
     make = networks.NETWORKS[network][1]
     batches = [(make(), torch.arange(4) % 2) for _ in range(20)]
     structures = list_structures(model, batches[0][0], constraints=Constraints(tied=(tie,)))
-    moments = observe(model, structures, batches, Observe(), loss=nn.functional.cross_entropy)
+    moments = observe_activations(model, structures, batches, Observe(), loss=nn.functional.cross_entropy)
     table = score(model, structures, moments, scorer())
     for group in structures.groups:
         values = torch.tensor(table.channels[group.name])

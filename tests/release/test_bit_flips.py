@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from deploypipe.cli import app
 from deploypipe.records import Interval
-from deploypipe.release.bundle import release
+from deploypipe.release.bundle import make_bundle
 from deploypipe.runs.store import open_run, store
 from deploypipe.verification.golden_file import GOLDEN
 
@@ -28,7 +28,7 @@ def groups(tmp_path: Path) -> list[Group]:
     result = write_run(run)
     with open_run(run) as opened:
         opened.remember("score", {"seed": 1}, write_stage, Interval)
-    bundle = release(run, tmp_path / "released")
+    bundle = make_bundle(run, tmp_path / "released")
     device.mkdir()
     for entry in result.golden.files if result.golden else ():
         shutil.copyfile(run / entry.name, device / entry.name)

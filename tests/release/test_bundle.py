@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from deploypipe.cli import app
 from deploypipe.errors import BundleError
 from deploypipe.records import BaselineComparison, Check, Status, Verdict, Waiver
-from deploypipe.release.bundle import load_bundle, release
+from deploypipe.release.bundle import load_bundle, make_bundle
 from deploypipe.release.decide_again import decide_again
 from deploypipe.release.manifest import MANIFEST, SIGNATURE, check_manifest
 from deploypipe.release.registries.registry import promote, resolve
@@ -85,7 +85,7 @@ def signed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("signed")
     private, public = write_keys(folder)
     write_run(folder / "run")
-    return release(folder / "run", folder / "bundles", sign=partial(sign, private_key=private)), public
+    return make_bundle(folder / "run", folder / "bundles", sign=partial(sign, private_key=private)), public
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -94,13 +94,13 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_the_same_run_gives_the_same_bytes(tmp_path: Path, signed: tuple[Path, Path]) -> None:
     write_run(tmp_path / "run")
-    first, second = (release(tmp_path / "run", tmp_path / name) for name in ("a", "b"))
+    first, second = (make_bundle(tmp_path / "run", tmp_path / name) for name in ("a", "b"))
     assert first.name == second.name
     assert contents(first) == contents(second)
-    assert release(tmp_path / "run", tmp_path / "a") == first
+    assert make_bundle(tmp_path / "run", tmp_path / "a") == first
     assert not list((tmp_path / "a").glob(".*"))
     write_run(tmp_path / "other", seed=1)
-    assert release(tmp_path / "other", tmp_path / "a").name != first.name
+    assert make_bundle(tmp_path / "other", tmp_path / "a").name != first.name
 
 
 def test_what_is_in_it(signed: tuple[Path, Path]) -> None:
@@ -202,13 +202,13 @@ def test_signatures(signed: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="is not what was signed"):
         check_signature(tmp_path / "copy", public)
     write_run(tmp_path / "run")
-    unsigned = release(tmp_path / "run", tmp_path / "bundles")
+    unsigned = make_bundle(tmp_path / "run", tmp_path / "bundles")
     with pytest.raises(BundleError, match="is not signed"):
         check_signature(unsigned, public)
     with pytest.raises(BundleError, match="is no public key"):
         check_signature(bundle, bundle / MODEL)
     with pytest.raises(BundleError, match="cannot sign with it"):
-        release(tmp_path / "run", tmp_path / "more", sign=partial(sign, private_key=bundle / MODEL))
+        make_bundle(tmp_path / "run", tmp_path / "more", sign=partial(sign, private_key=bundle / MODEL))
     assert not list((tmp_path / "more").iterdir())
 
 
@@ -218,7 +218,7 @@ def test_certificates(tmp_path: Path) -> None:
     _, other_root = write_certificates(tmp_path / "other", write_keys(tmp_path / "other")[0])
     write_run(tmp_path / "run")
     signer = partial(sign, private_key=private, certificates=(own, root))
-    bundle = release(tmp_path / "run", tmp_path / "bundles", sign=signer)
+    bundle = make_bundle(tmp_path / "run", tmp_path / "bundles", sign=signer)
     check_signature(bundle, roots=(root,))
     with pytest.raises(BundleError, match="is not what was signed"):
         check_signature(bundle, roots=(other_root,))
@@ -230,19 +230,19 @@ def test_certificates(tmp_path: Path) -> None:
 def test_a_run_on_hold_and_a_changed_file_are_not_released(tmp_path: Path) -> None:
     write_run(tmp_path / "held", num_wrong=30)
     with pytest.raises(BundleError, match="the gate holds this run: accuracy_drop failed"):
-        release(tmp_path / "held", tmp_path / "bundles")
+        make_bundle(tmp_path / "held", tmp_path / "bundles")
     result = write_run(tmp_path / "changed")
     for name in (MODEL, *(entry.name for entry in result.golden.files)) if result.golden else ():
         content = (tmp_path / "changed" / name).read_bytes()
         truncate(tmp_path / "changed" / name)
         with pytest.raises(BundleError, match=rf"{name}: is not the file that was measured"):
-            release(tmp_path / "changed", tmp_path / "bundles")
+            make_bundle(tmp_path / "changed", tmp_path / "bundles")
         (tmp_path / "changed" / name).write_bytes(content)
     assert not (tmp_path / "bundles").exists()
     swapped = write_run(tmp_path / "swapped", seed=1)  # whole in itself, and not what the report is about
     save_result(tmp_path / "swapped", replace(swapped, benchmark=result.benchmark))
     with pytest.raises(BundleError, match=r"model\.onnx: is not the file that was measured"):
-        release(tmp_path / "swapped", tmp_path / "bundles")
+        make_bundle(tmp_path / "swapped", tmp_path / "bundles")
 
 
 def test_verify_holds_a_runs_golden_json_to_its_result(tmp_path: Path) -> None:
@@ -279,7 +279,7 @@ def test_release_does_not_believe_the_recorded_decision(
     save_result(tmp_path, forge(write_run(tmp_path / "run", num_wrong=num_wrong)))
     (tmp_path / "result.json").replace(tmp_path / "run" / "result.json")
     with pytest.raises(BundleError, match=rf"result\.json: .*{told}.*; decide again with `deploypipe gate"):
-        release(tmp_path / "run", tmp_path / "bundles")
+        make_bundle(tmp_path / "run", tmp_path / "bundles")
     assert not (tmp_path / "bundles").exists()
     assert RUNNER.invoke(app, ["release", str(tmp_path / "run"), "--out", str(tmp_path / "bundles")]).exit_code == 2
 
@@ -301,18 +301,18 @@ def test_release_decides_by_todays_date(tmp_path: Path) -> None:
     waiver = Waiver(check="accuracy_drop", reason="r", by="ada", granted="2026-11-01", expires="2026-11-30")
     result = write_run(run, num_wrong=30, max_age_days=20)
     assert decide_again(run, result, None, (waiver,), measured).decision.verdict is Verdict.SHIP
-    release(run, tmp_path / "bundles", now=measured + timedelta(days=9))
+    make_bundle(run, tmp_path / "bundles", now=measured + timedelta(days=9))
     with pytest.raises(BundleError, match="the waiver by ada ran out on 2026-11-30"):
-        release(run, tmp_path / "bundles", now=measured + timedelta(days=11))
+        make_bundle(run, tmp_path / "bundles", now=measured + timedelta(days=11))
     with pytest.raises(BundleError, match="age failed"):
-        release(run, tmp_path / "bundles", now=measured + timedelta(days=21))
+        make_bundle(run, tmp_path / "bundles", now=measured + timedelta(days=21))
     with pytest.raises(BundleError, match="age is unknown"):
-        release(run, tmp_path / "bundles", now=measured - timedelta(days=2))
+        make_bundle(run, tmp_path / "bundles", now=measured - timedelta(days=2))
     baseline = BaselineComparison(name="v1", latency_ratio=None, accuracy_drop_pp=None)
     worse = decide_again(run, result, baseline, (waiver,), measured)
     assert worse.decision.verdict is Verdict.HOLD
     with pytest.raises(BundleError, match=r"the gate holds this run: .*against_baseline is unknown"):
-        release(run, tmp_path / "bundles", now=measured)
+        make_bundle(run, tmp_path / "bundles", now=measured)
 
 
 def test_two_releases_and_two_promotions_at_once(tmp_path: Path) -> None:
@@ -322,7 +322,7 @@ def test_two_releases_and_two_promotions_at_once(tmp_path: Path) -> None:
 
     def work() -> None:
         try:
-            bundle = release(tmp_path / "run", tmp_path / "bundles")
+            bundle = make_bundle(tmp_path / "run", tmp_path / "bundles")
             found.append(promote(bundle, str(tmp_path / "registry"), "production"))
         except BaseException as error:
             errors.append(error)
@@ -341,7 +341,7 @@ def test_registry_counts_versions_and_moves_aliases(tmp_path: Path) -> None:
     registry = str(tmp_path / "registry")
     for seed in (0, 1):
         write_run(tmp_path / str(seed), seed=seed)
-    first, second = (release(tmp_path / str(seed), tmp_path / "bundles") for seed in (0, 1))
+    first, second = (make_bundle(tmp_path / str(seed), tmp_path / "bundles") for seed in (0, 1))
     assert [promote(bundle, registry, "production") for bundle in (first, second, first)] == [1, 2, 1]
     assert promote(second, registry, "staging") == 2
     assert resolve(f"{registry}/digits-x86_cpu@production").name == first.name
@@ -362,7 +362,7 @@ def test_a_promotion_that_breaks_off_leaves_nothing_and_can_be_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_run(tmp_path / "run")
-    bundle = release(tmp_path / "run", tmp_path / "bundles")
+    bundle = make_bundle(tmp_path / "run", tmp_path / "bundles")
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(OSError("the registry is down")))
         with pytest.raises(OSError, match="down"):

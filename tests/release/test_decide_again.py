@@ -22,7 +22,7 @@ from deploypipe.errors import BundleError, ConfigError
 from deploypipe.numerics.intervals import interval_of_drop_pp
 from deploypipe.records import BaselineComparison, BenchmarkReport, Check, Interval, Status, Verdict, Waiver
 from deploypipe.release.baseline_comparison import check_approved_latency, compare_with_baseline
-from deploypipe.release.bundle import release
+from deploypipe.release.bundle import make_bundle
 from deploypipe.release.decide_again import decide_again
 from deploypipe.release.gate import decide
 from deploypipe.release.waivers import load_waivers
@@ -152,7 +152,7 @@ def test_nothing_may_be_worse_than_before(report: BenchmarkReport) -> None:
 
 def test_a_run_is_compared_with_a_bundle(tmp_path: Path) -> None:
     write_run(tmp_path / "v1")
-    bundle = release(tmp_path / "v1", tmp_path / "bundles")
+    bundle = make_bundle(tmp_path / "v1", tmp_path / "bundles")
     result = write_run(tmp_path / "v2", seed=1, num_wrong=5)
     found = compare_with_baseline(tmp_path / "v2", result, bundle)
     assert found.accuracy_drop_pp and found.accuracy_drop_pp.value == pytest.approx(1.0)
@@ -178,7 +178,7 @@ def test_a_comparison_on_a_noisy_machine_is_unknown_and_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, report: BenchmarkReport
 ) -> None:
     result = write_run(tmp_path / "v1")
-    bundle = release(tmp_path / "v1", tmp_path / "bundles")
+    bundle = make_bundle(tmp_path / "v1", tmp_path / "bundles")
     busy(monkeypatch)
     found = compare_with_baseline(tmp_path / "v1", result, bundle)
     assert found.latency_ratio and "other processes kept" in found.latency_doubts
@@ -196,7 +196,7 @@ def test_the_approved_latency_needs_its_whole_interval_and_a_quiet_machine(
     device = describe_environment(1).device_fingerprint
     environment = replace(result.benchmark.environment, device_fingerprint=device)
     save_result(tmp_path / "run", replace(result, benchmark=replace(result.benchmark, environment=environment)))
-    bundle = release(tmp_path / "run", tmp_path / "bundles")
+    bundle = make_bundle(tmp_path / "run", tmp_path / "bundles")
     approved = result.benchmark.compressed.latency
     assert approved
     limit = approved.p50_ms.high * 1.05

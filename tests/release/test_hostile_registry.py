@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from deploypipe.cli import app
 from deploypipe.errors import BundleError
-from deploypipe.release.bundle import release
+from deploypipe.release.bundle import make_bundle
 from deploypipe.release.manifest import MANIFEST, check_manifest
 from deploypipe.release.registries import object_registry
 from deploypipe.release.registries.registry import promote, resolve
@@ -28,7 +28,7 @@ NAME = "digits-x86_cpu"
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("released")
     write_run(folder / "run")
-    return release(folder / "run", folder / "bundles")
+    return make_bundle(folder / "run", folder / "bundles")
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from deploypipe.cli import app
 from deploypipe.errors import BundleError
-from deploypipe.release.bundle import release
+from deploypipe.release.bundle import make_bundle
 from deploypipe.release.manifest import check_manifest
 from deploypipe.release.registries.registry import promote, resolve
 from deploypipe.verify import golden_case
@@ -92,13 +92,13 @@ def environment(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     mlflow.set_tracking_uri(None)
 
 
-def make_bundle(folder: Path, seed: int) -> Path:
+def bundle_of(folder: Path, seed: int) -> Path:
     write_run(folder / f"run-{seed}", seed=seed)
-    return release(folder / f"run-{seed}", folder / "bundles")
+    return make_bundle(folder / f"run-{seed}", folder / "bundles")
 
 
 def test_a_bundle_is_logged_registered_and_found_again(tmp_path: Path) -> None:
-    first, second = (make_bundle(tmp_path, seed) for seed in (0, 1))
+    first, second = (bundle_of(tmp_path, seed) for seed in (0, 1))
     assert [promote(bundle, "models:/", "production") for bundle in (first, second, first)] == [1, 2, 1]
     assert promote(second, "models:", "staging") == 2
     assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"  # and MLflow reports nothing to its makers
@@ -131,7 +131,7 @@ def test_a_bundle_is_logged_registered_and_found_again(tmp_path: Path) -> None:
 
 
 def test_the_gate_compares_with_an_alias(tmp_path: Path) -> None:
-    promote(make_bundle(tmp_path, 2), "models:", "champion")
+    promote(bundle_of(tmp_path, 2), "models:", "champion")
     write_run(tmp_path / "worse", num_wrong=30)
     held = RUNNER.invoke(app, ["gate", str(tmp_path / "worse"), "--baseline", f"models:/{NAME}@champion"])
     assert held.exit_code == 1 and "accuracy against baseline" in held.output, held.output
@@ -144,7 +144,7 @@ def test_the_gate_compares_with_an_alias(tmp_path: Path) -> None:
 def test_a_server_that_goes_down_publishes_nothing_and_is_completed_later(
     step: str, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bundle = make_bundle(tmp_path, {"log_artifacts": 3, "create_model_version": 4}.get(step, 5))
+    bundle = bundle_of(tmp_path, {"log_artifacts": 3, "create_model_version": 4}.get(step, 5))
     owner = mlflow if step == "log_artifacts" else mlflow.MlflowClient
     original = getattr(owner, step)
 
@@ -170,5 +170,5 @@ def test_a_server_that_goes_down_publishes_nothing_and_is_completed_later(
 def test_a_password_in_the_address_is_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://ada:hunter2@127.0.0.1:9")
     with pytest.raises(BundleError) as told:
-        promote(make_bundle(tmp_path, 6), "models:", "production")
+        promote(bundle_of(tmp_path, 6), "models:", "production")
     assert "127.0.0.1:9" in str(told.value) and "hunter2" not in str(told.value)

@@ -9,7 +9,7 @@ from releasable_run import write_run
 from s3_server import Store
 
 from deploypipe.errors import BundleError
-from deploypipe.release.bundle import release
+from deploypipe.release.bundle import make_bundle
 from deploypipe.release.manifest import check_manifest
 from deploypipe.release.registries.registry import promote, resolve
 
@@ -30,13 +30,13 @@ def root(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     store.before_put = None
 
 
-def make_bundle(folder: Path, seed: int) -> Path:
+def bundle_of(folder: Path, seed: int) -> Path:
     write_run(folder / f"run-{seed}", seed=seed)
-    return release(folder / f"run-{seed}", folder / "bundles")
+    return make_bundle(folder / f"run-{seed}", folder / "bundles")
 
 
 def test_versions_and_aliases(root: str, tmp_path: Path) -> None:
-    first, second = (make_bundle(tmp_path, seed) for seed in (0, 1))
+    first, second = (bundle_of(tmp_path, seed) for seed in (0, 1))
     assert [promote(bundle, root, "production") for bundle in (first, second, first)] == [1, 2, 1]
     assert promote(second, root, "staging") == 2
     found = resolve(f"{root}/{NAME}@production")
@@ -47,7 +47,7 @@ def test_versions_and_aliases(root: str, tmp_path: Path) -> None:
 
 
 def test_what_breaks_off_publishes_nothing(root: str, store: Store, tmp_path: Path) -> None:
-    bundle = make_bundle(tmp_path, 0)
+    bundle = bundle_of(tmp_path, 0)
     objects = len(list(bundle.iterdir())) + 2  # a version and an alias
     for good in range(objects):
         left = iter(range(good))
@@ -67,7 +67,7 @@ def test_what_breaks_off_publishes_nothing(root: str, store: Store, tmp_path: Pa
 
 
 def test_promotions_at_once_take_different_versions(root: str, store: Store, tmp_path: Path) -> None:
-    first, second = (make_bundle(tmp_path, seed) for seed in (0, 1))
+    first, second = (bundle_of(tmp_path, seed) for seed in (0, 1))
 
     def promote_another() -> None:
         store.before_put = None
@@ -79,7 +79,7 @@ def test_promotions_at_once_take_different_versions(root: str, store: Store, tmp
 
 
 def test_a_version_that_is_gone(root: str, tmp_path: Path) -> None:
-    promote(make_bundle(tmp_path, 0), root, "production")
+    promote(bundle_of(tmp_path, 0), root, "production")
     files, path = fsspec.url_to_fs(root)
     files.rm(f"{path}/{NAME}/versions/1")
     with pytest.raises(BundleError, match="version 1, which is gone"):
@@ -87,7 +87,7 @@ def test_a_version_that_is_gone(root: str, tmp_path: Path) -> None:
 
 
 def test_what_was_changed_in_the_store_is_refused(root: str, tmp_path: Path) -> None:
-    promote(make_bundle(tmp_path, 0), root, "production")
+    promote(bundle_of(tmp_path, 0), root, "production")
     files, path = fsspec.url_to_fs(root)
     [model] = [at for at in files.find(path) if at.endswith("model.onnx")]
     files.pipe_file(model, b"another model")
@@ -105,11 +105,11 @@ def test_what_was_changed_in_the_store_is_refused(root: str, tmp_path: Path) -> 
 )
 def test_stores_that_cannot_be_used(address: str, reason: str, root: str, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=reason) as told:
-        promote(make_bundle(tmp_path, 0), address, "production")
+        promote(bundle_of(tmp_path, 0), address, "production")
     assert "bucket/registry" in str(told.value) and "hunter2" not in str(told.value)
 
 
 def test_a_file_address_is_a_folder(tmp_path: Path) -> None:
-    bundle = make_bundle(tmp_path, 0)
+    bundle = bundle_of(tmp_path, 0)
     assert promote(bundle, f"file://{tmp_path}/registry", "production") == 1
     assert resolve(f"file://{tmp_path}/registry/{NAME}@production") == resolve(f"{tmp_path}/registry/{NAME}@production")

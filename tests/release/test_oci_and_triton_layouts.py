@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from deploypipe.cli import app
 from deploypipe.errors import BundleError
-from deploypipe.release.bundle import release
+from deploypipe.release.bundle import make_bundle
 from deploypipe.release.oci_layout import write_oci
 from deploypipe.release.triton_repository import triton_config, write_triton
 from deploypipe.target import Target
@@ -33,7 +33,7 @@ _STARTING_SECONDS = 30
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("layouts")
     write_run(folder / "run")
-    return release(folder / "run", folder / "bundles")
+    return make_bundle(folder / "run", folder / "bundles")
 
 
 def parsed(config: str) -> Any:

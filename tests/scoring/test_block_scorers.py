@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deploypipe.errors import DataError, PlanError
-from deploypipe.observe.calibration_pass import observe
+from deploypipe.observe.calibration_pass import observe_activations
 from deploypipe.observe.moments import Moments
 from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.recipe import BlockMi, Constraints, Finetune, LogitDivergence, Mpruner, Observe, Repair
@@ -36,7 +36,7 @@ EVERY_SCORER = pytest.mark.parametrize("scorer", SCORERS, ids=(*(s.kind for s in
 
 def seen(model: nn.Module, batches: list[Batch]) -> tuple[Structures, Moments]:
     structures = list_structures(model, batches[0][0])
-    return structures, observe(model, structures, batches, Observe())
+    return structures, observe_activations(model, structures, batches, Observe())
 
 
 @EVERY_SCORER

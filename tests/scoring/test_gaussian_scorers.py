@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from deploypipe.errors import DataError
 from deploypipe.numerics.gaussian_mi import SequentialRemoval
-from deploypipe.observe.calibration_pass import observe
+from deploypipe.observe.calibration_pass import observe_activations
 from deploypipe.observe.layer_regressions import sample_inputs, weight_matrix
 from deploypipe.observe.moments import Moments
 from deploypipe.pruning.tracing.structures import list_structures
@@ -44,7 +44,7 @@ def watched(model: nn.Module, inputs: Tensor, positions: int = 4, loss: Any = No
     structures = list_structures(model, inputs)
     batches = [(inputs, torch.arange(len(inputs)) % 3)]
     settings = Observe(positions_per_sample=positions)
-    return model, structures, observe(model, structures, batches, settings, loss=loss)
+    return model, structures, observe_activations(model, structures, batches, settings, loss=loss)
 
 
 def ascending(scores: tuple[float, ...]) -> list[int]:
@@ -192,7 +192,7 @@ def test_fisher_counts_only_outputs_that_the_loss_needs() -> None:
     model, structures, moments = chain()
     scores = table((model, structures, moments), OutputError(fisher=True)).channels["0"]
     assert max(scores[:4]) < 1e-2 * min(scores[4:])
-    unlabelled = observe(model, structures, [(torch.randn(8, 8), torch.zeros(8))], Observe())
+    unlabelled = observe_activations(model, structures, [(torch.randn(8, 8), torch.zeros(8))], Observe())
     with pytest.raises(DataError, match="needs labels: return class targets with calib"):
         table((model, structures, unlabelled), OutputError(fisher=True))
 

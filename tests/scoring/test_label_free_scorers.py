@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deploypipe.observe.calibration_pass import observe
+from deploypipe.observe.calibration_pass import observe_activations
 from deploypipe.observe.moments import Moments
 from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.recipe import BatchNormScale, Fpgm, Magnitude, Observe
@@ -21,7 +21,7 @@ from deploypipe.scoring.magnitude import completed_by_magnitude, score_magnitude
 def prepared(name: str) -> tuple[nn.Module, Structures, Moments]:
     model, inputs = networks.build(name)
     structures = list_structures(model, inputs)
-    return model, structures, observe(model, structures, [(inputs, torch.zeros(4))], Observe())
+    return model, structures, observe_activations(model, structures, [(inputs, torch.zeros(4))], Observe())
 
 
 EVERY_NETWORK = pytest.mark.parametrize("name", sorted(networks.NETWORKS))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deploypipe.errors import DataError
-from deploypipe.observe.calibration_pass import observe
+from deploypipe.observe.calibration_pass import observe_activations
 from deploypipe.observe.moments import Moments
 from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.recipe import ConditionalMi, LabelMi, Magnitude, Observe, Taylor
@@ -51,7 +51,7 @@ def planted() -> tuple[nn.Module, Structures, Moments]:
     x[:, 1] += 1.2 * labels - 0.6
     batches = [(x[i : i + 100], labels[i : i + 100]) for i in range(0, 600, 100)]
     structures = list_structures(model, x[:2])
-    return model, structures, observe(model, structures, batches, Observe(), loss=F.cross_entropy)
+    return model, structures, observe_activations(model, structures, batches, Observe(), loss=F.cross_entropy)
 
 
 def order_of(table: ScoreTable, group: str = "0") -> list[int]:
@@ -105,7 +105,7 @@ def observed(name: str, batches: int = 10) -> tuple[nn.Module, Structures, Momen
     def loss(outputs: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(outputs.flatten(2).mean(2) if outputs.dim() > 2 else outputs, target)
 
-    return model, structures, observe(model, structures, data, Observe(), loss=loss)
+    return model, structures, observe_activations(model, structures, data, Observe(), loss=loss)
 
 
 @EVERY_SCORER

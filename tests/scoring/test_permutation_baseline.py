@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from deploypipe.numerics.gaussian_mi import total_information
-from deploypipe.observe.calibration_pass import observe
+from deploypipe.observe.calibration_pass import observe_activations
 from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.recipe import ConditionalMi, LabelMi, LayerwiseMi, Magnitude, Mipp, Observe
 from deploypipe.scoring.permutation_baseline import permutation_baseline_shares
@@ -42,7 +42,7 @@ def test_a_signal_is_told_from_chance_and_more_samples_tell_it_better(scorer: An
         generator = torch.Generator().manual_seed(count)
         labels = torch.randint(0, 2, (count,), generator=generator)
         images = torch.randn(count, *inputs.shape[1:], generator=generator) + 2 * labels[:, None, None, None]
-        moments = observe(model, structures, [(images, labels)], Observe(num_samples=count), shuffled=True)
+        moments = observe_activations(model, structures, [(images, labels)], Observe(num_samples=count), shuffled=True)
         found = permutation_baseline_shares(model, structures, moments, scorer)
         assert found.keys() == {group.name for group in structures.groups}
         shares.append(sum(found.values()) / len(found))
@@ -53,5 +53,5 @@ def test_a_signal_is_told_from_chance_and_more_samples_tell_it_better(scorer: An
 def test_what_is_no_information_has_no_null() -> None:
     model, inputs = networks.build("pad_resnet")
     structures = list_structures(model, inputs)
-    moments = observe(model, structures, [(inputs, torch.zeros(len(inputs)))], Observe(), shuffled=True)
+    moments = observe_activations(model, structures, [(inputs, torch.zeros(len(inputs)))], Observe(), shuffled=True)
     assert permutation_baseline_shares(model, structures, moments, Magnitude()) == {}

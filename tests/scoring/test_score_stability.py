@@ -8,7 +8,7 @@ from scipy.stats import spearmanr
 from torch import nn
 
 from deploypipe.errors import DataError
-from deploypipe.observe.calibration_pass import observe
+from deploypipe.observe.calibration_pass import observe_activations
 from deploypipe.observe.moments import Moments
 from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.recipe import ConditionalMi, LabelMi, Observe
@@ -62,7 +62,7 @@ def planted() -> tuple[nn.Module, Moments]:
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
     labels = torch.arange(400) % 2
     x = torch.randn(400, 4, generator=generator) + labels.unsqueeze(1)
-    return model, observe(model, list_structures(model, x[:2]), [(x, labels)], Observe())
+    return model, observe_activations(model, list_structures(model, x[:2]), [(x, labels)], Observe())
 
 
 @pytest.mark.parametrize("scorer", [(score_label_mi, LabelMi()), (score_conditional_mi, ConditionalMi())])

@@ -12,7 +12,7 @@ from runs_side_by_side import start_measuring
 from torch import Tensor, nn
 
 from deploypipe.numerics.gaussian_mi import SequentialRemoval
-from deploypipe.observe.calibration_pass import observe
+from deploypipe.observe.calibration_pass import observe_activations
 from deploypipe.observe.moments import Moments
 from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.recipe import LayerwiseMi, Magnitude, Mipp, Observe, OutputError, Random
@@ -30,7 +30,7 @@ def prepared(name: str) -> tuple[nn.Module, Structures, Moments]:
     structures = list_structures(model, inputs)
     batches = [(networks.NETWORKS[name][1](), torch.tensor([0, 1, 1, 0])) for _ in range(10)]
     loss = lambda outputs, target: outputs.square().mean()  # noqa: E731  # any derivative will do
-    return model, structures, observe(model, structures, batches, Observe(), loss=loss)
+    return model, structures, observe_activations(model, structures, batches, Observe(), loss=loss)
 
 
 @EVERY_SCORER
@@ -104,7 +104,7 @@ def planted() -> tuple[nn.Module, Structures, Moments, ChannelGroup]:
         conv.bias[[0, 7]] = -1
     batches = [(torch.randn(64, 3, 6, 6), torch.zeros(64))]
     structures = list_structures(model, batches[0][0])
-    moments = observe(model, structures, batches, Observe(positions_per_sample=36))
+    moments = observe_activations(model, structures, batches, Observe(positions_per_sample=36))
     return model, structures, moments, next(g for g in structures.groups if g.name == "0")
 
 
@@ -138,7 +138,9 @@ def test_mipp_counts_what_every_reader_loses() -> None:
         model.b.weight[:, 3] = 0
     batches = [(torch.randn(256, 4), torch.zeros(256))]
     structures = list_structures(model, batches[0][0])
-    scores = score(model, structures, observe(model, structures, batches, Observe()), Mipp()).channels["stem"]
+    scores = score(model, structures, observe_activations(model, structures, batches, Observe()), Mipp()).channels[
+        "stem"
+    ]
     assert min(range(4), key=lambda unit: scores[unit]) == 3
     assert scores[1] > scores[3] + 0.1
 

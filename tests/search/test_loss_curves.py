@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from deploypipe.errors import DataError
 from deploypipe.numerics.least_squares import CrossMoments
-from deploypipe.observe.calibration_pass import observe
+from deploypipe.observe.calibration_pass import observe_activations
 from deploypipe.observe.layer_regressions import is_mixer
 from deploypipe.observe.moments import Moments
 from deploypipe.pruning.surgery.apply_plan import apply_plan
@@ -69,7 +69,7 @@ def test_unrepaired_points_are_the_pruned_networks(name: str) -> None:
 def test_repaired_points_are_the_pruned_networks_with_that_layer_solved(name: str) -> None:
     model, inputs, structures, scores = prepared(name, 200)
     batches = [(inputs, torch.zeros(200))]
-    moments = observe(model, structures, batches, Observe(positions_per_sample=1000))
+    moments = observe_activations(model, structures, batches, Observe(positions_per_sample=1000))
     curves = measure_curves(model, structures, scores, moments, batches, Search(num_levels=2))
     for group in structures.groups:
         readers = [m for m in group.members if m.side == "in"]
@@ -99,7 +99,7 @@ def test_tied_groups_have_one_curve_with_all_their_readers_repaired() -> None:
     model, inputs = Joined(), torch.randn(200, 6)
     structures = list_structures(model, inputs, constraints=Constraints(tied=(("left", "right"),), least={"right": 3}))
     batches = [(inputs, torch.zeros(200))]
-    moments = observe(model, structures, batches, Observe(positions_per_sample=1000))
+    moments = observe_activations(model, structures, batches, Observe(positions_per_sample=1000))
     scores = score(model, structures, moments, Random(), seed=1)
     (curve,) = measure_curves(model, structures, scores, moments, batches, Search(num_levels=2)).curves
     assert (curve.name, curve.kept) == ("left", (3, 7, 8))
@@ -145,7 +145,7 @@ def as_channels(values: Tensor, output: Tensor, layer: nn.Module) -> Tensor:
 @pytest.mark.parametrize("name", ["pad_resnet", "encoder", "upsampled"])
 def test_dense_network_is_left_as_it_was_also_after_an_error(name: str) -> None:
     model, inputs, structures, scores = prepared(name)
-    moments = observe(model, structures, [(inputs, torch.zeros(40))], Observe())
+    moments = observe_activations(model, structures, [(inputs, torch.zeros(40))], Observe())
     model.train()
     next(model.children()).eval()
     model.forward = own = model.forward

@@ -9,7 +9,7 @@ from torch import nn
 
 from deploypipe.benchmark.accuracy import evaluate_module
 from deploypipe.networks.model_copies import copied
-from deploypipe.observe.calibration_pass import observe
+from deploypipe.observe.calibration_pass import observe_activations
 from deploypipe.pruning.repair.least_squares_repair import repair
 from deploypipe.pruning.surgery.apply_plan import apply_plan
 from deploypipe.pruning.surgery.plan import make_plan
@@ -50,7 +50,7 @@ def prune_depth(
 
     def analyse(model: nn.Module) -> tuple[Names, ...]:
         blocks = left(model)
-        moments = observe(model, blocks, calib, recipe.observe, **shared)
+        moments = observe_activations(model, blocks, calib, recipe.observe, **shared)
         return cluster_blocks(blocks, moments, settings.threshold)
 
     def remove_and_train(model: nn.Module, names: Names) -> nn.Module:
