@@ -30,7 +30,7 @@ from deploypipe.runs.store import RunFolder, open_run
 from deploypipe.scoring.blocks import rank_blocks
 from deploypipe.scoring.blocks.block_mi import choose_blocks
 from deploypipe.task import take, take_calib
-from deploypipe.user_pipeline import Pipeline, load_pipeline
+from deploypipe.user_pipeline import UserPipeline, load_pipeline
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 class Comparison:
-    def __init__(self, run: RunFolder, pipeline: Pipeline, counts: list[int]) -> None:
+    def __init__(self, run: RunFolder, pipeline: UserPipeline, counts: list[int]) -> None:
         self.run, self.counts = run, counts
         self.dense, self.task = pipeline.build_model().eval(), pipeline.task()
         self.splits, self.recipe = pipeline.load_data(), pipeline.recipe()

@@ -33,7 +33,7 @@ from deploypipe.recipe import (
 from deploypipe.records import PruningPlan, ScoreTable
 from deploypipe.search.allocation.solver import uniform
 from deploypipe.task import Batch, Splits, Task, channels_last, stack_batches, take, take_calib
-from deploypipe.user_pipeline import Pipeline
+from deploypipe.user_pipeline import UserPipeline
 
 ENTRANTS: dict[str, Scorer] = {
     "magnitude L2": Magnitude(),
@@ -61,7 +61,7 @@ class Subject:
     keep: glob patterns of modules that stay whole; by default the recipe's.
     """
 
-    def __init__(self, pipeline: Pipeline, keep: Sequence[str] | None = None) -> None:
+    def __init__(self, pipeline: UserPipeline, keep: Sequence[str] | None = None) -> None:
         self.dense, self.task = with_slim_attention(pipeline.build_model()).eval(), pipeline.task()
         self.splits, self.recipe = pipeline.load_data(), pipeline.recipe()
         self.calib = take_calib(self.splits.calib, 10_000)

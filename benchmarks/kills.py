@@ -39,7 +39,7 @@ from deploypipe.records import Event
 from deploypipe.runs.result import load_result
 from deploypipe.target import Budget, Target
 from deploypipe.text.sealed_json import unseal
-from deploypipe.user_pipeline import Pipeline, load_pipeline
+from deploypipe.user_pipeline import UserPipeline, load_pipeline
 
 TARGET = Target(
     runtime="onnxruntime",
@@ -61,7 +61,7 @@ def settings(recipe: Recipe) -> Recipe:
     )
 
 
-def work(pipeline: Pipeline, model: torch.nn.Module, folder: Path, events: Connection) -> None:
+def work(pipeline: UserPipeline, model: torch.nn.Module, folder: Path, events: Connection) -> None:
     """One process's life: the run, with what it is at sent to the one that kills it."""
     stage = ""
 
@@ -90,7 +90,7 @@ def work(pipeline: Pipeline, model: torch.nn.Module, folder: Path, events: Conne
     )
 
 
-def built(pipeline: Pipeline) -> torch.nn.Module:
+def built(pipeline: UserPipeline) -> torch.nn.Module:
     """The dense network, made in a process of its own: after a backward pass here no fork could do another."""
     receiving, sending = multiprocessing.Pipe(duplex=False)
     if os.fork() == 0:
@@ -100,7 +100,7 @@ def built(pipeline: Pipeline) -> torch.nn.Module:
     return model
 
 
-def life(pipeline: Pipeline, model: torch.nn.Module, folder: Path, rng: random.Random, aim: str) -> str:
+def life(pipeline: UserPipeline, model: torch.nn.Module, folder: Path, rng: random.Random, aim: str) -> str:
     """What a process was at when it was killed; `_ENDED` where it came to its end.
 
     aim: "start" kills in the first seconds of one of the next few stages that are not finished, "measuring in" in the

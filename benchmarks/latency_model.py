@@ -34,7 +34,7 @@ from deploypipe.search.cost_models.time_networks import time_networks
 from deploypipe.search.evaluation.candidate_files import CandidateFiles
 from deploypipe.target import Target
 from deploypipe.task import take, take_calib
-from deploypipe.user_pipeline import Pipeline, load_pipeline
+from deploypipe.user_pipeline import UserPipeline, load_pipeline
 
 HEADER = (
     "| network | groups | mean error, % | largest, % | Spearman | in the 95 % interval | left out of the fit, % | "
@@ -61,7 +61,7 @@ def main() -> None:
             print(row(name, load_pipeline(name), Path(folder), options), flush=True)
 
 
-def row(name: str, pipeline: Pipeline, folder: Path, options: argparse.Namespace) -> str:
+def row(name: str, pipeline: UserPipeline, folder: Path, options: argparse.Namespace) -> str:
     dense, calib = with_slim_attention(pipeline.build_model()).eval(), take_calib(pipeline.load_data().calib, 64)
     recipe, inputs = pipeline.recipe(), take(calib[0][0], 2)
     structures = list_structures(dense, inputs, recipe.keep)

@@ -38,7 +38,7 @@ from deploypipe.runtimes.int8_arithmetic import Int8Kernels, saturates_here
 from deploypipe.runtimes.onnxruntime import OnnxRuntime
 from deploypipe.target import Target
 from deploypipe.task import Batch, take_calib
-from deploypipe.user_pipeline import Pipeline, load_pipeline
+from deploypipe.user_pipeline import UserPipeline, load_pipeline
 
 BATCH_SIZES = (1, 16)
 KERNELS = {
@@ -79,7 +79,7 @@ def main() -> None:
             show_engines(entrants, Path(folder))
 
 
-def convert(pipeline: Pipeline, folder: Path, num_threads: int) -> list[Entrant]:
+def convert(pipeline: UserPipeline, folder: Path, num_threads: int) -> list[Entrant]:
     model, splits, settings = (
         with_slim_attention(pipeline.build_model()),
         pipeline.load_data(),
@@ -129,7 +129,7 @@ def show_choices(entrants: list[Entrant]) -> None:
 
 
 def show_figures(
-    entrants: list[Entrant], pipeline: Pipeline, num_test: int, num_samples: int, num_threads: int
+    entrants: list[Entrant], pipeline: UserPipeline, num_test: int, num_samples: int, num_threads: int
 ) -> None:
     test, task = pipeline.load_data().test, pipeline.task()
     batches = take_calib(test, num_test)

@@ -338,7 +338,7 @@ class Contest:
             self.task,
             settings,
             checkpoint=work,
-            answers=self.run.path / "answers",
+            teacher_outputs=self.run.path / "teacher-outputs",
             seed=seed,
         )
         for file in work.glob("epoch-*"):  # of use to an interrupted fine-tune only

@@ -35,7 +35,7 @@ from deploypipe.runtimes import Array
 from deploypipe.runtimes.onnxruntime import OnnxRuntime
 from deploypipe.target import Target
 from deploypipe.task import take, take_calib
-from deploypipe.user_pipeline import Pipeline, load_pipeline
+from deploypipe.user_pipeline import UserPipeline, load_pipeline
 
 NUM_PARITY = 2  # samples that an export is checked on, as in a search
 
@@ -53,7 +53,7 @@ def main() -> None:
             show(name, load_pipeline(name), Path(folder), options)
 
 
-def show(name: str, pipeline: Pipeline, folder: Path, options: argparse.Namespace) -> None:
+def show(name: str, pipeline: UserPipeline, folder: Path, options: argparse.Namespace) -> None:
     dense, splits, settings = (
         with_slim_attention(pipeline.build_model()).eval(),
         pipeline.load_data(),

@@ -28,7 +28,7 @@ from torch import nn
 from deploypipe.cli import load_target
 from deploypipe.pipeline import compress
 from deploypipe.scheduling.exclusive_measurement import alone
-from deploypipe.user_pipeline import Pipeline, load_pipeline
+from deploypipe.user_pipeline import UserPipeline, load_pipeline
 
 _THREADS = torch.get_num_threads()
 
@@ -60,7 +60,7 @@ def clock() -> Clock:
 
 
 @cache
-def loaded(pipeline: str) -> tuple[Pipeline, nn.Module]:
+def loaded(pipeline: str) -> tuple[UserPipeline, nn.Module]:
     job = load_pipeline(pipeline)
     return job, job.build_model()
 

@@ -1,4 +1,4 @@
-"""How far a network's answers are from those of the dense one: what fine-tuning and loss curves go by."""
+"""How far a network's outputs are from the dense network's: the loss of fine-tuning and of loss curves."""
 
 from dataclasses import replace
 from typing import Any
@@ -10,69 +10,80 @@ from torch.nn import functional as F
 from deploypipe.errors import DataError, ModelError
 from deploypipe.networks.batch_trees import leaves, map_leaves, tensors
 from deploypipe.runtimes.named_arrays import name_outputs
-from deploypipe.task import Divergence, Task, map_samples
+from deploypipe.task import DistillationLoss, Task, map_samples
 
-_ALIKE = 1e-8  # of an output's mean square: a variance below it is that of rounding
+_MIN_RELATIVE_VARIANCE = 1e-8  # of an output's mean square: rounding alone reaches this variance
 
 
-def of_classes(dim: int = -1) -> Divergence:
-    """T^2 KL(expected || seen) of the classes along `dim` at temperature T (arXiv:1503.02531): a mean over samples and
-    positions, in nats. For outputs that are one tensor of logits, alone or in a tuple or a dict."""
+def kl_divergence_loss(dim: int = -1) -> DistillationLoss:
+    """T^2 KL(expected || seen) of the classes along `dim` at temperature T (arXiv:1503.02531).
 
-    def divergence(seen: Any, expected: Any, temperature: float) -> Tensor:
+    A mean over samples and positions, in nats. The outputs must be one tensor of logits, alone or in a tuple or dict.
+    """
+
+    def loss(seen: Any, expected: Any, temperature: float) -> Tensor:
         def log_probabilities(outputs: Any) -> Tensor:
             (logits,) = _real_ones(outputs).values()
             return (logits / temperature).movedim(dim, -1).flatten(0, -2).log_softmax(-1)
 
-        told = log_probabilities(expected)
-        return temperature**2 * F.kl_div(log_probabilities(seen), told, log_target=True, reduction="batchmean")
+        target = log_probabilities(expected)
+        return temperature**2 * F.kl_div(log_probabilities(seen), target, log_target=True, reduction="batchmean")
 
-    return divergence
+    return loss
 
 
-def of_values(outputs: Any) -> Divergence:
-    """Mean squared difference, relative to the variance over the samples of `outputs`, the dense network's for one
-    batch; the mean of that over the tensors of real numbers, however they are packed. Knows no temperature. ModelError
-    where none is."""
+def relative_squared_loss(outputs: Any) -> DistillationLoss:
+    """Mean squared difference, relative to the variance of the dense network's outputs over the samples of one batch.
+
+    outputs: the dense network's for that batch, packed in any way. The result is the mean over all tensors of real
+    numbers. The temperature is ignored. ModelError if no output is a tensor of real numbers.
+    """
     spreads = {name: _variance(tensor) for name, tensor in _real_ones(outputs).items()}
     if not spreads:
-        raise ModelError("the network returns no real numbers; return the scores that its answers are chosen by")
+        raise ModelError(
+            "the network's outputs hold no real numbers; return the scores, not the choices made from them"
+        )
 
-    def divergence(seen: Any, expected: Any, _: float) -> Tensor:
-        own, told = _real_ones(seen), _real_ones(expected)
-        return torch.stack([F.mse_loss(own[name], told[name]) / spread for name, spread in spreads.items()]).mean()
+    def loss(seen: Any, expected: Any, _: float) -> Tensor:
+        own, wanted = _real_ones(seen), _real_ones(expected)
+        return torch.stack([F.mse_loss(own[name], wanted[name]) / spread for name, spread in spreads.items()]).mean()
 
-    return divergence
+    return loss
 
 
-def with_divergence(task: Task, outputs: Any, target: Any) -> Task:
-    """The task with a `divergence`: its own, or what suits the dense network's outputs for one batch.
+def with_distillation_loss(task: Task, outputs: Any, target: Any) -> Task:
+    """The task with a `distillation_loss`: its own, or the one that fits the dense network's outputs for one batch.
 
-    DataError where its own gives something else than a finite number, ModelError where no outputs are real numbers.
+    DataError if its own does not return a finite number, ModelError if no outputs are real numbers.
     """
-    if task.divergence is None:
+    if task.distillation_loss is None:
         dim = _dim_of_classes(outputs, target)
-        return replace(task, divergence=of_values(outputs) if dim is None else of_classes(dim))
-    found = task.divergence(outputs, outputs, 1.0)
+        return replace(
+            task, distillation_loss=relative_squared_loss(outputs) if dim is None else kl_divergence_loss(dim)
+        )
+    found = task.distillation_loss(outputs, outputs, 1.0)
     if not isinstance(found, Tensor) or found.dim() or not torch.isfinite(found):
         raise DataError(
-            f"task().divergence gives {_told(found)} for the dense network's outputs and themselves; return one finite "
-            "number, a mean over the samples, as a tensor without dimensions"
+            f"task().distillation_loss of the dense network's outputs and themselves is {_described(found)}; return "
+            "one finite number, the mean over the samples, as a tensor without dimensions"
         )
     size = len(next(iter(tensors(outputs))))
     others = map_samples(lambda tensor: tensor.flip(0), outputs, size)
-    apart = float(task.divergence(others, outputs, 1.0))
+    apart = float(task.distillation_loss(others, outputs, 1.0))
     if apart < float(found) - 1e-4 * abs(float(found)):
         raise DataError(
-            f"task().divergence is {apart:.4g} for the outputs of other samples and {float(found):.4g} for the same; "
-            "lower has to mean closer"
+            f"task().distillation_loss is {float(found):.4g} for equal outputs and {apart:.4g} for outputs of other "
+            "samples; make it smaller for closer outputs"
         )
     return task
 
 
 def with_outputs_class(task: Task, outputs: Any) -> Task:
-    """The task whose metric gets what an exported file gives packed as the network packs it: NamedTuples, dataclasses
-    and other classes are kept, and what was None is None. outputs: the network's for any batch."""
+    """The task with a metric that also accepts the flat outputs of an exported file.
+
+    They are packed again as the network packs them: in NamedTuples, dataclasses or other classes, with None where it
+    returns None. outputs: the network's for any batch.
+    """
     if isinstance(outputs, Tensor):
         return task
     slots = map_leaves(lambda leaf: _SLOT if isinstance(leaf, Tensor) else leaf, outputs)
@@ -91,15 +102,14 @@ def with_outputs_class(task: Task, outputs: Any) -> Task:
 _SLOT = object()  # where a tensor is
 
 
-def _told(found: Any) -> str:
+def _described(found: Any) -> str:
     if not isinstance(found, Tensor):
         return f"a {type(found).__name__}"
     return f"a tensor of shape {tuple(found.shape)}" if found.dim() else str(float(found))
 
 
 def _dim_of_classes(outputs: Any, target: Any) -> int | None:
-    """Which dimension the outputs have beyond those of targets that number classes: torch's place for them, or the
-    last."""
+    """The outputs' dimension of classes: torch's (1), or the last. None if the targets are not class numbers."""
     named = list(_real_ones(outputs).values())
     if len(named) != 1 or not isinstance(target, Tensor) or target.is_floating_point():
         return None
@@ -120,6 +130,8 @@ def _promoted(tensor: Tensor) -> Tensor:
 
 
 def _variance(tensor: Tensor) -> float:
-    """The mean over a batch, or what rounding alone may make of outputs that are alike for all samples; never zero."""
+    """The variance over the samples, averaged over the outputs. Never zero: outputs equal for all samples count as
+    having the variance of rounding."""
     wide = tensor.double()
-    return max(float(wide.var(dim=0, correction=0).mean()), _ALIKE * float(wide.square().mean())) or 1.0
+    least = _MIN_RELATIVE_VARIANCE * float(wide.square().mean())
+    return max(float(wide.var(dim=0, correction=0).mean()), least) or 1.0

@@ -65,13 +65,13 @@ from deploypipe.target import Limit, Target
 from deploypipe.task import Splits, Task, take, take_calib
 from deploypipe.text.safe_names import name_problem
 from deploypipe.training.ranks import ALONE, Ranks
-from deploypipe.user_code_errors import blaming, guard_splits, guard_task
+from deploypipe.user_code_errors import wrap_forward_errors, wrap_splits, wrap_task
 from deploypipe.verification.golden_file import GOLDEN, TENSORS
 
 ENGINE, REPORT = "model.engine", "report.html"
 
 
-@blaming()
+@wrap_forward_errors()
 def compress(
     model: nn.Module,
     splits: Splits,
@@ -111,7 +111,7 @@ def compress(
     model = unwrapped(model)
     if problem := name_problem(name):
         raise ConfigError("compress", "name", *problem.split("; "))
-    splits, task, notes = guard_splits(splits), guard_task(task), list[str]()
+    splits, task, notes = wrap_splits(splits), wrap_task(task), list[str]()
     check_inputs(model, splits, task, recipe, target, notes)
     for note in notes:
         notify(Event(stage="check", message=f"NOTE: {note}"))
@@ -134,7 +134,7 @@ def compress(
         return result
 
 
-@blaming()
+@wrap_forward_errors()
 def summarise_scores(
     model: nn.Module, splits: Splits, task: Task, recipe: Recipe, *, notify: Progress = silent
 ) -> ScoreSummary:
@@ -143,7 +143,7 @@ def summarise_scores(
     Raises DeploypipeError for what a user can get wrong.
     """
     model = unwrapped(model)
-    splits, task = guard_splits(splits), guard_task(task)
+    splits, task = wrap_splits(splits), wrap_task(task)
     calib = take_calib(splits.calib, recipe.observe.num_samples)
     model = with_slim_attention(model).cpu().eval()
     others = ends_of(extremes_of(inputs for inputs, _ in calib))
@@ -171,7 +171,7 @@ def summarise_scores(
     return summarise(structures, table, moments, nulls)
 
 
-@blaming()
+@wrap_forward_errors()
 def help_search(
     model: nn.Module,
     splits: Splits,
@@ -189,7 +189,7 @@ def help_search(
     that this process has otherwise: a version of a package, the network, the data, the code, the device.
     """
     model = unwrapped(model)
-    splits, task = guard_splits(splits), guard_task(task)
+    splits, task = wrap_splits(splits), wrap_task(task)
     check_inputs(model, splits, task, recipe, target)
     with (
         TemporaryDirectory(prefix="deploypipe-worker-") as folder,

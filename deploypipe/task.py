@@ -1,4 +1,4 @@
-"""What the user's network is for: its data, its loss and its measure of quality."""
+"""The user's task: data splits, loss, metric and optional functions, and helpers for batches of any structure."""
 
 import copy
 import inspect
@@ -15,20 +15,20 @@ from deploypipe.errors import DataError
 from deploypipe.files.exhausted_resources import raise_if_exhausted
 from deploypipe.networks.batch_trees import Leaf, leaves, map_leaves, same_value, structure, tensors
 
-# (inputs, target); inputs: a tensor, or a tuple, list or mapping of tensors and values, as deep as one likes. A mapping
-# goes to forward() by name, a tuple or list by position.
+# (inputs, target). inputs: a tensor, or a nested tuple, list or mapping of tensors and values. forward() gets a mapping
+# by name, a tuple or list by position.
 Batch: TypeAlias = tuple[Any, Any]
 Slices: TypeAlias = Callable[[Any, Any], dict[str, Tensor]]
-Divergence: TypeAlias = Callable[[Any, Any, float], Tensor]  # (outputs, expected, temperature) -> scalar
+DistillationLoss: TypeAlias = Callable[[Any, Any, float], Tensor]  # (outputs, expected, temperature) -> scalar
 RealTokens: TypeAlias = Callable[[Any], Tensor]  # inputs -> (n, tokens) bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Splits:
-    """Four re-iterable sources of (inputs, target) batches.
+    """Four sources of (inputs, target) batches; each can be iterated many times.
 
     calib: statistics, repair and loss curves (labels unused). train: fine-tuning. val: every choice. test: the final
-    figures, never a choice. Batches of calib, val and test must come in the same order every time.
+    figures, never a choice. calib, val and test must give the same batches in the same order every time.
     """
 
     calib: Iterable[Batch]
@@ -41,12 +41,17 @@ class Splits:
 class Task:
     """loss(outputs, target) -> scalar; metric(outputs, target) -> one value per sample, higher is better.
 
-    The mean of `metric` over a split is the accuracy that is reported, as a fraction. real_tokens(inputs) -> bool (n,
-    tokens), True for what is no padding: statistics and repair leave the rest out. A dict's "attention_mask" is used
-    without being asked for. slices(inputs, target) -> named parts of the batch, bool (n,) each, that a budget may hold
-    to a limit of their own (`slice_drop_pp`). divergence(outputs, the dense network's, temperature) -> scalar: how far
-    the answers are apart, in the unit of `loss`; fine-tuning and loss curves go by it. Found from a batch where it is
-    not given: that of classes for integer targets, that of values for all others (`deploypipe.distillation_loss`).
+    The reported accuracy is the mean of `metric` over a split, as a fraction.
+
+    real_tokens(inputs) -> bool (n, tokens): False marks padding, which statistics and repair leave out. A dict's
+    "attention_mask" is used by default.
+
+    slices(inputs, target) -> named parts of the batch, bool (n,) each. A budget can limit the drop of each slice
+    (`slice_drop_pp`).
+
+    distillation_loss(outputs, the dense network's outputs, temperature) -> scalar: how far the outputs are apart, in
+    the unit of `loss`. Fine-tuning and loss curves use it. The default is chosen from a batch: KL divergence for
+    integer targets, relative squared error for all others (`deploypipe.distillation_loss`).
     """
 
     loss: Callable[[Any, Any], Tensor]
@@ -55,16 +60,16 @@ class Task:
     real_tokens: RealTokens | None = None
     class_names: tuple[str, ...] = ()  # in the order of a classifier's outputs; they go into the exported file
     slices: Slices | None = None
-    divergence: Divergence | None = None
+    distillation_loss: DistillationLoss | None = None
 
 
 def require_logits(outputs: Any) -> None:
-    """DataError where these are no outputs for `classification()`."""
+    """Raise DataError if `classification()` cannot read these outputs."""
     if not isinstance(outputs, Tensor) or outputs.dim() < 2 or outputs.shape[1] < 2:
         found = f"shape {['n', *outputs.shape[1:]]}" if isinstance(outputs, Tensor) else type(outputs).__name__
         raise DataError(
-            f"classification() reads logits, one tensor of shape [n, classes], and the network returns {found}; "
-            "give task() a loss and a metric for these outputs: Task(loss=..., metric=...)"
+            f"classification() needs logits, one tensor of shape [n, classes], but the network returns {found}; "
+            "return Task(loss=..., metric=...) from task(), with a loss and a metric for these outputs"
         )
 
 
@@ -80,12 +85,12 @@ def classification() -> Task:
 
 
 def _cross_entropy(outputs: Any, target: Tensor) -> Tensor:
-    """As torch's, for labels of any integer type."""
+    """Torch's cross-entropy, for labels of any integer type."""
     return F.cross_entropy(outputs, target if target.is_floating_point() else target.long())
 
 
 def is_classification(task: Task) -> bool:
-    """Whether the task is that of `classification()`, also where it was wrapped."""
+    """Whether the task came from `classification()`, also if its functions were wrapped since."""
     return inspect.unwrap(task.metric) is _is_correct
 
 
@@ -94,14 +99,14 @@ def _by_class(inputs: Any, target: Tensor) -> dict[str, Tensor]:
 
 
 def find_slices(batches: Iterable[Batch], slices: Slices | None) -> dict[str, tuple[int, ...]]:
-    """The numbers of a split's samples that are in each slice."""
+    """The indices of a split's samples in each slice."""
     found: dict[str, list[int]] = {}
     start = 0
     for inputs, target in batches if slices else ():
         for name, mask in slices(inputs, target).items() if slices else ():
             if mask.shape != (num_samples(inputs),):
                 raise DataError(
-                    f"task().slices gives a tensor of shape {tuple(mask.shape)} for slice {name!r} and "
+                    f"task().slices returned a tensor of shape {tuple(mask.shape)} for slice {name!r} of "
                     f"{num_samples(inputs)} samples; return one bool for each sample"
                 )
             found.setdefault(name, []).extend((start + mask.nonzero().flatten()).tolist())
@@ -110,78 +115,78 @@ def find_slices(batches: Iterable[Batch], slices: Slices | None) -> dict[str, tu
 
 
 def forward(model: nn.Module, inputs: Any) -> Any:
-    """Call `model` with one batch of inputs, however they are packed."""
+    """Call `model` on one batch of inputs, packed in any way."""
     args, kwargs = as_arguments(inputs)
     return model(*args, **kwargs)
 
 
 def as_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What forward() is called with: a mapping goes by name, a tuple or list by position, anything else alone."""
+    """The arguments for forward(): a mapping by name, a tuple or list by position, anything else as the only one."""
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
 
 
 def num_samples(inputs: Any) -> int:
-    """The batch size: the first axis of the tensor that has most dimensions (the first of those that have as many).
+    """The batch size: the first axis of the tensor with the most dimensions (the first such tensor, if several).
 
-    Which members of a batch have a batch axis follows from it: the tensors whose first axis has that size. All others
-    (tensors of another size or without dimensions, numbers, flags, text, None) belong to the batch as a whole; no
-    sample has a part of its own of them. DataError where no tensor has a dimension.
+    It decides which members of a batch have a batch axis: the tensors whose first axis has that size. All others
+    (tensors of another size or without dimensions, numbers, flags, text, None) belong to the whole batch, not to single
+    samples. DataError if no tensor has a dimension.
     """
     size = batch_size_of([tuple(tensor.shape) for tensor in tensors(inputs)])
     if size is None:
         raise DataError(
-            f"a batch has no tensor with a batch axis: it is {_described(inputs)}; give the samples as tensors whose "
+            f"a batch has no tensor with a batch axis, it holds {_described(inputs)}; give samples as tensors whose "
             "first axis is the batch"
         )
     return size
 
 
 def batch_size_of(shapes: Iterable[tuple[int, ...]]) -> int | None:
-    """The rule of `num_samples`, for the shapes of a batch's members in their order."""
+    """The batch size by the rule of `num_samples`, from the shapes of a batch's members in their order."""
     widest = max(shapes, key=len, default=())
     return widest[0] if widest else None
 
 
 def _described(inputs: Any) -> str:
-    return ", ".join(f"{leaf.place} = {type(leaf.value).__name__}" for leaf in leaves(inputs)) or "empty"
+    return ", ".join(f"{leaf.place} = {type(leaf.value).__name__}" for leaf in leaves(inputs)) or "nothing"
 
 
 def has_batch_axis(value: Any, size: int) -> bool:
-    """Whether a member of a batch of `size` samples has a row for each of them; see `num_samples`."""
+    """Whether a member of a batch of `size` samples has one row for each sample; see `num_samples`."""
     return isinstance(value, Tensor) and value.dim() > 0 and len(value) == size
 
 
 def map_samples(function: Callable[[Tensor], Tensor], values: Any, size: int | None = None) -> Any:
-    """The same inputs (or targets) with `function` applied to each tensor that has a batch axis.
+    """Apply `function` to each tensor with a batch axis in inputs (or targets); all else is kept.
 
-    size: the batch size, which targets alone may not show; by default that of `values`.
+    size: the batch size, because targets alone may not show it; by default that of `values`.
     """
     size = num_samples(values) if size is None else size
     return map_leaves(lambda leaf: function(leaf) if has_batch_axis(leaf, size) else leaf, values)
 
 
 def take(inputs: Any, end: int, start: int = 0) -> Any:
-    """The samples from `start` to before `end` of a batch's inputs."""
+    """Samples `start` to `end` (excluded) of a batch's inputs."""
     return map_samples(lambda tensor: tensor[start:end], inputs)
 
 
 def take_batch(batch: Batch, end: int, start: int = 0) -> Batch:
-    """The samples from `start` to before `end` of a batch, inputs and target."""
+    """Samples `start` to `end` (excluded) of a batch, inputs and target."""
     inputs, target = batch
     size = num_samples(inputs)
     return take(inputs, end, start), map_samples(lambda tensor: tensor[start:end], target, size)
 
 
 def find_real_tokens(inputs: Any, real_tokens: RealTokens | None) -> Tensor | None:
-    """(n, tokens) bool, False for padding, as `Task.real_tokens` has it; None where every position counts."""
+    """(n, tokens) bool, False for padding, from `Task.real_tokens` or an "attention_mask"; None without either."""
     if real_tokens is not None:
         mask = real_tokens(inputs)
         if mask.dim() != 2 or len(mask) != num_samples(inputs):
             raise DataError(
-                f"task().real_tokens gives a tensor of shape {tuple(mask.shape)} for {num_samples(inputs)} samples; "
-                "return one of shape (samples, tokens), True for what is no padding"
+                f"task().real_tokens returned a tensor of shape {tuple(mask.shape)} for {num_samples(inputs)} samples; "
+                "return one of shape (samples, tokens), False for padding"
             )
         return mask.bool()
     given = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
@@ -189,14 +194,14 @@ def find_real_tokens(inputs: Any, real_tokens: RealTokens | None) -> Tensor | No
 
 
 def repeat_samples(model: nn.Module, inputs: Any, count: int) -> Any:
-    """The batch, repeated until it has `count` samples or more; in evaluation mode, `model` takes what comes out.
+    """Repeat the batch until it has at least `count` samples that `model` accepts in evaluation mode.
 
-    In a batch of one sample, a tensor with one row may belong to the sample or to the whole batch. What the network
-    cannot take when all of them are repeated tells which: one of them stays as it is, or all but the widest.
+    In a batch of one sample, a tensor with one row may belong to the sample or to the whole batch. If the network
+    rejects the batch with all of them repeated, each one in turn is left as it is, then all but the widest.
     """
     size = num_samples(inputs)
     if size == 0:
-        raise DataError("the first batch is empty; batches need one sample or more")
+        raise DataError("the first batch has no samples; give at least one sample in each batch")
     if size >= count:
         return inputs
     places = [leaf.place for leaf in leaves(inputs) if has_batch_axis(leaf.value, size)]
@@ -219,27 +224,27 @@ def _accepts(model: nn.Module, inputs: Any) -> bool:
     with evaluating(model), torch.no_grad():
         try:
             forward(model, copy.deepcopy(inputs))
-        except Exception as error:  # whatever the user's forward() raises on shapes that it is not written for
+        except Exception as error:  # the user's forward() may raise anything on shapes it is not written for
             raise_if_exhausted(error)
             return False
     return True
 
 
 def first_of(batches: Iterable[Batch], split: str) -> Batch:
-    """The first batch of a split; DataError where it has none."""
+    """The first batch of a split; DataError if it has none."""
     for batch in batches:
         return batch
     raise empty_split(split)
 
 
 def count_batches(batches: Iterable[Batch]) -> int:
-    """How many there are. Reads them all where their source does not know, as a loader of a stream."""
+    """The number of batches. Reads all of them if their source has no length, like a loader of a stream."""
     length = known_length(batches)
     return sum(1 for _ in batches) if length is None else length
 
 
 def known_length(batches: Iterable[Batch]) -> int | None:
-    """How many there are; None where their source cannot tell, as a DataLoader over an IterableDataset."""
+    """The number of batches; None if their source has no length, like a DataLoader over an IterableDataset."""
     try:
         return len(batches)  # type: ignore[arg-type]
     except (TypeError, NotImplementedError):
@@ -247,14 +252,14 @@ def known_length(batches: Iterable[Batch]) -> int | None:
 
 
 def empty_split(split: str) -> DataError:
-    """The error to raise for a split without batches."""
+    """The error for a split without batches."""
     return DataError(f"the {split} split is empty; return at least one batch as `{split}` from load_data()")
 
 
 def take_calib(batches: Iterable[Batch], count: int) -> list[Batch]:
-    """The first `count` samples of the calibration split, in its own batches; fewer where it is smaller.
+    """The first `count` samples of the calibration split, in its own batches; fewer if it is smaller.
 
-    DataError where it has none.
+    DataError if it is empty.
     """
     taken: list[Batch] = []
     for batch in batches:
@@ -268,7 +273,7 @@ def take_calib(batches: Iterable[Batch], count: int) -> list[Batch]:
 
 
 def stack_alike(inputs: Sequence[Any]) -> list[Any]:
-    """As few batches of the same inputs as there are shapes of samples: those that are alike are stacked."""
+    """Stack inputs whose samples have equal shapes: one batch for each shape."""
     groups: list[list[Any]] = []
     for each in inputs:
         group = next((group for group in groups if _can_be_one(group[0], each)), None)
@@ -291,15 +296,15 @@ def _can_be_one(one: Any, other: Any) -> bool:
 
 
 def stack_batches(inputs: Sequence[Any]) -> Any:
-    """Several batches of inputs as one.
+    """Stack several batches of inputs into one.
 
-    DataError that names the place where they cannot be: members that are not alike, or that belong to a whole batch and
-    differ from one batch to another.
+    DataError, with the place in the batch, if members have different shapes, or belong to the whole batch and differ
+    between batches.
     """
     rows = [list(leaves(each)) for each in inputs]
     sizes = [num_samples(each) for each in inputs]
     if len({structure(each) for each in inputs}) > 1:
-        raise DataError("batches differ in what they hold; give the same members in the same order in each")
+        raise DataError("batches hold different members; give the same members in the same order in each batch")
     stacked = iter([_stacked(column, sizes) for column in zip(*rows, strict=True)])
     return map_leaves(lambda _: next(stacked), inputs[0])
 
@@ -309,13 +314,16 @@ def _stacked(column: Sequence[Leaf], sizes: Sequence[int]) -> Any:
     if all(has_batch_axis(value, size) for value, size in zip(values, sizes, strict=True)):
         if len({value.shape[1:] for value in values}) > 1:
             shapes = ", ".join(sorted({str(tuple(value.shape[1:])) for value in values})[:3])
-            raise DataError(f"{column[0].place} has samples of several shapes ({shapes}), which cannot be one batch")
+            raise DataError(
+                f"{column[0].place} has samples of several shapes ({shapes}), which do not fit in one batch; pad them "
+                "to one shape"
+            )
         return torch.cat(values)
     if all(is_same(values[0], value) for value in values[1:]):
         return values[0]
     raise DataError(
-        f"{column[0].place} belongs to the whole batch and differs from one batch to another; give a value for each "
-        "sample (a tensor whose first axis is the batch), or the same value in every batch"
+        f"{column[0].place} belongs to the whole batch and differs between batches; give one value for each sample (a "
+        "tensor whose first axis is the batch), or the same value in every batch"
     )
 
 
@@ -327,7 +335,7 @@ def is_same(one: Any, other: Any) -> bool:
 
 
 def channels_last(inputs: Any) -> Any:
-    """A batch of images in the memory order that CPUs and tensor cores want; everything else as it is."""
+    """Images (4 dimensions) in the channels-last memory order, the fastest on CPUs and tensor cores; all else as is."""
     if isinstance(inputs, Tensor) and inputs.dim() == 4:
         return inputs.contiguous(memory_format=torch.channels_last)
     return inputs

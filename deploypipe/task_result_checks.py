@@ -24,7 +24,7 @@ def slices_problem(value: Any) -> str:
     return ""
 
 
-def divergence_problem(value: Any) -> str:
+def distillation_loss_problem(value: Any) -> str:
     if not isinstance(value, Tensor) or value.dim():
         return f"{kind_of(value)}; return one finite number, a mean over the samples, as a tensor without dimensions"
     return ""

@@ -22,7 +22,7 @@ from deploypipe.files.exhausted_resources import find_exhaustion, raise_if_exhau
 from deploypipe.networks.batch_trees import Leaf, leaves, same_value, structure
 from deploypipe.task import Batch, Splits, Task, has_batch_axis, num_samples
 from deploypipe.task_result_checks import (
-    divergence_problem,
+    distillation_loss_problem,
     kind_of,
     metric_problem,
     real_tokens_problem,
@@ -37,7 +37,9 @@ _WORKER_FRAME = re.compile(r'File "(?P<filename>[^"]+)", line (?P<lineno>\d+), i
 
 
 @contextmanager
-def user_code(what: str, remedy: str = "correct it", kind: type[DeploypipeError] = PipelineError) -> Iterator[None]:
+def wrap_user_errors(
+    what: str, remedy: str = "correct it", kind: type[DeploypipeError] = PipelineError
+) -> Iterator[None]:
     """Around a call of the user's code: whatever it raises becomes one error of `kind`."""
     try:
         yield
@@ -49,19 +51,19 @@ def user_code(what: str, remedy: str = "correct it", kind: type[DeploypipeError]
 
 
 @contextmanager
-def blaming() -> Iterator[None]:
+def wrap_forward_errors() -> Iterator[None]:
     """Around a whole stage: what the network's forward() raised names it, however deep it was called."""
     try:
         yield
     except DeploypipeError:
         raise
     except Exception as error:
-        if found := find_fault(error):
+        if found := find_user_error(error):
             raise found from error
         raise
 
 
-def find_fault(error: Exception) -> DeploypipeError | None:
+def find_user_error(error: Exception) -> DeploypipeError | None:
     """The error to report in place of one that the user's code raised; None where it is ours.
 
     Task and splits have their own errors already. What is left is forward(), and rarer code that a library calls for
@@ -83,11 +85,11 @@ def find_fault(error: Exception) -> DeploypipeError | None:
     return PipelineError(f"{_place(error)}{theirs[0].name}() raised {_said(error)}; correct it")
 
 
-def guard_task(task: Task) -> Task:
+def wrap_task(task: Task) -> Task:
     """The task with each of its functions wrapped by `user_code`; `loss` has to give one number."""
-    if getattr(task.loss, "is_guarded", False):
+    if getattr(task.loss, "is_wrapped", False):
         return task
-    for name in ("loss", "metric", "slices", "divergence", "real_tokens"):
+    for name in ("loss", "metric", "slices", "distillation_loss", "real_tokens"):
         function = getattr(task, name)
         if not callable(function) and (function is not None or name in ("loss", "metric")):
             raise PipelineError(f"task().{name} is {kind_of(function)}; give a function")
@@ -96,7 +98,8 @@ def guard_task(task: Task) -> Task:
         loss=_guard_loss(task.loss),
         metric=_guard(task.metric, "metric", metric_problem),
         slices=task.slices and _guard(task.slices, "slices", slices_problem),
-        divergence=task.divergence and _guard(task.divergence, "divergence", divergence_problem),
+        distillation_loss=task.distillation_loss
+        and _guard(task.distillation_loss, "distillation_loss", distillation_loss_problem),
         real_tokens=task.real_tokens and _guard(task.real_tokens, "real_tokens", real_tokens_problem),
     )
 
@@ -106,7 +109,7 @@ def _guard(function: Callable[..., Any], name: str, problem: Callable[[Any], str
 
     @wraps(function)
     def guarded(*args: Any) -> Any:
-        with user_code(f"task().{name}"):
+        with wrap_user_errors(f"task().{name}"):
             value = function(*args)
         if found := problem(value):
             raise DataError(f"task().{name} gives {found}")
@@ -118,7 +121,7 @@ def _guard(function: Callable[..., Any], name: str, problem: Callable[[Any], str
 def _guard_loss(loss: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], Tensor]:
     @wraps(loss)
     def guarded(outputs: Any, target: Any) -> Tensor:
-        with user_code("task().loss", _remedy(target)):
+        with wrap_user_errors("task().loss", _remedy(target)):
             value = loss(outputs, target)
         if not isinstance(value, Tensor) or value.dim():
             raise DataError(
@@ -126,7 +129,7 @@ def _guard_loss(loss: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], Tens
             )
         return value
 
-    guarded.is_guarded = True  # type: ignore[attr-defined]
+    guarded.is_wrapped = True  # type: ignore[attr-defined]
     return guarded
 
 
@@ -141,12 +144,12 @@ def _remedy(target: Any) -> str:
     return f"the targets are {target.dtype} of shape {tuple(target.shape)}: give what the loss takes"
 
 
-def guard_splits(splits: Splits) -> Splits:
+def wrap_splits(splits: Splits) -> Splits:
     """The splits with each of them wrapped; PipelineError that names all that cannot be read again and again."""
     guarded, problems = {}, []
     for name in SPLITS:
         try:
-            guarded[name] = guard_split(getattr(splits, name), name)
+            guarded[name] = wrap_split(getattr(splits, name), name)
         except PipelineError as error:
             problems.append(str(error))
     if problems:
@@ -154,8 +157,8 @@ def guard_splits(splits: Splits) -> Splits:
     return Splits(**guarded)
 
 
-def guard_split(split: Any, name: str) -> "GuardedSplit":
-    if isinstance(split, GuardedSplit):
+def wrap_split(split: Any, name: str) -> "CheckedSplit":
+    if isinstance(split, CheckedSplit):
         return split
     if isinstance(split, Iterator) or not isinstance(split, Iterable):
         given = type(split).__name__ if split is not None else "None"
@@ -167,10 +170,10 @@ def guard_split(split: Any, name: str) -> "GuardedSplit":
         raise PipelineError(
             f"load_data() gives a {given} as split '{name}'; {advice} (TensorBatches, DataLoader, list)"
         )
-    return GuardedSplit(split, name)
+    return CheckedSplit(split, name)
 
 
-class GuardedSplit:
+class CheckedSplit:
     """A split that checks what it gives: pairs, alike in all batches and, but for train, the same in every pass."""
 
     def __init__(self, split: Iterable[Batch], name: str) -> None:
@@ -192,16 +195,16 @@ class GuardedSplit:
         """Chooses the order of the next pass, where the split (or its sampler) has one for each epoch."""
         owner = next((o for o in (self.split, getattr(self.split, "sampler", None)) if hasattr(o, "set_epoch")), None)
         if owner is not None:
-            with user_code(f"set_epoch() of the {self.name} split"):
+            with wrap_user_errors(f"set_epoch() of the {self.name} split"):
                 owner.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[Batch]:
         what = f"reading the {self.name} split"
-        with user_code(what, "correct load_data()", DataError):
+        with wrap_user_errors(what, "correct load_data()", DataError):
             batches = iter(self.split)
         number = 0
         while True:
-            with user_code(f"{what}, batch {number},", "correct load_data()", DataError):
+            with wrap_user_errors(f"{what}, batch {number},", "correct load_data()", DataError):
                 try:
                     batch = next(batches)
                 except StopIteration:

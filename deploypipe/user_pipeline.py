@@ -23,7 +23,7 @@ from deploypipe.pipeline_sources import read_source
 from deploypipe.recipe import Recipe
 from deploypipe.task import Splits, Task
 from deploypipe.text.safe_names import name_problem
-from deploypipe.user_code_errors import guard_splits, guard_task
+from deploypipe.user_code_errors import wrap_splits, wrap_task
 
 # What each function returns, and how to make one: the remedy of an error.
 FUNCTIONS: dict[str, tuple[type[object], str]] = {
@@ -35,7 +35,7 @@ FUNCTIONS: dict[str, tuple[type[object], str]] = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Pipeline:
+class UserPipeline:
     """A loaded pipeline module."""
 
     name: str
@@ -50,13 +50,13 @@ class Pipeline:
     def load_data(self) -> Splits:
         splits: Splits = self._call("load_data")
         try:
-            return guard_splits(splits)
+            return wrap_splits(splits)
         except PipelineError as error:
             raise PipelineError(f"{self.path}: {error}") from None
 
     def task(self) -> Task:
         task: Task = self._call("task")
-        return guard_task(task)
+        return wrap_task(task)
 
     def recipe(self) -> Recipe:
         recipe: Recipe = self._call("recipe")
@@ -71,7 +71,7 @@ class Pipeline:
         return value
 
 
-def load_pipeline(name: str, constants: Mapping[str, str] | None = None) -> Pipeline:
+def load_pipeline(name: str, constants: Mapping[str, str] | None = None) -> UserPipeline:
     """Load the pipeline at a path (`my/model.py`), a dotted name (`pipelines.digits`) or a bare name (`digits`).
 
     `constants` are new values for the module's UPPER_CASE constants, as text, read by the type of the present value.
@@ -87,7 +87,7 @@ def load_pipeline(name: str, constants: Mapping[str, str] | None = None) -> Pipe
     for key, value in changed.items():
         setattr(module, key, value)
     settings = "".join(f"{key} = {value!r}\n" for key, value in sorted(changed.items()))
-    return Pipeline(name=path.stem, path=path, module=module, source=source + settings)
+    return UserPipeline(name=path.stem, path=path, module=module, source=source + settings)
 
 
 def find_pipeline(name: str) -> Path:

@@ -39,7 +39,7 @@ DROPOUT = 0.1
 BATCH_SIZE = 64
 
 NUM_CALIB = 2048  # also trained on, for nothing is chosen on them
-LEAST_CALIB_LENGTH = 20  # pieces: most of train are snippets, dev and test are whole sentences
+MIN_CALIB_LENGTH = 20  # pieces: most of train are snippets, dev and test are whole sentences
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]")
 PAD, UNKNOWN, START = range(3)
@@ -108,7 +108,7 @@ def build_model() -> nn.Module:
 def load_data() -> Splits:
     """Val is dev.tsv: nine of ten snippets at the end of train.tsv are also part of a longer one before them."""
     (ids, labels), val, test = (_encoded(SST2_DIR, name) for name in FILES)
-    calib = (_lengths(ids) >= LEAST_CALIB_LENGTH).nonzero()[-NUM_CALIB:, 0]
+    calib = (_lengths(ids) >= MIN_CALIB_LENGTH).nonzero()[-NUM_CALIB:, 0]
     return Splits(
         calib=TensorBatches(ids[calib], labels[calib], BATCH_SIZE),
         train=Phrases(ids, labels),

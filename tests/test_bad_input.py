@@ -54,9 +54,9 @@ class One(Network):
 def build_model(): return One().eval()
 """
 MEAN_METRIC = "def task(): return Task(loss=F.cross_entropy, metric=lambda y, t: (y.argmax(1) == t).float().mean())\n"
-WIDE_DIVERGENCE = """
+WIDE_DISTILLATION_LOSS = """
 def task():
-    return Task(loss=F.cross_entropy, metric=classification().metric, divergence=lambda a, b, _: (a - b).sum(1))
+    return Task(loss=F.cross_entropy, metric=classification().metric, distillation_loss=lambda a, b, _: (a - b).sum(1))
 """
 BROKEN_METRIC = "def task(): return Task(loss=F.cross_entropy, metric=lambda y, t: y.no_such())\n"
 
@@ -103,7 +103,7 @@ def told(done: Any) -> str:
         (TWO_OUTPUTS, ["logits, one tensor", "returns dict", "Task(loss=..., metric=...)"]),
         (ONE_NUMBER, ["logits, one tensor", "shape ['n']"]),
         (MEAN_METRIC, ["one value per sample"]),
-        (WIDE_DIVERGENCE, ["task().divergence gives a tensor of shape (2,)", "one finite number"]),
+        (WIDE_DISTILLATION_LOSS, ["task().distillation_loss gives a tensor of shape (2,)", "one finite number"]),
         (BROKEN_METRIC, ["pipe.py, line", "no_such"]),
     ],
 )

@@ -138,7 +138,13 @@ def test_curves_weigh_every_sample_alike(build: Any, load: Any, dim: int) -> Non
 
     def losses(part: list[Batch]) -> Tensor:
         measured = measure_curves(
-            model, structures, scores, moments, part, Search(), divergence=lambda a, b, t: (a - b).square().mean()
+            model,
+            structures,
+            scores,
+            moments,
+            part,
+            Search(),
+            distillation_loss=lambda a, b, t: (a - b).square().mean(),
         )
         return torch.tensor([loss for curve in measured.curves for loss in curve.losses])
 

@@ -195,7 +195,7 @@ def test_runs_for_several_targets_share_what_does_not_depend_on_them(
     assert {path.name[3:].rsplit("-", 1)[0] for path in (tmp_path / "shared").glob("*.json")} == {
         *("structures", "dense_export", "observe", "score", "curves", "finalist", "prune", "finetune")
     }
-    assert {path.parent.parent.name for path in tmp_path.rglob("answers-*/epoch-1.safetensors")} == {"shared"}
+    assert {path.parent.parent.name for path in tmp_path.rglob("teacher-outputs-*/epoch-1.safetensors")} == {"shared"}
 
     def repair_again(*_: object, **__: object) -> None:
         raise AssertionError("what a repaired network comes to on val is known from the other targets")

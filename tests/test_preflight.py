@@ -22,7 +22,7 @@ from deploypipe.runs.store import open_run
 from deploypipe.stages.context import Job
 from deploypipe.task import Splits, Task, classification, forward, stack_batches
 from deploypipe.tensor_batches import TensorBatches
-from deploypipe.user_code_errors import blaming, find_fault, guard_splits
+from deploypipe.user_code_errors import find_user_error, wrap_forward_errors, wrap_splits
 
 X, Y = tiny.images(64, seed=1)
 Change = Callable[[Splits], Any]
@@ -164,7 +164,7 @@ class Counting(tiny.Network):
 def test_a_network_that_changes_what_it_saves_while_it_is_evaluated_is_named() -> None:
     told = "Counting changes 'calls' in evaluation mode; change buffers only `if self.training`"
     assert all(told in each for each in look(splits(), model=Counting(is_saved=True)).complaints)
-    check_inputs(Counting(is_saved=False), guard_splits(splits()), classification(), tiny.recipe(), tiny.target())
+    check_inputs(Counting(is_saved=False), wrap_splits(splits()), classification(), tiny.recipe(), tiny.target())
 
 
 def test_a_sound_pipeline_is_exported_and_run_and_a_lone_last_sample_is_a_note() -> None:
@@ -174,7 +174,7 @@ def test_a_sound_pipeline_is_exported_and_run_and_a_lone_last_sample_is_a_note()
     assert "64 samples in 4 batches" in {row.what: row.detail for row in report.tried}["val: read twice"]
     vectors = nn.Sequential(nn.Flatten(), nn.Linear(36, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)).eval()
     notes: list[str] = []
-    check_inputs(vectors, guard_splits(data), classification(), tiny.recipe(), tiny.target(), notes)
+    check_inputs(vectors, wrap_splits(data), classification(), tiny.recipe(), tiny.target(), notes)
     (note,) = notes
     assert "the train split has a batch of one sample" in note
 
@@ -229,7 +229,7 @@ def test_an_order_that_changes_in_a_later_pass_ends_the_run() -> None:
             self.passes += 1
             yield from batches()[:: 1 if self.passes < 3 else -1]
 
-    val = guard_splits(splits(val=Turning(X, Y, 16))).val
+    val = wrap_splits(splits(val=Turning(X, Y, 16))).val
     assert len(list(val)) == len(list(val)) == 4
     with pytest.raises(DataError, match="the val split gives other samples in a second pass, from batch 0 on"):
         list(val)
@@ -242,18 +242,18 @@ class Fails(nn.Module):
 
 def test_what_forward_raises_names_the_users_line_and_ours_stays_ours(tmp_path: Path) -> None:
     said = r"test_checks\.py, line \d+ \(in forward\): the network's forward\(\) raised ValueError: no such branch"
-    with pytest.raises(ModelError, match=said), blaming():
+    with pytest.raises(ModelError, match=said), wrap_forward_errors():
         forward(Fails(), X)
-    with pytest.raises(TypeError), blaming():
+    with pytest.raises(TypeError), wrap_forward_errors():
         stack_batches(5)  # type: ignore[arg-type]
     loader = DataLoader(TensorDataset(X), 16, num_workers=1, collate_fn=bad_collate)
     with pytest.raises(
         DataError, match=r"test_checks\.py, line \d+ \(in bad_collate\): reading the val split, batch 0,"
     ):
-        list(guard_splits(splits(val=loader)).val)
-    assert find_fault(RuntimeError("of ours")) is None
+        list(wrap_splits(splits(val=loader)).val)
+    assert find_user_error(RuntimeError("of ours")) is None
     with pytest.raises(PipelineError):
-        guard_splits(splits(val=iter(())))
+        wrap_splits(splits(val=iter(())))
 
 
 def bad_collate(items: Any) -> Any:

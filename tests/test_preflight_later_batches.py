@@ -20,7 +20,7 @@ from deploypipe.pruning.surgery.saved_network import load_pruned, save_pruned
 from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.task import Splits, Task, classification
 from deploypipe.tensor_batches import TensorBatches
-from deploypipe.user_code_errors import guard_splits
+from deploypipe.user_code_errors import wrap_splits
 
 SPLITS = ("calib", "train", "val", "test")
 X, Y = tiny.images(64, seed=1)
@@ -126,8 +126,12 @@ FUNCTIONS: list[tuple[str, Callable[..., Any], str]] = [
     ("slices", lambda x, y: {0: y == 0, "one": y == 1}, "gives a slice the name 0, which is no text; write str(...)"),
     ("real_tokens", lambda x: [[True]], "task().real_tokens gives a list; return a tensor of shape (samples, tokens)"),
     ("real_tokens", lambda x: torch.zeros(len(x), 6), "task().real_tokens marks no position of two samples"),
-    ("divergence", lambda a, b, t: -F.mse_loss(a, b), "for the same; lower has to mean closer"),
-    ("divergence", lambda a, b, t: F.mse_loss(a, b).detach(), "task().divergence cannot be differentiated"),
+    ("distillation_loss", lambda a, b, t: -F.mse_loss(a, b), "samples; make it smaller for closer outputs"),
+    (
+        "distillation_loss",
+        lambda a, b, t: F.mse_loss(a, b).detach(),
+        "task().distillation_loss cannot be differentiated",
+    ),
 ]
 
 
@@ -164,11 +168,11 @@ def test_all_splits_that_are_used_up_are_named_and_lengths_that_are_not_true_not
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with pytest.raises(PipelineError, match=r"(?s)split 'calib'.*split 'train'.*split 'val'.*split 'test'"):
-        guard_splits(Splits(**{name: iter([(X, Y)]) for name in SPLITS}))
+        wrap_splits(Splits(**{name: iter([(X, Y)]) for name in SPLITS}))
     monkeypatch.setattr("deploypipe.preflight._SECONDS_OF_A_RUN", 0.02)
     data = {**dict.fromkeys(SPLITS, GOOD), "val": Endless(), "train": WrongLength([(X[:16], Y[:16])])}
     notes: list[str] = []
-    guarded = guard_splits(Splits(**data))
+    guarded = wrap_splits(Splits(**data))
     check_inputs(tiny.Network().eval(), guarded, classification(), tiny.recipe(), tiny.target(), notes)
     val, train = notes
     assert "the val split has no length, and did not end" in val

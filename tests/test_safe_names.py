@@ -20,7 +20,7 @@ from deploypipe.release.bundle import bundle_name
 from deploypipe.release.registries.registry import promote, resolve
 from deploypipe.target import Target
 from deploypipe.task import Splits, classification
-from deploypipe.text.safe_names import MOST_BYTES, name_problem
+from deploypipe.text.safe_names import MAX_NAME_BYTES, name_problem
 
 RUNNER = CliRunner()
 USUAL = ["x86_cpu", "jetson-orin", "résumé", "v1.2+cu13", "模型", "7b", "_own", "model.onnx.data"]
@@ -40,11 +40,11 @@ def test_odd_names_are_refused_by_what_is_odd(name: str) -> None:
     assert told.isprintable() and len(told) < 400
 
 
-@given(st.text(max_size=2 * MOST_BYTES))
+@given(st.text(max_size=2 * MAX_NAME_BYTES))
 def test_what_passes_is_one_file_in_its_folder(name: str) -> None:
     if not name_problem(name):
         assert Path("folder", name).resolve() == Path("folder").resolve() / name
-        assert name.isprintable() and len(name.encode()) <= MOST_BYTES
+        assert name.isprintable() and len(name.encode()) <= MAX_NAME_BYTES
         assert name == name.strip("-.").strip() or name[-1] == "-"
 
 

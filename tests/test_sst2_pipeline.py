@@ -29,7 +29,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def tiny_splits(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Splits:
     pytest.importorskip("tokenizers", reason="tokenizers is not installed")
-    monkeypatch.setattr(sst2, "LEAST_CALIB_LENGTH", 2)
+    monkeypatch.setattr(sst2, "MIN_CALIB_LENGTH", 2)
     monkeypatch.setattr(sst2, "NUM_CALIB", 8)
     return sst2.load_data()
 

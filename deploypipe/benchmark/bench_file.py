@@ -24,7 +24,7 @@ from deploypipe.benchmark.latency import Timings, conditions_of, percentile, tim
 from deploypipe.benchmark.memory import measure_peak_memory
 from deploypipe.benchmark.operator_times import profile_layers
 from deploypipe.benchmark.sweeps import (
-    MOST_BATCH,
+    MAX_BATCH,
     batch_sizes,
     count_cores,
     sweep_batches,
@@ -42,8 +42,8 @@ from deploypipe.untrusted_files.limited_process import ProcessLimits
 from deploypipe.untrusted_files.onnx_file_check import check_onnx_file
 
 PARTS = ("latency", "memory", "cold start", "layers", "batches", "threads", "energy")
-LEAST_SAMPLES = 80  # four openings of a file
-MOST_SAMPLES = 10_000_000
+MIN_SAMPLES = 80  # four openings of a file
+MAX_BENCH_SAMPLES = 10_000_000
 _NUM_COLD_STARTS = 5
 _LIMITS = ProcessLimits()
 _ONNX = "onnxruntime"
@@ -168,10 +168,10 @@ def _check_request(parts: Sequence[str], num_samples: int | None) -> None:
     unknown = [part for part in parts if part not in PARTS]
     if unknown or not parts:
         raise ConfigError("--parts", ", ".join(unknown), "no such part", f"choose from: {', '.join(PARTS)}")
-    if num_samples is not None and num_samples < LEAST_SAMPLES:
-        raise ConfigError("--samples", str(num_samples), "too few for an interval", f"ask for {LEAST_SAMPLES} or more")
-    if num_samples is not None and num_samples > MOST_SAMPLES:
-        raise ConfigError("--samples", shown(num_samples), "too many", f"ask for {MOST_SAMPLES:,} or fewer")
+    if num_samples is not None and num_samples < MIN_SAMPLES:
+        raise ConfigError("--samples", str(num_samples), "too few for an interval", f"ask for {MIN_SAMPLES} or more")
+    if num_samples is not None and num_samples > MAX_BENCH_SAMPLES:
+        raise ConfigError("--samples", shown(num_samples), "too many", f"ask for {MAX_BENCH_SAMPLES:,} or fewer")
 
 
 def _find_inputs(
@@ -280,7 +280,7 @@ def _sweep_batches(job: _Job, batch_size: int, found: list[Found]) -> None:
 
 def _sweep_sizes(target: Target) -> list[int]:
     least, _, most = target.batches
-    return batch_sizes(least, min(most, MOST_BATCH)) if target.runtime != _ONNX else batch_sizes()
+    return batch_sizes(least, min(most, MAX_BATCH)) if target.runtime != _ONNX else batch_sizes()
 
 
 def _sweep_threads(job: _Job, batch_size: int, found: list[Found]) -> None:

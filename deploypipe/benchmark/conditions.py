@@ -27,7 +27,7 @@ _MIN_CLOCK = 0.9  # of what it was before
 _MAX_STOLEN = 0.01  # share of the processors' time
 _MAX_OF_FREE = 0.5  # share of the processors that the measurement leaves free, which others may use
 _ALLOWANCE = 0.1  # processors, for the system itself
-LEAST_SECONDS = 0.5  # counters tick a hundred times a second
+MIN_SECONDS = 0.5  # counters tick a hundred times a second
 
 
 def read_state(root: Path = Path("/")) -> MachineState:
@@ -63,7 +63,7 @@ def judge_conditions(
     """
     elapsed = after.at_s - before.at_s
     capacity = elapsed * num_cpus
-    is_long = elapsed >= LEAST_SECONDS
+    is_long = elapsed >= MIN_SECONDS
     busy, stolen = _grown(before.busy_s, after.busy_s), _grown(before.stolen_s, after.stolen_s)
     others = max(0.0, (busy - (after.own_s - before.own_s)) / elapsed) if is_long and busy is not None else None
     share = stolen / capacity if is_long and stolen is not None else None

@@ -16,7 +16,7 @@ from deploypipe.untrusted_files.onnx_file_check import check_onnx_file
 
 _SOME_VALUES = 2  # integers whose use is not known are 0 or 1: an index, a flag or a length that most graphs can take
 _MAX_VALUES = 2**28  # of all random inputs
-_MOST_BYTES = 2**33  # of a file with a batch
+_MAX_BYTES = 2**33  # of a file with a batch
 _IMAGE_VALUES = 256
 
 
@@ -109,8 +109,8 @@ def load_inputs(path: Path) -> dict[str, Array]:
             raise ValueError("one array without a name")
         with archive:
             unpacked = sum(entry.file_size for entry in archive.zip.infolist())
-            if unpacked > _MOST_BYTES:
-                raise ValueError(f"{unpacked:,} bytes unpacked, and {_MOST_BYTES:,} are the most")
+            if unpacked > _MAX_BYTES:
+                raise ValueError(f"{unpacked:,} bytes unpacked, and {_MAX_BYTES:,} are the most")
             arrays = {name: archive[name] for name in archive.files}
         if odd := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
             raise ValueError(f"{odd[0]!r} in it is not an array")

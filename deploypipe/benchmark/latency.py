@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from deploypipe.benchmark.conditions import LEAST_SECONDS, judge_conditions, read_state
+from deploypipe.benchmark.conditions import MIN_SECONDS, judge_conditions, read_state
 from deploypipe.benchmark.environment import count_cpus
 from deploypipe.numerics.intervals import interval_of_quantile
 from deploypipe.records import Conditions, Event, Interval, Latency, MachineState, Progress, silent
@@ -148,7 +148,7 @@ def _looked_at_long(timings: Timings) -> Timings:
     """With a look at the machine that is long enough to tell of others: runs of a quick file are over before."""
     if timings.before is None or timings.after is None:
         return timings
-    missing = LEAST_SECONDS - (timings.after.at_s - timings.before.at_s)
+    missing = MIN_SECONDS - (timings.after.at_s - timings.before.at_s)
     if missing <= 0:
         return timings
     pause(missing)

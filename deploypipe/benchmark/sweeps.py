@@ -12,9 +12,9 @@ from deploypipe.numerics.intervals import interval_of_quantile
 from deploypipe.runtimes import Array, Runtime
 from deploypipe.target import Target
 
-MOST_BATCH = 64
+MAX_BATCH = 64
 _SECONDS = 0.3  # of timed runs for each point
-LEAST_RUNS, _MAX_RUNS = 8, 400
+MIN_RUNS, _MAX_RUNS = 8, 400
 PATIENCE = 5.0  # seconds that one point may take
 _CPUINFO = Path("/proc/cpuinfo")
 
@@ -34,14 +34,14 @@ def sweep_batches(
             if reason := refused.get(size):
                 yield _unmeasured(size, target.num_threads, reason)
                 continue
-            if per_sample * size * LEAST_RUNS > PATIENCE:
+            if per_sample * size * MIN_RUNS > PATIENCE:
                 yield _unmeasured(size, target.num_threads, f"would take over {PATIENCE:.0f} s")
                 continue
             batch = resized(inputs, size)
             begun = time.perf_counter()
             session.run(batch)
             per_sample = (time.perf_counter() - begun) / size
-            samples = time_loaded(session, batch, seconds=_SECONDS, least=LEAST_RUNS, most=_MAX_RUNS)
+            samples = time_loaded(session, batch, seconds=_SECONDS, least=MIN_RUNS, most=_MAX_RUNS)
             yield _point(samples, size, target.num_threads)
 
 
@@ -56,11 +56,11 @@ def sweep_threads(
     """Latency with each number of threads; the file is opened for each."""
     for count in counts:
         with runtime.open(path, num_threads=count) as session:
-            samples = time_loaded(session, inputs, seconds=_SECONDS, least=LEAST_RUNS, most=_MAX_RUNS)
+            samples = time_loaded(session, inputs, seconds=_SECONDS, least=MIN_RUNS, most=_MAX_RUNS)
         yield _point(samples, batch_size, count)
 
 
-def batch_sizes(least: int = 1, most: int = MOST_BATCH) -> list[int]:
+def batch_sizes(least: int = 1, most: int = MAX_BATCH) -> list[int]:
     """Powers of two within the bounds."""
     return [size for size in (2**i for i in range(most.bit_length())) if least <= size <= most]
 

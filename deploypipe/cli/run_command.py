@@ -36,7 +36,7 @@ from deploypipe.text.masked_addresses import masked
 if TYPE_CHECKING:
     from deploypipe.search.distributed.study_storage import Storage
     from deploypipe.training.ranks import Ranks
-    from deploypipe.user_pipeline import Pipeline
+    from deploypipe.user_pipeline import UserPipeline
 
 _SHARED = "shared"  # folder beside the targets' own
 
@@ -132,7 +132,7 @@ class _Asked:
         return devices
 
     @cached_property
-    def loaded(self) -> "Pipeline":
+    def loaded(self) -> "UserPipeline":
         from deploypipe.user_pipeline import load_pipeline  # late: brings torch, which `--help` need not wait for
 
         return load_pipeline(self.pipeline, self.settings["pipeline"])

@@ -115,9 +115,9 @@ def _not_a_bug(error: Exception) -> str:
         return f"{problem}; {remedy}, and run the same command again"
     if isinstance(error, ImportError) and (problem := find_missing()):
         return problem
-    from deploypipe.user_code_errors import find_fault  # late: brings torch
+    from deploypipe.user_code_errors import find_user_error  # late: brings torch
 
-    if fault := find_fault(error):
+    if fault := find_user_error(error):
         return str(fault)
     if isinstance(error, OSError) and error.filename:
         path = error.filename2 or error.filename  # the second is what a file was to be renamed to

@@ -17,7 +17,7 @@ from deploypipe.runtimes.provider_options import require_harmless_options
 from deploypipe.scoring import needs_derivatives
 from deploypipe.target import Target
 from deploypipe.task import Splits, Task, take_batch
-from deploypipe.user_code_errors import GuardedSplit, blaming, guard_splits, guard_task
+from deploypipe.user_code_errors import CheckedSplit, wrap_forward_errors, wrap_splits, wrap_task
 
 __all__ = ["CheckReport", "Tried", "check", "check_inputs"]
 
@@ -25,17 +25,17 @@ _SECONDS = 3.0  # of reading each split, twice
 _SECONDS_OF_A_RUN = 1.0
 
 
-@blaming()
+@wrap_forward_errors()
 def check(model: nn.Module, splits: Splits, task: Task, recipe: Recipe, target: Target) -> CheckReport:
     """Try all that a run for `target` needs, on one batch of each split, and list everything that is wrong.
 
-    That is: the forward pass, loss and backward pass (on a copy), metric, slices, divergence, real tokens, the export
-    with its parity, and one run of the runtime; sizes, labels, NaN and the order of the splits, as far as some seconds
-    allow. Nothing is written and `model` is left as it is.
+    Tried: the forward pass, loss and backward pass (on a copy), metric, slices, distillation loss, real tokens, the
+    export with its parity, and one run on the runtime. Within a few seconds a split: sizes, labels, NaN and the order
+    of batches. Nothing is written, and `model` does not change.
     """
     model, findings = unwrapped(model), Findings()
     try:
-        splits, task = guard_splits(splits), guard_task(task)
+        splits, task = wrap_splits(splits), wrap_task(task)
     except DeploypipeError as error:
         findings.add(error)
         return findings.report()
@@ -86,7 +86,7 @@ def _examine(
     return surveys
 
 
-def _survey(findings: Findings, split: GuardedSplit, name: str, seconds: float) -> Survey | None:
+def _survey(findings: Findings, split: CheckedSplit, name: str, seconds: float) -> Survey | None:
     found: Survey | None = None
     what = f"{name}: read twice" if name != "train" else "train: read"
     with findings.trying(what):

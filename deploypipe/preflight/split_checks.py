@@ -13,7 +13,7 @@ from torch import Tensor
 from deploypipe.errors import DataError, DeploypipeError
 from deploypipe.networks.batch_trees import leaves, map_tensors
 from deploypipe.task import Batch, empty_split, has_batch_axis, known_length, num_samples, take_batch
-from deploypipe.user_code_errors import GuardedSplit, digest_of, order_error
+from deploypipe.user_code_errors import CheckedSplit, digest_of, order_error
 
 _MAX_SHAPES = 16
 _PLAIN = (bool, int, float, complex, str, bytes)
@@ -48,7 +48,7 @@ class Survey:
         return f"{count} of {min(self.sizes)} to {max(self.sizes)}" if len(set(self.sizes)) > 1 else count
 
 
-def survey(split: GuardedSplit, seconds: float) -> Survey:
+def survey(split: CheckedSplit, seconds: float) -> Survey:
     """Read a split for about so long; DataError where it is empty or comes in another order the second time."""
     found = _read(split, seconds)
     if split.name != "train":
@@ -56,7 +56,7 @@ def survey(split: GuardedSplit, seconds: float) -> Survey:
     return found
 
 
-def _read(split: GuardedSplit, seconds: float) -> Survey:
+def _read(split: CheckedSplit, seconds: float) -> Survey:
     found: Survey | None = None
     begun = time.perf_counter()
     with _seeded(0):
@@ -81,7 +81,7 @@ def _read(split: GuardedSplit, seconds: float) -> Survey:
     return found
 
 
-def _compare(split: GuardedSplit, found: Survey, seconds: float) -> None:
+def _compare(split: CheckedSplit, found: Survey, seconds: float) -> None:
     begun = time.perf_counter()
     number = -1
     with _seeded(1):  # else a loader that shuffles by the global generator would look as if it did not

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deploypipe.benchmark.accuracy import evaluate_file, evaluate_module
-from deploypipe.distillation_loss import with_divergence
+from deploypipe.distillation_loss import with_distillation_loss
 from deploypipe.errors import DataError, DeploypipeError, ModelError
 from deploypipe.export.onnx_export.export_onnx import export_onnx
 from deploypipe.export.tensorrt_engine.build_engine import is_built
@@ -68,7 +68,7 @@ def try_inference(findings: Findings, model: nn.Module, task: Task, name: str, s
             evaluate_module(model, [pair], task)
             find_slices([pair], task.slices)
         if name == "val":
-            with_divergence(task, outputs, pair[1])
+            with_distillation_loss(task, outputs, pair[1])
 
 
 def _stored_buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -189,10 +189,12 @@ def try_training(findings: Findings, model: nn.Module, task: Task, name: str, se
             if not loss.requires_grad:
                 raise ModelError("task().loss cannot be differentiated; use no detach(), argmax() or no_grad() in it")
             if (
-                task.divergence is not None
-                and not task.divergence(outputs, map_tensors(Tensor.detach, outputs), 1.0).requires_grad
+                task.distillation_loss is not None
+                and not task.distillation_loss(outputs, map_tensors(Tensor.detach, outputs), 1.0).requires_grad
             ):
-                raise ModelError("task().divergence cannot be differentiated; use no detach() or no_grad() in it")
+                raise ModelError(
+                    "task().distillation_loss cannot be differentiated; use no detach() or no_grad() in it"
+                )
             loss.backward()  # type: ignore[no-untyped-call]
     if min(seen.sizes) == 1 and least_samples(model, inputs) > 1:
         findings.notes.append(

@@ -39,7 +39,7 @@ from deploypipe.records.plan import (
 from deploypipe.records.release import Check, GateDecision, Origin, StageTime, Status, Verdict, Waiver
 from deploypipe.records.scores import BlockRanking, GroupSummary, Observation, ScoreSummary, ScoreTable
 from deploypipe.records.search import (
-    FEWEST_FOR_IMPORTANCES,
+    MIN_TRIALS_FOR_IMPORTANCES,
     Candidate,
     Curves,
     Cut,
@@ -65,7 +65,7 @@ from deploypipe.records.structures import (
 from deploypipe.records.training import DepthLog, DepthRow, EpochLog, TrainLog
 
 __all__ = [
-    "FEWEST_FOR_IMPORTANCES",
+    "MIN_TRIALS_FOR_IMPORTANCES",
     "BaselineComparison",
     "BenchmarkReport",
     "Block",

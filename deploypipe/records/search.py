@@ -95,7 +95,7 @@ class Trial:
     narrowed_from: int | None = None  # number of the trial that this one is a faster version of
 
 
-FEWEST_FOR_IMPORTANCES = 20  # trials within the budget: the best quarter, which knobs are told from, is five
+MIN_TRIALS_FOR_IMPORTANCES = 20  # trials within the budget: the best quarter, which knobs are told from, is five
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

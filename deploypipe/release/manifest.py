@@ -12,13 +12,13 @@ from deploypipe.files.atomic import write_atomically
 from deploypipe.files.hashing import file_sha256
 from deploypipe.files.json_records import from_json
 from deploypipe.records import FileEntry
-from deploypipe.text.safe_names import MOST_BYTES, name_problem
+from deploypipe.text.safe_names import MAX_NAME_BYTES, name_problem
 from deploypipe.verification.golden_file import shown
 
 MANIFEST, SIGNATURE = "manifest.json", "signature.json"
 FORMAT = "deploypipe-bundle-1"
-MOST_VERSIONS = 999_999_999
-_MOST_BYTES = 2**24
+MAX_VERSION = 999_999_999
+_MAX_BYTES = 2**24
 _SHOWN_DIGITS = 12
 
 
@@ -81,11 +81,11 @@ def read_manifest(folder: Path) -> Manifest:
             raise BundleError(f"{path}: is no plain file; copy the bundle again from where it was built")
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
         with open(handle, "rb") as stream:
-            content = stream.read(_MOST_BYTES + 1)
+            content = stream.read(_MAX_BYTES + 1)
     except OSError as error:
         raise BundleError(f"{path}: cannot be read ({error.strerror}); give a folder of `deploypipe release`") from None
-    if len(content) > _MOST_BYTES:
-        raise BundleError(f"{path}: is larger than {_MOST_BYTES:,} bytes; copy the bundle again")
+    if len(content) > _MAX_BYTES:
+        raise BundleError(f"{path}: is larger than {_MAX_BYTES:,} bytes; copy the bundle again")
     try:
         manifest = from_json(Manifest, content, str(path))
     except ConfigError as error:
@@ -95,13 +95,13 @@ def read_manifest(folder: Path) -> Manifest:
     if manifest.digest != _digest(manifest.name, manifest.files) or content != _as_bytes(manifest):
         raise BundleError(f"{path}: was changed (it does not have its own digest); copy the bundle again")
     for name in (manifest.name, *(entry.name for entry in manifest.files)):
-        if problem := name_problem(name, most_bytes=2 * MOST_BYTES + 1):  # a bundle is named pipeline-target
+        if problem := name_problem(name, max_bytes=2 * MAX_NAME_BYTES + 1):  # a bundle is named pipeline-target
             raise BundleError(f"{path}: the name {problem.partition('; ')[0]}; do not use this bundle")
     return manifest
 
 
 def version_number(text: str) -> int | None:
-    """What a registry calls a version; None where it is not a plain number from 1 to MOST_VERSIONS."""
+    """What a registry calls a version; None where it is not a plain number from 1 to MAX_VERSION."""
     is_plain = text.isascii() and text.isdecimal() and not text.startswith("0") and len(text) < 10
     return int(text) if is_plain else None
 

@@ -7,7 +7,7 @@ from math import isnan
 
 from scipy.stats import spearmanr
 
-from deploypipe.records import FEWEST_FOR_IMPORTANCES, Candidate, LatencyFit, SearchResult, Structures
+from deploypipe.records import MIN_TRIALS_FOR_IMPORTANCES, Candidate, LatencyFit, SearchResult, Structures
 from deploypipe.report.width_tables import Stage
 from deploypipe.runs.result import RunResult
 from deploypipe.target import Target
@@ -112,8 +112,10 @@ def importance_note(search: SearchResult) -> str:
         told = "; ".join(f"{name}: {_KNOBS[name]}" for name in search.importances if name in _KNOBS)
         return f"Share of what decided whether a trial within the budget was among the most accurate quarter. {told}."
     num_feasible = sum(trial.feasible for trial in search.trials)
-    if num_feasible < FEWEST_FOR_IMPORTANCES:
-        return f"Not told: {num_feasible} trials lie within the budget, and it takes {FEWEST_FOR_IMPORTANCES} to tell."
+    if num_feasible < MIN_TRIALS_FOR_IMPORTANCES:
+        return (
+            f"Not told: {num_feasible} trials lie within the budget, and it takes {MIN_TRIALS_FOR_IMPORTANCES} to tell."
+        )
     return "Not told: the search did not note it."
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from deploypipe.records import Block, ChannelGroup, PruningPlan, Structures
 
-_MOST_PARTS = 8  # that a module is shown as; of more, neighbours are taken together
+_MAX_PARTS = 8  # that a module is shown as; of more, neighbours are taken together
 _TO = " to "
 _FEW = 12  # structures: a stage that is not split further
 
@@ -75,7 +75,7 @@ def _split(names: Sequence[str], total: int, depth: int) -> dict[str, set[str]]:
     parts: dict[str, list[str]] = {}
     for name in names:
         parts.setdefault(_prefix(name, depth), []).append(name)
-    if len(parts) > _MOST_PARTS:
+    if len(parts) > _MAX_PARTS:
         return _taken_together(parts)
     stages: dict[str, set[str]] = {}
     for prefix, part in parts.items():
@@ -89,7 +89,7 @@ def _split(names: Sequence[str], total: int, depth: int) -> dict[str, set[str]]:
 
 def _taken_together(parts: dict[str, list[str]]) -> dict[str, set[str]]:
     prefixes = list(parts)
-    size = -(-2 * len(parts) // _MOST_PARTS)
+    size = -(-2 * len(parts) // _MAX_PARTS)
     stages = {}
     for first in range(0, len(parts), size):
         some = prefixes[first : first + size]

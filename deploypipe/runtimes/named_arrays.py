@@ -98,7 +98,7 @@ def _flattened(name: str, value: Any) -> dict[str, Tensor]:
 def repack(output_names: Sequence[str], arrays: Sequence[Array]) -> Any:
     """A session's outputs, packed as the network packs them: the inverse of `name_outputs`.
 
-    What was None, and classes, are lost: see `answers.with_outputs_class`.
+    What was None, and classes, are lost: see `distillation_loss.with_outputs_class`.
     """
     tree = Outputs()
     for name, array in zip(output_names, arrays, strict=True):

@@ -9,7 +9,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial
 
 from deploypipe.recipe import ObjectiveName, Search
-from deploypipe.records import FEWEST_FOR_IMPORTANCES, Trial
+from deploypipe.records import MIN_TRIALS_FOR_IMPORTANCES, Trial
 from deploypipe.search.allocation.limits import Range
 from deploypipe.search.allocation.proposer import GREEDY, UNIFORM
 
@@ -87,7 +87,7 @@ def importances(trials: Sequence[Trial], space: Space) -> dict[str, float]:
     """
     turned = {name: distribution for name, distribution in space.items() if not distribution.single()}
     feasible = [t for t in trials if t.feasible]
-    if len(feasible) < FEWEST_FOR_IMPORTANCES:
+    if len(feasible) < MIN_TRIALS_FOR_IMPORTANCES:
         return {}
     study = optuna.create_study(direction="maximize")
     for trial in feasible:

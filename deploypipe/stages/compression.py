@@ -68,7 +68,7 @@ def tune(
 
     What the dense network answers to the batches is kept for the trainings of other plans, also for other targets.
     """
-    answers = (job.run.shared or job.run.path) / f"answers-{digest([job.origin, settings.precision])}"
+    teacher_outputs = (job.run.shared or job.run.path) / f"teacher-outputs-{digest([job.origin, settings.precision])}"
     with one_thread_if_small(_batch_macs(job)):
         return finetune_together(
             repaired,
@@ -78,7 +78,7 @@ def tune(
             job.task,
             settings,
             checkpoint=checkpoint,
-            answers=answers,
+            teacher_outputs=teacher_outputs,
             seed=job.recipe.seed,
             notify=notify,
             ranks=job.ranks,

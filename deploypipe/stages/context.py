@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from deploypipe.benchmark.environment import describe_environment
-from deploypipe.distillation_loss import with_divergence, with_outputs_class
+from deploypipe.distillation_loss import with_distillation_loss, with_outputs_class
 from deploypipe.export.onnx_export.input_sizes import Extremes, other_sizes
 from deploypipe.export.tensorrt_engine.build_engine import is_built
 from deploypipe.files.atomic import write_atomically
@@ -49,7 +49,7 @@ class Job:
         ranks: Ranks = ALONE,
     ) -> None:
         self.model, self.splits = copied(model).cpu().eval(), splits
-        self.task = _with_divergence(task, self.model, splits)
+        self.task = _with_distillation_loss(task, self.model, splits)
         self.recipe = replace(recipe, finetune=with_precision(recipe.finetune))  # so keys hold it
         self.target, self.run = target, run
         self.storage, self.ranks = storage, ranks
@@ -119,8 +119,8 @@ class Job:
         }
 
 
-def _with_divergence(task: Task, model: nn.Module, splits: Splits) -> Task:
+def _with_distillation_loss(task: Task, model: nn.Module, splits: Splits) -> Task:
     inputs, target = first_of(splits.val, "val")
     with torch.no_grad():
         outputs = forward(model, inputs)
-    return with_outputs_class(with_divergence(task, outputs, target), outputs)
+    return with_outputs_class(with_distillation_loss(task, outputs, target), outputs)

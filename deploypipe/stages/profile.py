@@ -152,7 +152,7 @@ def curves(job: Job, structures: Structures, scores: ScoreTable, moments: Moment
             job.calib,
             job.recipe.search,
             channel_multiple=job.target.channel_multiple,
-            divergence=job.task.divergence,
+            distillation_loss=job.task.distillation_loss,
             notify=job.run.notify,
         )
         if not settings.prune_blocks or not structures.blocks:

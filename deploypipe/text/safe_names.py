@@ -5,32 +5,32 @@ Standard library only, so that `deploypipe.verify` can ask on the device.
 
 import unicodedata
 
-MOST_BYTES = 100  # of one name: folders join two of them and a hash, and file systems take 255
+MAX_NAME_BYTES = 100  # of one name: folders join two of them and a hash, and file systems take 255
 _MARKS = "_-.+"
 _DEVICES = {"con", "prn", "aux", "nul", *(f"{kind}{i}" for kind in ("com", "lpt") for i in range(10))}  # of Windows
 _MAX_SHOWN = 60  # characters of a name in an error
 _REMEDY = f"use letters, digits and any of {' '.join(_MARKS)}, with a letter or digit first"
 
 
-def name_problem(name: str, *, most_bytes: int = MOST_BYTES) -> str:
+def name_problem(name: str, *, max_bytes: int = MAX_NAME_BYTES) -> str:
     """What is wrong with a name, and the remedy, as "'../x' holds '/'; use ..."; empty where it may be used.
 
     Letters and digits may be of any script, in the form NFKC: no invisible, combining or reversing characters, and no
     two spellings of one name.
     """
-    problem = _problem(name, most_bytes)
+    problem = _problem(name, max_bytes)
     shown = repr(name if len(name) <= _MAX_SHOWN else f"{name[:_MAX_SHOWN]}...")
     return f"{shown} {problem}; {_REMEDY}" if problem else ""
 
 
-def _problem(name: str, most_bytes: int) -> str:
+def _problem(name: str, max_bytes: int) -> str:
     if not name:
         return "is empty"
     if odd := [character for character in name if not (character.isalnum() or character in _MARKS)]:
         return f"holds {odd[0]!r}"
     size = len(name.encode("utf-8"))
-    if size > most_bytes:
-        return f"has {size} bytes, and {most_bytes} are the most"
+    if size > max_bytes:
+        return f"has {size} bytes, and the limit is {max_bytes}"
     if unicodedata.normalize("NFKC", name) != name:
         return "has another spelling in Unicode's form NFKC"
     if not name[0].isalnum() and name[0] != "_":

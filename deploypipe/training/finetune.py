@@ -1,4 +1,4 @@
-"""A short training of the repaired network, taught by the dense one. One loop, readable from top to bottom."""
+"""Fine-tune the repaired network for a few epochs, with the dense network as its teacher."""
 
 import math
 import time
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from deploypipe.distillation_loss import with_divergence
+from deploypipe.distillation_loss import with_distillation_loss
 from deploypipe.errors import DataError, ModelError
 from deploypipe.memory_order import Arrange, SafeConvolutions, as_given, find_order_
 from deploypipe.networks.batch_trees import tensors
@@ -44,12 +44,12 @@ from deploypipe.training.non_finite_numbers import Step, Suspects, diverged, los
 from deploypipe.training.ranks import ALONE, Part, Ranks
 from deploypipe.training.teacher import Teacher
 from deploypipe.training.training_precision import with_precision
-from deploypipe.user_code_errors import blaming, guard_splits, guard_task
+from deploypipe.user_code_errors import wrap_forward_errors, wrap_splits, wrap_task
 
 _PRECISIONS: dict[str, Any] = {"bf16": "bf16-mixed", "fp32": "32-true"}
 
 
-@blaming()
+@wrap_forward_errors()
 def finetune(
     pruned: nn.Module,
     dense: nn.Module,
@@ -58,39 +58,43 @@ def finetune(
     settings: Finetune,
     *,
     checkpoint: Path | None = None,
-    answers: Path | None = None,
+    teacher_outputs: Path | None = None,
     seed: int = 0,
     notify: Progress = silent,
     ranks: Ranks = ALONE,
 ) -> tuple[nn.Module, TrainLog]:
     """Train a copy of `pruned` on `splits.train`; return the last epoch that is no worse on `splits.val` than the best.
 
-    Loss: (1 - w) * task.loss + w * task.divergence from the answers of the teacher, which is `dense`; samples are mixed
-    in pairs, so `task.loss` has to be a mean over the batch. SGD with Nesterov momentum, warm-up from zero and cosine
-    decay: a repaired network is destroyed by a large first step. The weights that are judged and returned are an
-    exponential moving average. Worse is what the paired interval of the difference says: the best epoch is often so by
-    chance, and one with a smaller learning rate generalises better. When all epochs are worse than the start, that is
-    returned and the log says so. DataError, on every rank, for the first loss or gradient that is not finite: it names
-    epoch, step, batch and the cause. A batch of one sample that batch norms cannot train on is left out, and the log
-    says so. With a
-    `checkpoint` folder the work resumes after a kill at the last whole epoch. `answers` is a folder of this teacher's
-    outputs, for trainings with the same seed and precision; one rank on a CPU reads and writes it (a GPU would wait
-    longer for the comparison of batches than for the teacher).
+    Loss: (1 - w) * task.loss + w * task.distillation_loss against the outputs of the teacher, `dense`. Samples are
+    mixed in pairs, so `task.loss` must be a mean over the batch. SGD with Nesterov momentum, warm-up from zero and
+    cosine decay, because a large first step destroys the repair. Validated and returned: an exponential moving average
+    of the weights.
 
-    On several `ranks`, each of which calls this with the same arguments, all read every batch and each passes its part
-    of it. Batches, steps, rates and gradients are those of one rank, whatever their number, which may change when the
-    work resumes. Two things are not: dropout, and batch norms, which see the samples that are passed at once (on CUDA
-    by all ranks, elsewhere by one; with `settings.accumulate`, one part). Rank 0 alone writes the checkpoint, and all
-    go on from it. RanksError, on every rank, where they read different batches.
+    An epoch is worse if the paired interval of the difference says so. The best epoch is often best by chance, and one
+    with a smaller learning rate generalises better. If all epochs are worse than the start, the start is returned and
+    the log says so.
+
+    DataError, on every rank, for the first loss or gradient that is not finite, with epoch, step, batch and cause. A
+    batch of one sample that batch norms cannot train on is left out, and the log says so.
+
+    checkpoint: a folder; training resumes from the last whole epoch in it. teacher_outputs: a folder of this teacher's
+    outputs, for trainings with the same seed and precision. Only a single rank on a CPU reads and writes it (on a GPU,
+    comparing batches takes longer than the teacher's forward pass).
+
+    On several `ranks`, all call this with the same arguments, read every batch, and each passes its part of it.
+    Batches, steps, rates and gradients are those of one rank, for any number of ranks, which may change at a resume.
+    Two things differ: dropout, and batch norms, which see the samples that are passed at once (on CUDA those of all
+    ranks, elsewhere of one; with `settings.accumulate`, one part). Rank 0 writes the checkpoint, and all resume from
+    it. RanksError, on every rank, if they read different batches.
     """
     pruned, dense = unwrapped(pruned), unwrapped(dense)
-    splits, task = guard_splits(splits), guard_task(task)
+    splits, task = wrap_splits(splits), wrap_task(task)
     settings = ranks.tell(with_precision(settings))
     steps = _count_batches(ranks, splits)
     if settings.num_epochs == 0:
         log = TrainLog(epochs=(), chosen_epoch=0, reason="no epochs asked for", precision=settings.precision)
         return copied(pruned), log
-    lesson = _prepare(pruned, dense, splits, task, settings, steps, ranks, answers)
+    lesson = _prepare(pruned, dense, splits, task, settings, steps, ranks, teacher_outputs)
     state = _State(best=_weights(lesson.student), average=_weights(lesson.student))
     stored, damage = ranks.tell(load_checkpoint(checkpoint) if checkpoint is not None else (None, ""))
     if stored:
@@ -131,7 +135,7 @@ def _prepare(
     settings: Finetune,
     steps: int,
     ranks: Ranks,
-    answers: Path | None,
+    teacher_outputs: Path | None,
 ) -> "_Lesson":
     """The student, its teacher and its optimizer, on the device of this rank."""
     fabric = ranks.fabric(_PRECISIONS[settings.precision])
@@ -142,7 +146,7 @@ def _prepare(
     student = ranks.with_shared_norms(student)
     teacher = Teacher(
         fabric.to_device(teaching),
-        folder=answers if ranks.count == 1 and fabric.device.type == "cpu" else None,
+        folder=teacher_outputs if ranks.count == 1 and fabric.device.type == "cpu" else None,
     )
     optimizer = torch.optim.SGD(
         student.parameters(),
@@ -159,7 +163,7 @@ def _prepare(
         model=model,
         optimizer=optimizer,
         teacher=teacher,
-        task=_with_divergence(fabric, teacher, splits, task),
+        task=_with_distillation_loss(fabric, teacher, splits, task),
         settings=settings,
         steps=steps,
         arrange=as_given if as_given in orders else channels_last,
@@ -285,8 +289,8 @@ def _distilled_loss(lesson: _Lesson, batch: Batch, part: Part, share: float) -> 
         return loss
     with torch.no_grad(), lesson.fabric.autocast():
         taught = lesson.teacher(inputs)
-    assert task.divergence is not None
-    return (1 - weight) * loss + weight * task.divergence(outputs, taught, temperature)
+    assert task.distillation_loss is not None
+    return (1 - weight) * loss + weight * task.distillation_loss(outputs, taught, temperature)
 
 
 def _require_finite(lesson: _Lesson, batch: Batch, step: Step, loss: float, norm: Any) -> None:
@@ -304,12 +308,12 @@ def _require_finite(lesson: _Lesson, batch: Batch, step: Step, loss: float, norm
     raise lost(suspects, to_device(batch), step, loss, float(norm))
 
 
-def _with_divergence(fabric: Fabric, teacher: Teacher, splits: Splits, task: Task) -> Task:
-    if task.divergence is not None:
+def _with_distillation_loss(fabric: Fabric, teacher: Teacher, splits: Splits, task: Task) -> Task:
+    if task.distillation_loss is not None:
         return task
     inputs, target = first_of(splits.val, "val")
     with torch.no_grad():
-        return with_divergence(task, forward(teacher.dense, fabric.to_device(inputs)), target)
+        return with_distillation_loss(task, forward(teacher.dense, fabric.to_device(inputs)), target)
 
 
 def _draw_share(inputs: Any, largest: float) -> float:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from deploypipe.networks.batch_trees import leaves
 from deploypipe.task import forward
 
-_MOST_BYTES = 2**30  # in a folder
+_MAX_BYTES = 2**30  # in a folder
 
 
 class Teacher:
@@ -42,7 +42,7 @@ class Teacher:
         path = self.folder / f"epoch-{number}.safetensors"
         self._known = _read(path)
         self._new = None if self._known else {}
-        self._room = _MOST_BYTES - sum(file.stat().st_size for file in self.folder.glob("epoch-*"))
+        self._room = _MAX_BYTES - sum(file.stat().st_size for file in self.folder.glob("epoch-*"))
         try:
             yield
             if self._new:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from deploypipe.errors import DataError, ParityError
 from deploypipe.export.onnx_export.export_onnx import export_onnx
-from deploypipe.export.onnx_export.mismatch_bisection import find_divergence_of_files
+from deploypipe.export.onnx_export.mismatch_bisection import find_mismatch_of_files
 from deploypipe.export.onnx_export.parity import compare_networks, limit_of, require_parity
 from deploypipe.numerics.output_differences import difference
 from deploypipe.recipe import Export
@@ -92,13 +92,13 @@ def test_the_place_where_two_files_part(tmp_path: Path) -> None:
     model, x = Branches(nn.ReLU()), torch.randn(8, 6)
     good, bad = tmp_path / "good.onnx", tmp_path / "bad.onnx"
     export_onnx(model, [(x, None)], good, Export())
-    assert find_divergence_of_files(good, good, x, 1e-6) is None
+    assert find_mismatch_of_files(good, good, x, 1e-6) is None
     proto = onnx.load(good)
     for weight in proto.graph.initializer:
         if weight.name == "second.2.bias":
             weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) + 1, weight.name))
     onnx.save(proto, bad)
-    found = find_divergence_of_files(good, bad, x, 1e-2)
+    found = find_mismatch_of_files(good, bad, x, 1e-2)
     assert found and (found.module, found.op_type) == ("second.2", "Gemm")
 
 

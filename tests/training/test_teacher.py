@@ -48,14 +48,16 @@ def student(width: int) -> nn.Module:
     return nn.Sequential(nn.Linear(5, width), nn.ReLU(), nn.Dropout(0.3), nn.Linear(width, 3))
 
 
-def train(width: int, answers: Path | None, data: Any = None, precision: Any = "fp32") -> Weights:
+def train(width: int, teacher_outputs: Path | None, data: Any = None, precision: Any = "fp32") -> Weights:
     torch.manual_seed(100)
     dense = Dense(nn.Linear(5, 20), nn.ReLU(), nn.Linear(20, 3))
     data = data or Shuffled()
     val = [next(iter(Shuffled()))]
     settings = Finetune(num_epochs=2, learning_rate=0.05, precision=precision)
     splits = Splits(calib=[], train=data, val=val, test=[])
-    return finetune(student(width), dense, splits, classification(), settings, answers=answers)[0].state_dict()
+    return finetune(student(width), dense, splits, classification(), settings, teacher_outputs=teacher_outputs)[
+        0
+    ].state_dict()
 
 
 def same(a: Weights, b: Weights) -> bool:
@@ -64,7 +66,7 @@ def same(a: Weights, b: Weights) -> bool:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_another_network_learns_from_the_same_answers(tmp_path: Path, precision: Any) -> None:
-    folder = tmp_path / "answers"
+    folder = tmp_path / "teacher-outputs"
     expected = {width: train(width, None, precision=precision) for width in (8, 6)}
     assert same(train(8, folder, precision=precision), expected[8])
     assert sorted(file.name for file in folder.iterdir()) == ["epoch-1.safetensors", "epoch-2.safetensors"]
@@ -108,6 +110,6 @@ def test_an_epoch_that_broke_down_leaves_no_answers(tmp_path: Path) -> None:
 def test_more_answers_than_there_is_room_for_are_not_kept(
     most: int, kept: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_MOST_BYTES", most)
+    monkeypatch.setattr(module, "_MAX_BYTES", most)
     assert same(train(8, tmp_path), train(8, None))
     assert len(list(tmp_path.iterdir())) == kept

@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from deploypipe.benchmark.sweeps import LEAST_RUNS, PATIENCE
+from deploypipe.benchmark.sweeps import MIN_RUNS, PATIENCE
 from deploypipe.errors import ModelError
 from deploypipe.runtimes import Array
 from deploypipe.target import Target
@@ -88,7 +88,7 @@ def _settings(target: Target, trust_program: bool, limits: ProcessLimits) -> str
             "target": {name: getattr(target, name) for name in _SETTINGS},
             "trust_program": trust_program,
             "memory_mib": -1 if target.needs_gpu else limits.memory_mib,
-            "most_seconds": PATIENCE / LEAST_RUNS,
+            "most_seconds": PATIENCE / MIN_RUNS,
         }
     )
 

@@ -31,7 +31,7 @@ from deploypipe.export.onnx_export.dynamic_axes import (
 from deploypipe.export.onnx_export.file_metadata import describe, forget_shapes, name_nodes, strip
 from deploypipe.export.onnx_export.graph_rewrites import protect_padding
 from deploypipe.export.onnx_export.input_sizes import extremes_of, other_sizes, tested_sizes
-from deploypipe.export.onnx_export.mismatch_bisection import Point, find_divergence, module_outputs
+from deploypipe.export.onnx_export.mismatch_bisection import Point, find_mismatch, module_outputs
 from deploypipe.export.onnx_export.parity import limit_of, measure_parity, require_parity
 from deploypipe.export.onnx_export.remembered_sizes import forget_sizes_
 from deploypipe.export.quantization.conversion_tools import folded
@@ -294,7 +294,7 @@ def _compare(
         except ParityError:
             apart = [measure_parity(session, [x], [y]).max_abs_error for x, y in zip(inputs, expected, strict=True)]
             worst = inputs[int(np.argmax(apart))]
-            found = find_divergence(network, worst, path, points, limit_of(settings, _PRECISION))
+            found = find_mismatch(network, worst, path, points, limit_of(settings, _PRECISION))
             where = f"most at inputs of shape {_shapes(worst)}{f', {found}' if found else ''}"
             require_parity(parity, settings, path, where=where)
     return input_names, parity

@@ -33,7 +33,7 @@ class Point:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Divergence:
+class Mismatch:
     """The first place where the values differ by more than the limit."""
 
     module: str
@@ -91,9 +91,9 @@ def _submodule(network: nn.Module, path: str) -> nn.Module | None:
         return None
 
 
-def find_divergence(
+def find_mismatch(
     network: nn.Module, inputs: Any, file: Path, points: Sequence[Point], limit: float
-) -> Divergence | None:
+) -> Mismatch | None:
     """Compare `file` with the modules of `network` on one batch of inputs; None where no module differs by `limit`.
 
     Each step runs both, so it takes about log2(number of modules) runs.
@@ -107,7 +107,7 @@ def find_divergence(
     return _search(graph.graph, points, error_at, limit)
 
 
-def find_divergence_of_files(reference: Path, file: Path, inputs: Any, limit: float) -> Divergence | None:
+def find_mismatch_of_files(reference: Path, file: Path, inputs: Any, limit: float) -> Mismatch | None:
     """The same for two files, of which `file` was made from `reference` and kept the names of its values."""
     first, second = (onnx.load(path, load_external_data=False) for path in (reference, file))
     known = {name for node in second.graph.node for name in node.output}
@@ -124,7 +124,7 @@ def find_divergence_of_files(reference: Path, file: Path, inputs: Any, limit: fl
 
 def _search(
     graph: onnx.GraphProto, points: Sequence[Point], error_at: Callable[[Point], float | None], limit: float
-) -> Divergence | None:
+) -> Mismatch | None:
     """From a value at the end that differs, bisect among those it is computed from; again from what is found.
 
     The order of the graph alone is not enough: a branch that lies in between may agree, and tells nothing of another.
@@ -142,7 +142,7 @@ def _search(
         return None
     error = error_of(found)
     assert error is not None  # it was above the limit
-    return Divergence(module=found.module, op_type=producers[found.value].op_type, max_abs_error=error)
+    return Mismatch(module=found.module, op_type=producers[found.value].op_type, max_abs_error=error)
 
 
 def _find_bad_end(

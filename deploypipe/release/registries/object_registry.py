@@ -17,7 +17,7 @@ from deploypipe.release.manifest import MANIFEST, Manifest, version_number
 from deploypipe.text.masked_addresses import masked
 from deploypipe.text.safe_names import name_problem
 
-_MOST_BYTES = 128  # of an alias or a version
+_MAX_BYTES = 128  # of an alias or a version
 _DEAD_AFTER = timedelta(days=1)  # an upload whose last file is that old will not go on
 
 
@@ -40,7 +40,7 @@ def download(address: str, alias: str, folder: Path) -> tuple[Path, str]:
     with. NoVersionError where there is none, BundleError where the store refuses."""
     with open_store(address, BundleError) as (store, home):
         try:
-            content = store.cat_file(f"{home}/aliases/{alias}", start=0, end=_MOST_BYTES)
+            content = store.cat_file(f"{home}/aliases/{alias}", start=0, end=_MAX_BYTES)
         except FileNotFoundError:
             raise NoVersionError(
                 f"{masked(address)}@{alias}: there is no alias {alias!r}; set it with `deploypipe promote`"
@@ -79,7 +79,7 @@ def _versions(store: Any, home: str) -> dict[int, str]:
 
 
 def _digest(store: Any, at: str) -> str:
-    content = store.cat_file(at, start=0, end=_MOST_BYTES)
+    content = store.cat_file(at, start=0, end=_MAX_BYTES)
     if not re.fullmatch(rb"[0-9a-f]{64}", content):
         raise BundleError(f"{at}: holds {content[:40]!a}, which is not a digest; delete it and promote again")
     return str(content.decode())

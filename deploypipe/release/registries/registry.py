@@ -16,14 +16,14 @@ from deploypipe.errors import BundleError, NoVersionError
 from deploypipe.files.atomic import write_atomically
 from deploypipe.files.cache_folder import cache_folder
 from deploypipe.release.bundle import load_bundle
-from deploypipe.release.manifest import MANIFEST, MOST_VERSIONS, Manifest, check_manifest, read_manifest, version_number
+from deploypipe.release.manifest import MANIFEST, MAX_VERSION, Manifest, check_manifest, read_manifest, version_number
 from deploypipe.text import strict_json
 from deploypipe.text.masked_addresses import masked, masked_reference
-from deploypipe.text.safe_names import MOST_BYTES, name_problem
+from deploypipe.text.safe_names import MAX_NAME_BYTES, name_problem
 
 _MLFLOW, _IN_STORE, _FOLDER = "models:", "://", "file://"
 _ALIASES, _LOCK = "aliases.json", ".lock"
-_MOST_BYTES = 2**20  # of the aliases
+_MAX_BYTES = 2**20  # of the aliases
 
 
 def promote(bundle: Path, registry: str, alias: str) -> int:
@@ -102,7 +102,7 @@ def _check_names(reference: str, path: str, alias: str) -> None:
     bundle = path.removeprefix(_MLFLOW).strip("/") if path.startswith(_MLFLOW) else path.rstrip("/").rpartition("/")[2]
     shown = masked_reference(reference)
     for what, name in (("alias", alias), ("bundle", bundle)):
-        if problem := name_problem(name, most_bytes=2 * MOST_BYTES + 1):
+        if problem := name_problem(name, max_bytes=2 * MAX_NAME_BYTES + 1):
             if shown != reference:  # the name may be a piece of what is hidden
                 problem = f"cannot be one; {problem.rpartition('; ')[2]}, as in /digits-x86_cpu@production"
             raise BundleError(f"{shown}: the {what}'s name {problem}")
@@ -194,15 +194,15 @@ def _aliases(home: Path) -> dict[str, int]:
     if not path.is_file():
         return {}
     with path.open("rb") as stream:
-        content = stream.read(_MOST_BYTES + 1)
+        content = stream.read(_MAX_BYTES + 1)
     try:
-        if len(content) > _MOST_BYTES:
-            raise ValueError(f"has more than {_MOST_BYTES:,} bytes")
+        if len(content) > _MAX_BYTES:
+            raise ValueError(f"has more than {_MAX_BYTES:,} bytes")
         aliases = strict_json.loads(content)
         if not isinstance(aliases, dict):
             raise ValueError("is not an object of aliases and version numbers")
         for alias, number in aliases.items():
-            if name_problem(alias) or type(number) is not int or not 1 <= number <= MOST_VERSIONS:
+            if name_problem(alias) or type(number) is not int or not 1 <= number <= MAX_VERSION:
                 raise ValueError(f"{ascii(alias)[:40]} means {ascii(number)[:40]}, which is not a version number")
     except ValueError as error:
         raise BundleError(f"{path}: not understood ({error}); delete it and promote again") from None

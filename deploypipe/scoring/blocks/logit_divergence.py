@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deploypipe.distillation_loss import of_classes
+from deploypipe.distillation_loss import kl_divergence_loss
 from deploypipe.errors import DataError
 from deploypipe.observe.moments import Moments
 from deploypipe.pruning.repair.least_squares_repair import repair
@@ -48,7 +48,7 @@ def divergence(dense: nn.Module, other: nn.Module, batches: Iterable[Batch], tem
     total, count = 0.0, 0
     with evaluating(dense), evaluating(other), torch.no_grad():
         for inputs, _ in batches:
-            apart = of_classes()(_logits(other, inputs), _logits(dense, inputs), temperature)
+            apart = kl_divergence_loss()(_logits(other, inputs), _logits(dense, inputs), temperature)
             total += float(apart) * num_samples(inputs)
             count += num_samples(inputs)
     return max(total / count, 0.0)

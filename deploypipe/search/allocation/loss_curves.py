@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deploypipe.distillation_loss import of_classes
+from deploypipe.distillation_loss import kl_divergence_loss
 from deploypipe.errors import DataError
 from deploypipe.memory_order import find_order
 from deploypipe.networks.model_copies import copied
@@ -36,7 +36,7 @@ from deploypipe.records import ChannelGroup, Curves, Edit, Event, LossCurve, Pro
 from deploypipe.runtimes.named_arrays import name_outputs
 from deploypipe.task import (
     Batch,
-    Divergence,
+    DistillationLoss,
     evaluating,
     forward,
     num_samples,
@@ -59,12 +59,12 @@ def measure_curves(
     settings: Search,
     *,
     channel_multiple: int = 1,
-    divergence: Divergence | None = None,
+    distillation_loss: DistillationLoss | None = None,
     notify: Progress = silent,
 ) -> Curves:
     """How far the answers are from the dense network's with each group at several widths, and without each block.
 
-    By `divergence` at `TEMPERATURE`; without one, that of classes: nats a sample.
+    By `distillation_loss` at `TEMPERATURE`; without one, that of classes: nats a sample.
 
     The cut is simulated on the dense network (removed inputs of the consumers set to zero, which is what surgery does),
     with the consumers' weights repaired in closed form from `moments`. Cost: a forward pass a point; blocks that ran
@@ -72,7 +72,9 @@ def measure_curves(
     """
     taken = take_calib(batches, settings.num_curve_samples)
     alike = stack_alike([batch for batch, _ in taken])
-    probe = _Probe(dense, structures, list(map(find_order(dense, alike[0]), alike)), divergence or of_classes())
+    probe = _Probe(
+        dense, structures, list(map(find_order(dense, alike[0]), alike)), distillation_loss or kl_divergence_loss()
+    )
     offered = unmeasured_curves(structures, settings, channel_multiple).curves
     groups = {group.name: group for group in structures.groups}
     curves: list[LossCurve] = []
@@ -119,14 +121,16 @@ class _Part:
     def __init__(self, inputs: Any) -> None:
         self.inputs, self.count = inputs, num_samples(inputs)
         self.block_outputs: dict[str, Any] = {}
-        self.dense_answers: Any = None
+        self.dense_outputs: Any = None
 
 
 class _Probe:
     """Runs the dense network with one structure cut and compares its answers."""
 
-    def __init__(self, dense: nn.Module, structures: Structures, groups: Sequence[Any], divergence: Divergence) -> None:
-        self.model, self.divergence = dense, divergence
+    def __init__(
+        self, dense: nn.Module, structures: Structures, groups: Sequence[Any], distillation_loss: DistillationLoss
+    ) -> None:
+        self.model, self.distillation_loss = dense, distillation_loss
         self.parts = [_Part(inputs) for inputs in groups]
         self.modules = dict(dense.named_modules())
         self.order = [block.name for block in structures.blocks]
@@ -134,7 +138,7 @@ class _Probe:
         for part in self.parts:
             hooks = [(name, _keep_output(name, part)) for name in self.order]
             with evaluating(dense), torch.no_grad(), hooked(dense, hooks):
-                part.dense_answers = self._answers(dense, part)
+                part.dense_outputs = self._outputs(dense, part)
 
     def loss_at(self, group: ChannelGroup, kept: Sequence[int], moments: Moments) -> float:
         """The divergence with only the units `kept` of a group."""
@@ -175,7 +179,7 @@ class _Probe:
         inside = [i for i, name in enumerate(self.order) if module.startswith(f"{name}.")]
         return inside[0] if inside else 0
 
-    def _answers(self, model: nn.Module, part: _Part) -> Any:
+    def _outputs(self, model: nn.Module, part: _Part) -> Any:
         outputs = forward(model, part.inputs)
         if not all(torch.isfinite(tensor).all() for tensor in name_outputs(outputs).values()):
             raise DataError("the network's outputs are not finite on the calibration samples; check data and model")
@@ -189,8 +193,8 @@ class _Probe:
                 for name in self.order[:num_skipped]:
                     output = part.block_outputs[name]
                     stack.enter_context(_forward_as(self.modules[name], lambda *_a, o=output, **_k: deepcopy(o)))
-                answers = self._answers(model, part)
-            total += part.count * float(self.divergence(answers, part.dense_answers, TEMPERATURE))
+                outputs = self._outputs(model, part)
+            total += part.count * float(self.distillation_loss(outputs, part.dense_outputs, TEMPERATURE))
         return max(total / sum(part.count for part in self.parts), 0.0)
 
 

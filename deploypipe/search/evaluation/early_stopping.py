@@ -19,13 +19,13 @@ from deploypipe.task import Batch, Task, map_samples, num_samples
 Results: TypeAlias = NDArray[np.float64]  # (samples,) of the task's metric, in the order in which they were drawn
 
 _SHARES = (8, 4, 2)  # one part in so many of val: a look each; the last look is at all of it
-_FEWEST = 500  # samples of the first look
+_MIN_SAMPLES = 500  # samples of the first look
 _ERROR = 0.01  # chance that a trial is stopped which is no worse
 
 
 def ends_of_looks(num_samples: int) -> tuple[int, ...]:
     """How many samples each look has seen, ascending; all of them at last."""
-    return tuple(sorted({min(num_samples, max(_FEWEST, num_samples // share)) for share in (*_SHARES, 1)}))
+    return tuple(sorted({min(num_samples, max(_MIN_SAMPLES, num_samples // share)) for share in (*_SHARES, 1)}))
 
 
 def draw_parts(val: Iterable[Batch], seed: int, arrange: Arrange = as_given) -> tuple[tuple[Batch, ...], ...]:

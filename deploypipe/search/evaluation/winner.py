@@ -9,7 +9,7 @@ from deploypipe.records import PruningPlan, SearchResult, Trial
 from deploypipe.search.allocation.limits import timed_ms
 from deploypipe.search.evaluation.trial_loop import is_same_network, rank
 
-MOST_TIMED_AGAIN = 5
+MAX_TIMED_AGAIN = 5
 _MAX_NARROWED = 5
 _LEEWAY = 0.99  # of what a narrower network may take: its latency is a measurement too
 
@@ -27,11 +27,11 @@ def confirm_finalists(
 
     Of many trials near a limit, those that were timed a little too fast are within it: a winner by one measurement is
     likely one of them. limit, and what `measure` gives afresh: shares of the dense network's latency. At most
-    `MOST_TIMED_AGAIN` are timed; where none of them holds, the most accurate is narrowed until it does, and where even
+    `MAX_TIMED_AGAIN` are timed; where none of them holds, the most accurate is narrowed until it does, and where even
     that fails, the network nearest to the limit is taken.
     """
     again: dict[int, float] = {}
-    for trial in _distinct(found)[:MOST_TIMED_AGAIN]:
+    for trial in _distinct(found)[:MAX_TIMED_AGAIN]:
         again[trial.number] = measure(trial.plan)
         if sum(ratio <= limit for ratio in again.values()) == wanted:
             break
