@@ -241,14 +241,14 @@ class Fails(nn.Module):
 
 
 def test_what_forward_raises_names_the_users_line_and_ours_stays_ours(tmp_path: Path) -> None:
-    said = r"test_checks\.py, line \d+ \(in forward\): the network's forward\(\) raised ValueError: no such branch"
+    said = r"test_preflight\.py, line \d+ \(in forward\): the network's forward\(\) raised ValueError: no such branch"
     with pytest.raises(ModelError, match=said), wrap_forward_errors():
         forward(Fails(), X)
     with pytest.raises(TypeError), wrap_forward_errors():
         stack_batches(5)  # type: ignore[arg-type]
     loader = DataLoader(TensorDataset(X), 16, num_workers=1, collate_fn=bad_collate)
     with pytest.raises(
-        DataError, match=r"test_checks\.py, line \d+ \(in bad_collate\): reading the val split, batch 0,"
+        DataError, match=r"test_preflight\.py, line \d+ \(in bad_collate\): reading the val split, batch 0,"
     ):
         list(wrap_splits(splits(val=loader)).val)
     assert find_user_error(RuntimeError("of ours")) is None
