@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from deploypipe import compress
 from deploypipe.errors import ModelError
 from deploypipe.observe.calibration_pass import observe_activations
+from deploypipe.pruning.repair import least_squares_repair as repairing
 from deploypipe.pruning.repair.affine_paths import find_paths
-from deploypipe.pruning.repair.least_squares_repair import least_squares_repair as repairing
 from deploypipe.pruning.repair.least_squares_repair import repair
 from deploypipe.pruning.repair.lockstep_forwards import run_in_step
 from deploypipe.pruning.surgery.apply_plan import apply_plan

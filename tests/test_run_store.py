@@ -16,8 +16,9 @@ from runs_side_by_side import start_measuring
 from deploypipe.errors import RunFolderError
 from deploypipe.files.atomic import place_file, write_atomically
 from deploypipe.records import Event, Interval
+from deploypipe.runs import store
 from deploypipe.runs.result import load_plan, load_result, save_result
-from deploypipe.runs.store import open_run, store
+from deploypipe.runs.store import open_run
 
 RECORD = Interval(value=1.0, low=0.5, high=1.5)
 

@@ -14,14 +14,14 @@ from onnx import TensorProto, helper, numpy_helper
 from deploypipe.benchmark.memory import measure_peak_memory
 from deploypipe.errors import DataError, ModelError
 from deploypipe.search.cost_models.memory_model import fit_memory
-from deploypipe.search.cost_models.onnx_memory_plan import Footprint, Step, Tensor, footprint, peak_bytes
+from deploypipe.search.cost_models.onnx_memory_plan import Footprint, GraphTensor, Step, footprint, peak_bytes
 from deploypipe.target import Target
 
 IMAGE = ["batch", 3, 8, 8]
 
 
-def floats(*shape: int) -> Tensor:
-    return Tensor(shape=shape, bits=32)
+def floats(*shape: int) -> GraphTensor:
+    return GraphTensor(shape=shape, bits=32)
 
 
 def conv(weight: str, source: str, out: str) -> onnx.NodeProto:
@@ -52,7 +52,7 @@ def save(
 
 
 @st.composite
-def dags(draw: st.DrawFn) -> tuple[list[Step], dict[str, Tensor], set[str]]:
+def dags(draw: st.DrawFn) -> tuple[list[Step], dict[str, GraphTensor], set[str]]:
     """Every tensor of a shape of its own, so that none can take another's memory."""
     steps: list[Step] = []
     names: list[str] = []
@@ -68,7 +68,7 @@ def dags(draw: st.DrawFn) -> tuple[list[Step], dict[str, Tensor], set[str]]:
 
 @given(dags())
 def test_liveness_is_what_counting_at_every_step_finds(
-    dag: tuple[list[Step], dict[str, Tensor], set[str]],
+    dag: tuple[list[Step], dict[str, GraphTensor], set[str]],
 ) -> None:
     steps, tensors, kept = dag
 
