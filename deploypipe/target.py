@@ -1,9 +1,10 @@
-"""What one device is and what it allows: `targets/*.toml`."""
+"""A target: one device and the budgets of a model on it. Read from `targets/*.toml`."""
 
 import re
 from dataclasses import dataclass, field, fields
 from typing import Literal, TypeAlias
 
+from deploypipe.budgets import BUDGETS
 from deploypipe.text.field_bounds import above, real, require, require_text, require_texts, shown, whole
 from deploypipe.text.safe_names import name_problem
 
@@ -11,10 +12,10 @@ RELATIVE = "x"
 Runtime: TypeAlias = Literal["onnxruntime", "tensorrt", "tensorrt-rtx", "eager"]
 Provider: TypeAlias = Literal["cpu", "cuda", "tensorrt", "openvino", "coreml", "qnn"]
 Precision: TypeAlias = Literal["fp32", "fp16", "int8"]
-Range: TypeAlias = tuple[int, int, int]  # least, the one to be fast at, most
+Range: TypeAlias = tuple[int, int, int]  # smallest, the size to be fast at, largest
 
 _ALL_PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
-# What a (runtime, provider) takes. The CoreML provider has no QuantizeLinear or DequantizeLinear
+# The precisions that each (runtime, provider) can run. The CoreML provider has no QuantizeLinear or DequantizeLinear
 # (onnxruntime.ai/docs/execution-providers/CoreML-ExecutionProvider.html, supported operators).
 _PRECISIONS: dict[tuple[str, str], tuple[Precision, ...]] = {
     ("eager", "cpu"): ("fp32", "fp16"),
@@ -28,38 +29,29 @@ _PRECISIONS: dict[tuple[str, str], tuple[Precision, ...]] = {
     ("tensorrt", "cpu"): _ALL_PRECISIONS,
     ("tensorrt-rtx", "cpu"): _ALL_PRECISIONS,
 }
-_MEMORY_UNITS = {"MiB": 2**20, "KiB": 2**10, "GiB": 2**30}
-_MAX_BATCH = 128  # of an engine, where a target does not say: what accuracy is usually measured with
+_MEMORY_UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+_MAX_BATCH = 128  # of an engine whose target gives no range; accuracy is usually measured with that
 _MAX_NUMBER = 1e12  # in any unit
 _MAX_DIM = 2**24  # of a dynamic axis
 _MAX_BATCH_SIZE = 2**20
 _LIMIT = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+)\s*")
 
-# The units a budget may be given in, with the factor to the unit it is kept in (the one in the record's field names).
-UNITS: dict[str, dict[str, float]] = {
-    "latency_p50": {"ms": 1.0, "us": 1e-3, "s": 1e3},
-    "peak_memory": {"MiB": 1.0, "KiB": 1 / 1024, "GiB": 1024.0},
-    "file_size": {"MiB": 1.0, "KiB": 1 / 1024, "GiB": 1024.0},
-    "params": {"k": 1e3, "M": 1e6, "G": 1e9},
-    "macs": {"k": 1e3, "M": 1e6, "G": 1e9},
-}
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limit:
-    """An upper bound: `value` in the base unit of its budget, or as a fraction of the dense model's figure."""
+    """An upper bound: `value` in its budget's own unit, or as a share of the dense model's figure."""
 
     value: float
     is_relative: bool
 
     def absolute(self, dense: float) -> float:
-        """The bound in the base unit, given the dense model's own figure."""
+        """The bound in the budget's own unit, given the dense model's figure."""
         return self.value * dense if self.is_relative else self.value
 
 
 def parse_limit(name: str, text: str) -> Limit:
-    """`"0.5x"` or `"4.0 ms"` -> Limit. Raises ValueError saying which units `name` takes."""
-    units = UNITS[name]
+    """Parse `"0.5x"` or `"4.0 ms"`. Raises ValueError with the units that the budget `name` takes."""
+    units = BUDGETS[name].units
     match = _LIMIT.fullmatch(text)
     if not match or match[2] not in {RELATIVE, *units}:
         example = f"'0.5x' of the dense model or '4 {next(iter(units))}'"
@@ -67,7 +59,7 @@ def parse_limit(name: str, text: str) -> Limit:
         raise ValueError(f"{problem}; write {example} (units: x, {', '.join(units)})")
     number = float(match[1])
     if number <= 0:
-        raise ValueError(f"{name} = {shown(text)} allows nothing; a budget is above zero")
+        raise ValueError(f"{name} must be above zero, got {shown(text)}; write a positive number")
     if number > _MAX_NUMBER:
         raise ValueError(f"{name} = {shown(text)} is too large; write {_MAX_NUMBER:g} or less")
     if match[2] == RELATIVE:
@@ -77,9 +69,10 @@ def parse_limit(name: str, text: str) -> Limit:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Budget:
-    """Upper bounds the compressed model must meet. None: no bound.
+    """Upper bounds that the compressed model must meet. None: no bound.
 
-    All but the accuracy take `"0.5x"` (of the dense model, measured in the same run) or a number with a unit.
+    A budget given as text is `"0.5x"` (of the dense model, measured in the same run) or a number with a unit;
+    `deploypipe.budgets.BUDGETS` holds one row for each of them.
     """
 
     latency_p50: str | None = None
@@ -87,16 +80,16 @@ class Budget:
     file_size: str | None = None
     params: str | None = None
     macs: str | None = None
-    accuracy_drop_pp: float = 1.0  # percentage points; the upper end of the paired interval must stay below
-    slice_drop_pp: float | None = None  # the same for each of the task's slices (classes)
-    latency_regression: float = 1.05  # times the latency of the bundle released before, where the gate is given one
-    max_age_days: float | None = None  # of the measurements, when the gate is asked again
+    accuracy_drop_pp: float = 1.0  # percentage points, for the upper end of the paired interval
+    slice_drop_pp: float | None = None  # the same for each slice (class) of the task
+    latency_regression: float = 1.05  # times the latency of the previous release, if the gate is given one
+    max_age_days: float | None = None  # of the measurements, when the gate runs again
 
     def __post_init__(self) -> None:
         self.limits()
         require(
             self,
-            accuracy_drop_pp=real(0, 1e6),  # metrics other than shares have points of their own
+            accuracy_drop_pp=real(0, 1e6),  # a metric that is not a share has points of its own
             slice_drop_pp=real(0, 1e6),
             latency_regression=above(0, 1e6),
             max_age_days=above(0, 100_000),
@@ -104,50 +97,51 @@ class Budget:
 
     def limits(self) -> dict[str, Limit]:
         """The bounds that are set, by budget name."""
-        texts = {f.name: getattr(self, f.name) for f in fields(self) if f.name in UNITS}
+        texts = {f.name: getattr(self, f.name) for f in fields(self) if f.name in BUDGETS}
         return {name: parse_limit(name, text) for name, text in texts.items() if text is not None}
 
 
 def parse_memory(name: str, text: str) -> int:
-    """`"8 GiB"` -> bytes. Raises ValueError saying which units there are."""
+    """Parse `"8 GiB"` into bytes. Raises ValueError with the units there are."""
     match = _LIMIT.fullmatch(text)
     if not match or match[2] not in _MEMORY_UNITS or not 0 < float(match[1]) <= _MAX_NUMBER:
-        raise ValueError(f"{name} = {shown(text)} is no amount of memory; write it like '8 GiB' (units: KiB, MiB, GiB)")
+        units = ", ".join(_MEMORY_UNITS)
+        raise ValueError(f"{name} = {shown(text)} is not an amount of memory; write it like '8 GiB' (units: {units})")
     return int(float(match[1]) * _MEMORY_UNITS[match[2]])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Target:
-    """One device: what runs the model there, how to know the device, and how good the model has to be.
+    """One device: what runs the model there, how to recognise the device, and the budgets of the model.
 
-    `machine` to `runtime_version` say which machines may stand for the device (empty: any); on others an ONNX file is
-    exported, an engine built where that can be done, and nothing is measured.
+    The fields from `machine` to `runtime_version` say which machines count as the device (empty: any). On any other
+    machine an ONNX file is exported and an engine is built if possible, but nothing is measured.
     """
 
     runtime: Runtime
-    name: str = ""  # the file's stem, when it came from a file
+    name: str = ""  # the file's stem if the target was read from a file
     description: str = ""
-    provider: Provider = "cpu"  # what onnxruntime (or eager torch) computes with
-    provider_options: dict[str, str] = field(default_factory=dict)  # handed to onnxruntime as they are
-    allow_cpu_fallback: bool = False  # may onnxruntime run on the CPU what the provider cannot?
+    provider: Provider = "cpu"  # of onnxruntime or eager torch
+    provider_options: dict[str, str] = field(default_factory=dict)  # passed to onnxruntime unchanged
+    allow_cpu_fallback: bool = False  # whether operators that the provider lacks may run on the CPU
 
-    machine: str = ""  # processor family, as `uname -m` says it: x86_64, aarch64
+    machine: str = ""  # processor family as in `uname -m`: x86_64, aarch64
     cpu_features: tuple[str, ...] = ()  # as in /proc/cpuinfo: avx512_vnni, asimddp
     board: str = ""  # part of the board's name (/proc/device-tree/model)
     is_portable: bool | None = None  # a laptop: True, a desktop or server: False
-    gpu_names: tuple[str, ...] = ()  # words of the GPU's name, any of them
+    gpu_names: tuple[str, ...] = ()  # parts of the GPU's name; one of them has to match
     compute_capabilities: tuple[str, ...] = ()  # NVIDIA's, "8.9"; TensorRT-RTX builds one engine for all of them
-    runtime_version: str = ""  # the runtime's version begins with it: "10" or "10.3"
+    runtime_version: str = ""  # prefix of the runtime's version: "10" or "10.3"
     memory: str = ""  # of the device, "8 GiB"
 
     precisions: tuple[Precision, ...] = ("fp32",)
     batch_size: int = 1
     batch_range: Range | None = None  # of an engine; None: 1, batch_size, 128 (or batch_size, if larger)
-    dynamic_dims: dict[str, Range] = field(default_factory=dict)  # the same for other dynamic axes, by their names
-    workspace: str = ""  # what a TensorRT builder may use as scratch memory, "1 GiB"; empty: all there is
+    dynamic_dims: dict[str, Range] = field(default_factory=dict)  # the same for other dynamic axes, by name
+    workspace: str = ""  # scratch memory of a TensorRT builder, "1 GiB"; empty: no limit
     num_threads: int = 1
-    channel_multiple: int = 1  # widths are kept at multiples of this
-    num_latency_samples: int = 400  # at least; timed runs per file
+    channel_multiple: int = 1  # layer widths are multiples of it
+    num_latency_samples: int = 400  # timed runs per file, at least
     budget: Budget = field(default_factory=Budget)
 
     def __post_init__(self) -> None:
@@ -165,18 +159,18 @@ class Target:
         self._check_precisions()
         for capability in self.compute_capabilities:
             if not re.fullmatch(r"[0-9]{1,2}\.[0-9]", capability):
-                raise ValueError(f"compute_capabilities: {shown(capability)} is none; write it like '8.9'")
+                raise ValueError(f"compute_capabilities: {shown(capability)} is not one; write it like '8.9'")
         self._check_ranges()
         self._check_memory()
 
     @property
     def needs_gpu(self) -> bool:
-        """Whether an NVIDIA GPU does the work."""
+        """Whether the model runs on an NVIDIA GPU."""
         return self.runtime in ("tensorrt", "tensorrt-rtx") or self.provider in ("cuda", "tensorrt")
 
     @property
     def batches(self) -> Range:
-        """Batch sizes an engine is built for: least, the one to be fast at, most."""
+        """Batch sizes that an engine is built for: smallest, the size to be fast at, largest."""
         return self.batch_range or (1, self.batch_size, max(self.batch_size, _MAX_BATCH))
 
     @property
@@ -200,11 +194,11 @@ class Target:
         if (self.runtime, self.provider) not in _PRECISIONS:
             fitting = ", ".join(provider for runtime, provider in _PRECISIONS if runtime == self.runtime)
             if not self.runtime.startswith("tensorrt"):
-                raise ValueError(f"provider = {self.provider!r} is none of {self.runtime}; write one of {fitting}")
+                raise ValueError(f"provider = {self.provider!r} is not one of {self.runtime}; write one of {fitting}")
             raise ValueError(f"provider = {self.provider!r} belongs to onnxruntime; leave it out for {self.runtime}")
         if self.provider_options and (self.runtime != "onnxruntime" or self.provider == "cpu"):
             raise ValueError(
-                "provider_options: nothing takes them; name an onnxruntime provider other than cpu, or leave them out"
+                "provider_options need an onnxruntime provider other than cpu; name that provider, or leave them out"
             )
 
     def _check_precisions(self) -> None:
@@ -212,7 +206,7 @@ class Target:
         if not self.precisions:
             raise ValueError(f"precisions is empty; write one or more of {', '.join(fitting)}")
         if len(set(self.precisions)) < len(self.precisions):
-            raise ValueError(f"precisions = {shown(self.precisions)} names one twice; write each once")
+            raise ValueError(f"precisions = {shown(self.precisions)} has duplicates; write each precision once")
         for precision in self.precisions:
             if precision not in fitting:
                 on = self.runtime if self.provider == "cpu" else f"{self.runtime} with {self.provider}"
@@ -223,7 +217,7 @@ class Target:
         for key, (least, best, most) in ranges.items():
             if not 1 <= least <= best <= most <= _MAX_DIM:
                 seen = shown([least, best, most])
-                raise ValueError(f"{key} = {seen} is no range; write [least, usual, most], from 1 up to {_MAX_DIM}")
+                raise ValueError(f"{key} = {seen} is not a range; write [least, usual, most], from 1 up to {_MAX_DIM}")
         least, _, most = self.batches
         if not least <= self.batch_size <= most:
             raise ValueError(f"batch_size = {self.batch_size} is outside batch_range = {[*self.batches]}; widen it")

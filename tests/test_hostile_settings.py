@@ -150,7 +150,7 @@ START = b'runtime = "onnxruntime"\n'
         pytest.param(START + b"Batch = 1", "Batch: unknown key", id="capital"),
         pytest.param(START + b'"a\\n\\u001b[2J" = 1', "unknown key", id="key"),
         pytest.param(START + b"batch_size = 2026-01-01", "batch_size: '2026-01-01' does not fit", id="date"),
-        pytest.param(START + b'memory = "' + b"9" * 400 + b' GiB"', "no amount of memory", id="memory"),
+        pytest.param(START + b'memory = "' + b"9" * 400 + b' GiB"', "not an amount of memory", id="memory"),
     ],
 )
 def test_a_target_file_that_makes_no_sense_is_one_line(

@@ -27,7 +27,7 @@ from deploypipe.cli.terminal import (
 from deploypipe.errors import ConfigError, DeploypipeError
 from deploypipe.files.json_records import override, to_plain
 from deploypipe.recipe import Recipe
-from deploypipe.report.run_tables import OVERVIEW_HEADER, overview_rows
+from deploypipe.report.run_tables import overview_header, overview_rows
 from deploypipe.runs.result import RunResult, load_result
 from deploypipe.runtimes.provider_options import require_harmless_options
 from deploypipe.target import Target
@@ -284,7 +284,7 @@ def _run_at_once(asked: _Asked, jobs: int, ranks: "Ranks") -> int:
 
 def _show_overview(results: Mapping[str, RunResult | str], asked: _Asked) -> int:
     """A table and a page of all targets; the worst exit code."""
-    show_table(f"{asked.loaded.name}, target by target", OVERVIEW_HEADER, overview_rows(results))
+    show_table(f"{asked.loaded.name}, target by target", overview_header(), overview_rows(results))
     from deploypipe.report.html import write_overview
 
     page = asked.folder / "report.html"

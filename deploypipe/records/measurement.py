@@ -79,17 +79,6 @@ class Measurement:
     per_sample_metric: tuple[float, ...]  # of the exported file, in test order; its mean is the accuracy
     accuracy: Interval | None
 
-    @property
-    def figures(self) -> dict[str, float | None]:
-        """What budgets limit, by the names they have there: ms, MiB, counts."""
-        return {
-            "latency_p50": self.latency.p50_ms.value if self.latency else None,
-            "peak_memory": self.peak_memory_mib,
-            "file_size": self.file.size_bytes / 2**20,
-            "params": self.num_params,
-            "macs": self.num_macs,
-        }
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BenchmarkReport:

@@ -1,10 +1,11 @@
-"""Whether the compressed model may ship. Pure: a report and a budget in, a decision out."""
+"""Decide whether the compressed model may ship: a pure function of a report and a budget."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 
+from deploypipe.budgets import BUDGETS, BudgetRow
 from deploypipe.numerics.intervals import interval_of_drop_pp
 from deploypipe.records import (
     BaselineComparison,
@@ -21,9 +22,8 @@ from deploypipe.report.run_tables import what_is_covered
 from deploypipe.target import Budget, Limit
 from deploypipe.verification.golden_file import shown
 
-_MIN_OF_A_SLICE = 2  # one sample tells nothing of others like it
-_CLOCKS_DIFFER_DAYS = 0.05  # by so much those of two machines may
-_UNITS = {"latency_p50": "ms", "peak_memory": "MiB", "file_size": "MiB", "params": "", "macs": ""}
+_MIN_OF_A_SLICE = 2  # samples; one says nothing about others like it
+_MAX_CLOCK_DIFFERENCE_DAYS = 0.05  # between two machines
 
 
 def decide(
@@ -35,20 +35,19 @@ def decide(
     waivers: Sequence[Waiver] = (),
     now: datetime | None = None,
 ) -> GateDecision:
-    """One check for every limit that is set, and for the accuracy. SHIP only where every check passed or is waived.
+    """Check the accuracy and every limit that is set. The verdict is SHIP if each check passed or is waived.
 
-    Latency and accuracy pass when the upper end of their interval does: a relative latency by the ratio of the
-    interleaved run, an absolute one by the median's interval, the accuracy by the paired drop. What was not measured,
-    and a time that was taken while the machine was throttled, noisy or unsteady, is UNKNOWN. parity_limit: of the
-    file's error against the network's own outputs, relative to the largest of them. baseline: adds what must not be
-    worse than in the bundle released before. now: of the decision, timezone aware; by default that of the measurement.
+    A figure with an interval passes if the upper end does. A relative latency is decided by the ratio of the
+    interleaved run, an absolute one by the median's interval, the accuracy by the paired drop. A figure that was not
+    measured is UNKNOWN, and so is a time taken while the machine was throttled, noisy or unsteady.
+
+    parity_limit: for the file's error against the network's outputs, relative to the largest output.
+    baseline: the previous release, which the model must not be worse than.
+    now: time of the decision, timezone aware; by default that of the measurement.
     """
     measured = datetime.fromisoformat(report.measured_at) if report.measured_at else None
     now = now or measured or datetime.now(UTC)
-    checks = [
-        _check_latency(report, limit) if name == "latency_p50" else _check_figure(report, name, limit)
-        for name, limit in budget.limits().items()
-    ]
+    checks = [_check_budget(report, BUDGETS[name], limit) for name, limit in budget.limits().items()]
     checks.append(_check_accuracy(report, budget.accuracy_drop_pp))
     if parity_limit is not None:
         checks.append(_check_parity(report.compressed.file.max_abs_error, parity_limit))
@@ -58,13 +57,13 @@ def decide(
         checks.append(_check_age(measured, now, budget.max_age_days))
     if baseline is not None:
         checks += _check_regression(baseline, budget)
-    judged = waived(checks, waivers, now.date())
+    decided = waived(checks, waivers, now.date())
     is_dense = report.dense.file.sha256 == report.compressed.file.sha256
     unchanged = "the dense model is within the budget as it is, nothing was removed; " if is_dense else ""
     return GateDecision(
-        verdict=Verdict.SHIP if all(check.is_settled for check in judged) else Verdict.HOLD,
-        checks=judged,
-        reason=unchanged + _reason(judged),
+        verdict=Verdict.SHIP if all(check.is_settled for check in decided) else Verdict.HOLD,
+        checks=decided,
+        reason=unchanged + _reason(decided),
     )
 
 
@@ -74,54 +73,49 @@ def _reason(checks: Sequence[Check]) -> str:
         return "; ".join(f"{check.name} {_VERBS[check.status]} ({check.reason})" for check in blocking)
     excused = [f"{check.name} {_VERBS[check.status]}" for check in checks if check.status is not Status.PASS]
     passed = len(checks) - len(excused)
-    told = f"all {passed} checks passed" if passed > 1 else "the only check passed"
-    if not excused:
-        return told
-    return f"{passed} of {len(checks)} checks passed, the rest is waived: {'; '.join(excused)}"
+    if excused:
+        return f"{passed} of {len(checks)} checks passed, the rest is waived: {'; '.join(excused)}"
+    return f"all {passed} checks passed" if passed > 1 else "the only check passed"
 
 
 _VERBS = {Status.FAIL: "failed", Status.UNKNOWN: "is unknown"}
 
 
-def _check_latency(report: BenchmarkReport, limit: Limit) -> Check:
-    name, unit = "latency_p50", _UNITS["latency_p50"]
-    before, after, ratio = report.dense.latency, report.compressed.latency, report.latency_ratio
-    if after is None or (limit.is_relative and (before is None or ratio is None)):
-        return _without_dense(name, report, limit, after.p50_ms.value if after else None)
-    if limit.is_relative and before is not None and ratio is not None:
-        scale = before.p50_ms.value
-        bound, interval, unit_free = limit.value * scale, _scaled(ratio, scale), ratio.high
+def _check_budget(report: BenchmarkReport, row: BudgetRow, limit: Limit) -> Check:
+    """Compare in the limit's own terms: to scale both sides could round a tie either way."""
+    dense, figure = row.value(report.dense), row.of_measurement(report.compressed)
+    ratio = row.ratio(report) if row.ratio else None
+    if figure is None or (limit.is_relative and (dense is None or (row.ratio and ratio is None))):
+        return _not_comparable(row, report, limit)
+    bound = limit.absolute(dense or 0.0)
+    if limit.is_relative and ratio and dense is not None:
+        interval = _scaled(ratio, dense)
+        check = _compare(row.name, row.unit, bound, interval.value, interval, is_met=ratio.high <= limit.value)
+    elif isinstance(figure, Interval):
+        check = _compare(row.name, row.unit, bound, figure.value, figure, is_met=figure.high <= bound)
     else:
-        bound, interval, unit_free = limit.value, after.p50_ms, after.p50_ms.high
-    # The comparison is made in the limit's own terms: scaling both sides could round a tie either way.
-    check = _judged(name, unit, bound, interval.value, interval, is_met=unit_free <= limit.value)
+        check = _compare(row.name, row.unit, bound, figure, None, is_met=figure <= bound)
+    if row.source != "timed":
+        return check
     if not limit.is_relative:
         check = replace(check, reason=f"{check.reason}; {what_is_covered(report.conditions)}")
     return doubted(check, report.doubts)
-
-
-def _check_figure(report: BenchmarkReport, name: str, limit: Limit) -> Check:
-    before, after = report.dense.figures[name], report.compressed.figures[name]
-    if after is None or (limit.is_relative and before is None):
-        return _without_dense(name, report, limit, after)
-    bound = limit.absolute(before or 0.0)
-    return _judged(name, _UNITS[name], bound, after, None, is_met=after <= bound)
 
 
 def _check_accuracy(report: BenchmarkReport, limit_pp: float) -> Check:
     drop = report.accuracy_drop_pp
     if drop is None:
         return _unknown("accuracy_drop", "pp", limit_pp, _not_measured(report))
-    check = _judged("accuracy_drop", "pp", limit_pp, drop.value, drop, is_met=drop.high <= limit_pp)
+    check = _compare("accuracy_drop", "pp", limit_pp, drop.value, drop, is_met=drop.high <= limit_pp)
     return replace(check, reason=check.reason + _why_too_few(check, report.dense.per_sample_metric))
 
 
 def _check_parity(error: float, limit: float) -> Check:
-    return _judged("parity", "relative", limit, error, None, is_met=error <= limit)
+    return _compare("parity", "relative", limit, error, None, is_met=error <= limit)
 
 
 def _check_slices(report: BenchmarkReport, limit_pp: float) -> Check:
-    """By the slice with the highest upper end; UNKNOWN where all that can be judged pass, and some cannot."""
+    """Check the slice with the highest upper end. UNKNOWN if it passes, but other slices have too few samples."""
     name, unit = "slice_drop", "pp"
     dense, compressed = report.dense.per_sample_metric, report.compressed.per_sample_metric
     if not (report.slices and dense and compressed):
@@ -133,37 +127,37 @@ def _check_slices(report: BenchmarkReport, limit_pp: float) -> Check:
         if len(numbers) >= _MIN_OF_A_SLICE
     }
     few = sorted(report.slices.keys() - metrics.keys())
-    told_few = f"fewer than {_MIN_OF_A_SLICE} test samples in {shown(few)}" if few else ""
+    too_few = f"fewer than {_MIN_OF_A_SLICE} test samples in {shown(few)}" if few else ""
     if not metrics:
-        return _unknown(name, unit, limit_pp, told_few)
+        return _unknown(name, unit, limit_pp, too_few)
     drops = {slice_name: interval_of_drop_pp(*pair) for slice_name, pair in metrics.items()}
     worst = max(drops, key=lambda slice_name: drops[slice_name].high)
     failed = sum(drop.high > limit_pp for drop in drops.values())
-    check = _judged(name, unit, limit_pp, drops[worst].value, drops[worst], is_met=failed == 0)
-    told = f"{worst} ({len(report.slices[worst]):,} samples): {check.reason}{_why_too_few(check, metrics[worst][0])}"
-    reason = "; ".join(filter(None, (told, f"{failed} of {len(drops)} slices are above it", told_few)))
+    check = _compare(name, unit, limit_pp, drops[worst].value, drops[worst], is_met=failed == 0)
+    detail = f"{worst} ({len(report.slices[worst]):,} samples): {check.reason}{_why_too_few(check, metrics[worst][0])}"
+    reason = "; ".join(filter(None, (detail, f"{failed} of {len(drops)} slices are above it", too_few)))
     is_unknown = bool(few) and check.status is Status.PASS
     return replace(check, reason=reason, status=Status.UNKNOWN if is_unknown else check.status)
 
 
 def _why_too_few(failed: Check, metric: Sequence[float]) -> str:
-    """Where a network without any loss would fail as well: how many samples it takes."""
+    """Say how many samples it takes, if even a network without any loss would fail."""
     if failed.status is not Status.FAIL or not metric or failed.limit is None or failed.limit <= 0:
         return ""
     least = interval_of_drop_pp(metric, metric).high
     if least <= failed.limit:
         return ""
     wanted = math.ceil(len(metric) * least / failed.limit)
-    return f"; {len(metric):,} samples cannot show it even where none is worse, about {wanted:,} can"
+    return f"; {len(metric):,} samples are too few: even without any loss it takes about {wanted:,}"
 
 
-def _check_age(measured: datetime | None, now: datetime, most_days: float) -> Check:
+def _check_age(measured: datetime | None, now: datetime, max_days: float) -> Check:
     if measured is None:
-        return _unknown("age", "days", most_days, "when it was measured is not recorded")
+        return _unknown("age", "days", max_days, "the time of the measurement is not recorded")
     days = (now - measured).total_seconds() / 86_400
-    if days < -_CLOCKS_DIFFER_DAYS:
-        return _unknown("age", "days", most_days, f"it was measured in the future, at {measured}: check the clock")
-    return _judged("age", "days", most_days, max(days, 0.0), None, is_met=days <= most_days)
+    if days < -_MAX_CLOCK_DIFFERENCE_DAYS:
+        return _unknown("age", "days", max_days, f"it was measured in the future, at {measured}: check the clock")
+    return _compare("age", "days", max_days, max(days, 0.0), None, is_met=days <= max_days)
 
 
 def _check_regression(baseline: BaselineComparison, budget: Budget) -> list[Check]:
@@ -177,25 +171,25 @@ def _check_regression(baseline: BaselineComparison, budget: Budget) -> list[Chec
         if interval is None:
             checks.append(_unknown(name, unit, limit, f"{baseline.name}: {why}"))
             continue
-        check = _judged(name, unit, limit, interval.value, interval, is_met=interval.high <= limit)
+        check = _compare(name, unit, limit, interval.value, interval, is_met=interval.high <= limit)
         if unit == "x":
             check = doubted(check, baseline.latency_doubts)
-        checks.append(replace(check, reason=f"beside {baseline.name}: {check.reason}"))
+        checks.append(replace(check, reason=f"compared with {baseline.name}: {check.reason}"))
     return checks
 
 
 def doubted(check: Check, doubts: str) -> Check:
-    """UNKNOWN where there are doubts about its figure, which stays with its interval and the limit."""
+    """Turn a check UNKNOWN if its figure is in doubt; the figure, its interval and the limit stay."""
     return replace(check, status=Status.UNKNOWN, reason=doubts) if doubts else check
 
 
-def _judged(name: str, unit: str, limit: float, measured: float, interval: Interval | None, *, is_met: bool) -> Check:
+def _compare(name: str, unit: str, limit: float, measured: float, interval: Interval | None, *, is_met: bool) -> Check:
     decisive = interval.high if interval else measured
     if not (math.isfinite(decisive) and math.isfinite(limit)):
         return _unknown(name, unit, None, "the measurement is not a finite number")
-    said = _amount(decisive, unit)
+    subject = _amount(decisive, unit)
     if interval:
-        said = f"the upper end of its interval, {said},"
+        subject = f"the upper end of its interval, {subject},"
     relation = "is within" if is_met else "is above"
     return Check(
         name=name,
@@ -204,7 +198,7 @@ def _judged(name: str, unit: str, limit: float, measured: float, interval: Inter
         interval=interval,
         limit=limit,
         unit=unit,
-        reason=f"{said} {relation} the limit of {_amount(limit, unit)}",
+        reason=f"{subject} {relation} the limit of {_amount(limit, unit)}",
     )
 
 
@@ -216,13 +210,13 @@ def _not_measured(report: BenchmarkReport) -> str:
     return "; ".join(("it was not measured", *report.notes))
 
 
-def _without_dense(name: str, report: BenchmarkReport, limit: Limit, measured: float | None) -> Check:
-    """Of a figure that was not measured, or whose share of the dense network's cannot be told."""
-    bound = None if limit.is_relative else limit.value
+def _not_comparable(row: BudgetRow, report: BenchmarkReport, limit: Limit) -> Check:
+    """A figure that was not measured, or whose limit is a share of a dense figure that was not measured."""
+    bound, measured = None if limit.is_relative else limit.value, row.value(report.compressed)
     if measured is None:
-        return _unknown(name, _UNITS[name], bound, _not_measured(report))
+        return _unknown(row.name, row.unit, bound, _not_measured(report))
     why = "; ".join(("that of the dense network was not measured, and the limit is a share of it", *report.notes))
-    return replace(_unknown(name, _UNITS[name], bound, why), measured=measured)
+    return replace(_unknown(row.name, row.unit, bound, why), measured=measured)
 
 
 def _scaled(interval: Interval, factor: float) -> Interval:

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterable, Sequence
 from deploypipe.benchmark.bench_results import BenchResult, FileFigures, LayerTime, SweepPoint
 from deploypipe.benchmark.latency import PERCENTILE_FLOORS
 from deploypipe.records import Conditions, Interval, MachineState
-from deploypipe.report.run_tables import NOT_MEASURED, file_size, number
+from deploypipe.report.run_tables import NOT_MEASURED
+from deploypipe.text.amounts import file_size, number
 
 Rows = list[tuple[str, ...]]
 _NUM_LAYERS = 10

@@ -11,11 +11,10 @@ from deploypipe.records import PruneReport, ScoreSummary, SearchResult
 from deploypipe.report.joint_pareto import Judged, front_sentence, judged_networks
 from deploypipe.report.next_steps import next_steps
 from deploypipe.report.run_tables import (
-    OVERVIEW_HEADER,
     PRECISION_HEADER,
     before_after,
     check_cells,
-    count,
+    overview_header,
     overview_rows,
     precision_rows,
     repair_remarks,
@@ -35,6 +34,7 @@ from deploypipe.report.search_text import (
 )
 from deploypipe.report.width_tables import Stage, stages_of
 from deploypipe.runs.result import RunResult
+from deploypipe.text.amounts import count
 from deploypipe.text.printable_text import printable_lines
 
 REPORT = "report.html"
@@ -63,7 +63,7 @@ def write_overview(name: str, results: Mapping[str, RunResult | str], path: Path
         lambda: _overview_figures(networks, results),
         name=name,
         worst=worst,
-        header=OVERVIEW_HEADER,
+        header=overview_header(),
         rows=rows,
         about_front=front_sentence(networks) if networks else "",
     )

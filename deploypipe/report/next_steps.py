@@ -1,10 +1,10 @@
 """What to do about a run on HOLD: for each check that holds it, a sentence that ends with the command to run next."""
 
+from deploypipe.budgets import BUDGETS
 from deploypipe.records import Check, Status, Verdict
 from deploypipe.runs.result import RunResult
 
 _AGAIN = "--remeasure"
-_SIZES = ("latency_p50", "peak_memory", "file_size", "params", "macs", "latency_against_baseline")
 _ACCURACIES = ("accuracy_drop", "accuracy_against_baseline", "slice_drop")
 _COMPARED = ("latency_against_baseline", "accuracy_against_baseline")
 
@@ -27,9 +27,10 @@ def _for_failed(result: RunResult, check: Check) -> str:
         return f"measure again: {_command(result, _AGAIN)}"
     if check.name == "parity":
         return f"take another precision, or raise export.max_abs_error: {_command(result, 'target.precisions', 'fp32')}"
-    if check.name in _SIZES and check.interval and check.limit is not None and check.interval.low <= check.limit:
+    is_figure = check.name in BUDGETS or check.name == "latency_against_baseline"
+    if is_figure and check.interval and check.limit is not None and check.interval.low <= check.limit:
         return f"the limit lies in its interval; measure again, or relax {budget}: {_command(result, _AGAIN)}"
-    if check.name in _SIZES and result.search:
+    if is_figure and result.search:
         num_trials = 2 * result.recipe.search.num_trials
         return f"search longer, or relax {budget}: {_command(result, 'search.num_trials', num_trials)}"
     if check.name in _ACCURACIES and result.training:
@@ -42,7 +43,7 @@ def _for_unknown(result: RunResult, check: Check) -> str:
     is_shaky = bool(result.benchmark.doubts) and check.measured is not None
     if check.name in _COMPARED:
         return "once both can be compared on a quiet machine, run the same `deploypipe gate` command again"
-    if check.name == "latency_p50" and is_shaky:
+    if check.name in BUDGETS and BUDGETS[check.name].source == "timed" and is_shaky:
         return f"it was measured, but the machine was not steady; once it is quiet, measure again: {_command(result)}"
     if result.benchmark.compressed.latency is None:
         target = result.target.name or result.target.runtime

@@ -1,10 +1,12 @@
 """The figures of a run as text: the same rows for the terminal and for the report."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from deploypipe.budgets import BUDGETS, BudgetRow
 from deploypipe.numerics.intervals import interval_of_drop_pp
 from deploypipe.records import (
+    BenchmarkReport,
     Check,
     Conditions,
     Converted,
@@ -19,6 +21,7 @@ from deploypipe.records import (
     Waiver,
 )
 from deploypipe.runs.result import RunResult
+from deploypipe.text.amounts import amount, file_size, number
 
 NOT_MEASURED = "not measured"
 
@@ -33,11 +36,10 @@ class Row(NamedTuple):
 
 
 def before_after(result: RunResult) -> tuple[Row, ...]:
-    """Dense against compressed, in the order in which one asks."""
+    """Dense against compressed: the accuracy, then every budget's figure."""
     report = result.benchmark
     dense, compressed = report.dense, report.compressed
     drop = report.accuracy_drop_pp
-    ratio = report.latency_ratio
     return (
         Row(
             name=result.metric,
@@ -45,31 +47,23 @@ def before_after(result: RunResult) -> tuple[Row, ...]:
             compressed=_accuracy(compressed),
             change="" if drop is None else f"{-drop.value:+.2f} pp ({-drop.high:+.2f} to {-drop.low:+.2f})",
         ),
-        Row(
-            name="latency p50",
-            dense=_latency(dense),
-            compressed=_latency(compressed),
-            change="" if ratio is None else f"{ratio.value:.3f}x ({ratio.low:.3f} to {ratio.high:.3f})",
-        ),
-        _plain_row("peak memory", dense, compressed, lambda m: m.peak_memory_mib, lambda v: f"{v:.1f} MiB"),
-        _plain_row("file size", dense, compressed, lambda m: float(m.file.size_bytes), file_size),
-        _plain_row("parameters", dense, compressed, lambda m: float(m.num_params), count),
-        _plain_row("MACs", dense, compressed, lambda m: float(m.num_macs), count),
+        *(_budget_row(budget, report) for budget in BUDGETS.values()),
     )
 
 
-OVERVIEW_HEADER = ("target", "decision", "metric", "latency p50", "peak memory", "file size", "MACs", "why")
+def overview_header() -> tuple[str, ...]:
+    return ("target", "decision", "metric", *_overview_labels(), "why")
 
 
 def overview_rows(results: Mapping[str, RunResult | str]) -> list[tuple[str, ...]]:
-    """One network on several targets: what ships for each, beside the dense model; or the error that ended its run."""
+    """One row a target: how the model that ships differs from the dense one, or the error that ended the run."""
     rows: list[tuple[str, ...]] = []
     for name, result in results.items():
         if isinstance(result, str):
-            rows.append((name, "ERROR", "", "", "", "", "", result))
+            rows.append((name, "ERROR", "", *("" for _ in _overview_labels()), result))
             continue
         changes = {row.name: row.change for row in before_after(result)}
-        shown = (changes[key] for key in (result.metric, *OVERVIEW_HEADER[3:7]))
+        shown = (changes[key] for key in (result.metric, *_overview_labels()))
         rows.append((name, result.decision.verdict.value, *shown, result.decision.reason))
     return rows
 
@@ -78,17 +72,20 @@ COMPARISON_HEADER = ("", "first", "second", "second / first")
 
 
 def comparison_rows(first: RunResult, second: RunResult) -> list[tuple[str, ...]]:
-    """What two runs ship, figure by figure. Accuracies pair where both were tested on the same samples; latencies were
-    timed apart, so their quotient is only shown for one device, and says less than an interleaved one."""
+    """Compare what two runs ship, figure by figure.
+
+    Accuracies are paired if both were tested on the same samples. Latencies were timed apart: their quotient is shown
+    for one device only, and says less than an interleaved ratio.
+    """
     before, after = first.benchmark, second.benchmark
     rows = {row.name: row.compressed for row in before_after(first)}
     others = {row.name: row.compressed for row in before_after(second)}
     same_device = before.environment.device_fingerprint == after.environment.device_fingerprint
     quotients = {
-        name: _quotient(*(side.compressed.figures[figure] for side in (before, after)))
-        + (", timed apart" if name in _TIMED else "")
-        for name, figure in _FIGURES.items()
-        if same_device or name not in (*_TIMED, "peak memory")
+        budget.label: _quotient(budget.value(before.compressed), budget.value(after.compressed))
+        + (", timed apart" if budget.source == "timed" else "")
+        for budget in BUDGETS.values()
+        if same_device or budget.source == "counted"
     }
     metrics = (before.compressed.per_sample_metric, after.compressed.per_sample_metric)
     if before.test_data and before.test_data == after.test_data and first.metric == second.metric and all(metrics):
@@ -100,14 +97,8 @@ def comparison_rows(first: RunResult, second: RunResult) -> list[tuple[str, ...]
     ]
 
 
-_TIMED = ("latency p50",)
-_FIGURES = {  # a row's name -> that of the figure
-    "latency p50": "latency_p50",
-    "peak memory": "peak_memory",
-    "file size": "file_size",
-    "parameters": "params",
-    "MACs": "macs",
-}
+def _overview_labels() -> list[str]:
+    return [budget.label for budget in BUDGETS.values() if budget.is_in_overview]
 
 
 def _quotient(before: float | None, after: float | None) -> str:
@@ -122,7 +113,7 @@ def check_cells(check: Check) -> tuple[str, str, str, str, str]:
         check.name.replace("_", " "),
         str(check.status.value),
         NOT_MEASURED if check.measured is None else with_interval(check.measured, check.interval, check.unit),
-        "" if check.limit is None else figure(check.limit, check.unit),
+        "" if check.limit is None else amount(check.limit, check.unit),
         check.reason if check.waiver is None else f"{check.reason}; {_waived(check.waiver)}",
     )
 
@@ -267,27 +258,8 @@ def ranges(indices: Iterable[int], most: int = 6) -> str:
 
 def with_interval(value: float, interval: Interval | None, unit: str) -> str:
     if interval is None:
-        return figure(value, unit)
-    return f"{figure(value, unit)} ({number(interval.low)} to {number(interval.high)})"
-
-
-def figure(value: float, unit: str) -> str:
-    """A number with its unit; large counts get a k, M or G."""
-    return f"{number(value)} {unit}".strip()
-
-
-def number(value: float) -> str:
-    """Four significant digits; thousands, millions and thousand millions shortened."""
-    if abs(value) >= 1e4:
-        return count(value)
-    return f"{value:.4g}"
-
-
-def count(value: float) -> str:
-    for factor, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= factor:
-            return f"{value / factor:.4g} {suffix}"
-    return f"{value:.4g}"
+        return amount(value, unit)
+    return f"{amount(value, unit)} ({number(interval.low)} to {number(interval.high)})"
 
 
 def seconds(value: float) -> str:
@@ -323,20 +295,27 @@ def _change(first: Iterable[int], second: Iterable[int]) -> str:
     return "; ".join([f"removes {more}"] * bool(more) + [f"keeps {less}"] * bool(less))
 
 
-def _plain_row(
-    name: str,
-    dense: Measurement,
-    compressed: Measurement,
-    read: Callable[[Measurement], float | None],
-    show: Callable[[float], str],
-) -> Row:
-    before, after = read(dense), read(compressed)
+def _budget_row(budget: BudgetRow, report: BenchmarkReport) -> Row:
+    before, after = budget.value(report.dense), budget.value(report.compressed)
+    if budget.ratio:
+        ratio = budget.ratio(report)
+        change = f"{ratio.value:.3f}x ({ratio.low:.3f} to {ratio.high:.3f})" if ratio else ""
+    else:
+        change = f"{after / before:.3f}x" if before and after is not None else ""
     return Row(
-        name=name,
-        dense=NOT_MEASURED if before is None else show(before),
-        compressed=NOT_MEASURED if after is None else show(after),
-        change=f"{after / before:.3f}x" if before and after is not None else "",
+        name=budget.label,
+        dense=_figure_text(budget, report.dense),
+        compressed=_figure_text(budget, report.compressed),
+        change=change,
     )
+
+
+def _figure_text(budget: BudgetRow, measurement: Measurement) -> str:
+    figure, value = budget.of_measurement(measurement), budget.value(measurement)
+    if value is None:
+        return NOT_MEASURED
+    interval = f" ({figure.low:.4g} to {figure.high:.4g})" if isinstance(figure, Interval) else ""
+    return f"{budget.text(value)}{interval}"
 
 
 def _accuracy(measurement: Measurement) -> str:
@@ -344,14 +323,3 @@ def _accuracy(measurement: Measurement) -> str:
     if accuracy is None:
         return NOT_MEASURED
     return f"{100 * accuracy.value:.2f} % (n = {len(measurement.per_sample_metric):,})"
-
-
-def _latency(measurement: Measurement) -> str:
-    if measurement.latency is None:
-        return NOT_MEASURED
-    p50 = measurement.latency.p50_ms
-    return f"{p50.value:.4g} ms ({p50.low:.4g} to {p50.high:.4g})"
-
-
-def file_size(value: float) -> str:
-    return f"{value / 2**20:.2f} MiB" if value >= 2**20 else f"{value / 2**10:.1f} KiB"

@@ -5,6 +5,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from deploypipe.budgets import BUDGETS, LATENCY_P50, MACS, PEAK_MEMORY
 from deploypipe.records import Candidate, LatencyFit, SearchResult, Trial
 from deploypipe.report.joint_pareto import Judged, joint_front
 from deploypipe.report.plots import COMPRESSED, DENSE, LIMIT, MUTED, as_html
@@ -21,7 +22,7 @@ def trials(search: SearchResult, target: Target, objectives: Sequence[str]) -> s
     """Accuracy against latency (MACs, where nothing was timed) of every trial: on val, after repair, not fine-tuned."""
     figure = go.Figure()
     _add_budget_lines(figure, search, target)
-    _add_front(figure, search, is_line="peak_memory" not in objectives)
+    _add_front(figure, search, is_line=PEAK_MEMORY not in objectives)
     others = [trial for trial in search.trials if trial.number != search.trials[search.best].number]
     fitting = [trial for trial in others if trial.feasible]
     markers: list[tuple[str, list[Trial], dict[str, object]]] = [
@@ -205,11 +206,11 @@ def _add_dense(figure: Any, dense: Candidate) -> None:
 
 def _add_budget_lines(figure: Any, search: SearchResult, target: Target) -> None:
     line = {"line_color": LIMIT, "line_width": 1}
-    name = "macs" if search.dense.latency_p50_ms is None else "latency_p50"
+    name = MACS if search.dense.latency_p50_ms is None else LATENCY_P50
     cost = _cost(search.dense)
     asked = target.budget.limits().get(name)
     held = next((budget.limit for budget in held_budgets(search) if budget.name == name), None)
-    label = "latency" if name == "latency_p50" else "MACs"
+    label = BUDGETS[name].label
     if asked is not None:
         budget = asked.absolute(cost)
         figure.add_vline(x=budget, line_dash="dash", annotation_text=f"{label} budget", **line)

@@ -1,13 +1,13 @@
 """What a search found, and what held it back, as sentences and rows: only what its records say."""
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import isnan
 
 from scipy.stats import spearmanr
 
-from deploypipe.records import MIN_TRIALS_FOR_IMPORTANCES, Candidate, LatencyFit, SearchResult, Structures
+from deploypipe.budgets import BUDGETS, Predictor
+from deploypipe.records import MIN_TRIALS_FOR_IMPORTANCES, LatencyFit, SearchResult, Structures
 from deploypipe.report.width_tables import Stage
 from deploypipe.runs.result import RunResult
 from deploypipe.target import Target
@@ -16,13 +16,8 @@ REACH_HEADER = ("budget", "least in reach", "asked for", "held to in the search"
 STAGE_HEADER = ("stage", "units left", "layers made narrower", "blocks removed")
 _BINDING = 0.97  # of what the search allows
 
-FIGURES: dict[str, Callable[[Candidate], float | None]] = {
-    "latency_p50": lambda c: c.latency_p50_ms,
-    "peak_memory": lambda c: c.peak_memory_mib,
-    "file_size": lambda c: c.file_size_mib,
-    "params": lambda c: c.num_params,
-    "macs": lambda c: c.num_macs,
-}
+# What the least reachable share is about, by how it was found.
+_LEAST_REMARKS: dict[Predictor | None, str] = {"latency_model": ", measured", "file_size": " of its weights"}
 _KNOBS = {
     "fill": "which part of the budgets the plan was to fill",
     "exponent": "below 1 small losses count more",
@@ -48,7 +43,7 @@ def held_budgets(search: SearchResult) -> list[Held]:
     best = search.trials[search.best]
     held = []
     for name, excess in best.violations.items():
-        own, dense = FIGURES[name](best.candidate), FIGURES[name](search.dense)
+        own, dense = BUDGETS[name].of_candidate(best.candidate), BUDGETS[name].of_candidate(search.dense)
         if own is not None and dense:
             held.append(Held(name=name, limit=own / (1 + excess) / dense, chosen=own / dense))
     return held
@@ -63,7 +58,7 @@ def reach_rows(search: SearchResult, target: Target) -> list[tuple[str, ...]]:
         asked = getattr(target.budget, name)
         rows.append(
             (
-                _label(name),
+                BUDGETS[name].label,
                 _least(name, least[name]) if name in least else "not predicted",
                 asked or ("nothing; stands in for what cannot be measured here" if name in held else "nothing"),
                 _times(held[name].limit) if name in held else "-",
@@ -176,8 +171,8 @@ def _budget_sentences(search: SearchResult) -> list[str]:
     for budget in held_budgets(search):
         fill = budget.chosen / budget.limit
         verdict = "this budget was binding" if fill > _BINDING else "this budget left room"
-        label, fill_asked = _label(budget.name), search.trials[search.best].knobs.get("fill")
-        is_predicted = budget.name == "latency_p50" and search.latency_fit is not None
+        label, fill_asked = BUDGETS[budget.name].label, search.trials[search.best].knobs.get("fill")
+        is_predicted = BUDGETS[budget.name].predictor == "latency_model" and search.latency_fit is not None
         aim = f", its plan aimed at {100 * fill_asked:.1f} %" if is_predicted and fill_asked is not None else ""
         told.append(
             f"{label[0].upper()}{label[1:]}: the chosen network fills {100 * fill:.1f} % of what the search allowed "
@@ -235,11 +230,7 @@ def _stage(stage: Stage, share: float) -> str:
 
 
 def _least(name: str, share: float) -> str:
-    return _times(share) + {"latency_p50": ", measured", "file_size": " of its weights"}.get(name, "")
-
-
-def _label(name: str) -> str:
-    return {"macs": "MACs", "params": "parameters"}.get(name, name.replace("_", " "))
+    return _times(share) + _LEAST_REMARKS.get(BUDGETS[name].predictor, "")
 
 
 def _percent(share: float) -> str:

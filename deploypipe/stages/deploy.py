@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from deploypipe.benchmark import compare_files
+from deploypipe.budgets import BUDGETS
 from deploypipe.export.onnx_export.golden_samples import write_golden
 from deploypipe.export.quantization.precision_choice import choose_precision
 from deploypipe.export.tensorrt_engine.build_engine import as_model_file, build_engine, is_built
@@ -142,8 +143,9 @@ def benchmark(
 
 
 def _is_final(report: BenchmarkReport, budget: Budget) -> bool:
-    """False if a latency budget is undecided because the machine was unsteady: a quieter one may decide it."""
-    return budget.latency_p50 is None or report.compressed.latency is None or not report.doubts
+    """False if a timed budget is undecided because the machine was unsteady: a quieter one may decide it."""
+    is_timed = any(BUDGETS[name].source == "timed" for name in budget.limits())
+    return not is_timed or report.compressed.latency is None or not report.doubts
 
 
 def golden(job: Job, shipped: Shipped) -> Golden:

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from deploypipe.budgets import BUDGETS
 from deploypipe.files.hashing import digest
 from deploypipe.memory_order import find_order
 from deploypipe.pruning.surgery.plan import make_plan
@@ -91,7 +92,8 @@ def unobserved(
 def timed_networks(job: Job, basis: Basis) -> TimedNetworks | None:
     """Networks timed on the target, for a latency model to learn from; None where nothing asks for latency, or it
     cannot be taken here."""
-    is_asked_for = "latency_p50" in basis.limits or "latency" in job.recipe.search.objectives
+    is_bounded = any(BUDGETS[name].predictor == "latency_model" for name in basis.limits)
+    is_asked_for = is_bounded or "latency" in job.recipe.search.objectives
     if job.ability.verdict != "run" or not is_asked_for:
         return None
     levels = allowed_widths(basis.structures, basis.curves)

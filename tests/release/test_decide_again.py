@@ -85,7 +85,7 @@ def test_a_slice_too_small_for_the_limit_fails_and_says_how_many_it_takes(
         ("accuracy_drop", Budget(accuracy_drop_pp=1.0)),
     ):
         found, reason = status(same, name, budget=budget)
-        assert found is Status.FAIL and "40 samples cannot show it even where none is worse, about 35" in reason
+        assert found is Status.FAIL and "40 samples are too few: even without any loss it takes about 35" in reason
     assert status(same, "slice_drop", budget=Budget(slice_drop_pp=10.0))[0] is Status.PASS
 
 
@@ -142,7 +142,7 @@ def test_nothing_may_be_worse_than_before(report: BenchmarkReport) -> None:
     assert decide(report, Budget(), baseline=good).verdict is Verdict.SHIP
     slow = replace(good, latency_ratio=interval(1.0, 1.06))
     found, reason = status(report, "latency_against_baseline", budget=Budget(), baseline=slow)
-    assert found is Status.FAIL and reason.startswith("beside v1: ")
+    assert found is Status.FAIL and reason.startswith("compared with v1: ")
     worse = replace(good, accuracy_drop_pp=interval(0.5, 1.5))
     assert status(report, "accuracy_against_baseline", budget=Budget(), baseline=worse)[0] is Status.FAIL
     other = replace(good, accuracy_drop_pp=None, notes=("accuracy: another test split",))

@@ -9,7 +9,8 @@ from finished_runs import finished_run, score_summary, untouched_run
 
 from deploypipe.errors import DeploypipeError
 from deploypipe.report.html import render_report, write_report, write_scores
-from deploypipe.report.run_tables import before_after, count, seconds
+from deploypipe.report.run_tables import before_after, seconds
+from deploypipe.text.amounts import count
 
 FETCHING = {"src", "href", "action", "data", "poster", "srcset"}
 

@@ -8,6 +8,7 @@ import pytest
 from known_latencies import levels_of, subject, timed_of, true_time
 from networks import build
 
+from deploypipe.budgets import BUDGETS
 from deploypipe.errors import BudgetError
 from deploypipe.pruning.surgery.apply_plan import apply_plan
 from deploypipe.pruning.tracing.structures import count_macs
@@ -100,6 +101,13 @@ def test_several_budgets_hold_at_once() -> None:
         assert num_params <= 0.5 * propose.structures.num_params and num_macs <= 0.9 * propose.structures.num_macs
 
 
+def test_a_budget_is_predicted_as_its_row_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BUDGETS, "weights", replace(BUDGETS["params"], name="weights"))
+    new, known = proposer("bottleneck", {"weights": 0.5}), proposer("bottleneck", {"params": 0.5})
+    assert new(PLAIN, ()) == known(PLAIN, ()) != proposer("bottleneck", {"macs": 0.5})(PLAIN, ())
+    assert find_feasibility(new, new.shares).least["weights"] == find_feasibility(known, known.shares).least["params"]
+
+
 def test_budgets_out_of_reach_are_refused_by_name() -> None:
     reach = find_feasibility(proposer("bottleneck", {"macs": 0.9}), {"macs": 0.9})
     assert 0 < reach.least["macs"] < 0.9 and reach.log10_choices > 1
@@ -127,7 +135,7 @@ def test_the_least_latency_in_reach_is_that_of_a_network_that_was_measured(
     sizes = [true_time(propose.sites, t.cut) for t in timed]
     assert sizes[0] == min(sizes)
     beyond = {"latency_p50": 0.9 * reach.least["latency_p50"]}
-    with pytest.raises(BudgetError, match=r"out of reach: the smallest network .* comes to 0\.\d+ times"):
+    with pytest.raises(BudgetError, match=r"out of reach: the smallest network .* reaches 0\.\d+ times"):
         find_feasibility(replace(propose, shares=beyond), beyond)
 
 

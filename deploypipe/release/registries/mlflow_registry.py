@@ -15,6 +15,7 @@ from typing import Any
 
 import onnx
 
+from deploypipe.budgets import figures
 from deploypipe.errors import BundleError, DeploypipeError, NoVersionError
 from deploypipe.files.json_records import to_plain
 from deploypipe.installed_packages import ONNXRUNTIME, find_package
@@ -175,7 +176,7 @@ def _metrics(result: RunResult) -> dict[str, float]:
     metrics: dict[str, float | None] = {}
     for name, measured in (("dense", report.dense), ("compressed", report.compressed)):
         accuracy = measured.accuracy.value if measured.accuracy else None
-        metrics |= {f"{name}.{key}": value for key, value in {"accuracy": accuracy, **measured.figures}.items()}
+        metrics |= {f"{name}.{key}": value for key, value in {"accuracy": accuracy, **figures(measured)}.items()}
     for key, interval in (("latency_ratio", report.latency_ratio), ("accuracy_drop_pp", report.accuracy_drop_pp)):
         if interval:
             metrics |= {key: interval.value, f"{key}.low": interval.low, f"{key}.high": interval.high}

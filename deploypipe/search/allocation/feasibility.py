@@ -1,22 +1,22 @@
-"""What a search can come to, told before anything is observed; a budget out of reach ends there."""
+"""Find the lowest reachable value of every budget, before calibration. A budget out of reach is an error."""
 
 from collections.abc import Mapping
 from math import log10
 
+from deploypipe.budgets import BUDGETS
 from deploypipe.errors import BudgetError
 from deploypipe.records import Feasibility
 from deploypipe.search.allocation.proposer import Proposer
 from deploypipe.search.allocation.solver import Allocation, Emphasis, allowed_widths
 
-_TOLERANCE = 0.03  # relative: a budget that is predicted to be missed by less may be met
+_TOLERANCE = 0.03  # relative; a budget that is missed by less in the prediction may still be met
 
 
 def find_feasibility(proposer: Proposer, shares: Mapping[str, float]) -> Feasibility:
-    """The least share of each bounded figure, and how many choices there are. What they lose does not matter.
+    """Find the least share of each bounded figure, whatever the accuracy, and count the choices.
 
-    The least latency is that of the fastest network that was measured; other figures are counted.
-    Raises BudgetError where a budget is below the least there is, or where all of them together are, naming the
-    nearest that can be had.
+    The least latency is that of the fastest network measured; other figures are counted.
+    Raises BudgetError if a budget, or all of them together, cannot be met. It names the nearest reachable value.
     """
     model = proposer.latency_model(())
     at = {name: number for number, name in enumerate(shares)}
@@ -24,9 +24,10 @@ def find_feasibility(proposer: Proposer, shares: Mapping[str, float]) -> Feasibi
     def figure(name: str, allocation: Allocation) -> float:
         return proposer.figures(allocation, model)[at[name]]
 
-    least = {name: figure(name, proposer.cheapest(name)) for name in shares if name != "latency_p50"}
-    if model and "latency_p50" in shares:
-        least["latency_p50"] = model.least
+    timed = [name for name in shares if BUDGETS[name].predictor == "latency_model"]
+    least = {name: figure(name, proposer.cheapest(name)) for name in shares if name not in timed}
+    if model:
+        least |= dict.fromkeys(timed, model.least)
     for name, share in shares.items():
         require_feasible(name, least[name], share)
     together = proposer.allocate(Emphasis(), model, dict(shares))
@@ -35,30 +36,31 @@ def find_feasibility(proposer: Proposer, shares: Mapping[str, float]) -> Feasibi
         if reached > share * (1 + _TOLERANCE):
             others = " and ".join(f"budget.{other}" for other in shares if other != name)
             raise BudgetError(
-                f"budget.{name}: {share:.3g} times the dense network's cannot be had together with {others}; the "
-                f"nearest network comes to {reached:.3g} times it: relax one of them in the target"
+                f"budget.{name}: {share:.3g} times the dense network's cannot be met together with {others}; the "
+                f"nearest network reaches {reached:.3g} times; relax one of them in the target"
             )
     return Feasibility(least=least, log10_choices=_log10_choices(proposer))
 
 
 def require_feasible(name: str, least: float, share: float) -> None:
-    """BudgetError where the least there is of a figure is more than the share of the dense one that is allowed."""
+    """Raise BudgetError if the least reachable share of a figure exceeds the allowed one."""
     if least > share * (1 + _TOLERANCE):
         raise BudgetError(
             f"budget.{name}: {share:.3g} times the dense network's is out of reach: the smallest network that the "
-            f"recipe allows comes to {least:.3g} times it; relax the budget in the target to {round_up(least):.2f}x or "
-            "more, or let more go (recipe: keep, constraints; target: channel_multiple)"
+            f"recipe allows reaches {least:.3g} times; relax the budget in the target to {round_up(least):.2f}x or "
+            "more, or allow more to be removed (recipe: keep, constraints; target: channel_multiple)"
         )
 
 
 def round_up(share: float) -> float:
-    """To hundredths."""
+    """Round up to hundredths."""
     return -(-share * 100 // 1) / 100
 
 
 def feasibility_text(reach: Feasibility, shares: Mapping[str, float]) -> str:
-    told = ", ".join(f"{name} {share:.2g}x (least {reach.least[name]:.2g}x)" for name, share in shares.items())
-    return f"in reach: {told}; 10^{reach.log10_choices:.0f} choices"
+    """List each budget's allowed and least share."""
+    budgets = ", ".join(f"{name} {share:.2g}x (least {reach.least[name]:.2g}x)" for name, share in shares.items())
+    return f"in reach: {budgets}; 10^{reach.log10_choices:.0f} choices"
 
 
 def _log10_choices(proposer: Proposer) -> float:

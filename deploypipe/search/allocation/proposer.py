@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from deploypipe.budgets import BUDGETS, LATENCY_P50, Predictor
 from deploypipe.pruning.surgery.apply_plan import apply_plan
 from deploypipe.pruning.surgery.plan import make_plan
 from deploypipe.pruning.tracing.structures import count_macs
@@ -66,7 +67,7 @@ class Proposer:
             by_importance=bool(knobs["by_importance"] and self.curves.block_importance),
             late=knobs["late"],
         )
-        if model is None or "latency_p50" not in shares:
+        if model is None or LATENCY_P50 not in shares:
             return self.plan(self.allocate(emphasis, model, shares), knobs["magnitude"])
         return self._timed_within(emphasis, model, shares, knobs["magnitude"])
 
@@ -76,10 +77,10 @@ class Proposer:
         """What the solver finds where the model is best tends to be where the model is off: so what it finds is timed,
         the model told, and the solver asked again, until the network fills its latency. Of those within it the one that
         fills it most; the fastest where none is."""
-        limit = asked = shares["latency_p50"]
+        limit = asked = shares[LATENCY_P50]
         found: list[tuple[float, PruningPlan]] = []
         for _ in range(NUM_TIMED):
-            plan = self.plan(self.allocate(emphasis, model, {**shares, "latency_p50": asked}), magnitude)
+            plan = self.plan(self.allocate(emphasis, model, {**shares, LATENCY_P50: asked}), magnitude)
             ratio = self.measure(plan)
             is_known = any(plan == other for _, other in found)
             found.append((ratio, plan))
@@ -118,10 +119,10 @@ class Proposer:
         return make_plan(self.structures, scores, widths, blocks, self.channel_multiple)
 
     def costs(self, name: str, model: LatencyModel | None) -> Costs:
-        levels = allowed_widths(self.structures, self.curves)
-        if name == "latency_p50" and model:
+        levels, predictor = allowed_widths(self.structures, self.curves), BUDGETS[name].predictor
+        if predictor == "latency_model" and model:
             return latency_costs(model, self.structures, levels)
-        return mac_costs(self.structures, levels) if name == "macs" else param_costs(self.structures, levels)
+        return mac_costs(self.structures, levels) if predictor == "macs" else param_costs(self.structures, levels)
 
     def figures(self, allocation: Allocation, model: LatencyModel | None) -> list[float]:
         """What the network comes to, by `shares`: its latency predicted, the rest counted."""
@@ -129,8 +130,13 @@ class Proposer:
         num_params, num_macs = count_macs(apply_plan(self.dense, plan), self.inputs)
         params, macs = num_params / self.structures.num_params, num_macs / self.structures.num_macs
         latency = model.predict(cut_of(plan)).value if model else 0.0
-        known = {"latency_p50": latency, "macs": macs, "params": params, "file_size": params}
-        return [known[name] for name in self.shares]
+        known: dict[Predictor | None, float] = {
+            "latency_model": latency,
+            "macs": macs,
+            "params": params,
+            "file_size": params,
+        }
+        return [known[BUDGETS[name].predictor] for name in self.shares]
 
     def latency_fit(self, trials: Sequence[Trial]) -> LatencyFit | None:
         """How well the model knows each network that was timed, before the search or in it, from all others."""

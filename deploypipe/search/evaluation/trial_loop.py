@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from deploypipe.budgets import BUDGETS
 from deploypipe.files.hashing import digest
 from deploypipe.recipe import ObjectiveName
 from deploypipe.records import Candidate, PruningPlan, Trial
@@ -96,18 +97,11 @@ def _is_feasible(excess: Mapping[str, float]) -> bool:
 
 
 def violations(candidate: Candidate, dense: Candidate, limits: Mapping[str, Limit]) -> dict[str, float]:
-    """Relative excess over each limit a search can judge; zero or less meets it."""
-    figures = {
-        "latency_p50": (candidate.latency_p50_ms, dense.latency_p50_ms),
-        "peak_memory": (candidate.peak_memory_mib, dense.peak_memory_mib),
-        "file_size": (candidate.file_size_mib, dense.file_size_mib),
-        "params": (float(candidate.num_params), float(dense.num_params)),
-        "macs": (float(candidate.num_macs), float(dense.num_macs)),
-    }
+    """Relative excess over each limit whose figure was measured; zero or less meets it."""
     excess = {}
     for name, limit in limits.items():
-        measured, reference = figures[name]
-        if measured is not None and reference is not None:  # what cannot be measured here, the gate says
+        measured, reference = BUDGETS[name].of_candidate(candidate), BUDGETS[name].of_candidate(dense)
+        if measured is not None and reference is not None:  # the gate reports a figure that was not measured
             excess[name] = measured / limit.absolute(reference) - 1
     return excess
 
