@@ -26,7 +26,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from deploypipe.benchmark import compare_files
-from deploypipe.cli import load_target
 from deploypipe.export.onnx_export.export_onnx import export_onnx
 from deploypipe.numerics.intervals import interval_of_mean
 from deploypipe.observe.calibration_pass import observe_activations
@@ -43,6 +42,7 @@ from deploypipe.scoring import score
 from deploypipe.search.allocation.loss_curves import measure_curves
 from deploypipe.search.allocation.solver import Allocation, Bound, allocate_to, allowed_widths, uniform
 from deploypipe.search.cost_models.additive_costs import mac_costs
+from deploypipe.target_files import load_target
 from deploypipe.task import Splits, Task, forward, take, take_calib
 from deploypipe.training.finetune import finetune
 from deploypipe.user_pipeline import load_pipeline

@@ -45,7 +45,6 @@ from torch import nn
 from deploypipe.benchmark import first_batch
 from deploypipe.benchmark.accuracy import evaluate_module
 from deploypipe.benchmark.latency import time_interleaved
-from deploypipe.cli import load_target
 from deploypipe.errors import BudgetError
 from deploypipe.numerics.intervals import interval_of_drop_pp, interval_of_mean, interval_of_median_ratio
 from deploypipe.observe.moments import merge
@@ -66,6 +65,7 @@ from deploypipe.search.evaluation.trial_loop import History, evaluate_plan, is_s
 from deploypipe.stages import profile, search
 from deploypipe.stages.context import Job
 from deploypipe.target import Budget
+from deploypipe.target_files import load_target
 from deploypipe.task import channels_last, take, take_calib
 from deploypipe.training.finetune import finetune
 from deploypipe.user_pipeline import load_pipeline

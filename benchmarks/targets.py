@@ -25,9 +25,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from deploypipe.cli import load_target
 from deploypipe.pipeline import compress
 from deploypipe.scheduling.exclusive_measurement import alone
+from deploypipe.target_files import load_target
 from deploypipe.user_pipeline import UserPipeline, load_pipeline
 
 _THREADS = torch.get_num_threads()

@@ -29,9 +29,11 @@ if TYPE_CHECKING:
     from deploypipe.release.gate import decide
     from deploypipe.release.registries.registry import promote
     from deploypipe.scoring import score
+    from deploypipe.target_files import load_target
     from deploypipe.training.finetune import finetune
 
 _HOMES = {  # in the order of a run
+    "load_target": "target_files",
     "compress": "pipeline",
     "check": "preflight",
     "list_structures": "pruning.tracing.structures",
@@ -63,6 +65,7 @@ __all__ = [
     "finetune",
     "list_structures",
     "load_pruned",
+    "load_target",
     "make_bundle",
     "make_plan",
     "observe_activations",

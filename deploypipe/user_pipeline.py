@@ -21,6 +21,7 @@ from deploypipe.files.json_records import checked, parse_setting
 from deploypipe.networks.model_wrappers import unwrapped
 from deploypipe.pipeline_sources import read_source
 from deploypipe.recipe import Recipe
+from deploypipe.shipped_examples import shipped_folder
 from deploypipe.task import Splits, Task
 from deploypipe.text.safe_names import name_problem
 from deploypipe.user_code_errors import wrap_splits, wrap_task
@@ -111,8 +112,8 @@ def find_pipeline(name: str) -> Path:
 
 
 def pipeline_folders() -> list[Path]:
-    """Where bare names are looked for: here, and beside this package."""
-    return [Path.cwd() / "pipelines", Path(__file__).parents[1] / "pipelines"]
+    """Where bare names are looked for: here, and among the examples that come with deploypipe."""
+    return [Path.cwd() / "pipelines", shipped_folder("pipelines")]
 
 
 def _looks_like_one(path: Path) -> bool:
@@ -121,9 +122,8 @@ def _looks_like_one(path: Path) -> bool:
 
 def _find_dotted(name: str) -> Path | None:
     """By looking for the file: to ask Python for the module would run the packages that it is in."""
-    files = (
-        Path(folder or ".").joinpath(*name.split(".")).with_suffix(".py") for folder in [str(Path.cwd()), *sys.path]
-    )
+    folders = [str(Path.cwd()), *sys.path, str(shipped_folder("pipelines").parent)]
+    files = (Path(folder or ".").joinpath(*name.split(".")).with_suffix(".py") for folder in folders)
     return next((file.resolve() for file in files if file.is_file()), None)
 
 

@@ -133,7 +133,7 @@ def test_several_targets_end_with_a_table_and_the_worst_exit_code(
 
 def test_several_at_a_time_are_not_for_torchrun(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = SimpleNamespace(count=2, is_first=True)
-    monkeypatch.setattr(sys.modules["deploypipe.cli.run_command"], "joined_ranks", lambda: nullcontext(ranks))
+    monkeypatch.setattr("deploypipe.cli.terminal.joined_ranks", lambda: nullcontext(ranks))
     done = invoke("run", "./toy.py", "cpu", "other", "--jobs", "2")  # before it looks at anything else
     assert done.exit_code == 2 and "--jobs: torchrun starts processes of its own" in done.output
 
@@ -299,7 +299,7 @@ def test_score_has_no_target(home: Path) -> None:
 
 
 def test_init_writes_what_loads_and_never_overwrites(home: Path) -> None:
-    from deploypipe.cli import load_target
+    from deploypipe.target_files import load_target
     from deploypipe.user_pipeline import load_pipeline
 
     done = invoke("init", "fresh_one")

@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 from deploypipe.cli import app
 from deploypipe.errors import ConfigError
 from deploypipe.files.json_records import load_toml
+from deploypipe.provider_options import ALLOWED_BY, OPTION, require_harmless_options
 from deploypipe.runtimes import make_runtime
-from deploypipe.runtimes.provider_options import ALLOWED_BY, OPTION, require_harmless_options
 from deploypipe.target import Target
 
 LOADING = [

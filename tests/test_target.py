@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 
-from deploypipe.cli import load_target
 from deploypipe.errors import ConfigError
 from deploypipe.files.json_records import from_plain
 from deploypipe.runtimes.device_ability import can
 from deploypipe.runtimes.this_machine import this_machine
 from deploypipe.target import Target
+from deploypipe.target_files import load_target
 
 FOLDER = Path(__file__).parents[1] / "targets"
 FILES = sorted(path.stem for path in FOLDER.glob("*.toml"))

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from deploypipe.cli import app
-from deploypipe.cli.run_command import _Asked
+from deploypipe.cli.run_targets import RunArguments
 from deploypipe.pipeline_sources import read_source
 from deploypipe.user_pipeline import load_pipeline
 
@@ -33,7 +33,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     Path("deeper.py").write_text("X = 1\n")
     Path("cpu.toml").write_text(TARGET)
     address = f"sqlite:///{tmp_path}/study.db"
-    asked = _Asked("./pipe.py", ["./cpu.toml"], ["pipeline.SIZE=4"], None, address, "s", None, None, False)
+    asked = RunArguments("./pipe.py", ["./cpu.toml"], ["pipeline.SIZE=4"], None, address, "s", None, None, False)
     told = asked.storage_of(asked.devices[0])
     assert told and told.job
     Path("executed").unlink()

@@ -10,9 +10,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from deploypipe.benchmark.bench_results import LayerTime
+from deploypipe.provider_options import require_harmless_options
 from deploypipe.runtimes import Array
 from deploypipe.runtimes.onnxruntime import PROVIDERS
-from deploypipe.runtimes.provider_options import require_harmless_options
 from deploypipe.target import Target
 
 _NUM_WARM_UP, _NUM_RUNS = 5, 30

@@ -5,12 +5,10 @@ from deploypipe.cli import run_command  # these add their commands to `app`; thi
 # isort: split
 from deploypipe.cli import blockwise_command, network_commands, release_commands, worker_command
 from deploypipe.cli.app import app
-from deploypipe.cli.arguments import load_target
 
 __all__ = [
     "app",
     "blockwise_command",
-    "load_target",
     "main",
     "network_commands",
     "release_commands",

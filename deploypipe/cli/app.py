@@ -1,4 +1,7 @@
-"""The application, and what several commands take."""
+"""The application, and the options that several commands take.
+
+Commands import what they need inside of their functions, so that `--help`, `--version` and an argument error are fast.
+"""
 
 import os
 from pathlib import Path
@@ -6,15 +9,16 @@ from typing import Annotated
 
 import typer
 
-from deploypipe.runtimes.provider_options import ALLOWED_BY, OPTION
+from deploypipe.installed_packages import find_package
+from deploypipe.provider_options import ALLOWED_BY, OPTION
 
 app = typer.Typer(
     name="deploypipe",
-    help="Compress a trained PyTorch network for one device, measure it there, and decide: SHIP or HOLD.",
     epilog="Exit codes: 0 SHIP, 1 HOLD, 2 error, 130 interrupted. Begin with: deploypipe run digits x86_cpu",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 plans = typer.Typer(help="Look at pruning plans: what goes, and how two of them differ.", no_args_is_help=True)
 app.add_typer(plans, name="plan")
@@ -43,6 +47,21 @@ MemoryLimit = Annotated[
         help="Memory that it may take meanwhile (Linux, on the CPU). Default: three quarters of what is free.",
     ),
 ]
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"deploypipe {find_package('deploypipe').version}")
+        raise typer.Exit
+
+
+@app.callback()
+def main_options(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Compress a trained PyTorch network for one device, measure it there, and decide: SHIP or HOLD."""
 
 
 def _allow_provider_libraries(allowed: bool) -> bool:

@@ -1,35 +1,13 @@
-"""What the user names: targets, settings, shapes."""
+"""What the user names: settings, shapes, names of runs and searches."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from importlib import resources
-from pathlib import Path
 
 from deploypipe.errors import ConfigError
-from deploypipe.files.json_records import load_toml
-from deploypipe.runtimes.provider_options import require_harmless_options
-from deploypipe.target import Target
 from deploypipe.text.safe_names import name_problem
 from deploypipe.untrusted_files.onnx_file_check import MAX_RANK
 
 _MAX_DIGITS = 15  # of a size in a shape
-
-
-def load_target(name: str) -> Target:
-    """The target at a path, or of a bare name; it is named after its file unless it names itself."""
-    if name.endswith(".toml") or "/" in name:
-        path = Path(name)
-    elif found := named_targets().get(name):
-        path = found
-    else:
-        known = ", ".join(sorted(named_targets())) or "none is here"
-        raise ConfigError(name, "", "no target of this name", f"give a TOML file, or one of: {known}")
-    target = load_toml(Target, path)
-    require_harmless_options(target)
-    if target.name:
-        return target
-    require_name(path.stem, str(path), "a target is named after its file, and")
-    return replace(target, name=path.stem)
 
 
 def require_name(name: str, source: str, key: str = "") -> None:
@@ -37,12 +15,6 @@ def require_name(name: str, source: str, key: str = "") -> None:
     problem, _, remedy = name_problem(name).partition("; ")
     if problem:
         raise ConfigError(source, "", f"{key} {problem}".strip(), remedy)
-
-
-def named_targets() -> dict[str, Path]:
-    """Bare name -> file. What lies in the working folder hides what lies beside the package."""
-    folders = (Path(__file__).parents[2] / "targets", Path("targets"))
-    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.toml"))}
 
 
 def split_settings(texts: Sequence[str], *, targets: bool = True) -> dict[str, dict[str, str]]:

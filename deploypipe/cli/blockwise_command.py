@@ -7,10 +7,7 @@ from typing import Annotated
 import typer
 
 from deploypipe.cli.app import PipelineArgument, SetOption, app
-from deploypipe.cli.arguments import split_settings
-from deploypipe.cli.terminal import exit_codes, say, shown_stages
-from deploypipe.files.json_records import override
-from deploypipe.records import Event
+from deploypipe.cli.exit_codes import exit_codes, say
 
 _STAGE = "blocks"
 
@@ -37,6 +34,11 @@ def blockwise(
     Python: deploypipe.load_pruned(FOLDER, build_model).
     """
     with exit_codes():
+        from deploypipe.cli.arguments import split_settings
+        from deploypipe.cli.terminal import shown_stages
+        from deploypipe.files.json_records import override
+        from deploypipe.records import Event
+
         settings = split_settings(set_ or [], targets=False)
         from deploypipe.blockwise import prune_blockwise  # late: brings torch, which `--help` need not wait for
         from deploypipe.task import take_calib

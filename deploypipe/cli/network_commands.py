@@ -17,29 +17,8 @@ from deploypipe.cli.app import (
     app,
     plans,
 )
-from deploypipe.cli.arguments import load_target, named_targets, parse_shapes, require_name, split_settings, template
-from deploypipe.cli.terminal import (
-    EXIT_DIFFERENT,
-    EXIT_ERROR,
-    exit_codes,
-    say,
-    show_bench,
-    show_table,
-    shown_stages,
-)
+from deploypipe.cli.exit_codes import EXIT_DIFFERENT, EXIT_ERROR, exit_codes, say
 from deploypipe.errors import ConfigError
-from deploypipe.files.atomic import write_atomically
-from deploypipe.files.json_records import override, to_json
-from deploypipe.report.run_tables import (
-    COMPARISON_HEADER,
-    comparison_rows,
-    plan_differences,
-    plan_rows,
-    score_notes,
-    score_table,
-)
-from deploypipe.runs.result import load_plan, load_result
-from deploypipe.untrusted_files.limited_process import ProcessLimits
 
 
 @app.command(epilog="Example: deploypipe score digits --set score.kind=output_error")
@@ -55,6 +34,11 @@ def score(
     batch_norm_scale or random.
     """
     with exit_codes():
+        from deploypipe.cli.arguments import split_settings
+        from deploypipe.cli.terminal import show_table, shown_stages
+        from deploypipe.files.json_records import override
+        from deploypipe.report.run_tables import score_notes, score_table
+
         settings = split_settings(set_ or [], targets=False)
         from deploypipe.pipeline import summarise_scores
         from deploypipe.user_pipeline import load_pipeline
@@ -84,6 +68,7 @@ def report(
     """Write the report of a finished run: one HTML file that needs no network."""
     with exit_codes():
         from deploypipe.report.html import write_report
+        from deploypipe.runs.result import load_result
 
         path = out or run / "report.html"
         write_report(load_result(run), path)
@@ -97,6 +82,10 @@ def compare(
 ) -> None:
     """Show what two runs ship, figure by figure, and what the second removed differently."""
     with exit_codes():
+        from deploypipe.cli.terminal import show_table
+        from deploypipe.report.run_tables import COMPARISON_HEADER, comparison_rows, plan_differences
+        from deploypipe.runs.result import load_plan, load_result
+
         results = load_result(first), load_result(second)
         show_table(f"{first} and {second}", COMPARISON_HEADER, comparison_rows(*results))
         if all(result.search for result in results):
@@ -113,7 +102,9 @@ def doctor(
 ) -> None:
     """Say what this machine can do, what is missing, and how to get it. Exit 2 where it cannot run TARGET."""
     with exit_codes():
+        from deploypipe.cli.terminal import show_table
         from deploypipe.doctor import examine
+        from deploypipe.target_files import load_target
 
         findings = examine(load_target(target) if target else None)
         rows = [(f.name, f.status, f.detail, f.remedy) for f in findings]
@@ -136,6 +127,11 @@ def check(
     Every run begins with the same checks, but for the export. Exit 2 where there is a complaint.
     """
     with exit_codes():
+        from deploypipe.cli.arguments import split_settings
+        from deploypipe.cli.terminal import show_table
+        from deploypipe.files.json_records import override
+        from deploypipe.target_files import load_target
+
         settings = split_settings(set_ or [])
         device = override(load_target(target), settings["target"], "--set target") if target else None
         from deploypipe.preflight import check as check_pipeline  # late: as in `run`
@@ -164,6 +160,9 @@ def init(
 ) -> None:
     """Write a commented pipeline (pipelines/NAME.py) and target (targets/NAME.toml) that run as they are."""
     with exit_codes():
+        from deploypipe.cli.arguments import require_name, template
+        from deploypipe.files.atomic import write_atomically
+
         if not name.isidentifier():
             raise ConfigError("init", name, "is not a Python identifier", "use letters, digits and underscores")
         require_name(name, "init")
@@ -214,6 +213,13 @@ def bench(
     Noise is measured too: an interval for each latency, and a verdict on the machine (steady, throttled, noisy).
     """
     with exit_codes():
+        from deploypipe.cli.arguments import parse_shapes
+        from deploypipe.cli.terminal import show_bench, shown_stages
+        from deploypipe.files.atomic import write_atomically
+        from deploypipe.files.json_records import to_json
+        from deploypipe.target_files import load_target
+        from deploypipe.untrusted_files.limited_process import ProcessLimits
+
         device, shapes = load_target(target), parse_shapes(shape or [])
         from deploypipe.benchmark.bench_file import PARTS, bench_file  # late: as in `run`
 
@@ -243,7 +249,9 @@ def targets() -> None:
     run: measured here. build only: an engine is built here and nothing is measured. export only: an ONNX file.
     """
     with exit_codes():
+        from deploypipe.cli.terminal import show_table
         from deploypipe.runtimes.device_ability import can
+        from deploypipe.target_files import load_target, named_targets
 
         rows = []
         for name, path in sorted(named_targets().items()):
@@ -283,6 +291,10 @@ def reproduce(
 def plan_show(plan: Annotated[Path, typer.Argument(metavar="PLAN", help=PLAN_HELP)]) -> None:
     """Show what PLAN removes: the width of each group before and after, and the blocks."""
     with exit_codes():
+        from deploypipe.cli.terminal import show_table
+        from deploypipe.report.run_tables import plan_rows
+        from deploypipe.runs.result import load_plan
+
         loaded = load_plan(plan)
         show_table(
             f"Plan for model {loaded.model_fingerprint}", ("group", "width", "asked", "reason"), plan_rows(loaded)
@@ -298,6 +310,10 @@ def plan_diff(
 ) -> None:
     """Show what FIRST and SECOND remove differently; equal are plans that remove the same from the same model."""
     with exit_codes():
+        from deploypipe.cli.terminal import show_table
+        from deploypipe.report.run_tables import plan_differences
+        from deploypipe.runs.result import load_plan
+
         rows = plan_differences(load_plan(first), load_plan(second))
         if rows:
             show_table("Differences", ("what", "first", "second", "the second"), rows)

@@ -2,31 +2,20 @@
 
 import os
 import sys
+from datetime import UTC, datetime
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from deploypipe.cli.app import AllowOption, MemoryLimit, RunArgument, TimeLimit, app
-from deploypipe.cli.terminal import (
-    EXIT_DIFFERENT,
-    EXIT_HOLD,
-    exit_code,
-    exit_codes,
-    say,
-    show_checks,
-    show_decision,
-    show_next_steps,
-    show_table,
-)
+from deploypipe.cli.exit_codes import EXIT_DIFFERENT, EXIT_HOLD, exit_codes, say
 from deploypipe.errors import ConfigError, DeploypipeError, NoVersionError
-from deploypipe.files.atomic import write_atomically
-from deploypipe.files.json_records import to_json
-from deploypipe.records import Verdict
-from deploypipe.runs.result import RESULT, RunResult, load_result
-from deploypipe.untrusted_files.limited_process import ProcessLimits
+
+if TYPE_CHECKING:
+    from deploypipe.runs.result import RunResult
 
 _PUBLIC_KEY = "PEM of the public key that the bundle has to be signed with."
 _REGISTRY = "Folder of bundles and their aliases, s3://... (or another store), or `models:`, the MLflow server in use."
@@ -61,9 +50,12 @@ def gate(
     when (granted) to when (expires).
     """
     with exit_codes():
-        result = load_result(run)
-        from datetime import UTC, datetime
+        from deploypipe.cli.terminal import exit_code, show_decision, show_next_steps
+        from deploypipe.files.atomic import write_atomically
+        from deploypipe.files.json_records import to_json
+        from deploypipe.runs.result import load_result
 
+        result = load_result(run)
         from deploypipe.release.baseline_comparison import compare_with_baseline
         from deploypipe.release.bundle import check_run
         from deploypipe.release.ci_reports import junit as as_junit
@@ -88,7 +80,7 @@ def gate(
 
 
 def _find_baseline(
-    result: RunResult, baseline: str | None, registry: str | None, alias: str, key: Path | None
+    result: "RunResult", baseline: str | None, registry: str | None, alias: str, key: Path | None
 ) -> Path | None:
     """The bundle to compare with; a registry that has none yet is told of."""
     from deploypipe.release.bundle import bundle_name
@@ -140,11 +132,12 @@ def release(
             raise ConfigError("--certificate", "", "is given without --key", "add the private key it belongs to")
         if sigstore and key:
             raise ConfigError("--sigstore", "", "is given together with --key", "give one of them")
-        from datetime import UTC, datetime
-
+        from deploypipe.cli.terminal import show_decision
+        from deploypipe.records import Verdict
         from deploypipe.release import signing
         from deploypipe.release.bundle import make_bundle
         from deploypipe.release.decide_again import decide_today
+        from deploypipe.runs.result import load_result
 
         sign = signing.sign_keyless if sigstore else None
         if key:
@@ -236,10 +229,13 @@ def verify(
     Where only numpy and onnxruntime are installed: python -m deploypipe.verify DIR
     """
     with exit_codes():
+        from deploypipe.cli.terminal import show_checks, show_table
         from deploypipe.release.bundle import check_run
         from deploypipe.release.manifest import MANIFEST, check_manifest
         from deploypipe.release.registries.registry import is_remote, resolve
         from deploypipe.release.signing import check_keyless, check_signature
+        from deploypipe.runs.result import RESULT
+        from deploypipe.untrusted_files.limited_process import ProcessLimits
         from deploypipe.verify import HEADER, cells
         from deploypipe.verify import verify as replay
 

@@ -15,7 +15,7 @@ from multiprocessing.context import SpawnProcess
 from typing import TextIO
 
 from deploypipe.cli.app import app
-from deploypipe.cli.terminal import EXIT_INTERRUPTED
+from deploypipe.cli.exit_codes import EXIT_INTERRUPTED
 
 _GRACE_S = 2.0  # a terminal interrupts all its processes by itself, and a second interrupt would disturb the end
 

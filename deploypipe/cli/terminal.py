@@ -5,21 +5,18 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
-import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from deploypipe.errors import DeploypipeError, RanksError
-from deploypipe.files.exhausted_resources import find_exhaustion
-from deploypipe.installed_packages import find_missing
+from deploypipe.cli.exit_codes import EXIT_ERROR, EXIT_HOLD, EXIT_INTERRUPTED, say
+from deploypipe.errors import RanksError
 from deploypipe.records import Check, Event, GateDecision, Verdict
 from deploypipe.report.next_steps import next_steps
 from deploypipe.report.run_tables import PRECISION_HEADER, before_after, check_cells, precision_rows, seconds
@@ -30,7 +27,6 @@ if TYPE_CHECKING:
     from deploypipe.benchmark.bench_results import BenchResult
     from deploypipe.training.ranks import Ranks
 
-EXIT_HOLD, EXIT_DIFFERENT, EXIT_ERROR, EXIT_INTERRUPTED = 1, 1, 2, 130
 STAGES = (
     "structures",
     "dense_export",
@@ -56,73 +52,6 @@ STAGES = (
 _WIDTH = max(map(len, STAGES))
 _QUIET_SECONDS = 10.0  # between two lines about the same stage, where there is no live list
 COLOURS = {"PASS": "green", "FAIL": "red", "UNKNOWN": "yellow", "ok": "green", "missing": "red", "limited": "yellow"}
-
-
-def say(line: object, *, file: TextIO | None = None, flush: bool = False) -> None:
-    """Print one line. Names and reasons in it come from elsewhere: what would steer the terminal is shown instead."""
-    print(printable(str(line)), file=file, flush=flush)
-
-
-@contextmanager
-def exit_codes() -> Iterator[None]:
-    """Every failure leaves with its own code: HOLD (1) is a decision and never an accident."""
-    try:
-        with _terminated_like_interrupted():
-            yield
-    except KeyboardInterrupt:
-        say("interrupted; the same command resumes", file=sys.stderr)
-        raise typer.Exit(EXIT_INTERRUPTED) from None
-    except DeploypipeError as error:
-        say(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(EXIT_ERROR) from None
-    except BrokenPipeError:  # `deploypipe ... | head`: nobody is left to tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise typer.Exit(EXIT_ERROR) from None
-    except Exception as error:
-        if not (problem := _not_a_bug(error)):
-            traceback.print_exc()
-            problem = "this is a bug in deploypipe; please report it with the lines above"
-        say(f"error: {problem}", file=sys.stderr)
-        raise typer.Exit(EXIT_ERROR) from None
-
-
-@contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
-    """SIGTERM, by which CI servers and schedulers cancel a job, ends a command like Ctrl-C: what is half-written is
-    removed. torchrun ends its processes by it and does not wait: there it stays as it was."""
-
-    def handle(number: int, _: object) -> None:
-        if os.getpid() != ours:  # a pipeline's own process, forked from this one
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        raise KeyboardInterrupt
-
-    ours, is_main = os.getpid(), threading.current_thread() is threading.main_thread()
-    if not is_main or "TORCHELASTIC_RUN_ID" in os.environ or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, handle)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _not_a_bug(error: Exception) -> str:
-    """What the machine lacks, and what to do; empty where the error is ours."""
-    if found := find_exhaustion(error):
-        problem, remedy = found
-        return f"{problem}; {remedy}, and run the same command again"
-    if isinstance(error, ImportError) and (problem := find_missing()):
-        return problem
-    from deploypipe.user_code_errors import find_user_error  # late: brings torch
-
-    if fault := find_user_error(error):
-        return str(fault)
-    if isinstance(error, OSError) and error.filename:
-        path = error.filename2 or error.filename  # the second is what a file was to be renamed to
-        return f"{path}: {error.strerror}; check the path and its rights"
-    return ""
 
 
 @contextmanager

@@ -10,10 +10,10 @@ from deploypipe.networks.model_wrappers import unwrapped
 from deploypipe.preflight.findings import CheckReport, Findings, Tried
 from deploypipe.preflight.split_checks import Survey, fewest_samples, remarks, survey, unlike_calib
 from deploypipe.preflight.trial_passes import run_network, try_export, try_extremes, try_inference, try_training
+from deploypipe.provider_options import require_harmless_options
 from deploypipe.pruning.tracing.structures import require_trainable
 from deploypipe.recipe import Recipe
 from deploypipe.runtimes.device_ability import can
-from deploypipe.runtimes.provider_options import require_harmless_options
 from deploypipe.scoring import needs_derivatives
 from deploypipe.target import Target
 from deploypipe.task import Splits, Task, take_batch

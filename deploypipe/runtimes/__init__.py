@@ -12,10 +12,10 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 
 from deploypipe.errors import RuntimeUnavailableError
+from deploypipe.provider_options import require_harmless_options
 from deploypipe.runtimes.device_ability import can
 from deploypipe.runtimes.eager import EagerRuntime
 from deploypipe.runtimes.onnxruntime import PROVIDERS, OnnxRuntime
-from deploypipe.runtimes.provider_options import require_harmless_options
 from deploypipe.runtimes.tensorrt import TensorRtRuntime
 from deploypipe.target import Target
 

@@ -1,0 +1,227 @@
+"""The work of `deploypipe run`: one target or several, one after another or several at a time."""
+
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deploypipe.cli.arguments import require_name, split_settings
+from deploypipe.cli.exit_codes import EXIT_ERROR, EXIT_HOLD, say
+from deploypipe.cli.target_processes import run_commands
+from deploypipe.cli.terminal import exit_code, show_result, show_table, shown_stages
+from deploypipe.errors import ConfigError, DeploypipeError
+from deploypipe.files.json_records import override, to_plain
+from deploypipe.provider_options import require_harmless_options
+from deploypipe.recipe import Recipe
+from deploypipe.report.run_tables import overview_header, overview_rows
+from deploypipe.runs.result import RunResult, load_result
+from deploypipe.target import Target
+from deploypipe.target_files import load_target
+from deploypipe.text.masked_addresses import masked
+
+if TYPE_CHECKING:
+    from deploypipe.search.distributed.study_storage import Storage
+    from deploypipe.training.ranks import Ranks
+    from deploypipe.user_pipeline import UserPipeline
+
+_SHARED = "shared"  # folder beside the targets' own
+
+
+@dataclass(frozen=True)
+class RunArguments:
+    """The command's arguments, and what they name; the first that is wrong raises."""
+
+    pipeline: str
+    targets: Sequence[str]
+    changes: Sequence[str]  # KEY=VALUE
+    out: Path | None
+    storage: str | None
+    name: str | None
+    stages: str | None
+    shared: Path | None
+    remeasure: bool
+
+    @cached_property
+    def settings(self) -> dict[str, dict[str, str]]:
+        return split_settings(self.changes)
+
+    @cached_property
+    def devices(self) -> list[Target]:
+        devices = [override(load_target(name), self.settings["target"], "--set target") for name in self.targets]
+        for device in devices:
+            require_harmless_options(device)
+        names = [device.name for device in devices]
+        folders = [name.casefold() for name in names]  # as some file systems compare them
+        for name, folder in zip(names, folders, strict=True) if len(names) > 1 else ():
+            if folders.count(folder) > 1 or folder == _SHARED:
+                is_twice = folder != _SHARED
+                problem = f"{name!r} is named twice" if is_twice else f"{name!r} is where the common stages go"
+                raise ConfigError("TARGET", "", problem, "the run for each target has a folder of its name")
+        return devices
+
+    @cached_property
+    def loaded(self) -> "UserPipeline":
+        from deploypipe.user_pipeline import load_pipeline  # late: brings torch, which `--help` need not wait for
+
+        return load_pipeline(self.pipeline, self.settings["pipeline"])
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        return override(self.loaded.recipe(), self.settings["recipe"])
+
+    def check(self) -> None:
+        """Raise for what is wrong with any of it."""
+        _ = self.devices, self.loaded, self.recipe
+
+    @property
+    def folder(self) -> Path:
+        """Of the run, or of several targets' runs."""
+        [*others, last] = self.devices
+        return self.out or Path("runs") / (self.loaded.name if others else f"{self.loaded.name}-{last.name}")
+
+    def folder_of(self, device: Target) -> Path:
+        return self.folder / device.name if len(self.devices) > 1 else self.folder
+
+    @property
+    def shared_folder(self) -> Path | None:
+        return self.shared or (self.folder / _SHARED if len(self.devices) > 1 else None)
+
+    def study_of(self, device: Target) -> str:
+        if self.name and len(self.devices) > 1:
+            return f"{self.name}-{device.name}"
+        return self.name or self.folder_of(device).name
+
+    def storage_of(self, device: Target) -> "Storage | None":
+        from deploypipe.pipeline_sources import code_hashes
+        from deploypipe.search.distributed.study_storage import Storage
+
+        if not self.storage:
+            return None
+        require_name(self.study_of(device), "--name", "the search's name")
+        stages = self.stages or str(self.folder_of(device).resolve())
+        job: dict[str, Any] = {
+            "pipeline": self.pipeline,
+            "constants": self.settings["pipeline"],
+            "recipe": to_plain(self.recipe),
+            "target": to_plain(device),
+            "stages": stages,
+            "code": code_hashes(self.loaded.path, self.settings["pipeline"]),
+        }
+        return Storage(url=self.storage, study=self.study_of(device), stages=stages, job=job)
+
+    def command_for(self, target: str, device: Target) -> list[str]:
+        """What runs this for one of several targets."""
+        command = ["run", self.pipeline, target, f"--out={self.folder_of(device)}", f"--shared={self.shared_folder}"]
+        command += [f"--set={change}" for change in self.changes]
+        if self.storage:
+            command += [f"--storage={self.storage}", f"--name={self.study_of(device)}"]
+        command += [f"--stages={self.stages}"] if self.stages else []
+        return command + (["--remeasure"] if self.remeasure else [])
+
+    def shown_command(self, device: Target) -> str:
+        """What runs this for one target again, without passwords."""
+        target = self.targets[self.devices.index(device)]
+        command = ["deploypipe", "run", self.pipeline, target]
+        if self.out or len(self.devices) > 1:
+            command.append(f"--out={self.folder_of(device)}")
+        if self.shared_folder:
+            command.append(f"--shared={self.shared_folder}")
+        for change in self.changes:
+            key, shown = change.partition("=")[0], masked(change)  # a pipeline's constants may be addresses or tokens
+            command.append(f"--set={shown if shown.startswith(key) else f'{key}={shown}'}")
+        if self.storage:
+            command += [f"--storage={masked(self.storage)}", f"--name={self.study_of(device)}"]
+        return shlex.join(command + ([f"--stages={masked(self.stages)}"] if self.stages else []))
+
+
+def run_in_turn(asked: RunArguments, ranks: "Ranks") -> int:
+    """One target after another; the worst exit code."""
+    from deploypipe.pipeline import compress
+    from deploypipe.training.multi_rank_finetune import agree, dismiss, serve
+
+    with ranks.in_turn():
+        devices, loaded, recipe = asked.devices, asked.loaded, asked.recipe
+        task = loaded.task()
+        model, splits = loaded.build_model(), loaded.load_data()
+    agree(ranks, model, splits, loaded.source)
+    if not ranks.is_first:
+        serve(ranks, model, splits, task)
+        return 0
+
+    def compress_for(device: Target) -> RunResult:
+        folder = asked.folder_of(device)
+        with shown_stages() as notify:
+            result = compress(
+                model,
+                splits,
+                task,
+                recipe,
+                device,
+                folder,
+                source=loaded.source,
+                name=loaded.name,
+                shared=asked.shared_folder,
+                storage=asked.storage_of(device),
+                notify=notify,
+                ranks=ranks,
+                remeasure=asked.remeasure,
+                command=asked.shown_command(device),
+            )
+        show_result(result, folder)
+        return result
+
+    code = _run_for_all(compress_for, asked) if len(devices) > 1 else exit_code(compress_for(devices[0]).decision)
+    dismiss(ranks)
+    return code
+
+
+def _run_for_all(compress_for: Callable[[Target], RunResult], asked: RunArguments) -> int:
+    """A target that fails does not end the others."""
+    results: dict[str, RunResult | str] = {}
+    for device in asked.devices:
+        say("")
+        say(device.name, flush=True)
+        try:
+            results[device.name] = compress_for(device)
+        except DeploypipeError as error:
+            say(f"error: {error}", file=sys.stderr, flush=True)
+            results[device.name] = str(error)
+    return _show_overview(results, asked)
+
+
+def run_at_once(asked: RunArguments, jobs: int, ranks: "Ranks") -> int:
+    """Up to `jobs` targets at a time; the worst exit code."""
+    if ranks.count > 1:
+        raise ConfigError("--jobs", "", "torchrun starts processes of its own", "leave --jobs out, or torchrun")
+    asked.check()  # or each target's process says the same
+    from torch import get_num_threads
+
+    names = [device.name for device in asked.devices]
+    commands = [asked.command_for(name, device) for name, device in zip(asked.targets, asked.devices, strict=True)]
+    at_once = min(jobs, len(names))
+    codes = run_commands(dict(zip(names, commands, strict=True)), at_once, max(1, get_num_threads() // at_once))
+    results: dict[str, RunResult | str] = {}
+    for device in asked.devices:
+        code = codes[device.name]
+        if code in (0, EXIT_HOLD):
+            results[device.name] = load_result(asked.folder_of(device))
+        else:
+            results[device.name] = f"ended with exit code {code}" if code > 0 else f"killed by signal {-code}"
+    return _show_overview(results, asked)
+
+
+def _show_overview(results: Mapping[str, RunResult | str], asked: RunArguments) -> int:
+    """A table and a page of all targets; the worst exit code."""
+    show_table(f"{asked.loaded.name}, target by target", overview_header(), overview_rows(results))
+    from deploypipe.report.html import write_overview
+
+    page = asked.folder / "report.html"
+    try:
+        write_overview(asked.loaded.name, results, page)
+        say(f"report  {page}")
+    except DeploypipeError as error:  # the packages for it are not installed
+        say(f"report  none: {error}")
+    return max(EXIT_ERROR if isinstance(result, str) else exit_code(result.decision) for result in results.values())
