@@ -105,7 +105,7 @@ class Comparison:
         self.key = {"recipe": recipe, "speedup": speedup}
 
     def print_(self) -> None:
-        plans = self.run.remember("plans", self.key, lambda _: self.plans(), Plans)
+        plans = self.run.remember("plans", self.key, lambda _: self.plans(), Plans).record
         rows = [("dense", 1.0, self.accuracy("dense", lambda: self.dense))]
         for name, plan, macs in (
             ("plain", plans.plain, plans.macs_plain),
@@ -128,11 +128,11 @@ class Comparison:
             ),
             ("slicing", plans.plain, lambda: apply_plan(self.dense, plans.plain), "uniform, sliced, same fine-tune"),
         ):
-            log = self.run.remember(f"{name}-tune", self.key, lambda w, s=start: self.tuned(w, s()), TrainLog)
+            tuned = self.run.remember(f"{name}-tune", self.key, lambda w, s=start: self.tuned(w, s()), TrainLog)
             report = self.run.remember(
-                f"{name}-bench", self.key, lambda w, n=name, p=plan: self.bench(w, n, p), BenchmarkReport
+                f"{name}-bench", self.key, lambda w, f=tuned.files, p=plan: self.bench(w, f, p), BenchmarkReport
             )
-            logs.append((label, log, report))
+            logs.append((label, tuned.record, report.record))
         self._show(plans, rows, logs)
 
     def plans(self) -> Plans:
@@ -196,7 +196,7 @@ class Comparison:
             seen = interval_of_mean(hits)
             return Accuracy(percent=seen.value * 100, low=seen.low * 100, high=seen.high * 100, count=len(hits))
 
-        return self.run.remember(stage, self.key, compute, Accuracy)
+        return self.run.remember(stage, self.key, compute, Accuracy).record
 
     def tuned(self, work: Path, start: nn.Module) -> TrainLog:
         def show(event: Event) -> None:
@@ -212,9 +212,9 @@ class Comparison:
             file.unlink()
         return log
 
-    def bench(self, work: Path, name: str, plan: PruningPlan) -> BenchmarkReport:
+    def bench(self, work: Path, weights: Path, plan: PruningPlan) -> BenchmarkReport:
         tuned = apply_plan(self.dense, plan)
-        tuned.load_state_dict(load_file(self.run.files(f"{name}-tune") / "weights.safetensors"))
+        tuned.load_state_dict(load_file(weights / "weights.safetensors"))
         batches = take_calib(self.calib, 64)
         dense_file = export_onnx(self.dense, batches, work / "dense.onnx", self.recipe.export)
         file = export_onnx(tuned, batches, work / "compressed.onnx", self.recipe.export)

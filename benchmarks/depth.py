@@ -80,7 +80,7 @@ class Comparison:
         print("\nAccuracy repaired (as it is), %, by blocks removed\n")
         print("| scorer | " + " | ".join(map(str, self.counts)) + " | s |\n" + "|---" * (len(self.counts) + 2) + "|")
         for name, choose in choices.items():
-            order = self.run.remember(self.stage(name), self.key(), lambda _, c=choose: self.timed(c), Order)
+            order = self.run.remember(self.stage(name), self.key(), lambda _, c=choose: self.timed(c), Order).record
             cells = [self.accuracies(f"{self.stage(name)}-{n}", order.blocks[str(n)]) for n in self.counts]
             figures = " | ".join(f"{cell.repaired:.2f} ({cell.as_it_is:.1f})" for cell in cells)
             print(f"| {name} | {figures} | {order.seconds:.1f} |", flush=True)
@@ -106,7 +106,7 @@ class Comparison:
             mended, _report = repair(self.dense, without, plan, self.calib, self.recipe.repair)
             return Accuracies(as_it_is=self.accuracy(without), repaired=self.accuracy(mended))
 
-        return self.run.remember(stage, {**self.key(), "blocks": blocks}, compute, Accuracies)
+        return self.run.remember(stage, {**self.key(), "blocks": blocks}, compute, Accuracies).record
 
     def accuracy(self, model: nn.Module) -> float:
         return 100 * float(np.mean(test_hits(model, self.splits, self.task)))

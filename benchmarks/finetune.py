@@ -78,7 +78,7 @@ def judge(
             {"recipe": recipe, "width": width, "structures": subject.structures},
             lambda work, n=name: compute(n, work),
             Outcome,
-        )
+        ).record
         print(f"seed {seed}, {name}: repaired {found[name].repaired:.2f}, tuned {found[name].tuned:.2f}", flush=True)
     return found
 

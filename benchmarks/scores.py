@@ -75,7 +75,7 @@ class Comparison:
                 },
                 lambda _, n=name: self.judge(ENTRANTS[n], moments(), batches, draw),
                 Outcome,
-            )
+            ).record
             print(f"draw {draw}, {name}: repaired {found[name].repaired}", flush=True)
         return found
 

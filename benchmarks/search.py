@@ -31,7 +31,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -47,23 +47,23 @@ from deploypipe.benchmark.accuracy import evaluate_module
 from deploypipe.benchmark.latency import time_interleaved
 from deploypipe.errors import BudgetError
 from deploypipe.numerics.intervals import interval_of_drop_pp, interval_of_mean, interval_of_median_ratio
-from deploypipe.observe.moments import merge
 from deploypipe.pruning.repair.least_squares_repair import repair
 from deploypipe.pruning.surgery.apply_plan import apply_plan
 from deploypipe.pruning.surgery.plan import make_plan
 from deploypipe.pruning.surgery.slim_attention import with_slim_attention
 from deploypipe.pruning.tracing.structures import count_macs
-from deploypipe.records import Candidate, Event, Interval, PrecisionRow, PruningPlan, Trial
+from deploypipe.records import Event, Interval, PrecisionRow, PruningPlan, Trial
 from deploypipe.runs.store import open_run
 from deploypipe.runtimes import find_runtime
-from deploypipe.search.allocation.limits import candidate_of, search_limits, with_margin
+from deploypipe.search.allocation.limits import search_limits, with_margin
 from deploypipe.search.allocation.solver import uniform
 from deploypipe.search.evaluation.accuracy_cache import AccuracyCache
 from deploypipe.search.evaluation.early_stopping import Results, draw_parts, pack, unpack
 from deploypipe.search.evaluation.evaluator import Evaluator
 from deploypipe.search.evaluation.trial_loop import History, evaluate_plan, is_same_network, most_accurate, violations
+from deploypipe.search.search_inputs import SearchInputs
 from deploypipe.stages import profile, search
-from deploypipe.stages.context import Job
+from deploypipe.stages.context import RunContext, prepare_run
 from deploypipe.target import Budget
 from deploypipe.target_files import load_target
 from deploypipe.task import channels_last, take, take_calib
@@ -156,8 +156,9 @@ def main() -> None:
     with open_run(options.out, _tell) as run:
         for budget in options.budgets:
             limited = replace(target, budget=Budget(latency_p50=f"{budget}x"))
-            afresh = replace(run, stages={}, times=[])  # numbers its stages anew, and so finds those of other budgets
-            Contest(pipeline.name, Job(model, splits, task, recipe, limited, afresh, pipeline.source)).print_()
+            afresh = replace(run, finished=[], times=[])  # numbers its stages anew, and so finds those of other budgets
+            ctx = prepare_run(model, splits, task, recipe, limited, afresh, source=pipeline.source)
+            Contest(pipeline.name, ctx).print_()
 
 
 def _tell(event: Event) -> None:
@@ -168,27 +169,23 @@ def _tell(event: Event) -> None:
 class Contest:
     """All entrants at one budget."""
 
-    def __init__(self, name: str, job: Job) -> None:
-        self.name, self.job, self.run, self.recipe, self.target = name, job, job.run, job.recipe, job.target
-        self.dense, self.splits, self.task = job.model, job.splits, job.task
-        self.structures = profile.structures(job)
-        self.baseline = profile.baseline(job, profile.dense_export(job))
-        halves = profile.observe(job, self.structures)
-        self.moments = merge(*halves)
-        self.scores = profile.score(job, self.structures, halves, self.moments)
-        self.limits, _ = search_limits(self.target.budget.limits(), job.ability)
+    def __init__(self, name: str, ctx: RunContext) -> None:
+        self.name, self.ctx, self.run, self.recipe, self.target = name, ctx, ctx.run, ctx.recipe, ctx.target
+        self.dense, self.splits, self.task = ctx.model, ctx.splits, ctx.task
+        self.structures = profile.structures(ctx).record
+        baseline = profile.baseline(ctx, profile.dense_export(ctx))
+        self.observed = profile.observe(ctx, self.structures)
+        self.scored = profile.score(ctx, self.structures, self.observed)
+        self.scores = self.scored.record
+        self.limits, _ = search_limits(self.target.budget.limits(), ctx.ability)
         self.most = with_margin(self.limits)["latency_p50"].value  # of the dense network's latency
-        self.row = PrecisionRow(precision="fp32", file=self.baseline.file)
-        self.candidates = search.candidates(job, self.baseline, self.row)
+        row = PrecisionRow(precision="fp32", file=baseline.record.file)
+        self.goal = search.goal(ctx, self.structures, baseline, self.limits, row)
+        self.candidates, self.reference = self.goal.candidates, self.goal.reference
         # Beside it stands whatever an entrant is told: another network, budget or device is another contest.
         # How the networks are trained afterwards decides nothing.
         untrained = replace(self.recipe, finetune=replace(self.recipe.finetune, num_epochs=0))
-        self.key = {**job.origin, "device": job.device, "recipe": untrained, "budget": self.target.budget}
-
-    @cached_property
-    def reference(self) -> Candidate:
-        assert self.baseline.accuracy is not None
-        return candidate_of(self.baseline, profile.dense_opened(self.job, self.baseline), self.baseline.accuracy.value)
+        self.key = {**ctx.origin, "device": ctx.device, "recipe": untrained, "budget": self.target.budget}
 
     def print_(self) -> None:
         entrants: dict[str, Callable[[], Found]] = {
@@ -201,19 +198,20 @@ class Contest:
         }
         found = {"ours": self.ours()}
         for name, entrant in entrants.items():
-            found[name] = self.run.remember(name, self.key, _ignoring_folder(entrant), Found)
+            found[name] = self.run.remember(name, self.key, _ignoring_folder(entrant), Found).record
         found["fastnas"] = self.fastnas_at(found["ours"].plan)
         Table(self, found).print_()
 
     def ours(self) -> Found:
         started = time.perf_counter()
         try:
-            basis = search.unobserved(self.job, self.structures, self.baseline, self.limits, self.row)
-            basis = replace(basis, timed=search.timed_networks(self.job, basis))
-            basis = replace(basis, reach=search.reach(self.job, basis))
-            curves = profile.curves(self.job, self.structures, self.scores, self.moments)
-            basis = replace(basis, scores=self.scores, curves=curves)
-            result = search.confirm(self.job, basis, search.search(self.job, basis))
+            latency = search.timed_networks(self.ctx, self.goal)
+            feasibility = search.feasibility(self.ctx, self.goal, latency).record
+            curves = profile.loss_curves(self.ctx, self.structures, self.scored, self.observed)
+            inputs = SearchInputs(
+                goal=self.goal, latency=latency, feasibility=feasibility, scores=self.scores, curves=curves
+            )
+            result = search.confirm(self.ctx, inputs, search.search(self.ctx, inputs))
         except BudgetError as error:
             return Found(plan=None, tried=(), seconds=time.perf_counter() - started, note=str(error))
         if result.latency_fit:
@@ -222,7 +220,7 @@ class Contest:
         return Found(
             plan=result.trials[result.best].plan,
             tried=tuple(map(self._tried, result.trials)),
-            seconds=self.seconds("latency", "reach", "curves", "search", "confirm"),
+            seconds=self.seconds("latency", "feasibility", "curves", "search", "confirm"),
         )
 
     def uniform(self) -> Found:
@@ -233,7 +231,7 @@ class Contest:
         return self._bisected(plan_of)
 
     def torch_pruning(self) -> Found:
-        inputs = take(self.job.calib[0][0], 2)
+        inputs = take(self.ctx.calib[0][0], 2)
 
         def plan_of(share: float, multiple: int) -> PruningPlan:
             round_to = multiple if multiple > 1 else None
@@ -275,7 +273,7 @@ class Contest:
         if ours is None:
             return Found(plan=None, tried=(), seconds=0.0, note="we have no result whose MACs it could be given")
         try:
-            return self.run.remember("fastnas", {**self.key, "ours": ours}, lambda _: self._fastnas(ours), Found)
+            return self.run.remember("fastnas", {**self.key, "ours": ours}, lambda _: self._fastnas(ours), Found).record
         except (ImportError, NotExpressedError) as error:
             return Found(plan=None, tried=(), seconds=0.0, note=f"{type(error).__name__}: {error}")
 
@@ -288,9 +286,9 @@ class Contest:
             tried += 1
             return float(evaluate_module(network, look, self.task).mean())
 
-        inputs = take(self.job.calib[0][0], 1)
+        inputs = take(self.ctx.calib[0][0], 1)
         macs = count_macs(apply_plan(self.dense, ours), inputs)[1]
-        calib = take_calib(self.job.calib, self.recipe.observe.num_samples)
+        calib = take_calib(self.ctx.calib, self.recipe.observe.num_samples)
         network, widths = fastnas(
             self.dense, inputs, self.structures, macs, self.target.channel_multiple, calib, accuracy
         )
@@ -311,7 +309,7 @@ class Contest:
 
     def repaired(self, plan: PruningPlan) -> nn.Module:
         pruned, settings, tokens = apply_plan(self.dense, plan), self.recipe.repair, self.task.real_tokens
-        calib, seed = self.job.calib, self.recipe.seed
+        calib, seed = self.ctx.calib, self.recipe.seed
         return repair(self.dense, pruned, plan, calib, settings, real_tokens=tokens, seed=seed)[0]
 
     def network(self, row: Row, plan: PruningPlan) -> nn.Module:
@@ -323,7 +321,7 @@ class Contest:
             files = [self._write(plan, Path(folder) / f"{name}.onnx") for name, plan in plans.items()]
             runtime, opened = find_runtime(self.target), self.candidates.dense_opened
             with runtime.open(opened, num_threads=1) as session:
-                inputs = first_batch(self.job.calib, session.input_names, self.target.batch_size)
+                inputs = first_batch(self.ctx.calib, session.input_names, self.target.batch_size)
             timings = time_interleaved([opened, *files], inputs, runtime, self.target)
         dense, *others = timings.samples
         ratios = [interval_of_median_ratio(samples, dense, block=timings.block) for samples in others]
@@ -391,7 +389,7 @@ class Contest:
             yield Evaluator(
                 candidates=self.candidates,
                 dense_p50_ms=self.reference.latency_p50_ms,
-                calib=self.job.calib,
+                calib=self.ctx.calib,
                 parts=draw_parts(self.splits.val, self.recipe.seed, channels_last),
                 task=self.task,
                 recipe=self.recipe,
@@ -426,7 +424,7 @@ class Table:
         self.contest, self.found, self.run = contest, found, contest.run
         plans = {name: entrant.plan for name, entrant in found.items() if entrant.plan}
         self.plans, key = plans, {**contest.key, "plans": plans}
-        self.ratios = self.run.remember("timed", key, lambda _: contest.timed_files(plans), Ratios).by_entrant
+        self.ratios = self.run.remember("timed", key, lambda _: contest.timed_files(plans), Ratios).record.by_entrant
         self.num_epochs = contest.recipe.finetune.num_epochs
 
     def print_(self) -> None:
@@ -471,7 +469,9 @@ class Table:
     def _remembered(
         self, stage: str, plan: PruningPlan | None, compute: Callable[[Path], Hits], **inputs: object
     ) -> Results:
-        return unpack(self.run.remember(stage, {**self.contest.key, "plan": plan, **inputs}, compute, Hits).packed)
+        return unpack(
+            self.run.remember(stage, {**self.contest.key, "plan": plan, **inputs}, compute, Hits).record.packed
+        )
 
     def _is_rebuilt(self, row: Row) -> bool:
         """Whether the row's network is what its plan makes of the dense one."""
@@ -484,7 +484,7 @@ class Table:
     def _macs(self, row: Row) -> str:
         contest = self.contest
         pruned = apply_plan(contest.dense, self.plans[row.entrant])
-        return f"{count_macs(pruned, contest.job.inputs)[1] / contest.structures.num_macs:.2f}"
+        return f"{count_macs(pruned, contest.ctx.inputs)[1] / contest.structures.num_macs:.2f}"
 
     def _met(self, row: Row) -> str:
         tried = self.found[row.entrant].tried

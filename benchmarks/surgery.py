@@ -57,7 +57,7 @@ def main() -> None:
                     {"structures": surgeon.subject.structures, "recipe": surgeon.subject.recipe, "share": share},
                     lambda _, d=decide, s=share: surgeon.judge(*d(s)),
                     Outcome,
-                )
+                ).record
                 for share in options.shares
             ]
             cells = [

@@ -1,9 +1,6 @@
 """`compress`: the stages in order. Each is remembered in the run folder and can be called alone."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -11,12 +8,11 @@ from torch import nn
 
 from deploypipe.errors import ConfigError, DeploypipeError, StorageError
 from deploypipe.export.onnx_export.input_sizes import ends_of, extremes_of
-from deploypipe.export.onnx_export.parity import limit_of
 from deploypipe.export.tensorrt_engine.build_engine import place_engine
 from deploypipe.files.atomic import place_file
 from deploypipe.networks.model_wrappers import unwrapped
 from deploypipe.observe.calibration_pass import observe_halves
-from deploypipe.observe.moments import Moments, merge
+from deploypipe.observe.moments import merge
 from deploypipe.preflight import check_inputs
 from deploypipe.pruning.surgery.hook_computed_weights import describe_hooks
 from deploypipe.pruning.surgery.slim_attention import with_slim_attention
@@ -24,44 +20,33 @@ from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.recipe import Recipe
 from deploypipe.records import (
     BenchmarkReport,
-    Curves,
     EngineFile,
     Event,
     GateDecision,
+    Golden,
     Measurement,
     PrecisionChoice,
-    PrecisionRow,
     Progress,
     PruneOutcome,
     ScoreSummary,
-    ScoreTable,
     SearchResult,
     Status,
-    Structures,
     TrainLog,
     silent,
 )
-from deploypipe.release.gate import decide
 from deploypipe.runs.result import RunResult, save_result, start_afresh
-from deploypipe.runs.store import open_run
+from deploypipe.runs.store import StageResult, open_run
 from deploypipe.scoring import needs_derivatives, score_halves
 from deploypipe.scoring.permutation_baseline import permutation_baseline_shares
 from deploypipe.scoring.score_summary import summarise
-from deploypipe.search.allocation.limits import (
-    candidate_of,
-    converted,
-    is_over_budget,
-    search_limits,
-    tightened_limit_fraction,
-    with_margin,
-)
+from deploypipe.search.allocation.limits import search_limits, tightened_limit_fraction
 from deploypipe.search.distributed.study_storage import Storage
 from deploypipe.search.distributed.trial_queue import require_same
-from deploypipe.search.search_inputs import Basis
+from deploypipe.search.search_inputs import SearchGoal, SearchInputs
 from deploypipe.stages import compression, deploy, profile, search
-from deploypipe.stages.context import Job
+from deploypipe.stages.context import RunContext, prepare_run
 from deploypipe.stages.deploy import MODEL, Shipped
-from deploypipe.target import Limit, Target
+from deploypipe.target import Target
 from deploypipe.task import Splits, Task, take, take_calib
 from deploypipe.text.safe_names import name_problem
 from deploypipe.training.ranks import ALONE, Ranks
@@ -91,22 +76,25 @@ def compress(
 ) -> RunResult:
     """Compress a trained network for one device, and decide whether the result may be shipped.
 
-    The same call resumes an interrupted run in the folder `out`. `source` is the text of the code that made model and
-    data: when it changes, everything is computed again. `shared` is a folder for the stages that do not depend on the
-    target, so that runs of one network for several targets compute them once. `storage` is a database for the search's
-    trials, of which other processes (`help_search`) may then do some; the result is the same. On the first of several
-    `ranks` (`training.ranks.join`) fine-tuning is shared with the others, which are at `training.together.serve`
-    meanwhile. `remeasure` takes the last measurements again, which the same call does by itself where the machine was
-    not steady. `command` is what the result says to run again. The model is left as it is. Raises DeploypipeError for
-    all that a user can get wrong, BudgetError when no candidate meets the target's budget. Where the dense model is
-    within the budget as it is, or in the precision that pays on the target, nothing is removed: `search` is None, and
-    it is the dense model that the gate decides on.
+    The same call resumes an interrupted run in the folder `out`. The model is left as it is. Raises DeploypipeError
+    for all that a user can get wrong, BudgetError if no candidate meets the target's budget.
 
-    Where this machine is not the device (`runtimes.ability.can`), nothing is measured: sizes are chosen by MACs, the
-    files are exported, an engine is built if it can be, and the gate decides HOLD.
+    If the dense model is within the budget, in fp32 or in the precision that pays on the target, nothing is removed:
+    `search` is None, and the gate decides on the dense model. If this machine is not the device
+    (`runtimes.device_ability.can`), nothing is measured: sizes are chosen by MACs, the files are exported, an engine is
+    built if it can be, and the gate decides HOLD.
 
     A finished run leaves `model.onnx` (and `model.engine` for TensorRT), the samples that `deploypipe verify` replays,
     `report.html` and, written last, `result.json` in `out`.
+
+    source: the text of the code that made model and data; if it changes, everything is computed again.
+    shared: a folder for the stages that do not depend on the target; runs for several targets compute them once.
+    storage: a database for the search's trials. Other processes may do some of them (`help_search`); the result is the
+        same.
+    ranks: on the first of several (`training.ranks.join`), fine-tuning is shared with the others, which are in
+        `training.multi_rank_finetune.serve` meanwhile.
+    remeasure: repeat the last measurements. Without it, only those taken on an unsteady machine are repeated.
+    command: what the result says to run again.
     """
     model = unwrapped(model)
     if problem := name_problem(name):
@@ -121,17 +109,163 @@ def compress(
         if computed := describe_hooks(model):
             run.notify(Event(stage="check", message=f"weights that hooks compute are plain from here on: {computed}"))
         start_afresh(run.path, (MODEL, GOLDEN, TENSORS, ENGINE, f"{ENGINE}.json", f"{ENGINE}.log", REPORT))
-        job = Job(with_slim_attention(model), splits, task, recipe, target, run, source, storage, ranks)
+        model = with_slim_attention(model)
+        ctx = prepare_run(model, splits, task, recipe, target, run, source=source, storage=storage, ranks=ranks)
         if storage:
-            require_same(storage, job.about())  # now, and not when the search begins
-        result = replace(_run_stages(job, name), command=command)
-        for entry in result.golden.files if result.golden else ():
-            place_file(run.files("golden") / entry.name, run.path / entry.name)
-        if result.engine:
-            place_engine(deploy.engine_file(job), run.path, ENGINE)
-        _write_report(result, run.path, notify)
-        save_result(run.path, result)
-        return result
+            require_same(storage, ctx.identity())  # now, and not when the search begins
+        return _run_stages(ctx, name, command)
+
+
+def _run_stages(ctx: RunContext, name: str, command: str) -> RunResult:
+    """The line of stages, from the dense network to what ships."""
+    structures = profile.structures(ctx).record  # first: names in the recipe are looked up here
+    dense = profile.baseline(ctx, profile.dense_export(ctx))
+    limits, stand_in = search_limits(ctx.target.budget.limits(), ctx.ability)
+    choice = deploy.dense_precision(ctx, dense)
+    row = deploy.candidate_precision(dense.record, choice)
+    smaller: _Smaller | None = None
+    summary: ScoreSummary | None = None
+    if search.is_needed(ctx, dense, limits, row):
+        inputs, summary = _observe(ctx, search.goal(ctx, structures, dense, limits, row))
+        trials = search.search(ctx, inputs)
+        smaller = _make_smaller(ctx, inputs, trials, stand_in)
+        delivery = smaller.delivery
+    else:
+        shipped = deploy.shipped(dense.record.file, dense.files, choice)
+        delivery = _deliver(ctx, dense, shipped, (dense.record.num_params, dense.record.num_macs), stand_in, choice)
+    golden = deploy.golden(ctx, delivery.shipped)
+    result = RunResult(
+        pipeline=name,
+        metric=ctx.task.name,
+        recipe=ctx.recipe,
+        target=ctx.target,
+        structures=structures,
+        scores=summary,
+        search=smaller.search if smaller else None,
+        prune=smaller.outcome.prune if smaller else None,
+        repair=smaller.outcome.repair if smaller else None,
+        training=smaller.training if smaller else None,
+        precision=delivery.precision,
+        benchmark=delivery.benchmark,
+        decision=delivery.decision,
+        stages=tuple(ctx.run.times),
+        engine=delivery.engine.record if delivery.engine else None,
+        golden=golden.record,
+        origin=ctx.described_origin(),
+        too_slow=smaller.too_slow if smaller else (),
+        command=command,
+    )
+    _leave_files(ctx, result, golden, delivery.engine)
+    return result
+
+
+def _observe(ctx: RunContext, goal: SearchGoal) -> tuple[SearchInputs, ScoreSummary]:
+    """The stages between the baseline and the search. A budget that cannot be reached ends the run before the network
+    is observed."""
+    latency = search.timed_networks(ctx, goal)
+    feasibility = search.feasibility(ctx, goal, latency)
+    observed = profile.observe(ctx, goal.structures)
+    scores = profile.score(ctx, goal.structures, observed)
+    curves = profile.loss_curves(ctx, goal.structures, scores, observed)
+    inputs = SearchInputs(
+        goal=goal, latency=latency, feasibility=feasibility.record, scores=scores.record, curves=curves
+    )
+    return inputs, profile.score_summary(goal.structures, scores.record, observed)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Delivery:
+    """A network as it would ship, measured and decided on."""
+
+    shipped: Shipped
+    precision: PrecisionChoice | None
+    engine: StageResult[EngineFile] | None
+    benchmark: BenchmarkReport
+    decision: GateDecision
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Smaller:
+    """The compressed network, and how it was made."""
+
+    delivery: _Delivery
+    search: SearchResult
+    outcome: PruneOutcome
+    training: TrainLog
+    too_slow: tuple[str, ...]  # what the gate said of those made before it
+
+
+def _make_smaller(ctx: RunContext, inputs: SearchInputs, trials: StageResult[SearchResult], stand_in: str) -> _Smaller:
+    """Make the network that the search found. If the benchmark finds it too slow, make a faster one, and so on.
+
+    Latency moves by a few percent from one minute to the next: a network within its limit in the search may exceed it
+    in the benchmark.
+    """
+    goal, part, too_slow = inputs.goal, 1.0, list[str]()
+    num_attempts = ctx.recipe.search.num_attempts
+    for number in range(1, num_attempts + 1):
+        found = search.tune_finalists(ctx, search.confirm(ctx, inputs, trials, part))
+        plan = found.trials[found.best].plan
+        pruned = compression.prune(ctx, plan)
+        tuned = compression.finetune(ctx, plan, pruned)
+        exported = compression.export(ctx, plan, tuned)
+        choice = deploy.precision(ctx, exported)
+        shipped = deploy.shipped(exported.record, exported.files, choice)
+        counts = (pruned.record.prune.params_after, pruned.record.prune.macs_after)
+        delivery = _deliver(ctx, goal.dense, shipped, counts, stand_in, choice)
+        failed = [c for c in delivery.decision.checks if c.name == "latency_p50" and c.status is Status.FAIL]
+        if number == num_attempts or not failed or not found.timed_again:
+            break
+        part = tightened_limit_fraction(goal.limits, found, failed[0])
+        told = f"trial {found.best}: {failed[0].reason}"
+        too_slow.append(told)
+        again = f"a faster network is made, {number + 1} of {num_attempts}"
+        ctx.run.notify(Event(stage="gate", message=f"NOTE: {told}; {again}"))
+    return _Smaller(
+        delivery=delivery,
+        search=found,
+        outcome=pruned.record,
+        training=tuned.record,
+        too_slow=tuple(too_slow),
+    )
+
+
+def _deliver(
+    ctx: RunContext,
+    dense: StageResult[Measurement],
+    shipped: Shipped,
+    counts: tuple[int, int],
+    stand_in: str,
+    choice: StageResult[PrecisionChoice] | None,
+) -> _Delivery:
+    """Build the engine, measure, and decide. counts: parameters and multiply-accumulates of what ships."""
+    engine = deploy.engine(ctx, dense, shipped)
+    report = deploy.benchmark(ctx, dense, shipped, engine, counts, stand_in).record
+    return _Delivery(
+        shipped=shipped,
+        precision=choice.record if choice else None,
+        engine=engine,
+        benchmark=report,
+        decision=deploy.gate(ctx, report, shipped),
+    )
+
+
+def _leave_files(
+    ctx: RunContext, result: RunResult, golden: StageResult[Golden], engine: StageResult[EngineFile] | None
+) -> None:
+    """Put the end products into the run folder, `result.json` last."""
+    folder = ctx.run.path
+    for entry in golden.record.files:
+        place_file(golden.files / entry.name, folder / entry.name)
+    if engine:
+        place_engine(engine.files / engine.record.path, folder, ENGINE)
+    try:
+        from deploypipe.report.html import write_report
+
+        write_report(result, folder / REPORT)
+    except DeploypipeError as error:
+        ctx.run.notify(Event(stage="report", message=f"WARNING: no report: {error}"))
+    save_result(folder, result)
 
 
 @wrap_forward_errors()
@@ -186,7 +320,7 @@ def help_search(
     """Do trials of the search that `compress` began elsewhere with the same arguments and storage, until all are done.
 
     What was computed before the search is fetched from `storage.stages`. Raises StorageError naming the first thing
-    that this process has otherwise: a version of a package, the network, the data, the code, the device.
+    that differs in this process: a version of a package, the network, the data, the code, the device.
     """
     model = unwrapped(model)
     splits, task = wrap_splits(splits), wrap_task(task)
@@ -195,154 +329,14 @@ def help_search(
         TemporaryDirectory(prefix="deploypipe-worker-") as folder,
         open_run(Path(folder), notify, source=storage.stages, place=storage.place) as run,
     ):
-        job = Job(with_slim_attention(model), splits, task, recipe, target, run, source, storage)
-        require_same(storage, job.about())
-        structures = profile.structures(job)
-        dense = profile.baseline(job, profile.dense_export(job))
-        limits, _ = search_limits(job.target.budget.limits(), job.ability)
-        _, row = _dense_precision(job, dense, limits)
-        if not row:
+        model = with_slim_attention(model)
+        ctx = prepare_run(model, splits, task, recipe, target, run, source=source, storage=storage)
+        require_same(storage, ctx.identity())
+        structures = profile.structures(ctx).record
+        dense = profile.baseline(ctx, profile.dense_export(ctx))
+        limits, _ = search_limits(ctx.target.budget.limits(), ctx.ability)
+        row = deploy.candidate_precision(dense.record, deploy.dense_precision(ctx, dense))
+        if not search.is_needed(ctx, dense, limits, row):
             raise StorageError(f"{storage.shown}: {storage.study}: the dense network is within the budget here")
-        basis, _ = _observed(job, structures, dense, limits, row)
-        return search.help_search(job, basis, storage)
-
-
-def _dense_precision(
-    job: Job, dense: Measurement, limits: Mapping[str, Limit]
-) -> tuple[PrecisionChoice | None, PrecisionRow | None]:
-    """The dense network in another precision, where that was tried; and what candidates are made in, unless the dense
-    network is within the limits."""
-    # No budget of the search is about accuracy.
-    reference = candidate_of(dense, profile.dense_opened(job, dense), accuracy=0.0)
-    if not is_over_budget(reference, reference, with_margin(limits)):
-        return None, None
-    precision = deploy.dense_precision(job, dense)
-    row = precision.row if precision else PrecisionRow(precision="fp32", file=dense.file)
-    is_over = is_over_budget(converted(reference, row), reference, with_margin(limits))
-    return precision, row if is_over else None
-
-
-def _observed(
-    job: Job, structures: Structures, dense: Measurement, limits: Mapping[str, Limit], row: PrecisionRow
-) -> tuple[Basis, ScoreSummary]:
-    basis = search.unobserved(job, structures, dense, limits, row)
-    basis = replace(basis, timed=search.timed_networks(job, basis))
-    basis = replace(basis, reach=search.reach(job, basis))  # a budget out of reach ends here
-    moments, scores, curves = _analysed(job, structures)
-    return replace(basis, scores=scores, curves=curves), summarise(structures, scores, moments)
-
-
-def _analysed(job: Job, structures: Structures) -> tuple[Moments, ScoreTable, Curves]:
-    halves = profile.observe(job, structures)
-    moments = merge(*halves)
-    scores = profile.score(job, structures, halves, moments)
-    return moments, scores, profile.curves(job, structures, scores, moments)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Made:
-    """A network as it would ship, and what was found about it."""
-
-    shipped: Shipped
-    engine: EngineFile | None
-    precision: PrecisionChoice | None
-    benchmark: BenchmarkReport
-    decision: GateDecision
-    search: SearchResult | None = None  # None, like the next two: it is the dense one
-    outcome: PruneOutcome | None = None
-    training: TrainLog | None = None
-    too_slow: tuple[str, ...] = ()  # what was said of those made before it
-
-
-def _run_stages(job: Job, name: str) -> RunResult:
-    structures = profile.structures(job)  # first: what the recipe names is looked up here
-    limits, stand_in = search_limits(job.target.budget.limits(), job.ability)
-    meanwhile = partial(_analysed, job, structures) if limits else None  # without, there is nothing to search for
-    dense = profile.baseline(job, profile.dense_export(job, meanwhile))
-    summary = None
-    precision, row = _dense_precision(job, dense, limits)
-    if row:
-        basis, summary = _observed(job, structures, dense, limits, row)
-        made = _make_smaller(job, basis, stand_in)
-    else:
-        precision = precision or deploy.dense_precision(job, dense)
-        shipped = deploy.shipped(job, dense.file, "baseline", precision)
-        made = _judge(job, dense, shipped, (dense.num_params, dense.num_macs), stand_in, precision)
-    golden = deploy.golden(job, made.shipped)
-    return RunResult(
-        pipeline=name,
-        metric=job.task.name,
-        recipe=job.recipe,
-        target=job.target,
-        structures=structures,
-        scores=summary,
-        search=made.search,
-        prune=made.outcome.prune if made.outcome else None,
-        repair=made.outcome.repair if made.outcome else None,
-        training=made.training,
-        precision=made.precision,
-        benchmark=made.benchmark,
-        decision=made.decision,
-        stages=tuple(job.run.times),
-        engine=made.engine,
-        golden=golden,
-        origin=job.described_origin(),
-        too_slow=made.too_slow,
-    )
-
-
-def _make_smaller(job: Job, basis: Basis, stand_in: str) -> _Made:
-    """The network that the search finds; where the benchmark then takes it for too slow, a faster one, and so on.
-
-    Latency moves by a few percent from one minute to the next: what the search found within its limit, the benchmark
-    sometimes does not.
-    """
-    trials, part = search.search(job, basis), 1.0
-    too_slow: list[str] = []
-    most = job.recipe.search.num_attempts
-    for number in range(1, most + 1):
-        found = search.finalists(job, search.confirm(job, basis, trials, part))
-        plan = found.trials[found.best].plan
-        outcome = compression.prune(job, plan)
-        training = compression.finetune(job, plan)
-        file = compression.export(job, plan)
-        precision = deploy.precision(job, file)
-        shipped = deploy.shipped(job, file, "export", precision)
-        counts = (outcome.prune.params_after, outcome.prune.macs_after)
-        made = _judge(job, basis.dense, shipped, counts, stand_in, precision)
-        made = replace(made, search=found, outcome=outcome, training=training, too_slow=tuple(too_slow))
-        failed = [c for c in made.decision.checks if c.name == "latency_p50" and c.status is Status.FAIL]
-        if number == most or not failed or not found.timed_again:
-            break
-        part = tightened_limit_fraction(basis.limits, found, failed[0])
-        told = f"trial {found.best}: {failed[0].reason}"
-        too_slow.append(told)
-        job.run.notify(Event(stage="gate", message=f"NOTE: {told}; a faster network is made, {number + 1} of {most}"))
-    return made
-
-
-def _judge(
-    job: Job,
-    dense: Measurement,
-    shipped: Shipped,
-    counts: tuple[int, int],
-    stand_in: str,
-    precision: PrecisionChoice | None,
-) -> _Made:
-    engine = deploy.engine(job, shipped)
-    report = deploy.benchmark(job, dense, shipped, engine, counts, stand_in)
-    job.run.notify(Event(stage="gate", message="start"))
-    parity_limit = limit_of(job.recipe.export, shipped.file.precision)
-    # By today's date: what an earlier run left may have been measured long ago.
-    decision = decide(report, job.target.budget, parity_limit=parity_limit, now=datetime.now(UTC))
-    job.run.notify(Event(stage="gate", message="done"))
-    return _Made(shipped=shipped, engine=engine, precision=precision, benchmark=report, decision=decision)
-
-
-def _write_report(result: RunResult, folder: Path, notify: Progress) -> None:
-    try:
-        from deploypipe.report.html import write_report
-
-        write_report(result, folder / REPORT)
-    except DeploypipeError as error:
-        notify(Event(stage="report", message=f"WARNING: no report: {error}"))
+        inputs, _ = _observe(ctx, search.goal(ctx, structures, dense, limits, row))
+        return search.help_search(ctx, inputs, storage)

@@ -254,7 +254,7 @@ def test_a_changed_recipe_computes_only_what_depends_on_it(
 ) -> None:
     changed = run(dense, first[0], finetune=replace(tiny.recipe().finetune, num_epochs=1))
     cached = {stage.stage for stage in changed.stages if stage.was_cached}
-    before_search = {"structures", "dense_export", "baseline", "latency", "reach", "observe", "score", "curves"}
+    before_search = {"structures", "dense_export", "baseline", "latency", "feasibility", "observe", "score", "curves"}
     assert cached == before_search | {"search", "confirm", "prune"}
     assert changed.training and len(changed.training.epochs) == 2
     assert to_json(load_result(first[0])) == to_json(changed)

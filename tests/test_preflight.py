@@ -19,7 +19,7 @@ from deploypipe.errors import DataError, DeploypipeError, ModelError, PipelineEr
 from deploypipe.preflight import CheckReport, check_inputs
 from deploypipe.recipe import Finetune
 from deploypipe.runs.store import open_run
-from deploypipe.stages.context import Job
+from deploypipe.stages.context import prepare_run
 from deploypipe.task import Splits, Task, classification, forward, stack_batches
 from deploypipe.tensor_batches import TensorBatches
 from deploypipe.user_code_errors import find_user_error, wrap_forward_errors, wrap_splits
@@ -264,7 +264,7 @@ def test_a_rerun_in_the_same_folder_says_which_split_changed(tmp_path: Path) -> 
     told: list[str] = []
     for data in (splits(), splits(), splits(val=TensorBatches(X + 1, Y, 16))):
         with open_run(tmp_path / "run", lambda event: told.append(event.message), None) as run:
-            Job(network(), data, classification(), tiny.recipe(), tiny.target(), run, "")
+            prepare_run(network(), data, classification(), tiny.recipe(), tiny.target(), run)
     notes = [text for text in told if "changed since the last run" in text]
     assert notes == [
         "NOTE: the data of val changed since the last run in this folder: what depends on it is computed again"

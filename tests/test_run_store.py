@@ -40,9 +40,9 @@ def once(path: Path, work: Callable[[Path], Interval], **inputs: object) -> tupl
     """Open the run, do one stage, close: its record, the messages, its files."""
     messages: list[str] = []
     with open_run(path, lambda event: messages.append(event.message)) as run:
-        record = run.remember("score", inputs, work, Interval)
+        done = run.remember("score", inputs, work, Interval)
         assert run.times[0].was_cached is ("cached" in messages)
-        return record, messages, run.files("score")
+        return done.record, messages, done.files
 
 
 def test_a_finished_stage_is_read_not_computed(tmp_path: Path) -> None:
@@ -59,7 +59,9 @@ def test_a_record_that_is_not_final_is_computed_again_by_the_next_run(tmp_path: 
         with open_run(tmp_path) as run:
             run.remeasure = remeasure
             return [
-                run.remember("benchmark", {"file": 1}, work, Interval, is_final=lambda found: found.value > 0).value
+                run.remember(
+                    "benchmark", {"file": 1}, work, Interval, is_final=lambda found: found.value > 0
+                ).record.value
                 for _ in range(2)
             ]
 
@@ -121,8 +123,11 @@ def test_records_that_changed_places_are_computed_again(tmp_path: Path) -> None:
 
     def run_all() -> list[tuple[Interval, bool]]:
         with open_run(tmp_path) as run:
-            found = [run.remember(name, {"seed": seed}, Work(record), Interval) for name, seed, record in stages]
-            return [(record, time.was_cached) for record, time in zip(found, run.times, strict=True)]
+            done = [run.remember(name, {"seed": seed}, Work(record), Interval) for name, seed, record in stages]
+            return [
+                (record, time.was_cached)
+                for record, time in zip([each.record for each in done], run.times, strict=True)
+            ]
 
     expected = [record for *_, record in stages]
     assert run_all() == [(record, False) for record in expected]
@@ -198,57 +203,13 @@ def test_of_runs_side_by_side_one_computes_a_stage_and_the_other_finds_it(tmp_pa
         if name == "second":
             begun.wait(30)
         with open_run(tmp_path / name, lambda e: messages.append((name, e.message)), tmp_path / "shared") as run:
-            return run.remember("score", {}, work, Interval, is_shared=True)
+            return run.remember("score", {}, work, Interval, is_shared=True).record
 
     with ThreadPoolExecutor() as pool:
         assert list(pool.map(run_beside, ("first", "second"))) == [RECORD, RECORD]
     assert len(num_calls) == 1
     assert [told for name, told in messages if name == "second"][-1] == "cached"
     assert ("second", "NOTE: waits for another run, which is at it") in messages
-
-
-def test_while_others_are_at_a_stage_a_run_does_what_comes_later_unless_others_are_at_that_too(tmp_path: Path) -> None:
-    at_export, at_score, came, went_back = (threading.Event() for _ in range(4))
-    scored: list[str] = []
-
-    def export(folder: Path) -> Interval:
-        at_export.set()
-        assert at_score.wait(30) and came.wait(30)
-        return RECORD
-
-    def first() -> None:
-        with open_run(tmp_path / "first", shared=tmp_path / "shared") as run:
-            run.remember("export", {}, export, Interval, is_shared=True)
-
-    def beside(name: str) -> list[tuple[str, bool]]:
-        def score(folder: Path) -> Interval:
-            scored.append(name)
-            at_score.set()
-            assert went_back.wait(30)
-            return RECORD
-
-        def go_ahead() -> None:
-            if name == "third":
-                came.set()
-            run.remember("score", {}, score, Interval, is_shared=True)
-
-        with open_run(tmp_path / name, shared=tmp_path / "shared") as run:
-            run.remember("export", {}, export, Interval, is_shared=True, meanwhile=go_ahead)
-            if name == "third":
-                went_back.set()
-            run.remember("score", {}, score, Interval, is_shared=True)
-            return [(stage.stage, stage.was_cached) for stage in run.times]
-
-    with ThreadPoolExecutor() as pool:
-        exporting = pool.submit(first)
-        assert at_export.wait(30)
-        second = pool.submit(beside, "second")
-        assert at_score.wait(30)
-        third = pool.submit(beside, "third")
-        assert second.result() == [("score", False), ("export", True)]
-        assert third.result() == [("export", True), ("score", True)]
-        exporting.result()
-    assert scored == ["second"]
 
 
 def test_a_run_gives_way_at_each_step_to_one_that_measures(tmp_path: Path) -> None:
@@ -332,9 +293,9 @@ def test_an_edited_result_is_an_error_that_names_the_remedy(edit: tuple[str, str
 def test_events_carry_the_stage(tmp_path: Path) -> None:
     events: list[Event] = []
     with open_run(tmp_path, events.append) as run:
-        run.remember("score", {}, Work(), Interval)
-        run.remember("search", {"score": run.key("score")}, Work(), Interval)
-        assert run.files("search").name.startswith("02-search-")
+        scores = run.remember("score", {}, Work(), Interval)
+        found = run.remember("search", {"score": scores.key}, Work(), Interval)
+        assert found.files.name.startswith("02-search-") and scores.files.name.endswith(scores.key)
     assert [(e.stage, e.message) for e in events][::2] == [("score", "start"), ("search", "start")]
 
 

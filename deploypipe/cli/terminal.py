@@ -33,7 +33,7 @@ STAGES = (
     "baseline",
     "dense_precision",
     "latency",
-    "reach",
+    "feasibility",
     "observe",
     "score",
     "curves",

@@ -108,5 +108,5 @@ class SearchResult:
     timed_again: dict[str, float] = field(default_factory=dict)  # number of a trial -> share of the dense latency
     finalists: tuple[int, ...] = ()  # numbers of trials, the most accurate first
     tuned: dict[str, float] = field(default_factory=dict)  # number of a finalist -> on val after a short training
-    reach: Feasibility | None = None
+    feasibility: Feasibility | None = None
     latency_fit: LatencyFit | None = None  # None where nothing was timed

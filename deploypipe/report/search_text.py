@@ -51,7 +51,7 @@ def held_budgets(search: SearchResult) -> list[Held]:
 
 def reach_rows(search: SearchResult, target: Target) -> list[tuple[str, ...]]:
     """What each budget could come to, is to come to, and came to."""
-    least = search.reach.least if search.reach else {}
+    least = search.feasibility.least if search.feasibility else {}
     held = {budget.name: budget for budget in held_budgets(search)}
     rows: list[tuple[str, ...]] = []
     for name in dict.fromkeys((*target.budget.limits(), *held, *least)):

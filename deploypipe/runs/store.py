@@ -10,10 +10,10 @@ import fcntl
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO, TypeVar
+from typing import Generic, TextIO, TypeVar
 
 from deploypipe.errors import ExhaustedError, RunFolderError
 from deploypipe.files.atomic import write_atomically
@@ -37,18 +37,26 @@ _LOCK = "run.lock"
 _POLL_S = 0.1
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageResult(Generic[T]):
+    """What a stage leaves. It is handed on to the stages that need it: nobody looks a stage up by its name."""
+
+    record: T
+    key: str  # a hash of all that the stage depends on: equal keys, equal results
+    files: Path  # the folder of the stage's files
+
+
 @dataclass(slots=True)
 class RunFolder:
     """An open, locked run folder. Use `open_run`."""
 
     path: Path
     notify: Progress = silent
-    shared: Path | None = None  # where stages are that do not depend on the target, for runs for other targets too
-    source: str = ""  # of a worker: address where the run it helps left its stages, of which it computes none
-    stages: dict[str, Path] = field(default_factory=dict)  # finished in this run -> its folder; its record is beside it
+    shared: Path | None = None  # holds the stages that do not depend on the target, for runs for other targets too
+    source: str = ""  # of a worker, which computes no stage: the address where the run it helps left its stages
+    finished: list[Path] = field(default_factory=list)  # folders of the stages finished in this run
     times: list[StageTime] = field(default_factory=list)
-    remeasure: bool = False  # stages that measure, and may do so again, do
-    _is_ahead: bool = False  # at what comes later, while another run is at a stage
+    remeasure: bool = False  # measure again in those stages that allow it
 
     def remember(
         self,
@@ -58,24 +66,25 @@ class RunFolder:
         record_type: type[T],
         *,
         is_shared: bool = False,
-        meanwhile: Callable[[], object] | None = None,
         is_final: Callable[[T], bool] | None = None,
-    ) -> T:
-        """The record of `stage` for these inputs: read if it is there and whole, else computed and stored.
+    ) -> StageResult[T]:
+        """Read the result of `stage` for these inputs if it is there and whole; compute and store it otherwise.
 
-        `compute` is given a folder that outlives a kill, for checkpoints and for the stage's files, which are found
-        again with `files(stage)`; what is hidden in it does not outlive one. Only a success is stored. A stage's
-        number is its place in the run that came to it first. is_shared: runs for other targets may find it, also those
-        that are at work at the same time. Where one of them is at this stage, `meanwhile` is done first, up to a stage
-        that one of them is at. is_final: a record that it says False of is computed again by the next run, and any
-        record where `remeasure` is set; once a run.
+        `compute` is given the folder for the stage's files. It outlives a kill, so checkpoints go there too; only its
+        hidden files do not outlive one. Only a success is stored. A stage's number is its place in the run that came to
+        it first.
+
+        is_shared: runs for other targets find the result too. Of several runs at work at once, one computes it, and the
+        others wait.
+        is_final: the next run computes a record again if this returns False for it, or if `remeasure` is set; at most
+        once a run.
         """
         hashes = {name: digest(value) for name, value in inputs.items()}
         key = f"{stage}-{digest([stage, hashes])}"
         self.notify(Event(stage=stage, message="start"))
         if not (is_shared and self.shared):
             return self._remember(stage, key, self.path, hashes, compute, record_type, is_final)
-        with self._in_turn(stage, self.shared / f"{key}.lock", meanwhile):
+        with self._in_turn(stage, self.shared / f"{key}.lock"):
             return self._remember(stage, key, self.shared, hashes, compute, record_type, is_final)
 
     def _remember(
@@ -87,13 +96,13 @@ class RunFolder:
         compute: Callable[[Path], T],
         record_type: type[T],
         is_final: Callable[[T], bool] | None,
-    ) -> T:
+    ) -> StageResult[T]:
         known = sorted(root.glob(f"[0-9][0-9]-{key}.*"))  # a record, or the folder of one that was interrupted
         at = root / (known[0].stem if known else f"{len(self.times) + 1:02d}-{key}")
         if self.source:
             at = download_stage(key, self.source, root) or at
         stored = self._read(stage, key, at)
-        if stored and is_final and at not in self.stages.values():  # else this run computed it
+        if stored and is_final and at not in self.finished:  # else this run computed it
             is_kept = not self.remeasure and is_final(from_plain(record_type, stored[0], at.name))
             stored = stored if is_kept else None
         if self.source and not stored:
@@ -102,48 +111,26 @@ class RunFolder:
                 f"see that it has the same pipeline, target and settings"
             )
         record, seconds = stored if stored else _compute(at, key, hashes, compute)
-        if self.stages.get(stage) != at:  # else this run was ahead with it
+        if at not in self.finished:
+            self.finished.append(at)
             self.times.append(StageTime(stage=stage, seconds=seconds, was_cached=stored is not None))
-        self.stages[stage] = at
         self.notify(Event(stage=stage, message="cached" if stored else "done"))
-        return from_plain(record_type, record, at.name)
+        return StageResult(record=from_plain(record_type, record, at.name), key=key.rsplit("-", 1)[-1], files=at)
 
     @contextmanager
-    def _in_turn(self, stage: str, path: Path, meanwhile: Callable[[], object] | None) -> Iterator[None]:
-        """Of runs side by side one computes a stage; the others wait, and find it."""
+    def _in_turn(self, stage: str, path: Path) -> Iterator[None]:
+        """Of several runs at work at once, let one compute the stage; the others wait, and find it."""
         with path.open("w") as lock:
-            is_ours = try_lock(lock, fcntl.LOCK_EX)
-            if not is_ours and self._is_ahead:
-                raise _InOtherHands
-            if not is_ours and meanwhile:
-                self._go_ahead(meanwhile)
-                is_ours = try_lock(lock, fcntl.LOCK_EX)
-            if not is_ours:
+            if not try_lock(lock, fcntl.LOCK_EX):
                 self.notify(Event(stage=stage, message="NOTE: waits for another run, which is at it"))
                 while not try_lock(lock, fcntl.LOCK_EX):
                     pause(_POLL_S)
             yield
 
-    def _go_ahead(self, work: Callable[[], object]) -> None:
-        self._is_ahead = True
-        try:
-            with suppress(_InOtherHands):
-                work()
-        finally:
-            self._is_ahead = False
-
     def publish(self, url: str) -> None:
         """Copy the stages finished so far to where workers find them, if that is not here."""
-        for at in self.stages.values():
+        for at in self.finished:
             upload_stage(at, url)
-
-    def files(self, stage: str) -> Path:
-        """The folder with the files of a stage finished in this run."""
-        return self.stages[stage]
-
-    def key(self, stage: str) -> str:
-        """The key of a stage finished in this run: equal keys, equal inputs."""
-        return self.stages[stage].name.rsplit("-", 1)[-1]
 
     def _read(self, stage: str, key: str, at: Path) -> tuple[object, float] | None:
         path = _record_of(at)
@@ -168,10 +155,6 @@ def read_record(at: Path, key: str) -> tuple[object, float] | None:
         return (stored["record"], float(stored["seconds"])) if is_sound else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-class _InOtherHands(Exception):
-    """Another run is at a stage that this one would be ahead with."""
 
 
 def _record_of(at: Path) -> Path:

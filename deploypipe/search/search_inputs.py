@@ -1,42 +1,31 @@
-"""What a search stands on, and what it works with."""
+"""What a search is given by the stages before it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from deploypipe.records import (
-    Curves,
-    Feasibility,
-    Measurement,
-    PrecisionRow,
-    ScoreTable,
-    Structures,
-    TimedNetworks,
-)
-from deploypipe.search.allocation.proposer import Proposer
+from deploypipe.records import Candidate, Curves, Feasibility, Measurement, ScoreTable, Structures, TimedNetworks
+from deploypipe.runs.store import StageResult
 from deploypipe.search.evaluation.candidate_files import CandidateFiles
-from deploypipe.search.evaluation.evaluator import Evaluator
 from deploypipe.target import Limit
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Basis:
-    """The stages before a search, for one target."""
+class SearchGoal:
+    """What candidates are cut from, compared with and held to. Known before the network is observed."""
 
     structures: Structures
-    scores: ScoreTable  # all alike, as the curves are, before anything is observed
-    curves: Curves
-    dense: Measurement
+    dense: StageResult[Measurement]
+    reference: Candidate  # the dense network, as candidates are described
     limits: Mapping[str, Limit]  # those that can be held here
-    shipping: PrecisionRow  # the precision that candidates are made in
     candidates: CandidateFiles
-    timed: TimedNetworks | None = None  # None: no latency is asked for, or none can be taken
-    reach: Feasibility | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Tools:
-    """Proposes and judges the trials of one search."""
+class SearchInputs:
+    """All that a search needs, from the stages before it."""
 
-    limits: Mapping[str, Limit]  # with the margin that is left to the gate
-    proposer: Proposer
-    evaluator: Evaluator
+    goal: SearchGoal
+    latency: StageResult[TimedNetworks] | None  # None: no latency is asked for, or none can be measured here
+    feasibility: Feasibility
+    scores: ScoreTable
+    curves: StageResult[Curves]

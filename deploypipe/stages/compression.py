@@ -1,4 +1,4 @@
-"""From a plan to a trained network and its file."""
+"""From a plan to a trained network and its ONNX file."""
 
 import shutil
 from dataclasses import replace
@@ -18,106 +18,125 @@ from deploypipe.pruning.tracing.module_calls import one_thread_if_small
 from deploypipe.pruning.tracing.structures import count_macs
 from deploypipe.recipe import Finetune
 from deploypipe.records import ModelFile, Progress, PruneOutcome, PruningPlan, RepairReport, TrainLog
-from deploypipe.stages.context import Job
+from deploypipe.runs.store import StageResult
+from deploypipe.stages.context import RunContext
 from deploypipe.task import num_samples
 from deploypipe.training.multi_rank_finetune import finetune_together
 
 _COMPRESSED = "compressed.onnx"
+_WEIGHTS = "weights.safetensors"
 
 
-def prune(job: Job, plan: PruningPlan) -> PruneOutcome:
-    """The network that the plan leaves, its layers solved anew; its weights are a file of the stage."""
+def prune(ctx: RunContext, plan: PruningPlan) -> StageResult[PruneOutcome]:
+    """Apply the plan and repair the layers that are left. The stage's file holds their weights."""
 
     def compute(work: Path) -> PruneOutcome:
-        report = describe(job.model, apply_plan(job.model, plan), plan, job.inputs)
-        repaired, repairs = make_repaired(job, plan, lambda event: job.run.notify(replace(event, stage="prune")))
-        save_file(own_weights(repaired), work / "weights.safetensors")
+        pruned = apply_plan(ctx.model, plan)
+        report = describe(ctx.model, pruned, plan, ctx.inputs)
+        repaired, repairs = repair_network(
+            ctx, plan, pruned, lambda event: ctx.run.notify(replace(event, stage="prune"))
+        )
+        save_file(own_weights(repaired), work / _WEIGHTS)
         return PruneOutcome(prune=report, repair=repairs)
 
-    inputs = {**job.origin, "plan": plan, "calib": job.run.key("observe"), "repair": job.recipe.repair}
-    return job.run.remember("prune", inputs, compute, PruneOutcome, is_shared=True)
+    inputs = {**ctx.origin, **repair_inputs(ctx), "plan": plan}
+    return ctx.run.remember("prune", inputs, compute, PruneOutcome, is_shared=True)
 
 
-def make_repaired(job: Job, plan: PruningPlan, notify: Progress) -> tuple[nn.Module, RepairReport]:
-    """The same, not remembered."""
-    pruned, real_tokens = apply_plan(job.model, plan), job.task.real_tokens
-    settings, seed = job.recipe.repair, job.recipe.seed
-    return repair(job.model, pruned, plan, job.calib, settings, real_tokens=real_tokens, seed=seed, notify=notify)
+def repair_inputs(ctx: RunContext) -> dict[str, object]:
+    """What a repaired network depends on, beside the run's origin and the plan."""
+    return {"repair": ctx.recipe.repair, "num_calib_samples": sum(num_samples(inputs) for inputs, _ in ctx.calib)}
 
 
-def finetune(job: Job, plan: PruningPlan) -> TrainLog:
-    """Train what `prune` left; the stage's files are the trained network, as `load_pruned` reads it."""
+def repair_network(
+    ctx: RunContext, plan: PruningPlan, pruned: nn.Module, notify: Progress
+) -> tuple[nn.Module, RepairReport]:
+    """Repair a pruned network as the recipe says, without storing it."""
+    return repair(
+        ctx.model,
+        pruned,
+        plan,
+        ctx.calib,
+        ctx.recipe.repair,
+        real_tokens=ctx.task.real_tokens,
+        seed=ctx.recipe.seed,
+        notify=notify,
+    )
+
+
+def finetune(ctx: RunContext, plan: PruningPlan, pruned: StageResult[PruneOutcome]) -> StageResult[TrainLog]:
+    """Train what `prune` left. The stage's files are the trained network, as `load_pruned` reads it."""
 
     def compute(work: Path) -> TrainLog:
         checkpoints = work / "checkpoints"
         checkpoints.mkdir(exist_ok=True)
-        repaired = restored(job, plan, "prune")
-        tuned, log = tune(job, plan, repaired, job.recipe.finetune, checkpoints, job.run.notify)
-        save_pruned(tuned, plan, job.inputs, work)
+        repaired = _with_weights(ctx, plan, pruned.files)
+        tuned, log = tune(ctx, plan, repaired, ctx.recipe.finetune, checkpoints, ctx.run.notify)
+        save_pruned(tuned, plan, ctx.inputs, work)
         shutil.rmtree(checkpoints)
         return log
 
-    inputs = {"prune": job.run.key("prune"), "finetune": job.recipe.finetune}
-    return job.run.remember("finetune", inputs, compute, TrainLog, is_shared=True)
+    inputs = {"prune": pruned.key, "finetune": ctx.recipe.finetune}
+    return ctx.run.remember("finetune", inputs, compute, TrainLog, is_shared=True)
 
 
 def tune(
-    job: Job, plan: PruningPlan, repaired: nn.Module, settings: Finetune, checkpoint: Path, notify: Progress
+    ctx: RunContext, plan: PruningPlan, repaired: nn.Module, settings: Finetune, checkpoint: Path, notify: Progress
 ) -> tuple[nn.Module, TrainLog]:
-    """Train a repaired network on all ranks, resumed from its checkpoint where there is one; not remembered.
+    """Train a repaired network on all ranks, without storing it; resume from its checkpoint if there is one.
 
-    What the dense network answers to the batches is kept for the trainings of other plans, also for other targets.
+    The dense network's outputs are kept for the training of other plans, also for other targets.
     """
-    teacher_outputs = (job.run.shared or job.run.path) / f"teacher-outputs-{digest([job.origin, settings.precision])}"
-    with one_thread_if_small(_batch_macs(job)):
+    teacher_outputs = (ctx.run.shared or ctx.run.path) / f"teacher-outputs-{digest([ctx.origin, settings.precision])}"
+    with one_thread_if_small(_batch_macs(ctx)):
         return finetune_together(
             repaired,
             plan,
-            job.model,
-            job.splits,
-            job.task,
+            ctx.model,
+            ctx.splits,
+            ctx.task,
             settings,
             checkpoint=checkpoint,
             teacher_outputs=teacher_outputs,
-            seed=job.recipe.seed,
+            seed=ctx.recipe.seed,
             notify=notify,
-            ranks=job.ranks,
+            ranks=ctx.ranks,
         )
 
 
-def _batch_macs(job: Job) -> int:
+def _batch_macs(ctx: RunContext) -> int:
     """Multiply-accumulates of the dense network on one batch of the training split."""
     with torch.random.fork_rng(devices=[]):
-        batch = next(iter(job.splits.train), None)
-    return num_samples(batch[0]) * count_macs(job.model, job.inputs)[1] if batch else 0
+        batch = next(iter(ctx.splits.train), None)
+    return num_samples(batch[0]) * count_macs(ctx.model, ctx.inputs)[1] if batch else 0
 
 
-def restored(job: Job, plan: PruningPlan, stage: str) -> nn.Module:
-    """The pruned network with the weights a stage left."""
-    pruned = apply_plan(job.model, plan)
-    pruned.load_state_dict(load_file(job.run.files(stage) / "weights.safetensors"))
+def _with_weights(ctx: RunContext, plan: PruningPlan, folder: Path) -> nn.Module:
+    """The pruned network with the weights in a stage's folder."""
+    pruned = apply_plan(ctx.model, plan)
+    pruned.load_state_dict(load_file(folder / _WEIGHTS))
     return pruned
 
 
-def export(job: Job, plan: PruningPlan) -> ModelFile:
-    """The ONNX file of what `finetune` left, in fp32."""
+def export(ctx: RunContext, plan: PruningPlan, tuned: StageResult[TrainLog]) -> StageResult[ModelFile]:
+    """Write the ONNX file, in fp32, of the network that `finetune` left."""
 
     def compute(work: Path) -> ModelFile:
-        tuned = restored(job, plan, "finetune")
+        network = _with_weights(ctx, plan, tuned.files)
         file = export_onnx(
-            tuned,
-            job.parity_batches,
+            network,
+            ctx.parity_batches,
             work / _COMPRESSED,
-            job.recipe.export,
-            origin={"plan": digest(plan), "recipe": digest(job.recipe), "dense_model": job.fingerprint},
-            class_names=job.task.class_names,
-            other_inputs=job.other_inputs,
+            ctx.recipe.export,
+            origin={"plan": digest(plan), "recipe": digest(ctx.recipe), "dense_model": ctx.origin["model"]},
+            class_names=ctx.task.class_names,
+            other_inputs=ctx.other_inputs,
         )
-        return replace(file, from_dense=compare_networks(job.model, tuned, job.parity_batches))
+        return replace(file, from_dense=compare_networks(ctx.model, network, ctx.parity_batches))
 
     inputs = {
-        "finetune": job.run.key("finetune"),
-        "recipe": job.recipe,  # its hash goes into the file
-        "class_names": job.task.class_names,
+        "finetune": tuned.key,
+        "recipe": ctx.recipe,  # its hash goes into the file
+        "class_names": ctx.task.class_names,
     }
-    return job.run.remember("export", inputs, compute, ModelFile)
+    return ctx.run.remember("export", inputs, compute, ModelFile)

@@ -1,7 +1,7 @@
-"""What a run is about: the same for all of its stages."""
+"""What all stages of one run share: the network, the data, the settings, the device and the run folder."""
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,11 +19,11 @@ from deploypipe.pruning.tracing.structures import model_fingerprint
 from deploypipe.recipe import Recipe
 from deploypipe.records import Event, Origin
 from deploypipe.runs.store import RunFolder
-from deploypipe.runtimes.device_ability import can
+from deploypipe.runtimes.device_ability import Ability, can
 from deploypipe.runtimes.this_machine import this_machine
 from deploypipe.search.distributed.study_storage import Storage
 from deploypipe.target import Target
-from deploypipe.task import Splits, Task, first_of, forward, take, take_calib
+from deploypipe.task import Batch, Splits, Task, first_of, forward, take, take_calib
 from deploypipe.tensor_batches import fingerprints
 from deploypipe.training.ranks import ALONE, Ranks
 from deploypipe.training.training_precision import with_precision
@@ -33,90 +33,129 @@ _NUM_PARITY_SAMPLES = 64
 _DATA = "data.hashes"  # in the run folder: a hash of each split
 
 
-class Job:
-    """One run's inputs, and what they come to. `calib` holds the samples of observation and repair."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunContext:
+    """What all stages of one run share. `prepare_run` makes it."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        splits: Splits,
-        task: Task,
-        recipe: Recipe,
-        target: Target,
-        run: RunFolder,
-        source: str,
-        storage: Storage | None = None,
-        ranks: Ranks = ALONE,
-    ) -> None:
-        self.model, self.splits = copied(model).cpu().eval(), splits
-        self.task = _with_distillation_loss(task, self.model, splits)
-        self.recipe = replace(recipe, finetune=with_precision(recipe.finetune))  # so keys hold it
-        self.target, self.run = target, run
-        self.storage, self.ranks = storage, ranks
-        self.ability = can(target)
-        self.builds = is_built(target) and self.ability.verdict != "export only"
-        if self.ability.verdict != "run":
-            told = f"nothing can be measured for {target.name or target.runtime} here, so the run will end in HOLD"
-            run.notify(Event(stage="check", message=f"WARNING: {told}: {self.ability.reason}"))
-        self.calib = take_calib(splits.calib, max(recipe.observe.num_samples, recipe.repair.num_samples))
-        self.parity_batches = take_calib(self.calib, _NUM_PARITY_SAMPLES)
-        self.inputs = take(self.calib[0][0], 2)
-        self.device = {
-            "fingerprint": describe_environment(target.num_threads).device_fingerprint,
-            "gpu": this_machine().gpus,
-            "driver": this_machine().driver,
-            "ability": self.ability.verdict,
-            "runtime": [target.runtime, target.provider, target.provider_options, target.allow_cpu_fallback],
-            "engine": [target.batches, target.dynamic_dims, target.workspace, target.compute_capabilities],
-            "batch": target.batch_size,
-            "threads": target.num_threads,
-            "samples": target.num_latency_samples,
-        }
-        extremes = Extremes()
-        self.fingerprint = model_fingerprint(model)
-        self.origin: dict[str, Any] = {
-            "model": self.fingerprint,
-            "data": self._data(extremes),
-            "source": source,
-            "packages": package_versions(*PACKAGES),
-            "seed": recipe.seed,
-        }
-
-        # The network must work at these sizes too, whatever is removed from it, and the exported file as well.
-        self.other_inputs = other_sizes(self.model, self.inputs, extremes.inputs(), recipe.export, target.dynamic_dims)
-
-    def _data(self, extremes: Extremes) -> str:
-        """A hash of the splits. Says which of them are others than those of the folder's last run."""
-        found = fingerprints(self.splits, see=extremes.see)
-        path = self.run.path / _DATA
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            before = {}
-        changed = [name for name in found if isinstance(before, dict) and before.get(name, found[name]) != found[name]]
-        if changed:
-            told = f"the data of {' and '.join(changed)} changed since the last run in this folder"
-            self.run.notify(Event(stage="check", message=f"NOTE: {told}: what depends on it is computed again"))
-        write_atomically(path, (json.dumps(found, sort_keys=True) + "\n").encode())
-        return digest(found)
+    model: nn.Module  # a copy of the user's, on the CPU, in eval mode
+    splits: Splits
+    task: Task
+    recipe: Recipe
+    target: Target
+    run: RunFolder
+    storage: Storage | None  # where other processes may do trials of the search
+    ranks: Ranks
+    ability: Ability  # what this machine can do for the target
+    builds: bool  # the target runs engines, and this machine can build them
+    calib: list[Batch]  # the samples of observation and repair
+    parity_batches: list[Batch]  # the samples that exported files are compared on
+    inputs: Any  # two samples
+    other_inputs: tuple[Any, ...]  # the network and its file must work at these sizes too, whatever is removed
+    device: dict[str, Any]  # stages that measure depend on it
+    origin: dict[str, Any]  # every stage depends on it: network, data, code, packages and seed
 
     def described_origin(self) -> Origin:
+        """The origin as the result states it."""
         packages = {**self.origin["packages"], "deploypipe": find_package("deploypipe").version}
         return Origin(
-            model=self.fingerprint, data=self.origin["data"], source=digest(self.origin["source"]), packages=packages
+            model=self.origin["model"],
+            data=self.origin["data"],
+            source=digest(self.origin["source"]),
+            packages=packages,
         )
 
-    def about(self) -> dict[str, str]:
-        """What all workers of a search have to have the same, by name."""
+    def identity(self) -> dict[str, str]:
+        """What all workers of a search must have in common, by name."""
         return {
             "deploypipe": find_package("deploypipe").version,
             **self.origin["packages"],
-            "model": self.fingerprint,
+            "model": self.origin["model"],
             "data": self.origin["data"],
             "source": digest(self.origin["source"]),
             "device": digest(self.device),
             "seed": str(self.recipe.seed),
         }
+
+
+def prepare_run(
+    model: nn.Module,
+    splits: Splits,
+    task: Task,
+    recipe: Recipe,
+    target: Target,
+    run: RunFolder,
+    *,
+    source: str = "",
+    storage: Storage | None = None,
+    ranks: Ranks = ALONE,
+) -> RunContext:
+    """Copy the network, hash network and data, and find out what this machine can do for the target.
+
+    Warns where nothing can be measured here, and notes which splits changed since the last run in this folder.
+    """
+    dense = copied(model).cpu().eval()
+    ability = can(target)
+    if ability.verdict != "run":
+        told = f"nothing can be measured for {target.name or target.runtime} here, so the run will end in HOLD"
+        run.notify(Event(stage="check", message=f"WARNING: {told}: {ability.reason}"))
+    calib = take_calib(splits.calib, max(recipe.observe.num_samples, recipe.repair.num_samples))
+    inputs, extremes = take(calib[0][0], 2), Extremes()
+    origin: dict[str, Any] = {
+        "model": model_fingerprint(model),
+        "data": _hash_data(splits, run, extremes),
+        "source": source,
+        "packages": package_versions(*PACKAGES),
+        "seed": recipe.seed,
+    }
+    return RunContext(
+        model=dense,
+        splits=splits,
+        task=_with_distillation_loss(task, dense, splits),
+        recipe=replace(recipe, finetune=with_precision(recipe.finetune)),  # so keys hold it
+        target=target,
+        run=run,
+        storage=storage,
+        ranks=ranks,
+        ability=ability,
+        builds=is_built(target) and ability.verdict != "export only",
+        calib=calib,
+        parity_batches=take_calib(calib, _NUM_PARITY_SAMPLES),
+        inputs=inputs,
+        other_inputs=other_sizes(dense, inputs, extremes.inputs(), recipe.export, target.dynamic_dims),
+        device=_describe_device(target, ability),
+        origin=origin,
+    )
+
+
+def _describe_device(target: Target, ability: Ability) -> dict[str, Any]:
+    """All that a measurement depends on beside the file."""
+    return {
+        "fingerprint": describe_environment(target.num_threads).device_fingerprint,
+        "gpu": this_machine().gpus,
+        "driver": this_machine().driver,
+        "ability": ability.verdict,
+        "runtime": [target.runtime, target.provider, target.provider_options, target.allow_cpu_fallback],
+        "engine": [target.batches, target.dynamic_dims, target.workspace, target.compute_capabilities],
+        "batch": target.batch_size,
+        "threads": target.num_threads,
+        "samples": target.num_latency_samples,
+    }
+
+
+def _hash_data(splits: Splits, run: RunFolder, extremes: Extremes) -> str:
+    """A hash of the splits. Notes which of them changed since the last run in this folder."""
+    found = fingerprints(splits, see=extremes.see)
+    path = run.path / _DATA
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        before = {}
+    changed = [name for name in found if isinstance(before, dict) and before.get(name, found[name]) != found[name]]
+    if changed:
+        told = f"the data of {' and '.join(changed)} changed since the last run in this folder"
+        run.notify(Event(stage="check", message=f"NOTE: {told}: what depends on it is computed again"))
+    write_atomically(path, (json.dumps(found, sort_keys=True) + "\n").encode())
+    return digest(found)
 
 
 def _with_distillation_loss(task: Task, model: nn.Module, splits: Splits) -> Task:

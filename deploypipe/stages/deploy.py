@@ -1,25 +1,38 @@
-"""From the file to what ships, and what is known about it."""
+"""From the exported file to what ships: its precision, its engine, the benchmark, the gate and the golden samples."""
 
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 from deploypipe.benchmark import compare_files
 from deploypipe.budgets import BUDGETS
 from deploypipe.export.onnx_export.golden_samples import write_golden
+from deploypipe.export.onnx_export.parity import limit_of
 from deploypipe.export.quantization.precision_choice import choose_precision
 from deploypipe.export.tensorrt_engine.build_engine import as_model_file, build_engine, is_built
 from deploypipe.files.atomic import place_file
-from deploypipe.records import BenchmarkReport, EngineFile, Golden, Measurement, ModelFile, PrecisionChoice
+from deploypipe.records import (
+    BenchmarkReport,
+    EngineFile,
+    Event,
+    GateDecision,
+    Golden,
+    Measurement,
+    ModelFile,
+    PrecisionChoice,
+    PrecisionRow,
+)
+from deploypipe.release.gate import decide
+from deploypipe.runs.store import StageResult
 from deploypipe.runtimes import make_runtime
 from deploypipe.runtimes.engine_file import load_record
 from deploypipe.runtimes.int8_arithmetic import kernels_of
 from deploypipe.stages import profile
-from deploypipe.stages.context import Job
+from deploypipe.stages.context import RunContext
 from deploypipe.target import Budget
 from deploypipe.task import take_calib
 
 MODEL = "model.onnx"
-_ENGINE = "compressed.engine"
 _NUM_HELD_OUT = 128  # samples beside those of `export.int8`, for its errors
 
 
@@ -32,112 +45,122 @@ class Shipped:
     fp32: ModelFile  # what it was converted from, or the file itself
 
 
-def dense_precision(job: Job, dense: Measurement) -> PrecisionChoice | None:
-    """Which precision of the dense network ships, and so the one that candidates are timed in; None where the
-    target takes fp32 only."""
-    return _precision(job, "dense_precision", dense.file, job.run.files("baseline"))
+def dense_precision(ctx: RunContext, dense: StageResult[Measurement]) -> StageResult[PrecisionChoice] | None:
+    """Choose the precision in which the dense network would ship, and so the one that candidates are timed in.
+
+    None where the target takes fp32 only.
+    """
+    return _precision(ctx, "dense_precision", dense.record.file, dense.files)
 
 
-def precision(job: Job, file: ModelFile) -> PrecisionChoice | None:
-    """The same for the compressed network's file."""
-    return _precision(job, "precision", file, job.run.files("export"))
+def candidate_precision(dense: Measurement, choice: StageResult[PrecisionChoice] | None) -> PrecisionRow:
+    """The precision that candidates are made in: the one chosen for the dense network."""
+    return choice.record.row if choice else PrecisionRow(precision="fp32", file=dense.file)
 
 
-def _precision(job: Job, stage: str, file: ModelFile, folder: Path) -> PrecisionChoice | None:
-    if job.target.precisions == ("fp32",):
+def precision(ctx: RunContext, exported: StageResult[ModelFile]) -> StageResult[PrecisionChoice] | None:
+    """Choose the precision in which the compressed network ships; None where the target takes fp32 only."""
+    return _precision(ctx, "precision", exported.record, exported.files)
+
+
+def _precision(ctx: RunContext, stage: str, file: ModelFile, folder: Path) -> StageResult[PrecisionChoice] | None:
+    if ctx.target.precisions == ("fp32",):
         return None
 
     def compute(work: Path) -> PrecisionChoice:
         def as_opened(path: Path) -> Path:
-            if not job.builds:
+            if not ctx.builds:
                 return path
             engines = work / path.stem
             engines.mkdir()
-            return engines / build_engine(path, job.target, engines).path
+            return engines / build_engine(path, ctx.target, engines).path
 
         return choose_precision(
             file,
             folder,
             work,
-            calib=take_calib(job.splits.calib, job.recipe.export.int8.num_calib_samples + _NUM_HELD_OUT),
-            val=job.splits.val,
-            task=job.task,
-            target=job.target,
-            settings=job.recipe.export,
-            runtime=make_runtime(job.target) if job.ability.verdict == "run" else None,
+            calib=take_calib(ctx.splits.calib, ctx.recipe.export.int8.num_calib_samples + _NUM_HELD_OUT),
+            val=ctx.splits.val,
+            task=ctx.task,
+            target=ctx.target,
+            settings=ctx.recipe.export,
+            runtime=make_runtime(ctx.target) if ctx.ability.verdict == "run" else None,
             as_opened=as_opened,
-            notify=job.run.notify,
+            notify=ctx.run.notify,
         )
 
     inputs = {
         "file": file.sha256,
-        "precisions": job.target.precisions,
-        "kernels": kernels_of(job.target),
-        "export": job.recipe.export,
-        "device": job.device,
-        **job.origin,
+        "precisions": ctx.target.precisions,
+        "kernels": kernels_of(ctx.target),
+        "export": ctx.recipe.export,
+        "device": ctx.device,
+        **ctx.origin,
     }
-    return job.run.remember(stage, inputs, compute, PrecisionChoice)
+    return ctx.run.remember(stage, inputs, compute, PrecisionChoice)
 
 
-def shipped(job: Job, file: ModelFile, stage: str, chosen: PrecisionChoice | None) -> Shipped:
-    """file: in fp32, of the stage "baseline" or "export"; chosen: by the stage that converted it, if any did."""
-    if chosen and chosen.chosen != "fp32":
-        converted_by = "precision" if stage == "export" else "dense_precision"
-        return Shipped(file=chosen.file, path=job.run.files(converted_by) / chosen.file.path, fp32=file)
-    return Shipped(file=file, path=job.run.files(stage) / file.path, fp32=file)
+def shipped(fp32: ModelFile, folder: Path, choice: StageResult[PrecisionChoice] | None) -> Shipped:
+    """The file in the precision that was chosen for it, or the fp32 file itself, which lies in `folder`."""
+    if choice and choice.record.chosen != "fp32":
+        file = choice.record.file
+        return Shipped(file=file, path=choice.files / file.path, fp32=fp32)
+    return Shipped(file=fp32, path=folder / fp32.path, fp32=fp32)
 
 
-def engine_file(job: Job) -> Path:
-    """The engine that ships."""
-    if "engine" in job.run.stages:
-        return job.run.files("engine") / _ENGINE
-    return job.run.files("baseline") / profile.DENSE_ENGINE
+def engine(ctx: RunContext, dense: StageResult[Measurement], shipped: Shipped) -> StageResult[EngineFile] | None:
+    """Build the engine that ships; None where the target takes none, or where this machine cannot build it.
 
-
-def engine(job: Job, shipped: Shipped) -> EngineFile | None:
-    """None where the target takes none, or where this machine cannot build it."""
-    if not job.builds:
+    The dense network's own engine was built with the baseline.
+    """
+    if not ctx.builds:
         return None
-    if shipped.path == job.run.files("baseline") / profile.DENSE:
-        return load_record(engine_file(job))
-    inputs = {"onnx": shipped.file.sha256, "device": job.device, "packages": job.origin["packages"]}
-    return job.run.remember("engine", inputs, lambda work: build_engine(shipped.path, job.target, work), EngineFile)
+    if shipped.path == dense.files / profile.DENSE:
+        return StageResult(record=load_record(dense.files / profile.DENSE_ENGINE), key=dense.key, files=dense.files)
+    inputs = {"onnx": shipped.file.sha256, "device": ctx.device, "packages": ctx.origin["packages"]}
+    return ctx.run.remember("engine", inputs, lambda work: build_engine(shipped.path, ctx.target, work), EngineFile)
 
 
 def benchmark(
-    job: Job, dense: Measurement, shipped: Shipped, engine: EngineFile | None, counts: tuple[int, int], stand_in: str
-) -> BenchmarkReport:
-    """Both files in one process, on the test split; engines where they are what the device runs."""
-    dense_file = _placed(profile.dense_opened(job, dense), job.run.files("baseline").name)
-    compressed = dense_file
-    if shipped.path != job.run.files("baseline") / profile.DENSE:
-        compressed = _placed(shipped.file, shipped.path.parent.name)
-    if engine and "engine" in job.run.stages:
-        compressed = _placed(as_model_file(shipped.file, engine), job.run.files("engine").name)
+    ctx: RunContext,
+    dense: StageResult[Measurement],
+    shipped: Shipped,
+    engine: StageResult[EngineFile] | None,
+    counts: tuple[int, int],
+    stand_in: str,
+) -> StageResult[BenchmarkReport]:
+    """Measure both files in one process, on the test split; the engines where they are what the device runs.
+
+    counts: parameters and multiply-accumulates of what ships. stand_in: what the search went by instead of budgets
+    that cannot be measured here.
+    """
+    dense_file = _placed(profile.dense_opened(ctx, dense), dense.files)
+    compressed = _placed(shipped.file, shipped.path.parent)
+    if engine:
+        compressed = _placed(as_model_file(shipped.file, engine.record), engine.files)
 
     def compute(_: Path) -> BenchmarkReport:
         report = compare_files(
             dense_file,
             compressed,
-            folder=job.run.path,
-            test_batches=job.splits.test,
-            task=job.task,
-            target=job.target,
-            counts=((dense.num_params, dense.num_macs), counts),
-            notify=job.run.notify,
+            folder=ctx.run.path,
+            test_batches=ctx.splits.test,
+            task=ctx.task,
+            target=ctx.target,
+            counts=((dense.record.num_params, dense.record.num_macs), counts),
+            notify=ctx.run.notify,
         )
         notes = [stand_in] if stand_in else []
         if len(shipped.fp32.tested_sizes) > 1:
             sizes = ", ".join(f"{name} {low} to {high}" for name, (low, high) in shipped.fp32.tested_sizes.items())
             notes.append(f"the fp32 file was compared with the network at {sizes}; other sizes were not tried")
-        if is_built(job.target) and not engine:
+        if is_built(ctx.target) and not engine:
             notes.append("no engine was built: file sizes are those of the ONNX files")
         return replace(report, notes=(*report.notes, *notes))
 
-    inputs = {"dense": dense_file.sha256, "compressed": compressed.sha256, "device": job.device, **job.origin}
-    budget = job.target.budget
-    return job.run.remember(
+    inputs = {"dense": dense_file.sha256, "compressed": compressed.sha256, "device": ctx.device, **ctx.origin}
+    budget = ctx.target.budget
+    return ctx.run.remember(
         "benchmark", inputs, compute, BenchmarkReport, is_final=lambda report: _is_final(report, budget)
     )
 
@@ -148,18 +171,28 @@ def _is_final(report: BenchmarkReport, budget: Budget) -> bool:
     return not is_timed or report.compressed.latency is None or not report.doubts
 
 
-def golden(job: Job, shipped: Shipped) -> Golden:
-    """The ONNX file that ships, with samples that it can be checked by: a folder for `deploypipe verify`."""
+def gate(ctx: RunContext, report: BenchmarkReport, shipped: Shipped) -> GateDecision:
+    """Decide whether the file may ship. Decided again in every run: what an earlier one measured may be out of date."""
+    ctx.run.notify(Event(stage="gate", message="start"))
+    parity_limit = limit_of(ctx.recipe.export, shipped.file.precision)
+    decision = decide(report, ctx.target.budget, parity_limit=parity_limit, now=datetime.now(UTC))
+    ctx.run.notify(Event(stage="gate", message="done"))
+    return decision
+
+
+def golden(ctx: RunContext, shipped: Shipped) -> StageResult[Golden]:
+    """Write the ONNX file that ships, with samples to check it by: a folder for `deploypipe verify`."""
 
     def compute(work: Path) -> Golden:
         place_file(shipped.path, work / MODEL)
         for entry in shipped.file.data:
             place_file(shipped.path.with_name(entry.name), work / entry.name)
-        return write_golden(work, {MODEL: shipped.file}, job.parity_batches)
+        return write_golden(work, {MODEL: shipped.file}, ctx.parity_batches)
 
-    inputs = {"file": shipped.file.sha256, "data": job.origin["data"], "packages": job.origin["packages"]}
-    return job.run.remember("golden", inputs, compute, Golden)
+    inputs = {"file": shipped.file.sha256, "data": ctx.origin["data"], "packages": ctx.origin["packages"]}
+    return ctx.run.remember("golden", inputs, compute, Golden)
 
 
-def _placed(file: ModelFile, folder: str) -> ModelFile:
-    return replace(file, path=f"{folder}/{file.path}")
+def _placed(file: ModelFile, folder: Path) -> ModelFile:
+    """The file with its path from the run folder on."""
+    return replace(file, path=f"{folder.name}/{file.path}")

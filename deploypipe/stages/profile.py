@@ -1,6 +1,5 @@
-"""What is found out about the dense network: its files, its structures, its speed, what its layers do."""
+"""Learn about the dense network: its structures, its files, its speed, what its layers do, what each cut costs."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,161 +10,186 @@ from deploypipe.export.onnx_export.input_sizes import ends_of, shapes_of
 from deploypipe.export.tensorrt_engine.build_engine import as_model_file, build_engine
 from deploypipe.files.atomic import place_file
 from deploypipe.observe.calibration_pass import observe_halves
-from deploypipe.observe.moments import Moments, load_moments, save_moments
+from deploypipe.observe.moments import Moments, load_moments, merge, save_moments
 from deploypipe.pruning.tracing.module_calls import one_thread_if_small
 from deploypipe.pruning.tracing.structures import count_macs, list_structures
 from deploypipe.recipe import Mpruner
-from deploypipe.records import Curves, Measurement, ModelFile, Observation, ResolvedConstraints, ScoreTable, Structures
+from deploypipe.records import (
+    Curves,
+    Measurement,
+    ModelFile,
+    Observation,
+    ResolvedConstraints,
+    ScoreSummary,
+    ScoreTable,
+    Structures,
+)
+from deploypipe.runs.store import StageResult
 from deploypipe.runtimes.engine_file import load_record
 from deploypipe.scoring import needs_derivatives, score_halves
 from deploypipe.scoring.blocks import rank_blocks
+from deploypipe.scoring.score_summary import summarise
 from deploypipe.search.allocation.loss_curves import measure_curves
-from deploypipe.stages.context import Job
+from deploypipe.stages.context import RunContext
 
 DENSE, DENSE_ENGINE = "dense.onnx", "dense.engine"
 TEMPLATE = "template.onnx"
 _HALVES = ("first.safetensors", "second.safetensors")  # of the calibration samples
 
 
-def structures(job: Job) -> Structures:
-    """What may be removed of the network, under the recipe's constraints."""
-    keep, constraints = job.recipe.keep, job.recipe.constraints
-    others = ends_of(job.other_inputs)
-    return job.run.remember(
+def structures(ctx: RunContext) -> StageResult[Structures]:
+    """List what may be removed from the network under the recipe's constraints."""
+    keep, constraints = ctx.recipe.keep, ctx.recipe.constraints
+    others = ends_of(ctx.other_inputs)
+    return ctx.run.remember(
         "structures",
-        {**job.origin, "keep": keep, "constraints": constraints, "sizes": [shapes_of(each) for each in others]},
-        lambda _: list_structures(job.model, job.inputs, keep, constraints, other_inputs=others),
+        {**ctx.origin, "keep": keep, "constraints": constraints, "sizes": [shapes_of(each) for each in others]},
+        lambda _: list_structures(ctx.model, ctx.inputs, keep, constraints, other_inputs=others),
         Structures,
         is_shared=True,
     )
 
 
-def dense_export(job: Job, meanwhile: Callable[[], object] | None = None) -> ModelFile:
-    """The dense network's ONNX file, and beside it the template that candidates are cut out of."""
+def dense_export(ctx: RunContext) -> StageResult[ModelFile]:
+    """Write the dense network's ONNX file, and next to it the template that candidates are cut out of."""
 
     def compute(work: Path) -> ModelFile:
         template = work / TEMPLATE
         return export_onnx(
-            job.model,
-            job.parity_batches,
+            ctx.model,
+            ctx.parity_batches,
             work / DENSE,
-            job.recipe.export,
+            ctx.recipe.export,
             template=template,
-            other_inputs=job.other_inputs,
+            other_inputs=ctx.other_inputs,
         )
 
-    sizes = [shapes_of(each) for each in job.other_inputs]
-    inputs = {**job.origin, "export": job.recipe.export, "sizes": sizes}
-    return job.run.remember("dense_export", inputs, compute, ModelFile, is_shared=True, meanwhile=meanwhile)
+    sizes = [shapes_of(each) for each in ctx.other_inputs]
+    inputs = {**ctx.origin, "export": ctx.recipe.export, "sizes": sizes}
+    return ctx.run.remember("dense_export", inputs, compute, ModelFile, is_shared=True)
 
 
-def baseline(job: Job, file: ModelFile) -> Measurement:
-    """The dense network's file, measured by the method used at the end."""
+def baseline(ctx: RunContext, exported: StageResult[ModelFile]) -> StageResult[Measurement]:
+    """Measure the dense network's file, as the last benchmark does. The stage's files are those of `dense_export`,
+    and the engine where the target runs one."""
+    file = exported.record
 
     def compute(work: Path) -> Measurement:
-        for path in job.run.files("dense_export").iterdir():
+        for path in exported.files.iterdir():
             place_file(path, work / path.name)
-        counts = count_macs(job.model, job.inputs)
-        opened = as_model_file(file, build_engine(work / DENSE, job.target, work)) if job.builds else file
-        if job.ability.verdict != "run":
+        counts = count_macs(ctx.model, ctx.inputs)
+        opened = as_model_file(file, build_engine(work / DENSE, ctx.target, work)) if ctx.builds else file
+        if ctx.ability.verdict != "run":
             return unmeasured(file, counts)
         measured = measure(
             opened,
             folder=work,
-            batches=job.splits.val,
-            task=job.task,
-            target=job.target,
+            batches=ctx.splits.val,
+            task=ctx.task,
+            target=ctx.target,
             counts=counts,
-            notify=job.run.notify,
+            notify=ctx.run.notify,
         )
         return replace(measured, file=file)
 
-    inputs = {**job.origin, "device": job.device, "file": file.sha256}
-    return job.run.remember("baseline", inputs, compute, Measurement)
+    inputs = {**ctx.origin, "device": ctx.device, "file": file.sha256}
+    return ctx.run.remember("baseline", inputs, compute, Measurement)
 
 
-def dense_opened(job: Job, dense: Measurement) -> ModelFile:
-    """What the device opens of the dense network: the ONNX file, or an engine."""
-    if not job.builds:
-        return dense.file
-    return as_model_file(dense.file, load_record(job.run.files("baseline") / DENSE_ENGINE))
+def dense_opened(ctx: RunContext, dense: StageResult[Measurement]) -> ModelFile:
+    """The file of the dense network that the device opens: the ONNX file, or an engine."""
+    file = dense.record.file
+    return as_model_file(file, load_record(dense.files / DENSE_ENGINE)) if ctx.builds else file
 
 
-def dense_accuracy(job: Job, dense: Measurement) -> float:
-    """On val: of the exported file where it runs here, of the network itself elsewhere, as a search needs it."""
+def dense_accuracy(ctx: RunContext, dense: Measurement) -> float:
+    """The accuracy on val: of the exported file if it runs here, else of the network itself, as a search needs it."""
     if dense.accuracy is not None:
         return dense.accuracy.value
-    return float(evaluate_module(job.model, job.splits.val, job.task).mean())
+    return float(evaluate_module(ctx.model, ctx.splits.val, ctx.task).mean())
 
 
-def observe(job: Job, structures: Structures) -> tuple[Moments, Moments]:
-    """What the layers give on the calibration samples: statistics of two halves of them."""
-    loss = job.task.loss if needs_derivatives(job.recipe.score) else None
+def observe(ctx: RunContext, structures: Structures) -> StageResult[Observation]:
+    """Run the calibration samples through the network. The stage's files are its layers' statistics (`load_halves`)."""
+    loss = ctx.task.loss if needs_derivatives(ctx.recipe.score) else None
 
     def compute(work: Path) -> Observation:
-        settings, seed = job.recipe.observe, job.recipe.seed
+        settings, seed = ctx.recipe.observe, ctx.recipe.seed
         halves = observe_halves(
-            job.model,
+            ctx.model,
             structures,
-            job.calib,
+            ctx.calib,
             settings,
             loss=loss,
-            real_tokens=job.task.real_tokens,
+            real_tokens=ctx.task.real_tokens,
             seed=seed,
-            notify=job.run.notify,
+            notify=ctx.run.notify,
         )
         for name, half in zip(_HALVES, halves, strict=True):
             save_moments(half, work / name)
         return Observation(num_samples=sum(half.num_samples for half in halves), skipped=halves[0].skipped)
 
     inputs = {
-        **job.origin,
+        **ctx.origin,
         "structures": replace(structures, constraints=ResolvedConstraints()),  # they bound what is chosen later
-        "observe": job.recipe.observe,
+        "observe": ctx.recipe.observe,
         "derivatives": loss is not None,
     }
-    job.run.remember("observe", inputs, compute, Observation, is_shared=True)
-    first, second = (load_moments(job.run.files("observe") / name) for name in _HALVES)
+    return ctx.run.remember("observe", inputs, compute, Observation, is_shared=True)
+
+
+def load_halves(observed: StageResult[Observation]) -> tuple[Moments, Moments]:
+    """The statistics of each half of the calibration samples."""
+    first, second = (load_moments(observed.files / name) for name in _HALVES)
     return first, second
 
 
-def score(job: Job, structures: Structures, halves: tuple[Moments, Moments], moments: Moments) -> ScoreTable:
-    """The importance of every unit, by the recipe's method."""
+def score(ctx: RunContext, structures: Structures, observed: StageResult[Observation]) -> StageResult[ScoreTable]:
+    """Rate the importance of every unit by the recipe's method."""
 
     def compute(_: Path) -> ScoreTable:
+        halves = load_halves(observed)
         with one_thread_if_small(0):  # thousands of small products
-            return score_halves(job.model, structures, halves, moments, job.recipe.score, seed=job.recipe.seed)
+            return score_halves(ctx.model, structures, halves, merge(*halves), ctx.recipe.score, seed=ctx.recipe.seed)
 
-    inputs = {"observe": job.run.key("observe"), "score": job.recipe.score}
-    return job.run.remember("score", inputs, compute, ScoreTable, is_shared=True)
+    inputs = {"observe": observed.key, "score": ctx.recipe.score}
+    return ctx.run.remember("score", inputs, compute, ScoreTable, is_shared=True)
 
 
-def curves(job: Job, structures: Structures, scores: ScoreTable, moments: Moments) -> Curves:
-    """What each group loses at each width, and each block when it goes."""
+def score_summary(structures: Structures, scores: ScoreTable, observed: StageResult[Observation]) -> ScoreSummary:
+    """Summarise the scores for the report."""
+    return summarise(structures, scores, merge(*load_halves(observed)))
+
+
+def loss_curves(
+    ctx: RunContext, structures: Structures, scores: StageResult[ScoreTable], observed: StageResult[Observation]
+) -> StageResult[Curves]:
+    """Measure what each group loses at each width, and what each block loses when it goes."""
+    settings = ctx.recipe.search
 
     def compute(_: Path) -> Curves:
+        moments = merge(*load_halves(observed))
         measured = measure_curves(
-            job.model,
+            ctx.model,
             structures,
-            scores,
+            scores.record,
             moments,
-            job.calib,
-            job.recipe.search,
-            channel_multiple=job.target.channel_multiple,
-            distillation_loss=job.task.distillation_loss,
-            notify=job.run.notify,
+            ctx.calib,
+            settings,
+            channel_multiple=ctx.target.channel_multiple,
+            distillation_loss=ctx.task.distillation_loss,
+            notify=ctx.run.notify,
         )
         if not settings.prune_blocks or not structures.blocks:
             return measured
-        ranking = rank_blocks(job.model, structures, moments, job.calib, Mpruner())
+        ranking = rank_blocks(ctx.model, structures, moments, ctx.calib, Mpruner())
         return replace(measured, block_importance=ranking.importance)
 
-    settings = job.recipe.search
     inputs = {
-        "score": job.run.key("score"),
+        "score": scores.key,
         "search": [settings.num_curve_samples, settings.num_levels, settings.prune_blocks],
         "block_importance": Mpruner(),
-        "multiple": job.target.channel_multiple,
+        "multiple": ctx.target.channel_multiple,
         "constraints": structures.constraints,
     }
-    return job.run.remember("curves", inputs, compute, Curves, is_shared=True)
+    return ctx.run.remember("curves", inputs, compute, Curves, is_shared=True)

@@ -10,9 +10,11 @@ from tempfile import TemporaryDirectory
 from deploypipe.budgets import BUDGETS
 from deploypipe.files.hashing import digest
 from deploypipe.memory_order import find_order
+from deploypipe.pruning.surgery.apply_plan import apply_plan
 from deploypipe.pruning.surgery.plan import make_plan
 from deploypipe.recipe import Magnitude
 from deploypipe.records import (
+    Curves,
     Event,
     Feasibility,
     Measurement,
@@ -26,13 +28,16 @@ from deploypipe.records import (
     Trial,
     silent,
 )
+from deploypipe.runs.store import StageResult
 from deploypipe.scoring.magnitude import score_magnitudes
 from deploypipe.search import study
 from deploypipe.search.allocation.feasibility import feasibility_text, find_feasibility, require_feasible
 from deploypipe.search.allocation.limits import (
     bounded_shares,
     candidate_of,
+    converted,
     fill_range,
+    is_over_budget,
     memory_limit_mib,
     share_to_confirm,
     with_margin,
@@ -51,281 +56,305 @@ from deploypipe.search.evaluation.evaluator import Evaluator
 from deploypipe.search.evaluation.latency_store import LocalLatencyStore, SharedLatencyStore
 from deploypipe.search.evaluation.trial_loop import History, evaluate_plan, violations
 from deploypipe.search.evaluation.winner import confirm_finalists, with_finalists, with_tuned
-from deploypipe.search.search_inputs import Basis, Tools
+from deploypipe.search.search_inputs import SearchGoal, SearchInputs
 from deploypipe.stages import compression, profile
-from deploypipe.stages.context import Job
+from deploypipe.stages.context import RunContext
 from deploypipe.target import Limit
 
 
-def candidates(job: Job, dense: Measurement, shipping: PrecisionRow) -> CandidateFiles:
-    """Files of pruned networks in the precision that ships, which is that of the row, and their latency."""
-    baseline = job.run.files("baseline")
-    return CandidateFiles(
-        dense=job.model,
-        dense_onnx=baseline / profile.DENSE,
-        dense_opened=baseline / profile.dense_opened(job, dense).path,
-        template=baseline / profile.TEMPLATE,
-        precision=shipping,
-        calib=job.calib,
-        target=job.target,
-        builds_engines=job.builds,
-        export=job.recipe.export,
-        measuring=SharedLatencyStore(job.storage, digest(job.device)) if job.storage else LocalLatencyStore(),
+def is_needed(
+    ctx: RunContext, dense: StageResult[Measurement], limits: Mapping[str, Limit], precision: PrecisionRow
+) -> bool:
+    """Whether the dense network is over budget, in fp32 and in the precision that would ship."""
+    tight = with_margin(limits)
+    reference = candidate_of(dense.record, profile.dense_opened(ctx, dense), accuracy=0.0)  # no limit is about accuracy
+    networks = (reference, converted(reference, precision))
+    return all(is_over_budget(network, reference, tight) for network in networks)
+
+
+def goal(
+    ctx: RunContext,
+    structures: Structures,
+    dense: StageResult[Measurement],
+    limits: Mapping[str, Limit],
+    precision: PrecisionRow,
+) -> SearchGoal:
+    """What candidates are cut from, compared with and held to. precision: the one that they are made in."""
+    opened = profile.dense_opened(ctx, dense)
+    candidates = CandidateFiles(
+        dense=ctx.model,
+        dense_onnx=dense.files / profile.DENSE,
+        dense_opened=dense.files / opened.path,
+        template=dense.files / profile.TEMPLATE,
+        precision=precision,
+        calib=ctx.calib,
+        target=ctx.target,
+        builds_engines=ctx.builds,
+        export=ctx.recipe.export,
+        measuring=SharedLatencyStore(ctx.storage, digest(ctx.device)) if ctx.storage else LocalLatencyStore(),
     )
+    reference = candidate_of(dense.record, opened, profile.dense_accuracy(ctx, dense.record))
+    return SearchGoal(structures=structures, dense=dense, reference=reference, limits=limits, candidates=candidates)
 
 
-def unobserved(
-    job: Job, structures: Structures, dense: Measurement, limits: Mapping[str, Limit], row: PrecisionRow
-) -> Basis:
-    """What is known before anything is observed. The row: the precision that candidates are made in."""
-    return Basis(
-        structures=structures,
-        scores=ScoreTable(scorer="none", channels={g.name: (0.0,) * g.num_units for g in structures.groups}),
-        curves=unmeasured_curves(structures, job.recipe.search, job.target.channel_multiple),
-        dense=dense,
-        limits=limits,
-        shipping=row,
-        candidates=candidates(job, dense, row),
-    )
+def timed_networks(ctx: RunContext, goal: SearchGoal) -> StageResult[TimedNetworks] | None:
+    """Time networks on the target, for a latency model to learn from.
 
-
-def timed_networks(job: Job, basis: Basis) -> TimedNetworks | None:
-    """Networks timed on the target, for a latency model to learn from; None where nothing asks for latency, or it
-    cannot be taken here."""
-    is_bounded = any(BUDGETS[name].predictor == "latency_model" for name in basis.limits)
-    is_asked_for = is_bounded or "latency" in job.recipe.search.objectives
-    if job.ability.verdict != "run" or not is_asked_for:
+    None where nothing asks for latency, or it cannot be measured here. Which units go does not change the time of a
+    network, so the plans need no scores of the observed network.
+    """
+    is_bounded = any(BUDGETS[name].predictor == "latency_model" for name in goal.limits)
+    is_asked_for = is_bounded or "latency" in ctx.recipe.search.objectives
+    if ctx.ability.verdict != "run" or not is_asked_for:
         return None
-    levels = allowed_widths(basis.structures, basis.curves)
+    levels = allowed_widths(goal.structures, _choices(ctx, goal.structures))
+    magnitudes = score_magnitudes(ctx.model, goal.structures)
 
     def plan_for(chosen: Allocation) -> PruningPlan:
-        return make_plan(basis.structures, basis.scores, chosen.widths, chosen.blocks, job.target.channel_multiple)
+        return make_plan(goal.structures, magnitudes, chosen.widths, chosen.blocks, ctx.target.channel_multiple)
 
     def compute(work: Path) -> TimedNetworks:
         return time_networks(
-            basis.candidates,
-            basis.structures,
+            goal.candidates,
+            goal.structures,
             levels,
             plan_for,
             work,
-            count=job.recipe.search.num_timed,
-            seed=job.recipe.seed,
-            notify=job.run.notify,
+            count=ctx.recipe.search.num_timed,
+            seed=ctx.recipe.seed,
+            notify=ctx.run.notify,
         )
 
     inputs = {
-        "baseline": job.run.key("baseline"),
-        "structures": basis.structures,
+        "baseline": goal.dense.key,
+        "structures": goal.structures,
         "levels": levels,
-        "precision": basis.shipping.file,
-        "count": job.recipe.search.num_timed,
-        "device": job.device,
+        "precision": goal.candidates.precision.file,
+        "count": ctx.recipe.search.num_timed,
+        "device": ctx.device,
     }
-    return job.run.remember("latency", inputs, compute, TimedNetworks)
+    return ctx.run.remember("latency", inputs, compute, TimedNetworks)
 
 
-def reach(job: Job, basis: Basis) -> Feasibility:
-    """What networks can come to; BudgetError where that is not within the budgets."""
+def feasibility(
+    ctx: RunContext, goal: SearchGoal, latency: StageResult[TimedNetworks] | None
+) -> StageResult[Feasibility]:
+    """Find the lowest reachable value of every budget; BudgetError if a budget is below it.
+
+    Only costs count here: the plans go by the weights' magnitudes, and all choices lose the same.
+    """
+    choices = _choices(ctx, goal.structures)
 
     def compute(work: Path) -> Feasibility:
-        proposer = _proposer(job, basis, work)
+        proposer = _proposer(ctx, goal, latency, score_magnitudes(ctx.model, goal.structures), choices, work)
         found, shares = find_feasibility(proposer, proposer.shares), dict(proposer.shares)
-        dense = proposer.reference.peak_memory_mib
-        limit = memory_limit_mib(with_margin(basis.limits), proposer.reference, ())
+        dense = goal.reference.peak_memory_mib
+        limit = memory_limit_mib(with_margin(goal.limits), goal.reference, ())
         if dense and limit:  # what predicts it learns from the search's candidates: here it is measured
             smallest = [proposer.plan(proposer.cheapest(name)) for name in ("params", "macs")]
-            if least := basis.candidates.least_peak_memory_mib(smallest, work):
+            if least := goal.candidates.least_peak_memory_mib(smallest, work):
                 shares["peak_memory"] = limit / dense
                 require_feasible("peak_memory", least / dense, shares["peak_memory"])
                 found = replace(found, least={**found.least, "peak_memory": least / dense})
-        _note(job, feasibility_text(found, shares), stage="reach")
+        _note(ctx, feasibility_text(found, shares), stage="feasibility")
         return found
 
     inputs = {
-        "baseline": job.run.key("baseline"),
-        "structures": basis.structures,
-        "curves": basis.curves,
-        "latency": job.run.key("latency") if basis.timed else "",
-        "precision": basis.shipping.file,
-        "budget": job.target.budget,
+        "baseline": goal.dense.key,
+        "structures": goal.structures,
+        "choices": choices,
+        "latency": latency.key if latency else "",
+        "precision": goal.candidates.precision.file,
+        "budget": ctx.target.budget,
     }
-    return job.run.remember("reach", inputs, compute, Feasibility)
+    return ctx.run.remember("feasibility", inputs, compute, Feasibility)
 
 
-def search(job: Job, basis: Basis) -> SearchResult:
-    """The trials and their winner; with a shared storage, this process is one of those at work on them."""
-    inputs = _search_inputs(job, basis)
+def _choices(ctx: RunContext, structures: Structures) -> Curves:
+    """All widths and blocks that may be chosen, each at no loss."""
+    return unmeasured_curves(structures, ctx.recipe.search, ctx.target.channel_multiple)
+
+
+def search(ctx: RunContext, inputs: SearchInputs) -> StageResult[SearchResult]:
+    """Run the trials and pick the best; with a shared storage, as one of the processes at work on them."""
+    depends_on = _depends_on(ctx, inputs)
 
     def compute(work: Path) -> SearchResult:
-        tools = _tools(job, basis, work)
-        typical, num_trials = tools.proposer.plain(), job.recipe.search.num_trials
-        _note(job, duration_text(predict_seconds(tools.evaluator, typical, num_trials), num_trials))
-        if job.storage:
-            _invite_workers(job, job.storage)
-        found = _run_trials(job, tools, inputs, job.storage or _own_storage(job, inputs))
-        return replace(found, reach=basis.reach, latency_fit=tools.proposer.latency_fit(found.trials))
+        proposer, evaluator = _search_proposer(ctx, inputs, work), _evaluator(ctx, inputs.goal, work)
+        typical, num_trials = proposer.plain(), ctx.recipe.search.num_trials
+        _note(ctx, duration_text(predict_seconds(evaluator, typical, num_trials), num_trials))
+        if ctx.storage:
+            _invite_workers(ctx, ctx.storage)
+        found = _run_trials(ctx, inputs, proposer, evaluator, ctx.storage or _own_storage(ctx, depends_on))
+        return replace(found, feasibility=inputs.feasibility, latency_fit=proposer.latency_fit(found.trials))
 
-    return job.run.remember("search", inputs, compute, SearchResult)
+    return ctx.run.remember("search", depends_on, compute, SearchResult)
 
 
-def confirm(job: Job, basis: Basis, found: SearchResult, part: float = 1.0) -> SearchResult:
-    """The best trials that are within `part` of the latency limit when they are timed once more."""
-    wanted = job.recipe.search.num_finalists
-    if not basis.timed or "latency_p50" not in basis.limits:
+def confirm(
+    ctx: RunContext, inputs: SearchInputs, searched: StageResult[SearchResult], part: float = 1.0
+) -> SearchResult:
+    """Time the best trials again. Finalists are those within `part` of the latency limit."""
+    found, goal, wanted = searched.record, inputs.goal, ctx.recipe.search.num_finalists
+    if not inputs.latency or "latency_p50" not in goal.limits:
         return with_finalists(found, wanted)
 
     def compute(work: Path) -> SearchResult:
-        tools = _tools(job, basis, work)
+        proposer, evaluator = _search_proposer(ctx, inputs, work), _evaluator(ctx, goal, work)
 
         def narrow(trial: Trial, number: int, share: float) -> Trial:
-            shares = {**tools.proposer.shares, "latency_p50": share / trial.knobs["fill"]}
-            plan = replace(tools.proposer, shares=shares)(trial.knobs, found.trials)
-            excess_of = partial(violations, dense=tools.proposer.reference, limits=tools.limits)
+            shares = {**proposer.shares, "latency_p50": share / trial.knobs["fill"]}
+            plan = replace(proposer, shares=shares)(trial.knobs, found.trials)
+            excess_of = partial(violations, dense=goal.reference, limits=with_margin(goal.limits))
             history = History(trials=[], results={})
-            objectives = job.recipe.search.objectives
-            return evaluate_plan(number, trial.knobs, plan, tools.evaluator, excess_of, objectives, history)[0]
+            objectives = ctx.recipe.search.objectives
+            return evaluate_plan(number, trial.knobs, plan, evaluator, excess_of, objectives, history)[0]
 
-        limit = part * share_to_confirm(basis.limits, found.dense)
-        return confirm_finalists(found, limit, lambda plan: basis.candidates.ratio_anew(plan, work), narrow, wanted)
+        limit = part * share_to_confirm(goal.limits, found.dense)
+        return confirm_finalists(found, limit, lambda plan: goal.candidates.ratio_anew(plan, work), narrow, wanted)
 
-    inputs = {"search": job.run.key("search"), "part": part}
-    return job.run.remember("confirm", inputs, compute, SearchResult)
+    return ctx.run.remember("confirm", {"search": searched.key, "part": part}, compute, SearchResult).record
 
 
-def help_search(job: Job, basis: Basis, storage: Storage) -> SearchResult:
+def help_search(ctx: RunContext, inputs: SearchInputs, storage: Storage) -> SearchResult:
     """Do trials of the search that another process began, until all of them are done."""
-    with TemporaryDirectory(dir=job.run.path) as work:
-        tools = _tools(job, basis, Path(work))
-        return _run_trials(job, tools, _search_inputs(job, basis), storage)
+    with TemporaryDirectory(dir=ctx.run.path) as folder:
+        work = Path(folder)
+        proposer, evaluator = _search_proposer(ctx, inputs, work), _evaluator(ctx, inputs.goal, work)
+        return _run_trials(ctx, inputs, proposer, evaluator, storage)
 
 
-def finalists(job: Job, found: SearchResult) -> SearchResult:
-    """The winner by what a short training makes of the best trials."""
-    if len(found.finalists) < 2 or job.recipe.finetune.num_epochs == 0:
+def tune_finalists(ctx: RunContext, found: SearchResult) -> SearchResult:
+    """Train the finalists briefly; the most accurate one wins."""
+    if len(found.finalists) < 2 or ctx.recipe.finetune.num_epochs == 0:
         return found
-    return with_tuned(found, {str(number): _finalist(job, found, number) for number in found.finalists})
+    return with_tuned(found, {str(number): _tune_finalist(ctx, found, number) for number in found.finalists})
 
 
-def _finalist(job: Job, found: SearchResult, number: int) -> float:
+def _tune_finalist(ctx: RunContext, found: SearchResult, number: int) -> float:
     """The accuracy on val that a short training brings a trial to."""
     plan = found.trials[number].plan
-    short = replace(job.recipe.finetune, num_epochs=job.recipe.search.finalist_epochs)
+    short = replace(ctx.recipe.finetune, num_epochs=ctx.recipe.search.finalist_epochs)
     told = f"trial {number}, {found.finalists.index(number) + 1} of {len(found.finalists)}"
 
     def compute(work: Path) -> TrainLog:
-        repaired, _ = compression.make_repaired(job, plan, silent)
+        repaired, _ = compression.repair_network(ctx, plan, apply_plan(ctx.model, plan), silent)
         checkpoint = work / "checkpoints"
         checkpoint.mkdir(exist_ok=True)
 
         def notify(event: Event) -> None:
-            job.run.notify(replace(event, stage="finalist", message=told))
+            ctx.run.notify(replace(event, stage="finalist", message=told))
 
-        _, log = compression.tune(job, plan, repaired, short, checkpoint, notify)
+        _, log = compression.tune(ctx, plan, repaired, short, checkpoint, notify)
         shutil.rmtree(checkpoint)
         return log
 
-    inputs = {
-        **job.origin,
-        "plan": plan,
-        "calib": job.run.key("observe"),
-        "finetune": short,
-        "repair": job.recipe.repair,
-    }
-    log = job.run.remember("finalist", inputs, compute, TrainLog, is_shared=True)
+    inputs = {**ctx.origin, **compression.repair_inputs(ctx), "plan": plan, "finetune": short}
+    log = ctx.run.remember("finalist", inputs, compute, TrainLog, is_shared=True).record
     return log.epochs[log.chosen_epoch].val_accuracy
 
 
-def _search_inputs(job: Job, basis: Basis) -> dict[str, object]:
+def _depends_on(ctx: RunContext, inputs: SearchInputs) -> dict[str, object]:
     return {
-        "curves": job.run.key("curves"),
-        "baseline": job.run.key("baseline"),
-        "latency": job.run.key("latency") if basis.timed else "",
-        "precision": basis.shipping.file,
-        "budget": job.target.budget,
-        "search": job.recipe.search,
-        "repair": job.recipe.repair,
-        "device": job.device,
+        "curves": inputs.curves.key,
+        "baseline": inputs.goal.dense.key,
+        "latency": inputs.latency.key if inputs.latency else "",
+        "precision": inputs.goal.candidates.precision.file,
+        "budget": ctx.target.budget,
+        "search": ctx.recipe.search,
+        "repair": ctx.recipe.repair,
+        "device": ctx.device,
     }
 
 
-def _proposer(job: Job, basis: Basis, work: Path) -> Proposer:
-    dense, structures, shipped = basis.dense, basis.structures, basis.shipping.file or basis.dense.file
-    reference = candidate_of(dense, profile.dense_opened(job, dense), profile.dense_accuracy(job, dense))
-    is_timed = basis.timed is not None
+def _search_proposer(ctx: RunContext, inputs: SearchInputs, work: Path) -> Proposer:
+    return _proposer(ctx, inputs.goal, inputs.latency, inputs.scores, inputs.curves.record, work)
+
+
+def _proposer(
+    ctx: RunContext,
+    goal: SearchGoal,
+    latency: StageResult[TimedNetworks] | None,
+    scores: ScoreTable,
+    curves: Curves,
+    work: Path,
+) -> Proposer:
+    precision, tight = goal.candidates.precision, with_margin(goal.limits)
+    shipped = precision.file or goal.dense.record.file
     return Proposer(
-        dense=job.model,
-        inputs=job.inputs,
-        structures=structures,
-        scores=basis.scores,
-        magnitudes=score_magnitudes(job.model, structures),
-        curves=basis.curves,
-        channel_multiple=job.target.channel_multiple,
-        shares=bounded_shares(with_margin(basis.limits), reference, shipped.size_bytes / 2**20, is_timed=is_timed),
-        reference=reference,
-        sites=find_sites(job.model, structures, job.inputs),
-        timed=basis.timed.rows if basis.timed else (),
-        dense_ratio=basis.shipping.latency_ratio.value if basis.shipping.latency_ratio else 1.0,
-        measure=lambda plan: basis.candidates.ratio_of(plan, work),
+        dense=ctx.model,
+        inputs=ctx.inputs,
+        structures=goal.structures,
+        scores=scores,
+        magnitudes=score_magnitudes(ctx.model, goal.structures),
+        curves=curves,
+        channel_multiple=ctx.target.channel_multiple,
+        shares=bounded_shares(tight, goal.reference, shipped.size_bytes / 2**20, is_timed=latency is not None),
+        reference=goal.reference,
+        sites=find_sites(ctx.model, goal.structures, ctx.inputs),
+        timed=latency.record.rows if latency else (),
+        dense_ratio=precision.latency_ratio.value if precision.latency_ratio else 1.0,
+        measure=lambda plan: goal.candidates.ratio_of(plan, work),
     )
 
 
-def _tools(job: Job, basis: Basis, work: Path) -> Tools:
-    tight, proposer = with_margin(basis.limits), _proposer(job, basis, work)
-    reference = proposer.reference
-    arrange = find_order(job.model, job.inputs)
-    evaluator = Evaluator(
-        candidates=basis.candidates,
-        dense_p50_ms=reference.latency_p50_ms,
-        calib=job.calib,
-        parts=draw_parts(job.splits.val, job.recipe.seed, arrange),
-        task=job.task,
-        recipe=job.recipe,
-        memory_limit_mib=memory_limit_mib(tight, reference, job.recipe.search.objectives),
+def _evaluator(ctx: RunContext, goal: SearchGoal, work: Path) -> Evaluator:
+    tight, objectives = with_margin(goal.limits), ctx.recipe.search.objectives
+    return Evaluator(
+        candidates=goal.candidates,
+        dense_p50_ms=goal.reference.latency_p50_ms,
+        calib=ctx.calib,
+        parts=draw_parts(ctx.splits.val, ctx.recipe.seed, find_order(ctx.model, ctx.inputs)),
+        task=ctx.task,
+        recipe=ctx.recipe,
+        memory_limit_mib=memory_limit_mib(tight, goal.reference, objectives),
         work=work,
-        accuracies=known_accuracies(job),
+        accuracies=known_accuracies(ctx),
     )
-    return Tools(limits=tight, proposer=proposer, evaluator=evaluator)
 
 
-def known_accuracies(job: Job) -> AccuracyCache:
-    """Of the repaired networks that this search, or one for another target or budget, has judged."""
-    settings = {"repair": job.recipe.repair, "num_samples": job.recipe.search.num_repair_samples}
-    key = digest([job.origin, job.run.key("observe"), settings])
-    return AccuracyCache((job.run.shared or job.run.path) / f"accuracies-{key}")
+def known_accuracies(ctx: RunContext) -> AccuracyCache:
+    """The accuracies of repaired networks, measured in this search or in one for another target or budget."""
+    num_samples = ctx.recipe.search.num_repair_samples
+    key = digest([ctx.origin, compression.repair_inputs(ctx), num_samples])
+    return AccuracyCache((ctx.run.shared or ctx.run.path) / f"accuracies-{key}")
 
 
-def _run_trials(job: Job, tools: Tools, inputs: Mapping[str, object], storage: Storage) -> SearchResult:
-    settings = job.recipe.search
+def _run_trials(
+    ctx: RunContext, inputs: SearchInputs, proposer: Proposer, evaluator: Evaluator, storage: Storage
+) -> SearchResult:
+    settings, tight = ctx.recipe.search, with_margin(inputs.goal.limits)
+    depends_on = {name: value for name, value in _depends_on(ctx, inputs).items() if name != "device"}
     return study.search(
-        tools.proposer,
-        tools.evaluator,
-        tools.proposer.reference,
-        tools.limits,
-        fill_range(tools.proposer.shares, tools.limits, settings.objectives),
+        proposer,
+        evaluator,
+        inputs.goal.reference,
+        tight,
+        fill_range(proposer.shares, tight, settings.objectives),
         settings,
-        magnitude=(0.0, 0.0) if isinstance(job.recipe.score, Magnitude) else (0.0, 1.0),
+        magnitude=(0.0, 0.0) if isinstance(ctx.recipe.score, Magnitude) else (0.0, 1.0),
         storage=storage,
-        origin={**job.about(), **{name: value for name, value in inputs.items() if name != "device"}},
-        seed=job.recipe.seed,
-        notify=job.run.notify,
+        origin={**ctx.identity(), **depends_on},
+        seed=ctx.recipe.seed,
+        notify=ctx.run.notify,
     )
 
 
-def _own_storage(job: Job, inputs: Mapping[str, object]) -> Storage:
-    """Beside the stages: a search for more trials goes on with those there are."""
-    key = digest([job.about(), {**inputs, "search": study.rules(job.recipe.search)}])
-    return Storage.own(job.run.path / f"study-{key}.db")
+def _own_storage(ctx: RunContext, depends_on: Mapping[str, object]) -> Storage:
+    """Next to the stages: a search for more trials goes on with those that are there."""
+    key = digest([ctx.identity(), {**depends_on, "search": study.rules(ctx.recipe.search)}])
+    return Storage.own(ctx.run.path / f"study-{key}.db")
 
 
-def _invite_workers(job: Job, storage: Storage) -> None:
-    job.run.publish(storage.stages)
-    at_once = job.recipe.search.num_parallel
+def _invite_workers(ctx: RunContext, storage: Storage) -> None:
+    ctx.run.publish(storage.stages)
+    at_once = ctx.recipe.search.num_parallel
     _note(
-        job,
+        ctx,
         f"{at_once} {'workers find' if at_once > 1 else 'worker finds'} work at a time (search.num_parallel); to "
         f"start one: deploypipe worker --storage {storage.shown} --run {storage.study}",
     )
 
 
-def _note(job: Job, text: str, stage: str = "search") -> None:
-    job.run.notify(Event(stage=stage, message=f"NOTE: {text}"))
+def _note(ctx: RunContext, text: str, stage: str = "search") -> None:
+    ctx.run.notify(Event(stage=stage, message=f"NOTE: {text}"))

@@ -15,7 +15,7 @@ from deploypipe.export.onnx_export.input_sizes import Ranges, ends_of, extremes_
 from deploypipe.recipe import Export
 from deploypipe.runs.store import open_run
 from deploypipe.stages import profile
-from deploypipe.stages.context import Job
+from deploypipe.stages.context import prepare_run
 from deploypipe.task import Splits, Task, classification
 
 ROWS = 12
@@ -99,9 +99,9 @@ def test_a_run_follows_the_branch_that_only_the_longest_batch_takes(tmp_path: Pa
     splits = Splits(calib=short, train=short, val=[*short, *long], test=long)
     task: Task = replace(classification(), loss=F.cross_entropy)
     with open_run(tmp_path) as run:
-        job = Job(Tagger(), splits, task, tiny.recipe(), tiny.target(macs="0.9x"), run, "")
-        structures = profile.structures(job)
-    assert max(lengths(job.other_inputs)) == ROWS
+        ctx = prepare_run(Tagger(), splits, task, tiny.recipe(), tiny.target(macs="0.9x"), run)
+        structures = profile.structures(ctx).record
+    assert max(lengths(ctx.other_inputs)) == ROWS
     (tokens,) = [group for group in structures.groups if group.name == "tokens"]
     assert "long" in {member.module for member in tokens.members}
     assert not any(member.side == "places.1" for group in structures.groups for member in group.members)

@@ -166,7 +166,7 @@ def test_a_removed_block_without_groups_stands_after_the_block_before() -> None:
 
 
 def test_reach_stands_beside_the_budget() -> None:
-    result = searched(reach=r.Feasibility(least={"latency_p50": 0.0312, "file_size": 0.1}, log10_choices=29.7))
+    result = searched(feasibility=r.Feasibility(least={"latency_p50": 0.0312, "file_size": 0.1}, log10_choices=29.7))
     result = replace(result, target=replace(result.target, budget=Budget(latency_p50="0.7x", file_size="1 MiB")))
     assert result.search
     assert reach_rows(result.search, result.target) == [

@@ -5,8 +5,8 @@ import tiny_pipeline as tiny
 
 from deploypipe.recipe import Recipe
 from deploypipe.runs.store import open_run
-from deploypipe.stages import profile, search
-from deploypipe.stages.context import Job
+from deploypipe.stages import search
+from deploypipe.stages.context import prepare_run
 from deploypipe.target import Target
 
 
@@ -15,9 +15,8 @@ def test_accuracies_are_those_of_one_network_data_and_repair_whatever_the_target
 
     def folder(recipe: Recipe, target: Target, source: str = "") -> Path:
         with open_run(tmp_path) as run:
-            job = Job(dense, splits, tiny.task(), recipe, target, run, source)
-            profile.observe(job, profile.structures(job))
-            return search.known_accuracies(job).folder
+            ctx = prepare_run(dense, splits, tiny.task(), recipe, target, run, source=source)
+            return search.known_accuracies(ctx).folder
 
     recipe, target = tiny.recipe(), tiny.target(latency_p50="0.5x")
     own = folder(recipe, target)
