@@ -1,17 +1,18 @@
-"""Everything a user can get wrong, as one family of exceptions.
+"""The exceptions for everything a user can get wrong.
 
-Whatever is not a `DeploypipeError` is a bug of ours. The command line prints these as one message and exits with 2.
+Any exception that is not a `DeploypipeError` is a bug of ours. The command line prints these as one message and exits
+with 2.
 """
 
 from deploypipe.text.printable_text import printable
 
 
 class DeploypipeError(Exception):
-    """Root of all expected failures. The message says what was wrong, what was seen and what to do."""
+    """Base class of all expected failures. The message says what was wrong, what was seen and what to do."""
 
 
 class ConfigError(DeploypipeError):
-    """A target file, an override or a recipe asks for something that does not exist or cannot work."""
+    """A setting of a target file, a recipe or `--set` does not exist or cannot work."""
 
     def __init__(self, source: str, key: str, problem: str, remedy: str) -> None:
         self.source, self.key, self.problem, self.remedy = source, key, problem, remedy
@@ -20,15 +21,15 @@ class ConfigError(DeploypipeError):
 
 
 class PipelineError(DeploypipeError):
-    """A pipeline module lacks a function, or one of its functions returns the wrong thing."""
+    """A pipeline module lacks a function, or one of its functions fails or returns the wrong type."""
 
 
 class DataError(DeploypipeError):
-    """Data is absent, empty, of the wrong shape, or makes the network produce NaN."""
+    """Data is missing, empty, of the wrong shape, or makes the network produce NaN."""
 
 
 class ModelError(DeploypipeError):
-    """The network cannot be worked on as it is (frozen, not traceable, nothing removable)."""
+    """The network or model file cannot be used as it is (frozen, not traceable, nothing removable, damaged)."""
 
 
 class PlanError(DeploypipeError):
@@ -36,19 +37,19 @@ class PlanError(DeploypipeError):
 
 
 class BudgetError(DeploypipeError):
-    """No candidate meets the budget; the message names the nearest miss."""
+    """No candidate meets the budget; the message names the closest one."""
 
 
 class ParityError(DeploypipeError):
-    """An exported file does not compute what the network computes."""
+    """The outputs of an exported file differ from the network's."""
 
 
 class RuntimeUnavailableError(DeploypipeError):
-    """A runtime or provider a target asks for is not installed on this machine."""
+    """A runtime or provider that a target needs is not installed on this machine."""
 
 
 class RunFolderError(DeploypipeError):
-    """The run folder is locked, unwritable, or belongs to something else."""
+    """The run folder is locked, not writable, or belongs to something else."""
 
 
 class ExhaustedError(DeploypipeError):
@@ -56,16 +57,16 @@ class ExhaustedError(DeploypipeError):
 
 
 class StorageError(DeploypipeError):
-    """A database that a search is shared by is away, of another version, or holds something else."""
+    """The database of a shared search cannot be reached, has another version, or holds something else."""
 
 
 class RanksError(DeploypipeError):
-    """The processes of one job differ in their code, network or data, or one of them has ended."""
+    """The processes of a multi-process fine-tune differ in code, network or data, or one of them has ended."""
 
 
 class BundleError(DeploypipeError):
-    """A release bundle is incomplete, was changed, or is not signed as it should be."""
+    """A release bundle is incomplete, was changed, or is not signed as required."""
 
 
 class NoVersionError(BundleError):
-    """A registry has no version that the alias means."""
+    """A registry has no version for the alias."""

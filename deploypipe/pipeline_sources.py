@@ -1,4 +1,4 @@
-"""What a pipeline would execute, by reading its files: nothing is imported."""
+"""Read the source files that a pipeline would execute, without importing them."""
 
 import ast
 import hashlib
@@ -11,7 +11,7 @@ _PACKAGE = Path(__file__).parent
 
 
 def read_source(path: Path) -> str:
-    """The text of a pipeline's file and of all files below its folder that it imports, directly or through another."""
+    """The text of a pipeline's file and of all files below its folder that it imports, directly or indirectly."""
     found, waiting = {}, [path]
     while waiting:
         file = waiting.pop()
@@ -22,7 +22,7 @@ def read_source(path: Path) -> str:
 
 
 def code_hashes(path: Path, constants: Mapping[str, str]) -> dict[str, str]:
-    """Hashes of all that a process executes for this pipeline, by the name that an error gives it."""
+    """Hashes of all code that a process executes for this pipeline, by the name used in errors."""
     texts = [read_source(path), *(f"{key}={text}" for key, text in sorted(constants.items()))]
     product = (f"{file.relative_to(_PACKAGE).as_posix()}\n{_hash(file.read_bytes())}" for file in _product_files())
     return {
@@ -43,7 +43,7 @@ def _hash(content: bytes) -> str:
 def _imported(text: str, folder: Path) -> Iterator[Path]:
     try:
         tree = ast.parse(text)
-    except (SyntaxError, ValueError, RecursionError):  # importing it tells the user
+    except (SyntaxError, ValueError, RecursionError):  # importing the file reports it
         return
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -54,6 +54,6 @@ def _imported(text: str, folder: Path) -> Iterator[Path]:
             continue
         for module in modules:
             parts = [part for part in module.split(".") if part]
-            for start in range(len(parts)):  # the folder may be a package, or lie in one
+            for start in range(len(parts)):  # the folder may be a package, or be inside one
                 place = folder.joinpath(*parts[start:])
                 yield from (p for p in (place.with_suffix(".py"), place / "__init__.py") if p.is_file())

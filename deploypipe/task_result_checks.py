@@ -1,4 +1,4 @@
-"""What the functions of a task may return: the problem with anything else, as an error goes on after "gives "."""
+"""Check what the functions of a task return. Each check returns the problem, worded to follow "returned ", or ""."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +18,7 @@ def slices_problem(value: Any) -> str:
         return f"{kind_of(value)}; {wanted}"
     for name, mask in value.items():
         if not isinstance(name, str):
-            return f"a slice the name {name!r:.40}, which is no text; write str(...)"
+            return f"the slice name {name!r:.40}, which is not text; write str(...)"
         if not isinstance(mask, Tensor):
             return f"{kind_of(mask)} for slice {name!r}; {wanted}"
     return ""
@@ -32,7 +32,7 @@ def distillation_loss_problem(value: Any) -> str:
 
 def real_tokens_problem(value: Any) -> str:
     if not isinstance(value, Tensor):
-        return f"{kind_of(value)}; return a tensor of shape (samples, tokens), True for what is no padding"
+        return f"{kind_of(value)}; return a tensor of shape (samples, tokens), False for padding"
     return ""
 
 

@@ -1,6 +1,6 @@
-"""Whose code failed: what a user's network, data or task raises becomes one error that names the function and line.
+"""Turn exceptions of the user's network, data and task into one clear error with the function and line that failed.
 
-Task and splits are wrapped once, where they come in. What forward() raises is recognised where it leaves us.
+Task and splits are wrapped once, when they are passed in. Exceptions of forward() are caught around a whole stage.
 """
 
 import hashlib
@@ -40,19 +40,19 @@ _WORKER_FRAME = re.compile(r'File "(?P<filename>[^"]+)", line (?P<lineno>\d+), i
 def wrap_user_errors(
     what: str, remedy: str = "correct it", kind: type[DeploypipeError] = PipelineError
 ) -> Iterator[None]:
-    """Around a call of the user's code: whatever it raises becomes one error of `kind`."""
+    """Around a call of the user's code: any exception becomes one error of class `kind`."""
     try:
         yield
     except DeploypipeError:
         raise
     except Exception as error:
         raise_if_exhausted(error)
-        raise kind(f"{_place(error)}{what} raised {_said(error)}; {remedy}") from error
+        raise kind(f"{_place(error)}{what} raised {_summary(error)}; {remedy}") from error
 
 
 @contextmanager
 def wrap_forward_errors() -> Iterator[None]:
-    """Around a whole stage: what the network's forward() raised names it, however deep it was called."""
+    """Around a whole stage: an exception of the network's forward(), however deep, becomes an error that names it."""
     try:
         yield
     except DeploypipeError:
@@ -64,9 +64,9 @@ def wrap_forward_errors() -> Iterator[None]:
 
 
 def find_user_error(error: Exception) -> DeploypipeError | None:
-    """The error to report in place of one that the user's code raised; None where it is ours.
+    """The error to report instead of an exception of the user's code; None if the exception is ours.
 
-    Task and splits have their own errors already. What is left is forward(), and rarer code that a library calls for
+    Task and splits have their own errors already. What remains is forward(), and rarer code that a library calls for
     us, such as a network's `__deepcopy__`.
     """
     if find_exhaustion(error):
@@ -76,85 +76,85 @@ def find_user_error(error: Exception) -> DeploypipeError | None:
     last = frames[ours[-1]] if ours else None
     if last and last.name == "forward" and Path(last.filename) == _PACKAGE / "task.py":
         return ModelError(
-            f"{_place(error)}the network's forward() raised {_said(error)}; correct it. Does it only fail on a pruned "
-            "network, please report it"
+            f"{_place(error)}the network's forward() raised {_summary(error)}; correct it, or report it if it only "
+            "fails on a pruned network"
         )
     theirs = [frame for frame in frames[ours[-1] + 1 if ours else 0 :] if _is_users(frame.filename)]
     if not theirs or theirs[0] is frames[ours[-1] + 1 if ours else 0]:
         return None
-    return PipelineError(f"{_place(error)}{theirs[0].name}() raised {_said(error)}; correct it")
+    return PipelineError(f"{_place(error)}{theirs[0].name}() raised {_summary(error)}; correct it")
 
 
 def wrap_task(task: Task) -> Task:
-    """The task with each of its functions wrapped by `user_code`; `loss` has to give one number."""
+    """The task with its functions wrapped: exceptions name the function, and results are checked."""
     if getattr(task.loss, "is_wrapped", False):
         return task
     for name in ("loss", "metric", "slices", "distillation_loss", "real_tokens"):
         function = getattr(task, name)
         if not callable(function) and (function is not None or name in ("loss", "metric")):
-            raise PipelineError(f"task().{name} is {kind_of(function)}; give a function")
+            raise PipelineError(f"task().{name} must be a function, got {kind_of(function)}; give a function")
     return replace(
         task,
-        loss=_guard_loss(task.loss),
-        metric=_guard(task.metric, "metric", metric_problem),
-        slices=task.slices and _guard(task.slices, "slices", slices_problem),
+        loss=_wrap_loss(task.loss),
+        metric=_wrap_function(task.metric, "metric", metric_problem),
+        slices=task.slices and _wrap_function(task.slices, "slices", slices_problem),
         distillation_loss=task.distillation_loss
-        and _guard(task.distillation_loss, "distillation_loss", distillation_loss_problem),
-        real_tokens=task.real_tokens and _guard(task.real_tokens, "real_tokens", real_tokens_problem),
+        and _wrap_function(task.distillation_loss, "distillation_loss", distillation_loss_problem),
+        real_tokens=task.real_tokens and _wrap_function(task.real_tokens, "real_tokens", real_tokens_problem),
     )
 
 
-def _guard(function: Callable[..., Any], name: str, problem: Callable[[Any], str]) -> Callable[..., Any]:
-    """problem: of what the function returned; "" where it can be used."""
+def _wrap_function(function: Callable[..., Any], name: str, problem: Callable[[Any], str]) -> Callable[..., Any]:
+    """problem: what is wrong with a value that the function returned; "" if it can be used."""
 
     @wraps(function)
-    def guarded(*args: Any) -> Any:
+    def wrapped(*args: Any) -> Any:
         with wrap_user_errors(f"task().{name}"):
             value = function(*args)
         if found := problem(value):
-            raise DataError(f"task().{name} gives {found}")
+            raise DataError(f"task().{name} returned {found}")
         return value
 
-    return guarded
+    return wrapped
 
 
-def _guard_loss(loss: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], Tensor]:
+def _wrap_loss(loss: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], Tensor]:
     @wraps(loss)
-    def guarded(outputs: Any, target: Any) -> Tensor:
+    def wrapped(outputs: Any, target: Any) -> Tensor:
         with wrap_user_errors("task().loss", _remedy(target)):
             value = loss(outputs, target)
         if not isinstance(value, Tensor) or value.dim():
             raise DataError(
-                f'task().loss gives {kind_of(value)}; return the mean over the batch, as reduction="mean" gives it'
+                f'task().loss returned {kind_of(value)}; return one number, the mean over the batch (reduction="mean")'
             )
         return value
 
-    guarded.is_wrapped = True  # type: ignore[attr-defined]
-    return guarded
+    wrapped.is_wrapped = True  # type: ignore[attr-defined]
+    return wrapped
 
 
 def _remedy(target: Any) -> str:
-    """What to write where a loss refuses these targets."""
+    """What to write when a loss fails on these targets."""
     if not isinstance(target, Tensor):
-        return f"the targets are a {type(target).__name__}: give what the loss takes, for classes a tensor of int64"
+        return f"the targets are a {type(target).__name__}: give what the loss accepts, for classes a tensor of int64"
     if str(target.dtype) in ("torch.int32", "torch.int16", "torch.int8", "torch.uint8", "torch.bool"):
-        return f"the targets are {target.dtype}: class numbers have to be int64, write y.long()"
+        return f"the targets are {target.dtype}: class numbers must be int64, write y.long()"
     if target.is_floating_point() and target.dim() == 1:
-        return f"the targets are {target.dtype}: class numbers have to be int64, write y.long()"
-    return f"the targets are {target.dtype} of shape {tuple(target.shape)}: give what the loss takes"
+        return f"the targets are {target.dtype}: class numbers must be int64, write y.long()"
+    return f"the targets are {target.dtype} of shape {tuple(target.shape)}: give what the loss accepts"
 
 
 def wrap_splits(splits: Splits) -> Splits:
-    """The splits with each of them wrapped; PipelineError that names all that cannot be read again and again."""
-    guarded, problems = {}, []
+    """The splits, each wrapped in a `CheckedSplit`; PipelineError lists all that cannot be iterated many times."""
+    wrapped, problems = {}, []
     for name in SPLITS:
         try:
-            guarded[name] = wrap_split(getattr(splits, name), name)
+            wrapped[name] = wrap_split(getattr(splits, name), name)
         except PipelineError as error:
             problems.append(str(error))
     if problems:
         raise PipelineError("\n  ".join(problems))
-    return Splits(**guarded)
+    return Splits(**wrapped)
 
 
 def wrap_split(split: Any, name: str) -> "CheckedSplit":
@@ -163,24 +163,24 @@ def wrap_split(split: Any, name: str) -> "CheckedSplit":
     if isinstance(split, Iterator) or not isinstance(split, Iterable):
         given = type(split).__name__ if split is not None else "None"
         advice = (
-            f"it is used up after one pass: write {name}=list(...), or a class whose __iter__ begins again"
+            f"it is exhausted after one pass: write {name}=list(...), or a class whose __iter__ starts again"
             if isinstance(split, Iterator)
-            else "give something that can be iterated again and again"
+            else "give something that can be iterated many times"
         )
         raise PipelineError(
-            f"load_data() gives a {given} as split '{name}'; {advice} (TensorBatches, DataLoader, list)"
+            f"load_data() returned a {given} as split '{name}'; {advice} (TensorBatches, DataLoader, list)"
         )
     return CheckedSplit(split, name)
 
 
 class CheckedSplit:
-    """A split that checks what it gives: pairs, alike in all batches and, but for train, the same in every pass."""
+    """A split that checks its batches: pairs, of one structure and, except for train, the same in every pass."""
 
     def __init__(self, split: Iterable[Batch], name: str) -> None:
         self.split, self.name = split, name
         self._kinds: tuple[tuple[str, str], ...] | None = None  # of the members of the inputs: place and kind
         self._first: list[Leaf] = []
-        self._targets: list[bytes] = []  # a hash of each batch's targets and shapes, as the first pass gave them
+        self._targets: list[bytes] = []  # a hash of each batch's targets and shapes in the first pass
 
     def __getattr__(self, name: str) -> Any:
         if name == "split":  # of an object that is being copied
@@ -192,7 +192,7 @@ class CheckedSplit:
             return len(self.split)  # type: ignore[arg-type]
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the order of the next pass, where the split (or its sampler) has one for each epoch."""
+        """Choose the order of the next pass, if the split (or its sampler) has `set_epoch`."""
         owner = next((o for o in (self.split, getattr(self.split, "sampler", None)) if hasattr(o, "set_epoch")), None)
         if owner is not None:
             with wrap_user_errors(f"set_epoch() of the {self.name} split"):
@@ -215,13 +215,14 @@ class CheckedSplit:
     def _checked(self, batch: Any, number: int) -> Batch:
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             raise DataError(
-                f"the {self.name} split gives a {type(batch).__name__}; each batch is a pair (inputs, target)"
+                f"a batch of the {self.name} split must be a pair (inputs, target), got a {type(batch).__name__}; "
+                "give pairs"
             )
         inputs, target = batch
         if not any(isinstance(leaf.value, Tensor) for leaf in leaves(inputs)):
             wanted = "torch.from_numpy(...)" if isinstance(inputs, np.ndarray) else "torch.tensor(...)"
             raise DataError(
-                f"the {self.name} split gives inputs of type {type(inputs).__name__}; give tensors: write {wanted}"
+                f"inputs of the {self.name} split must be tensors, got a {type(inputs).__name__}; write {wanted}"
             )
         self._check_members(inputs, target, number)
         if self.name in _ORDERED:
@@ -231,13 +232,11 @@ class CheckedSplit:
     def _check_members(self, inputs: Any, target: Any, number: int) -> None:
         size = num_samples(inputs)
         if not size and number:
-            raise DataError(f"the {self.name} split, batch {number}, has no samples; leave such batches out")
+            raise DataError(f"the {self.name} split, batch {number}, has no samples; leave out empty batches")
         own = list(leaves(inputs))
         for leaf in (*own, *leaves(target, "target")):
             if isinstance(leaf.value, np.ndarray):
-                raise DataError(
-                    f"the {self.name} split gives {leaf.place} as a numpy array; write torch.from_numpy(...)"
-                )
+                raise DataError(f"the {self.name} split has {leaf.place} as a numpy array; write torch.from_numpy(...)")
         self._check_target(target, size)
         if size < 2:  # one row may belong to the one sample or to the batch
             return
@@ -250,13 +249,13 @@ class CheckedSplit:
             if isinstance(one.value, Tensor) and one.value.dtype != other.value.dtype:
                 raise DataError(
                     f"the {self.name} split: {one.place} is {one.value.dtype} in the first batch and "
-                    f"{other.value.dtype} in batch {number}; the file takes one type: write .to({one.value.dtype})"
+                    f"{other.value.dtype} in batch {number}; the file accepts one type: write .to({one.value.dtype})"
                 )
             if not isinstance(one.value, Tensor) and not same_value(one.value, other.value):
                 raise DataError(
                     f"the {self.name} split: {one.place} is {one.value!r:.40} in the first batch and "
-                    f"{other.value!r:.40} in batch {number}; what is no tensor becomes a constant of the file: give "
-                    "torch.tensor(...), or the same value in every batch"
+                    f"{other.value!r:.40} in batch {number}; a value that is not a tensor becomes a constant of the "
+                    "file: give torch.tensor(...), or the same value in every batch"
                 )
 
     def _check_target(self, target: Any, size: int) -> None:
@@ -264,8 +263,8 @@ class CheckedSplit:
         if with_axis and not any(has_batch_axis(leaf.value, size) for leaf in with_axis):
             shapes = ", ".join(f"{leaf.place} {list(leaf.value.shape)}" for leaf in with_axis)
             raise DataError(
-                f"the {self.name} split gives {size} samples with {shapes}; give one target for each sample (the batch "
-                "size is the first axis of the input with most dimensions)"
+                f"the {self.name} split has {size} samples with {shapes}; give one target for each sample (the batch "
+                "size is the first axis of the input with the most dimensions)"
             )
 
     def _check_order(self, inputs: Any, target: Any, number: int) -> None:
@@ -278,14 +277,14 @@ class CheckedSplit:
 
 def order_error(name: str, number: int) -> DataError:
     return DataError(
-        f"the {name} split gives other samples in a second pass, from batch {number} on; calib, val and test have to "
-        f"come in the same order every time: write shuffle=False for {name} (or draw its order from a generator that "
-        "is seeded anew in each __iter__), and no random augmentation"
+        f"the {name} split has other samples in a second pass, from batch {number} on; calib, val and test must have "
+        f"the same order every time: write shuffle=False for {name} (or draw its order from a generator that is seeded "
+        "again in each __iter__), and no random augmentation"
     )
 
 
 def digest_of(*values: Any) -> bytes:
-    """A short hash of all that these trees hold."""
+    """A short hash of the contents of these trees."""
     digest = hashlib.blake2b(digest_size=8)
     for leaf in leaves(values, ""):
         if isinstance(tensor := leaf.value, Tensor):
@@ -304,7 +303,7 @@ def _plain(tensor: Tensor) -> Any:
 
 def _kind(value: Any, size: int) -> str:
     if not isinstance(value, Tensor):
-        return "is no tensor"
+        return "is not a tensor"
     return "has a row for each sample" if has_batch_axis(value, size) else "belongs to the whole batch"
 
 
@@ -312,18 +311,21 @@ def _difference(first: tuple[tuple[str, str], ...], now: tuple[tuple[str, str], 
     before = dict(first)
     if [place for place, _ in first] != [place for place, _ in now]:
         odd = sorted(set(before) ^ {place for place, _ in now})
-        return f"it holds other members than the first batch ({', '.join(odd[:3]) or 'another order'}); give the same"
+        return (
+            f"its members differ from those of the first batch ({', '.join(odd[:3]) or 'another order'}); give the "
+            "same members in every batch"
+        )
     place, kind = next((place, kind) for place, kind in now if before[place] != kind)
     return (
-        f"{place} {kind} in this batch of {size}, and in the first batch it {before[place]}; a tensor without a batch "
-        "axis must never have as many rows as a batch has samples: choose another batch size, or make the tensor a "
+        f"{place} {kind} in this batch of {size}, but in the first batch it {before[place]}; a tensor without a batch "
+        "axis must not have as many rows as a batch has samples: choose another batch size, or make the tensor a "
         "buffer of the network"
     )
 
 
 @contextmanager
 def _only_type_errors(name: str) -> Iterator[None]:
-    """A length that cannot be told is a TypeError, as Python has it; torch raises other classes too."""
+    """Raise TypeError for a split without a length, as Python does; torch raises other classes too."""
     try:
         yield
     except NotImplementedError as error:
@@ -343,7 +345,8 @@ def _place(error: Exception) -> str:
     return "{}, line {} (in {}): ".format(*theirs[-1]) if theirs else ""
 
 
-def _said(error: Exception) -> str:
+def _summary(error: Exception) -> str:
+    """Class and first line of an error; of one from a DataLoader's worker, the last line, which names the cause."""
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
     if lines and lines[0].startswith("Caught ") and "worker process" in lines[0]:  # torch's DataLoader
         return lines[-1]

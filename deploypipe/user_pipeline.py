@@ -1,4 +1,4 @@
-"""A user's pipeline: found by path or name, checked, and its four functions called with errors that name them."""
+"""Load a user's pipeline by path or name, check it, and call its four functions; errors name the function and line."""
 
 import importlib
 import importlib.util
@@ -26,7 +26,7 @@ from deploypipe.task import Splits, Task
 from deploypipe.text.safe_names import name_problem
 from deploypipe.user_code_errors import wrap_splits, wrap_task
 
-# What each function returns, and how to make one: the remedy of an error.
+# The type that each function must return, and the remedy if it does not.
 FUNCTIONS: dict[str, tuple[type[object], str]] = {
     "build_model": (nn.Module, "return the trained network"),
     "load_data": (Splits, "return Splits(calib=..., train=..., val=..., test=...) from deploypipe.task"),
@@ -42,7 +42,7 @@ class UserPipeline:
     name: str
     path: Path
     module: ModuleType
-    source: str  # text of the module, of its neighbours that it imports, and its changed constants
+    source: str  # text of the module, of the neighbouring files that it imports, and its changed constants
 
     def build_model(self) -> nn.Module:
         model: nn.Module = self._call("build_model")
@@ -65,23 +65,23 @@ class UserPipeline:
 
     def _call(self, name: str) -> Any:
         expected, remedy = FUNCTIONS[name]
-        with _own_code(self.path, f"{name}()"):
+        with _wrap_errors(self.path, f"{name}()"):
             value = getattr(self.module, name)()
         if not isinstance(value, expected):
-            raise PipelineError(f"{self.path}: {name}() returned {_seen(value)}; {remedy}")
+            raise PipelineError(f"{self.path}: {name}() returned {_type_name(value)}; {remedy}")
         return value
 
 
 def load_pipeline(name: str, constants: Mapping[str, str] | None = None) -> UserPipeline:
     """Load the pipeline at a path (`my/model.py`), a dotted name (`pipelines.digits`) or a bare name (`digits`).
 
-    `constants` are new values for the module's UPPER_CASE constants, as text, read by the type of the present value.
+    constants: new values for the module's UPPER_CASE constants, as text; converted to the type of the present value.
     """
     path = find_pipeline(name)
     if problem := name_problem(path.stem):
-        raise PipelineError(f"{path}: a pipeline is named after its file, and {problem}")
+        raise PipelineError(f"{path}: a pipeline has the name of its file, but {problem}")
     source = read_source(path)
-    with _own_code(path, "the module"):
+    with _wrap_errors(path, "the module"):
         module = _import(path)
     _check_functions(module, path)
     changed = {key: _changed(module, path, key, text) for key, text in (constants or {}).items()}
@@ -121,14 +121,14 @@ def _looks_like_one(path: Path) -> bool:
 
 
 def _find_dotted(name: str) -> Path | None:
-    """By looking for the file: to ask Python for the module would run the packages that it is in."""
+    """Look for the file. Asking Python for the module would run the packages that it is in."""
     folders = [str(Path.cwd()), *sys.path, str(shipped_folder("pipelines").parent)]
     files = (Path(folder or ".").joinpath(*name.split(".")).with_suffix(".py") for folder in folders)
     return next((file.resolve() for file in files if file.is_file()), None)
 
 
 def _import(path: Path) -> ModuleType:
-    """Import a file; one inside a package under its full name, so that it may import its neighbours."""
+    """Import a file. A file inside a package gets its full name, so that it can import its neighbours."""
     root, parts = path.parent, [path.stem]
     while (root / "__init__.py").is_file():
         root, parts = root.parent, [root.name, *parts]
@@ -149,7 +149,7 @@ def _import(path: Path) -> ModuleType:
 def _import_alone(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"deploypipe_user_{path.stem}", path)
     if spec is None or spec.loader is None:
-        raise PipelineError(f"{path}: is not a Python module; give a file that ends in .py")
+        raise PipelineError(f"{path}: is not a Python module; give a file whose name ends in .py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # classes of the module can then be found by name
     spec.loader.exec_module(module)
@@ -158,7 +158,7 @@ def _import_alone(path: Path) -> ModuleType:
 
 @contextmanager
 def _on_path(folder: Path) -> Iterator[None]:
-    """`folder` leads the import path; it stays at the end, for imports inside the user's functions."""
+    """Put `folder` first on the import path; afterwards it stays last, for imports inside the user's functions."""
     sys.path.insert(0, str(folder))
     try:
         yield
@@ -175,15 +175,17 @@ def _check_functions(module: ModuleType, path: Path) -> None:
             raise PipelineError(f"{path}: has no function {name}(); add it and {remedy}")
         if not callable(function):
             raise PipelineError(
-                f"{path}: {name} is {_seen(function)}, not a function; write `def {name}():` and {remedy}"
+                f"{path}: {name} is {_type_name(function)}, not a function; write `def {name}():` and {remedy}"
             )
         needed = [p.name for p in inspect.signature(function).parameters.values() if p.default is p.empty]
         if needed:
-            raise PipelineError(f"{path}: {name}() asks for {', '.join(needed)}; it is called without arguments")
+            raise PipelineError(
+                f"{path}: {name}() requires {', '.join(needed)}, but it is called without arguments; give defaults"
+            )
 
 
 def _changed(module: ModuleType, path: Path, key: str, text: str) -> object:
-    """The new value of a constant, of the type that it has now."""
+    """The new value of a constant, converted to the type that it has now."""
     known = sorted(n for n, v in vars(module).items() if n.isupper() and isinstance(v, (str, int, float, bool)))
     if key not in known:
         remedy = f"the constants here are: {', '.join(known)}" if known else "the module has no UPPER_CASE constants"
@@ -202,8 +204,8 @@ def _changed(module: ModuleType, path: Path, key: str, text: str) -> object:
 
 
 @contextmanager
-def _own_code(path: Path, doing: str) -> Iterator[None]:
-    """Whatever the user's code raises becomes one PipelineError with its file and line."""
+def _wrap_errors(path: Path, doing: str) -> Iterator[None]:
+    """Turn any exception of the user's code into one PipelineError with its file and line."""
     try:
         yield
     except DeploypipeError:
@@ -214,15 +216,15 @@ def _own_code(path: Path, doing: str) -> Iterator[None]:
         raise_if_exhausted(error)
         frames = traceback.extract_tb(error.__traceback__)
         own = [f for f in frames if Path(f.filename).parent == path.parent] or list(frames)
-        raise _own_fault(error, own[-1], doing) from error
+        raise _pipeline_error(error, own[-1], doing) from error
 
 
-def _own_fault(error: Exception, frame: traceback.FrameSummary, doing: str) -> PipelineError:
-    said = str(error).strip().splitlines()
-    text = f": {said[0]}" if said else ""
+def _pipeline_error(error: Exception, frame: traceback.FrameSummary, doing: str) -> PipelineError:
+    lines = str(error).strip().splitlines()
+    text = f": {lines[0]}" if lines else ""
     place = f"{frame.filename}, line {frame.lineno}"
     return PipelineError(f"{place}: {doing} raised {type(error).__name__}{text}; correct the pipeline")
 
 
-def _seen(value: object) -> str:
+def _type_name(value: object) -> str:
     return "nothing (None)" if value is None else f"a {type(value).__name__}"

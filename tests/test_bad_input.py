@@ -103,7 +103,7 @@ def told(done: Any) -> str:
         (TWO_OUTPUTS, ["logits, one tensor", "returns dict", "Task(loss=..., metric=...)"]),
         (ONE_NUMBER, ["logits, one tensor", "shape ['n']"]),
         (MEAN_METRIC, ["one value per sample"]),
-        (WIDE_DISTILLATION_LOSS, ["task().distillation_loss gives a tensor of shape (2,)", "one finite number"]),
+        (WIDE_DISTILLATION_LOSS, ["task().distillation_loss returned a tensor of shape (2,)", "one finite number"]),
         (BROKEN_METRIC, ["pipe.py, line", "no_such"]),
     ],
 )

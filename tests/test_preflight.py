@@ -64,26 +64,29 @@ OWN_GENERATOR = DataLoader(TensorDataset(X, Y), 16, shuffle=True, generator=torc
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"train": batches(y=Y.float())}, "the train split gives torch.float32; write y.long()"),
+        ({"train": batches(y=Y.float())}, "the train split has torch.float32; write y.long()"),
         (
             {"val": batches(y=F.one_hot(Y, 4))},
-            "the val split gives torch.int64 of shape [2, 4], one-hot",
+            "the val split has torch.int64 of shape [2, 4], one-hot",
         ),
-        ({"test": batches(y=Y[:, None])}, "the test split gives torch.int64 of shape [2, 1]"),
-        ({"val": batches(y=["cat"] * 64)}, "the val split gives text ('cat'); number the names"),
-        ({"test": batches(y=Y + 1)}, "the test split has labels from 1 to 4, and the network 4 outputs"),
-        ({"val": SHUFFLED}, "the val split gives other samples in a second pass, from batch 0 on"),
-        ({"test": OWN_GENERATOR}, "the test split gives other samples in a second pass"),
+        ({"test": batches(y=Y[:, None])}, "the test split has torch.int64 of shape [2, 1]"),
+        ({"val": batches(y=["cat"] * 64)}, "the val split has text ('cat'); number the names"),
+        ({"test": batches(y=Y + 1)}, "the test split has labels from 1 to 4, but the network has 4 outputs"),
+        ({"val": SHUFFLED}, "the val split has other samples in a second pass, from batch 0 on"),
+        ({"test": OWN_GENERATOR}, "the test split has other samples in a second pass"),
         ({"calib": SHUFFLED}, "write shuffle=False for calib"),
         ({"val": [(X[:1], Y[:1])]}, "the val split has one sample"),
-        ({"val": with_nan(40)}, "the val split, batch 2: inputs or targets of a sample hold NaN"),
-        ({"test": with_nan(63)}, "the test split, batch 3: inputs or targets of a sample hold NaN"),
-        ({"train": with_nan(50)}, "the train split, batch 3: inputs or targets of a sample hold NaN"),
-        ({"train": (b for b in batches())}, "gives a generator as split 'train'; it is used up after one pass"),
-        ({"test": 5}, "gives a int as split 'test'"),
-        ({"val": [*batches(), ({"x": X[:2]}, Y[:2])]}, "the val split, batch 4: it holds other members than the first"),
-        ({"test": [(X[:4], Y[:3])]}, "gives 4 samples with target [3]; give one target for each sample"),
-        ({"calib": [(X[:4].numpy(), Y[:4])]}, "gives inputs of type ndarray"),
+        ({"val": with_nan(40)}, "the val split, batch 2: a sample's inputs or targets hold NaN"),
+        ({"test": with_nan(63)}, "the test split, batch 3: a sample's inputs or targets hold NaN"),
+        ({"train": with_nan(50)}, "the train split, batch 3: a sample's inputs or targets hold NaN"),
+        ({"train": (b for b in batches())}, "returned a generator as split 'train'; it is exhausted after one pass"),
+        ({"test": 5}, "returned a int as split 'test'"),
+        (
+            {"val": [*batches(), ({"x": X[:2]}, Y[:2])]},
+            "the val split, batch 4: its members differ from those of the first",
+        ),
+        ({"test": [(X[:4], Y[:3])]}, "has 4 samples with target [3]; give one target for each sample"),
+        ({"calib": [(X[:4].numpy(), Y[:4])]}, "must be tensors, got a ndarray"),
     ],
 )
 def test_data_that_would_fail_late_is_named(changes: dict[str, Any], said: str) -> None:
@@ -109,10 +112,10 @@ def test_a_member_with_as_many_rows_as_a_batch_in_one_of_them_only_is_named() ->
 
 
 LOSSES: list[tuple[Any, str]] = [
-    (lambda out, y: F.cross_entropy(out, y, reduction="none"), "task().loss gives a tensor of shape (4,)"),
-    (lambda out, y: F.cross_entropy(out, y).item(), "task().loss gives a float"),
+    (lambda out, y: F.cross_entropy(out, y, reduction="none"), "task().loss returned a tensor of shape (4,)"),
+    (lambda out, y: F.cross_entropy(out, y).item(), "task().loss returned a float"),
     (lambda out, y: F.cross_entropy(out.detach(), y), "cannot be differentiated"),
-    (lambda out, y: F.cross_entropy(out, y) * float("nan"), "task().loss gives nan"),
+    (lambda out, y: F.cross_entropy(out, y) * float("nan"), "task().loss is nan"),
     (lambda out, y: out.nothing(), "test_preflight.py, line"),
 ]
 
@@ -231,7 +234,7 @@ def test_an_order_that_changes_in_a_later_pass_ends_the_run() -> None:
 
     val = wrap_splits(splits(val=Turning(X, Y, 16))).val
     assert len(list(val)) == len(list(val)) == 4
-    with pytest.raises(DataError, match="the val split gives other samples in a second pass, from batch 0 on"):
+    with pytest.raises(DataError, match="the val split has other samples in a second pass, from batch 0 on"):
         list(val)
 
 

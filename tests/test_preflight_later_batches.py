@@ -114,18 +114,22 @@ def right(outputs: Tensor, target: Tensor) -> Tensor:
 
 
 FUNCTIONS: list[tuple[str, Callable[..., Any], str]] = [
-    ("metric", lambda out, y: right(out, y).mean().item(), "task().metric gives a float; return a tensor with one"),
-    ("metric", lambda out, y: right(out, y).tolist(), "task().metric gives a list"),
+    ("metric", lambda out, y: right(out, y).mean().item(), "task().metric returned a float; return a tensor with one"),
+    ("metric", lambda out, y: right(out, y).tolist(), "task().metric returned a list"),
     (
         "metric",
         lambda out, y: right(out, y).to(torch.complex64),
-        "task().metric gives a tensor of shape (2,) (com",
+        "task().metric returned a tensor of shape (2,) (com",
     ),
-    ("slices", lambda x, y: None, "task().slices gives None; return a dict"),
-    ("slices", lambda x, y: {"zero": (y == 0).tolist()}, "task().slices gives a list for slice 'zero'"),
-    ("slices", lambda x, y: {0: y == 0, "one": y == 1}, "gives a slice the name 0, which is no text; write str(...)"),
-    ("real_tokens", lambda x: [[True]], "task().real_tokens gives a list; return a tensor of shape (samples, tokens)"),
-    ("real_tokens", lambda x: torch.zeros(len(x), 6), "task().real_tokens marks no position of two samples"),
+    ("slices", lambda x, y: None, "task().slices returned None; return a dict"),
+    ("slices", lambda x, y: {"zero": (y == 0).tolist()}, "task().slices returned a list for slice 'zero'"),
+    ("slices", lambda x, y: {0: y == 0, "one": y == 1}, "returned the slice name 0, which is not text; write str(...)"),
+    (
+        "real_tokens",
+        lambda x: [[True]],
+        "task().real_tokens returned a list; return a tensor of shape (samples, tokens)",
+    ),
+    ("real_tokens", lambda x: torch.zeros(len(x), 6), "task().real_tokens is False at every position of two samples"),
     ("distillation_loss", lambda a, b, t: -F.mse_loss(a, b), "samples; make it smaller for closer outputs"),
     (
         "distillation_loss",
@@ -144,10 +148,10 @@ def test_what_the_functions_of_a_task_return_is_checked(name: str, function: Any
 
 def test_a_task_without_a_function_and_class_names_of_another_number_are_named() -> None:
     for task, said in (
-        (Task(loss=None, metric=right), "task().loss is None; give a function"),  # type: ignore[arg-type]
+        (Task(loss=None, metric=right), "task().loss must be a function, got None"),  # type: ignore[arg-type]
         (
             replace(classification(), class_names=("a", "b")),
-            "task().class_names has 2 names, and the network 4",
+            "task().class_names has 2 names, but the network has 4",
         ),
     ):
         assert said in look(tiny.Network().eval(), task, **dict.fromkeys(SPLITS, GOOD)).complaints[0]
@@ -164,7 +168,7 @@ class WrongLength(list[Any]):
         return 3
 
 
-def test_all_splits_that_are_used_up_are_named_and_lengths_that_are_not_true_noted(
+def test_all_exhausted_splits_are_listed_and_wrong_lengths_noted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with pytest.raises(PipelineError, match=r"(?s)split 'calib'.*split 'train'.*split 'val'.*split 'test'"):
@@ -172,11 +176,11 @@ def test_all_splits_that_are_used_up_are_named_and_lengths_that_are_not_true_not
     monkeypatch.setattr("deploypipe.preflight._SECONDS_OF_A_RUN", 0.02)
     data = {**dict.fromkeys(SPLITS, GOOD), "val": Endless(), "train": WrongLength([(X[:16], Y[:16])])}
     notes: list[str] = []
-    guarded = wrap_splits(Splits(**data))
-    check_inputs(tiny.Network().eval(), guarded, classification(), tiny.recipe(), tiny.target(), notes)
+    wrapped = wrap_splits(Splits(**data))
+    check_inputs(tiny.Network().eval(), wrapped, classification(), tiny.recipe(), tiny.target(), notes)
     val, train = notes
-    assert "the val split has no length, and did not end" in val
-    assert "the train split says that it has 3 batches, and gives 1" in train
+    assert "the val split has no length and did not end" in val
+    assert "the train split reports 3 batches but has 1" in train
 
 
 @dataclass
@@ -230,10 +234,10 @@ def test_a_network_of_another_precision_and_one_without_gradients_are_named() ->
     assert half == ("the network holds torch.float16; this version exports fp32: call model.float()",)
     untaught = Broken(lambda net, x: x).eval()
     untaught.forward = torch.no_grad()(untaught.forward)  # type: ignore[method-assign]
-    assert "forward() gives nothing to differentiate" in look(untaught, **dict.fromkeys(SPLITS, GOOD)).complaints[0]
+    assert "forward() cannot be differentiated" in look(untaught, **dict.fromkeys(SPLITS, GOOD)).complaints[0]
 
 
 def test_a_batch_without_samples_is_named() -> None:
     batches = [(X[:16], Y[:16]), (X[:0], Y[:0])]
     (complaint,) = look(tiny.Network().eval(), **{**dict.fromkeys(SPLITS, GOOD), "test": batches}).complaints
-    assert "the test split, batch 1, has no samples; leave such batches out" in complaint
+    assert "the test split, batch 1, has no samples; leave out empty batches" in complaint

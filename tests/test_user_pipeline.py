@@ -96,7 +96,7 @@ def test_missing_and_wrong_functions_are_named(tmp_path: Path, function: str) ->
         load_pipeline(write(tmp_path, missing))
     with pytest.raises(PipelineError, match=rf"{function} is a int"):
         load_pipeline(write(tmp_path, missing + f"\n{function} = 3\n"))
-    with pytest.raises(PipelineError, match=rf"{function}\(\) asks for x"):
+    with pytest.raises(PipelineError, match=rf"{function}\(\) requires x"):
         load_pipeline(write(tmp_path, missing + f"\ndef {function}(x): pass\n"))
     pipeline = load_pipeline(write(tmp_path, missing + f"\ndef {function}(): pass\n"))
     with pytest.raises(PipelineError, match=rf"mine\.py: {function}\(\) returned nothing \(None\); return"):

@@ -1,4 +1,4 @@
-"""What can be known of a run before any work is done: everything that is wrong, at once, and nothing is written."""
+"""Check model, data, task, recipe and target before a run: report all problems at once, write nothing."""
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +8,7 @@ from deploypipe.errors import ConfigError, DeploypipeError, ModelError, RuntimeU
 from deploypipe.export.onnx_export.export_onnx import require_fp32
 from deploypipe.networks.model_wrappers import unwrapped
 from deploypipe.preflight.findings import CheckReport, Findings, Tried
-from deploypipe.preflight.split_checks import Survey, fewest_samples, remarks, survey, unlike_calib
+from deploypipe.preflight.split_checks import Survey, differs_from_calib, remarks, survey, too_few_samples
 from deploypipe.preflight.trial_passes import run_network, try_export, try_extremes, try_inference, try_training
 from deploypipe.provider_options import require_harmless_options
 from deploypipe.pruning.tracing.structures import require_trainable
@@ -50,7 +50,7 @@ def check(model: nn.Module, splits: Splits, task: Task, recipe: Recipe, target: 
 def check_inputs(
     model: nn.Module, splits: Splits, task: Task, recipe: Recipe, target: Target, notes: list[str] | None = None
 ) -> None:
-    """`check` without the export, which a run does soon: raise the DeploypipeError that names all that is wrong."""
+    """`check` without the export, which a run does soon anyway: raise one DeploypipeError that lists all problems."""
     findings = Findings()
     _examine(findings, model, splits, task, recipe, target, _SECONDS_OF_A_RUN)
     findings.raise_all()
@@ -82,7 +82,7 @@ def _examine(
         if is_fine:
             try_extremes(findings, model, task, name, found, seconds)
         if is_fine and name in ("val", "test") and "calib" in surveys:
-            findings.add_if(unlike_calib(surveys["calib"], found, name))
+            findings.add_if(differs_from_calib(surveys["calib"], found, name))
     return surveys
 
 
@@ -92,7 +92,7 @@ def _survey(findings: Findings, split: CheckedSplit, name: str, seconds: float) 
     with findings.trying(what):
         found = survey(split, seconds)
         if name != "train":
-            findings.add_if(fewest_samples(found, name))
+            findings.add_if(too_few_samples(found, name))
     if found and findings.went_well(what):
         last = findings.tried.pop()
         findings.tried.append(Tried(what=last.what, detail=str(found), seconds=last.seconds))
@@ -108,7 +108,7 @@ def _check_weights(model: nn.Module) -> None:
 
 
 def _check_target(target: Target) -> None:
-    """A machine that is not the device may still export for it; one that is has to have the runtime."""
+    """Raise if the runtime is missing on the device itself. Any other machine can still export for the device."""
     require_harmless_options(target)
     ability = can(target)
     source = f"target {target.name!r}" if target.name else "target"
@@ -116,5 +116,5 @@ def _check_target(target: Target) -> None:
         raise RuntimeUnavailableError(f"{source}: runtime {target.runtime!r}: {ability.reason}")
     if target.runtime == "eager":
         raise ConfigError(
-            source, "runtime", "a run ships ONNX files, and eager torch takes .pt2 programs", "write 'onnxruntime'"
+            source, "runtime", "a run ships ONNX files, but eager torch loads .pt2 programs", "write 'onnxruntime'"
         )

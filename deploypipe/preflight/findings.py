@@ -1,4 +1,4 @@
-"""What a check found: complaints, notes, and what was tried."""
+"""The result of a check: complaints, notes, and what was tried."""
 
 import re
 import time
@@ -26,7 +26,7 @@ class Tried:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckReport:
-    """All that is wrong, each with what to write; what is worth knowing; what was tried."""
+    """complaints: problems with their remedies. notes: worth knowing. tried: the checks that passed."""
 
     complaints: tuple[str, ...]
     notes: tuple[str, ...]
@@ -39,23 +39,23 @@ class CheckReport:
 
 @dataclass
 class Findings:
-    """A report in the making."""
+    """Collects errors and notes for a `CheckReport`."""
 
     errors: list[DeploypipeError] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     tried: list[Tried] = field(default_factory=list)
     count: int = 0  # of all that was wrong
-    alike: dict[str, DeploypipeError] = field(default_factory=dict)  # by their text without the names of splits
+    first_of_text: dict[str, DeploypipeError] = field(default_factory=dict)  # key: the text without names of splits
 
     def add_if(self, error: DeploypipeError | None) -> None:
         if error is not None:
             self.add(error)
 
     def add(self, error: DeploypipeError) -> None:
-        """What is wrong with several splits alike becomes one complaint."""
+        """Add an error. The same problem of several splits becomes one complaint."""
         self.count += 1
         key = _SPLIT.sub("", str(error))
-        first = self.alike.setdefault(key, error)
+        first = self.first_of_text.setdefault(key, error)
         if first is error:
             self.errors.append(error)
         elif (split := _SPLIT.search(str(error))) and f" {split[1]} split" not in str(first):
@@ -63,7 +63,7 @@ class Findings:
 
     @contextmanager
     def trying(self, what: str, detail: str = "") -> Iterator[None]:
-        """Note what the block raises, or that it went well."""
+        """Record the DeploypipeError that the block raises, or that it succeeded."""
         begun, count = time.perf_counter(), self.count
         try:
             yield
@@ -74,23 +74,23 @@ class Findings:
             self.tried.append(Tried(what=what, detail=detail, seconds=time.perf_counter() - begun))
 
     def went_well(self, what: str) -> bool:
-        """Whether the last thing that was tried was this one, without a complaint."""
+        """Whether the last check was this one and had no complaint."""
         return bool(self.tried) and self.tried[-1].what == what
 
     def report(self) -> CheckReport:
         return CheckReport(complaints=tuple(map(str, self.errors)), notes=tuple(self.notes), tried=tuple(self.tried))
 
     def raise_all(self) -> None:
-        """The one error as it is, or several as one."""
+        """Raise the only error as it is, or one error that lists several."""
         if len(self.errors) == 1:
             raise self.errors[0]
         if self.errors:
             lines = "".join(f"\n  {number}. {error}" for number, error in enumerate(self.errors, start=1))
-            raise DataError(f"{len(self.errors)} things have to be put right first:{lines}")
+            raise DataError(f"{len(self.errors)} problems; correct them and run again:{lines}")
 
 
 def described(tree: Any, name: str = "inputs") -> str:
-    """Shapes and types of a batch's members, short."""
+    """Shapes and types of a batch's first four members."""
     parts = [
         f"{tuple(leaf.value.shape)} {str(leaf.value.dtype).removeprefix('torch.')}"
         if isinstance(leaf.value, Tensor)

@@ -1,4 +1,4 @@
-"""A little of each split is read twice: sizes, labels, NaN, and whether the order stays."""
+"""Read the first batches of each split twice: check sizes, labels, NaN, and that the order does not change."""
 
 import math
 import time
@@ -22,23 +22,23 @@ _WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Extreme:
-    """Two samples at most of a batch in which something is the largest, the least or of a new shape."""
+    """At most two samples of a batch where a value is the largest or smallest so far, or a shape is new."""
 
     number: int  # of the batch
-    what: str  # "target up to 255"; "" for a shape, which an error shows anyway
+    what: str  # "target up to 255"; "" for a shape, which an error shows in any case
     value: float
     samples: Batch
 
 
 @dataclass
 class Survey:
-    """What one pass over a split found, or over its first batches where all of them would take too long."""
+    """The findings of one pass over a split, or over its first batches if the whole would take too long."""
 
     first: Batch
     length: int | None = None  # what len() says, where the split has one
     sizes: list[int] = field(default_factory=list)  # of the batches
     is_whole: bool = True
-    labels: tuple[float, float] | None = None  # the least and the largest, where targets are class numbers
+    labels: tuple[float, float] | None = None  # smallest and largest, if targets are whole numbers
     suspect: tuple[int, Batch] | None = None  # a batch's number and its first sample that holds NaN
     digests: list[bytes] = field(default_factory=list)
     extremes: dict[Any, Extreme] = field(default_factory=dict)
@@ -49,7 +49,7 @@ class Survey:
 
 
 def survey(split: CheckedSplit, seconds: float) -> Survey:
-    """Read a split for about so long; DataError where it is empty or comes in another order the second time."""
+    """Read a split for about `seconds`; DataError if it is empty or its order differs the second time."""
     found = _read(split, seconds)
     if split.name != "train":
         _compare(split, found, seconds)
@@ -84,7 +84,7 @@ def _read(split: CheckedSplit, seconds: float) -> Survey:
 def _compare(split: CheckedSplit, found: Survey, seconds: float) -> None:
     begun = time.perf_counter()
     number = -1
-    with _seeded(1):  # else a loader that shuffles by the global generator would look as if it did not
+    with _seeded(1):  # another seed than in `_read`, so that shuffling by the global generator is detected
         for number, batch in enumerate(split):
             if number >= len(found.digests):
                 break
@@ -94,8 +94,8 @@ def _compare(split: CheckedSplit, found: Survey, seconds: float) -> None:
                 return
     if number + 1 < len(found.digests):
         raise DataError(
-            f"the {split.name} split gives {len(found.digests)} batches in a first pass and {number + 1} in a second; "
-            "give something that can be iterated again and again: TensorBatches, a DataLoader or a list"
+            f"the {split.name} split has {len(found.digests)} batches in the first pass and {number + 1} in the "
+            "second; give something that can be iterated many times: TensorBatches, a DataLoader or a list"
         )
 
 
@@ -114,7 +114,7 @@ def _widened(known: tuple[float, float] | None, target: Any) -> tuple[float, flo
 
 
 def _suspect(batch: Batch, number: int, size: int) -> tuple[int, Batch] | None:
-    """Masks hold minus infinity; NaN and plus infinity are rarely meant."""
+    """The first sample with NaN or plus infinity. Minus infinity is allowed, because masks hold it."""
     for leaf in leaves(batch, ""):
         value = leaf.value
         if not isinstance(value, Tensor) or not value.is_floating_point() or not has_batch_axis(value, size):
@@ -130,7 +130,7 @@ def _suspect(batch: Batch, number: int, size: int) -> tuple[int, Batch] | None:
 
 
 def _note_extremes_(found: Survey, batch: Batch, number: int, size: int) -> None:
-    """What may fail where the first samples do not: sizes of other batches, and whole numbers (token ids, labels)."""
+    """Keep samples that may fail though the first ones did not: other shapes, extreme token ids or labels."""
     known = found.extremes
     own = [leaf.value for leaf in leaves(batch[0]) if has_batch_axis(leaf.value, size)]
     shapes = tuple(tuple(value.shape[1:]) for value in own)
@@ -152,59 +152,59 @@ def _note_extremes_(found: Survey, batch: Batch, number: int, size: int) -> None
 
 def _extreme(batch: Batch, number: int, place: int, what: str = "", value: float = 0.0) -> Extreme:
     start = max(0, min(place, num_samples(batch[0]) - 2))
-    samples = map_tensors(torch.clone, take_batch(batch, start + 2, start))  # else all of the batch would be kept
+    samples = map_tensors(torch.clone, take_batch(batch, start + 2, start))  # a view would keep the whole batch
     return Extreme(number=number, what=what, value=value, samples=samples)
 
 
-def unlike_calib(calib: Survey, other: Survey, split: str) -> DeploypipeError | None:
-    """An error where batches of a split differ from those of calib in what the exported file is made for."""
+def differs_from_calib(calib: Survey, other: Survey, split: str) -> DeploypipeError | None:
+    """The error for a split whose batches do not fit the file that is exported for calib's; None if they fit."""
     sides = list(leaves(calib.first[0])), list(leaves(other.first[0]))
     if odd := sorted({leaf.place for leaf in sides[0]} ^ {leaf.place for leaf in sides[1]}):
         return DataError(
-            f"calib and {split} differ in what a batch holds ({', '.join(odd[:3])}); give the same in both"
+            f"batches of calib and {split} have different members ({', '.join(odd[:3])}); give the same in both"
         )
     for one, leaf in zip(*sides, strict=True):
         if _made_for(one.value) != _made_for(leaf.value):
             return DataError(
-                f"{one.place} is {_made_for(one.value)} in calib and {_made_for(leaf.value)} in {split}; the file is "
-                "made for one of them: give the same in all splits"
+                f"{one.place} is {_made_for(one.value)} in calib and {_made_for(leaf.value)} in {split}; the exported "
+                "file fits only one of them: give the same in all splits"
             )
     return None
 
 
 def _made_for(value: Any) -> str:
-    """A tensor may be of any values and most sizes; anything else becomes a constant of the file."""
+    """The part of a value that the exported file fixes: a tensor's type and number of axes, any other value itself."""
     if isinstance(value, Tensor):
         return f"a tensor with {value.dim()} axes of {value.dtype}"
     return f"{value!r:.40}" if value is None or isinstance(value, _PLAIN) else f"a {type(value).__name__}"
 
 
 def remarks(found: Survey, split: str) -> Iterator[str]:
-    """What is worth knowing of a split's length."""
+    """Notes on a split's length."""
     count = f"{len(found.sizes)}{'' if found.is_whole else ' or more'}"
     if found.length is None and not found.is_whole:
         yield (
-            f"the {split} split has no length, and did not end after {len(found.sizes)} batches; a run reads it to "
-            "its end: give it one, where it is endless"
+            f"the {split} split has no length and did not end after {len(found.sizes)} batches; a run reads it to "
+            "its end: limit it if it is endless"
         )
     elif found.length is not None and (
         len(found.sizes) > found.length or (found.is_whole and len(found.sizes) < found.length)
     ):
         yield (
-            f"the {split} split says that it has {found.length} batches, and gives {count}; correct its __len__ "
-            "(learning rates go by it)"
+            f"the {split} split reports {found.length} batches but has {count}; correct its __len__ (learning rates "
+            "depend on it)"
         )
 
 
 def check_labels(target: Any, split: str, num_classes: int, labels: tuple[float, float] | None) -> None:
-    """DataError where these are no targets for `classification()`; `labels`: the least and largest of the split."""
+    """DataError if these targets do not fit `classification()`. labels: the smallest and largest of the split."""
     problem = _problem_of_labels(target)
     if problem:
-        raise DataError(f"classification() needs class numbers, and the {split} split gives {problem}")
+        raise DataError(f"classification() needs class numbers, but the {split} split has {problem}")
     if labels and (labels[0] < 0 or labels[1] >= num_classes):
         raise DataError(
-            f"the {split} split has labels from {labels[0]:.0f} to {labels[1]:.0f}, and the network {num_classes} "
-            f"outputs; number them from 0 to {num_classes - 1}, or give the network more outputs"
+            f"the {split} split has labels from {labels[0]:.0f} to {labels[1]:.0f}, but the network has {num_classes} "
+            f"outputs; number labels from 0 to {num_classes - 1}, or give the network more outputs"
         )
 
 
@@ -224,10 +224,10 @@ def _problem_of_labels(target: Any) -> str:
     return ""
 
 
-def fewest_samples(found: Survey, split: str) -> DeploypipeError | None:
-    """An error where a split has fewer samples than an interval or a score's stability needs."""
+def too_few_samples(found: Survey, split: str) -> DeploypipeError | None:
+    """The error for a split of one sample, too few for an interval or a score's stability; None otherwise."""
     if not found.is_whole or sum(found.sizes) >= 2:
         return None
     return DataError(
-        f"the {split} split has one sample, and no interval can be had from it; give 2 or more, for a decision hundreds"
+        f"the {split} split has one sample, too few for an interval; give at least 2, and hundreds for a decision"
     )

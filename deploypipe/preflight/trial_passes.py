@@ -1,4 +1,4 @@
-"""One batch of each split through the network and each of the task's functions."""
+"""Try one batch of each split: forward pass, the task's functions, one training step, the export."""
 
 import time
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ _NUM_TRAINED = 4  # samples: a batch norm needs more than one
 
 
 def try_inference(findings: Findings, model: nn.Module, task: Task, name: str, seen: Survey) -> None:
-    """Forward and, on val and test, metric, slices and divergence."""
+    """Try the forward pass and, on val and test, the metric and slices; on val, the distillation loss."""
     pair = take_batch(seen.first, 2)
     detail = described(pair[0])
     with findings.trying(f"{name}: forward", detail):
@@ -62,7 +62,7 @@ def try_inference(findings: Findings, model: nn.Module, task: Task, name: str, s
             real = find_real_tokens(pair[0], task.real_tokens)
             if real is not None and not real.any():
                 raise DataError(
-                    "task().real_tokens marks no position of two samples; return True for what is no padding"
+                    "task().real_tokens is False at every position of two samples; return False for padding only"
                 )
         if name in ("val", "test"):
             evaluate_module(model, [pair], task)
@@ -77,7 +77,7 @@ def _stored_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _require_same_buffers(model: nn.Module, before: dict[str, Tensor]) -> None:
-    """A plan is made for a network with certain values, which must still be those when it is applied."""
+    """Raise if a forward pass changed buffers: a plan fits only the weights and buffers that it was made for."""
     now = model.state_dict()
     changed = [n for n, t in before.items() if n not in now or now[n].shape != t.shape or not now[n].equal(t)]
     changed += [name for name in _stored_buffers(model) if name not in before]
@@ -91,28 +91,28 @@ def _require_same_buffers(model: nn.Module, before: dict[str, Tensor]) -> None:
 def _check_class_names(task: Task, outputs: Any) -> None:
     if task.class_names and len(task.class_names) != outputs.shape[1]:
         raise DataError(
-            f"task().class_names has {len(task.class_names)} names, and the network {outputs.shape[1]} outputs; give "
-            "one name for each output"
+            f"task().class_names has {len(task.class_names)} names, but the network has {outputs.shape[1]} outputs; "
+            "give one name for each output"
         )
 
 
 def run_network(model: nn.Module, inputs: Any, whole: Any, name: str, where: str = "") -> Any:
-    """The outputs for two samples; ModelError with the shapes where the network fails."""
+    """The outputs for two samples; ModelError with shapes and advice if the network fails."""
     with evaluating(model), torch.no_grad():
         try:
             return forward(model, inputs)
-        except Exception as error:  # the user's own network on the user's own data: whatever it is, it is not ours
+        except Exception as error:  # the user's network on the user's data may raise anything
             raise_if_exhausted(error)
-            said = str(error).strip().splitlines()
-            text = f"{type(error).__name__}{': ' + said[0] if said else ''}"
+            lines = str(error).strip().splitlines()
+            text = f"{type(error).__name__}{': ' + lines[0] if lines else ''}"
             advice = "make build_model() and load_data() fit each other"
             if _works(model, as_floats := map_tensors(lambda tensor: tensor.float(), inputs)):
                 odd = next(o for o, f in zip(tensors(inputs), tensors(as_floats), strict=True) if o.dtype != f.dtype)
-                advice = f"it takes float32, and load_data() gives {odd.dtype}: write x.float()"
+                advice = f"it needs float32, but load_data() gives {odd.dtype}: write x.float()"
             elif num_samples(whole) > 2 and _works(model, whole):
                 advice = (
-                    f"it takes the whole batch of {num_samples(whole)}: does one of its members have as many rows and "
-                    "no batch axis? Choose another batch size, or make it a buffer of the network"
+                    f"the whole batch of {num_samples(whole)} works: if one of its members has as many rows but no "
+                    "batch axis, choose another batch size, or make that member a buffer of the network"
                 )
             seen = f"two samples of the {name} split{where} ({described(inputs)})"
             raise ModelError(f"{type(model).__name__} fails on {seen}: {text}; {advice}") from error
@@ -130,8 +130,8 @@ def _require_finite(outputs: Any, name: str, where: str) -> None:
     for output, tensor in name_outputs(outputs).items():
         if not torch.isfinite(tensor).all():
             raise DataError(
-                f"the network's output {output!r} holds NaN or infinity on the {name} split{where}; check its weights "
-                "and its data"
+                f"the network's output {output!r} holds NaN or infinity on the {name} split{where}; check weights and "
+                "data"
             )
 
 
@@ -140,20 +140,20 @@ def _require_repeatable(model: nn.Module, inputs: Any, outputs: Any, name: str) 
     for output, tensor in name_outputs(outputs).items():
         if not torch.allclose(tensor.float(), again[output].float(), rtol=1e-3, atol=1e-3 * float(tensor.abs().max())):
             raise ModelError(
-                f"forward() gives another {output!r} the second time for the same samples of the {name} split: write "
-                "F.dropout(x, p, training=self.training), draw nothing in evaluation mode, and change neither inputs "
-                "nor buffers in place"
+                f"forward() returned a different {output!r} the second time for the same samples of the {name} split; "
+                "write F.dropout(x, p, training=self.training), draw no random numbers in evaluation mode, and do not "
+                "change inputs or buffers in place"
             )
 
 
 def _try_suspect(model: nn.Module, task: Task, name: str, seen: Survey) -> None:
-    """A sample that holds NaN, where the network or the task cannot do with it."""
+    """Try a sample that holds NaN or infinity; DataError if the network or the task cannot handle it."""
     if seen.suspect is None:
         return
     number, sample = seen.suspect
     if num_samples(sample[0]) < 1:
         return
-    where = f", batch {number}: inputs or targets of a sample hold NaN or infinity"
+    where = f", batch {number}: a sample's inputs or targets hold NaN or infinity"
     with evaluating(model), torch.no_grad():
         outputs = forward(model, sample[0])
         _require_finite(outputs, name, where)
@@ -165,7 +165,7 @@ def _try_suspect(model: nn.Module, task: Task, name: str, seen: Survey) -> None:
 
 
 def try_training(findings: Findings, model: nn.Module, task: Task, name: str, seen: Survey) -> None:
-    """A step's forward, loss and backward in training mode, on a copy."""
+    """Try one training step on a copy of the network: forward, loss and backward."""
     inputs, target = take_batch(seen.first, _NUM_TRAINED)
     with findings.trying(f"{name}: loss and backward", described(target, "target")):
         student = copied(model).train()
@@ -174,18 +174,18 @@ def try_training(findings: Findings, model: nn.Module, task: Task, name: str, se
                 outputs = forward(student, inputs)
             except Exception as error:  # as in run_network
                 raise_if_exhausted(error)
-                said = str(error).strip().splitlines()
-                hint = " (a batch norm needs two samples or more: write drop_last=True or larger batches)"
+                lines = str(error).strip().splitlines()
+                hint = " (a batch norm needs at least two samples: write drop_last=True, or use larger batches)"
                 raise ModelError(
                     f"{type(model).__name__} fails in training mode on {num_samples(inputs)} samples of the {name} "
-                    f"split: {type(error).__name__}{': ' + said[0] if said else ''}; correct forward()"
+                    f"split: {type(error).__name__}{': ' + lines[0] if lines else ''}; correct forward()"
                     f"{hint if num_samples(inputs) < 2 else ''}"
                 ) from error
             if not any(tensor.requires_grad for tensor in tensors(outputs)):
-                raise ModelError("forward() gives nothing to differentiate; use no no_grad(), detach() or numpy in it")
+                raise ModelError("forward() cannot be differentiated; use no no_grad(), detach() or numpy in it")
             loss = task.loss(outputs, target)
             if not torch.isfinite(loss):
-                raise DataError(f"task().loss gives {loss.item()} on the first batch of the {name} split; check both")
+                raise DataError(f"task().loss is {loss.item()} on the first batch of the {name} split; check both")
             if not loss.requires_grad:
                 raise ModelError("task().loss cannot be differentiated; use no detach(), argmax() or no_grad() in it")
             if (
@@ -198,13 +198,13 @@ def try_training(findings: Findings, model: nn.Module, task: Task, name: str, se
             loss.backward()  # type: ignore[no-untyped-call]
     if min(seen.sizes) == 1 and least_samples(model, inputs) > 1:
         findings.notes.append(
-            f"the {name} split has a batch of one sample, which the network cannot be trained on: fine-tuning leaves "
-            "such batches out; write drop_last=True, or another batch size"
+            f"the {name} split has a batch of one sample, on which the network cannot be trained: fine-tuning leaves "
+            "it out; write drop_last=True, or use another batch size"
         )
 
 
 def try_extremes(findings: Findings, model: nn.Module, task: Task, name: str, seen: Survey, seconds: float) -> None:
-    """Other sizes than those of the first batch, the largest and the least whole numbers; while there is time."""
+    """Try samples of other shapes and with the largest and smallest whole numbers, for at most `seconds`."""
     begun = time.perf_counter()
     with findings.trying(f"{name}: extremes", f"{len(seen.extremes)} of sizes and whole numbers"):
         for extreme in seen.extremes.values():
@@ -231,11 +231,13 @@ def try_export(
     batches: Sequence[Batch],
     val: Batch,
 ) -> None:
-    """The ONNX file, compared with the network, and on the target's runtime where that is here."""
+    """Export the ONNX file, compare it with the network, and run it if the target's runtime is on this machine."""
     with TemporaryDirectory() as folder, findings.trying("export and parity", f"opset {recipe.export.opset}"):
         path = Path(folder) / "model.onnx"
         export_onnx(with_slim_attention(model).cpu().eval(), batches, path, recipe.export)
         if can(target).verdict == "run" and not is_built(target):
             evaluate_file(path, [take_batch(val, 2)], task, make_runtime(target), target.num_threads)
         else:
-            findings.notes.append(f"{target.runtime} was not tried: no engine is built, and nothing runs, in a check")
+            findings.notes.append(
+                f"{target.runtime} was not tried: a check builds no engine, and runs nothing on another device"
+            )

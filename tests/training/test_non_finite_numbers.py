@@ -114,9 +114,9 @@ def test_gradients_that_are_not_finite_end_the_training_before_the_step() -> Non
         ),
         (
             lambda o, y: F.cross_entropy(o, y, reduction="none"),
-            r"task\(\).loss gives a tensor of shape \(16,\).*reduction=.mean",
+            r"task\(\).loss returned a tensor of shape \(16,\).*reduction=.mean",
         ),
-        (lambda o, y: 1.0, r"task\(\).loss gives a float"),
+        (lambda o, y: 1.0, r"task\(\).loss returned a float"),
     ],
 )
 def test_a_loss_that_raises_or_is_no_mean_is_named(loss: Any, reason: str) -> None:
@@ -132,7 +132,7 @@ def test_labels_of_any_integer_type_train_alike(kind: torch.dtype) -> None:
 
 
 def test_a_source_that_ends_after_one_pass_is_refused() -> None:
-    assert "a generator as split 'train'; it is used up after one pass" in told(batch for batch in batches())
+    assert "a generator as split 'train'; it is exhausted after one pass" in told(batch for batch in batches())
 
 
 def test_a_source_that_is_empty_later_is_named() -> None:
