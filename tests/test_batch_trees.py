@@ -83,7 +83,7 @@ def test_batches_are_stacked_and_a_place_is_named_where_they_cannot_be() -> None
 
 
 def test_no_batch_axis_at_all_is_one_error() -> None:
-    with pytest.raises(DataError, match=r'no tensor with a batch axis, it holds inputs\["a"\] = Tensor, inputs\["b"\] = '):
+    with pytest.raises(DataError, match=r'no tensor with a batch axis, it holds inputs\["a"\] = Tensor, inputs'):
         num_samples({"a": torch.tensor(1), "b": None})
 
 
