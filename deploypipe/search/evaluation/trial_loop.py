@@ -8,8 +8,9 @@ from deploypipe.budgets import BUDGETS
 from deploypipe.files.hashing import digest
 from deploypipe.recipe import ObjectiveName
 from deploypipe.records import Candidate, PruningPlan, Trial
-from deploypipe.search.evaluation.early_stopping import Results, is_certainly_worse
+from deploypipe.search.evaluation.early_stopping import is_certainly_worse
 from deploypipe.search.pareto import cost, costs
+from deploypipe.search.sample_results import Results
 from deploypipe.target import Limit
 
 IsSettled = Callable[[Candidate, Results], bool]
