@@ -55,12 +55,12 @@ from deploypipe.pruning.tracing.structures import count_macs
 from deploypipe.records import Event, Interval, PrecisionRow, PruningPlan, Trial
 from deploypipe.runs.store import open_run
 from deploypipe.runtimes import find_runtime
-from deploypipe.search.allocation.limits import search_limits, with_margin
+from deploypipe.search.allocation.limits import search_limits, violations, with_margin
 from deploypipe.search.allocation.solver import uniform
 from deploypipe.search.evaluation.accuracy_cache import AccuracyCache
 from deploypipe.search.evaluation.early_stopping import draw_parts
 from deploypipe.search.evaluation.evaluator import Evaluator
-from deploypipe.search.evaluation.trial_loop import History, evaluate_plan, is_same_network, most_accurate, violations
+from deploypipe.search.evaluation.trial_loop import History, evaluate_plan, is_same_network, most_accurate
 from deploypipe.search.sample_results import Results, decode_results, encode_results
 from deploypipe.search.search_inputs import SearchInputs
 from deploypipe.stages import profile, search
