@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.parametrize(
     ("path", "schema"),
     [
+        (".github/workflows/checks.yml", "vendor.github-workflows"),
         (".github/workflows/compress.yml", "vendor.github-workflows"),
         (".github/actions/compress/action.yml", "vendor.github-actions"),
         ("examples/ci/github.yml", "vendor.github-workflows"),
