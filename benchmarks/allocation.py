@@ -17,12 +17,12 @@ import torch
 from deploypipe.pruning.surgery.plan import make_plan
 from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.records import Curves, Cut, LossCurve, ScoreTable, Structures, TimedCut
+from deploypipe.search.allocation.latency_samples import design_networks
 from deploypipe.search.allocation.loss_curves import width_levels
 from deploypipe.search.allocation.proposer import cut_of
 from deploypipe.search.allocation.solver import Bound, allocate, allowed_widths, cost_of
 from deploypipe.search.cost_models.additive_costs import latency_costs
 from deploypipe.search.cost_models.latency_model import LatencyModel
-from deploypipe.search.cost_models.latency_samples import design_networks
 from deploypipe.search.cost_models.layer_widths import Site, find_sites
 
 SHARES = (0.7, 0.5, 0.35)

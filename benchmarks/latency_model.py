@@ -30,8 +30,8 @@ from deploypipe.search.allocation.loss_curves import width_levels
 from deploypipe.search.allocation.solver import Allocation
 from deploypipe.search.cost_models.latency_model import LatencyModel
 from deploypipe.search.cost_models.layer_widths import find_sites
-from deploypipe.search.cost_models.time_networks import time_networks
 from deploypipe.search.evaluation.candidate_files import CandidateFiles
+from deploypipe.search.evaluation.time_networks import time_networks
 from deploypipe.target import Target
 from deploypipe.task import take, take_calib
 from deploypipe.user_pipeline import UserPipeline, load_pipeline

@@ -55,12 +55,13 @@ from deploypipe.pruning.tracing.structures import count_macs
 from deploypipe.records import Event, Interval, PrecisionRow, PruningPlan, Trial
 from deploypipe.runs.store import open_run
 from deploypipe.runtimes import find_runtime
-from deploypipe.search.allocation.limits import search_limits, with_margin
+from deploypipe.search.allocation.limits import search_limits, violations, with_margin
 from deploypipe.search.allocation.solver import uniform
 from deploypipe.search.evaluation.accuracy_cache import AccuracyCache
-from deploypipe.search.evaluation.early_stopping import Results, draw_parts, pack, unpack
+from deploypipe.search.evaluation.early_stopping import draw_parts
 from deploypipe.search.evaluation.evaluator import Evaluator
-from deploypipe.search.evaluation.trial_loop import History, evaluate_plan, is_same_network, most_accurate, violations
+from deploypipe.search.evaluation.trial_loop import History, evaluate_plan, is_same_network, most_accurate
+from deploypipe.search.sample_results import Results, decode_results, encode_results
 from deploypipe.search.search_inputs import SearchInputs
 from deploypipe.stages import profile, search
 from deploypipe.stages.context import RunContext, prepare_run
@@ -301,7 +302,7 @@ class Contest:
             tried=(Tried(ratio=ratio, accuracy=None, fits=ratio <= self.most),),
             seconds=seconds,
             note=f"its own network, {macs:,} MACs asked; it judged {tried} networks to choose one",
-            shipped_hits=pack(test_hits(network, self.splits, self.task)),
+            shipped_hits=encode_results(test_hits(network, self.splits, self.task)),
         )
 
     def seconds(self, *stages: str) -> float:
@@ -345,7 +346,7 @@ class Contest:
         return self.hits(network)
 
     def hits(self, network: nn.Module) -> Hits:
-        return Hits(packed=pack(test_hits(network, self.splits, self.task)))
+        return Hits(packed=encode_results(test_hits(network, self.splits, self.task)))
 
     def _bisected(self, plan_of: Callable[..., PruningPlan]) -> Found:
         """The widest network within the latency, in both steps; of the two the more accurate on val."""
@@ -453,7 +454,7 @@ class Table:
         """Sample by sample on the test split."""
         entrant = self.found[row.entrant]
         if not self._is_rebuilt(row):
-            return unpack(entrant.shipped_hits)
+            return decode_results(entrant.shipped_hits)
         contest, plan = self.contest, self.plans[row.entrant]
         return self._remembered(row.stage, plan, lambda _: contest.hits(contest.network(row, plan)))
 
@@ -469,7 +470,7 @@ class Table:
     def _remembered(
         self, stage: str, plan: PruningPlan | None, compute: Callable[[Path], Hits], **inputs: object
     ) -> Results:
-        return unpack(
+        return decode_results(
             self.run.remember(stage, {**self.contest.key, "plan": plan, **inputs}, compute, Hits).record.packed
         )
 

@@ -31,9 +31,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from made_up_searches import DENSE, ORIGIN, Evaluator, propose, run  # made-up networks
 
 from deploypipe.recipe import Search
+from deploypipe.search.allocation.limits import violations
 from deploypipe.search.distributed.study_storage import Storage
 from deploypipe.search.distributed.trial_queue import open_board
-from deploypipe.search.evaluation.trial_loop import History, evaluate_plan, violations
+from deploypipe.search.evaluation.trial_loop import History, evaluate_plan
 from deploypipe.search.sampling import knobs, next_knobs, warm_starts
 
 FILL = (0.2, 0.8)

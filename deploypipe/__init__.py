@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from deploypipe.blockwise import prune_blockwise
     from deploypipe.export.onnx_export.export_onnx import export_onnx
     from deploypipe.observe.calibration_pass import observe_activations
+    from deploypipe.one_call_pruning import prune
     from deploypipe.pipeline import compress
     from deploypipe.preflight import check
     from deploypipe.pruning.repair.least_squares_repair import repair
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from deploypipe.training.finetune import finetune
 
 _HOMES = {  # in the order of a run
+    "prune": "one_call_pruning",
     "load_target": "target_files",
     "compress": "pipeline",
     "check": "preflight",
@@ -70,6 +72,7 @@ __all__ = [
     "make_plan",
     "observe_activations",
     "promote",
+    "prune",
     "prune_blockwise",
     "repair",
     "save_pruned",

@@ -10,10 +10,10 @@ from torch import nn
 from deploypipe.pruning.surgery.plan import make_plan
 from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.records import Cut, PruningPlan, ScoreTable, Structures, TimedCut
+from deploypipe.search.allocation.latency_samples import design_networks
 from deploypipe.search.allocation.proposer import cut_of
 from deploypipe.search.allocation.solver import Allocation
 from deploypipe.search.cost_models.additive_costs import Levels
-from deploypipe.search.cost_models.latency_samples import design_networks
 from deploypipe.search.cost_models.layer_widths import Site, find_sites
 
 

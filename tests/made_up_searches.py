@@ -10,8 +10,9 @@ import numpy as np
 from deploypipe.recipe import Search
 from deploypipe.records import Candidate, Edit, PruningPlan, SearchResult, Trial
 from deploypipe.search.distributed.study_storage import Storage
-from deploypipe.search.evaluation.early_stopping import Results, ends_of_looks
+from deploypipe.search.evaluation.early_stopping import ends_of_looks
 from deploypipe.search.evaluation.trial_loop import IsSettled
+from deploypipe.search.sample_results import Results
 from deploypipe.search.study import search
 from deploypipe.target import Limit
 

@@ -53,7 +53,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from deploypipe.benchmark.environment import describe_environment
 from deploypipe.doctor import _onnxruntime
-from deploypipe.export.onnx_export.file_metadata import _versions
+from deploypipe.export.onnx_graphs.file_metadata import _versions
 from deploypipe.installed_packages import package_versions
 from deploypipe.runtimes.device_ability import can
 from deploypipe.runtimes.onnxruntime import PROVIDERS, missing_provider

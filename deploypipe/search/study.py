@@ -11,7 +11,7 @@ from deploypipe.files.hashing import digest
 from deploypipe.recipe import ObjectiveName, Search
 from deploypipe.records import Candidate, Event, Progress, PruningPlan, SearchResult, Trial, silent
 from deploypipe.scheduling.exclusive_measurement import pause
-from deploypipe.search.allocation.limits import Range
+from deploypipe.search.allocation.limits import Range, violations
 from deploypipe.search.distributed.study_storage import Storage
 from deploypipe.search.distributed.trial_queue import Claim, Done, TrialQueue, open_board
 from deploypipe.search.evaluation.trial_loop import (
@@ -21,7 +21,6 @@ from deploypipe.search.evaluation.trial_loop import (
     evaluate_plan,
     most_accurate,
     network_key,
-    violations,
 )
 from deploypipe.search.pareto import costs, pareto_front
 from deploypipe.search.sampling import Seen, Space, importances, knobs, next_knobs, warm_starts

@@ -40,13 +40,13 @@ from deploypipe.search.allocation.limits import (
     is_over_budget,
     memory_limit_mib,
     share_to_confirm,
+    violations,
     with_margin,
 )
 from deploypipe.search.allocation.loss_curves import unmeasured_curves
 from deploypipe.search.allocation.proposer import Proposer
 from deploypipe.search.allocation.solver import Allocation, allowed_widths
 from deploypipe.search.cost_models.layer_widths import find_sites
-from deploypipe.search.cost_models.time_networks import time_networks
 from deploypipe.search.distributed.study_storage import Storage
 from deploypipe.search.duration import duration_text, predict_seconds
 from deploypipe.search.evaluation.accuracy_cache import AccuracyCache
@@ -54,7 +54,8 @@ from deploypipe.search.evaluation.candidate_files import CandidateFiles
 from deploypipe.search.evaluation.early_stopping import draw_parts
 from deploypipe.search.evaluation.evaluator import Evaluator
 from deploypipe.search.evaluation.latency_store import LocalLatencyStore, SharedLatencyStore
-from deploypipe.search.evaluation.trial_loop import History, evaluate_plan, violations
+from deploypipe.search.evaluation.time_networks import time_networks
+from deploypipe.search.evaluation.trial_loop import History, evaluate_plan
 from deploypipe.search.evaluation.winner import confirm_finalists, with_finalists, with_tuned
 from deploypipe.search.search_inputs import SearchGoal, SearchInputs
 from deploypipe.stages import compression, profile

@@ -10,15 +10,8 @@ from torch import Tensor, nn
 
 from deploypipe.numerics.intervals import interval_of_drop_pp
 from deploypipe.numerics.paired_comparison import chance_if_not_worse
-from deploypipe.search.evaluation.early_stopping import (
-    Results,
-    draw_parts,
-    ends_of_looks,
-    evaluate_growing,
-    is_certainly_worse,
-    pack,
-    unpack,
-)
+from deploypipe.search.evaluation.early_stopping import draw_parts, ends_of_looks, evaluate_growing, is_certainly_worse
+from deploypipe.search.sample_results import Results, decode_results, encode_results
 from deploypipe.task import Batch, Task, num_samples
 from deploypipe.tensor_batches import TensorBatches
 
@@ -125,7 +118,7 @@ def test_who_is_no_worse_is_stopped_in_one_of_a_hundred_at_most_and_who_is_worse
     "results", [np.array([1.0, 0.0, 1.0] * 7), np.array([0.1, -3.5, 1e300]), np.zeros(1), np.array([0.5])]
 )
 def test_results_come_back_from_text_as_they_were(results: Results) -> None:
-    np.testing.assert_array_equal(unpack(pack(results)), results)
+    np.testing.assert_array_equal(decode_results(encode_results(results)), results)
     hits = (np.random.default_rng(0).random(5000) < 0.9).astype(np.float64)
-    np.testing.assert_array_equal(unpack(pack(hits)), hits)
-    assert len(pack(hits)) < 1000
+    np.testing.assert_array_equal(decode_results(encode_results(hits)), hits)
+    assert len(encode_results(hits)) < 1000

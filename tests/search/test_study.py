@@ -18,9 +18,9 @@ from made_up_searches import DENSE, HALF, NUM_VAL, ORIGIN, SETTINGS, Evaluator, 
 from deploypipe.errors import BudgetError, ConfigError, RunFolderError
 from deploypipe.recipe import ObjectiveName, Search
 from deploypipe.records import Candidate, PruningPlan, Trial
+from deploypipe.search.allocation.limits import violations
 from deploypipe.search.distributed.study_storage import Storage
 from deploypipe.search.evaluation.early_stopping import ends_of_looks
-from deploypipe.search.evaluation.trial_loop import violations
 from deploypipe.search.pareto import pareto_front
 from deploypipe.search.sampling import importances, knobs
 from deploypipe.search.study import search

@@ -15,9 +15,10 @@ from deploypipe.errors import DeploypipeError
 from deploypipe.export.graph_slicing.resize_graph import Refit, UnfitError, facts_of
 from deploypipe.export.graph_slicing.template import Template, tensors_of
 from deploypipe.export.onnx_export.export_onnx import export_onnx, run_eager
-from deploypipe.export.onnx_export.file_metadata import describe, forget_shapes, module_of
 from deploypipe.export.onnx_export.parity import measure_parity, require_parity
-from deploypipe.export.quantization.conversion_tools import fold, scratch_beside
+from deploypipe.export.onnx_graphs.file_metadata import describe, forget_shapes, module_of
+from deploypipe.export.onnx_graphs.fold_constants import fold
+from deploypipe.files.atomic import scratch_folder
 from deploypipe.recipe import Export
 from deploypipe.records import CandidateFile, PruningPlan
 from deploypipe.runtimes.onnxruntime import OnnxSession
@@ -44,7 +45,7 @@ def slice_file(
     network is exported, with all of `batches`, and the record tells why. Raises what `export_onnx` raises.
     """
     try:
-        with evaluating(pruned), scratch_beside(path) as scratch:
+        with evaluating(pruned), scratch_folder(path) as scratch:
             part = scratch / path.name
             proto, session = fold(_without_norms(cut_graph(template, dense, pruned, plan)), path)
             _compare(pruned, batches, session, settings)

@@ -1,29 +1,16 @@
-"""The graph of a dense network in which every width can still be changed: what `sliced` makes candidates from.
-
-An optimised graph has weights merged into one another, such as a batch norm into its convolution; an unoptimised one
-computes every shape anew, and onnxruntime does not clear all of that away. So the exporter's optimiser is shown a graph
-whose weights are unknown inputs: it tidies up all but the weights.
-"""
+"""Read the graph that `onnx_export.export_template` wrote: what `sliced_files` makes files of pruned networks from."""
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import onnx
-import torch
-from onnxscript import ir
 from torch import Tensor, nn
 
 from deploypipe.export.graph_slicing.resize_graph import Facts, propagate
-from deploypipe.export.onnx_export.file_metadata import PREFIX, name_nodes, strip
-from deploypipe.export.onnx_export.graph_rewrites import protect_padding
-from deploypipe.export.onnx_export.mismatch_bisection import scopes_of
+from deploypipe.export.onnx_export.export_template import BLOCKS
 from deploypipe.runtimes import Array
-
-_BLOCKS = f"{PREFIX}blocks"
-_PASSING = ("Identity", "Cast")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,22 +23,10 @@ class Template:
     facts: Facts
 
 
-def write_template(raw: onnx.ModelProto, program: Any, output_names: Sequence[str], path: Path) -> None:
-    """raw: the graph as `torch.onnx.export(optimize=False)` gives it, with the program it belongs to."""
-    proto = _tidied(raw, program)
-    name_nodes(proto)
-    strip(proto)
-    protect_padding(proto)
-    known = {name for node in proto.graph.node for name in node.output} | {value.name for value in proto.graph.input}
-    blocks = _find_blocks(program.exported_program, output_names, _aliases(raw), known)
-    onnx.helper.set_model_props(proto, {_BLOCKS: json.dumps(blocks, sort_keys=True)})
-    path.write_bytes(proto.SerializeToString(deterministic=True))
-
-
 def open_template(path: Path, network: nn.Module, feed: Mapping[str, Array]) -> Template:
     """The template at `path`, which was made of `network`; feed: a batch, by the names of the graph's inputs."""
     proto = onnx.load(path)
-    blocks = json.loads(next(entry.value for entry in proto.metadata_props if entry.key == _BLOCKS))
+    blocks = json.loads(next(entry.value for entry in proto.metadata_props if entry.key == BLOCKS))
     facts = propagate(proto, feed)
     own = tensors_of(network)
     names = frozenset(weight.name for weight in proto.graph.initializer if weight.name in own)
@@ -73,83 +48,3 @@ def tensors_of(network: nn.Module) -> dict[str, Tensor]:
         **dict(network.named_parameters(remove_duplicate=False)),
         **dict(network.named_buffers(remove_duplicate=False)),
     }
-
-
-def _tidied(raw: onnx.ModelProto, program: Any) -> onnx.ModelProto:
-    """`raw` after the exporter's optimisations, none of which looked at the value of a weight."""
-    unknown = onnx.ModelProto()
-    unknown.CopyFrom(raw)
-    graph = unknown.graph
-    weights = {weight.name: weight for weight in raw.graph.initializer}
-    del graph.initializer[:]
-    graph.input.extend(onnx.helper.make_tensor_value_info(w.name, w.data_type, w.dims) for w in weights.values())
-    part = type(program)(ir.from_proto(unknown), program.exported_program)
-    part.optimize()
-    tidied: onnx.ModelProto = ir.to_proto(part.model)
-    inputs = [value for value in tidied.graph.input if value.name not in weights]
-    del tidied.graph.input[:]
-    tidied.graph.input.extend(inputs)
-    tidied.graph.initializer.extend(weights.values())
-    return tidied
-
-
-def _aliases(raw: onnx.ModelProto) -> dict[str, str]:
-    """Values that nodes only pass on, and what they are."""
-    return {node.output[0]: node.input[0] for node in raw.graph.node if node.op_type in _PASSING}
-
-
-def _find_blocks(
-    program: torch.export.ExportedProgram,
-    output_names: Sequence[str],
-    aliases: Mapping[str, str],
-    known: Collection[str],
-) -> dict[str, list[tuple[str, str]]]:
-    """Per module the values (given, gave) of every call that gives one tensor shaped like one it was given."""
-    outputs = [name for name in program.graph_signature.user_outputs if isinstance(name, str)]
-    renamed = dict(zip(outputs, output_names, strict=False))
-    inside: dict[tuple[str, str], list[torch.fx.Node]] = {}
-    for node in program.graph.nodes:
-        for scope in scopes_of(node):
-            inside.setdefault(scope, []).append(node)
-    found: dict[str, list[tuple[str, str]]] = {}
-    unclear = set()
-    for (_, path), nodes in inside.items():
-        pair = _ends(nodes)
-        names = [_known_name(renamed.get(node.name, node.name), aliases, known) for node in pair]
-        if len(names) == 2 and all(names):
-            found.setdefault(path, []).append((names[0], names[1]))
-        else:
-            unclear.add(path)
-    return {path: calls for path, calls in found.items() if path not in unclear}
-
-
-def _ends(nodes: Sequence[torch.fx.Node]) -> tuple[torch.fx.Node, ...]:
-    """(what comes in, what goes out) of a module's nodes; () where that is unclear. Of several tensors that come in
-    with the right shape it is the last one computed: the others (a mask, a cross-attention's memory) are older."""
-    members = set(nodes)
-    entering = {node: None for inner in nodes for node in inner.all_input_nodes if node not in members}
-    place = {node: i for i, node in enumerate(nodes[0].graph.nodes)}
-    pairs = []
-    for leaving in nodes:
-        alike = [node for node in entering if _shape(node) is not None and _shape(node) == _shape(leaving)]
-        if alike and any(user not in members for user in leaving.users):
-            pairs.append((max(alike, key=place.__getitem__), leaving))
-    return pairs[0] if len(pairs) == 1 else ()
-
-
-def _shape(node: torch.fx.Node) -> tuple[str, ...] | None:
-    """With symbols as text: comparing them would bind them."""
-    value = node.meta.get("val")
-    return (str(value.dtype), *map(str, value.shape)) if isinstance(value, Tensor) else None
-
-
-def _known_name(name: str, aliases: Mapping[str, str], known: Collection[str]) -> str:
-    """The name under which the optimised graph has the value; "" where it has not."""
-    return next((n for n in _chain(name, aliases) if n in known), "")
-
-
-def _chain(name: str, aliases: Mapping[str, str]) -> Iterator[str]:
-    yield name
-    while name in aliases:
-        name = aliases[name]
-        yield name

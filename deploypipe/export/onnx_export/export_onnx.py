@@ -9,7 +9,6 @@ from dataclasses import is_dataclass
 from inspect import Parameter, signature
 from io import StringIO
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,6 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from deploypipe.errors import ConfigError, DataError, ModelError, ParityError
-from deploypipe.export.graph_slicing.template import write_template
 from deploypipe.export.onnx_export.dynamic_axes import (
     Axes,
     choose_axes,
@@ -28,13 +26,15 @@ from deploypipe.export.onnx_export.dynamic_axes import (
     input_names,
     require_constants,
 )
-from deploypipe.export.onnx_export.file_metadata import describe, forget_shapes, name_nodes, strip
+from deploypipe.export.onnx_export.export_template import write_template
 from deploypipe.export.onnx_export.graph_rewrites import protect_padding
 from deploypipe.export.onnx_export.input_sizes import extremes_of, other_sizes, tested_sizes
 from deploypipe.export.onnx_export.mismatch_bisection import Point, find_mismatch, module_outputs
 from deploypipe.export.onnx_export.parity import limit_of, measure_parity, require_parity
 from deploypipe.export.onnx_export.remembered_sizes import forget_sizes_
-from deploypipe.export.quantization.conversion_tools import folded
+from deploypipe.export.onnx_graphs.file_metadata import describe, forget_shapes, name_nodes, strip
+from deploypipe.export.onnx_graphs.fold_constants import folded
+from deploypipe.files.atomic import scratch_folder
 from deploypipe.files.exhausted_resources import raise_if_exhausted
 from deploypipe.files.hashing import file_sha256
 from deploypipe.networks.batch_trees import constants_in_lists, map_tensors, tensors
@@ -93,8 +93,8 @@ def export_onnx(
     names = input_names(network, inputs[0])
     axes = choose_axes(names, [*inputs, *others], settings)
     forget_sizes_(network, [*(repeat_samples(network, take(inputs[0], 1), count) for count in (2, 3)), *others])
-    with TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
-        part = Path(scratch) / path.name
+    with scratch_folder(path) as scratch:
+        part = scratch / path.name
         is_single = _num_bytes(network) <= settings.single_file_mib * 2**20
         program = _export(network, inputs[0], names, output_names, axes, settings)
         if template is not None and is_single:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from deploypipe.errors import DeploypipeError
-from deploypipe.export.onnx_export.file_metadata import module_of
+from deploypipe.export.onnx_graphs.file_metadata import module_of
 from deploypipe.files.atomic import place_file
 from deploypipe.numerics.output_differences import difference
 from deploypipe.runtimes import Array

@@ -1,9 +1,7 @@
 """What conversions to half precision and to 8 bits share: a plain graph to work on, and how far a candidate is off."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -11,16 +9,16 @@ import onnx
 import onnx.inliner
 import onnxruntime
 import torch
-from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
 from deploypipe.errors import DataError, ModelError
-from deploypipe.export.onnx_export.file_metadata import PREFIX
+from deploypipe.export.onnx_graphs.file_metadata import PREFIX
+from deploypipe.export.onnx_graphs.fold_constants import CANNOT_RUN, first_line, folded, open_graph, session_options
 from deploypipe.files.hashing import file_sha256
 from deploypipe.numerics.output_differences import difference
 from deploypipe.records import ModelFile, Parity
 from deploypipe.runtimes import Array
 from deploypipe.runtimes.named_arrays import feed
-from deploypipe.runtimes.onnxruntime import OnnxRuntime, OnnxSession
+from deploypipe.runtimes.onnxruntime import OnnxRuntime
 from deploypipe.task import Batch, batch_size_of
 from deploypipe.untrusted_files.onnx_file_check import check_onnx_file
 
@@ -28,17 +26,8 @@ FLOAT, HALF = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
 Feed = dict[str, Array]
 Outputs = list[list[Array]]  # outputs[batch][output]
 
-_CANNOT_RUN = (
-    errors.Fail,
-    errors.InvalidArgument,
-    errors.InvalidGraph,
-    errors.InvalidProtobuf,
-    errors.NotImplemented,
-    errors.RuntimeException,
-)
 _MAX_BYTES = 1_900_000_000  # one protobuf message ends at 2 GiB
 _MAX_BYTES_AT_ONCE = 256 * 2**20  # of inner tensors
-_ERRORS_ONLY = 3
 
 
 def load_float(path: Path) -> onnx.ModelProto:
@@ -53,7 +42,7 @@ def load_float(path: Path) -> onnx.ModelProto:
         onnx.checker.check_model(proto)
         proto = onnx.inliner.inline_local_functions(proto)
     except (onnx.checker.ValidationError, ValueError) as error:
-        raise ModelError(f"{path}: is no valid ONNX file ({_first_line(error)}); export the model again") from error
+        raise ModelError(f"{path}: is no valid ONNX file ({first_line(error)}); export the model again") from error
     if any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in proto.graph.node):
         raise ModelError(f"{path}: is quantised already; convert the fp32 file it was made from")
     if any(weight.data_type == HALF for weight in proto.graph.initializer):
@@ -79,33 +68,6 @@ def _drop_weight_inputs(graph: onnx.GraphProto) -> None:
     weights = {weight.name for weight in graph.initializer}
     for value in [value for value in graph.input if value.name in weights]:
         graph.input.remove(value)
-
-
-def folded(proto: onnx.ModelProto, path: Path) -> onnx.ModelProto:
-    """`proto` after onnxruntime's basic optimisations, unless they bring operators that are not ONNX's own.
-
-    Weights that are split or transposed before a product become plain weights, which can be in 8 bits.
-    """
-    return fold(proto, path)[0]
-
-
-def fold(proto: onnx.ModelProto, path: Path) -> tuple[onnx.ModelProto, OnnxSession]:
-    """What `folded` gives, and a session that computes it; one that takes little time to open and much to run."""
-    with TemporaryDirectory() as scratch:
-        plain_path = Path(scratch) / "plain.onnx"
-        options = _session_options(onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC)
-        options.optimized_model_filepath = str(plain_path)
-        options.add_session_config_entry("session.disable_prepacking", "1")
-        session = _open(proto, options, path)
-        plain = onnx.load(plain_path)
-    used = {node.domain for node in plain.graph.node}
-    if used <= {node.domain for node in proto.graph.node}:
-        opsets = [o for o in plain.opset_import if o.domain in used or o.domain == ""]
-        del plain.opset_import[:]
-        plain.opset_import.extend(opsets)
-        plain.producer_name, plain.producer_version = proto.producer_name, proto.producer_version
-        proto = plain
-    return proto, OnnxSession.around(session, path)
 
 
 def _name_nodes(graph: onnx.GraphProto, taken: set[str]) -> None:
@@ -193,7 +155,7 @@ def compare_file(path: Path, inputs: Sequence[Feed], expected: Outputs, *, is_pl
 
 def compare_graph(proto: onnx.ModelProto, inputs: Sequence[Feed], expected: Outputs, path: Path) -> Parity:
     """As `compare_file`, every node run as it stands; errors name `path`, which the graph was made from."""
-    session = _open(proto, _session_options(onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL), path)
+    session = open_graph(proto, session_options(onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL), path)
     return _difference(expected, [_run(session, None, batch, path) for batch in inputs])
 
 
@@ -210,7 +172,7 @@ def read_tensors(
     probe = copy_of(proto)
     present = {value.name for value in proto.graph.output}
     probe.graph.output.extend(typed.get(n, onnx.ValueInfoProto(name=n)) for n in names if n not in present)
-    session = _open(probe, _session_options(onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL), path)
+    session = open_graph(probe, session_options(onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL), path)
     at_once = 1
     for batch in inputs:
         start = 0
@@ -223,29 +185,12 @@ def read_tensors(
             at_once = max(1, _MAX_BYTES_AT_ONCE // max(1, num_bytes))
 
 
-def _session_options(level: Any) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = level
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.inter_op_num_threads = 1
-    options.log_severity_level = _ERRORS_ONLY
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    return options
-
-
-def _open(proto: onnx.ModelProto, options: Any, path: Path) -> Any:
-    try:
-        return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    except _CANNOT_RUN as error:
-        raise ModelError(f"{path}: onnxruntime cannot run it ({_first_line(error)}); export the model again") from error
-
-
 def _run(session: Any, names: list[str] | None, inputs: Feed, path: Path) -> list[Array]:
     try:
         return list(session.run(names, inputs))
-    except (*_CANNOT_RUN, ValueError) as error:
+    except (*CANNOT_RUN, ValueError) as error:
         seen = ", ".join(f"{name} {value.dtype}{list(value.shape)}" for name, value in inputs.items())
-        raise DataError(f"{path}: cannot run on {seen} ({_first_line(error)}); give batches of its inputs") from error
+        raise DataError(f"{path}: cannot run on {seen} ({first_line(error)}); give batches of its inputs") from error
 
 
 def fewest(order: Sequence[str], holds: Callable[[frozenset[str]], bool]) -> frozenset[str]:
@@ -261,13 +206,6 @@ def fewest(order: Sequence[str], holds: Callable[[frozenset[str]], bool]) -> fro
         else:
             low = middle + 1
     return frozenset(order[:high])
-
-
-@contextmanager
-def scratch_beside(out: Path) -> Iterator[Path]:
-    """A folder on the file system of `out`, gone afterwards: what is made there can be moved to `out` at once."""
-    with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
-        yield Path(folder)
 
 
 def write(proto: onnx.ModelProto, path: Path, precision: str) -> None:
@@ -294,7 +232,3 @@ def place(part: Path, out: Path, proto: onnx.ModelProto, precision: str, parity:
         output_names=tuple(o.name for o in proto.graph.output),
         parity=parity,
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]

@@ -32,12 +32,12 @@ from deploypipe.export.quantization.conversion_tools import (
     place,
     read_tensors,
     run_file,
-    scratch_beside,
     subgraphs,
     take_feeds,
     types_of,
     write,
 )
+from deploypipe.files.atomic import scratch_folder
 from deploypipe.recipe import Export
 from deploypipe.records import Converted, FloatLayer
 from deploypipe.runtimes import Array
@@ -84,7 +84,7 @@ def to_fp16(source: Path, out: Path, batches: Iterable[Batch], settings: Export)
     emulated = _convert(proto, kinds, kept, is_emulated=True)
     parity = compare_graph(emulated, inputs, expected, source)
     converted = _convert(proto, kinds, kept, is_emulated=False)
-    with scratch_beside(out) as scratch:
+    with scratch_folder(out) as scratch:
         part = scratch / out.name
         write(converted, part, "fp16")
         # That it loads and runs, node by node; what it computes on a CPU says less.

@@ -27,11 +27,11 @@ from deploypipe.export.quantization.conversion_tools import (
     opset_of,
     place,
     run_file,
-    scratch_beside,
     take_feeds,
     write,
 )
 from deploypipe.export.quantization.qdq import LAYERS, Recipe, channel_axes, find_recipe, quantise, why_not
+from deploypipe.files.atomic import scratch_folder
 from deploypipe.numerics.int8_range import ClippingMethod
 from deploypipe.recipe import Export
 from deploypipe.records import Calibration, Converted, FloatLayer, Parity
@@ -84,7 +84,7 @@ def to_int8(
     inputs, held_out = _split(feeds_of(batches, proto), settings.int8.num_calib_samples)
     expected = run_file(source, held_out)
     histograms = observe_tensors(proto, channel_axes(proto, layers, recipe), inputs, source)
-    with scratch_beside(out) as scratch:
+    with scratch_folder(out) as scratch:
         compare = partial(compare_file, is_plain=kernels.are_emulated_here)
         trials = _Trials(scratch / out.name, held_out, expected, measure_accuracy, source, settings, compare)
         method, tried = _choose_method(proto, layers, histograms, recipe, trials)

@@ -12,7 +12,7 @@ from onnxruntime.quantization.calibrate import TensorsData
 from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
 from deploypipe.errors import ModelError
-from deploypipe.export.onnx_export.file_metadata import PREFIX
+from deploypipe.export.onnx_graphs.file_metadata import PREFIX
 from deploypipe.export.quantization.activation_ranges import Range
 from deploypipe.export.quantization.conversion_tools import FLOAT, copy_of, subgraphs, types_of
 from deploypipe.runtimes.int8_arithmetic import Int8Kernels

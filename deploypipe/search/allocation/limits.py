@@ -7,7 +7,6 @@ from deploypipe.budgets import BUDGETS, LATENCY_P50, MACS, PEAK_MEMORY, Predicto
 from deploypipe.errors import BudgetError
 from deploypipe.records import Candidate, Check, Measurement, ModelFile, PrecisionRow, SearchResult
 from deploypipe.runtimes.device_ability import Ability
-from deploypipe.search.evaluation.trial_loop import violations
 from deploypipe.target import Limit
 
 _FINALISTS_MARGIN = 0.5  # part of the margin that finalists keep; the gate, which measures once more, needs the rest
@@ -56,6 +55,16 @@ def converted(dense: Candidate, row: PrecisionRow) -> Candidate:
     if latency is not None and row.latency_ratio is not None:
         latency *= row.latency_ratio.high
     return replace(dense, latency_p50_ms=latency, file_size_mib=size)
+
+
+def violations(candidate: Candidate, dense: Candidate, limits: Mapping[str, Limit]) -> dict[str, float]:
+    """Relative excess over each limit whose figure was measured; zero or less meets it."""
+    excess = {}
+    for name, limit in limits.items():
+        measured, reference = BUDGETS[name].of_candidate(candidate), BUDGETS[name].of_candidate(dense)
+        if measured is not None and reference is not None:  # the gate reports a figure that was not measured
+            excess[name] = measured / limit.absolute(reference) - 1
+    return excess
 
 
 def is_over_budget(candidate: Candidate, dense: Candidate, limits: Mapping[str, Limit]) -> bool:

@@ -22,12 +22,12 @@ from deploypipe.search.allocation.solver import (
     cheapest,
     greedy,
     uniform,
+    widest_within,
 )
 from deploypipe.search.cost_models.additive_costs import Costs, latency_costs, mac_costs, param_costs
 from deploypipe.search.cost_models.latency_model import LatencyModel
 from deploypipe.search.cost_models.layer_widths import Site
 
-_FAMILY_STEPS = 64  # shares of what is kept that are tried
 NUM_TIMED = 5  # networks for one trial
 UNIFORM, GREEDY = 1.0, 2.0  # of the knob "control"
 _FILLED = 0.97  # of the latency: as near to its limit as times can be told apart
@@ -149,17 +149,11 @@ class Proposer:
     def _widest_within(
         self, choose: Callable[[float], Allocation], shares: Sequence[float], model: LatencyModel | None
     ) -> Allocation:
-        """Of a family of networks, by the share that is kept, the widest within the bounds; the narrowest where none
-        is."""
-        low, high = 0, _FAMILY_STEPS
-        while low < high:  # share low / 64 is within, or unknown for 0
-            middle = (low + high + 1) // 2
-            figures = self.figures(choose(middle / _FAMILY_STEPS), model)
-            if all(figure <= share for figure, share in zip(figures, shares, strict=True)):
-                low = middle
-            else:
-                high = middle - 1
-        return choose(low / _FAMILY_STEPS)
+        def is_within(allocation: Allocation) -> bool:
+            figures = self.figures(allocation, model)
+            return all(figure <= share for figure, share in zip(figures, shares, strict=True))
+
+        return widest_within(choose, is_within)
 
     def _uniform(self, share: float) -> Allocation:
         return uniform(self.structures, share, self.channel_multiple)

@@ -18,6 +18,7 @@ from deploypipe.search.cost_models.additive_costs import STAYS, Costs, home_bloc
 _GAP = 1e-4
 _MAX_NODES = 2000  # of the branch and bound: unlike a time limit, the same on every run
 _NUM_CORRECTIONS = 8
+_FAMILY_STEPS = 64  # shares of what is kept that are tried
 _NOTHING = -1e9  # no choice costs so little
 _OUT_OF_REACH = 2  # of scipy's milp: no choice meets the bounds
 
@@ -129,6 +130,18 @@ def greedy(structures: Structures, magnitudes: ScoreTable, fraction: float, mult
     threshold = ranked[min(round(fraction * len(ranked)), len(ranked) - 1)] if fraction < 1 else -np.inf
     kept = {name: float((own > threshold).sum()) for name, own in relative.items()}
     return Allocation(widths=_in_steps(structures, kept, multiple), blocks=())
+
+
+def widest_within(choose: Callable[[float], Allocation], is_within: Callable[[Allocation], bool]) -> Allocation:
+    """Of a family of networks, by the share that is kept, the widest within the bounds; the narrowest where none is."""
+    low, high = 0, _FAMILY_STEPS
+    while low < high:  # share low / 64 is within, or unknown for 0
+        middle = (low + high + 1) // 2
+        if is_within(choose(middle / _FAMILY_STEPS)):
+            low = middle
+        else:
+            high = middle - 1
+    return choose(low / _FAMILY_STEPS)
 
 
 def _in_steps(structures: Structures, kept: Mapping[str, float], multiple: int) -> dict[str, int]:

@@ -24,7 +24,7 @@ from deploypipe.recipe import ObjectiveName
 from deploypipe.records import Trial
 from deploypipe.search.distributed.leases import Leases, is_gone, this_process
 from deploypipe.search.distributed.study_storage import Storage
-from deploypipe.search.evaluation.early_stopping import Results, pack, unpack
+from deploypipe.search.sample_results import Results, decode_results, encode_results
 from deploypipe.search.sampling import Space, directions, noted
 
 T = TypeVar("T")
@@ -155,7 +155,7 @@ class TrialQueue:
                 claim.attempt.set_constraint(name, excess)
             claim.attempt.set_user_attr(_RECORD, to_json(trial))
             if results is not None:
-                claim.attempt.set_user_attr(_RESULTS, pack(results))
+                claim.attempt.set_user_attr(_RESULTS, encode_results(results))
         told = self.study.tell(claim.attempt, list(values), skip_if_finished=True)
         return told.state is TrialState.COMPLETE
 
@@ -215,7 +215,7 @@ class TrialQueue:
         if attempt.number not in self._read:
             packed = attempt.user_attrs.get(_RESULTS)
             trial = from_json(Trial, attempt.user_attrs[_RECORD], "the study")
-            self._read[attempt.number] = trial, unpack(packed) if packed else None
+            self._read[attempt.number] = trial, decode_results(packed) if packed else None
         return self._read[attempt.number]
 
     def _id(self, attempt: int) -> int:

@@ -7,8 +7,8 @@ import numpy as np
 
 from deploypipe.files.atomic import write_atomically
 from deploypipe.records import PruningPlan
-from deploypipe.search.evaluation.early_stopping import Results, pack, unpack
 from deploypipe.search.evaluation.trial_loop import network_key
+from deploypipe.search.sample_results import Results, decode_results, encode_results
 from deploypipe.text import strict_json
 from deploypipe.text.sealed_json import seal, unseal
 
@@ -24,7 +24,7 @@ class AccuracyCache:
         where the file is damaged or another network's."""
         try:
             stored = strict_json.loads_any_float(unseal(self._file(plan).read_bytes()))
-            return unpack(stored["results"]) if stored["network"] == network_key(plan) else np.empty(0)
+            return decode_results(stored["results"]) if stored["network"] == network_key(plan) else np.empty(0)
         except (OSError, ValueError, KeyError, TypeError):
             return np.empty(0)
 
@@ -32,7 +32,7 @@ class AccuracyCache:
         """Remember them, unless more is known."""
         if len(results) > len(self.of(plan)):
             self.folder.mkdir(exist_ok=True)
-            content = {"network": network_key(plan), "results": pack(results)}
+            content = {"network": network_key(plan), "results": encode_results(results)}
             write_atomically(self._file(plan), seal(strict_json.dumps(content)))
 
     def _file(self, plan: PruningPlan) -> Path:

@@ -1,10 +1,7 @@
 """Accuracy on a growing part of val: who is certainly worse after the first look is not judged on the rest."""
 
-import base64
 import hashlib
-import zlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -14,9 +11,8 @@ from torch import nn
 from deploypipe.benchmark.accuracy import evaluate_module
 from deploypipe.memory_order import Arrange, as_given
 from deploypipe.numerics.paired_comparison import chance_if_not_worse
+from deploypipe.search.sample_results import Results
 from deploypipe.task import Batch, Task, map_samples, num_samples
-
-Results: TypeAlias = NDArray[np.float64]  # (samples,) of the task's metric, in the order in which they were drawn
 
 _SHARES = (8, 4, 2)  # one part in so many of val: a look each; the last look is at all of it
 _MIN_SAMPLES = 500  # samples of the first look
@@ -86,21 +82,3 @@ def is_certainly_worse(seen: Results, rival: Results) -> bool:
     (Bonferroni).
     """
     return chance_if_not_worse(seen, rival[: len(seen)]) < _ERROR / len(_SHARES)
-
-
-def pack(results: Results) -> str:
-    """Results as text: a bit for each sample where they are hits and misses, else their floats, as they are."""
-    if np.isin(results, (0.0, 1.0)).all():
-        kind, content = "bits", np.packbits(results.astype(bool)).tobytes()
-    else:
-        kind, content = "float64", results.astype("<f8").tobytes()
-    return f"{kind} {len(results)} {base64.b64encode(zlib.compress(content)).decode()}"
-
-
-def unpack(text: str) -> Results:
-    """What `pack` made text of."""
-    kind, count, content = text.split()
-    raw = zlib.decompress(base64.b64decode(content))
-    if kind == "bits":
-        return np.unpackbits(np.frombuffer(raw, dtype=np.uint8), count=int(count)).astype(np.float64)
-    return np.frombuffer(raw, dtype="<f8").astype(np.float64)

@@ -4,13 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from deploypipe.budgets import BUDGETS
 from deploypipe.files.hashing import digest
 from deploypipe.recipe import ObjectiveName
 from deploypipe.records import Candidate, PruningPlan, Trial
-from deploypipe.search.evaluation.early_stopping import Results, is_certainly_worse
+from deploypipe.search.evaluation.early_stopping import is_certainly_worse
 from deploypipe.search.pareto import cost, costs
-from deploypipe.target import Limit
+from deploypipe.search.sample_results import Results
 
 IsSettled = Callable[[Candidate, Results], bool]
 
@@ -94,16 +93,6 @@ def network_key(plan: PruningPlan) -> str:
 
 def _is_feasible(excess: Mapping[str, float]) -> bool:
     return all(value <= 0 for value in excess.values())
-
-
-def violations(candidate: Candidate, dense: Candidate, limits: Mapping[str, Limit]) -> dict[str, float]:
-    """Relative excess over each limit whose figure was measured; zero or less meets it."""
-    excess = {}
-    for name, limit in limits.items():
-        measured, reference = BUDGETS[name].of_candidate(candidate), BUDGETS[name].of_candidate(dense)
-        if measured is not None and reference is not None:  # the gate reports a figure that was not measured
-            excess[name] = measured / limit.absolute(reference) - 1
-    return excess
 
 
 def most_accurate(trials: Sequence[Trial]) -> Trial:

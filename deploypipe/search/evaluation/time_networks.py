@@ -7,10 +7,10 @@ from tempfile import TemporaryDirectory
 
 from deploypipe.pruning.surgery.apply_plan import apply_plan
 from deploypipe.records import Event, Progress, PruningPlan, Structures, TimedCut, TimedNetworks, silent
+from deploypipe.search.allocation.latency_samples import design_networks
 from deploypipe.search.allocation.proposer import cut_of
 from deploypipe.search.allocation.solver import Allocation
 from deploypipe.search.cost_models.additive_costs import Levels
-from deploypipe.search.cost_models.latency_samples import design_networks
 from deploypipe.search.evaluation.candidate_files import CandidateFiles
 
 _AT_ONCE = 5  # files timed against one another and the dense one: its time is shared by them
