@@ -35,7 +35,7 @@ from deploypipe.pruning.surgery.plan import make_plan
 from deploypipe.pruning.surgery.saved_network import load_pruned, own_weights
 from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.recipe import Magnitude, Observe, OutputError, Recipe, Repair
-from deploypipe.records import Event
+from deploypipe.records import Event, Progress
 from deploypipe.scoring import score
 from deploypipe.task import take, take_calib
 from pipelines import vit_cifar10
@@ -85,7 +85,8 @@ def prune(num_layers: int, weights: Path, folder: Path, score: str) -> None:
     )
 
     def tell(event: Event) -> None:
-        print(f"{_peak_mib():6,.0f} MiB  {event.done} of {event.total}: {event.message}", flush=True)
+        if isinstance(event, Progress):
+            print(f"{_peak_mib():6,.0f} MiB  {event.done} of {event.total}: {event.message}", flush=True)
 
     began = time.perf_counter()
     done = prune_blockwise(lambda: build_model(num_layers), weights, batches, folder, recipe, kept=_KEPT, notify=tell)

@@ -36,7 +36,7 @@ from deploypipe.pruning.surgery.plan import make_plan
 from deploypipe.pruning.surgery.saved_network import own_weights
 from deploypipe.pruning.tracing.structures import count_macs, list_structures
 from deploypipe.recipe import Magnitude, Mipp, Recipe
-from deploypipe.records import BenchmarkReport, Event, PruningPlan, TrainLog
+from deploypipe.records import BenchmarkReport, Event, Progress, PruningPlan, TrainLog
 from deploypipe.runs.store import RunFolder, open_run
 from deploypipe.scoring import score
 from deploypipe.search.allocation.loss_curves import measure_curves
@@ -200,7 +200,7 @@ class Comparison:
 
     def tuned(self, work: Path, start: nn.Module) -> TrainLog:
         def show(event: Event) -> None:
-            if event.done % 50 == 0:
+            if isinstance(event, Progress) and event.done % 50 == 0:
                 print(f"\r{event.message}: {event.done}/{event.total}", end="", flush=True)
 
         settings, seed = self.recipe.finetune, self.recipe.seed

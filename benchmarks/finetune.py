@@ -18,7 +18,7 @@ from judging import ENTRANTS, Subject, stage_name, with_spread
 
 from deploypipe.observe.moments import Moments
 from deploypipe.recipe import Finetune
-from deploypipe.records import Event, ScoreTable, TrainLog
+from deploypipe.records import Event, Progress, ScoreTable, TrainLog
 from deploypipe.runs.store import RunFolder, open_run
 from deploypipe.scoring import score
 from deploypipe.task import Batch
@@ -87,7 +87,7 @@ def tune(
     subject: Subject, table: ScoreTable, width: float, batches: list[Batch], settings: Finetune, seed: int, work: Path
 ) -> Outcome:
     def tell(event: Event) -> None:
-        if event.done % 50 == 0:
+        if isinstance(event, Progress) and event.done % 50 == 0:
             print(f"{event.message}: {event.done}/{event.total}", end="\r", flush=True)
 
     _, mended = subject.cut(table, width, batches, seed)

@@ -35,7 +35,7 @@ from deploypipe.files.hashing import file_sha256
 from deploypipe.files.json_records import to_json
 from deploypipe.pipeline import compress
 from deploypipe.recipe import Recipe
-from deploypipe.records import Event
+from deploypipe.records import Cached, Event, Started
 from deploypipe.runs.result import load_result
 from deploypipe.target import Budget, Target
 from deploypipe.text.sealed_json import unseal
@@ -67,9 +67,9 @@ def work(pipeline: UserPipeline, model: torch.nn.Module, folder: Path, events: C
 
     def notify(event: Event) -> None:
         nonlocal stage
-        if event.message in ("start", "cached"):
+        if isinstance(event, Started | Cached):
             stage = event.stage
-            events.send((event.message, stage))
+            events.send(("start" if isinstance(event, Started) else "cached", stage))
 
     @contextmanager
     def alone(own: Any) -> Any:

@@ -52,7 +52,7 @@ from deploypipe.pruning.surgery.apply_plan import apply_plan
 from deploypipe.pruning.surgery.plan import make_plan
 from deploypipe.pruning.surgery.slim_attention import with_slim_attention
 from deploypipe.pruning.tracing.structures import count_macs
-from deploypipe.records import Event, Interval, PrecisionRow, PruningPlan, Trial
+from deploypipe.records import Event, Interval, PrecisionRow, Progress, PruningPlan, Trial
 from deploypipe.runs.store import open_run
 from deploypipe.runtimes import find_runtime
 from deploypipe.search.allocation.limits import search_limits, violations, with_margin
@@ -163,8 +163,8 @@ def main() -> None:
 
 
 def _tell(event: Event) -> None:
-    if event.message in ("start", "done", "cached") or event.stage == "search":
-        print(f"{time.strftime('%H:%M:%S')} {event.stage}: {event.message}", flush=True)
+    if not isinstance(event, Progress) or event.stage == "search":
+        print(f"{time.strftime('%H:%M:%S')} {event}", flush=True)
 
 
 class Contest:

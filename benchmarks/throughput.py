@@ -22,7 +22,7 @@ from torch import nn
 
 from deploypipe.numerics.intervals import interval_of_median_ratio
 from deploypipe.recipe import Finetune
-from deploypipe.records import Event
+from deploypipe.records import Event, Progress
 from deploypipe.task import Batch, Splits, Task, channels_last, forward, num_samples
 from deploypipe.training.finetune import finetune
 from deploypipe.training.training_precision import with_precision
@@ -82,7 +82,8 @@ class Contest:
         splits = Splits(calib=[], train=self.batches, val=self.val, test=[])
 
         def tell(event: Event) -> None:
-            watch.step_is_over(event.done)
+            if isinstance(event, Progress):
+                watch.step_is_over(event.done)
 
         settings = replace(self.settings, num_epochs=1, **changed)
         finetune(self.model, self.model, splits, self.task, settings, notify=tell)

@@ -21,17 +21,20 @@ from deploypipe.recipe import Recipe
 from deploypipe.records import (
     BenchmarkReport,
     EngineFile,
-    Event,
+    Finished,
     GateDecision,
     Golden,
     Measurement,
+    Note,
+    Notify,
     PrecisionChoice,
-    Progress,
     PruneOutcome,
     ScoreSummary,
     SearchResult,
+    Started,
     Status,
     TrainLog,
+    Warned,
     silent,
 )
 from deploypipe.runs.result import RunResult, save_result, start_afresh
@@ -69,7 +72,7 @@ def compress(
     name: str = "model",
     shared: Path | str | None = None,
     storage: Storage | None = None,
-    notify: Progress = silent,
+    notify: Notify = silent,
     ranks: Ranks = ALONE,
     remeasure: bool = False,
     command: str = "",
@@ -102,12 +105,12 @@ def compress(
     splits, task, notes = wrap_splits(splits), wrap_task(task), list[str]()
     check_inputs(model, splits, task, recipe, target, notes)
     for note in notes:
-        notify(Event(stage="check", message=f"NOTE: {note}"))
+        notify(Note(stage="check", text=note))
     place = storage.place if storage else None
     with open_run(Path(out), notify, Path(shared) if shared else None, place=place) as run:
         run.remeasure = remeasure
         if computed := describe_hooks(model):
-            run.notify(Event(stage="check", message=f"weights that hooks compute are plain from here on: {computed}"))
+            run.notify(Note(stage="check", text=f"weights that hooks compute are plain from here on: {computed}"))
         start_afresh(run.path, (MODEL, GOLDEN, TENSORS, ENGINE, f"{ENGINE}.json", f"{ENGINE}.log", REPORT))
         model = with_slim_attention(model)
         ctx = prepare_run(model, splits, task, recipe, target, run, source=source, storage=storage, ranks=ranks)
@@ -220,7 +223,7 @@ def _make_smaller(ctx: RunContext, inputs: SearchInputs, trials: StageResult[Sea
         told = f"trial {found.best}: {failed[0].reason}"
         too_slow.append(told)
         again = f"a faster network is made, {number + 1} of {num_attempts}"
-        ctx.run.notify(Event(stage="gate", message=f"NOTE: {told}; {again}"))
+        ctx.run.notify(Note(stage="gate", text=f"{told}; {again}"))
     return _Smaller(
         delivery=delivery,
         search=found,
@@ -264,13 +267,13 @@ def _leave_files(
 
         write_report(result, folder / REPORT)
     except DeploypipeError as error:
-        ctx.run.notify(Event(stage="report", message=f"WARNING: no report: {error}"))
+        ctx.run.notify(Warned(stage="report", text=f"no report: {error}"))
     save_result(folder, result)
 
 
 @wrap_forward_errors()
 def summarise_scores(
-    model: nn.Module, splits: Splits, task: Task, recipe: Recipe, *, notify: Progress = silent
+    model: nn.Module, splits: Splits, task: Task, recipe: Recipe, *, notify: Notify = silent
 ) -> ScoreSummary:
     """What `recipe.score` says about a network, from one pass over the calibration samples; nothing is removed.
 
@@ -283,7 +286,7 @@ def summarise_scores(
     others = ends_of(extremes_of(inputs for inputs, _ in calib))
     structures = list_structures(model, take(calib[0][0], 2), recipe.keep, recipe.constraints, other_inputs=others)
     loss = task.loss if needs_derivatives(recipe.score) else None
-    notify(Event(stage="observe", message="start"))
+    notify(Started(stage="observe"))
     settings, seed = recipe.observe, recipe.seed
     halves = observe_halves(
         model,
@@ -296,12 +299,12 @@ def summarise_scores(
         seed=seed,
         notify=notify,
     )
-    notify(Event(stage="observe", message="done"))
+    notify(Finished(stage="observe"))
     moments = merge(*halves)
-    notify(Event(stage="score", message="start"))
+    notify(Started(stage="score"))
     table = score_halves(model, structures, halves, moments, recipe.score, seed=seed)
     nulls = permutation_baseline_shares(model, structures, moments, recipe.score)
-    notify(Event(stage="score", message="done"))
+    notify(Finished(stage="score"))
     return summarise(structures, table, moments, nulls)
 
 
@@ -315,7 +318,7 @@ def help_search(
     storage: Storage,
     *,
     source: str = "",
-    notify: Progress = silent,
+    notify: Notify = silent,
 ) -> SearchResult:
     """Do trials of the search that `compress` began elsewhere with the same arguments and storage, until all are done.
 

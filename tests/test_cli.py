@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from deploypipe.cli import app
 from deploypipe.errors import BudgetError
 from deploypipe.files.json_records import to_json
-from deploypipe.records import Edit, Event, GroupCut, PruningPlan
+from deploypipe.records import Cached, Edit, Finished, GroupCut, Progress, PruningPlan, Started, Warned
 from deploypipe.report.run_tables import ranges
 from deploypipe.runs.result import save_result
 
@@ -52,12 +52,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     def compress(*args: Any, notify: Any, **options: Any) -> Any:
         kept.append({"args": args, **options})
         for event in (
-            Event(stage="baseline", message="start"),
-            Event(stage="baseline", message="cached"),
-            Event(stage="search", message="start"),
-            Event(stage="search", done=1, total=4),
-            Event(stage="search", message="WARNING: [damaged] file"),
-            Event(stage="search", message="done"),
+            Started(stage="baseline"),
+            Cached(stage="baseline"),
+            Started(stage="search"),
+            Progress(stage="search", done=1, total=4),
+            Warned(stage="search", text="[damaged] file"),
+            Finished(stage="search"),
         ):
             notify(event)
         outcome = next(stand_in.outcome) if isinstance(stand_in.outcome, Iterator) else stand_in.outcome
@@ -84,7 +84,7 @@ def test_run_passes_on_what_was_asked_and_ends_with_the_paths(home: Path, calls:
     assert model.out_features == 7 and recipe.search.num_trials == 3
     assert (target.name, target.num_threads, target.budget.latency_p50) == ("cpu", 2, "0.5x")
     assert out == Path("runs/toy-cpu") and call["name"] == "toy" and "WIDTH = 7" in call["source"]
-    assert "baseline        cached" in done.output and "WARNING: [damaged] file" in done.output
+    assert "baseline        cached" in done.output and "warning: [damaged] file" in done.output
     assert "SHIP: all checks passed" in done.output and "\x1b" not in done.output
     assert "ONNX    runs/toy-cpu/model.onnx" in done.output
 

@@ -27,7 +27,7 @@ from deploypipe.errors import DeploypipeError, ExhaustedError, RunFolderError
 from deploypipe.files.atomic import write_atomically
 from deploypipe.files.exhausted_resources import find_exhaustion
 from deploypipe.pruning.tracing.structures import list_structures
-from deploypipe.records import Event
+from deploypipe.records import Event, Started
 from deploypipe.runs.result import RunResult
 
 
@@ -73,11 +73,9 @@ def run(
     """A run in `folder` at whose stage `at` something happens."""
 
     def notify(event: Event) -> None:
-        stages.append((event.stage, event.message))
-        if (event.stage, event.message) == (at, "start"):
+        if event == Started(stage=at):
             do()
 
-    stages: list[tuple[str, str]] = []
     model = model or tiny.build_model()
     return compress(model, tiny.load_data(), tiny.task(), tiny.recipe(), tiny.target(), folder, notify=notify)
 

@@ -8,7 +8,7 @@ import pytest
 from child_program import start
 
 from deploypipe.cli.terminal import shown_stages
-from deploypipe.records import Event
+from deploypipe.records import Finished, Started
 
 TARGET = 'runtime = "onnxruntime"\nnum_latency_samples = 200\n[budget]\nmacs = "0.5x"\naccuracy_drop_pp = 10.0\n'
 
@@ -52,10 +52,10 @@ def test_an_interrupt_that_python_swallowed_is_raised_at_the_next_event(monkeypa
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt), shown_stages() as notify:
-            notify(Event(stage="search", message="start"))
+            notify(Started(stage="search"))
             Interrupting()  # is gone at once
             Faulty()
-            notify(Event(stage="search", message="done"))
+            notify(Finished(stage="search"))
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         assert told == [ValueError]
     finally:

@@ -30,7 +30,7 @@ from deploypipe.files.hashing import digest, file_sha256
 from deploypipe.files.json_records import to_json
 from deploypipe.pipeline import compress
 from deploypipe.recipe import Constraints
-from deploypipe.records import Event, Status, Verdict
+from deploypipe.records import Cached, Event, Finished, Note, Progress, Started, Status, Verdict, Warned
 from deploypipe.runs.result import RunResult, load_result
 from deploypipe.runtimes import RUNTIMES, Session, device_ability
 from deploypipe.runtimes.device_ability import can
@@ -168,7 +168,7 @@ def test_the_same_call_again_computes_nothing(dense: nn.Module, first: tuple[Pat
     )
     assert all(stage.was_cached for stage in again.stages) and len(again.stages) == 15
     assert to_json(replace(again, stages=result.stages)) == to_json(result)
-    assert {event.message for event in events if event.stage != "gate"} == {"start", "cached"}
+    assert {type(event) for event in events if event.stage != "gate"} == {Started, Cached}
 
 
 def test_runs_for_several_targets_share_what_does_not_depend_on_them(
@@ -219,9 +219,9 @@ def test_while_another_run_exports_the_dense_network_this_one_scores_it(
         fcntl.flock(lock, fcntl.LOCK_EX)
 
         def tell(event: Event) -> None:
-            if event.message == "done":
+            if isinstance(event, Finished):
                 done.append(event.stage)
-            elif event.message.startswith("NOTE: waits for another run"):
+            elif isinstance(event, Note) and event.text.startswith("waits for another run"):
                 fcntl.flock(lock, fcntl.LOCK_UN)
 
         beside = compress(
@@ -265,7 +265,7 @@ def test_a_search_of_another_run_is_not_taken_up(dense: nn.Module, tmp_path: Pat
 
     def interrupted(seed: int) -> Path:
         def notify(event: Event) -> None:
-            if event.stage == "search" and event.done == 1:
+            if isinstance(event, Progress) and event.stage == "search" and event.done == 1:
                 raise KeyboardInterrupt
 
         recipe = replace(tiny.recipe(), seed=seed)
@@ -401,7 +401,8 @@ def held(dense: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     folder, told = tmp_path_factory.mktemp("runs") / "held", []
 
     def notify(event: Event) -> None:
-        told.append(event.message)
+        if isinstance(event, Warned):
+            told.append(event.text)
 
     result = compress(dense, tiny.load_data(), tiny.task(), tiny.recipe(), GPU, folder, notify=notify)
     return folder, result, told
@@ -420,7 +421,7 @@ class TestAnotherDevice:
             assert "no NVIDIA GPU is usable here" in checks[name].reason
         for measured in (result.benchmark.dense, result.benchmark.compressed):
             assert (measured.latency, measured.accuracy, measured.peak_memory_mib) == (None, None, None)
-        assert any("WARNING: nothing can be measured for gpu here" in message for message in told)
+        assert any("nothing can be measured for gpu here" in message for message in told)
         assert to_json(load_result(folder)) == to_json(result)
 
     def test_the_search_went_by_macs(self, held: tuple[Path, RunResult, list[str]]) -> None:

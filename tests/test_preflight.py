@@ -18,6 +18,7 @@ from deploypipe.cli import app
 from deploypipe.errors import DataError, DeploypipeError, ModelError, PipelineError
 from deploypipe.preflight import CheckReport, check_inputs
 from deploypipe.recipe import Finetune
+from deploypipe.records import Event, Note
 from deploypipe.runs.store import open_run
 from deploypipe.stages.context import prepare_run
 from deploypipe.task import Splits, Task, classification, forward, stack_batches
@@ -264,14 +265,12 @@ def bad_collate(items: Any) -> Any:
 
 
 def test_a_rerun_in_the_same_folder_says_which_split_changed(tmp_path: Path) -> None:
-    told: list[str] = []
+    told: list[Event] = []
     for data in (splits(), splits(), splits(val=TensorBatches(X + 1, Y, 16))):
-        with open_run(tmp_path / "run", lambda event: told.append(event.message), None) as run:
+        with open_run(tmp_path / "run", told.append, None) as run:
             prepare_run(network(), data, classification(), tiny.recipe(), tiny.target(), run)
-    notes = [text for text in told if "changed since the last run" in text]
-    assert notes == [
-        "NOTE: the data of val changed since the last run in this folder: what depends on it is computed again"
-    ]
+    note = "the data of val changed since the last run in this folder: what depends on it is computed again"
+    assert told == [Note(stage="check", text=note)]
 
 
 def test_the_command_lists_all_complaints_and_ends_with_2(tmp_path: Path) -> None:

@@ -15,12 +15,14 @@ from runs_side_by_side import start_measuring
 
 from deploypipe.errors import RunFolderError
 from deploypipe.files.atomic import place_file, write_atomically
-from deploypipe.records import Event, Interval
+from deploypipe.records import Cached, Event, Finished, Interval, Note, Progress, Started, Warned
 from deploypipe.runs import store
 from deploypipe.runs.result import load_plan, load_result, save_result
 from deploypipe.runs.store import open_run
 
 RECORD = Interval(value=1.0, low=0.5, high=1.5)
+COMPUTED = [Started(stage="score"), Finished(stage="score")]
+READ = [Started(stage="score"), Cached(stage="score")]
 
 
 class Work:
@@ -36,21 +38,21 @@ class Work:
         return self.record
 
 
-def once(path: Path, work: Callable[[Path], Interval], **inputs: object) -> tuple[Interval, list[str], Path]:
-    """Open the run, do one stage, close: its record, the messages, its files."""
-    messages: list[str] = []
-    with open_run(path, lambda event: messages.append(event.message)) as run:
+def once(path: Path, work: Callable[[Path], Interval], **inputs: object) -> tuple[Interval, list[Event], Path]:
+    """Open the run, do one stage, close: its record, the events, its files."""
+    events: list[Event] = []
+    with open_run(path, events.append) as run:
         done = run.remember("score", inputs, work, Interval)
-        assert run.times[0].was_cached is ("cached" in messages)
-        return done.record, messages, done.files
+        assert run.times[0].was_cached is (Cached(stage="score") in events)
+        return done.record, events, done.files
 
 
 def test_a_finished_stage_is_read_not_computed(tmp_path: Path) -> None:
     work = Work()
-    first, messages, files = once(tmp_path, work, seed=1)
-    assert first == RECORD and messages == ["start", "done"] and (files / "sub" / "weights.bin").is_file()
-    second, messages, again = once(tmp_path, work, seed=1)
-    assert second == RECORD and messages == ["start", "cached"] and again == files and work.num_calls == 1
+    first, events, files = once(tmp_path, work, seed=1)
+    assert first == RECORD and events == COMPUTED and (files / "sub" / "weights.bin").is_file()
+    second, events, again = once(tmp_path, work, seed=1)
+    assert second == RECORD and events == READ and again == files and work.num_calls == 1
 
 
 def test_a_record_that_is_not_final_is_computed_again_by_the_next_run(tmp_path: Path) -> None:
@@ -109,11 +111,11 @@ def test_damage_is_computed_again_loudly(damage: str, tmp_path: Path) -> None:
     work = Work()
     files = once(tmp_path, work, seed=1)[2]
     DAMAGES[damage](files.with_name(f"{files.name}.json"), files)
-    record, messages, files = once(tmp_path, work, seed=1)
+    record, events, files = once(tmp_path, work, seed=1)
     assert record == RECORD and work.num_calls == 2
-    assert any(message.startswith("WARNING") and "score" in message for message in messages)
+    assert any(isinstance(event, Warned) and "score" in event.text for event in events)
     assert (files / "sub" / "weights.bin").read_bytes() == b"weights"
-    assert once(tmp_path, work, seed=1)[1] == ["start", "cached"]
+    assert once(tmp_path, work, seed=1)[1] == READ
 
 
 def test_records_that_changed_places_are_computed_again(tmp_path: Path) -> None:
@@ -191,7 +193,7 @@ def test_half_written_files_of_a_killed_run_go(tmp_path: Path) -> None:
 
 
 def test_of_runs_side_by_side_one_computes_a_stage_and_the_other_finds_it(tmp_path: Path) -> None:
-    begun, num_calls, messages = threading.Event(), [], []
+    begun, num_calls, told = threading.Event(), [], list[tuple[str, Event]]()
 
     def work(folder: Path) -> Interval:
         num_calls.append(1)
@@ -202,14 +204,17 @@ def test_of_runs_side_by_side_one_computes_a_stage_and_the_other_finds_it(tmp_pa
     def run_beside(name: str) -> Interval:
         if name == "second":
             begun.wait(30)
-        with open_run(tmp_path / name, lambda e: messages.append((name, e.message)), tmp_path / "shared") as run:
+        with open_run(tmp_path / name, lambda event: told.append((name, event)), tmp_path / "shared") as run:
             return run.remember("score", {}, work, Interval, is_shared=True).record
 
     with ThreadPoolExecutor() as pool:
         assert list(pool.map(run_beside, ("first", "second"))) == [RECORD, RECORD]
     assert len(num_calls) == 1
-    assert [told for name, told in messages if name == "second"][-1] == "cached"
-    assert ("second", "NOTE: waits for another run, which is at it") in messages
+    assert [event for name, event in told if name == "second"] == [
+        Started(stage="score"),
+        Note(stage="score", text="waits for another run, which is at it"),
+        Cached(stage="score"),
+    ]
 
 
 def test_a_run_gives_way_at_each_step_to_one_that_measures(tmp_path: Path) -> None:
@@ -217,7 +222,7 @@ def test_a_run_gives_way_at_each_step_to_one_that_measures(tmp_path: Path) -> No
         measured = start_measuring(tmp_path / "shared")
         assert not measured.wait(0.5)
         for _ in range(100):
-            run.notify(Event(stage="finetune", done=1, total=2))
+            run.notify(Progress(stage="finetune", done=1, total=2))
             if measured.wait(0.1):
                 break
         assert measured.is_set()
@@ -296,7 +301,7 @@ def test_events_carry_the_stage(tmp_path: Path) -> None:
         scores = run.remember("score", {}, Work(), Interval)
         found = run.remember("search", {"score": scores.key}, Work(), Interval)
         assert found.files.name.startswith("02-search-") and scores.files.name.endswith(scores.key)
-    assert [(e.stage, e.message) for e in events][::2] == [("score", "start"), ("search", "start")]
+    assert events[::2] == [Started(stage="score"), Started(stage="search")]
 
 
 def test_a_device_or_a_stream_is_written_to_and_stays(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from s3_server import Store
 
 from deploypipe.errors import DeploypipeError, RunFolderError, StorageError
 from deploypipe.pipeline import compress, help_search
-from deploypipe.records import Event
+from deploypipe.records import Event, Progress
 from deploypipe.runs.result import RunResult
 from deploypipe.scheduling.exclusive_measurement import try_lock
 from deploypipe.search.distributed.study_storage import Storage
@@ -35,7 +35,7 @@ def choice(result: RunResult) -> object:
 
 def interrupt_at_trial(number: int, done: list[int]) -> object:
     def notify(event: Event) -> None:
-        if event.stage == "search" and event.total:
+        if isinstance(event, Progress) and event.stage == "search":
             done.append(event.done)
             if event.done == number:
                 raise KeyboardInterrupt
@@ -95,7 +95,7 @@ def test_run_and_workers_of_one_database_are_side_by_side(tmp_path: Path) -> Non
         (room,) = storage.place.glob("*-room.lock")
         with room.open() as opened:
             could_measure.append(try_lock(opened, fcntl.LOCK_EX))
-        if event.stage == "search" and event.done == 2:
+        if isinstance(event, Progress) and event.stage == "search" and event.done == 2:
             raise KeyboardInterrupt
 
     model, data, task = tiny.build_model(), tiny.load_data(), tiny.task()

@@ -15,7 +15,7 @@ from deploypipe.benchmark.latency import Timings, conditions_of, find_doubts, su
 from deploypipe.benchmark.memory import measure_peak_memory
 from deploypipe.errors import DataError, RuntimeUnavailableError
 from deploypipe.numerics.intervals import interval_of_drop_pp, interval_of_mean, interval_of_median_ratio
-from deploypipe.records import BenchmarkReport, Event, Measurement, ModelFile, Progress, silent
+from deploypipe.records import BenchmarkReport, Measurement, ModelFile, Notify, Progress, silent
 from deploypipe.runtimes import Array, Runtime, find_runtime
 from deploypipe.runtimes.named_arrays import feed
 from deploypipe.target import Target
@@ -36,7 +36,7 @@ def compare_files(
     task: Task,
     target: Target,
     counts: tuple[Counts, Counts],
-    notify: Progress = silent,
+    notify: Notify = silent,
 ) -> BenchmarkReport:
     """Measure both files, timed interleaved; `counts` are (dense, compressed), the files' paths relative to `folder`.
 
@@ -94,7 +94,7 @@ def measure(
     task: Task,
     target: Target,
     counts: Counts,
-    notify: Progress = silent,
+    notify: Notify = silent,
 ) -> Measurement:
     """One file, by the method of `compare_files`, for figures that no verdict rests on.
 
@@ -138,7 +138,7 @@ def _measure_all(
     target: Target,
     counts: tuple[Counts, ...],
     runtime: Runtime,
-    notify: Progress,
+    notify: Notify,
     minds_others: bool,
 ) -> tuple[list[Measurement], Timings, list[str]]:
     """Measurements and latency samples in the order of `files`, and notes. Memory first: it leaves the caches cold.
@@ -147,13 +147,13 @@ def _measure_all(
     """
     paths = [folder / file.path for file in files]
     inputs = first_batch(batches, files[0].input_names, target.batch_size)
-    notify(Event(stage=_STAGE, message="memory"))
+    notify(Progress(stage=_STAGE, message="memory"))
     peaks = [measure_peak_memory(path, inputs, target) for path in paths]
-    notify(Event(stage=_STAGE, message="accuracy"))
+    notify(Progress(stage=_STAGE, message="accuracy"))
     metrics = [evaluate_file(path, batches, task, runtime, target.num_threads) for path in paths]
     if len(metrics[0]) < 2:
         raise DataError("the split has one sample, which tells nothing of the spread; give two or more")
-    notify(Event(stage=_STAGE, message="latency"))
+    notify(Progress(stage=_STAGE, message="latency"))
     timings = time_steadily(paths, inputs, runtime, target, notify, minds_others)
     measured = [
         Measurement(

@@ -34,7 +34,7 @@ from deploypipe.benchmark.sweeps import (
 from deploypipe.errors import ConfigError, DataError
 from deploypipe.files.hashing import file_sha256
 from deploypipe.numerics.intervals import interval_of_median_ratio, interval_of_quantile
-from deploypipe.records import Conditions, Event, Interval, Progress, silent
+from deploypipe.records import Conditions, Finished, Interval, Notify, Progress, Started, silent
 from deploypipe.runtimes import Array, Runtime, find_runtime
 from deploypipe.target import Target
 from deploypipe.text.field_bounds import shown
@@ -64,7 +64,7 @@ class _Job:
     trust_program: bool
     limits: ProcessLimits
     refused: Mapping[Path, Mapping[int, str]]  # file -> batch size -> why it cannot be run
-    notify: Progress
+    notify: Notify
 
 
 def bench_file(
@@ -78,7 +78,7 @@ def bench_file(
     num_samples: int | None = None,
     trust_program: bool = False,
     limits: ProcessLimits = _LIMITS,
-    notify: Progress = silent,
+    notify: Notify = silent,
 ) -> BenchResult:
     """Measure `path` on the target, timed interleaved with `against` where that is given.
 
@@ -207,10 +207,10 @@ def _source(given: Path | Mapping[str, Array] | None) -> str:
 
 
 @contextmanager
-def _stage(name: str, notify: Progress) -> Iterator[None]:
-    notify(Event(stage=name, message="start"))
+def _stage(name: str, notify: Notify) -> Iterator[None]:
+    notify(Started(stage=name))
     yield
-    notify(Event(stage=name, message="done"))
+    notify(Finished(stage=name))
 
 
 def _time(job: _Job, batch_size: int, num_samples: int | None, found: list[Found]) -> Timings:
@@ -314,11 +314,11 @@ _MEASURES: dict[str, Callable[[_Job, int, list[Found]], None]] = {
 }
 
 
-def _watched(points: Iterator[Any], stage: str, total: int, notify: Progress) -> tuple[Any, ...]:
+def _watched(points: Iterator[Any], stage: str, total: int, notify: Notify) -> tuple[Any, ...]:
     seen = []
     for point in points:
         seen.append(point)
-        notify(Event(stage=stage, done=len(seen), total=total))
+        notify(Progress(stage=stage, done=len(seen), total=total))
     return tuple(seen)
 
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from deploypipe.benchmark.conditions import MIN_SECONDS, judge_conditions, read_state
 from deploypipe.benchmark.environment import count_cpus
 from deploypipe.numerics.intervals import interval_of_quantile
-from deploypipe.records import Conditions, Event, Interval, Latency, MachineState, Progress, silent
+from deploypipe.records import Conditions, Interval, Latency, MachineState, Notify, Progress, silent
 from deploypipe.runtimes import Array, Runtime, Session
 from deploypipe.scheduling.exclusive_measurement import alone, pause
 from deploypipe.target import Target
@@ -59,7 +59,7 @@ def time_interleaved(
     inputs: Mapping[str, Array],
     runtime: Runtime,
     target: Target,
-    notify: Progress = silent,
+    notify: Notify = silent,
     *,
     num_samples: int | None = None,
 ) -> Timings:
@@ -87,7 +87,7 @@ def time_interleaved(
                 for i in timing * (runs // ROUND):
                     _time_runs(sessions[i], inputs, _LEAD)
                     samples[i] += _time_runs(sessions[i], inputs, BLOCK)
-            notify(Event(stage="latency", done=number + 1, total=openings))
+            notify(Progress(stage="latency", done=number + 1, total=openings))
         after = read_state()
     return Timings(samples=tuple(np.array(s) for s in samples), block=runs, before=before, after=after)
 
@@ -97,7 +97,7 @@ def time_steadily(
     inputs: Mapping[str, Array],
     runtime: Runtime,
     target: Target,
-    notify: Progress = silent,
+    notify: Notify = silent,
     minds_others: bool = True,
     *,
     num_samples: int | None = None,
@@ -116,7 +116,7 @@ def time_steadily(
         doubts = find_doubts(seen, [str(file) for file in range(len(timings.samples))], target.num_threads)
         if number == _ATTEMPTS - 1 or not doubts:
             break
-        notify(Event(stage="latency", message="the machine was not steady: once more"))
+        notify(Progress(stage="latency", message="the machine was not steady: once more"))
         _wait_for_quiet(target.num_threads, can_look=minds_others)
     return timings
 

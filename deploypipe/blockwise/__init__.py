@@ -26,7 +26,7 @@ from deploypipe.pruning.surgery.apply_plan import cut_out
 from deploypipe.pruning.surgery.saved_network import own_weights, save_parts
 from deploypipe.pruning.tracing.structures import state_fingerprint
 from deploypipe.recipe import Recipe
-from deploypipe.records import Event, Progress, PruningPlan, silent
+from deploypipe.records import Notify, Progress, PruningPlan, silent
 from deploypipe.scoring import needs_derivatives
 from deploypipe.task import Batch, forward
 from deploypipe.tensor_batches import fingerprint_of
@@ -56,7 +56,7 @@ def prune_blockwise(
     kept: float,
     channel_multiple: int = 1,
     blocks: Sequence[str] = (),
-    notify: Progress = silent,
+    notify: Notify = silent,
 ) -> BlockwiseResult:
     """Keep the share `kept` of every group of units and heads inside the blocks, and save what is left.
 
@@ -87,7 +87,7 @@ def prune_blockwise(
     for number, name in enumerate(names):
         if number == len(done):
             done.append(_prune(number, name, model, files, pruner, work))
-        notify(Event(stage="blocks", done=number + 1, total=len(names), message=summary(done[number])))
+        notify(Progress(stage="blocks", done=number + 1, total=len(names), message=summary(done[number])))
     plan = PruningPlan(
         model_fingerprint=fingerprint,
         cuts=tuple(cut for row in done for cut in row.cuts),

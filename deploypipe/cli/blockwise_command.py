@@ -1,6 +1,5 @@
 """Prune a network that does not fit into memory twice."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -37,7 +36,7 @@ def blockwise(
         from deploypipe.cli.arguments import split_settings
         from deploypipe.cli.terminal import shown_stages
         from deploypipe.files.json_records import override
-        from deploypipe.records import Event
+        from deploypipe.records import Event, Finished, Note, Progress, Started
 
         settings = split_settings(set_ or [], targets=False)
         from deploypipe.blockwise import prune_blockwise  # late: brings torch, which `--help` need not wait for
@@ -48,11 +47,12 @@ def blockwise(
         recipe = override(loaded.recipe(), settings["recipe"])
         folder = out or Path("runs") / f"{loaded.name}-blockwise"
         with shown_stages((_STAGE,)) as notify:
-            notify(Event(stage=_STAGE, message="start"))
+            notify(Started(stage=_STAGE))
 
             def tell(event: Event) -> None:
                 notify(event)
-                notify(replace(event, message=f"NOTE: {event.message}"))
+                if isinstance(event, Progress):
+                    notify(Note(stage=event.stage, text=event.message))
 
             result = prune_blockwise(
                 loaded.build_model,
@@ -65,7 +65,7 @@ def blockwise(
                 blocks=tuple(block or ()),
                 notify=tell,
             )
-            notify(Event(stage=_STAGE, message="done"))
+            notify(Finished(stage=_STAGE))
         share = result.params_after / result.params_before
         say(f"parameters  {result.params_before:,} -> {result.params_after:,} ({share:.3f}x)")
         say(f"folder      {folder}")

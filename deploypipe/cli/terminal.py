@@ -8,16 +8,29 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from rich import progress as bars
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from deploypipe.cli.exit_codes import EXIT_ERROR, EXIT_HOLD, EXIT_INTERRUPTED, say
 from deploypipe.errors import RanksError
-from deploypipe.records import Check, Event, GateDecision, Verdict
+from deploypipe.records import (
+    Cached,
+    Check,
+    Event,
+    Finished,
+    GateDecision,
+    Note,
+    Notify,
+    Progress,
+    Started,
+    Verdict,
+    Warned,
+)
+from deploypipe.records.stages import STAGES, title_of
 from deploypipe.report.next_steps import next_steps
 from deploypipe.report.run_tables import PRECISION_HEADER, before_after, check_cells, precision_rows, seconds
 from deploypipe.runs.result import RunResult
@@ -27,29 +40,7 @@ if TYPE_CHECKING:
     from deploypipe.benchmark.bench_results import BenchResult
     from deploypipe.training.ranks import Ranks
 
-STAGES = (
-    "structures",
-    "dense_export",
-    "baseline",
-    "dense_precision",
-    "latency",
-    "feasibility",
-    "observe",
-    "score",
-    "curves",
-    "search",
-    "confirm",
-    "finalist",
-    "prune",
-    "finetune",
-    "export",
-    "precision",
-    "engine",
-    "benchmark",
-    "golden",
-    "gate",
-)
-_WIDTH = max(map(len, STAGES))
+_WIDTH = max(len(stage.title) for stage in STAGES)
 _QUIET_SECONDS = 10.0  # between two lines about the same stage, where there is no live list
 COLOURS = {"PASS": "green", "FAIL": "red", "UNKNOWN": "yellow", "ok": "green", "missing": "red", "limited": "yellow"}
 
@@ -75,7 +66,7 @@ def exit_code(decision: GateDecision) -> int:
 
 
 @contextmanager
-def shown_stages(names: Sequence[str] = STAGES) -> Iterator[Callable[[Event], None]]:
+def shown_stages(names: Sequence[str] = tuple(stage.name for stage in STAGES)) -> Iterator[Notify]:
     """A listener for the events of stages with these names: a live list in a terminal, plain lines elsewhere."""
     console = Console()
     with _kept_interrupts() as raise_if_interrupted:
@@ -89,15 +80,15 @@ def shown_stages(names: Sequence[str] = STAGES) -> Iterator[Callable[[Event], No
             yield show
             return
         columns = (
-            SpinnerColumn(finished_text="[green]✓[/]"),
-            TextColumn(f"{{task.description:<{_WIDTH}}}"),
-            BarColumn(bar_width=30),
-            TextColumn("{task.fields[note]:>13}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            bars.SpinnerColumn(finished_text="[green]✓[/]"),
+            bars.TextColumn(f"{{task.description:<{_WIDTH}}}"),
+            bars.BarColumn(bar_width=30),
+            bars.TextColumn("{task.fields[note]:>13}"),
+            bars.TimeElapsedColumn(),
+            bars.TextColumn("left"),
+            bars.TimeRemainingColumn(),
         )
-        with Progress(*columns, console=console) as progress:
+        with bars.Progress(*columns, console=console) as progress:
             stages = _LiveStages(progress, names)
             yield show
             stages.end()
@@ -139,8 +130,8 @@ def _kept_interrupts() -> Iterator[Callable[[], None]]:
 class _PlainStages:
     """One line for each stage that ends, and a few while it lasts.
 
-    Work inside a stage (one trial's repair, the timed runs) has events under its own name: it moves the stage's line
-    on, but it is no measure of the time that the stage has left.
+    Work inside a stage (one trial's repair, the timed runs) reports progress under its own name. It is shown on the
+    stage's line, but it does not tell how long the stage still takes.
     """
 
     def __init__(self) -> None:
@@ -148,56 +139,76 @@ class _PlainStages:
 
     def __call__(self, event: Event) -> None:
         now = time.monotonic()
-        if event.message.startswith("WARNING"):
-            say(event.message, file=sys.stderr, flush=True)
-        elif event.message == "start":
-            self.stage, self.begun, self.shown = event.stage, now, now
-        elif event.message == "cached":
-            say(f"{event.stage:<{_WIDTH}} cached", flush=True)
-        elif event.message == "done":
-            say(f"{event.stage:<{_WIDTH}} done in {seconds(now - self.begun)}", flush=True)
-        elif event.message.startswith("NOTE: "):
-            say(f"{event.stage:<{_WIDTH}} {event.message.removeprefix('NOTE: ')}", flush=True)
-        elif event.total and event.done and now - self.shown > _QUIET_SECONDS:
-            self.shown = now
-            text = f"{event.done} of {event.total}"
-            if event.stage == self.stage:
-                left = (now - self.begun) / event.done * (event.total - event.done)
-                text += f", about {seconds(left)} left"
-            else:
-                text = f"{event.stage} {text}"
-            say(f"{self.stage:<{_WIDTH}} {text}", flush=True)
+        match event:
+            case Started():
+                self.stage, self.begun, self.shown = event.stage, now, now
+            case Cached():
+                _say_of(event.stage, "cached")
+            case Finished():
+                _say_of(event.stage, f"done in {seconds(now - self.begun)}")
+            case Note():
+                _say_of(event.stage, event.text)
+            case Warned():
+                say(f"warning: {event.text}", file=sys.stderr, flush=True)
+            case Progress():
+                if event.total and event.done and now - self.shown > _QUIET_SECONDS:
+                    self.shown = now
+                    _say_of(self.stage, self._progress_text(event, now - self.begun))
+
+    def _progress_text(self, event: Progress, passed_s: float) -> str:
+        text = f"{event.done} of {event.total}"
+        if event.stage != self.stage:
+            return f"{title_of(event.stage)} {text}"
+        return f"{text}, about {seconds(passed_s / event.done * (event.total - event.done))} left"
+
+
+def _say_of(stage: str, text: str) -> None:
+    say(f"{title_of(stage):<{_WIDTH}} {text}", flush=True)
 
 
 class _LiveStages:
     """All stages, with a bar for the one at work."""
 
-    def __init__(self, progress: Progress, names: Sequence[str]) -> None:
+    def __init__(self, progress: bars.Progress, names: Sequence[str]) -> None:
         self.progress = progress
-        self.tasks: dict[str, TaskID] = {stage: self._add(stage) for stage in names}
+        self.tasks: dict[str, bars.TaskID] = {stage: self._add(stage) for stage in names}
         self.stage = ""
 
     def __call__(self, event: Event) -> None:
-        if event.message.startswith("WARNING"):
-            self.progress.console.print(Text(printable(event.message), style="yellow"))
-            return
-        if event.message == "start":
-            self.stage = event.stage
-            if event.stage not in self.tasks:
-                self.tasks[event.stage] = self._add(event.stage)
-            self.progress.start_task(self.tasks[event.stage])
-            self.progress.update(self.tasks[event.stage], total=None, completed=0, note="")  # done a second time
-        task = self.tasks.get(self.stage)
-        if task is None:
-            return
-        if event.message in ("cached", "done"):
-            self.progress.update(task, total=1, completed=1, note=event.message)
-        elif event.message.startswith("NOTE: "):
-            self.progress.console.print(Text(printable(f"{event.stage}: {event.message.removeprefix('NOTE: ')}")))
-        elif event.total and event.stage == self.stage:
-            self.progress.update(task, total=event.total, completed=event.done, note=f"{event.done}/{event.total}")
+        match event:
+            case Started():
+                self._start(event.stage)
+            case Cached():
+                self._update(total=1, completed=1, note="cached")
+            case Finished():
+                self._update(total=1, completed=1, note="done")
+            case Note():
+                self._print(f"{title_of(event.stage)}: {event.text}")
+            case Warned():
+                self._print(f"warning: {event.text}", style="yellow")
+            case Progress():
+                self._advance(event)
+
+    def _start(self, stage: str) -> None:
+        self.stage = stage
+        if stage not in self.tasks:
+            self.tasks[stage] = self._add(stage)
+        self.progress.start_task(self.tasks[stage])
+        self._update(total=None, completed=0, note="")  # it may be done a second time
+
+    def _advance(self, event: Progress) -> None:
+        if event.total and event.stage == self.stage:
+            self._update(total=event.total, completed=event.done, note=f"{event.done}/{event.total}")
         elif event.total:  # work inside the stage
-            self.progress.update(task, note=f"{event.stage} {event.done}/{event.total}")
+            self._update(note=f"{title_of(event.stage)} {event.done}/{event.total}")
+
+    def _update(self, **fields: Any) -> None:
+        """Change the bar of the stage at work, if one is."""
+        if self.stage:
+            self.progress.update(self.tasks[self.stage], **fields)
+
+    def _print(self, text: str, style: str = "") -> None:
+        self.progress.console.print(Text(printable(text), style=style))
 
     def end(self) -> None:
         """Stages that were not needed leave the list."""
@@ -205,8 +216,8 @@ class _LiveStages:
             if not task.started:
                 self.progress.remove_task(task.id)
 
-    def _add(self, stage: str) -> TaskID:
-        return self.progress.add_task(stage, total=None, start=False, note="")
+    def _add(self, stage: str) -> bars.TaskID:
+        return self.progress.add_task(title_of(stage), total=None, start=False, note="")
 
 
 def show_result(result: RunResult, folder: Path) -> None:

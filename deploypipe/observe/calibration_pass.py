@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from deploypipe.networks.model_wrappers import unwrapped
 from deploypipe.observe.collectors import BlockCollector, GradientCollector, InputCollector, Tokens, UnitCollector
 from deploypipe.observe.moments import Moments
 from deploypipe.recipe import Observe
-from deploypipe.records import Event, Progress, Structures, silent
+from deploypipe.records import Event, Notify, Progress, Structures, silent
 from deploypipe.task import (
     Batch,
     RealTokens,
@@ -36,7 +37,7 @@ def observe_activations(
     real_tokens: RealTokens | None = None,
     shuffled: bool = False,
     seed: int = 0,
-    notify: Progress = silent,
+    notify: Notify = silent,
 ) -> Moments:
     """Second moments of what every consumer of a prunable group reads, and what blocks and units do.
 
@@ -70,7 +71,7 @@ def observe_activations(
                 gradients.end_batch_()
             units.end_batch_(target)
             blocks.end_batch_(num_samples(batch))
-            notify(Event(stage="observe", done=number, total=len(taken)))
+            notify(Progress(stage="observe", done=number, total=len(taken)))
     count = sum(num_samples(batch) for batch, _ in taken)
     return Moments(
         num_samples=count,
@@ -97,7 +98,7 @@ def observe_halves(
     real_tokens: RealTokens | None = None,
     shuffled: bool = False,
     seed: int = 0,
-    notify: Progress = silent,
+    notify: Notify = silent,
 ) -> tuple[Moments, Moments]:
     """One pass in two parts: the moments of the odd batches and of the even ones; `merge` makes those of all.
 
@@ -111,7 +112,9 @@ def observe_halves(
     for number in (0, 1):
 
         def tell(event: Event, first: int = number) -> None:
-            notify(Event(stage=event.stage, done=event.done + first * len(taken[::2]), total=len(taken)))
+            if isinstance(event, Progress):
+                event = replace(event, done=event.done + first * len(taken[::2]), total=len(taken))
+            notify(event)
 
         half = taken[number::2]
         halves.append(

@@ -1,6 +1,6 @@
 """Every value that crosses a stage boundary. Data only: no torch, no behaviour beyond arithmetic on own fields."""
 
-from deploypipe.records.events import Event, Progress, silent
+from deploypipe.records.events import Cached, Event, Finished, Note, Notify, Progress, Started, Warned, silent
 from deploypipe.records.interval import Interval
 from deploypipe.records.measurement import (
     BaselineComparison,
@@ -70,6 +70,7 @@ __all__ = [
     "BenchmarkReport",
     "Block",
     "BlockRanking",
+    "Cached",
     "Calibration",
     "Candidate",
     "CandidateFile",
@@ -90,6 +91,7 @@ __all__ = [
     "Event",
     "Feasibility",
     "FileEntry",
+    "Finished",
     "FloatLayer",
     "Frozen",
     "GateDecision",
@@ -106,6 +108,8 @@ __all__ = [
     "Member",
     "ModelFile",
     "Names",
+    "Note",
+    "Notify",
     "Observation",
     "Origin",
     "Parity",
@@ -124,6 +128,7 @@ __all__ = [
     "SearchResult",
     "Side",
     "StageTime",
+    "Started",
     "Status",
     "Structures",
     "TimedCut",
@@ -132,5 +137,6 @@ __all__ = [
     "Trial",
     "Verdict",
     "Waiver",
+    "Warned",
     "silent",
 ]

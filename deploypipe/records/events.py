@@ -1,4 +1,4 @@
-"""Progress of a run."""
+"""What a run reports while it is at work, for whoever shows it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,8 +6,15 @@ from typing import TypeAlias
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Event:
-    """One step of a long piece of work, for whoever shows progress."""
+class Started:
+    """A stage begins."""
+
+    stage: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """One step is done, of a stage or of work inside one."""
 
     stage: str
     done: int = 0
@@ -15,7 +22,38 @@ class Event:
     message: str = ""
 
 
-Progress: TypeAlias = Callable[[Event], None]
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finished:
+    """A stage was computed."""
+
+    stage: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cached:
+    """A stage was read from the run folder: it had been computed before."""
+
+    stage: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Note:
+    """Something worth knowing that is as it should be."""
+
+    stage: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Warned:
+    """Something that the user may have to act on."""
+
+    stage: str
+    text: str
+
+
+Event: TypeAlias = Started | Progress | Finished | Cached | Note | Warned
+Notify: TypeAlias = Callable[[Event], None]
 
 
 def silent(event: Event) -> None:

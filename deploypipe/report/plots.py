@@ -15,6 +15,7 @@ from deploypipe.records import (
     StageTime,
     TrainLog,
 )
+from deploypipe.records.stages import title_of
 from deploypipe.text.printable_text import printable
 
 DENSE, COMPRESSED, MUTED, LIMIT = "#8a94a6", "#2563eb", "#cbd2dc", "#dc2626"
@@ -146,7 +147,7 @@ def repair_errors(report: RepairReport) -> str:
 
 def stage_times(stages: tuple[StageTime, ...]) -> str:
     """Seconds of each stage, numbered where it was done for several networks; those of an earlier run are pale."""
-    names = [stage.stage for stage in stages]
+    names = [title_of(stage.stage) for stage in stages]
     turns = [names[: number + 1].count(name) for number, name in enumerate(names)]
     colours = [MUTED if stage.was_cached else COMPRESSED for stage in stages]
     figure = go.Figure()

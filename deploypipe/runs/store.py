@@ -20,12 +20,7 @@ from deploypipe.files.atomic import write_atomically
 from deploypipe.files.exhausted_resources import find_exhaustion
 from deploypipe.files.hashing import digest, file_sha256
 from deploypipe.files.json_records import from_plain, to_plain
-from deploypipe.records import (
-    Event,
-    Progress,
-    StageTime,
-    silent,
-)
+from deploypipe.records import Cached, Event, Finished, Note, Notify, StageTime, Started, Warned, silent
 from deploypipe.runs.stage_mirror import download_stage, upload_stage
 from deploypipe.scheduling.exclusive_measurement import give_way, pause, side_by_side, try_lock
 from deploypipe.text import strict_json
@@ -51,7 +46,7 @@ class RunFolder:
     """An open, locked run folder. Use `open_run`."""
 
     path: Path
-    notify: Progress = silent
+    notify: Notify = silent
     shared: Path | None = None  # holds the stages that do not depend on the target, for runs for other targets too
     source: str = ""  # of a worker, which computes no stage: the address where the run it helps left its stages
     finished: list[Path] = field(default_factory=list)  # folders of the stages finished in this run
@@ -81,7 +76,7 @@ class RunFolder:
         """
         hashes = {name: digest(value) for name, value in inputs.items()}
         key = f"{stage}-{digest([stage, hashes])}"
-        self.notify(Event(stage=stage, message="start"))
+        self.notify(Started(stage=stage))
         if not (is_shared and self.shared):
             return self._remember(stage, key, self.path, hashes, compute, record_type, is_final)
         with self._in_turn(stage, self.shared / f"{key}.lock"):
@@ -114,7 +109,7 @@ class RunFolder:
         if at not in self.finished:
             self.finished.append(at)
             self.times.append(StageTime(stage=stage, seconds=seconds, was_cached=stored is not None))
-        self.notify(Event(stage=stage, message="cached" if stored else "done"))
+        self.notify(Cached(stage=stage) if stored else Finished(stage=stage))
         return StageResult(record=from_plain(record_type, record, at.name), key=key.rsplit("-", 1)[-1], files=at)
 
     @contextmanager
@@ -122,7 +117,7 @@ class RunFolder:
         """Of several runs at work at once, let one compute the stage; the others wait, and find it."""
         with path.open("w") as lock:
             if not try_lock(lock, fcntl.LOCK_EX):
-                self.notify(Event(stage=stage, message="NOTE: waits for another run, which is at it"))
+                self.notify(Note(stage=stage, text="waits for another run, which is at it"))
                 while not try_lock(lock, fcntl.LOCK_EX):
                     pause(_POLL_S)
             yield
@@ -138,7 +133,7 @@ class RunFolder:
             return None
         if stored := read_record(at, key):
             return stored
-        self.notify(Event(stage=stage, message=f"WARNING: {path} or one of its files is damaged; computing it again"))
+        self.notify(Warned(stage=stage, text=f"{path} or one of its files is damaged; computing it again"))
         path.unlink()
         shutil.rmtree(at, ignore_errors=True)
         return None
@@ -187,7 +182,7 @@ def _remove_scratch(work: Path) -> None:
 
 @contextmanager
 def open_run(
-    path: Path, notify: Progress = silent, shared: Path | None = None, source: str = "", place: Path | None = None
+    path: Path, notify: Notify = silent, shared: Path | None = None, source: str = "", place: Path | None = None
 ) -> Iterator[RunFolder]:
     """Open (or make) a run folder, locked against a second run for as long as the block lasts.
 

@@ -9,7 +9,7 @@ from typing import Any
 from deploypipe.errors import BudgetError
 from deploypipe.files.hashing import digest
 from deploypipe.recipe import ObjectiveName, Search
-from deploypipe.records import Candidate, Event, Progress, PruningPlan, SearchResult, Trial, silent
+from deploypipe.records import Candidate, Notify, Progress, PruningPlan, SearchResult, Trial, silent
 from deploypipe.scheduling.exclusive_measurement import pause
 from deploypipe.search.allocation.limits import Range, violations
 from deploypipe.search.distributed.study_storage import Storage
@@ -41,7 +41,7 @@ def search(
     origin: Mapping[str, object],
     magnitude: Range = (0.0, 1.0),
     seed: int = 0,
-    notify: Progress = silent,
+    notify: Notify = silent,
 ) -> SearchResult:
     """Run, go on with or help with the study in `storage`, and return all its trials and the best feasible one.
 
@@ -80,7 +80,7 @@ def search(
             for number in sorted(done.keys() - told):
                 told.add(number)
                 message = _summary(done[number][0])
-                notify(Event(stage="search", done=len(told), total=settings.num_trials, message=message))
+                notify(Progress(stage="search", done=len(told), total=settings.num_trials, message=message))
             if len(done) == settings.num_trials:
                 break
             claim = board.claim(settings.num_trials, settings.num_parallel, turned)

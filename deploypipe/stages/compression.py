@@ -17,7 +17,7 @@ from deploypipe.pruning.surgery.saved_network import own_weights, save_pruned
 from deploypipe.pruning.tracing.module_calls import one_thread_if_small
 from deploypipe.pruning.tracing.structures import count_macs
 from deploypipe.recipe import Finetune
-from deploypipe.records import ModelFile, Progress, PruneOutcome, PruningPlan, RepairReport, TrainLog
+from deploypipe.records import ModelFile, Notify, PruneOutcome, PruningPlan, RepairReport, TrainLog
 from deploypipe.runs.store import StageResult
 from deploypipe.stages.context import RunContext
 from deploypipe.task import num_samples
@@ -49,7 +49,7 @@ def repair_inputs(ctx: RunContext) -> dict[str, object]:
 
 
 def repair_network(
-    ctx: RunContext, plan: PruningPlan, pruned: nn.Module, notify: Progress
+    ctx: RunContext, plan: PruningPlan, pruned: nn.Module, notify: Notify
 ) -> tuple[nn.Module, RepairReport]:
     """Repair a pruned network as the recipe says, without storing it."""
     return repair(
@@ -81,7 +81,7 @@ def finetune(ctx: RunContext, plan: PruningPlan, pruned: StageResult[PruneOutcom
 
 
 def tune(
-    ctx: RunContext, plan: PruningPlan, repaired: nn.Module, settings: Finetune, checkpoint: Path, notify: Progress
+    ctx: RunContext, plan: PruningPlan, repaired: nn.Module, settings: Finetune, checkpoint: Path, notify: Notify
 ) -> tuple[nn.Module, TrainLog]:
     """Train a repaired network on all ranks, without storing it; resume from its checkpoint if there is one.
 

@@ -17,7 +17,7 @@ from deploypipe.installed_packages import find_package, package_versions
 from deploypipe.networks.model_copies import copied
 from deploypipe.pruning.tracing.structures import model_fingerprint
 from deploypipe.recipe import Recipe
-from deploypipe.records import Event, Origin
+from deploypipe.records import Note, Origin, Warned
 from deploypipe.runs.store import RunFolder
 from deploypipe.runtimes.device_ability import Ability, can
 from deploypipe.runtimes.this_machine import this_machine
@@ -97,7 +97,7 @@ def prepare_run(
     ability = can(target)
     if ability.verdict != "run":
         told = f"nothing can be measured for {target.name or target.runtime} here, so the run will end in HOLD"
-        run.notify(Event(stage="check", message=f"WARNING: {told}: {ability.reason}"))
+        run.notify(Warned(stage="check", text=f"{told}: {ability.reason}"))
     calib = take_calib(splits.calib, max(recipe.observe.num_samples, recipe.repair.num_samples))
     inputs, extremes = take(calib[0][0], 2), Extremes()
     origin: dict[str, Any] = {
@@ -153,7 +153,7 @@ def _hash_data(splits: Splits, run: RunFolder, extremes: Extremes) -> str:
     changed = [name for name in found if isinstance(before, dict) and before.get(name, found[name]) != found[name]]
     if changed:
         told = f"the data of {' and '.join(changed)} changed since the last run in this folder"
-        run.notify(Event(stage="check", message=f"NOTE: {told}: what depends on it is computed again"))
+        run.notify(Note(stage="check", text=f"{told}: what depends on it is computed again"))
     write_atomically(path, (json.dumps(found, sort_keys=True) + "\n").encode())
     return digest(found)
 

@@ -14,13 +14,14 @@ from deploypipe.files.atomic import place_file
 from deploypipe.records import (
     BenchmarkReport,
     EngineFile,
-    Event,
+    Finished,
     GateDecision,
     Golden,
     Measurement,
     ModelFile,
     PrecisionChoice,
     PrecisionRow,
+    Started,
 )
 from deploypipe.release.gate import decide
 from deploypipe.runs.store import StageResult
@@ -173,10 +174,10 @@ def _is_final(report: BenchmarkReport, budget: Budget) -> bool:
 
 def gate(ctx: RunContext, report: BenchmarkReport, shipped: Shipped) -> GateDecision:
     """Decide whether the file may ship. Decided again in every run: what an earlier one measured may be out of date."""
-    ctx.run.notify(Event(stage="gate", message="start"))
+    ctx.run.notify(Started(stage="gate"))
     parity_limit = limit_of(ctx.recipe.export, shipped.file.precision)
     decision = decide(report, ctx.target.budget, parity_limit=parity_limit, now=datetime.now(UTC))
-    ctx.run.notify(Event(stage="gate", message="done"))
+    ctx.run.notify(Finished(stage="gate"))
     return decision
 
 

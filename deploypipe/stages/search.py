@@ -18,7 +18,9 @@ from deploypipe.records import (
     Event,
     Feasibility,
     Measurement,
+    Note,
     PrecisionRow,
+    Progress,
     PruningPlan,
     ScoreTable,
     SearchResult,
@@ -244,7 +246,10 @@ def _tune_finalist(ctx: RunContext, found: SearchResult, number: int) -> float:
         checkpoint.mkdir(exist_ok=True)
 
         def notify(event: Event) -> None:
-            ctx.run.notify(replace(event, stage="finalist", message=told))
+            if isinstance(event, Progress):
+                ctx.run.notify(replace(event, stage="finalist", message=told))
+            else:
+                ctx.run.notify(replace(event, stage="finalist"))
 
         _, log = compression.tune(ctx, plan, repaired, short, checkpoint, notify)
         shutil.rmtree(checkpoint)
@@ -358,4 +363,4 @@ def _invite_workers(ctx: RunContext, storage: Storage) -> None:
 
 
 def _note(ctx: RunContext, text: str, stage: str = "search") -> None:
-    ctx.run.notify(Event(stage=stage, message=f"NOTE: {text}"))
+    ctx.run.notify(Note(stage=stage, text=text))

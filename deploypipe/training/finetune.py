@@ -23,7 +23,7 @@ from deploypipe.networks.model_copies import copied
 from deploypipe.networks.model_wrappers import unwrapped
 from deploypipe.numerics.intervals import seems_worse
 from deploypipe.recipe import Finetune
-from deploypipe.records import EpochLog, Event, Progress, TrainLog, silent
+from deploypipe.records import EpochLog, Note, Notify, Progress, TrainLog, silent
 from deploypipe.task import (
     Batch,
     Splits,
@@ -60,7 +60,7 @@ def finetune(
     checkpoint: Path | None = None,
     teacher_outputs: Path | None = None,
     seed: int = 0,
-    notify: Progress = silent,
+    notify: Notify = silent,
     ranks: Ranks = ALONE,
 ) -> tuple[nn.Module, TrainLog]:
     """Train a copy of `pruned` on `splits.train`; return the last epoch that is no worse on `splits.val` than the best.
@@ -172,7 +172,7 @@ def _prepare(
 
 
 def _train_epoch(
-    lesson: "_Lesson", state: "_State", batches: Iterable[Batch], epoch: int, notify: Progress
+    lesson: "_Lesson", state: "_State", batches: Iterable[Batch], epoch: int, notify: Notify
 ) -> tuple[float, list[Tensor]]:
     """A step for each batch; the last learning rate, and the losses of this rank."""
     settings, optimizer, total = lesson.settings, lesson.optimizer, lesson.settings.num_epochs * lesson.steps
@@ -196,7 +196,7 @@ def _train_epoch(
         _require_finite(lesson, batch, Step(number=done + 1, epoch=epoch, batch=number), float(losses[-1]), norm)
         optimizer.step()
         _average_(state.average, lesson.student, min(settings.average_decay, (done + 1) / (done + 10)))
-        notify(Event(stage="finetune", done=done + 1, total=total, message=f"epoch {epoch}"))
+        notify(Progress(stage="finetune", done=done + 1, total=total, message=f"epoch {epoch}"))
     if not losses:
         raise DataError(
             f"`train` gave no batch of {lesson.least} or more samples in epoch {epoch}; return a source that can be "
@@ -205,11 +205,11 @@ def _train_epoch(
     return rate, losses
 
 
-def _note_left_out_(state: "_State", number: int, size: int, notify: Progress) -> None:
+def _note_left_out_(state: "_State", number: int, size: int, notify: Notify) -> None:
     note = f"batch {number} of an epoch was left out: it holds {size} sample, and the network trains on two or more"
     if note not in state.notes:
         state.notes.append(note)
-        notify(Event(stage="finetune", message=f"NOTE: {note}"))
+        notify(Note(stage="finetune", text=note))
 
 
 def _log_of(state: "_State", settings: Finetune) -> TrainLog:

@@ -14,7 +14,7 @@ from deploypipe.pruning.surgery.saved_network import own_weights
 from deploypipe.pruning.surgery.slim_attention import with_slim_attention
 from deploypipe.pruning.tracing.structures import model_fingerprint
 from deploypipe.recipe import Finetune
-from deploypipe.records import Progress, PruningPlan, TrainLog, silent
+from deploypipe.records import Notify, PruningPlan, TrainLog, silent
 from deploypipe.task import Splits, Task, num_samples
 from deploypipe.tensor_batches import fingerprint
 from deploypipe.training.finetune import finetune
@@ -59,7 +59,7 @@ def finetune_together(
     checkpoint: Path | None = None,
     teacher_outputs: Path | None = None,
     seed: int = 0,
-    notify: Progress = silent,
+    notify: Notify = silent,
     ranks: Ranks = ALONE,
 ) -> tuple[nn.Module, TrainLog]:
     """`finetune` on all ranks, called on rank 0 while the others are at `serve`. `plan` made `pruned` of `dense`.

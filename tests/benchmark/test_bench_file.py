@@ -21,7 +21,7 @@ from deploypipe.benchmark.sweeps import batch_sizes, count_cores, thread_counts
 from deploypipe.cli import app
 from deploypipe.errors import ConfigError, DataError, ModelError, RuntimeUnavailableError
 from deploypipe.files.json_records import from_json, to_json
-from deploypipe.records import Event, Interval
+from deploypipe.records import Event, Interval, Started
 from deploypipe.report.bench_tables import figure_rows, layer_rows, missing_lines, sweep_rows, verdict_lines
 from deploypipe.target import Target
 
@@ -91,7 +91,7 @@ def whole(files: Path) -> tuple[BenchResult, list[Event]]:
 def test_everything_is_measured_or_says_why_not(whole: tuple[BenchResult, list[Event]]) -> None:
     result, events = whole
     assert from_json(BenchResult, to_json(result), "result") == result
-    assert [e.stage for e in events if e.message == "start"] == list(PARTS)
+    assert [e.stage for e in events if isinstance(e, Started)] == list(PARTS)
     for file in (result.file, result.against):
         assert file is not None
         assert file.latency is not None and len(file.latency.samples_ms) == 80

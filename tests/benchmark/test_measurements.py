@@ -31,7 +31,7 @@ from deploypipe.errors import DataError, ModelError
 from deploypipe.export.onnx_export.export_onnx import export_onnx
 from deploypipe.files.json_records import from_json, to_json
 from deploypipe.recipe import Export
-from deploypipe.records import BenchmarkReport, MachineState, ModelFile
+from deploypipe.records import BenchmarkReport, Event, MachineState, ModelFile, Progress
 from deploypipe.runtimes.onnxruntime import OnnxRuntime
 from deploypipe.scheduling.exclusive_measurement import side_by_side, try_lock
 from deploypipe.target import Target
@@ -99,7 +99,7 @@ def test_an_unsteady_measurement_is_repeated(folder: Path, small: ModelFile, mon
     said = iter(["it drifted"])
     monkeypatch.setattr(latency, "find_unsteadiness", lambda _: next(said, ""))
     monkeypatch.setattr(latency, "_PAUSE_SECONDS", 0)
-    told: list[str] = []
+    told: list[Event] = []
     measure(
         small,
         folder=folder,
@@ -107,9 +107,9 @@ def test_an_unsteady_measurement_is_repeated(folder: Path, small: ModelFile, mon
         task=classification(),
         target=TARGET,
         counts=(1, 1),
-        notify=lambda event: told.append(event.message),
+        notify=told.append,
     )
-    assert told.count("the machine was not steady: once more") == 1
+    assert told.count(Progress(stage="latency", message="the machine was not steady: once more")) == 1
 
 
 def test_runtime_that_is_absent_measures_nothing(folder: Path, large: ModelFile, small: ModelFile) -> None:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from deploypipe.errors import DataError, DeploypipeError
 from deploypipe.recipe import Finetune
-from deploypipe.records import Event
+from deploypipe.records import Event, Note
 from deploypipe.task import Batch, Splits, Task, classification
 from deploypipe.training.finetune import finetune
 
@@ -155,7 +155,7 @@ def test_a_batch_that_batch_norms_cannot_train_on_is_left_out_and_told() -> None
     _, log = tune(batches(65), notify=events.append)
     note = "batch 4 of an epoch was left out: it holds 1 sample, and the network trains on two or more"
     assert log.notes == (note,)
-    assert [event.message for event in events if event.message.startswith("NOTE")] == [f"NOTE: {note}"]
+    assert [event.text for event in events if isinstance(event, Note)] == [note]
     assert "gave no batch of 2 or more samples" in told(batches(8, 1))
 
 

@@ -14,7 +14,7 @@ from deploypipe.export.quantization.fp16 import to_fp16
 from deploypipe.export.quantization.int8 import to_int8
 from deploypipe.numerics.intervals import interval_of_median_ratio
 from deploypipe.recipe import Export
-from deploypipe.records import Converted, Event, Interval, ModelFile, PrecisionChoice, PrecisionRow, Progress, silent
+from deploypipe.records import Converted, Interval, ModelFile, Notify, PrecisionChoice, PrecisionRow, Progress, silent
 from deploypipe.runtimes import Array, Runtime
 from deploypipe.runtimes.int8_arithmetic import kernels_of
 from deploypipe.runtimes.onnxruntime import OnnxRuntime
@@ -36,7 +36,7 @@ def choose_precision(
     settings: Export,
     runtime: Runtime | None,
     as_opened: Callable[[Path], Path] = lambda path: path,
-    notify: Progress = silent,
+    notify: Notify = silent,
 ) -> PrecisionChoice:
     """Convert the fp32 file `folder / source.path` to every other precision of the target, and choose one.
 
@@ -57,7 +57,7 @@ def choose_precision(
 
     rows = [PrecisionRow(precision="fp32", file=source)]
     for precision in (p for p in target.precisions if p != "fp32"):
-        notify(Event(stage=_STAGE, message=precision))
+        notify(Progress(stage=_STAGE, message=precision))
         out = work / f"{precision}.onnx"
         rows.append(_convert(precision, path, out, calib, measure_accuracy, target, settings))
     good = {row.precision: row.file for row in rows if row.file}
@@ -67,7 +67,7 @@ def choose_precision(
     ratios: dict[str, Interval] = {}
     doubts: tuple[str, ...] = ()
     if runtime and len(good) > 1:
-        notify(Event(stage=_STAGE, message="latency"))
+        notify(Progress(stage=_STAGE, message="latency"))
         files = {name: as_opened(path if name == "fp32" else work / file.path) for name, file in good.items()}
         ratios, doubts = _time(files, first_batch(val, source.input_names, target.batch_size), runtime, target)
     chosen, why = decide_precision([name for name in target.precisions if name in good], ratios)

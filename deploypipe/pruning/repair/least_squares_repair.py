@@ -35,7 +35,7 @@ from deploypipe.pruning.repair.affine_paths import End, SignalPath, common_paths
 from deploypipe.pruning.repair.lockstep_forwards import run_in_step
 from deploypipe.pruning.repair.removed_block_targets import layers_ahead
 from deploypipe.recipe import Repair
-from deploypipe.records import Event, Progress, PruningPlan, RepairReport, RepairRow, silent
+from deploypipe.records import Notify, Progress, PruningPlan, RepairReport, RepairRow, silent
 from deploypipe.task import (
     Batch,
     RealTokens,
@@ -60,7 +60,7 @@ def repair(
     arriving: Sequence[Batch] | None = None,
     real_tokens: RealTokens | None = None,
     seed: int = 0,
-    notify: Progress = silent,
+    notify: Notify = silent,
 ) -> tuple[nn.Module, RepairReport]:
     """A copy of `pruned` whose layers' weights are solved to give the dense network's outputs again.
 
@@ -108,7 +108,7 @@ def repair(
                 wanted[number] = wanted[number] - others
         row, outputs = _solve_layer_(ends, layer, norm, places, torch.cat(wanted), settings.ridge)
         rows.append(row)
-        notify(Event(stage="repair", done=len(rows) - len(reasons), total=len(paths), message=path.layer))
+        notify(Progress(stage="repair", done=len(rows) - len(reasons), total=len(paths), message=path.layer))
         return outputs
 
     if arriving is not None:

@@ -15,7 +15,7 @@ from deploypipe.pruning.surgery.apply_plan import apply_plan
 from deploypipe.pruning.surgery.plan import make_plan
 from deploypipe.pruning.tracing.structures import model_fingerprint
 from deploypipe.recipe import Mpruner, Recipe
-from deploypipe.records import DepthLog, DepthRow, Event, Names, Progress, ScoreTable, Structures, silent
+from deploypipe.records import DepthLog, DepthRow, Names, Notify, Progress, ScoreTable, Structures, silent
 from deploypipe.scoring.blocks.mpruner import cluster_blocks, mpruner_candidates
 from deploypipe.task import Splits, Task, take_calib
 
@@ -32,7 +32,7 @@ def prune_depth(
     recipe: Recipe,
     *,
     train: Callable[[nn.Module], nn.Module] | None = None,
-    notify: Progress = silent,
+    notify: Notify = silent,
 ) -> tuple[nn.Module, DepthLog]:
     """The shallowest network found whose accuracy on val is at most `settings.max_drop_pp` below the dense one's.
 
@@ -74,7 +74,7 @@ def mpruner(
     evaluate: Callable[[Network], float],
     *,
     num_removable: int = sys.maxsize,
-    notify: Progress = silent,
+    notify: Notify = silent,
 ) -> tuple[Network, DepthLog]:
     """The loop itself; none of the three functions may change its argument, so rolling back is keeping the best.
 
@@ -110,7 +110,7 @@ def mpruner(
                 reason=reason,
             )
         )
-        notify(Event(stage="depth", done=len(rows), message=reason))
+        notify(Progress(stage="depth", done=len(rows), message=reason))
         if accepted and accuracy is not None:
             best, best_accuracy, removed = tried, accuracy, removed + names
             found = analyse(best)

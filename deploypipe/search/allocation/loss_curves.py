@@ -32,7 +32,7 @@ from deploypipe.observe.layer_regressions import (
 from deploypipe.observe.moments import InputMoments, Moments
 from deploypipe.pruning.surgery.module_slicing import Bypass, cut_, mask_, normalizes_over_channels
 from deploypipe.recipe import Search
-from deploypipe.records import ChannelGroup, Curves, Edit, Event, LossCurve, Progress, ScoreTable, Structures, silent
+from deploypipe.records import ChannelGroup, Curves, Edit, LossCurve, Notify, Progress, ScoreTable, Structures, silent
 from deploypipe.runtimes.named_arrays import name_outputs
 from deploypipe.task import (
     Batch,
@@ -60,7 +60,7 @@ def measure_curves(
     *,
     channel_multiple: int = 1,
     distillation_loss: DistillationLoss | None = None,
-    notify: Progress = silent,
+    notify: Notify = silent,
 ) -> Curves:
     """How far the answers are from the dense network's with each group at several widths, and without each block.
 
@@ -84,7 +84,7 @@ def measure_curves(
         else:
             losses = _group_losses(probe, groups[curve.name], curve.kept, scores, moments)
         curves.append(replace(curve, losses=tuple(losses)))
-        notify(Event(stage="curves", done=len(curves), total=len(offered), message=curve.name))
+        notify(Progress(stage="curves", done=len(curves), total=len(offered), message=curve.name))
     return Curves(curves=tuple(curves), num_samples=sum(map(num_samples, alike)))
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from deploypipe.pruning.surgery.apply_plan import apply_plan
-from deploypipe.records import Event, Progress, PruningPlan, Structures, TimedCut, TimedNetworks, silent
+from deploypipe.records import Notify, Progress, PruningPlan, Structures, TimedCut, TimedNetworks, silent
 from deploypipe.search.allocation.latency_samples import design_networks
 from deploypipe.search.allocation.proposer import cut_of
 from deploypipe.search.allocation.solver import Allocation
@@ -26,7 +26,7 @@ def time_networks(
     *,
     count: int,
     seed: int,
-    notify: Progress = silent,
+    notify: Notify = silent,
 ) -> TimedNetworks:
     """Time `count` networks of `design_networks` beside the dense one, their weights as they come."""
     started = time.perf_counter()
@@ -41,7 +41,7 @@ def time_networks(
             ]
             ratios = candidates.latency_ratios(files, _NUM_SAMPLES)
         rows += [TimedCut(cut=cut_of(plan), ratio=ratio) for plan, ratio in zip(group, ratios, strict=True)]
-        notify(Event(stage="latency", done=len(rows), total=len(plans), message="networks timed"))
+        notify(Progress(stage="latency", done=len(rows), total=len(plans), message="networks timed"))
     return TimedNetworks(
         rows=tuple(rows),
         precision=candidates.precision.precision,
