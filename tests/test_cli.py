@@ -140,7 +140,7 @@ def test_several_at_a_time_are_not_for_torchrun(home: Path, monkeypatch: pytest.
 
 def test_targets_of_one_name_are_refused(home: Path, calls: list[dict[str, Any]]) -> None:
     done = invoke("run", "./toy.py", "cpu", "targets/cpu.toml")
-    assert done.exit_code == 2 and "'cpu' is named twice" in done.output and not calls
+    assert done.exit_code == 2 and "'cpu' is given twice" in done.output and not calls
     (home / "shared.toml").write_text(TARGET, encoding="utf-8")
     assert "'shared' is where" in invoke("run", "./toy.py", "cpu", "shared.toml").output
 
@@ -309,7 +309,7 @@ def test_init_writes_what_loads_and_never_overwrites(home: Path) -> None:
     assert len(list(pipeline.load_data().test)) == 10 and load_target("fresh_one").budget.latency_p50 == "0.8x"
     (home / "pipelines" / "fresh_one.py").unlink()
     again = invoke("init", "fresh_one")
-    assert again.exit_code == 2 and "is there already" in again.output
+    assert again.exit_code == 2 and "exists already" in again.output
     assert not (home / "pipelines" / "fresh_one.py").exists()  # nothing half-written
 
 

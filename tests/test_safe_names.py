@@ -91,7 +91,7 @@ def test_files_that_would_name_a_run(name: str, home: Path) -> None:
 def test_targets_that_a_file_system_may_take_for_one(home: Path) -> None:
     (home / "CPU.toml").write_bytes((home / "cpu.toml").read_bytes())
     done = RUNNER.invoke(app, ["run", "./pipe.py", "./cpu.toml", "./CPU.toml"])
-    assert done.exit_code == 2 and "is named twice" in done.output
+    assert done.exit_code == 2 and "is given twice" in done.output
 
 
 def test_names_in_results_aliases_and_calls(tmp_path: Path) -> None:

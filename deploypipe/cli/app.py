@@ -20,11 +20,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-plans = typer.Typer(help="Look at pruning plans: what goes, and how two of them differ.", no_args_is_help=True)
+plans = typer.Typer(help="Show a pruning plan, or compare two.", no_args_is_help=True)
 app.add_typer(plans, name="plan")
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")]
 PLAN_HELP = "A plan.json, or the folder of a finished run."
-PipelineArgument = Annotated[str, typer.Argument(metavar="PIPELINE", help="A file, or the name of one in pipelines/.")]
+PipelineArgument = Annotated[
+    str, typer.Argument(metavar="PIPELINE", help="A Python file, or the name of one in pipelines/.")
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -36,7 +38,7 @@ SetOption = Annotated[
 ]
 TimeLimit = Annotated[
     float,
-    typer.Option(metavar="SECONDS", min=0.1, max=1e6, help="How long a file may take to load and run once."),
+    typer.Option(metavar="SECONDS", min=0.1, max=1e6, help="Time limit to load a model file and run it once."),
 ]
 MemoryLimit = Annotated[
     int | None,
@@ -44,7 +46,7 @@ MemoryLimit = Annotated[
         metavar="MIB",
         min=1,
         max=2**30,
-        help="Memory that it may take meanwhile (Linux, on the CPU). Default: three quarters of what is free.",
+        help="Memory limit of that run (Linux, on the CPU). Default: three quarters of the free memory.",
     ),
 ]
 
@@ -75,7 +77,7 @@ AllowOption = Annotated[
     typer.Option(
         OPTION,
         callback=_allow_provider_libraries,
-        help="Let the target's provider_options load libraries and touch files: only if you know where it comes from.",
+        help="Allow the target's provider_options to load libraries and access files. Only for targets you trust.",
     ),
 ]
 StorageOption = Annotated[
@@ -83,7 +85,7 @@ StorageOption = Annotated[
     typer.Option(
         metavar="ADDRESS",
         envvar="DEPLOYPIPE_STORAGE",
-        help="Database that the workers of one search share: postgresql://USER:PASSWORD@HOST/NAME, or sqlite:///FILE "
-        "for processes of one machine.",
+        help="Database shared by the workers of a search: postgresql://USER:PASSWORD@HOST/NAME, or sqlite:///FILE for "
+        "processes on one machine.",
     ),
 ]

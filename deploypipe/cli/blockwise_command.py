@@ -17,20 +17,24 @@ def blockwise(
     weights: Annotated[
         Path, typer.Argument(metavar="WEIGHTS", help="A .safetensors file, or the .index.json of several.")
     ],
-    kept: Annotated[float, typer.Option(metavar="SHARE", help="Of every group of units and heads in the blocks.")],
+    kept: Annotated[
+        float, typer.Option(metavar="SHARE", help="Share to keep of every group of units and heads in the blocks.")
+    ],
     out: Annotated[Path | None, typer.Option(help="Folder. Default: runs/PIPELINE-blockwise.")] = None,
-    channel_multiple: Annotated[int, typer.Option(min=1, help="Widths stay multiples of it.")] = 1,
+    channel_multiple: Annotated[int, typer.Option(min=1, help="Keep widths at multiples of this number.")] = 1,
     block: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="Blocks in order, once each. Default: the longest list of equal modules."),
+        typer.Option(
+            metavar="NAME", help="A block; repeat for each, in order. Default: the longest list of equal modules."
+        ),
     ] = None,
     set_: SetOption = None,
 ) -> None:
-    """Prune the blocks of PIPELINE's network one after the other, where the whole does not fit into memory twice.
+    """Prune the blocks of PIPELINE's network one by one, for a network that does not fit into memory twice.
 
-    Weights are read from their file, block by block; those that build_model() loads are not. One share for every
-    group; no search, fine-tuning or export. A command that was interrupted goes on where it stopped. Afterwards, in
-    Python: deploypipe.load_pruned(FOLDER, build_model).
+    Weights are read from WEIGHTS, block by block; weights that build_model() loads are ignored. Every group keeps the
+    same share; there is no search, fine-tuning or export. The same command resumes after an interruption. Load the
+    result in Python with deploypipe.load_pruned(FOLDER, build_model).
     """
     with exit_codes():
         from deploypipe.cli.arguments import split_settings

@@ -1,4 +1,4 @@
-"""The work of `deploypipe worker`: find a search that another process runs, and do trials of it."""
+"""The work of `deploypipe worker`: find a search that another process runs, and run trials of it."""
 
 import time
 from dataclasses import dataclass, replace
@@ -23,18 +23,18 @@ _POLL_S = 2.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SharedJob:
-    """What a run tells its workers, as it stands in the database."""
+    """What workers need to know of a run, as stored in the database."""
 
     pipeline: str
     constants: dict[str, str]
     recipe: Recipe
     target: Target
     stages: str
-    code: dict[str, str]  # what the run executes, by `pipeline_source.code_hashes`
+    code: dict[str, str]  # hashes of the code that the run executes, from `pipeline_sources.code_hashes`
 
 
 def join_search(run: str, address: str, wait: float) -> None:
-    """Do trials of the search `run` in the database at `address` until all are done. Wait `wait` seconds for it."""
+    """Run trials of the search `run` in the database at `address` until all are done. Wait `wait` seconds for it."""
     require_name(run, "--run", "the search's name")
     shared = Storage(url=address, study=run)
     job = from_plain(SharedJob, _wait_for_job(shared, wait), f"{shared.shown}: {run}")
@@ -57,27 +57,27 @@ def join_search(run: str, address: str, wait: float) -> None:
 
 
 def _require_same_code(storage: Storage, job: SharedJob) -> None:
-    """StorageError unless the files here are those that the run executes; nothing of the pipeline is run for it."""
+    """Raise StorageError unless the files here equal those that the run executes. No code of the pipeline is run."""
     path = find_pipeline(job.pipeline)
     for name, here in code_hashes(path, job.constants).items():
         if job.code.get(name) != here:
             seen = f"{ascii(job.code.get(name, 'absent'))[:60]}, here {here}"
             raise StorageError(
-                f"{storage.shown}: the search {storage.study!r} was begun with another {name!r} than {path} and this "
-                f"machine have ({seen}), so that nothing was executed; use the same on every machine"
+                f"{storage.shown}: the search {storage.study!r} was started with another {name!r} than {path} and "
+                f"this machine have ({seen}); nothing was executed; use the same on every machine"
             )
 
 
 def _wait_for_job(storage: Storage, seconds: float) -> dict[str, Any]:
-    until, is_told = time.monotonic() + seconds, False
+    until, is_reported = time.monotonic() + seconds, False
     while (job := read_job(storage)) is None:
         if time.monotonic() > until:
             raise StorageError(
-                f"{storage.shown}: no search {storage.study!r} began here within {seconds:g} s; start it by "
-                f"`deploypipe run ... --storage ... --name {storage.study}`, or give the worker more time with --wait"
+                f"{storage.shown}: no search {storage.study!r} started here within {seconds:g} s; start it with "
+                f"`deploypipe run ... --storage ... --name {storage.study}`, or wait longer with --wait"
             )
-        if not is_told:
-            say(f"waiting for the search {storage.study!r} to begin", flush=True)
-            is_told = True
+        if not is_reported:
+            say(f"waiting for the search {storage.study!r} to start", flush=True)
+            is_reported = True
         time.sleep(_POLL_S)
     return job

@@ -27,10 +27,10 @@ def score(
     out: Annotated[Path | None, typer.Option(help="HTML file. Default: runs/PIPELINE-scores.html.")] = None,
     set_: SetOption = None,
 ) -> None:
-    """Show how much of PIPELINE's network is redundant, layer by layer, and which of its blocks do alike.
+    """Show how much of PIPELINE's network is redundant, layer by layer, and which of its blocks are similar.
 
-    Takes one pass over the calibration samples; nothing is removed. The scorer is the recipe's. To try another: --set
-    score.kind=KIND with magnitude, mipp, layerwise_mi, output_error, conditional_mi, label_mi, taylor, fpgm,
+    Needs one pass over the calibration samples; nothing is removed. The scorer is the recipe's. Try another one with
+    --set score.kind=KIND: magnitude, mipp, layerwise_mi, output_error, conditional_mi, label_mi, taylor, fpgm,
     batch_norm_scale or random.
     """
     with exit_codes():
@@ -50,7 +50,7 @@ def score(
         show_table(f"Redundant units in {loaded.name}, by {summary.scorer}", *score_table(summary))
         for cluster in summary.clusters:
             if len(cluster) > 1:
-                say(f"alike   {', '.join(cluster)}")
+                say(f"similar {', '.join(cluster)}")
         for note in score_notes(summary):
             say(f"note    {note}")
         from deploypipe.report.html import write_scores
@@ -78,9 +78,9 @@ def report(
 @app.command(epilog="Example: deploypipe compare runs/digits-x86_cpu runs/digits-x86_server")
 def compare(
     first: Annotated[Path, typer.Argument(metavar="RUN_A", help="Folder of a finished run.")],
-    second: Annotated[Path, typer.Argument(metavar="RUN_B", help="Folder of another one.")],
+    second: Annotated[Path, typer.Argument(metavar="RUN_B", help="Folder of another finished run.")],
 ) -> None:
-    """Show what two runs ship, figure by figure, and what the second removed differently."""
+    """Compare the models that two runs ship, figure by figure, and what the two removed."""
     with exit_codes():
         from deploypipe.cli.terminal import show_table
         from deploypipe.report.run_tables import COMPARISON_HEADER, comparison_rows, plan_differences
@@ -98,9 +98,11 @@ def compare(
 
 @app.command(epilog="Example: deploypipe doctor x86_cpu")
 def doctor(
-    target: Annotated[str | None, typer.Argument(metavar="[TARGET]", help="Look at this target's needs too.")] = None,
+    target: Annotated[
+        str | None, typer.Argument(metavar="[TARGET]", help="Also check the needs of this target.")
+    ] = None,
 ) -> None:
-    """Say what this machine can do, what is missing, and how to get it. Exit 2 where it cannot run TARGET."""
+    """Show what this machine can do, what is missing, and how to install it. Exit 2 if it cannot run TARGET."""
     with exit_codes():
         from deploypipe.cli.terminal import show_table
         from deploypipe.doctor import examine
@@ -118,13 +120,14 @@ def doctor(
 def check(
     pipeline: PipelineArgument,
     target: Annotated[
-        str | None, typer.Argument(metavar="[TARGET]", help="Check for this one. Default: onnxruntime on this machine.")
+        str | None,
+        typer.Argument(metavar="[TARGET]", help="Target to check for. Default: onnxruntime on this machine."),
     ] = None,
     set_: SetOption = None,
 ) -> None:
-    """Try on one batch all that a run of PIPELINE for TARGET needs, in seconds, and list everything that is wrong.
+    """Try everything that a run of PIPELINE for TARGET needs on one batch, in seconds, and list all problems.
 
-    Every run begins with the same checks, but for the export. Exit 2 where there is a complaint.
+    Every run starts with the same checks, except the export. Exit 2 if there is a problem.
     """
     with exit_codes():
         from deploypipe.cli.arguments import split_settings
@@ -172,7 +175,7 @@ def init(
         }
         for path in texts:
             if path.exists():
-                raise ConfigError(str(path), "", "is there already", "choose another name, or move the file away")
+                raise ConfigError(str(path), "", "exists already", "choose another name, or move the file away")
         for path, text in texts.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, text.encode())
@@ -182,35 +185,41 @@ def init(
 
 @app.command(epilog="Example: deploypipe bench model.onnx x86_cpu --against dense.onnx --parts latency,memory")
 def bench(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="An ONNX file, not only one of ours.")],
-    target: Annotated[str, typer.Argument(metavar="TARGET", help="A TOML file, or the name of one in targets/.")],
-    against: Annotated[Path | None, typer.Option(help="Another file, timed in turns with FILE.")] = None,
-    inputs: Annotated[Path | None, typer.Option(help="One batch, .npz or .safetensors. Default: random.")] = None,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Any ONNX file.")],
+    target: Annotated[
+        str, typer.Argument(metavar="TARGET", help="A TOML file, or the name of a target (`deploypipe targets`).")
+    ],
+    against: Annotated[
+        Path | None, typer.Option(help="Another file to compare with, timed in turns with FILE.")
+    ] = None,
+    inputs: Annotated[
+        Path | None, typer.Option(help="One batch of inputs, .npz or .safetensors. Default: random.")
+    ] = None,
     shape: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=1x128", help="Shape of a random input whose axes are open. May be repeated."),
+        typer.Option(metavar="NAME=1x128", help="Shape of a random input with dynamic axes. May be repeated."),
     ] = None,
     parts: Annotated[
         str, typer.Option(help="What to measure: latency,memory,cold start,layers,batches,threads,energy.")
     ] = "all",
     samples: Annotated[
-        int | None, typer.Option(help="Timed runs of each file. Default: about two seconds of them.")
+        int | None, typer.Option(help="Number of timed runs of each file. Default: about two seconds of runs.")
     ] = None,
     trust_program: Annotated[
         bool,
         typer.Option(
             "--trust-program",
-            help="Open a .pt2 FILE. It can run any code on this machine: only if you trust its maker.",
+            help="Open a .pt2 FILE. It can run any code on this machine: only for files from someone you trust.",
         ),
     ] = False,
     time_limit: TimeLimit = 120.0,
     memory_limit: MemoryLimit = None,
-    json: Annotated[Path | None, typer.Option(metavar="OUT", help="Write the figures as JSON too.")] = None,
+    json: Annotated[Path | None, typer.Option(metavar="OUT", help="Also write the figures to this JSON file.")] = None,
     _allow: AllowOption = False,
 ) -> None:
     """Measure FILE on TARGET: latency, throughput, memory, cold start, time by layer, energy.
 
-    Noise is measured too: an interval for each latency, and a verdict on the machine (steady, throttled, noisy).
+    Each latency has an interval, and the machine a verdict: steady, throttled or noisy.
     """
     with exit_codes():
         from deploypipe.cli.arguments import parse_shapes
@@ -246,7 +255,7 @@ def bench(
 def targets() -> None:
     """List the targets that have a name (those in targets/), and what this machine can do for each.
 
-    run: measured here. build only: an engine is built here and nothing is measured. export only: an ONNX file.
+    run: exports and measures here. build only: builds an engine here, measures nothing. export only: an ONNX file.
     """
     with exit_codes():
         from deploypipe.cli.terminal import show_table
@@ -267,12 +276,12 @@ def targets() -> None:
 @app.command(epilog="Example: deploypipe reproduce digits linear --out bug")
 def reproduce(
     pipeline: PipelineArgument,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A structure that cannot be removed.")],
-    out: Annotated[Path, typer.Option(help="Folder. Default: reproduction.")] = Path("reproduction"),
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of a structure that cannot be removed.")],
+    out: Annotated[Path, typer.Option(help="Folder of the bug report.")] = Path("reproduction"),
 ) -> None:
-    """Write the smallest part of PIPELINE's network in which NAME cannot be removed, for a bug report.
+    """Write a bug report: the smallest part of PIPELINE's network in which NAME cannot be removed.
 
-    Weights and inputs in it are random; its README.md quotes names of classes and files: read it before you send it.
+    Its weights and inputs are random. Its README.md quotes names of classes and files: read it before you send it.
     """
     with exit_codes():
         from deploypipe.pruning.tracing.bug_report import write_reproduction
@@ -289,7 +298,7 @@ def reproduce(
 
 @plans.command("show", epilog="Example: deploypipe plan show runs/digits-x86_cpu")
 def plan_show(plan: Annotated[Path, typer.Argument(metavar="PLAN", help=PLAN_HELP)]) -> None:
-    """Show what PLAN removes: the width of each group before and after, and the blocks."""
+    """Show what PLAN removes: blocks, and each group's width before and after."""
     with exit_codes():
         from deploypipe.cli.terminal import show_table
         from deploypipe.report.run_tables import plan_rows
@@ -308,7 +317,7 @@ def plan_diff(
     first: Annotated[Path, typer.Argument(metavar="FIRST", help=PLAN_HELP)],
     second: Annotated[Path, typer.Argument(metavar="SECOND", help=PLAN_HELP)],
 ) -> None:
-    """Show what FIRST and SECOND remove differently; equal are plans that remove the same from the same model."""
+    """Show how FIRST and SECOND differ. Two plans are equal if they remove the same from the same model."""
     with exit_codes():
         from deploypipe.cli.terminal import show_table
         from deploypipe.report.run_tables import plan_differences

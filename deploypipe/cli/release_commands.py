@@ -17,37 +17,39 @@ from deploypipe.errors import ConfigError, DeploypipeError, NoVersionError
 if TYPE_CHECKING:
     from deploypipe.runs.result import RunResult
 
-_PUBLIC_KEY = "PEM of the public key that the bundle has to be signed with."
-_REGISTRY = "Folder of bundles and their aliases, s3://... (or another store), or `models:`, the MLflow server in use."
+_PUBLIC_KEY = "PEM file of the public key that must have signed the bundle."
+_REGISTRY = "Folder of bundles and aliases, s3://... (or another store), or `models:` for the MLflow server in use."
 
 
 @app.command(epilog="Example: deploypipe gate runs/digits-x86_cpu --baseline registry/digits-x86_cpu@production")
 def gate(
     run: RunArgument,
     baseline: Annotated[
-        str | None, typer.Option(help="Bundle released before: its folder, REGISTRY/NAME@ALIAS, or models:/NAME@ALIAS.")
+        str | None, typer.Option(help="Bundle to compare with: its folder, REGISTRY/NAME@ALIAS, or models:/NAME@ALIAS.")
     ] = None,
     registry: Annotated[
         str | None,
         typer.Option(
-            help="Instead of --baseline: what --alias means here for this pipeline and target, if anything yet."
+            help="Instead of --baseline: the registry in which to look up --alias of this pipeline and target, if any."
         ),
     ] = None,
     alias: Annotated[str, typer.Option(help="See --registry.")] = "production",
     key: Annotated[
-        Path | None, typer.Option(help="PEM of the public key that the baseline has to be signed with.")
+        Path | None, typer.Option(help="PEM file of the public key that must have signed the baseline.")
     ] = None,
     waivers: Annotated[Path | None, typer.Option(help="TOML file of waivers; README.md shows one.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the decision as JSON.")] = False,
-    markdown: Annotated[Path | None, typer.Option(help="Write it as Markdown, for a pull request.")] = None,
-    junit: Annotated[Path | None, typer.Option(help="Write it as JUnit XML, a test case for each check.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the decision as Markdown, for a pull request.")] = None,
+    junit: Annotated[
+        Path | None, typer.Option(help="Write the decision as JUnit XML, with one test case for each check.")
+    ] = None,
     _allow: AllowOption = False,
 ) -> None:
-    """Decide again about a finished run: exit 0 SHIP, 1 HOLD, 2 error. The run remembers the decision.
+    """Decide again about a finished run: exit 0 SHIP, 1 HOLD, 2 error. The decision is stored in the run.
 
-    With --baseline the run must not be worse than what was released before: both files are timed in turns on this
-    machine, and compared on the same test samples. A waiver says which check need not pass, why, who says so, and from
-    when (granted) to when (expires).
+    With --baseline, the run must not be worse than a released bundle: both files are timed in turns on this machine and
+    compared on the same test samples. A waiver names a check that need not pass, the reason, the person responsible,
+    and its first (granted) and last day (expires).
     """
     with exit_codes():
         from deploypipe.cli.terminal import exit_code, show_decision, show_next_steps
@@ -82,7 +84,7 @@ def gate(
 def _find_baseline(
     result: "RunResult", baseline: str | None, registry: str | None, alias: str, key: Path | None
 ) -> Path | None:
-    """The bundle to compare with; a registry that has none yet is told of."""
+    """The bundle to compare with; None, with a note, if the registry has none yet."""
     from deploypipe.release.bundle import bundle_name
     from deploypipe.release.registries.registry import resolve
     from deploypipe.release.signing import check_signature
@@ -98,9 +100,7 @@ def _find_baseline(
     except NoVersionError:
         if baseline:
             raise
-        say(
-            f"note: {masked_reference(reference)} does not exist yet: there is nothing to compare with", file=sys.stderr
-        )
+        say(f"note: {masked_reference(reference)} does not exist yet: nothing to compare with", file=sys.stderr)
         return None
     if key:
         check_signature(found, key)
@@ -110,26 +110,28 @@ def _find_baseline(
 @app.command(epilog="Example: deploypipe release runs/digits-x86_cpu --out bundles --key private.pem")
 def release(
     run: RunArgument,
-    out: Annotated[Path, typer.Option(help="The bundle becomes a folder in here, named by its content.")] = Path(
-        "bundles"
-    ),
-    key: Annotated[Path | None, typer.Option(help="PEM of the private key (elliptic curve) to sign it with.")] = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder in which to write the bundle's folder, named by its content.")
+    ] = Path("bundles"),
+    key: Annotated[Path | None, typer.Option(help="PEM file of the private key (elliptic curve) to sign with.")] = None,
     certificate: Annotated[
-        list[Path] | None, typer.Option(help="PEM of the key's certificate, then of those up to the root.")
+        list[Path] | None, typer.Option(help="PEM file of the key's certificate. Repeat for those up to the root.")
     ] = None,
     sigstore: Annotated[
         bool,
-        typer.Option("--sigstore", help="Sign without a key: by the CI job's identity, or yours, in a public log."),
+        typer.Option(
+            "--sigstore", help="Sign without a key, with the identity of the CI job or yours, in a public log."
+        ),
     ] = False,
 ) -> None:
     """Write the bundle of a RUN that ships: model, golden samples, plan, report, card, bill of materials, provenance.
 
-    The gate decides again, with what is recorded and today's date: a waiver may have run out, or the measurements be
-    too old. The same run gives the same bytes. A run on HOLD is not released (exit 1).
+    The gate decides again from the recorded measurements and today's date: a waiver may have expired, or measurements
+    may be too old. The same run gives the same bytes. A run on HOLD is not released (exit 1).
     """
     with exit_codes():
         if certificate and not key:
-            raise ConfigError("--certificate", "", "is given without --key", "add the private key it belongs to")
+            raise ConfigError("--certificate", "", "is given without --key", "add its private key with --key")
         if sigstore and key:
             raise ConfigError("--sigstore", "", "is given together with --key", "give one of them")
         from deploypipe.cli.terminal import show_decision
@@ -156,10 +158,10 @@ def release(
 def promote(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder that `deploypipe release` wrote.")],
     registry: Annotated[str, typer.Option(help=_REGISTRY)] = "registry",
-    alias: Annotated[str, typer.Option(help="Word that is to mean this version from now on.")] = "production",
+    alias: Annotated[str, typer.Option(help="Alias to point to this version.")] = "production",
     key: Annotated[Path | None, typer.Option(help=_PUBLIC_KEY)] = None,
 ) -> None:
-    """Put BUNDLE into a registry as a new version, unless it is there, and let an alias point to it."""
+    """Put BUNDLE into a registry as a new version, unless it is there already, and point an alias to it."""
     with exit_codes():
         from deploypipe.release.manifest import check_manifest
         from deploypipe.release.registries.registry import promote as put
@@ -185,13 +187,13 @@ def layout(
         Layout,
         typer.Option(
             "--as",
-            help="triton: a model in a Triton server's repository; oci: an artifact for container registries.",
+            help="triton: a model in a Triton model repository; oci: an artifact for container registries.",
         ),
     ],
-    out: Annotated[Path, typer.Option(help="A folder for it is made in here.")],
+    out: Annotated[Path, typer.Option(help="Folder in which to write it, in a folder of its own.")],
     key: Annotated[Path | None, typer.Option(help=_PUBLIC_KEY)] = None,
 ) -> None:
-    """Write BUNDLE as a server or a registry takes it."""
+    """Write BUNDLE in the layout of a Triton server or of a container registry."""
     with exit_codes():
         from deploypipe.release.oci_layout import write_oci
         from deploypipe.release.registries.registry import resolve
@@ -209,24 +211,24 @@ def verify(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="A bundle, REGISTRY/NAME@ALIAS, or a finished run.")],
     key: Annotated[Path | None, typer.Option(help=_PUBLIC_KEY)] = None,
     root: Annotated[
-        list[Path] | None, typer.Option(help="PEM of a root certificate that the signer's has to come from.")
+        list[Path] | None, typer.Option(help="PEM file of a root certificate that the signer's must descend from.")
     ] = None,
     identity: Annotated[
-        str | None, typer.Option(help="Who signed by Sigstore: an e-mail address, or the address of a workflow.")
+        str | None, typer.Option(help="Who must have signed with Sigstore: an e-mail address, or a workflow's address.")
     ] = None,
     issuer: Annotated[
         str, typer.Option(help="OpenID Connect issuer that vouched for --identity.")
     ] = "https://token.actions.githubusercontent.com",
     latency: Annotated[
-        bool, typer.Option("--latency", help="Time the model, and compare with what was approved (bundles only).")
+        bool, typer.Option("--latency", help="Time the model and compare with the approved latency (bundles only).")
     ] = False,
     _allow: AllowOption = False,
     time_limit: TimeLimit = 120.0,
     memory_limit: MemoryLimit = None,
 ) -> None:
-    """Check signature and hashes of what is in DIR, before anything is parsed, and replay the samples beside it.
+    """Check the signature and all hashes in DIR, before anything is parsed, then replay its golden samples.
 
-    Where only numpy and onnxruntime are installed: python -m deploypipe.verify DIR
+    With only numpy and onnxruntime installed: python -m deploypipe.verify DIR
     """
     with exit_codes():
         from deploypipe.cli.terminal import show_checks, show_table
@@ -245,7 +247,7 @@ def verify(
             check_signature(path, key, tuple(root or ()))
         if identity:
             check_keyless(path, identity, issuer)
-        is_bundle = os.path.lexists(path / MANIFEST)  # also what only looks like one
+        is_bundle = os.path.lexists(path / MANIFEST)  # also if it only looks like a bundle
         if is_bundle:
             manifest = check_manifest(path)
             signed = "signed and unchanged" if key or root or identity else "unchanged; its signature was not checked"
@@ -260,7 +262,7 @@ def verify(
         is_same = verification.is_same
         if latency:
             if not is_bundle:
-                raise DeploypipeError(f"{path}: is no bundle, so no latency was approved; leave --latency out")
+                raise DeploypipeError(f"{path}: is not a bundle and has no approved latency; leave out --latency")
             from deploypipe.release.baseline_comparison import check_approved_latency
 
             check = check_approved_latency(path)

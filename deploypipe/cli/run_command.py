@@ -13,7 +13,7 @@ from deploypipe.cli.exit_codes import exit_codes
 def run(
     pipeline: PipelineArgument,
     target: Annotated[
-        list[str], typer.Argument(metavar="TARGET...", help="TOML files, or the names of those in targets/.")
+        list[str], typer.Argument(metavar="TARGET...", help="TOML files, or names of targets (`deploypipe targets`).")
     ],
     out: Annotated[
         Path | None, typer.Option(help="Run folder. Default: runs/PIPELINE-TARGET; for several targets runs/PIPELINE.")
@@ -21,22 +21,22 @@ def run(
     set_: SetOption = None,
     storage: StorageOption = None,
     name: Annotated[
-        str | None, typer.Option(help="The search's name in --storage. Default: that of the run folder.")
+        str | None, typer.Option(help="Name of the search in --storage. Default: the name of the run folder.")
     ] = None,
     stages: Annotated[
         str | None,
         typer.Option(
             metavar="ADDRESS",
             envvar="DEPLOYPIPE_STAGES",
-            help="Where workers find what is computed before the search: a folder, or s3://..., gs://... Default: the "
-            "run folder, for workers that see it.",
+            help="Where workers read the stages before the search: a folder, s3://... or gs://... Default: the run "
+            "folder, if workers can read it.",
         ),
     ] = None,
     shared: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for what does not depend on the target, where runs for other targets find it, also at the "
-            "same time. Default: shared/ in the folder of several targets."
+            help="Folder for results that do not depend on the target; runs for other targets reuse them, also at the "
+            "same time. Default for several targets: shared/ in the run folder."
         ),
     ] = None,
     jobs: Annotated[
@@ -45,20 +45,20 @@ def run(
             "--jobs",
             "-j",
             min=1,
-            help="How many targets at a time. They share the cores, and stand still while one of them measures.",
+            help="Number of targets at a time. They share the cores; while one measures, the others pause.",
         ),
     ] = 1,
     remeasure: Annotated[
-        bool, typer.Option("--remeasure", help="Measure what ships again, also where the machine was steady.")
+        bool, typer.Option("--remeasure", help="Repeat the final benchmark, even if the machine was steady.")
     ] = False,
     _allow: AllowOption = False,
 ) -> None:
     """Compress PIPELINE's network for TARGET, or for several targets.
 
-    A run that was interrupted continues where it stopped, with the same command; one whose machine was not steady when
-    it measured measures again. Ends with SHIP (exit 0) or HOLD (1).
-    Several targets share what does not depend on them, also with one that is added later; the exit code is the worst.
-    With --storage, any number of `deploypipe worker` may help with the search; the result is the same.
+    The same command resumes an interrupted run. It repeats the benchmark if the machine was not steady. A run ends with
+    SHIP (exit 0) or HOLD (1). Several targets share all results that do not depend on the target, also with a target
+    that is added later; the exit code is the worst one. With --storage, any number of `deploypipe worker` processes can
+    help with the search; the result is the same.
     Fine-tuning on four GPUs: torchrun --nproc-per-node 4 -m deploypipe run PIPELINE TARGET.
     """
     with exit_codes():

@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from deploypipe.training.ranks import Ranks
     from deploypipe.user_pipeline import UserPipeline
 
-_SHARED = "shared"  # folder beside the targets' own
+_SHARED = "shared"  # folder next to the targets' own
 
 
 @dataclass(frozen=True)
 class RunArguments:
-    """The command's arguments, and what they name; the first that is wrong raises."""
+    """The command's arguments, and the targets, pipeline and recipe they name, loaded when first needed."""
 
     pipeline: str
     targets: Sequence[str]
@@ -58,8 +58,8 @@ class RunArguments:
         for name, folder in zip(names, folders, strict=True) if len(names) > 1 else ():
             if folders.count(folder) > 1 or folder == _SHARED:
                 is_twice = folder != _SHARED
-                problem = f"{name!r} is named twice" if is_twice else f"{name!r} is where the common stages go"
-                raise ConfigError("TARGET", "", problem, "the run for each target has a folder of its name")
+                problem = f"{name!r} is given twice" if is_twice else f"{name!r} is the folder of the shared results"
+                raise ConfigError("TARGET", "", problem, "each target's run has a folder of its name: use another name")
         return devices
 
     @cached_property
@@ -73,12 +73,12 @@ class RunArguments:
         return override(self.loaded.recipe(), self.settings["recipe"])
 
     def check(self) -> None:
-        """Raise for what is wrong with any of it."""
+        """Raise the first error of targets, pipeline or recipe."""
         _ = self.devices, self.loaded, self.recipe
 
     @property
     def folder(self) -> Path:
-        """Of the run, or of several targets' runs."""
+        """The folder of the run, or of several targets' runs."""
         [*others, last] = self.devices
         return self.out or Path("runs") / (self.loaded.name if others else f"{self.loaded.name}-{last.name}")
 
@@ -113,7 +113,7 @@ class RunArguments:
         return Storage(url=self.storage, study=self.study_of(device), stages=stages, job=job)
 
     def command_for(self, target: str, device: Target) -> list[str]:
-        """What runs this for one of several targets."""
+        """The arguments of `deploypipe` that run one of several targets."""
         command = ["run", self.pipeline, target, f"--out={self.folder_of(device)}", f"--shared={self.shared_folder}"]
         command += [f"--set={change}" for change in self.changes]
         if self.storage:
@@ -122,7 +122,7 @@ class RunArguments:
         return command + (["--remeasure"] if self.remeasure else [])
 
     def shown_command(self, device: Target) -> str:
-        """What runs this for one target again, without passwords."""
+        """The command that runs one target again, without passwords."""
         target = self.targets[self.devices.index(device)]
         command = ["deploypipe", "run", self.pipeline, target]
         if self.out or len(self.devices) > 1:
@@ -138,7 +138,7 @@ class RunArguments:
 
 
 def run_in_turn(asked: RunArguments, ranks: "Ranks") -> int:
-    """One target after another; the worst exit code."""
+    """Run one target after another; return the worst exit code."""
     from deploypipe.pipeline import compress
     from deploypipe.training.multi_rank_finetune import agree, dismiss, serve
 
@@ -179,7 +179,7 @@ def run_in_turn(asked: RunArguments, ranks: "Ranks") -> int:
 
 
 def _run_for_all(compress_for: Callable[[Target], RunResult], asked: RunArguments) -> int:
-    """A target that fails does not end the others."""
+    """Run all targets, also after one that fails."""
     results: dict[str, RunResult | str] = {}
     for device in asked.devices:
         say("")
@@ -193,10 +193,10 @@ def _run_for_all(compress_for: Callable[[Target], RunResult], asked: RunArgument
 
 
 def run_at_once(asked: RunArguments, jobs: int, ranks: "Ranks") -> int:
-    """Up to `jobs` targets at a time; the worst exit code."""
+    """Run up to `jobs` targets at a time; return the worst exit code."""
     if ranks.count > 1:
-        raise ConfigError("--jobs", "", "torchrun starts processes of its own", "leave --jobs out, or torchrun")
-    asked.check()  # or each target's process says the same
+        raise ConfigError("--jobs", "", "does not work with torchrun, which starts processes too", "use one of the two")
+    asked.check()  # once here, so that not every target's process reports the same error
     from torch import get_num_threads
 
     names = [device.name for device in asked.devices]
@@ -214,7 +214,7 @@ def run_at_once(asked: RunArguments, jobs: int, ranks: "Ranks") -> int:
 
 
 def _show_overview(results: Mapping[str, RunResult | str], asked: RunArguments) -> int:
-    """A table and a page of all targets; the worst exit code."""
+    """Show a table and write a page of all targets; return the worst exit code."""
     show_table(f"{asked.loaded.name}, target by target", overview_header(), overview_rows(results))
     from deploypipe.report.html import write_overview
 

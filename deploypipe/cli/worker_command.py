@@ -11,16 +11,18 @@ from deploypipe.errors import ConfigError
 
 @app.command(epilog="Example: deploypipe worker --storage postgresql://me@db/searches --run digits-x86_cpu")
 def worker(
-    run: Annotated[str, typer.Option(metavar="NAME", help="The search's name: that of its run folder, or --name.")],
+    run: Annotated[
+        str, typer.Option(metavar="NAME", help="Name of the search: the name of its run folder, or the run's --name.")
+    ],
     storage: StorageOption = None,
-    wait: Annotated[float, typer.Option(metavar="SECONDS", help="How long the search may take to begin.")] = 600.0,
+    wait: Annotated[float, typer.Option(metavar="SECONDS", help="How long to wait for the search to start.")] = 600.0,
     _allow: AllowOption = False,
 ) -> None:
-    """Do trials of a search that `deploypipe run --storage` began, on this machine or another, until all are done.
+    """Run trials of a search that `deploypipe run --storage` started, here or on another machine, until all are done.
 
-    Needs the same pipeline, data and packages as that run, and the same kind of device; says what differs otherwise.
-    May be started before the run, ended at any time, and started as often as `search.num_parallel` says. Exit 0 when
-    the search is over.
+    The pipeline, data, packages and kind of device must be those of the run; a difference is an error. A worker can be
+    started before the run and stopped at any time. Start up to `search.num_parallel` of them. Exit 0 when the search
+    has ended.
     """
     with exit_codes():
         if not storage:
