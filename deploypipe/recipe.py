@@ -1,4 +1,4 @@
-"""How one network is compressed: frozen dataclasses, composed in a pipeline's `recipe()` and varied with `replace`."""
+"""Settings to compress one network: frozen dataclasses, composed in a pipeline's `recipe()`, varied by `replace`."""
 
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
@@ -25,9 +25,9 @@ _NOISE = real(0, 1e6)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Observe:
-    """The streaming pass over the calibration split."""
+    """The pass over the calibration split that collects activation statistics."""
 
-    num_samples: int = 1024  # at most; samples of the calibration split
+    num_samples: int = 1024  # of the calibration split, at most
     positions_per_sample: int = 4  # spatial positions (or tokens) drawn from each sample
 
     def __post_init__(self) -> None:
@@ -36,7 +36,7 @@ class Observe:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Magnitude:
-    """Sum of the absolute or squared weights that produce and read a unit."""
+    """Score a unit by the sum of the absolute or squared weights that produce and read it."""
 
     kind: Literal["magnitude"] = "magnitude"
     power: Literal[1, 2] = 2
@@ -44,28 +44,28 @@ class Magnitude:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Random:
-    """The control every comparison needs."""
+    """Random scores: the control for comparisons."""
 
     kind: Literal["random"] = "random"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchNormScale:
-    """Size of the batch norm's gain on a unit (Liu et al., arXiv:1708.06519)."""
+    """Score a unit by the size of its batch norm scale (Liu et al., arXiv:1708.06519)."""
 
     kind: Literal["batch_norm_scale"] = "batch_norm_scale"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fpgm:
-    """Distance of a unit's weights from all others of its group (He et al., arXiv:1811.00250)."""
+    """Score a unit by the distance of its weights from all others of its group (He et al., arXiv:1811.00250)."""
 
     kind: Literal["fpgm"] = "fpgm"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Taylor:
-    """Mean squared derivative of the loss by a gate on the unit (Molchanov et al., arXiv:1906.10771). Needs labels."""
+    """Mean squared gradient of the loss by a gate on the unit (Molchanov et al., arXiv:1906.10771). Needs labels."""
 
     kind: Literal["taylor"] = "taylor"
 
@@ -76,8 +76,8 @@ class Mipp:
 
     kind: Literal["mipp"] = "mipp"
     noise: float = 1.0  # noise floor, as a share of the outputs' mean variance; small floors rank worse (LOG.md)
-    keep: float = 1.0  # share of each layer above that counts as kept, and so as a target, when the one below is scored
-    confidence: float | None = None  # as in the paper: suggest the width at which no loss of information is this sure
+    keep: float = 1.0  # share of the next layer that counts as kept, and so as a target, when a layer is scored
+    confidence: float | None = None  # as in the paper: suggest the width without loss of information at this confidence
 
     def __post_init__(self) -> None:
         require(self, noise=_NOISE, keep=SHARE, confidence=SHARE)
@@ -85,12 +85,12 @@ class Mipp:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerwiseMi:
-    """Information about the kept units of the layer above (Fan et al., arXiv:2108.12594)."""
+    """Information about the kept units of the next layer (Fan et al., arXiv:2108.12594)."""
 
     kind: Literal["layerwise_mi"] = "layerwise_mi"
-    joint: bool = True  # units chosen one by one, given those chosen before; False: each unit by itself
+    joint: bool = True  # choose units one by one, given those chosen before; False: score each unit alone
     noise: float = 1e-3  # noise floor, as a share of the outputs' mean variance
-    keep: float = 0.5  # share of each layer above that counts as kept, and so as a target
+    keep: float = 0.5  # share of the next layer that counts as kept, and so as a target
 
     def __post_init__(self) -> None:
         require(self, noise=_NOISE, keep=SHARE)
@@ -98,15 +98,15 @@ class LayerwiseMi:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OutputError:
-    """Squared error of the readers' outputs after the best repair, units removed one by one."""
+    """Squared error of the consumers' outputs after the best repair, as units are removed one by one."""
 
     kind: Literal["output_error"] = "output_error"
-    fisher: bool = False  # weigh each output by the loss's squared derivative by it; needs labels
+    fisher: bool = False  # weigh each output by its squared gradient of the loss; needs labels
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LabelMi:
-    """Information of one unit about the label: quantile bins, Miller-Madow correction. Needs labels."""
+    """Information of one unit about the label, with quantile bins and Miller-Madow correction. Needs labels."""
 
     kind: Literal["label_mi"] = "label_mi"
     num_bins: int = 8
@@ -117,8 +117,8 @@ class LabelMi:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConditionalMi:
-    """Information of a unit about the label given the units chosen before (Vu-Van et al., arXiv:2411.18578, in Gaussian
-    form), and the width at which the Scree test sees no more of it. Needs labels."""
+    """Information of a unit about the label, given the units chosen before (Vu-Van et al., arXiv:2411.18578, in
+    Gaussian form). Suggests the width at which the Scree test sees no more information. Needs labels."""
 
     kind: Literal["conditional_mi"] = "conditional_mi"
 
@@ -139,20 +139,20 @@ _OBJECTIVES: tuple[tuple[ObjectiveName, ...], ...] = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Search:
-    """Which widths and blocks go."""
+    """The search for the widths and blocks to remove."""
 
     num_trials: int = 12
-    num_parallel: int = 1  # trials that workers may do at once: each looks at those that many numbers before it
+    num_parallel: int = 1  # trials that workers run at once; a trial learns from those at least this many before it
     sampler: Literal["tpe", "gp", "nsga2", "random"] = "tpe"  # proposes the knobs, after a few fixed first trials
-    # Accuracy is raised, what stands beside it lowered. The most accurate trial within the budget wins all the same.
+    # Accuracy is maximised, the others minimised. The most accurate trial within the budget wins in any case.
     objectives: tuple[ObjectiveName, ...] = ("accuracy",)
-    num_curve_samples: int = 512  # images the loss curves are measured on
+    num_curve_samples: int = 512  # samples on which the loss curves are measured
     num_levels: int = 8  # widths tried per channel group
     num_timed: int = 40  # networks timed before the search, to predict the latency of all others
-    num_repair_samples: int = 512  # for judging a trial; the winner is repaired with all of `repair.num_samples`
-    num_finalists: int = 3  # trained shortly before one of them wins; 1: the most accurate trial wins untrained
+    num_repair_samples: int = 512  # to evaluate a trial; the winner is repaired with all of `repair.num_samples`
+    num_finalists: int = 3  # best trials, fine-tuned briefly before one of them wins; 1: the best trial wins untrained
     finalist_epochs: int = 1
-    num_attempts: int = 3  # networks trained to the end, each faster, until the benchmark finds one within its latency
+    num_attempts: int = 3  # networks trained to the end, each faster, until the benchmark is within the latency budget
     prune_blocks: bool = True
 
     def __post_init__(self) -> None:
@@ -171,14 +171,14 @@ class Search:
         require_one_of("sampler", self.sampler, ("tpe", "gp", "nsga2", "random"))
         if self.objectives not in _OBJECTIVES:
             known = " or ".join(map(repr, _OBJECTIVES))
-            raise ValueError(f"objectives = {shown(self.objectives)} is not understood; write {known}")
+            raise ValueError(f"objectives = {shown(self.objectives)} does not exist; write {known}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Repair:
-    """Sequential least squares after surgery."""
+    """The repair after surgery: sequential least squares."""
 
-    num_samples: int = 2048  # at most; held in memory as one batch
+    num_samples: int = 2048  # of the calibration split, at most; held in memory as one batch
     positions_per_sample: int = 16
     ridge: float = 1e-3  # added to the normal matrix, as a share of its mean diagonal
 
@@ -188,12 +188,12 @@ class Repair:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mpruner:
-    """Similarity (CKA) to the block before; removal in clusters, guarded by accuracy (Hu et al., arXiv:2408.13482)."""
+    """Similarity (CKA) to the block before; removal in clusters, limited by accuracy (Hu et al., arXiv:2408.13482)."""
 
     kind: Literal["mpruner"] = "mpruner"
-    threshold: float = 0.98  # least CKA with a cluster's first block
-    stride: int = 1  # of every cluster, all members but the first go; 2: every other one; 3: every third
-    max_stride: int = 3  # where the guard gives up
+    threshold: float = 0.98  # lowest CKA with a cluster's first block
+    stride: int = 1  # 1: remove all members of a cluster but the first; 2: every other one; 3: every third
+    max_stride: int = 3  # the loop stops beyond it
     max_drop_pp: float = 4.0  # of accuracy, against the dense network
 
     def __post_init__(self) -> None:
@@ -207,7 +207,7 @@ class BlockMi:
 
     kind: Literal["block_mi"] = "block_mi"
     noise: float = 1e-3  # noise floor, as a share of the outputs' mean variance
-    num_exact: int = 8  # runs of each length whose own information is computed, when several blocks are chosen
+    num_exact: int = 8  # sequences of blocks of each length whose information is computed exactly
 
     def __post_init__(self) -> None:
         require(self, noise=SHARE, num_exact=whole(1, 10_000))
@@ -215,12 +215,12 @@ class BlockMi:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LogitDivergence:
-    """KL divergence of the network's answers without the block from those of the dense network."""
+    """KL divergence of the network's outputs without the block from those of the dense network."""
 
     kind: Literal["logit_divergence"] = "logit_divergence"
     num_samples: int = 512  # of the calibration split
-    temperature: float = 4.0  # answers to memorised samples are saturated at 1, and a few samples decide
-    repair: Repair | None = None  # repair the network without the block before it answers
+    temperature: float = 4.0  # at 1, the outputs for memorised samples are saturated, and a few samples decide
+    repair: Repair | None = None  # repair the network without the block before comparing its outputs
 
     def __post_init__(self) -> None:
         require(self, num_samples=_SAMPLES, temperature=above(0, 1e6))
@@ -231,21 +231,21 @@ BlockScorer: TypeAlias = Mpruner | BlockMi | LogitDivergence
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finetune:
-    """A short training of the repaired network, taught by the dense one."""
+    """Fine-tuning of the repaired network, with the dense network as its teacher."""
 
     num_epochs: int = 5
     learning_rate: float = 0.006  # peak; low, because a large step destroys the repair (pipelines/LOG.md)
     warmup_share: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    distil_weight: float = 0.7  # the rest weighs the labels
-    distil_temperature: float = 4.0  # of a classifier's answers
+    distil_weight: float = 0.7  # of the distillation loss; the task's loss has the rest
+    distil_temperature: float = 4.0  # of a classifier's outputs
     mix_share: float = 0.5  # mixup: at most this share of another sample is mixed into each; 0: off. Not for token ids
-    max_gradient_norm: float = 10.0  # of all weights together; larger ones are shortened to it
+    max_gradient_norm: float = 10.0  # of all weights together; larger gradients are clipped to it
     average_decay: float = 0.99  # exponential moving average of the weights, per step; 0: off
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 where the processor or GPU computes in it
-    accumulate: int = 1  # parts of a batch that are passed one after the other, for networks whose batch does not fit
-    compile: bool = False  # with torch.compile: a minute or two once, then faster for some networks, for long trainings
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 if the processor or GPU computes in it
+    accumulate: int = 1  # parts in which a batch is passed, for a batch that does not fit into memory
+    compile: bool = False  # use torch.compile: costs a minute or two once, then faster for some networks
 
     def __post_init__(self) -> None:
         require(
@@ -267,39 +267,42 @@ class Finetune:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Int8:
-    """How ranges of 8 bits are chosen, and what they may cost."""
+    """INT8 quantisation: how ranges are chosen, and the largest allowed drop."""
 
     num_calib_samples: int = 512  # at most
     methods: tuple[Literal["minmax", "percentile", "entropy", "mse"], ...] = ("minmax", "percentile", "entropy", "mse")
     max_drop_pp: float = 0.5  # of the metric, against the fp32 file; above it, layers go back to float
-    correct_biases: bool = True  # where it measures better
+    correct_biases: bool = True  # if that measures better
 
     def __post_init__(self) -> None:
         require(self, num_calib_samples=_SAMPLES, max_drop_pp=real(0, 100))
         if not self.methods:
-            raise ValueError("methods = () leaves nothing to choose from; name one, such as 'minmax'")
+            raise ValueError("methods must not be empty, got (); name at least one, such as 'minmax'")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Export:
-    """The ONNX file, and how far it may be from the network. Errors are relative to an output's largest magnitude."""
+    """The ONNX export, and how far the file's outputs may be from the network's.
+
+    Errors are relative to an output's largest magnitude.
+    """
 
     opset: int = 20
-    # Axes of any size beside the batch: input (or a glob pattern) -> axis -> name, {"ids": {1: "sequence"}}. Axes in
-    # which the calibration batches differ need not be named.
+    # Dynamic axes other than the batch: input (or a glob pattern) -> axis -> name, {"ids": {1: "sequence"}}. Axes whose
+    # size differs between calibration batches are found without it.
     dynamic_axes: dict[str, dict[int, str]] = field(default_factory=dict)
-    single_file_mib: int = 1800  # weights above it go to a file of their own; one ONNX file ends at 2 GiB
-    max_abs_error: float = 1e-3  # of fp32; refused above, as are the next two
+    single_file_mib: int = 1800  # larger weights go to a file of their own; an ONNX file holds at most 2 GiB
+    max_abs_error: float = 1e-3  # of an fp32 file; a file above its limit is rejected
     max_abs_error_fp16: float = 1e-2
     max_abs_error_int8: float = 0.3
-    min_agreement: float = 0.9  # share of samples whose top-1 class is kept, below fp32; refused below this
+    min_agreement: float = 0.9  # fp16 and int8: lowest share of samples with the same top-1 class
     int8: Int8 = field(default_factory=Int8)
 
     def __post_init__(self) -> None:
         error = real(0, 1e6)
         require(
             self,
-            opset=whole(18, 40),  # which of them the installed exporter writes is seen at export
+            opset=whole(18, 40),  # the installed exporter may support fewer; the export reports it
             single_file_mib=whole(0, 1_900),
             max_abs_error=error,
             max_abs_error_fp16=error,
@@ -312,20 +315,20 @@ class Export:
                 require_text("dynamic_axes", name)
                 if not 1 <= axis <= _MAX_AXIS or not name.isidentifier() or name == "batch":
                     raise ValueError(
-                        f"dynamic_axes = {{{pattern!r}: {{{axis}: {name!r}}}}} is not understood; write an axis from 1 "
-                        "(axis 0 is the batch, and is dynamic) and a name like 'sequence'"
+                        f"dynamic_axes = {{{pattern!r}: {{{axis}: {name!r}}}}} is not valid; write an axis from 1 "
+                        "(axis 0 is the batch, which is always dynamic) and a name like 'sequence'"
                     )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Constraints:
-    """What every choice of widths and blocks must hold to. Names are those of channel groups, or glob patterns of them.
+    """Rules for every choice of widths and blocks, by names of channel groups or glob patterns of them.
 
-    `deploypipe score` lists the names: "layer1.0.conv1", "encoder.layers.0.self_attn:heads". A "*" crosses dots.
+    `deploypipe score` lists the names: "layer1.0.conv1", "encoder.layers.0.self_attn:heads". A "*" also matches dots.
     """
 
-    least: dict[str, int | float] = field(default_factory=dict)  # units (1 or more) or share (0.0 to 1.0) that stay
-    least_blocks: int = 0  # of the removable blocks, how many stay
+    least: dict[str, int | float] = field(default_factory=dict)  # units (from 1) or share (0.0 to 1.0) to keep at least
+    least_blocks: int = 0  # removable blocks to keep at least
     uniform: tuple[str, ...] = ()  # all groups that match one pattern keep the same number of units
     tied: tuple[tuple[str, ...], ...] = ()  # all groups that match one tuple lose the same units
 
@@ -338,14 +341,15 @@ class Constraints:
             require_text("least", name)
             if not (1 <= value < 2**31 if isinstance(value, int) else 0 < value <= 1) or isinstance(value, bool):
                 raise ValueError(
-                    f"least = {{{name!r}: {shown(value)}}} is neither units nor a share; write a whole number from 1, "
-                    "or a share such as 0.25"
+                    f"least[{name!r}] must be a number of units or a share, got {shown(value)}; write a whole number "
+                    "from 1, or a share such as 0.25"
                 )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
-    """All choices that shape the compressed network. Same recipe, seed and machine: same plan, bit for bit."""
+    """All settings that shape the compressed network. The same recipe, seed and machine give the same plan, bit for
+    bit."""
 
     seed: int = 0
     observe: Observe = field(default_factory=Observe)
@@ -354,7 +358,7 @@ class Recipe:
     repair: Repair = field(default_factory=Repair)
     finetune: Finetune = field(default_factory=Finetune)
     export: Export = field(default_factory=Export)
-    keep: tuple[str, ...] = ()  # glob patterns of modules that must stay as they are
+    keep: tuple[str, ...] = ()  # glob patterns of modules that must not change
     constraints: Constraints = field(default_factory=Constraints)
 
     def __post_init__(self) -> None:

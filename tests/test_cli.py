@@ -135,14 +135,14 @@ def test_several_at_a_time_are_not_for_torchrun(home: Path, monkeypatch: pytest.
     ranks = SimpleNamespace(count=2, is_first=True)
     monkeypatch.setattr("deploypipe.cli.terminal.joined_ranks", lambda: nullcontext(ranks))
     done = invoke("run", "./toy.py", "cpu", "other", "--jobs", "2")  # before it looks at anything else
-    assert done.exit_code == 2 and "--jobs: torchrun starts processes of its own" in done.output
+    assert done.exit_code == 2 and "--jobs: does not work with torchrun" in done.output
 
 
 def test_targets_of_one_name_are_refused(home: Path, calls: list[dict[str, Any]]) -> None:
     done = invoke("run", "./toy.py", "cpu", "targets/cpu.toml")
     assert done.exit_code == 2 and "'cpu' is given twice" in done.output and not calls
     (home / "shared.toml").write_text(TARGET, encoding="utf-8")
-    assert "'shared' is where" in invoke("run", "./toy.py", "cpu", "shared.toml").output
+    assert "'shared' is the folder of the shared results" in invoke("run", "./toy.py", "cpu", "shared.toml").output
 
 
 @pytest.mark.parametrize(

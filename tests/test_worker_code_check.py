@@ -62,8 +62,11 @@ def test_other_code_is_not_executed(file: str, job: Callable[..., Any]) -> None:
         ({"code": {}}, "another 'deploypipe'"),
         ({"pipeline": "./deeper.py"}, "another 'code of the pipeline'"),
         ({"pipeline": 3}, "pipeline: 3 does not fit"),
-        ({"recipe": {"seed": -1}}, "recipe: seed = -1 is too small"),
-        ({"target": {"runtime": "onnxruntime", "num_threads": 10**9}}, "target: num_threads = 1000000000 is too large"),
+        ({"recipe": {"seed": -1}}, "recipe: seed must be >= 0, got -1"),
+        (
+            {"target": {"runtime": "onnxruntime", "num_threads": 10**9}},
+            "target: num_threads must be <= 4096, got 1000000000",
+        ),
         ({"more": 1}, "more: unknown key"),
     ],
 )

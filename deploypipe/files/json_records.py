@@ -1,4 +1,4 @@
-"""Records to JSON and back, and from TOML, as strict as a type checker. The only importer of pydantic."""
+"""Records to JSON and back, and from TOML, with strict types. The only importer of pydantic."""
 
 import json
 import tomllib
@@ -18,12 +18,12 @@ _MAX_DOTS = 1_000
 T = TypeVar("T")
 
 
-# By a record's type, made once: that takes longer than to read a record.
+# One adapter for each record type: making it takes longer than reading a record.
 _adapter: Callable[[Any], Any] = cache(TypeAdapter)
 
 
 class _NotToml(ConfigError):
-    """A text that is not TOML at all, rather than TOML that no setting takes."""
+    """The text is not TOML at all, as opposed to TOML with values that no setting accepts."""
 
 
 def to_plain(record: object) -> Any:
@@ -32,12 +32,12 @@ def to_plain(record: object) -> Any:
 
 
 def to_json(record: object) -> str:
-    """A record as canonical JSON: sorted keys, so that equal records give equal bytes."""
+    """A record as canonical JSON: keys are sorted, so that equal records give equal bytes."""
     return strict_json.dumps(to_plain(record))
 
 
 def from_json(record_type: type[T], text: str | bytes, source: str) -> T:
-    """JSON -> record. Unknown keys and wrong types raise ConfigError naming `source`, key, value and remedy."""
+    """Read a record from JSON. Unknown keys and wrong types raise ConfigError with source, key, value and remedy."""
     try:
         plain = strict_json.loads_any_float(text)
     except ValueError as error:
@@ -46,7 +46,7 @@ def from_json(record_type: type[T], text: str | bytes, source: str) -> T:
 
 
 def from_plain(record_type: type[T], value: object, source: str) -> T:
-    """Plain data (parsed TOML, say) -> record, checked like `from_json`."""
+    """Read a record from plain data, such as parsed TOML, checked like `from_json`."""
     try:
         text = json.dumps(value, default=str)  # pydantic is strict about JSON's types, and reads tuples from lists
         record: T = _adapter(record_type).validate_json(text, strict=True, extra="forbid")
@@ -56,27 +56,27 @@ def from_plain(record_type: type[T], value: object, source: str) -> T:
     except RecursionError:
         raise ConfigError(source, "", "is nested too deeply", f"write at most {strict_json.MAX_DEPTH} levels") from None
     except ValueError as error:
-        raise ConfigError(source, "", f"cannot be written ({_one_line(error)})", "write plainer values") from None
+        raise ConfigError(source, "", f"cannot be written as JSON ({_one_line(error)})", "use plain values") from None
 
 
 def checked(record: T, source: str) -> T:
-    """A record that Python code made, with every type and bound checked as if it had come from a file."""
+    """Check every type and bound of a record made by Python code, as if it came from a file."""
     try:
         plain = _adapter(type(record)).dump_python(record, mode="json", warnings="none")
     except (ValueError, TypeError, AttributeError) as error:  # pydantic's own class is the first
-        raise ConfigError(source, "", f"holds what no setting takes ({_one_line(error)})", "correct it") from None
+        raise ConfigError(source, "", f"has a value of a wrong type ({_one_line(error)})", "correct it") from None
     return from_plain(type(record), plain, source)
 
 
 def load_toml(record_type: type[T], path: Path) -> T:
-    """A TOML file -> record, checked like `from_json`."""
+    """Read a record from a TOML file, checked like `from_json`."""
     return from_plain(record_type, read_toml(path), str(path))
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """A TOML file as plain data; ConfigError where it is absent, not TOML, or holds what no setting takes.
+    """Read a TOML file as plain data; ConfigError if it is missing, not TOML, or has values that no setting accepts.
 
-    A byte order mark at its start is skipped, as some editors write one.
+    A byte order mark at its start is skipped, because some editors write one.
     """
     try:
         if path.exists() and not path.is_file():
@@ -86,10 +86,10 @@ def read_toml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(str(path), "", f"cannot be read ({error.strerror})", "check the path") from None
     except ValueError as error:  # a NUL in the path
-        raise ConfigError(ascii(str(path)), "", f"is no path ({error})", "check the path") from None
+        raise ConfigError(ascii(str(path)), "", f"is not a path ({error})", "check the path") from None
     if len(content) > _MAX_TOML_BYTES:
-        told = f"has more than {_MAX_TOML_BYTES} bytes"
-        raise ConfigError(str(path), "", told, "settings are far shorter; check the path")
+        problem = f"has more than {_MAX_TOML_BYTES} bytes, too many for settings"
+        raise ConfigError(str(path), "", problem, "check the path")
     try:
         return _parse_toml(content.decode("utf-8-sig"), str(path))
     except UnicodeDecodeError as error:
@@ -97,28 +97,28 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def _parse_toml(text: str, source: str, key: str = "") -> dict[str, Any]:
-    """key: where the whole text is the value of one."""
-    if any(line.count(".") > _MAX_DOTS for line in text.splitlines()):  # tomllib takes their number squared
+    """key: the setting whose value the whole text is; "" for a file."""
+    if any(line.count(".") > _MAX_DOTS for line in text.splitlines()):  # tomllib's time grows with their square
         raise ConfigError(source, key, f"has a line with more than {_MAX_DOTS} dots", "write shorter keys")
     try:
         value = tomllib.loads(text)
         too_deep = strict_json.is_too_deep(value)
     except tomllib.TOMLDecodeError as error:
-        raise _NotToml(source, key, f"is not TOML ({_one_line(error)})", "fix the line named") from None
+        raise _NotToml(source, key, f"is not TOML ({_one_line(error)})", "correct that line") from None
     except RecursionError:
         too_deep, value = True, {}
-    except ValueError:  # Python does not read whole numbers of more than some thousand digits
-        raise ConfigError(source, key, "holds a number of thousands of digits", "write a smaller one") from None
+    except ValueError:  # Python does not parse whole numbers of thousands of digits
+        raise ConfigError(source, key, "has a number with thousands of digits", "write a smaller one") from None
     if too_deep:
-        told = f"nests lists or tables deeper than {strict_json.MAX_DEPTH}"
-        raise ConfigError(source, key, told, "no setting takes them; write fewer brackets") from None
+        problem = f"nests lists or tables more than {strict_json.MAX_DEPTH} deep"
+        raise ConfigError(source, key, problem, "use fewer brackets") from None
     if place := strict_json.find_not_finite(value):
-        raise ConfigError(source, key or place, "is not a finite number", "write a number such as 0.5")
+        raise ConfigError(source, key or place, "is not a finite number", "write a number such as 1")
     return value
 
 
 def override(record: T, assignments: Mapping[str, str], source: str = "--set") -> T:
-    """`{"search.num_trials": "10"}` applied to a record. Values are TOML; a bare word is taken as a string."""
+    """Apply assignments such as `{"search.num_trials": "10"}` to a record. Values are TOML; a bare word is a string."""
     plain = to_plain(record)
     for key, text in assignments.items():
         _assign(plain, key.split("."), parse_setting(text, key, source), key, source)
@@ -126,13 +126,13 @@ def override(record: T, assignments: Mapping[str, str], source: str = "--set") -
 
 
 def parse_setting(text: str, key: str, source: str = "--set") -> Any:
-    """The value of one `--set KEY=VALUE`: TOML, or the text itself where it is not."""
+    """The value of one `--set KEY=VALUE`, parsed as TOML; the text itself if it is not TOML."""
     try:
         found = _parse_toml(f"value = {text}", source, key)
     except _NotToml:
         return text
     if len(found) > 1:  # a line break, and then another key
-        raise ConfigError(source, key, f"{shown(text)} sets more than one value", "write one --set for each")
+        raise ConfigError(source, key, f"{shown(text)} sets more than one value", "use one --set for each")
     return found["value"]
 
 
@@ -150,15 +150,15 @@ def _assign(plain: Any, path: Sequence[str], value: Any, key: str, source: str) 
 
 
 def _explain(error: ValidationError, source: str, record_type: type[object]) -> ConfigError:
-    problem = _most_telling(error)
+    problem = _most_useful(error)
     classes = _adapter(record_type).json_schema().get("$defs", {})
     place = [str(part) for part in problem["loc"]]
-    # Of a union, pydantic adds the class that it tried.
+    # For a union, pydantic adds the name of the class that it tried.
     key = ".".join(part for number, part in enumerate(place) if not number or part not in classes)
     if problem["type"] == "json_invalid":
-        return ConfigError(source, key, f"cannot be read ({problem['ctx']['error']})", "write a plainer value")
+        return ConfigError(source, key, f"cannot be read ({problem['ctx']['error']})", "use a plain value")
     if problem["type"] == "unexpected_keyword_argument":
-        siblings = _keys_beside(record_type, problem["loc"])
+        siblings = _sibling_keys(record_type, problem["loc"])
         remedy = f"the keys here are: {', '.join(siblings)}" if siblings else "remove it or check the spelling"
         return ConfigError(source, key, "unknown key", remedy)
     if problem["type"] == "literal_error" and problem["loc"][-1] == "kind":
@@ -177,16 +177,17 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
-def _most_telling(error: ValidationError) -> Any:
-    """Of a union, the variant whose `kind` was right has something to say; the others only say that it was wrong."""
+def _most_useful(error: ValidationError) -> Any:
+    """The most useful problem. Of a union, it is that of the variant with the given `kind`; the others report only
+    another kind."""
     problems = error.errors(include_url=False)
     wrong_kind = {p["loc"][:-1] for p in problems if p["type"] == "literal_error" and p["loc"][-1] == "kind"}
-    telling = [p for p in problems if p["loc"][:-1] not in wrong_kind]
-    return (telling or problems)[0]
+    useful = [p for p in problems if p["loc"][:-1] not in wrong_kind]
+    return (useful or problems)[0]
 
 
-def _keys_beside(record_type: type[object], place: tuple[int | str, ...]) -> list[str]:
-    """The field names allowed where an unknown key stood."""
+def _sibling_keys(record_type: type[object], place: tuple[int | str, ...]) -> list[str]:
+    """The field names allowed in place of an unknown key."""
     schema = _adapter(record_type).json_schema()
     definitions = schema.get("$defs", {})
     here: Any = schema

@@ -1,4 +1,4 @@
-"""Bounds of a record's fields, checked where the record is made. A violation is a ValueError: name, value, remedy."""
+"""Check the fields of a record when it is made. A violation is a ValueError: the rule, the value, the remedy."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -13,7 +13,7 @@ _SHOWN = 60  # characters of a value in an error
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """least to most; is_above: `least` itself is excluded. is_whole: whole numbers only."""
+    """From `least` to `most`. is_above: `least` itself is excluded. is_whole: whole numbers only."""
 
     least: float
     most: float
@@ -33,29 +33,31 @@ def above(least: float, most: float) -> Bound:
     return Bound(least, most, is_above=True)
 
 
-SHARE = above(0, 1)  # not nothing
+SHARE = above(0, 1)  # 0 excluded
 FRACTION = real(0, 1)
 
 
 def require(record: object, **bounds: Bound) -> None:
-    """ValueError for the first field that is not a number within its bound. A field that is None is not checked."""
+    """Raise ValueError for the first field that is not a number within its bound. None is not checked."""
     for name, bound in bounds.items():
         if (value := getattr(record, name)) is not None:
             require_value(name, value, bound)
 
 
 def require_value(name: str, value: object, bound: Bound) -> None:
-    """The same for one value; `name` is what the error calls it."""
+    """Raise ValueError if one value is not a number within its bound. name: the value's name in the error."""
+    kind = "whole number" if bound.is_whole else "number"
     if not isinstance(value, int | float) or isinstance(value, bool) or (bound.is_whole and not isinstance(value, int)):
-        kind = "whole number" if bound.is_whole else "number"
-        raise ValueError(f"{name} = {shown(value)} is no {kind}; write one {_range(bound)}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{name} = {value} is not finite; write a number {_range(bound)}")
-    if value < bound.least or (bound.is_above and value <= bound.least):
-        least = f"a number above {bound.least:g}" if bound.is_above else f"{bound.least:g} or more"
-        raise ValueError(f"{name} = {shown(value)} is too small; write {least}")
-    if value > bound.most:
-        raise ValueError(f"{name} = {shown(value)} is too large; write {_plain(bound.most)} or less")
+        rule = f"a {kind}"
+    elif isinstance(value, float) and not math.isfinite(value):
+        rule = "finite"
+    elif value < bound.least or (bound.is_above and value <= bound.least):
+        rule = f"{'>' if bound.is_above else '>='} {bound.least:g}"
+    elif value > bound.most:
+        rule = f"<= {_plain(bound.most)}"
+    else:
+        return
+    raise ValueError(f"{name} must be {rule}, got {shown(value)}; write a {kind} {_range(bound)}")
 
 
 def require_one_of(name: str, value: object, choices: Iterable[object]) -> None:
@@ -65,26 +67,24 @@ def require_one_of(name: str, value: object, choices: Iterable[object]) -> None:
 
 
 def require_text(name: str, value: object, most: int = _MAX_TEXT) -> None:
-    """ValueError where `value` is not a text of one line that can be printed."""
+    """Raise ValueError if `value` is not text on one line, without hidden characters."""
     if not isinstance(value, str):
-        raise ValueError(f"{name} = {shown(value)} is no text; write one in quotes")
+        raise ValueError(f"{name} must be text, got {shown(value)}; write it in quotes")
     if len(value) > most:
-        raise ValueError(f"{name} has {len(value)} characters, which is too long; write {most} or fewer")
+        raise ValueError(f"{name} has {len(value)} characters, but at most {most} are allowed; shorten it")
     if found := HIDDEN.search(value):
-        raise ValueError(
-            f"{name} = {shown(value)} holds the character U+{ord(found[0]):04X}, which is not printed; leave it out"
-        )
+        raise ValueError(f"{name} = {shown(value)} holds the hidden character U+{ord(found[0]):04X}; remove it")
 
 
 def require_texts(name: str, values: Iterable[object]) -> None:
-    """The same for each of several: a tuple's items, or a mapping's keys and values."""
+    """Check several texts like `require_text`: a tuple's items, or a mapping's keys and values."""
     items = [*values, *values.values()] if isinstance(values, Mapping) else values
     for value in items:
         require_text(name, value)
 
 
 def shown(value: object) -> str:
-    """A value in an error: in ASCII, on one line, and short however large the value is."""
+    """A value for an error message: in ASCII, on one line, at most 60 characters."""
     if isinstance(value, int) and abs(value) > 10**30:
         return f"a number of {value.bit_length()} bits"
     text = ascii(value)

@@ -335,13 +335,13 @@ def test_the_clock_may_jump(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"num_trials": 0}, "num_trials = 0 is too small; write 1 or more"),
-        ({"num_trials": 2.5}, "num_trials = 2.5 is no whole number"),
-        ({"num_repair_samples": True}, "num_repair_samples = True is no whole number"),
+        ({"num_trials": 0}, "num_trials must be >= 1, got 0; write a whole number from 1"),
+        ({"num_trials": 2.5}, "num_trials must be a whole number, got 2.5"),
+        ({"num_repair_samples": True}, "num_repair_samples must be a whole number, got True"),
         ({"sampler": "grid"}, "sampler = 'grid' does not exist; write one of tpe, gp"),
-        ({"objectives": ("latency",)}, r"objectives = \('latency',\) is not understood; write \('accuracy',\)"),
-        ({"objectives": "accuracy"}, "objectives = 'accuracy' is not understood"),
-        ({"objectives": ()}, "is not understood"),
+        ({"objectives": ("latency",)}, r"objectives = \('latency',\) does not exist; write \('accuracy',\)"),
+        ({"objectives": "accuracy"}, "objectives = 'accuracy' does not exist"),
+        ({"objectives": ()}, r"objectives = \(\) does not exist"),
     ],
 )
 def test_settings_that_make_no_search_are_refused(settings: dict[str, Any], told: str) -> None:

@@ -300,9 +300,9 @@ def test_what_cannot_be_compiled_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     ("setting", "told"),
     [
-        ({"average_decay": 1.5}, "average_decay = 1.5 is too large; write 1 or less"),
-        ({"momentum": -0.1}, "momentum = -0.1 is too small; write 0 or more"),
-        ({"distil_temperature": 0.0}, "distil_temperature = 0.0 is too small; write a number above 0"),
+        ({"average_decay": 1.5}, "average_decay must be <= 1, got 1.5; write a number from 0 to 1"),
+        ({"momentum": -0.1}, "momentum must be >= 0, got -0.1"),
+        ({"distil_temperature": 0.0}, "distil_temperature must be > 0, got 0.0; write a number above 0"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(setting: dict[str, Any], told: str) -> None:
