@@ -145,7 +145,7 @@ def test_wrong_target(old: str, new: str, said: list[str], home: Path) -> None:
     [
         (["--set", "serach.num_trials=3"], ["--set: serach.num_trials", "search"]),
         (["--set", "search.num_trails=3"], ["--set: search.num_trails", "num_trials"]),
-        (["--set", "search.num_trials=-3"], ["search: num_trials = -3", "write 1 or more"]),
+        (["--set", "search.num_trials=-3"], ["search: num_trials must be >= 1, got -3"]),
         (["--set", "search.num_trials=0"], ["search: num_trials = 0"]),
         (["--set", "finetune.num_epochs=-1"], ["finetune: num_epochs = -1"]),
         (["--set", "repair.num_samples=0"], ["repair: num_samples = 0"]),

@@ -132,9 +132,9 @@ START = b'runtime = "onnxruntime"\n'
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        pytest.param(START + b"x = " + b"[" * 50_000, "deeper than 64", id="deep"),
+        pytest.param(START + b"x = " + b"[" * 50_000, "more than 64 deep", id="deep"),
         pytest.param(START + b"a." * 500_000 + b"b = 1", "more than 1000 dots", id="dotted"),
-        pytest.param(START + b"a." * 900 + b"b = 1", "deeper than 64", id="tables"),
+        pytest.param(START + b"a." * 900 + b"b = 1", "more than 64 deep", id="tables"),
         pytest.param(START + b"batch_size = " + b"9" * 5000, "thousands of digits", id="digits"),
         pytest.param(START + b"[budget]\naccuracy_drop_pp = nan", "budget.accuracy_drop_pp: is not a finite", id="nan"),
         pytest.param(START + b"[budget]\nlatency_regression = inf", "latency_regression: is not a finite", id="inf"),
