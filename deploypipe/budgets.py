@@ -1,7 +1,8 @@
 """The budgets: one row for each figure of a model that a target can limit.
 
 The target, the gate, the search, the report and the tables all read `BUDGETS`. To add a budget, add a row here and a
-field of the same name to `deploypipe.target.Budget`.
+field of the same name to `deploypipe.target.Budget`. A figure that nothing measures yet also needs a field of
+`Measurement` and of `Candidate`.
 """
 
 from collections.abc import Callable, Mapping

@@ -6,6 +6,7 @@ from tempfile import TemporaryDirectory
 
 from torch import nn
 
+from deploypipe.budgets import LATENCY_P50
 from deploypipe.errors import ConfigError, DeploypipeError, StorageError
 from deploypipe.export.onnx_export.input_sizes import ends_of, extremes_of
 from deploypipe.export.tensorrt_engine.build_engine import place_engine
@@ -216,7 +217,7 @@ def _make_smaller(ctx: RunContext, inputs: SearchInputs, trials: StageResult[Sea
         shipped = deploy.shipped(exported.record, exported.files, choice)
         counts = (pruned.record.prune.params_after, pruned.record.prune.macs_after)
         delivery = _deliver(ctx, goal.dense, shipped, counts, stand_in, choice)
-        failed = [c for c in delivery.decision.checks if c.name == "latency_p50" and c.status is Status.FAIL]
+        failed = [c for c in delivery.decision.checks if c.name == LATENCY_P50 and c.status is Status.FAIL]
         if number == num_attempts or not failed or not found.timed_again:
             break
         part = tightened_limit_fraction(goal.limits, found, failed[0])

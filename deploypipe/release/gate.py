@@ -82,7 +82,7 @@ _VERBS = {Status.FAIL: "failed", Status.UNKNOWN: "is unknown"}
 
 
 def _check_budget(report: BenchmarkReport, row: BudgetRow, limit: Limit) -> Check:
-    """Compare in the limit's own terms: to scale both sides could round a tie either way."""
+    """Check one budget's figure, in the limit's own terms: scaling both sides could round a tie either way."""
     dense, figure = row.value(report.dense), row.of_measurement(report.compressed)
     ratio = row.ratio(report) if row.ratio else None
     if figure is None or (limit.is_relative and (dense is None or (row.ratio and ratio is None))):
@@ -156,7 +156,7 @@ def _check_age(measured: datetime | None, now: datetime, max_days: float) -> Che
         return _unknown("age", "days", max_days, "the time of the measurement is not recorded")
     days = (now - measured).total_seconds() / 86_400
     if days < -_MAX_CLOCK_DIFFERENCE_DAYS:
-        return _unknown("age", "days", max_days, f"it was measured in the future, at {measured}: check the clock")
+        return _unknown("age", "days", max_days, f"the measurement is dated in the future, {measured}; check the clock")
     return _compare("age", "days", max_days, max(days, 0.0), None, is_met=days <= max_days)
 
 
@@ -215,7 +215,7 @@ def _not_comparable(row: BudgetRow, report: BenchmarkReport, limit: Limit) -> Ch
     bound, measured = None if limit.is_relative else limit.value, row.value(report.compressed)
     if measured is None:
         return _unknown(row.name, row.unit, bound, _not_measured(report))
-    why = "; ".join(("that of the dense network was not measured, and the limit is a share of it", *report.notes))
+    why = "; ".join(("the dense network's figure was not measured, and the limit is relative to it", *report.notes))
     return replace(_unknown(row.name, row.unit, bound, why), measured=measured)
 
 

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from deploypipe.budgets import BUDGETS
+from deploypipe.budgets import BUDGETS, LATENCY_P50, PEAK_MEMORY
 from deploypipe.files.hashing import digest
 from deploypipe.memory_order import find_order
 from deploypipe.pruning.surgery.apply_plan import apply_plan
@@ -156,9 +156,9 @@ def feasibility(
         if dense and limit:  # what predicts it learns from the search's candidates: here it is measured
             smallest = [proposer.plan(proposer.cheapest(name)) for name in ("params", "macs")]
             if least := goal.candidates.least_peak_memory_mib(smallest, work):
-                shares["peak_memory"] = limit / dense
-                require_feasible("peak_memory", least / dense, shares["peak_memory"])
-                found = replace(found, least={**found.least, "peak_memory": least / dense})
+                shares[PEAK_MEMORY] = limit / dense
+                require_feasible(PEAK_MEMORY, least / dense, shares[PEAK_MEMORY])
+                found = replace(found, least={**found.least, PEAK_MEMORY: least / dense})
         _note(ctx, feasibility_text(found, shares), stage="feasibility")
         return found
 
@@ -199,14 +199,14 @@ def confirm(
 ) -> SearchResult:
     """Time the best trials again. Finalists are those within `part` of the latency limit."""
     found, goal, wanted = searched.record, inputs.goal, ctx.recipe.search.num_finalists
-    if not inputs.latency or "latency_p50" not in goal.limits:
+    if not inputs.latency or LATENCY_P50 not in goal.limits:
         return with_finalists(found, wanted)
 
     def compute(work: Path) -> SearchResult:
         proposer, evaluator = _search_proposer(ctx, inputs, work), _evaluator(ctx, goal, work)
 
         def narrow(trial: Trial, number: int, share: float) -> Trial:
-            shares = {**proposer.shares, "latency_p50": share / trial.knobs["fill"]}
+            shares = {**proposer.shares, LATENCY_P50: share / trial.knobs["fill"]}
             plan = replace(proposer, shares=shares)(trial.knobs, found.trials)
             excess_of = partial(violations, dense=goal.reference, limits=with_margin(goal.limits))
             history = History(trials=[], results={})
