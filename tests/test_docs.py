@@ -10,7 +10,7 @@ import pytest
 from deploypipe.target import Budget
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 EVERY = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 # Files that a reader makes, or that a run writes.
 MADE = re.compile(r"\bNAME\b|my_|activation_variance|^runs/|^registry|^bundles|^pruned|^comment")
