@@ -45,12 +45,13 @@ from zoo import NETWORKS, Inputs, Network
 
 from deploypipe.export.onnx_export.export_onnx import export_onnx
 from deploypipe.files.json_records import from_json, to_json
+from deploypipe.networks.fingerprints import model_fingerprint
+from deploypipe.pruning.modules.count_macs import count_operations
 from deploypipe.pruning.surgery.apply_plan import apply_plan, masked_dense
 from deploypipe.pruning.surgery.module_slicing import sizes_after
 from deploypipe.pruning.surgery.plan import empty_plan, make_plan
 from deploypipe.pruning.surgery.saved_network import load_pruned, save_pruned
-from deploypipe.pruning.tracing.count_macs import count_operations
-from deploypipe.pruning.tracing.structures import list_structures, model_fingerprint
+from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.recipe import Export, Finetune
 from deploypipe.records import Frozen, PruningPlan, ScoreTable, Structures
 from deploypipe.task import Splits, Task, evaluating, forward, num_samples

@@ -30,11 +30,12 @@ from deploypipe.export.onnx_export.export_onnx import export_onnx
 from deploypipe.numerics.intervals import interval_of_mean
 from deploypipe.observe.calibration_pass import observe_activations
 from deploypipe.observe.moments import Moments
+from deploypipe.pruning.modules.count_macs import count_macs
 from deploypipe.pruning.repair.least_squares_repair import repair
 from deploypipe.pruning.surgery.apply_plan import apply_plan
 from deploypipe.pruning.surgery.plan import make_plan
 from deploypipe.pruning.surgery.saved_network import own_weights
-from deploypipe.pruning.tracing.structures import count_macs, list_structures
+from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.recipe import Magnitude, Mipp, Recipe
 from deploypipe.records import BenchmarkReport, Event, Progress, PruningPlan, TrainLog
 from deploypipe.runs.store import RunFolder, open_run

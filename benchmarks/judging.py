@@ -12,11 +12,12 @@ from torch import nn
 from deploypipe.benchmark.accuracy import evaluate_module
 from deploypipe.observe.calibration_pass import observe_activations
 from deploypipe.observe.moments import Moments
+from deploypipe.pruning.modules.count_macs import count_macs
 from deploypipe.pruning.repair.least_squares_repair import repair
 from deploypipe.pruning.surgery.apply_plan import apply_plan
 from deploypipe.pruning.surgery.plan import make_plan
 from deploypipe.pruning.surgery.slim_attention import with_slim_attention
-from deploypipe.pruning.tracing.structures import count_macs, list_structures
+from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.recipe import (
     BatchNormScale,
     ConditionalMi,

@@ -8,8 +8,8 @@ from typing import Any
 import torch_pruning as tp
 from torch import nn
 
+from deploypipe.pruning.modules.module_kinds import has_two_sides
 from deploypipe.pruning.surgery.apply_plan import apply_plan
-from deploypipe.pruning.surgery.module_slicing import has_two_sides
 from deploypipe.pruning.surgery.plan import make_plan
 from deploypipe.records import ChannelGroup, Member, PruningPlan, ScoreTable, Structures
 from deploypipe.task import Batch, num_samples, stack_batches, take_batch

@@ -47,11 +47,11 @@ from deploypipe.benchmark.accuracy import evaluate_module
 from deploypipe.benchmark.latency import time_interleaved
 from deploypipe.errors import BudgetError
 from deploypipe.numerics.intervals import interval_of_drop_pp, interval_of_mean, interval_of_median_ratio
+from deploypipe.pruning.modules.count_macs import count_macs
 from deploypipe.pruning.repair.least_squares_repair import repair
 from deploypipe.pruning.surgery.apply_plan import apply_plan
 from deploypipe.pruning.surgery.plan import make_plan
 from deploypipe.pruning.surgery.slim_attention import with_slim_attention
-from deploypipe.pruning.tracing.structures import count_macs
 from deploypipe.records import Event, Interval, PrecisionRow, Progress, PruningPlan, Trial
 from deploypipe.runs.store import open_run
 from deploypipe.runtimes import find_runtime

@@ -18,8 +18,8 @@ from judging import Subject
 from torch import nn
 
 from deploypipe.observe.moments import Moments
+from deploypipe.pruning.modules.module_kinds import has_two_sides
 from deploypipe.pruning.surgery.apply_plan import apply_plan
-from deploypipe.pruning.surgery.module_slicing import has_two_sides
 from deploypipe.pruning.surgery.plan import make_plan
 from deploypipe.recipe import LogitDivergence
 from deploypipe.records import ChannelGroup, PruningPlan

@@ -14,11 +14,12 @@ from deploypipe.networks.model_copies import copied
 from deploypipe.networks.model_wrappers import unwrapped
 from deploypipe.observe.calibration_pass import observe_activations
 from deploypipe.observe.moments import Moments
+from deploypipe.pruning.modules.count_macs import count_macs
 from deploypipe.pruning.repair.least_squares_repair import repair
 from deploypipe.pruning.surgery.apply_plan import apply_plan
 from deploypipe.pruning.surgery.plan import make_plan
 from deploypipe.pruning.surgery.slim_attention import with_slim_attention
-from deploypipe.pruning.tracing.structures import count_macs, list_structures
+from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.recipe import Mipp, Observe, Repair, Search
 from deploypipe.records import PruningPlan, ScoreTable, Structures
 from deploypipe.scoring import score

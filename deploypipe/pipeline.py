@@ -15,7 +15,7 @@ from deploypipe.networks.model_wrappers import unwrapped
 from deploypipe.observe.calibration_pass import observe_halves
 from deploypipe.observe.moments import merge
 from deploypipe.preflight import check_inputs
-from deploypipe.pruning.surgery.hook_computed_weights import describe_hooks
+from deploypipe.pruning.modules.hook_computed_weights import describe_hooks
 from deploypipe.pruning.surgery.slim_attention import with_slim_attention
 from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.recipe import Recipe

@@ -22,8 +22,8 @@ from torch.nn import functional as F
 from deploypipe.errors import DeploypipeError
 from deploypipe.files.hashing import digest
 from deploypipe.files.json_records import to_json
+from deploypipe.networks.fingerprints import model_fingerprint
 from deploypipe.pruning.surgery.apply_plan import apply_plan
-from deploypipe.pruning.tracing.structures import model_fingerprint
 from deploypipe.recipe import Finetune
 from deploypipe.records import Edit, PruningPlan
 from deploypipe.task import Batch, Splits, Task, classification

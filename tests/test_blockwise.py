@@ -17,10 +17,10 @@ from deploypipe.blockwise import BlockwiseResult, find_blocks_in_a_row, prune_bl
 from deploypipe.cli import app
 from deploypipe.errors import ConfigError, DataError, DeploypipeError, ModelError, RunFolderError
 from deploypipe.files.json_records import to_json
+from deploypipe.networks.fingerprints import model_fingerprint
 from deploypipe.networks.streamed_weights import WeightFiles, streamed, without_weights
 from deploypipe.pruning.surgery.apply_plan import apply_plan, masked_dense
 from deploypipe.pruning.surgery.saved_network import load_pruned, own_weights
-from deploypipe.pruning.tracing.structures import model_fingerprint
 from deploypipe.recipe import Observe, OutputError, Recipe, Repair, Taylor
 from deploypipe.records import Event, Progress
 from deploypipe.task import Batch

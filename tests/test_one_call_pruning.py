@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import deploypipe
 from deploypipe import one_call_pruning
 from deploypipe.errors import BudgetError, ConfigError, DataError
-from deploypipe.pruning.tracing.structures import count_macs
+from deploypipe.pruning.modules.count_macs import count_macs
 
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 

@@ -4,7 +4,7 @@ import pytest
 from architectures import CHECKS, INSTALL, YES, judge
 from zoo import NETWORKS
 
-from deploypipe.pruning.tracing.module_calls import one_thread_if_small
+from deploypipe.pruning.modules.module_calls import one_thread_if_small
 
 WITH_ONNX = ("BertForSequenceClassification", "UNet-2d")  # the slowest check
 FAST = (

@@ -14,10 +14,11 @@ from deploypipe.benchmark.accuracy import evaluate_module
 from deploypipe.cli import app
 from deploypipe.files.json_records import to_json
 from deploypipe.observe.calibration_pass import observe_activations
+from deploypipe.pruning.modules.count_macs import count_macs
 from deploypipe.pruning.repair.least_squares_repair import repair
 from deploypipe.pruning.surgery.apply_plan import apply_plan
 from deploypipe.pruning.surgery.plan import make_plan
-from deploypipe.pruning.tracing.structures import count_macs, list_structures
+from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.recipe import Magnitude, Observe, Repair, Search
 from deploypipe.runs.result import load_result
 from deploypipe.scoring import score

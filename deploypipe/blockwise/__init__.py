@@ -19,12 +19,12 @@ from deploypipe.blockwise.prune_block import PrunedBlock, Pruner, summary
 from deploypipe.blockwise.work_folder import Work
 from deploypipe.errors import ConfigError, ModelError
 from deploypipe.files.hashing import digest
+from deploypipe.networks.fingerprints import state_fingerprint
 from deploypipe.networks.model_copies import copied
 from deploypipe.networks.model_wrappers import unwrapped
 from deploypipe.networks.streamed_weights import WeightFiles, streamed, without_weights
 from deploypipe.pruning.surgery.apply_plan import cut_out
 from deploypipe.pruning.surgery.saved_network import own_weights, save_parts
-from deploypipe.pruning.tracing.structures import state_fingerprint
 from deploypipe.recipe import Recipe
 from deploypipe.records import Notify, Progress, PruningPlan, silent
 from deploypipe.scoring import needs_derivatives

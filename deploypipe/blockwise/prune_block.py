@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from deploypipe.blockwise.block_inputs import Calls
 from deploypipe.files.hashing import digest
+from deploypipe.networks.fingerprints import model_fingerprint
 from deploypipe.observe.calibration_pass import observe_activations
 from deploypipe.pruning.repair.least_squares_repair import repair
 from deploypipe.pruning.surgery.apply_plan import apply_plan
 from deploypipe.pruning.surgery.plan import empty_plan, make_plan
-from deploypipe.pruning.tracing.structures import find_structures, model_fingerprint
+from deploypipe.pruning.tracing.structures import find_structures
 from deploypipe.recipe import Recipe
 from deploypipe.records import Edit, GroupCut, PruningPlan, RepairRow, Structures
 from deploypipe.scoring import score

@@ -11,11 +11,11 @@ from torch import nn
 from deploypipe.export.onnx_export.export_onnx import export_onnx
 from deploypipe.export.onnx_export.parity import compare_networks
 from deploypipe.files.hashing import digest
+from deploypipe.pruning.modules.count_macs import count_macs
+from deploypipe.pruning.modules.module_calls import one_thread_if_small
 from deploypipe.pruning.repair.least_squares_repair import repair
 from deploypipe.pruning.surgery.apply_plan import apply_plan, describe
 from deploypipe.pruning.surgery.saved_network import own_weights, save_pruned
-from deploypipe.pruning.tracing.module_calls import one_thread_if_small
-from deploypipe.pruning.tracing.structures import count_macs
 from deploypipe.recipe import Finetune
 from deploypipe.records import ModelFile, Notify, PruneOutcome, PruningPlan, RepairReport, TrainLog
 from deploypipe.runs.store import StageResult

@@ -14,8 +14,8 @@ from deploypipe.export.tensorrt_engine.build_engine import is_built
 from deploypipe.files.atomic import write_atomically
 from deploypipe.files.hashing import digest
 from deploypipe.installed_packages import find_package, package_versions
+from deploypipe.networks.fingerprints import model_fingerprint
 from deploypipe.networks.model_copies import copied
-from deploypipe.pruning.tracing.structures import model_fingerprint
 from deploypipe.recipe import Recipe
 from deploypipe.records import Note, Origin, Warned
 from deploypipe.runs.store import RunFolder

@@ -11,8 +11,9 @@ from deploypipe.export.tensorrt_engine.build_engine import as_model_file, build_
 from deploypipe.files.atomic import place_file
 from deploypipe.observe.calibration_pass import observe_halves
 from deploypipe.observe.moments import Moments, load_moments, merge, save_moments
-from deploypipe.pruning.tracing.module_calls import one_thread_if_small
-from deploypipe.pruning.tracing.structures import count_macs, list_structures
+from deploypipe.pruning.modules.count_macs import count_macs
+from deploypipe.pruning.modules.module_calls import one_thread_if_small
+from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.recipe import Mpruner
 from deploypipe.records import (
     Curves,

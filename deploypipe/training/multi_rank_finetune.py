@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from deploypipe.errors import RanksError
 from deploypipe.files.hashing import digest
+from deploypipe.networks.fingerprints import model_fingerprint
 from deploypipe.networks.model_wrappers import unwrapped
 from deploypipe.pruning.surgery.apply_plan import apply_plan
 from deploypipe.pruning.surgery.saved_network import own_weights
 from deploypipe.pruning.surgery.slim_attention import with_slim_attention
-from deploypipe.pruning.tracing.structures import model_fingerprint
 from deploypipe.recipe import Finetune
 from deploypipe.records import Notify, PruningPlan, TrainLog, silent
 from deploypipe.task import Splits, Task, num_samples

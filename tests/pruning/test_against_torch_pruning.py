@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from deploypipe.pruning.surgery.module_slicing import has_two_sides
+from deploypipe.pruning.modules.module_kinds import has_two_sides
 from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.records import ChannelGroup
 

@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 
 from deploypipe.cli import app
 from deploypipe.errors import ModelError
+from deploypipe.networks.fingerprints import model_fingerprint
 from deploypipe.pruning.tracing.bug_report import write_reproduction
-from deploypipe.pruning.tracing.structures import list_structures, model_fingerprint
+from deploypipe.pruning.tracing.structures import list_structures
 
 Function = Callable[[Tensor], Tensor]
 

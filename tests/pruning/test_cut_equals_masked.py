@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from deploypipe.files.json_records import from_json, to_json
+from deploypipe.networks.fingerprints import model_fingerprint
+from deploypipe.pruning.modules.count_macs import count_macs
 from deploypipe.pruning.surgery.apply_plan import apply_plan, describe, masked_dense
 from deploypipe.pruning.surgery.plan import empty_plan, make_plan
-from deploypipe.pruning.tracing.structures import count_macs, list_structures, model_fingerprint
+from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.records import PruningPlan, ScoreTable, Structures
 
 _spec = importlib.util.spec_from_file_location("networks", Path(__file__).parents[1] / "networks.py")

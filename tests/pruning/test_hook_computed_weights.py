@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from torch.nn import utils
 from torch.nn.utils import parametrizations, prune
 
+from deploypipe.pruning.modules.count_macs import count_macs
+from deploypipe.pruning.modules.hook_computed_weights import describe_hooks
 from deploypipe.pruning.surgery.apply_plan import apply_plan, describe, masked_dense
-from deploypipe.pruning.surgery.hook_computed_weights import describe_hooks
 from deploypipe.pruning.surgery.plan import make_plan
 from deploypipe.pruning.surgery.saved_network import load_pruned, save_pruned
 from deploypipe.pruning.surgery.slim_attention import with_slim_attention
-from deploypipe.pruning.tracing.structures import count_macs, list_structures
+from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.records import ScoreTable
 
 

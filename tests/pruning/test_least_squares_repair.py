@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deploypipe.errors import DataError
+from deploypipe.networks.fingerprints import model_fingerprint
 from deploypipe.pruning.repair.least_squares_repair import repair
 from deploypipe.pruning.surgery.apply_plan import apply_plan
 from deploypipe.pruning.surgery.plan import empty_plan, make_plan
-from deploypipe.pruning.tracing.structures import list_structures, model_fingerprint
+from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.recipe import Repair
 from deploypipe.records import PruningPlan, RepairReport, ScoreTable, Structures
 

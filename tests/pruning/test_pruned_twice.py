@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from deploypipe.errors import ModelError, PlanError
+from deploypipe.pruning.modules.module_kinds import is_depthwise
 from deploypipe.pruning.surgery.apply_plan import apply_plan, describe
-from deploypipe.pruning.surgery.module_slicing import is_depthwise
 from deploypipe.pruning.surgery.plan import compose, empty_plan, make_plan
 from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.records import Edit, GroupCut, PruningPlan, ScoreTable, Structures

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from deploypipe.errors import PlanError
+from deploypipe.networks.fingerprints import model_fingerprint
 from deploypipe.pruning.surgery.slim_attention import SlimAttention, with_slim_attention
-from deploypipe.pruning.tracing.structures import model_fingerprint
 
 CAUSAL = torch.ones(7, 7, dtype=torch.bool).triu(1)
 PADDING = torch.tensor([[False] * 7, [False] * 4 + [True] * 3])

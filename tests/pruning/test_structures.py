@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deploypipe.errors import ModelError
+from deploypipe.networks.fingerprints import model_fingerprint
+from deploypipe.pruning.modules.count_macs import count_macs
 from deploypipe.pruning.surgery.apply_plan import apply_plan, describe, masked_dense
 from deploypipe.pruning.surgery.module_slicing import cut_, sizes_after
 from deploypipe.pruning.surgery.plan import make_plan
-from deploypipe.pruning.tracing.structures import count_macs, find_structures, list_structures, model_fingerprint
+from deploypipe.pruning.tracing.structures import find_structures, list_structures
 from deploypipe.records import Edit, PruningPlan, ScoreTable, Structures
 
 

@@ -10,8 +10,8 @@ from networks import build
 
 from deploypipe.budgets import BUDGETS
 from deploypipe.errors import BudgetError
+from deploypipe.pruning.modules.count_macs import count_macs
 from deploypipe.pruning.surgery.apply_plan import apply_plan
-from deploypipe.pruning.tracing.structures import count_macs
 from deploypipe.records import Candidate, Curves, Cut, LossCurve, PruningPlan, ScoreTable, Trial
 from deploypipe.scoring.magnitude import score_magnitudes
 from deploypipe.search.allocation.feasibility import feasibility_text, find_feasibility

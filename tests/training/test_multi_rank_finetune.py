@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from deploypipe.files.json_records import from_json
-from deploypipe.pruning.tracing.structures import model_fingerprint
+from deploypipe.networks.fingerprints import model_fingerprint
 from deploypipe.recipe import Finetune
 from deploypipe.records import TrainLog
 from deploypipe.runs.result import load_result

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from deploypipe.errors import DeploypipeError
 from deploypipe.files.exhausted_resources import raise_if_exhausted
-from deploypipe.pruning.tracing.module_attributes import is_plain, whole_numbers
+from deploypipe.pruning.modules.module_attributes import is_plain, whole_numbers
 
 Field: TypeAlias = tuple[str | int, ...]  # ("text_config", "hidden_sizes", 0)
 Fact: TypeAlias = tuple[str, str]  # (tensor, axis), (module, "@attribute"), or the number of tensors

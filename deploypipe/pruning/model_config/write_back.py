@@ -25,15 +25,14 @@ from deploypipe.pruning.model_config.config_probe import (
     facts_of,
     fields_of,
     is_config,
-    plain_values,
     set_field_,
     shapes_of,
     value_of,
     with_fields,
 )
+from deploypipe.pruning.model_config.config_proof import difference
 from deploypipe.pruning.model_config.forward_reads import Reads, reads_of
-from deploypipe.pruning.surgery.module_slicing import Bypass
-from deploypipe.pruning.tracing.module_attributes import are_equal, is_plain
+from deploypipe.pruning.modules.bypass import Bypass
 
 _TRIED = (64, 128)  # in the place of a None
 
@@ -129,7 +128,7 @@ def _solve(dense: nn.Module, pruned: nn.Module) -> dict[Field, int]:
     values = {**spare, **_solved(kind, with_fields(config, spare), pruned, reads)}
     for field in spare:
         fewer = {f: v for f, v in values.items() if f != field}
-        if not _difference(kind, config, fewer, pruned, reads):
+        if not difference(kind, config, fewer, pruned, reads):
             values = fewer
     return values
 
@@ -152,7 +151,7 @@ def _solved(kind: type[nn.Module], config: Any, pruned: nn.Module, reads: Reads)
         current = with_fields(config, values)
         spec = _Spec(kind=kind, text=_text(current), config=current)
     values = {field: value for field, value in values.items() if value != value_of(config, field)}
-    if reason := _difference(kind, config, values, pruned, reads):
+    if reason := difference(kind, config, values, pruned, reads):
         raise Misfit(reason)
     return values
 
@@ -249,71 +248,3 @@ def _spare_fields(spec: _Spec) -> dict[Field, int]:
         if facts_of(build(kind, config, {field: value})) == facts:
             found[field] = value
     return found
-
-
-# --- the proof --------------------------------------------------------------------------------------------------------
-
-
-def _difference(
-    kind: type[nn.Module], config: Any, values: Mapping[Field, int], pruned: nn.Module, reads: Reads
-) -> str:
-    """Why the network built from the config with these values is not the pruned one; "" where it is."""
-    try:
-        new = with_fields(config, values)
-        built = build(kind, _reloaded(new))
-    except Misfit as error:
-        return str(error)
-    ours, theirs = shapes_of(pruned), shapes_of(built)
-    for name in {**ours, **theirs}:
-        if ours.get(name) != theirs.get(name):
-            return f"no values of its fields give {name!r} the shape {ours.get(name)}, but {theirs.get(name)}"
-    modules = dict(built.named_modules())
-    for name, module in pruned.named_modules():
-        if name in modules:
-            if reason := _differs(name, module, modules[name], reads):
-                return reason
-        elif not isinstance(module, Bypass):
-            return f"{name!r} is not in a {kind.__name__} built from it"
-    return _misreads(config, new, reads)
-
-
-def _misreads(config: Any, new: Any, reads: Reads) -> str:
-    """Whether forward() computes with a field that would change: the pruned network was tried with the old one."""
-    for part, other in zip(config_parts(config), config_parts(new), strict=True):
-        for name in sorted(reads.config & {*vars(part), *dir(type(part))}):
-            if not are_equal(_safely(part, name), _safely(other, name)):
-                return f"forward() reads config.{name}, and was tried with the dense network's"
-    return ""
-
-
-def _differs(name: str, ours: nn.Module, theirs: nn.Module, reads: Reads) -> str:
-    """Buffers that no state dict holds, and the values that forward() reads."""
-    if type(ours) is not type(theirs):
-        return f"{name!r} is a {type(ours).__name__} now"
-    is_torch = type(ours).__module__.startswith("torch.")
-    own, other = plain_values(ours), plain_values(theirs)
-    pairs = [(key, own[key], other[key]) for key in own if key in other and (is_torch or key in reads.attributes)]
-    loaded = theirs.state_dict()
-    pairs += [(key, value, theirs._buffers.get(key)) for key, value in ours._buffers.items() if key not in loaded]
-    for key, mine, built in pairs:
-        if not are_equal(mine, built):
-            return f"{key!r} of {name!r} is another in a network built from it"
-    return ""
-
-
-def _reloaded(config: Any) -> Any:
-    """The config as it comes back from a file, where its class can do that."""
-    read = getattr(type(config), "from_dict", None)
-    try:
-        return read(config.to_dict()) if read else config
-    except Exception as error:  # validation of whatever kind
-        raise Misfit(f"{type(config).__name__}.from_dict() raises {type(error).__name__}: {error}") from error
-
-
-def _safely(config: Any, name: str) -> Any:
-    """A plain value of the config; None for methods, and for properties that raise."""
-    try:
-        value = getattr(config, name)
-    except Exception:  # a property of a class we do not know
-        return None
-    return value if is_plain(value) else None

@@ -25,7 +25,7 @@ from deploypipe.observe.layer_regressions import (
     sample_positions,
     weight_blocks,
 )
-from deploypipe.pruning.tracing.module_calls import ADDITIONS
+from deploypipe.pruning.modules.module_calls import ADDITIONS
 from deploypipe.task import forward
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)

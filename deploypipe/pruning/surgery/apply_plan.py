@@ -5,12 +5,15 @@ from typing import Any
 from torch import nn
 
 from deploypipe.errors import PlanError
+from deploypipe.networks.fingerprints import model_fingerprint, structure_fingerprint
 from deploypipe.networks.model_copies import copied
 from deploypipe.networks.model_wrappers import unwrapped
-from deploypipe.pruning.model_config.write_back import fit_configs, write_configs_
-from deploypipe.pruning.surgery.hook_computed_weights import with_plain_weights
-from deploypipe.pruning.surgery.module_slicing import cut_, forget_caches_, mask_, replace_by_identity_
-from deploypipe.pruning.tracing.structures import count_macs, model_fingerprint, structure_fingerprint
+from deploypipe.pruning.model_config import fit_configs, write_configs_
+from deploypipe.pruning.modules.count_macs import count_macs
+from deploypipe.pruning.modules.hook_computed_weights import with_plain_weights
+from deploypipe.pruning.surgery.module_masking import mask_
+from deploypipe.pruning.surgery.module_slicing import cut_, forget_caches_
+from deploypipe.pruning.surgery.remove_blocks import replace_by_identity_
 from deploypipe.records import Edit, PruneReport, PruneRow, PruningPlan
 
 

@@ -23,9 +23,9 @@ from deploypipe.networks.batch_trees import as_plain, map_leaves, map_tensors
 from deploypipe.networks.model_copies import copied
 from deploypipe.networks.model_wrappers import unwrapped
 from deploypipe.networks.streamed_weights import INDEX_SUFFIX, WeightFiles, without_weights
+from deploypipe.pruning.modules.hook_computed_weights import with_plain_weights
+from deploypipe.pruning.modules.module_calls import two_samples
 from deploypipe.pruning.surgery.apply_plan import check_fingerprint, cut_out
-from deploypipe.pruning.surgery.hook_computed_weights import with_plain_weights
-from deploypipe.pruning.tracing.structures import pair_of
 from deploypipe.records import PruningPlan
 from deploypipe.runs.result import PLAN, load_plan
 from deploypipe.runtimes.program_file import load_program
@@ -112,7 +112,7 @@ def load_pruned(
 def _program(model: nn.Module, inputs: Any) -> bytes:
     """The exported program, without example values and without the source paths torch records."""
     batch = torch.export.Dim("batch", min=1)
-    zeros = map_tensors(torch.zeros_like, pair_of(model, inputs))
+    zeros = map_tensors(torch.zeros_like, two_samples(model, inputs))
     args, kwargs = as_arguments(zeros)
     size = num_samples(zeros)
     axes = map_leaves(lambda leaf: {0: batch} if has_batch_axis(leaf, size) else None, kwargs or args)

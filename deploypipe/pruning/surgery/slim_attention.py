@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deploypipe.errors import PlanError
-from deploypipe.pruning.surgery.hook_computed_weights import plain_copy
+from deploypipe.pruning.modules.hook_computed_weights import plain_copy
 
 
 def with_slim_attention(model: nn.Module) -> nn.Module:

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from deploypipe.pruning.modules.module_attributes import Origin
+
 Atoms = NDArray[np.int64]
-Origin = tuple[str, str]  # (module, attribute)
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -23,9 +23,9 @@ from deploypipe.files.atomic import write_atomically
 from deploypipe.installed_packages import package_versions
 from deploypipe.networks.batch_trees import map_tensors
 from deploypipe.networks.model_wrappers import unwrapped
+from deploypipe.pruning.modules.module_calls import evaluating, two_samples
 from deploypipe.pruning.surgery.saved_network import program_bytes
-from deploypipe.pruning.tracing.module_calls import evaluating
-from deploypipe.pruning.tracing.structures import find_structures, pair_of
+from deploypipe.pruning.tracing.structures import find_structures
 from deploypipe.records import Frozen
 from deploypipe.runtimes.program_file import load_program
 from deploypipe.task import forward
@@ -57,7 +57,7 @@ def write_reproduction(model: nn.Module, inputs: Any, name: str, folder: Path) -
     """
     model = unwrapped(model)
     row = _frozen(model, inputs, name)
-    for part, values in _parts(model, pair_of(model, inputs), row.name.partition(":")[0]):
+    for part, values in _parts(model, two_samples(model, inputs), row.name.partition(":")[0]):
         module = _redrawn(model.get_submodule(part))
         local = row.name[len(part) :].lstrip(".")
         if not local and row.kind == "weights":

@@ -5,10 +5,10 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
-from deploypipe.errors import ConfigError, PlanError
-from deploypipe.pruning.tracing.coupled_channels import Coupling
+from deploypipe.errors import ConfigError
+from deploypipe.pruning.tracing.removable_units import Coupling
 from deploypipe.recipe import Constraints
-from deploypipe.records import Block, ChannelGroup, Frozen, Member, ResolvedConstraints, Side, Structures
+from deploypipe.records import Block, ChannelGroup, Frozen, Member, ResolvedConstraints, Side
 
 _LEAST, _UNIFORM, _TIED = "constraints.least", "constraints.uniform", "constraints.tied"
 _NUM_NEAREST = 5
@@ -81,27 +81,6 @@ def resolve(
         problem = f"{constraints.least_blocks} blocks are to stay, and only {len(blocks)} can be removed at all"
         raise ConfigError("recipe", "constraints.least_blocks", problem, f"write {len(blocks)} or less")
     return ResolvedConstraints(least=least, uniform=tuple(map(tuple, uniform)), least_blocks=constraints.least_blocks)
-
-
-def require_constraints(structures: Structures, widths: Mapping[str, int], blocks: Sequence[str]) -> None:
-    """PlanError unless these widths of groups (those that go with their blocks are absent) and blocks are allowed."""
-    asked = structures.constraints
-    for name, least in asked.least.items():
-        if widths.get(name, least) < least:
-            raise PlanError(
-                f"{name!r} would keep {widths[name]} units, and recipe.{_LEAST} asks for {least}; keep more"
-            )
-    for names in asked.uniform:
-        seen = {name: widths[name] for name in names if name in widths}
-        if len(set(seen.values())) > 1:
-            listed = ", ".join(f"{name}: {width}" for name, width in seen.items())
-            raise PlanError(f"recipe.{_UNIFORM} asks for one width, and there are several ({listed}); ask for one")
-    left = sum(block.name not in blocks for block in structures.blocks)
-    if left < asked.least_blocks:
-        raise PlanError(
-            f"{left} of {len(structures.blocks)} removable blocks would stay, and recipe.constraints.least_blocks asks "
-            f"for {asked.least_blocks}; remove fewer"
-        )
 
 
 def _removable(key: str, pattern: str, names: Collection[str], frozen: Iterable[Frozen]) -> list[str]:

@@ -6,112 +6,41 @@ operands are the same and what its result's axes are. An operation without a rul
 be taken apart keeps the indices that reach it, with the reason. So every trace ends, and nothing is assumed.
 """
 
-import re
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
-from functools import reduce
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakIdKeyDictionary
 
 from deploypipe.files.exhausted_resources import raise_if_exhausted
-from deploypipe.networks.batch_trees import tensors
-from deploypipe.pruning.surgery.module_slicing import normalizes_over_channels
-from deploypipe.pruning.surgery.recurrent_layers import RECURRENT, sizes_of, without_fused_kernels
-from deploypipe.pruning.tracing.axis_indices import Atoms, Axes, Axis, Factor, Indices, fixed, has_atoms, size_of
-from deploypipe.pruning.tracing.axis_reductions import FunctionCalls, all_tensors, side_of
-from deploypipe.pruning.tracing.module_attributes import lists_of_whole_numbers, whole_numbers
-from deploypipe.pruning.tracing.operator_rules import RULES, Arguments, Rule, pointwise
-from deploypipe.pruning.tracing.unread_parts import SLICING, PartialReads
+from deploypipe.pruning.modules.axis_reductions import all_tensors
+from deploypipe.pruning.modules.recurrent_layers import without_fused_kernels
+from deploypipe.pruning.tracing.axis_indices import Axes, fixed, size_of
+from deploypipe.pruning.tracing.axis_trace import Arguments, AxisTrace, Rule
+from deploypipe.pruning.tracing.elementwise_rules import pointwise
+from deploypipe.pruning.tracing.operator_rules import RULES
+from deploypipe.pruning.tracing.unread_parts import SLICING
 
-Side = tuple[str, str]  # (module, side)
-
-
-@dataclass(slots=True)
-class Attention:
-    """Atoms that index the heads of one module's attention, and those inside each head."""
-
-    heads: list[Atoms] = field(default_factory=list)
-    head_dims: list[Atoms] = field(default_factory=list)
+_FACTORIES = {"new_zeros", "new_ones", "new_full", "new_empty"}  # of a tensor, but not of its sizes
 
 
 class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """`with Propagation(model, [inputs]) as trace: forward(model, inputs)`, in inference mode; then read the trace."""
+    """`with Propagation(trace): forward(model, inputs)`, in inference mode; then read the trace."""
 
-    def __init__(self, model: nn.Module, batches: Sequence[Any], as_wide: Collection[str] = ()) -> None:
-        """as_wide: modules whose attention is as wide as what they read, because the code takes its sizes from there
-        (`B, N, C = x.shape; x.reshape(B, N, heads, C // heads)`). Sizes are plain numbers, so that cannot be seen."""
+    def __init__(self, trace: AxisTrace) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.indices = Indices()
-        self.as_wide = as_wide
-        self.read: dict[str, Axis] = {}  # module -> last axis of the first tensor it was last called with
-        self.modules = dict(model.named_modules())
-        self.running: list[str] = [""]  # names of the modules whose forward is on, innermost last
-        self.axes: Any = WeakIdKeyDictionary()  # tensor -> Axes
-        self.stored: dict[str, dict[str, Tensor]] = {}  # module -> its tensors by name, before forward() replaces any
-        self.owners: dict[int, tuple[str, str]] = {}  # id of a parameter -> (module, its name there)
-        self.reads: dict[str, Atoms] = {}  # convolution or linear layer -> atoms of what it reads
-        self.normalises: dict[str, Atoms] = {}  # norm without weights -> atoms of its channels
-        self.sized: dict[tuple[str, str], list[Atoms]] = {}  # (module, attribute) -> axes whose size it may be
-        self.attention: dict[str, Attention] = {}
-        self.convolution_groups: list[Atoms] = []
-        self.calls = FunctionCalls(whole={F.local_response_norm: self.normalise_locally})
-        self.statistics: dict[tuple[str, str], Atoms] = {}  # (module, side of an operation) -> what it sees
-        self.picked: Any = WeakIdKeyDictionary()  # tensor -> the axis it is one index of
-        self.partial = PartialReads()
-        self.called: set[str] = set()  # layers whose weight was used as a layer's weight, and so writes channels
-        self.used: set[int] = set()  # ids of parameters and buffers that some operation read
-        self.label_weights_()
-        for tensor in tensors(list(batches)):
-            self.axes[tensor] = tuple(fixed(size) for size in tensor.shape)
-
-    def label_weights_(self) -> None:
-        for name, module in self.modules.items():
-            both = {**module._parameters, **module._buffers}
-            self.stored[name] = {local: tensor for local, tensor in both.items() if tensor is not None}
-            for local, tensor in self.stored[name].items():
-                self.owners.setdefault(id(tensor), (name, local))
-                if tensor not in self.axes:
-                    is_data = not tensor.is_floating_point()  # positions, masks, counters
-                    self.axes[tensor] = tuple(fixed(n) if is_data else self.indices.new(n) for n in tensor.shape)
-            if isinstance(module, RECURRENT):
-                self.label_recurrent(name, module)
-
-    def label_recurrent(self, name: str, module: nn.Module) -> None:
-        sizes = sizes_of(module)
-        for attribute, weights in sizes.items():
-            axis = reduce(self.equate, [self.of(weight)[1] for weight in weights])
-            for factor in axis:
-                if factor.atoms is not None:
-                    self.sized[name, attribute] = [factor.atoms]
-        if "proj_size" in sizes:
-            for weight in sizes["hidden_size"]:
-                self.indices.keep(self.of(weight)[1], "PyTorch knows a projection by its being narrower than the state")
-
-    def enter(self, module: str, given: Sequence[Any]) -> None:
-        self.running.append(module)
-        self.calls.enter(module)
-        first = next(iter(all_tensors(given)), None)
-        if module in self.as_wide and first is not None and first.dim():
-            self.read[module] = self.of(first)[-1]
-
-    def leave(self) -> None:
-        self.running.pop()
-        self.calls.leave()
+        self.trace = trace
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         operands = all_tensors([*args, *kwargs.values()])
-        self.note_use(operands)
+        self.trace.note_use(operands)
         name = func.overloadpacket._qualified_op_name.split("::")[1]
         rule = RULES.get(name) or RULES.get(name.rstrip("_"))
         if rule is None and torch.Tag.pointwise in func.tags:
             rule = pointwise
-        if rule is None and func.namespace == "aten" and any(self.may_shrink(t) for t in operands):
+        if rule is None and func.namespace == "aten" and any(self.trace.may_shrink(t) for t in operands):
             with self, without_fused_kernels():
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
@@ -119,195 +48,33 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **kwargs)
         results = all_tensors([result])
         if not operands or name in _FACTORIES:
-            axes = [self.made(t.shape) for t in results]
+            axes = [self.trace.made(t.shape) for t in results]
         elif name == "set_":  # the code lets go of a tensor's memory
             axes = [tuple(fixed(size) for size in t.shape) for t in results]
         elif rule is None or any(0 in t.shape for t in (*operands, *results)):
-            axes = self.give_up(name, operands, results)
+            axes = self.trace.give_up(name, operands, results)
         else:
             arguments = {a.name: a.default_value for a in func._schema.arguments if a.has_default_value()}
             arguments |= {a.name: v for a, v in zip(func._schema.arguments, args, strict=False)} | kwargs
             axes = self.ruled(name, rule, arguments, result, operands)
         if name not in SLICING:
-            self.partial.consume((axis for t in operands for axis in self.of(t)), (a for each in axes for a in each))
+            self.trace.partial.consume(
+                (axis for t in operands for axis in self.trace.of(t)), (a for each in axes for a in each)
+            )
         for tensor, each in zip(results, axes, strict=True):
-            self.axes[tensor] = each
+            self.trace.axes[tensor] = each
         return result
-
-    def note_use(self, operands: Sequence[Tensor]) -> None:
-        for operand in operands:
-            self.used.add(id(operand))
-            self.partial.use(operand)
-            if operand in self.picked:  # some only want its shape
-                self.keep(self.picked.pop(operand), "is picked out by the code")
 
     def ruled(self, name: str, rule: Rule, arguments: Arguments, result: Any, operands: Sequence[Tensor]) -> list[Axes]:
         """What the rule says of each result. A rule that fails is our fault and not the network's, which goes on."""
         results = all_tensors([result])
         try:
-            found = rule(self, arguments, result)
+            found = rule(self.trace, arguments, result)
             axes = [found] if isinstance(result, Tensor) and isinstance(found, tuple) else list(found)
             if [tuple(map(size_of, each)) for each in axes] != [tuple(tensor.shape) for tensor in results]:
                 raise AssertionError(f"gives axes of other sizes than {[tuple(tensor.shape) for tensor in results]}")
         except Exception as error:  # whatever mistake a rule has
             raise_if_exhausted(error)
             said = f"{type(error).__name__}: {error}"
-            return self.give_up(name, operands, results, f"for which deploypipe's own rule fails ({said})")
+            return self.trace.give_up(name, operands, results, f"for which deploypipe's own rule fails ({said})")
         return axes
-
-    def of(self, tensor: Tensor) -> Axes:
-        """Axes of a tensor; nothing can be removed from one that the code took from elsewhere."""
-        if tensor not in self.axes:
-            self.axes[tensor] = tuple(fixed(size) for size in tensor.shape)
-        return self.axes[tensor]  # type: ignore[no-any-return]
-
-    def made(self, shape: Sequence[int]) -> Axes:
-        """Axes of a tensor that the code makes in sizes of its own."""
-        given: list[Any] = self.calls.numbers[: len(shape)]
-        if len(given) < len(shape) or any(g is not None and g != n for g, n in zip(given, shape, strict=True)):
-            given = [None] * len(shape)
-        return tuple(
-            fixed(n, is_free=True, origin=getattr(each, "origin", None)) for n, each in zip(shape, given, strict=True)
-        )
-
-    def may_shrink(self, tensor: Tensor) -> bool:
-        """Whether something can go from it, or its size may follow another's."""
-        return any(factor.atoms is not None or factor.is_free for axis in self.of(tensor) for factor in axis)
-
-    def pick(self, axis: Axis, places: Atoms, result: Tensor) -> Axis:
-        """A part of an axis, which `result` has. What no part reads may be read at another size (see `partial`)."""
-        if not has_atoms(axis):
-            return fixed(len(places))
-        whole = self.indices.joined(axis).atoms
-        assert whole is not None
-        self.partial.note(result, whole, whole[places])
-        return self.indices.pick(axis, places)
-
-    def give_up(
-        self,
-        name: str,
-        operands: Sequence[Tensor],
-        results: Sequence[Tensor],
-        why: str = "through which channels cannot be followed",
-    ) -> list[Axes]:
-        for operand in operands:
-            for axis in self.of(operand):
-                self.keep(axis, f"reaches {name}(), {why}")
-        return [tuple(fixed(size) for size in t.shape) for t in results]
-
-    def keep(self, axis: Axis, why: str) -> None:
-        where = self.running[-1]
-        self.indices.keep(axis, f"{why} (in {where!r})" if where else why)
-
-    def equate(self, a: Axis, b: Axis, what: str = "an axis of fixed size") -> Axis:
-        return self.indices.equate(a, b, f"meets {what} in {self.running[-1]!r}")
-
-    def fit(self, a: Axis, b: Axis) -> Axis:
-        """`equate`, where the code made one of them to fit the other, with a size that may come from an attribute."""
-        for one, other in ((a, b), (b, a)):
-            if one and not has_atoms(one) and all(factor.is_free for factor in one):
-                self.count((other,))
-        return self.equate(a, b)
-
-    def mix(self, operand: Tensor, dim: int, name: str) -> None:
-        """An operation computes one number from all along an axis: fewer of them give another number.
-
-        Where that does not depend on their order, and the code itself calls the operation, it is taken over those that
-        stay, as a norm is.
-        """
-        axis, where = self.of(operand)[dim], self.running[-1]
-        if normalizes_over_channels(self.modules[where]) or not has_atoms(axis):
-            return
-        place = next((i for i, each in enumerate(self.calls.operands) if each is operand), None)
-        if place is None or name not in _SYMMETRIC:
-            self.keep(axis, f"{name}() is taken over these channels")
-            return
-        factor = self.indices.joined(axis)
-        assert factor.atoms is not None
-        self.statistics[where, side_of(self.calls.number, place, dim)] = factor.atoms
-
-    def normalise_locally(self, operand: Tensor, result: Tensor) -> None:
-        """Over neighbouring channels, which then are those that stay."""
-        self.mix(operand, 1, "norm")
-        self.axes[result] = self.of(operand)
-
-    def count(self, axes: Axes) -> None:
-        """Attributes of the running module that hold the size of one of these axes shrink with it."""
-        shrinking = [i for i, axis in enumerate(axes) if has_atoms(axis)]
-        for i in shrinking:
-            is_outer = i != shrinking[-1]
-            is_joint = len([f for f in axes[i] if f.atoms is not None]) > 1
-            for factor in axes[i]:
-                if factor.atoms is not None and not is_joint:
-                    self.count_factor(factor, is_outer, len(shrinking) > 1)
-            if len(axes[i]) > 1:
-                self.count_factor(self.indices.joined(axes[i]), is_outer, True)
-
-    def widen(self, axes: Axes) -> None:
-        """Neighbouring factors of a view that make up the width the running module reads are that width."""
-        read = self.read.get(self.running[-1], ())
-        factors = [factor for axis in axes for factor in axis]
-        for start in range(len(factors)):
-            for stop in range(start + 1, len(factors) + 1):
-                part = tuple(factors[start:stop])
-                if has_atoms(read) and all(f.atoms is not None for f in part) and size_of(part) == size_of(read):
-                    self.equate(part, read)
-
-    def count_factor(self, factor: Factor, is_outer: bool, is_certain: bool) -> None:
-        where = self.running[-1]
-        if isinstance(self.modules[where], RECURRENT):  # of those it is known
-            return
-        # PyTorch's own becomes a SlimAttention when it is cut, which counts nothing but its heads.
-        is_own = isinstance(self.modules[where], nn.MultiheadAttention)
-        for name, value in whole_numbers(self.modules[where]).items():
-            if is_own and name != "num_heads":
-                continue
-            is_size = value == factor.size and _names_a_width(name)
-            if is_size and factor.atoms is not None and (not is_certain or _names_a_count(name) == is_outer):
-                self.sized.setdefault((where, name), []).append(factor.atoms)
-
-    def count_pieces(self, sizes: Sequence[int], pieces: Sequence[Axis]) -> None:
-        """A list of the running module that holds the sizes of the parts of a split shrinks with the parts."""
-        where = self.running[-1]
-        for name, value in lists_of_whole_numbers(self.modules[where]).items():
-            if value == list(sizes):
-                for number, piece in enumerate(pieces):
-                    if len(piece) == 1 and piece[0].atoms is not None:
-                        self.sized.setdefault((where, f"{name}.{number}"), []).append(piece[0].atoms)
-
-    def count_shape(self, axes: Axes) -> None:
-        """A list of the running module that holds the last sizes of a view shrinks with its axes."""
-        where = self.running[-1]
-        for value in lists_of_whole_numbers(self.modules[where]).values():
-            if 1 < len(value) <= len(axes):
-                last = axes[len(axes) - len(value) :]
-                if value == [size_of(axis) for axis in last]:
-                    self.count_pieces(value, last)
-
-    def note_attention(self, batch: Sequence[Axis], inner: Axis) -> None:
-        """A product of two activations: it runs over heads, and sums up what is inside of one."""
-        seen = self.attention.setdefault(self.running[-1], Attention())
-        seen.heads += [f.atoms for axis in batch for f in axis if f.atoms is not None]
-        seen.head_dims += [f.atoms for f in inner if f.atoms is not None]
-
-
-_FACTORIES = {"new_zeros", "new_ones", "new_full", "new_empty"}  # of a tensor, but not of its sizes
-_SYMMETRIC = {"mean", "sum", "amax", "amin", "max", "min", "var", "std", "var_mean", "std_mean", "norm", "logsumexp"}
-_SYMMETRIC |= {"linalg_vector_norm", "layer_norm", "rms_norm", "batch_norm"}
-
-_WIDTHS = {"head", "heads", "dim", "dims", "size", "channels", "features", "width", "embed", "hidden", "nhead", "inner"}
-_WIDTHS |= {"planes", "filters", "nf", "shape", "groups", "model", "k", "v", "kv"}
-_OTHERS = {"window", "patch", "kernel", "image", "img", "pool", "stride", "seq", "max", "layers", "vocab", "grid"}
-_OTHERS |= {"shift", "scale", "position", "positions", "idx", "index", "step", "steps", "chunk", "num_key_value_groups"}
-
-
-def _names_a_width(name: str) -> bool:
-    words = set(re.split(r"[_\d]+", name.lower()))
-    return bool(words & _WIDTHS) and not words & _OTHERS and name not in _OTHERS
-
-
-def _names_a_count(name: str) -> bool:
-    words = re.split(r"_+", name.lower())
-    return ("heads" in words or "nhead" in words or "groups" in words or words[0] in ("num", "n")) and not (
-        {"dim", "size", "channels"} & set(words)
-    )

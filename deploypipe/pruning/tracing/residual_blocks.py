@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
-from deploypipe.pruning.tracing.count_macs import Macs
-from deploypipe.pruning.tracing.module_calls import ADDITIONS, Call, evaluating
+from deploypipe.pruning.modules.count_macs import Macs
+from deploypipe.pruning.modules.module_calls import ADDITIONS, Call, evaluating
 from deploypipe.records import Block, Frozen
 from deploypipe.task import forward
 

@@ -8,12 +8,12 @@ from typing import Any, TypeVar
 from torch import nn
 
 from deploypipe.benchmark.accuracy import evaluate_module
+from deploypipe.networks.fingerprints import model_fingerprint
 from deploypipe.networks.model_copies import copied
 from deploypipe.observe.calibration_pass import observe_activations
 from deploypipe.pruning.repair.least_squares_repair import repair
 from deploypipe.pruning.surgery.apply_plan import apply_plan
 from deploypipe.pruning.surgery.plan import make_plan
-from deploypipe.pruning.tracing.structures import model_fingerprint
 from deploypipe.recipe import Mpruner, Recipe
 from deploypipe.records import DepthLog, DepthRow, Names, Notify, Progress, ScoreTable, Structures, silent
 from deploypipe.scoring.blocks.mpruner import cluster_blocks, mpruner_candidates

@@ -30,7 +30,10 @@ from deploypipe.observe.layer_regressions import (
     weight_matrix,
 )
 from deploypipe.observe.moments import InputMoments, Moments
-from deploypipe.pruning.surgery.module_slicing import Bypass, cut_, mask_, normalizes_over_channels
+from deploypipe.pruning.modules.bypass import Bypass
+from deploypipe.pruning.modules.module_kinds import normalizes_over_channels
+from deploypipe.pruning.surgery.module_masking import mask_
+from deploypipe.pruning.surgery.module_slicing import cut_
 from deploypipe.recipe import Search
 from deploypipe.records import ChannelGroup, Curves, Edit, LossCurve, Notify, Progress, ScoreTable, Structures, silent
 from deploypipe.runtimes.named_arrays import name_outputs

@@ -7,9 +7,9 @@ from typing import Any
 from torch import nn
 
 from deploypipe.budgets import BUDGETS, LATENCY_P50, Predictor
+from deploypipe.pruning.modules.count_macs import count_macs
 from deploypipe.pruning.surgery.apply_plan import apply_plan
 from deploypipe.pruning.surgery.plan import make_plan
-from deploypipe.pruning.tracing.structures import count_macs
 from deploypipe.records import Candidate, Curves, Cut, LatencyFit, PruningPlan, ScoreTable, Structures, TimedCut, Trial
 from deploypipe.scheduling.exclusive_measurement import give_way
 from deploypipe.scoring.mixed_scores import mixed

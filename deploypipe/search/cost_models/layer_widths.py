@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from deploypipe.observe.calibration_pass import hooked
-from deploypipe.pruning.tracing.module_calls import output_tensors
+from deploypipe.pruning.modules.module_calls import output_tensors
 from deploypipe.records import ChannelGroup, Structures
 from deploypipe.task import evaluating, forward
 

@@ -7,9 +7,9 @@ from tempfile import TemporaryDirectory
 
 from torch import nn
 
+from deploypipe.pruning.modules.count_macs import count_macs
 from deploypipe.pruning.repair.least_squares_repair import repair
 from deploypipe.pruning.surgery.apply_plan import apply_plan
-from deploypipe.pruning.tracing.structures import count_macs
 from deploypipe.recipe import Recipe
 from deploypipe.records import Candidate, PruningPlan
 from deploypipe.scheduling.exclusive_measurement import give_way

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from deploypipe import task
 from deploypipe.records import Names
-from deploypipe.task import forward
+from deploypipe.task import forward, repeat_samples, take
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,3 +113,8 @@ def _returns(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], r
     return tuple(
         next((name for name, value in given.items() if value is each and each is not None), "") for each in rest
     )
+
+
+def two_samples(model: nn.Module, inputs: Any) -> Any:
+    """Two samples: enough to see shapes, and batch 1 would hide mistakes in the batch axis."""
+    return take(repeat_samples(model, inputs, 2), 2)

@@ -7,8 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from deploypipe.pruning.tracing.axis_indices import Origin
-
+Origin = tuple[str, str]  # (module, attribute)
 _LISTS = (list, tuple, torch.Size)
 _SCALARS = (int, float, str, bool, type(None))
 

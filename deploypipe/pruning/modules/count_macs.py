@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from deploypipe.pruning.tracing.module_calls import evaluating
+from deploypipe.networks.model_wrappers import unwrapped
+from deploypipe.pruning.modules.hook_computed_weights import with_plain_weights
+from deploypipe.pruning.modules.module_calls import evaluating, one_thread_if_small
 from deploypipe.task import forward, take
 
 _Product = tuple[int, Sequence[Tensor]]  # multiply-accumulates, and the tensors that are multiplied
@@ -56,6 +58,14 @@ def count_operations(model: nn.Module, inputs: Any) -> Macs:
         for handle in handles:
             handle.remove()
     return Macs(by_module=dict(counter.by_module), by_parameter=dict(counter.by_parameter))
+
+
+def count_macs(model: nn.Module, inputs: Any) -> tuple[int, int]:
+    """(parameters, multiply-accumulates for one sample); changes nothing in it."""
+    model = with_plain_weights(unwrapped(model))
+    with one_thread_if_small(0):  # one sample is small work for any network
+        macs = count_operations(model, inputs)
+    return sum(p.numel() for p in model.parameters()), macs.total
 
 
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
