@@ -17,13 +17,13 @@ import torch
 from deploypipe.pruning.surgery.plan import make_plan
 from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.records import Curves, Cut, LossCurve, ScoreTable, Structures, TimedCut
-from deploypipe.search.allocation.latency_samples import design_networks
+from deploypipe.search.allocation.latency_samples import sample_networks
 from deploypipe.search.allocation.loss_curves import width_levels
 from deploypipe.search.allocation.proposer import cut_of
 from deploypipe.search.allocation.solver import Bound, allocate, allowed_widths, cost_of
 from deploypipe.search.cost_models.additive_costs import latency_costs
 from deploypipe.search.cost_models.latency_model import LatencyModel
-from deploypipe.search.cost_models.layer_widths import Site, find_sites
+from deploypipe.search.cost_models.layer_widths import LayerWidths, find_layer_widths
 
 SHARES = (0.7, 0.5, 0.35)
 NUM_TIMED = 40
@@ -45,17 +45,17 @@ def row(name: str, num_levels: int) -> str:
     module = importlib.import_module(f"pytorchcv.models.{family}")  # all of it would want torchvision
     network, inputs = getattr(module, name)().eval(), torch.randn(2, 3, 224, 224)
     structures = list_structures(network, inputs)
-    sites = find_sites(network, structures, inputs)
+    layers = find_layer_widths(network, structures, inputs)
     curves = drawn_curves(structures, num_levels)
     levels = allowed_widths(structures, curves)
     scores = ScoreTable(scorer="none", channels={g.name: tuple(range(g.num_units)) for g in structures.groups})
     cuts = [
         cut_of(make_plan(structures, scores, chosen.widths, chosen.blocks, 8))
-        for chosen in design_networks(structures, levels, NUM_TIMED, 0)
+        for chosen in sample_networks(structures, levels, NUM_TIMED, 0)
     ]
-    dense = made_up_time(sites, Cut(removed={}, blocks=()))
+    dense = made_up_time(layers, Cut(removed={}, blocks=()))
     started = time.perf_counter()
-    model = LatencyModel(sites, [TimedCut(cut=cut, ratio=made_up_time(sites, cut) / dense) for cut in cuts])
+    model = LatencyModel(layers, [TimedCut(cut=cut, ratio=made_up_time(layers, cut) / dense) for cut in cuts])
     fitted = time.perf_counter() - started
     costs = latency_costs(model, structures, levels)
     cells = []
@@ -64,7 +64,7 @@ def row(name: str, num_levels: int) -> str:
         chosen = allocate(structures, curves, [Bound(costs=costs, share=share)])
         seconds = time.perf_counter() - started
         cells.append(f"{seconds:.1f} ({100 * (share - cost_of(chosen, costs)) / share:.2f} % below)")
-    counts = [len(sites), len(structures.groups), len(structures.blocks), len(costs.pairs)]
+    counts = [len(layers), len(structures.groups), len(structures.blocks), len(costs.pairs)]
     return f"| {name} | " + " | ".join(map(str, counts)) + f" | {fitted:.1f} | " + " | ".join(cells) + " |"
 
 
@@ -81,12 +81,12 @@ def drawn_curves(structures: Structures, num_levels: int) -> Curves:
     return Curves(curves=tuple(curves), num_samples=1)
 
 
-def made_up_time(sites: tuple[Site, ...], cut: Cut) -> float:
+def made_up_time(layers: tuple[LayerWidths, ...], cut: Cut) -> float:
     total = 0.0
-    for site in sites:
-        if set(site.blocks).isdisjoint(cut.blocks):
-            share = [-(-side.width(cut.removed) // 8) * 8 / side.dense for side in (site.inputs, site.outputs)]
-            total += 1e6 + site.macs * share[0] * share[1]
+    for layer in layers:
+        if set(layer.blocks).isdisjoint(cut.blocks):
+            share = [-(-side.width(cut.removed) // 8) * 8 / side.dense for side in (layer.inputs, layer.outputs)]
+            total += 1e6 + layer.macs * share[0] * share[1]
     return total
 
 

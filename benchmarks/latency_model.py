@@ -29,7 +29,7 @@ from deploypipe.runtimes.int8_arithmetic import kernels_of
 from deploypipe.search.allocation.loss_curves import width_levels
 from deploypipe.search.allocation.solver import Allocation
 from deploypipe.search.cost_models.latency_model import LatencyModel
-from deploypipe.search.cost_models.layer_widths import find_sites
+from deploypipe.search.cost_models.layer_widths import find_layer_widths
 from deploypipe.search.evaluation.candidate_files import CandidateFiles
 from deploypipe.search.evaluation.time_networks import time_networks
 from deploypipe.target import Target
@@ -98,7 +98,7 @@ def row(name: str, pipeline: UserPipeline, folder: Path, options: argparse.Names
     fitted = measure(options.timed, 0, 0)
     first, second = (measure(options.unseen + 2, 1, repeat) for repeat in (0, 1))
     started = time.perf_counter()
-    model = LatencyModel(find_sites(dense, structures, inputs), fitted.rows)
+    model = LatencyModel(find_layer_widths(dense, structures, inputs), fitted.rows)
     seconds = time.perf_counter() - started
     unseen, again = first.rows[2:], second.rows[2:]  # the first two are among those fitted
     predicted = [model.predict(timed.cut) for timed in unseen]

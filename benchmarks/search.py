@@ -394,7 +394,7 @@ class Contest:
                 parts=draw_parts(self.splits.val, self.recipe.seed, channels_last),
                 task=self.task,
                 recipe=self.recipe,
-                memory_limit_mib=None,
+                needs_peak_memory=False,
                 work=Path(folder),
                 accuracies=AccuracyCache(Path(folder)),
             )

@@ -33,7 +33,7 @@ from made_up_searches import DENSE, ORIGIN, Evaluator, propose, run  # made-up n
 from deploypipe.recipe import Search
 from deploypipe.search.allocation.limits import violations
 from deploypipe.search.distributed.study_storage import Storage
-from deploypipe.search.distributed.trial_queue import open_board
+from deploypipe.search.distributed.trial_queue import open_trial_queue
 from deploypipe.search.evaluation.trial_loop import History, evaluate_plan
 from deploypipe.search.sampling import knobs, next_knobs, warm_starts
 
@@ -128,10 +128,12 @@ def measure_costs(address: str, num_trials: int = 60) -> Costs:
     space, warm = knobs(FILL), warm_starts(FILL)
     turned = partial(_turned, space=space, warm=warm, settings=settings)
     claims, tells = [], []
-    with open_board(storage, space, settings.objectives, {name: str(value) for name, value in ORIGIN.items()}) as board:
+    with open_trial_queue(
+        storage, space, settings.objectives, {name: str(value) for name, value in ORIGIN.items()}
+    ) as queue:
         for _ in range(num_trials):
             started = time.perf_counter()
-            claim = board.claim(num_trials, 1, turned)
+            claim = queue.claim(num_trials, 1, turned)
             claims.append(time.perf_counter() - started)
             assert claim is not None
             chosen = {"control": 0.0, **claim.knobs}
@@ -142,7 +144,7 @@ def measure_costs(address: str, num_trials: int = 60) -> Costs:
                 claim.number, chosen, plan, Evaluator(), excess_of, settings.objectives, history
             )
             started = time.perf_counter()
-            board.finish(claim, trial, results, [trial.candidate.accuracy])
+            queue.finish(claim, trial, results, [trial.candidate.accuracy])
             tells.append(time.perf_counter() - started)
     growth, least = statistics.linear_regression(range(num_trials), claims)
     return Costs(

@@ -12,9 +12,8 @@ from typing import Literal, TypeAlias
 from deploypipe.records import BenchmarkReport, Candidate, Interval, Measurement
 from deploypipe.text.amounts import count, file_size
 
-# How a search knows a figure before the candidate's file exists. `memory_model` needs the file's graph: it only decides
-# which files have to be measured.
-Predictor: TypeAlias = Literal["latency_model", "macs", "params", "file_size", "memory_model"]
+# How a search knows a figure before the candidate's file exists.
+Predictor: TypeAlias = Literal["latency_model", "macs", "params", "file_size"]
 
 LATENCY_P50, PEAK_MEMORY, MACS = "latency_p50", "peak_memory", "macs"  # those with code of their own
 
@@ -68,7 +67,6 @@ _ROWS = (
         source="measured",
         of_measurement=lambda m: m.peak_memory_mib,
         of_candidate=lambda c: c.peak_memory_mib,
-        predictor="memory_model",
         margin=0.05,
     ),
     BudgetRow(

@@ -10,7 +10,7 @@ import numpy as np
 from deploypipe.recipe import Search
 from deploypipe.records import Candidate, Edit, PruningPlan, SearchResult, Trial
 from deploypipe.search.distributed.study_storage import Storage
-from deploypipe.search.evaluation.early_stopping import ends_of_looks
+from deploypipe.search.evaluation.early_stopping import interim_sample_counts
 from deploypipe.search.evaluation.trial_loop import IsSettled
 from deploypipe.search.sample_results import Results
 from deploypipe.search.study import search
@@ -66,7 +66,7 @@ class Evaluator:
             num_macs=int(1000 * kept),
         )
         hits = self._hits(plan, 0.9 - 0.2 * (1 - kept) ** 2 - self.steepness * abs(style - 7))
-        for end in ends_of_looks(NUM_VAL):
+        for end in interim_sample_counts(NUM_VAL):
             candidate = replace(costs, accuracy=float(hits[:end].mean()))
             if end == NUM_VAL or (is_settled(candidate, hits[:end]) and not self.is_patient):
                 self.num_samples += end

@@ -108,7 +108,7 @@ def test_a_reference_that_names_no_bundle(
 def test_a_search_that_cannot_reach_its_storage(form: str, sign: str) -> None:
     """The real drivers, on addresses where nothing answers."""
     storage = Storage(url=form.format(f"{BEGIN}{sign}{END}"), study="s", patience_s=0)
-    with pytest.raises(StorageError) as refused, storage.errors_told():
+    with pytest.raises(StorageError) as refused, storage.translated_errors():
         storage.open()
     assert is_hidden(str(refused.value)) and is_hidden(repr(storage))
     assert is_hidden("".join(traceback.format_exception(refused.value)))

@@ -144,7 +144,7 @@ def test_a_stage_that_was_changed_is_not_used(tmp_path: Path) -> None:
     ("address", "told"),
     [
         ("postgresql://ada:hunter2@127.0.0.1:9/none", r"postgresql://127\.0\.0\.1:9/none: the study cannot be read"),
-        ("no address", "is no address of a database"),
+        ("no address", "is not the address of a database"),
         ("sqlite:////no/such/folder/study.db", "cannot be read or written .*unable to open"),
         ("oracle://ada:hunter2@db/none", "write postgresql://..., and pip install"),
     ],

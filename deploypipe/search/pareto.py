@@ -1,4 +1,4 @@
-"""What a study weighs against each other, and the trials that nobody beats in all of it."""
+"""The costs of a trial, and the Pareto front: the trials that no other beats in accuracy and costs."""
 
 from collections.abc import Sequence
 
@@ -8,19 +8,20 @@ from deploypipe.records import Candidate, Trial
 
 
 def cost(candidate: Candidate) -> float:
-    """Milliseconds, or MACs where nothing could be timed: alike for all trials of a search."""
+    """Milliseconds, or MACs if nothing could be timed; the same unit for all trials of a search."""
     return candidate.num_macs if candidate.latency_p50_ms is None else candidate.latency_p50_ms
 
 
 def costs(candidate: Candidate, objectives: Sequence[ObjectiveName]) -> tuple[float, ...]:
-    """The objectives beside accuracy, lower = better. ConfigError where the peak memory was not measured."""
+    """The objectives other than accuracy, lower = better. ConfigError if the peak memory was not measured."""
     return tuple(_peak_memory(candidate) if name == "peak_memory" else cost(candidate) for name in objectives[1:])
 
 
 def pareto_front(trials: Sequence[Trial], objectives: Sequence[ObjectiveName]) -> tuple[int, ...]:
-    """Numbers of the feasible trials, judged on all of val, that no other beats: as accurate, at no cost higher.
+    """Numbers of the feasible trials, evaluated on all of val, that no other trial beats.
 
-    With accuracy as the only objective it is weighed against the latency. Of equals the first stays. O(trials^2).
+    A trial is beaten by one that is at least as accurate, costs no more, and differs. If accuracy is the only
+    objective, latency is the cost. Of equals the first stays. O(trials^2).
     """
     weighed = objectives if len(objectives) > 1 else ("accuracy", "latency")
     points = {

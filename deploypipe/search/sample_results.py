@@ -1,4 +1,4 @@
-"""Results of one network, sample by sample, and their text form for caches and databases."""
+"""Results of one network for each sample, and their text form for caches and databases."""
 
 import base64
 import zlib

@@ -13,7 +13,7 @@ from deploypipe.records import Candidate, Notify, Progress, PruningPlan, SearchR
 from deploypipe.scheduling.exclusive_measurement import pause
 from deploypipe.search.allocation.limits import Range, violations
 from deploypipe.search.distributed.study_storage import Storage
-from deploypipe.search.distributed.trial_queue import Claim, Done, TrialQueue, open_board
+from deploypipe.search.distributed.trial_queue import Claim, Done, TrialQueue, open_trial_queue
 from deploypipe.search.evaluation.trial_loop import (
     Evaluate,
     History,
@@ -58,39 +58,39 @@ def search(
     def turned(number: int, seen: Seen) -> tuple[dict[str, Any], dict[str, Any]]:
         return next_knobs(number, seen, space, warm, settings, seed)
 
-    def do(board: TrialQueue, claim: Claim) -> None:
-        history = _history(board.done(), claim.number - settings.num_parallel)
+    def do(queue: TrialQueue, claim: Claim) -> None:
+        history = _history(queue.done(), claim.number - settings.num_parallel)
         chosen = {"control": 0.0, **claim.knobs}
         plan = propose(chosen, history.trials)
-        twin = _find_twin(board, claim, plan)
+        twin = _find_twin(queue, claim, plan)
         if twin is not None:  # other knobs, the same network: nothing new to measure
             trial, results = replace(twin, number=claim.number, knobs=chosen), None
         else:
             number, objectives = claim.number, settings.objectives
             trial, results = evaluate_plan(number, chosen, plan, evaluate, excess_of, objectives, history)
-        trial = replace(trial, judged_by=board.worker)
+        trial = replace(trial, judged_by=queue.worker)
         # A stopped trial is told its estimate: "pruned" ones only TPE would look at, and with one objective only.
-        board.finish(claim, trial, results, [trial.candidate.accuracy, *costs(trial.candidate, settings.objectives)])
+        queue.finish(claim, trial, results, [trial.candidate.accuracy, *costs(trial.candidate, settings.objectives)])
 
-    with open_board(storage, space, settings.objectives, about) as board:
+    with open_trial_queue(storage, space, settings.objectives, about) as queue:
         told: set[int] = set()
         wait_s = _POLL_S
         while True:
-            done = {number: known for number, known in board.done().items() if number < settings.num_trials}
+            done = {number: known for number, known in queue.done().items() if number < settings.num_trials}
             for number in sorted(done.keys() - told):
                 told.add(number)
                 message = _summary(done[number][0])
                 notify(Progress(stage="search", done=len(told), total=settings.num_trials, message=message))
             if len(done) == settings.num_trials:
                 break
-            claim = board.claim(settings.num_trials, settings.num_parallel, turned)
+            claim = queue.claim(settings.num_trials, settings.num_parallel, turned)
             if claim is None:
                 pause(wait_s)
                 wait_s = min(1.5 * wait_s, _LONGEST_POLL_S)
                 continue
             wait_s = _POLL_S
-            with suppress(_NobodyBelowError), board.at_work(claim):
-                do(board, claim)
+            with suppress(_NobodyBelowError), queue.at_work(claim):
+                do(queue, claim)
     return _conclude([trial for trial, _ in done.values()], dense, settings.objectives, space)
 
 
@@ -112,15 +112,15 @@ def _history(done: Done, last: int) -> History:
     )
 
 
-def _find_twin(board: TrialQueue, claim: Claim, plan: PruningPlan) -> Trial | None:
+def _find_twin(queue: TrialQueue, claim: Claim, plan: PruningPlan) -> Trial | None:
     """The trial with a lower number that makes the same network, waited for where another worker is at it."""
     own = network_key(plan)
-    board.note_plan(claim, own)
+    queue.note_plan(claim, own)
     while True:
-        below = board.plans_below(claim.number)
+        below = queue.plans_below(claim.number)
         same = [number for number, (known, _) in below.items() if known == own]
         if same and below[min(same)][1]:
-            return board.done()[min(same)][0]
+            return queue.done()[min(same)][0]
         if not same and len(below) == claim.number and None not in {known for known, _ in below.values()}:
             return None
         if len(below) < claim.number:

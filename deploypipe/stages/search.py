@@ -48,7 +48,7 @@ from deploypipe.search.allocation.limits import (
 from deploypipe.search.allocation.loss_curves import unmeasured_curves
 from deploypipe.search.allocation.proposer import Proposer
 from deploypipe.search.allocation.solver import Allocation, allowed_widths
-from deploypipe.search.cost_models.layer_widths import find_sites
+from deploypipe.search.cost_models.layer_widths import find_layer_widths
 from deploypipe.search.distributed.study_storage import Storage
 from deploypipe.search.duration import duration_text, predict_seconds
 from deploypipe.search.evaluation.accuracy_cache import AccuracyCache
@@ -94,7 +94,7 @@ def goal(
         target=ctx.target,
         builds_engines=ctx.builds,
         export=ctx.recipe.export,
-        measuring=SharedLatencyStore(ctx.storage, digest(ctx.device)) if ctx.storage else LocalLatencyStore(),
+        latency_store=SharedLatencyStore(ctx.storage, digest(ctx.device)) if ctx.storage else LocalLatencyStore(),
     )
     reference = candidate_of(dense.record, opened, profile.dense_accuracy(ctx, dense.record))
     return SearchGoal(structures=structures, dense=dense, reference=reference, limits=limits, candidates=candidates)
@@ -214,7 +214,7 @@ def confirm(
             return evaluate_plan(number, trial.knobs, plan, evaluator, excess_of, objectives, history)[0]
 
         limit = part * share_to_confirm(goal.limits, found.dense)
-        return confirm_finalists(found, limit, lambda plan: goal.candidates.ratio_anew(plan, work), narrow, wanted)
+        return confirm_finalists(found, limit, lambda plan: goal.candidates.time_again(plan, work), narrow, wanted)
 
     return ctx.run.remember("confirm", {"search": searched.key, "part": part}, compute, SearchResult).record
 
@@ -297,7 +297,7 @@ def _proposer(
         channel_multiple=ctx.target.channel_multiple,
         shares=bounded_shares(tight, goal.reference, shipped.size_bytes / 2**20, is_timed=latency is not None),
         reference=goal.reference,
-        sites=find_sites(ctx.model, goal.structures, ctx.inputs),
+        layers=find_layer_widths(ctx.model, goal.structures, ctx.inputs),
         timed=latency.record.rows if latency else (),
         dense_ratio=precision.latency_ratio.value if precision.latency_ratio else 1.0,
         measure=lambda plan: goal.candidates.ratio_of(plan, work),
@@ -313,7 +313,7 @@ def _evaluator(ctx: RunContext, goal: SearchGoal, work: Path) -> Evaluator:
         parts=draw_parts(ctx.splits.val, ctx.recipe.seed, find_order(ctx.model, ctx.inputs)),
         task=ctx.task,
         recipe=ctx.recipe,
-        memory_limit_mib=memory_limit_mib(tight, goal.reference, objectives),
+        needs_peak_memory=memory_limit_mib(tight, goal.reference, objectives) is not None,
         work=work,
         accuracies=known_accuracies(ctx),
     )

@@ -14,7 +14,7 @@ from deploypipe.recipe import Export
 from deploypipe.records import PrecisionRow
 from deploypipe.search.evaluation import candidate_files
 from deploypipe.search.evaluation.candidate_files import CandidateFiles
-from deploypipe.search.evaluation.latency_store import Known, LocalLatencyStore
+from deploypipe.search.evaluation.latency_store import KnownLatency, LocalLatencyStore
 
 
 class Interrupted(LocalLatencyStore):
@@ -23,15 +23,15 @@ class Interrupted(LocalLatencyStore):
     def __init__(self, times: int) -> None:
         self.left, self.published = times, dict[str, float]()
 
-    def known(self, key: str) -> Known | None:
+    def find(self, key: str) -> KnownLatency | None:
         return None
 
-    def publish(self, key: str, ratio: float, *, is_telling: bool) -> Known:
+    def publish(self, key: str, ratio: float, *, is_precise: bool) -> KnownLatency:
         self.published[key] = ratio
-        return Known(ratio=ratio, told="me")
+        return KnownLatency(ratio=ratio, measured_by="me")
 
     @contextmanager
-    def alone(self) -> Iterator[Callable[[], bool]]:
+    def exclusive(self) -> Iterator[Callable[[], bool]]:
         def was_alone() -> bool:
             self.left -= 1
             return self.left < 0
@@ -65,7 +65,7 @@ def test_what_was_timed_beside_another_is_timed_again(
         target=tiny.target(),
         builds_engines=False,
         export=Export(),
-        measuring=measuring,
+        latency_store=measuring,
     )
     assert subject.latency_ratios([file], 200) == [pytest.approx(0.5)]
     assert len(taken) == times + 1 and subject.measured_by(file) == "me"

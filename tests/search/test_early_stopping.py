@@ -10,7 +10,12 @@ from torch import Tensor, nn
 
 from deploypipe.numerics.intervals import interval_of_drop_pp
 from deploypipe.numerics.paired_comparison import chance_if_not_worse
-from deploypipe.search.evaluation.early_stopping import draw_parts, ends_of_looks, evaluate_growing, is_certainly_worse
+from deploypipe.search.evaluation.early_stopping import (
+    draw_parts,
+    evaluate_growing,
+    interim_sample_counts,
+    is_certainly_worse,
+)
 from deploypipe.search.sample_results import Results, decode_results, encode_results
 from deploypipe.task import Batch, Task, num_samples
 from deploypipe.tensor_batches import TensorBatches
@@ -23,7 +28,7 @@ TASK = Task(loss=lambda outputs, _: outputs.sum(), metric=lambda outputs, target
     [(5000, (625, 1250, 2500, 5000)), (2000, (500, 1000, 2000)), (872, (500, 872)), (300, (300,)), (1, (1,))],
 )
 def test_looks_grow_from_500_samples_to_all(count: int, ends: tuple[int, ...]) -> None:
-    assert ends_of_looks(count) == ends
+    assert interim_sample_counts(count) == ends
 
 
 def ragged(count: int) -> list[Batch]:
@@ -107,7 +112,7 @@ def test_who_is_no_worse_is_stopped_in_one_of_a_hundred_at_most_and_who_is_worse
             own, rival = (own < 0.9).astype(float), (rival < 0.9).astype(float)
         else:
             own, rival = -own, -rival
-        return any(is_certainly_worse(own[:end], rival) for end in ends_of_looks(4000)[:-1])
+        return any(is_certainly_worse(own[:end], rival) for end in interim_sample_counts(4000)[:-1])
 
     num_wrong = sum(stopped(0.0, seed) for seed in range(400))
     assert num_wrong <= 10  # 4 are allowed; 11 or more of them happen once in 350

@@ -13,18 +13,18 @@ KEY, RATIO = "0123456789abcdef", 0.6180339887498949
 @pytest.fixture
 def entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("DEPLOYPIPE_CACHE", str(tmp_path))
-    LocalLatencyStore().publish(KEY, RATIO, is_telling=True)
+    LocalLatencyStore().publish(KEY, RATIO, is_precise=True)
     return tmp_path / "latency" / KEY
 
 
 def known() -> float | None:
-    found = LocalLatencyStore().known(KEY)
+    found = LocalLatencyStore().find(KEY)
     return None if found is None else found.ratio
 
 
 def test_a_latency_comes_back_exactly(entry: Path) -> None:
     assert known() == RATIO
-    assert LocalLatencyStore().known("another") is None
+    assert LocalLatencyStore().find("another") is None
 
 
 def test_no_flipped_bit_or_lost_byte_gives_another_latency(entry: Path) -> None:
@@ -35,7 +35,7 @@ def test_no_flipped_bit_or_lost_byte_gives_another_latency(entry: Path) -> None:
             assert known() in (None, RATIO), (place, bit)
         entry.write_bytes(whole[:place])
         assert known() is None
-    LocalLatencyStore().publish(KEY, 0.5, is_telling=True)
+    LocalLatencyStore().publish(KEY, 0.5, is_precise=True)
     assert known() == 0.5
 
 
@@ -49,6 +49,6 @@ def test_a_figure_that_is_no_latency_is_measured_again(ratio: str, entry: Path) 
 
 def test_an_entry_under_another_name_is_not_read(entry: Path) -> None:
     entry.rename(entry.with_name("fedcba9876543210"))
-    assert LocalLatencyStore().known("fedcba9876543210") is None
+    assert LocalLatencyStore().find("fedcba9876543210") is None
     entry.mkdir()
     assert known() is None

@@ -102,14 +102,14 @@ def test_the_first_time_that_was_taken_counts_for_all(tmp_path: Path, monkeypatc
     storage = Storage(url=f"sqlite:///{tmp_path}/study.db", study="one")
     monkeypatch.setenv("DEPLOYPIPE_CACHE", str(tmp_path / "first"))
     first, second = (SharedLatencyStore(storage, "device") for _ in range(2))
-    assert first.known("network") is None
-    assert first.publish("network", 0.5, is_telling=False).ratio == 0.5
-    assert second.publish("network", 0.7, is_telling=True).ratio == 0.5
-    known = second.known("network")
-    assert known and known.ratio == 0.5 and "load" in known.told
+    assert first.find("network") is None
+    assert first.publish("network", 0.5, is_precise=False).ratio == 0.5
+    assert second.publish("network", 0.7, is_precise=True).ratio == 0.5
+    known = second.find("network")
+    assert known and known.ratio == 0.5 and "load" in known.measured_by
     other = SharedLatencyStore(Storage(url=storage.url, study="another"), "device")
-    found = other.known("network")  # what this machine remembers of an earlier search
-    assert found and found.ratio == 0.7 and found.told == "an earlier run here"
+    found = other.find("network")  # what this machine remembers of an earlier search
+    assert found and found.ratio == 0.7 and found.measured_by == "an earlier run here"
 
 
 def test_only_one_worker_of_a_machine_measures(tmp_path: Path) -> None:
@@ -118,11 +118,11 @@ def test_only_one_worker_of_a_machine_measures(tmp_path: Path) -> None:
     got = threading.Event()
 
     def wait() -> None:
-        with second.alone() as was_alone:
+        with second.exclusive() as was_alone:
             got.set()
             assert was_alone()
 
-    with first.alone() as was_alone:
+    with first.exclusive() as was_alone:
         waiting = threading.Thread(target=wait)
         waiting.start()
         assert not got.wait(0.8) and was_alone()

@@ -36,16 +36,16 @@ class Device:
     """Takes `slower` times what the model was told, but for the dense network; counts what it is asked."""
 
     def __init__(self, name: str, slower: float) -> None:
-        self.sites, self.slower, self.asked = subject(name)[2], slower, 0
+        self.layers, self.slower, self.asked = subject(name)[2], slower, 0
 
     def __call__(self, plan: PruningPlan) -> float:
         self.asked += 1
-        dense = true_time(self.sites, Cut(removed={}, blocks=()))
-        return self.slower * true_time(self.sites, cut_of(plan)) / dense
+        dense = true_time(self.layers, Cut(removed={}, blocks=()))
+        return self.slower * true_time(self.layers, cut_of(plan)) / dense
 
 
 def proposer(name: str, shares: Mapping[str, float], measure: Any = None) -> Proposer:
-    network, structures, sites = subject(name)
+    network, structures, layers = subject(name)
     levels = levels_of(structures)
     curves = [
         LossCurve(
@@ -67,7 +67,7 @@ def proposer(name: str, shares: Mapping[str, float], measure: Any = None) -> Pro
         channel_multiple=1,
         shares=shares,
         reference=DENSE,
-        sites=sites,
+        layers=layers,
         timed=timed_of(name, 40, 0.01) if "latency_p50" in shares else (),
         measure=measure or Device(name, 1.0),
     )
@@ -132,7 +132,7 @@ def test_the_least_latency_in_reach_is_that_of_a_network_that_was_measured(
     assert reach.least["latency_p50"] == min(t.ratio for t in timed)
     assert f"(least {reach.least['latency_p50']:.2g}x)" in feasibility_text(reach, propose.shares)
     assert propose.figures(propose.cheapest("latency_p50"), propose.latency_model(())) >= [reach.least["latency_p50"]]
-    sizes = [true_time(propose.sites, t.cut) for t in timed]
+    sizes = [true_time(propose.layers, t.cut) for t in timed]
     assert sizes[0] == min(sizes)
     beyond = {"latency_p50": 0.9 * reach.least["latency_p50"]}
     with pytest.raises(BudgetError, match=r"out of reach: the smallest network .* reaches 0\.\d+ times"):

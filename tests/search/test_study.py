@@ -20,7 +20,7 @@ from deploypipe.recipe import ObjectiveName, Search
 from deploypipe.records import Candidate, PruningPlan, Trial
 from deploypipe.search.allocation.limits import violations
 from deploypipe.search.distributed.study_storage import Storage
-from deploypipe.search.evaluation.early_stopping import ends_of_looks
+from deploypipe.search.evaluation.early_stopping import interim_sample_counts
 from deploypipe.search.pareto import pareto_front
 from deploypipe.search.sampling import importances, knobs
 from deploypipe.search.study import search
@@ -99,7 +99,7 @@ def test_early_stopping_saves_samples_and_not_the_winner(tmp_path: Path) -> None
         assert stopped.trials[stopped.best].num_val_samples == NUM_VAL
         for trial in stopped.trials:
             assert trial.is_stopped is (trial.num_val_samples < NUM_VAL)
-            assert trial.feasible or trial.num_val_samples == ends_of_looks(NUM_VAL)[0]
+            assert trial.feasible or trial.num_val_samples == interim_sample_counts(NUM_VAL)[0]
         assert any(t.is_stopped and t.feasible for t in stopped.trials)
         saved.append(1 - hasty.num_samples / patient.num_samples)
     assert min(saved) > 0.4

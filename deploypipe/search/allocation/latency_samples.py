@@ -9,7 +9,7 @@ from deploypipe.search.cost_models.additive_costs import Levels, home_blocks
 _MAX_DROPPED = 0.6  # of the blocks, in one network on average
 
 
-def design_networks(structures: Structures, levels: Levels, count: int, seed: int) -> list[Allocation]:
+def sample_networks(structures: Structures, levels: Levels, count: int, seed: int) -> list[Allocation]:
     """`count` networks within `structures.constraints`: the smallest, which bounds what can be reached; the narrowest
     with all its blocks; the widest without the blocks that may go; and random ones, in which widths are drawn for each
     group alone, or the same share for all groups."""

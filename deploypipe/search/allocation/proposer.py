@@ -26,7 +26,7 @@ from deploypipe.search.allocation.solver import (
 )
 from deploypipe.search.cost_models.additive_costs import Costs, latency_costs, mac_costs, param_costs
 from deploypipe.search.cost_models.latency_model import LatencyModel
-from deploypipe.search.cost_models.layer_widths import Site
+from deploypipe.search.cost_models.layer_widths import LayerWidths
 
 NUM_TIMED = 5  # networks for one trial
 UNIFORM, GREEDY = 1.0, 2.0  # of the knob "control"
@@ -50,7 +50,7 @@ class Proposer:
     channel_multiple: int
     shares: Mapping[str, float]  # of the dense network's figures: the most by budget, those of `BOUNDED` at least one
     reference: Candidate  # the dense network
-    sites: Sequence[Site]
+    layers: Sequence[LayerWidths]
     timed: Sequence[TimedCut]  # empty where latency bounds nothing
     dense_ratio: float = 1.0  # latency of the dense network, in the precision that ships, to that of its fp32 file
     measure: Callable[[PruningPlan], float]  # its latency, as a share of the dense network's
@@ -86,7 +86,7 @@ class Proposer:
             found.append((ratio, plan))
             if _FILLED * limit <= ratio <= limit:
                 break
-            model = LatencyModel(self.sites, [*model.timed, TimedCut(cut=cut_of(plan), ratio=ratio)], self.dense_ratio)
+            model = LatencyModel(self.layers, [*model.timed, TimedCut(cut=cut_of(plan), ratio=ratio)], self.dense_ratio)
             # The model takes a part of the difference for noise: the rest has to come from the limit.
             asked = asked * limit / ratio if is_known else limit * model.predict(cut_of(plan)).value / ratio
         within = [pair for pair in found if pair[0] <= limit]
@@ -110,7 +110,7 @@ class Proposer:
         if not self.timed:
             return None
         give_way()
-        return LatencyModel(self.sites, [*self.timed, *measured_trials(trials, self.reference)], self.dense_ratio)
+        return LatencyModel(self.layers, [*self.timed, *measured_trials(trials, self.reference)], self.dense_ratio)
 
     def plan(self, allocation: Allocation, magnitude: float = 0.0) -> PruningPlan:
         """magnitude: its weight beside the recipe's scorer, in what each group loses first."""

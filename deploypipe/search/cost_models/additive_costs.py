@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from deploypipe.records import ChannelGroup, Structures
 from deploypipe.search.cost_models.latency_model import LatencyModel
-from deploypipe.search.cost_models.layer_widths import Site
+from deploypipe.search.cost_models.layer_widths import LayerWidths
 
 _TINY = 1e-7  # of the dense network's cost: what two widths do together beyond that is left out
 STAYS = 1  # the "width" of a block that is not removed
@@ -61,8 +61,8 @@ def latency_costs(model: LatencyModel, structures: Structures, levels: Levels) -
     groups = {g.name: g for g in structures.groups}
     homes = {b.name: b.name for b in structures.blocks} | home_blocks(structures)
     sum_ = _Sum(levels)
-    for site in model.sites:
-        _add_site(sum_, site, groups, homes, model)
+    for layer in model.layers:
+        _add_layer(sum_, layer, groups, homes, model)
     return sum_.costs(model.fixed)
 
 
@@ -119,15 +119,15 @@ class _Sum:
         return Costs(fixed=fixed + self.fixed, widths=self.widths, blocks=self.blocks, pairs=strong)
 
 
-def _add_site(
-    sum_: _Sum, site: Site, groups: Mapping[str, ChannelGroup], homes: Mapping[str, str], model: LatencyModel
+def _add_layer(
+    sum_: _Sum, layer: LayerWidths, groups: Mapping[str, ChannelGroup], homes: Mapping[str, str], model: LatencyModel
 ) -> None:
-    names = [name for name in site.groups if name in sum_.levels]
-    block = site.blocks[0] if site.blocks else ""
+    names = [name for name in layer.groups if name in sum_.levels]
+    block = layer.blocks[0] if layer.blocks else ""
 
     def cost(widths: Mapping[str, int]) -> float:
         removed = {name: groups[name].num_units - kept for name, kept in widths.items()}
-        return model.time_of(site, (site.inputs.width(removed), site.outputs.width(removed)))
+        return model.time_of(layer, (layer.inputs.width(removed), layer.outputs.width(removed)))
 
     sum_.add(names, cost, block)
     outside = [name for name in names if homes[name] != block] if block else []

@@ -15,7 +15,7 @@ from scipy.optimize import minimize
 
 from deploypipe.records import Cut, Interval, TimedCut
 from deploypipe.scheduling.exclusive_measurement import give_way
-from deploypipe.search.cost_models.layer_widths import Site
+from deploypipe.search.cost_models.layer_widths import LayerWidths
 
 Floats = NDArray[np.float64]
 Widths = tuple[int, int]  # inputs, outputs of a layer
@@ -41,9 +41,9 @@ class LatencyModel:
     Costs O(n^3 + n^2 features) for n networks. The same measurements give the same model.
     """
 
-    def __init__(self, sites: Sequence[Site], timed: Sequence[TimedCut], dense: float = 1.0) -> None:
-        self.sites, self.timed, self.dense = tuple(sites), tuple(timed), dense
-        self._features = _Features(self.sites)
+    def __init__(self, layers: Sequence[LayerWidths], timed: Sequence[TimedCut], dense: float = 1.0) -> None:
+        self.layers, self.timed, self.dense = tuple(layers), tuple(timed), dense
+        self._features = _Features(self.layers)
         cuts = (Cut(removed={}, blocks=()), *(t.cut for t in timed))
         self._widths = np.stack([self._widths_of(cut) for cut in cuts])
         rows = [self._features.of(cut) for cut in cuts]
@@ -77,9 +77,9 @@ class LatencyModel:
         """The time of the fastest network that was measured."""
         return float(self._times.min())
 
-    def time_of(self, site: Site, widths: Widths) -> float:
+    def time_of(self, layer: LayerWidths, widths: Widths) -> float:
         """The part of a network's latency that one layer has at these widths."""
-        return float(self._row(self._features.of_site(site, widths)) @ self._weights)
+        return float(self._row(self._features.of_layer(layer, widths)) @ self._weights)
 
     @property
     def fixed(self) -> float:
@@ -96,10 +96,10 @@ class LatencyModel:
         return left_out[1:]
 
     def _widths_of(self, cut: Cut) -> Floats:
-        """(2 sites,): inputs and outputs of each layer; 0 where it goes with its block."""
+        """(2 layers,): inputs and outputs of each layer; 0 where it goes with its block."""
         gone = set(cut.blocks)
-        stays = [gone.isdisjoint(site.blocks) for site in self.sites]
-        widths = [[side.width(cut.removed) for side in (site.inputs, site.outputs)] for site in self.sites]
+        stays = [gone.isdisjoint(layer.blocks) for layer in self.layers]
+        widths = [[side.width(cut.removed) for side in (layer.inputs, layer.outputs)] for layer in self.layers]
         left: Floats = np.array(widths, dtype=np.float64) * np.array(stays)[:, None]
         return left.ravel()
 
@@ -130,31 +130,33 @@ class _Features:
     """What a network's latency is linear in: for each kind of layer, functions of the two widths, as shares of what
     the dense network has of them; the same over layers of all kinds; and one for each pair of widths that occurs."""
 
-    def __init__(self, sites: Sequence[Site]) -> None:
-        self.sites = sites
+    def __init__(self, layers: Sequence[LayerWidths]) -> None:
+        self.layers = layers
         work: dict[str, float] = {}
-        for site in sites:
-            work[site.kind] = work.get(site.kind, 0.0) + site.macs
+        for layer in layers:
+            work[layer.kind] = work.get(layer.kind, 0.0) + layer.macs
         total = sum(work.values()) or 1.0
         count = len(work)
         self.share = {kind: 0.5 * macs / total + 0.5 / count for kind, macs in work.items()}
         self.dense: dict[tuple[str, str], float] = {}
-        for site in sites:
-            for name, value in _functions(site.inputs.dense, site.outputs.dense).items():
-                self.dense[site.kind, name] = self.dense.get((site.kind, name), 0.0) + value
-        self.numbers = {kind: sum(site.kind == kind for site in sites) for kind in work}
+        for layer in layers:
+            for name, value in _functions(layer.inputs.dense, layer.outputs.dense).items():
+                self.dense[layer.kind, name] = self.dense.get((layer.kind, name), 0.0) + value
+        self.numbers = {kind: sum(layer.kind == kind for layer in layers) for kind in work}
 
     def of(self, cut: Cut) -> dict[Key, float]:
         total: dict[Key, float] = {_FIXED: 1.0}
-        for site in self.sites:
-            if not set(site.blocks).isdisjoint(cut.blocks):
+        for layer in self.layers:
+            if not set(layer.blocks).isdisjoint(cut.blocks):
                 continue
-            for key, x in self.of_site(site, (site.inputs.width(cut.removed), site.outputs.width(cut.removed))).items():
+            for key, x in self.of_layer(
+                layer, (layer.inputs.width(cut.removed), layer.outputs.width(cut.removed))
+            ).items():
                 total[key] = total.get(key, 0.0) + x
         return total
 
-    def of_site(self, site: Site, widths: Widths) -> dict[Key, float]:
-        kind, share = site.kind, self.share[site.kind]
+    def of_layer(self, layer: LayerWidths, widths: Widths) -> dict[Key, float]:
+        kind, share = layer.kind, self.share[layer.kind]
         found: dict[Key, float] = {}
         for name, value in _functions(*widths).items():
             x = share * value / self.dense[kind, name]

@@ -27,7 +27,7 @@ class Side:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Site:
+class LayerWidths:
     """One layer."""
 
     module: str
@@ -42,7 +42,7 @@ class Site:
         return tuple(dict.fromkeys((*self.inputs.per_unit, *self.outputs.per_unit)))
 
 
-def find_sites(dense: nn.Module, structures: Structures, inputs: Any) -> tuple[Site, ...]:
+def find_layer_widths(dense: nn.Module, structures: Structures, inputs: Any) -> tuple[LayerWidths, ...]:
     """The layers that any group or block changes, in the network's order. inputs: a batch, for one forward pass.
 
     A layer is a module with a parameter of two axes or more of its own: axis 0 counts outputs and axis 1 inputs, the
@@ -50,7 +50,7 @@ def find_sites(dense: nn.Module, structures: Structures, inputs: Any) -> tuple[S
     """
     shapes = _output_shapes(dense, inputs)
     sides = _sides(structures)
-    sites = []
+    layers = []
     for name, module in dense.named_modules():
         weight = _weight(module)
         blocks = tuple(b.name for b in structures.blocks if name == b.name or name.startswith(f"{b.name}."))
@@ -61,8 +61,8 @@ def find_sites(dense: nn.Module, structures: Structures, inputs: Any) -> tuple[S
         if int(getattr(module, "groups", 1)) == num_inputs == num_outputs:  # depthwise: one set of channels
             per_unit = (per_unit[1], per_unit[1])
         shape = shapes.get(name, ())
-        sites.append(
-            Site(
+        layers.append(
+            LayerWidths(
                 module=name,
                 kind=f"{type(module).__name__} {[*weight.shape]} to {[*shape]}",
                 macs=weight.numel() * max(1.0, prod(shape) / num_outputs),
@@ -71,7 +71,7 @@ def find_sites(dense: nn.Module, structures: Structures, inputs: Any) -> tuple[S
                 outputs=Side(dense=num_outputs, per_unit=per_unit[1]),
             )
         )
-    return tuple(sites)
+    return tuple(layers)
 
 
 def _sides(structures: Structures) -> dict[str, tuple[dict[str, int], dict[str, int]]]:

@@ -1,7 +1,7 @@
-"""What only one process may do at a time, wherever it runs: rows of the study's database that expire.
+"""Leases: rows of the study's database that let one process at a time do something, on whatever machine it runs.
 
-A holder counts its row up while it holds it. Who waits takes a row over that has not moved for `expiry_s` of its own
-monotonic clock, or whose holder is gone from the same machine: no two clocks are compared, and any may jump.
+A holder counts its row up while it holds it. A waiting process takes over a row that has not changed for `expiry_s` on
+its own monotonic clock, or whose holder has ended on the same machine. So no two clocks are compared, and any may jump.
 """
 
 import os
@@ -32,13 +32,15 @@ _LEASES = sa.Table(
 )
 
 
-class Patiently(Protocol):
+class Retry(Protocol):
+    """Call a function again while the database cannot be reached."""
+
     def __call__(self, call: Callable[[], T]) -> T: ...
 
 
 @dataclass(slots=True)
 class Held:
-    """A lease in hand."""
+    """A lease that this process holds, or has lost."""
 
     name: str
     holder: str
@@ -50,7 +52,7 @@ class Leases:
     """The leases in one database."""
 
     engine: sa.Engine
-    patiently: Patiently  # calls what may find the database away for a while
+    retry: Retry
     expiry_s: float
 
     def __post_init__(self) -> None:
@@ -58,8 +60,11 @@ class Leases:
 
     @contextmanager
     def held(self, name: str) -> Iterator[Held]:
-        """Wait for the lease, and hold it for as long as the block lasts; `lost` is set where another took it over,
-        which can only be seen later: check it before what was done is believed."""
+        """Wait for the lease, and hold it during the block.
+
+        `lost` is set if another process took the lease over. That shows only afterwards: call `is_held` before you
+        trust what was done in the block.
+        """
         held = Held(name=name, holder=f"{this_process()} {uuid.uuid4().hex[:8]}")
         self._wait_for(held)
         ended = threading.Event()
@@ -70,26 +75,26 @@ class Leases:
         finally:
             ended.set()
             beating.join()
-            if not self.patiently(partial(self._release, held)):
+            if not self.retry(partial(self._release, held)):
                 held.lost.set()
 
     def is_held(self, held: Held) -> bool:
-        """Whether it still is: asks the database."""
-        if not self.patiently(partial(self._count_up, held)):
+        """Ask the database whether this process still holds the lease."""
+        if not self.retry(partial(self._count_up, held)):
             held.lost.set()
         return not held.lost.is_set()
 
     def _wait_for(self, held: Held) -> None:
         seen: tuple[str, int] | None = None
         since = time.monotonic()
-        while not self.patiently(partial(self._insert, held)):
-            row = self.patiently(partial(self._read, held.name))
+        while not self.retry(partial(self._insert, held)):
+            row = self.retry(partial(self._read, held.name))
             if row is None:
                 continue
             if row != seen:
                 seen, since = row, time.monotonic()
             is_stale = time.monotonic() - since > self.expiry_s or is_gone(row[0])
-            if is_stale and self.patiently(partial(self._take_over, held, row)):
+            if is_stale and self.retry(partial(self._take_over, held, row)):
                 return
             pause(_POLL_S)
 
@@ -98,7 +103,7 @@ class Leases:
             with self.engine.begin() as connection:
                 connection.execute(_LEASES.insert().values(name=held.name, holder=held.holder, beat=0))
         except sa.exc.IntegrityError:
-            row = self._read(held.name)  # our own, where the answer to an earlier attempt was lost
+            row = self._read(held.name)  # our own row, if the answer to an earlier attempt was lost
             return row is not None and row[0] == held.holder
         return True
 
@@ -130,12 +135,12 @@ class Leases:
                 if not self._count_up(held):
                     held.lost.set()
                     return
-            except sa.exc.SQLAlchemyError:  # the database is away: then nobody else can take the lease either
+            except sa.exc.SQLAlchemyError:  # the database cannot be reached, so no other process can take the lease
                 continue
 
 
 def make_table(engine: sa.Engine, table: sa.Table) -> None:
-    """Unless it is there; others may be making it at this moment."""
+    """Create the table unless it exists; other processes may be creating it at the same time."""
     try:
         with engine.begin() as connection:
             connection.execute(sa.schema.CreateTable(table, if_not_exists=True))
@@ -145,12 +150,12 @@ def make_table(engine: sa.Engine, table: sa.Table) -> None:
 
 
 def this_process() -> str:
-    """HOST:PID:PLACE, where PLACE tells machines and containers apart, in which the number means another process."""
+    """HOST:PID:PLACE. PLACE is the machine and its PID namespace, since containers number their processes again."""
     return f"{os.uname().nodename}:{os.getpid()}:{_place()}"
 
 
 def is_gone(process: str) -> bool:
-    """Whether a process, as `this_process` names it, ran here and ended; False where that cannot be told."""
+    """Whether a process, as `this_process` names it, ran on this machine and has ended; False if that is unknown."""
     *_, pid, where = ["", "", *process.split(" ")[0].rsplit(":", 2)]
     if not where or where != _place():
         return False

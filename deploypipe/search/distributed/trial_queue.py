@@ -1,7 +1,7 @@
-"""Who does which trial: the study in its storage, from which a worker takes the next trial and to which it tells it.
+"""The queue of trials, in the study's storage: a worker claims the next trial and reports its result.
 
-A worker takes the lowest number that nobody has, under a lease; Optuna's heartbeats say that it is at it, and the trial
-of one that is gone is free again. The storage's own numbers count attempts, of which one per trial is completed.
+A worker claims the lowest number that no worker has, under a lease. Optuna's heartbeats show that it works on it; the
+trial of a worker that ended is free again. Optuna's own numbers count attempts: one attempt per trial is completed.
 """
 
 import json
@@ -34,12 +34,12 @@ Done = dict[int, tuple[Trial, Results | None]]  # by number, in its order
 
 _NUMBER, _WORKER, _CLAIMED, _PLAN, _RECORD, _RESULTS = "number", "worker", "claimed", "plan", "record", "results"
 _GIVEN_BACK, _ORIGIN, _JOB = "given_back", "origin", "job"
-_MAX_DEATHS = 10  # of workers at one trial, before it is taken for the cause
+_MAX_DEATHS = 10  # of workers at one trial; beyond, the trial counts as the cause
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Claim:
-    """A trial that this process is to do."""
+    """A trial that this process has claimed and must do."""
 
     number: int
     knobs: dict[str, float]
@@ -48,7 +48,7 @@ class Claim:
 
 @dataclass(slots=True)
 class TrialQueue:
-    """An open study."""
+    """The trials of an open study."""
 
     storage: Storage
     database: RDBStorage
@@ -62,21 +62,21 @@ class TrialQueue:
         return {number: self._parse(attempt) for number, attempt in self._completed().items()}
 
     def claim(self, num_trials: int, num_parallel: int, next_knobs: NextKnobs) -> Claim | None:
-        """The lowest trial that nobody does or did; None where it has to wait for others, or none is left.
+        """Claim the lowest trial that no worker does or did; None if it must wait for others, or none is left.
 
-        next_knobs: of a number and the finished trials that it may look at, which are all that are `num_parallel` or
-        more before it. StorageError where trial after trial of this number ended its worker.
+        next_knobs: called with the number and the finished trials that it may depend on, which are all that are
+        `num_parallel` numbers or more before it. StorageError if attempt after attempt at a trial ended its worker.
         """
-        self._patiently(self._end_stale)
-        if self._patiently(partial(self._next_number, num_trials, num_parallel)) is None:
-            return None  # the lease is for those that find work
+        self._retry(self._end_stale)
+        if self._retry(partial(self._next_number, num_trials, num_parallel)) is None:
+            return None  # no work, so no lease is needed
         is_shared = self.storage.is_shared
         with self.leases.held(f"queue of {self.storage.study}") if is_shared else nullcontext():
-            return self._patiently(partial(self._claim, num_trials, num_parallel, next_knobs))
+            return self._retry(partial(self._claim, num_trials, num_parallel, next_knobs))
 
     @contextmanager
     def at_work(self, claim: Claim) -> Iterator[None]:
-        """For as long as the block lasts, others see that somebody is at the trial; if it breaks off, it is free."""
+        """Report heartbeats for the trial during the block. If the block raises, the trial is free again."""
         ended = threading.Event()
         beating = threading.Thread(target=self._beat, args=(claim, ended), daemon=True)
         beating.start()
@@ -90,19 +90,18 @@ class TrialQueue:
             beating.join()
 
     def give_back(self, claim: Claim) -> None:
-        """Let somebody take the trial anew."""
-        self._patiently(partial(self._end, claim.attempt.number, is_given_back=True))
+        """Let any worker claim the trial again."""
+        self._retry(partial(self._end, claim.attempt.number, is_given_back=True))
 
     def note_plan(self, claim: Claim, plan: str) -> None:
-        """Let others know what network the trial is about."""
-        self._patiently(partial(self._note_plan, claim, plan))
+        """Record which network the trial is about, for other workers."""
+        self._retry(partial(self._note_plan, claim, plan))
 
     def plans_below(self, number: int) -> dict[int, tuple[str | None, bool]]:
-        """Of the trials with a lower number that somebody does or did: the plan, once it is known, and whether it is
-        done."""
-        self._patiently(self._end_stale)
+        """By number, the trials below `number` that a worker does or did: (plan, or None if unknown; whether done)."""
+        self._retry(self._end_stale)
         found: dict[int, tuple[str | None, bool]] = {}
-        for attempt in self._patiently(partial(self._attempts, TrialState.RUNNING, TrialState.COMPLETE)):
+        for attempt in self._retry(partial(self._attempts, TrialState.RUNNING, TrialState.COMPLETE)):
             own, is_done = attempt.user_attrs.get(_NUMBER, number), attempt.state is TrialState.COMPLETE
             if own < number and (is_done or own not in found):
                 found[own] = (attempt.user_attrs.get(_PLAN), is_done)
@@ -110,15 +109,15 @@ class TrialQueue:
 
     @property
     def worker(self) -> str:
-        """This process, where there may be others."""
+        """This process's name; "" if there is only one."""
         return " ".join(this_process().split(":")[:2]) if self.storage.is_shared else ""
 
     def finish(self, claim: Claim, trial: Trial, results: Results | None, values: Sequence[float]) -> bool:
-        """Tell the trial; False where others took it over, as that of a worker that stood still."""
-        return self._patiently(partial(self._finish, claim, trial, results, values))
+        """Report the trial. False if another worker took it over, for example because this one was paused."""
+        return self._retry(partial(self._finish, claim, trial, results, values))
 
     def end_all(self) -> None:
-        """No trial is anybody's: what a killed process left open is closed."""
+        """Close every trial that a killed process left open; no other process may use the study."""
         self._end_orphans()
         for attempt in self._attempts(TrialState.RUNNING):
             self._end(attempt.number, is_given_back=False)
@@ -134,14 +133,14 @@ class TrialQueue:
         attrs = {_NUMBER: number, _WORKER: this_process(), **notes}
         self.study.enqueue_trial(params, user_attrs=attrs)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that only `optimize` beats: `at_work` does here
+            warnings.simplefilter("ignore", UserWarning)  # that `optimize` alone sends heartbeats: `at_work` does here
             attempt = self.study.ask({name: self.space[name] for name in params})
         self.database.record_heartbeat(self._id(attempt.number))
         attempt.set_user_attr(_CLAIMED, True)
         return Claim(number=number, knobs={name: float(value) for name, value in params.items()}, attempt=attempt)
 
     def _next_number(self, num_trials: int, num_parallel: int) -> int | None:
-        """The lowest that nobody does or did, if all that it looks at is done."""
+        """The lowest number that no worker does or did, if all trials that it depends on are done."""
         taken = {a.user_attrs[_NUMBER]: a.state for a in self._attempts(TrialState.RUNNING) if _NUMBER in a.user_attrs}
         taken |= dict.fromkeys(self._completed(), TrialState.COMPLETE)
         number = next((n for n in range(num_trials) if n not in taken), None)
@@ -150,17 +149,17 @@ class TrialQueue:
         return number
 
     def _finish(self, claim: Claim, trial: Trial, results: Results | None, values: Sequence[float]) -> bool:
-        with suppress(UpdateFinishedTrialError):  # by others; or by us, and the answer was lost
+        with suppress(UpdateFinishedTrialError):  # finished by others; or by us, and the answer was lost
             for name, excess in trial.violations.items():
                 claim.attempt.set_constraint(name, excess)
             claim.attempt.set_user_attr(_RECORD, to_json(trial))
             if results is not None:
                 claim.attempt.set_user_attr(_RESULTS, encode_results(results))
-        told = self.study.tell(claim.attempt, list(values), skip_if_finished=True)
-        return told.state is TrialState.COMPLETE
+        reported = self.study.tell(claim.attempt, list(values), skip_if_finished=True)
+        return reported.state is TrialState.COMPLETE
 
     def _note_plan(self, claim: Claim, plan: str) -> None:
-        with suppress(UpdateFinishedTrialError):  # `finish` will say so
+        with suppress(UpdateFinishedTrialError):  # `finish` will report it
             claim.attempt.set_user_attr(_PLAN, plan)
 
     def _end(self, attempt: int, *, is_given_back: bool) -> None:
@@ -170,7 +169,7 @@ class TrialQueue:
             self.study.tell(attempt, state=TrialState.FAIL, skip_if_finished=True)
 
     def _end_stale(self) -> None:
-        """Trials whose workers are gone are free."""
+        """Free the trials whose workers have ended."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             optuna.storages.fail_stale_trials(self.study)
@@ -179,7 +178,7 @@ class TrialQueue:
                 self._end(attempt.number, is_given_back=False)
 
     def _end_orphans(self) -> None:
-        """What a process left behind that ended while it was taking a trial, which only one does at a time."""
+        """Close what a process left behind that ended while it claimed a trial. Only one process claims at a time."""
         while self._attempts(TrialState.WAITING):
             self._end(self.study.ask().number, is_given_back=True)
         for attempt in self._attempts(TrialState.RUNNING):
@@ -190,21 +189,21 @@ class TrialQueue:
         failed = [a for a in self._attempts(TrialState.FAIL) if a.user_attrs.get(_NUMBER) == number]
         deaths = [a for a in failed if not a.user_attrs.get(_GIVEN_BACK)]
         if self.storage.is_shared and len(deaths) >= _MAX_DEATHS:
-            who = ", ".join(sorted({a.user_attrs[_WORKER].split(":")[0] for a in deaths}))
+            hosts = ", ".join(sorted({a.user_attrs[_WORKER].split(":")[0] for a in deaths}))
             raise StorageError(
-                f"trial {number} ended {len(deaths)} workers (on {who}): they ran out of memory or were killed; give "
+                f"trial {number} ended {len(deaths)} workers (on {hosts}): they ran out of memory or were killed; give "
                 f"them more memory or lower search.num_repair_samples, and start the search under another name"
             )
 
     def _beat(self, claim: Claim, ended: threading.Event) -> None:
         while not ended.wait(self.storage.heartbeat_s):
-            with suppress(Exception):  # while the database is away; then nobody can take the trial over either
+            with suppress(Exception):  # the database cannot be reached, so no other worker can take the trial over
                 self.database.record_heartbeat(self._id(claim.attempt.number))
 
     def _completed(self) -> dict[int, FrozenTrial]:
-        """By number, in its order; of two attempts, which one that stood still can leave, the first."""
+        """By number, ascending. A paused worker can leave two completed attempts at a trial: the first counts."""
         found: dict[int, FrozenTrial] = {}
-        for attempt in self._patiently(partial(self._attempts, TrialState.COMPLETE)):
+        for attempt in self._retry(partial(self._attempts, TrialState.COMPLETE)):
             found.setdefault(attempt.user_attrs[_NUMBER], attempt)
         return dict(sorted(found.items()))
 
@@ -222,50 +221,53 @@ class TrialQueue:
         study = self.database.get_study_id_from_name(self.storage.study)
         return self.database.get_trial_id_from_study_id_trial_number(study, attempt)
 
-    def _patiently(self, call: Callable[[], T]) -> T:
-        return self.storage.patiently(call)
+    def _retry(self, call: Callable[[], T]) -> T:
+        return self.storage.retry_while_away(call)
 
 
 @contextmanager
-def open_board(
+def open_trial_queue(
     storage: Storage,
     space: Space,
     objectives: Sequence[ObjectiveName],
     origin: Mapping[str, str],
 ) -> Iterator[TrialQueue]:
-    """The study, made if there is none. origin: what it is about, as words or fingerprints by name; a study of anything
-    else is refused by RunFolderError or StorageError. Raises those, too, for what the database refuses."""
+    """Open the study, or create it.
+
+    origin: what the study is about, as words or fingerprints by name. RunFolderError or StorageError if the study has
+    another origin, or if the database refuses.
+    """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    with storage.errors_told():
+    with storage.translated_errors():
         database = storage.open()
         try:
-            leases = Leases(database.engine, storage.patiently, storage.grace_s)
+            leases = Leases(database.engine, storage.retry_while_away, storage.grace_s)
             with leases.held(f"study {storage.study}") if storage.is_shared else nullcontext():
                 study = _found_or_made(storage, database, objectives, origin)
             _require_origin(storage, json.loads(study.user_attrs[_ORIGIN]), origin)
-            board = TrialQueue(storage=storage, database=database, study=study, space=space, leases=leases)
+            queue = TrialQueue(storage=storage, database=database, study=study, space=space, leases=leases)
             if not storage.is_shared:
-                board.end_all()
-            yield board
+                queue.end_all()
+            yield queue
         finally:
             database.engine.dispose()
 
 
 def read_job(storage: Storage) -> dict[str, Any] | None:
-    """What a worker needs to know, as the process that opened the study first was told; None where nobody did yet."""
+    """Read what a worker needs to know, as the process that created the study stored it; None if there is no study."""
     known = _known(storage)
     return json.loads(known[_JOB]) if known and _JOB in known else None
 
 
 def require_same(storage: Storage, own: Mapping[str, str]) -> None:
-    """StorageError where the study was made with another of these, naming it."""
+    """StorageError that names the first of `own` in which the study differs."""
     known = _known(storage)
     if known:
         _require_origin(storage, json.loads(known[_ORIGIN]), own)
 
 
 def _known(storage: Storage) -> dict[str, str] | None:
-    with storage.errors_told():
+    with storage.translated_errors():
         database = storage.open()
         try:
             study = optuna.load_study(storage=database, study_name=storage.study)
@@ -279,7 +281,7 @@ def _known(storage: Storage) -> dict[str, str] | None:
 def _found_or_made(
     storage: Storage, database: RDBStorage, objectives: Sequence[ObjectiveName], origin: Mapping[str, str]
 ) -> optuna.Study:
-    sampler = optuna.samplers.RandomSampler()  # is never asked: all knobs of a trial are fixed when it is put up
+    sampler = optuna.samplers.RandomSampler()  # never used: all knobs of a trial are fixed when it is enqueued
     study = optuna.create_study(
         storage=database,
         study_name=storage.study,
@@ -298,9 +300,9 @@ def _require_origin(storage: Storage, stored: Mapping[str, str], own: Mapping[st
     for name, value in own.items():
         if stored.get(name) != value:
             seen = f"({stored.get(name, 'absent')}, here {value})"
-            told = f"{storage.shown}: this study was made with another {name!r} {seen}"
+            problem = f"{storage.shown}: this study was made with another {name!r} {seen}"
             if storage.is_shared:
-                raise StorageError(f"{told}; use the same on every machine, or give the search another name")
+                raise StorageError(f"{problem}; use the same on every machine, or give the search another name")
             raise RunFolderError(
-                f"{told}; delete the file to start the search afresh, or give the run a folder of its own with --out"
+                f"{problem}; delete the file to start the search again, or give the run a folder of its own with --out"
             )

@@ -1,4 +1,4 @@
-"""What candidates came to on val, kept beside the stages: a search for another target need not repair them again."""
+"""Cache the val results of candidates next to the stages, so that a search for another target repairs none again."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +15,15 @@ from deploypipe.text.sealed_json import seal, unseal
 
 @dataclass(frozen=True, slots=True)
 class AccuracyCache:
-    """A file for each network in a folder that belongs to one dense network, data, repair and seed."""
+    """One file for each network, in a folder that belongs to one dense network, data set, repair and seed."""
 
     folder: Path
 
     def of(self, plan: PruningPlan) -> Results:
-        """The results of the samples that were judged, in the order of val's parts; none where nothing is known, or
-        where the file is damaged or another network's."""
+        """Return the results of the samples evaluated so far, in the order of val's parts.
+
+        Empty if nothing is known, or if the file is damaged or belongs to another network.
+        """
         try:
             stored = strict_json.loads_any_float(unseal(self._file(plan).read_bytes()))
             return decode_results(stored["results"]) if stored["network"] == network_key(plan) else np.empty(0)
@@ -29,7 +31,7 @@ class AccuracyCache:
             return np.empty(0)
 
     def keep(self, plan: PruningPlan, results: Results) -> None:
-        """Remember them, unless more is known."""
+        """Store the results, unless more are stored already."""
         if len(results) > len(self.of(plan)):
             self.folder.mkdir(exist_ok=True)
             content = {"network": network_key(plan), "results": encode_results(results)}

@@ -1,4 +1,4 @@
-"""Files of candidates, in the precision that is to ship, and how long they take beside the dense network's."""
+"""Write files of candidates in the precision that ships, and measure their latency and peak memory."""
 
 import hashlib
 from collections import Counter
@@ -16,7 +16,6 @@ from deploypipe.benchmark import first_batch
 from deploypipe.benchmark.environment import describe_environment
 from deploypipe.benchmark.latency import find_doubts, time_interleaved
 from deploypipe.benchmark.memory import measure_peak_memory
-from deploypipe.errors import ModelError
 from deploypipe.export.graph_slicing.resize_graph import UnfitError
 from deploypipe.export.graph_slicing.sliced_files import slice_file
 from deploypipe.export.graph_slicing.template import Template, open_template
@@ -32,39 +31,35 @@ from deploypipe.records import PrecisionRow, PruningPlan
 from deploypipe.runtimes import Array, find_runtime
 from deploypipe.runtimes.int8_arithmetic import kernels_of
 from deploypipe.runtimes.named_arrays import feed
-from deploypipe.search.cost_models.memory_model import fit_memory
-from deploypipe.search.cost_models.onnx_memory_plan import Footprint, footprint
-from deploypipe.search.evaluation.latency_store import Known, LocalLatencyStore, Measuring
+from deploypipe.search.evaluation.latency_store import KnownLatency, LatencyStore, LocalLatencyStore
 from deploypipe.target import Target
 from deploypipe.task import Batch, take_calib
 
 NUM_LATENCY_SAMPLES = 200  # of one candidate
 _NUM_CHECKED = 2  # samples that a file is compared with its network on
-_TELLING = 0.1  # width of a latency's interval, relative: what other work on the machine blurs is not for later runs
-_MIN_MEASURED = 3  # peaks, before others are predicted
-_NUM_RANGED = 16  # samples that ranges of 8 bits are taken from: the times do not hang on them
+_MAX_INTERVAL_WIDTH = 0.1  # of a latency ratio, relative; later runs do not use a ratio that is less certain
+_NUM_RANGED = 16  # samples that 8-bit ranges are taken from: the latency does not depend on them
 
 
 @dataclass(kw_only=True)
 class CandidateFiles:
-    """For one dense network and one target."""
+    """Candidate files for one dense network and one target."""
 
     dense: nn.Module
     dense_onnx: Path
     dense_opened: Path  # what the runtime opens: the ONNX file, or an engine built from it
-    template: Path  # may be absent: then every candidate is exported
-    precision: PrecisionRow  # of the dense network's file; its layers left in float stay so
+    template: Path  # if the file is absent, every candidate is exported
+    precision: PrecisionRow  # of the dense network's file; layers that it left in float stay in float
     calib: Sequence[Batch]
     target: Target
-    builds_engines: bool  # they are what the device runs, and this machine can build them
+    builds_engines: bool  # the device runs engines, and this machine can build them
     export: Export
-    measuring: Measuring = field(default_factory=LocalLatencyStore)
-    ratios: dict[str, Known] = field(default_factory=dict)  # by shape and device: latencies known so far
-    measured: list[tuple[Footprint, float]] = field(default_factory=list)  # files of candidates, and their peaks in MiB
-    exported: Counter[str] = field(default_factory=Counter)  # why files could not be cut out of the dense one
+    latency_store: LatencyStore = field(default_factory=LocalLatencyStore)
+    ratios: dict[str, KnownLatency] = field(default_factory=dict)  # by shape and device
+    exported: Counter[str] = field(default_factory=Counter)  # why candidates were exported, not cut from the template
 
     def write(self, pruned: nn.Module, plan: PruningPlan, path: Path) -> Path:
-        """The file of a network that `plan` made, whatever its weights are by now."""
+        """Write the file of `pruned`, which `plan` made of the dense network, whatever its weights are now."""
         plain = path.with_suffix(".fp32.onnx")
         batches = take_calib(self.calib, _NUM_CHECKED)
         if self._template:
@@ -77,63 +72,59 @@ class CandidateFiles:
         return path
 
     def size_mib(self, path: Path) -> float:
-        """Of what the runtime opens."""
+        """Size of what the runtime opens."""
         return self._opened(path).stat().st_size / 2**20
 
-    def peak_memory_mib(self, path: Path, limit_mib: float) -> float | None:
-        """Predicted once a few files were measured, and it is plain on which side of the limit the file lies; measured
-        otherwise, in processes of its own, which takes seconds."""
-        known = self._footprint(path)
-        if known and len(self.measured) >= _MIN_MEASURED and not self.measuring.is_shared:  # workers' would differ
-            predicted = fit_memory([f for f, _ in self.measured], [mib for _, mib in self.measured]).predict(known)
-            if not predicted.low <= limit_mib <= predicted.high:
-                return predicted.value
+    def peak_memory_mib(self, path: Path) -> float | None:
+        """Measure the peak memory in processes of its own, which takes seconds; None if this machine cannot."""
         opened = self._opened(path)
-        peak, _ = measure_peak_memory(opened, self._feed(opened), self.target)
-        if known and peak is not None:
-            self.measured.append((known, peak))
-        return peak
+        return measure_peak_memory(opened, self._feed(opened), self.target)[0]
 
     def least_peak_memory_mib(self, plans: Sequence[PruningPlan], work: Path) -> float | None:
-        """Of the plans' networks, whose weights do not matter to it; None where none can be measured."""
+        """Measure the smallest peak memory of the plans' networks, which does not depend on the weights' values.
+
+        None if none can be measured.
+        """
         peaks = []
         for plan in plans:
             with self._unrepaired(plan, work) as file:
-                opened = self._opened(file)
-                peaks.append(measure_peak_memory(opened, self._feed(opened), self.target)[0])
+                peaks.append(self.peak_memory_mib(file))
         return min((peak for peak in peaks if peak is not None), default=None)
 
     def latency_ratios(self, paths: Sequence[Path], num_samples: int) -> list[float]:
-        """Of each file's latency to that of the dense fp32 file, all interleaved so that a drifting clock cancels. What
-        was measured once for a shape and device is not measured again; later runs find it if it was told well."""
+        """Return each file's latency, as a share of the dense fp32 file's.
+
+        All files are timed interleaved, so that a drifting clock cancels. A shape is timed once on a device: later
+        calls reuse the ratio, and later runs too if its interval was narrow.
+        """
         keys = [self._key(path) for path in paths]
         missing = {key: self._opened(path) for key, path in zip(keys, paths, strict=True) if not self._is_known(key)}
         if missing:
-            with self.measuring.alone() as was_alone:
+            with self.latency_store.exclusive() as was_alone:
                 still = {key: file for key, file in missing.items() if not self._is_known(key)}  # others measure too
                 self._measure(still, num_samples, was_alone)
         return [self.ratios[key].ratio for key in keys]
 
     def measured_by(self, path: Path) -> str:
-        """Who took the latency of a file, when and in what state of the machine; "" where nobody else could have."""
-        return self.ratios[self._key(path)].told
+        """Who measured the latency of a file, when and in what state of the machine; "" if no other process could."""
+        return self.ratios[self._key(path)].measured_by
 
     def ratio_of(self, plan: PruningPlan, work: Path) -> float:
-        """The latency of a plan's network, which does not hang on its weights, as in `latency_ratios`."""
+        """The latency of a plan's network as in `latency_ratios`. It does not depend on the weights' values."""
         with self._unrepaired(plan, work) as file:
             return self.latency_ratios([file], NUM_LATENCY_SAMPLES)[0]
 
-    def ratio_anew(self, plan: PruningPlan, work: Path) -> float:
-        """The upper end of its interval, whatever is known of it, from as many runs as the target asks for."""
+    def time_again(self, plan: PruningPlan, work: Path) -> float:
+        """Time a plan's network again, with as many runs as the target asks for. Return its ratio's upper end."""
         with self._unrepaired(plan, work) as file:
             files, runtime = (self._opened(file), self.dense_opened), find_runtime(self.target)
-            with self.measuring.alone():
+            with self.latency_store.exclusive():
                 timings = time_interleaved(files, self._feed(self.dense_opened), runtime, self.target)
         return interval_of_median_ratio(*timings.samples, block=timings.block).high
 
     def _is_known(self, key: str) -> bool:
         if key not in self.ratios:
-            found = self.measuring.known(key)
+            found = self.latency_store.find(key)
             self.ratios |= {key: found} if found else {}
         return key in self.ratios
 
@@ -148,8 +139,8 @@ class CandidateFiles:
         is_steady = not find_doubts(timings, [path.name for path in paths], self.target.num_threads)
         for key, times in zip(files, timings.samples[1:], strict=True):
             ratio = interval_of_median_ratio(times, timings.samples[0], block=timings.block)
-            is_telling = is_steady and ratio.high - ratio.low <= _TELLING * ratio.value
-            self.ratios[key] = self.measuring.publish(key, ratio.value, is_telling=is_telling)
+            is_precise = is_steady and ratio.high - ratio.low <= _MAX_INTERVAL_WIDTH * ratio.value
+            self.ratios[key] = self.latency_store.publish(key, ratio.value, is_precise=is_precise)
 
     @contextmanager
     def _unrepaired(self, plan: PruningPlan, work: Path) -> Iterator[Path]:
@@ -176,15 +167,6 @@ class CandidateFiles:
         else:
             plain.replace(path)
 
-    def _footprint(self, path: Path) -> Footprint | None:
-        """None where it cannot be told from the file, as that of an engine."""
-        if self.builds_engines:
-            return None
-        try:
-            return footprint(path, self.target.batch_size)
-        except ModelError:  # an axis that only the samples bind, or a graph within the graph
-            return None
-
     def _opened(self, path: Path) -> Path:
         return runnable(path, self.target) if self.builds_engines else path
 
@@ -200,7 +182,7 @@ class CandidateFiles:
 
 
 def shape_signature(path: Path) -> str:
-    """What decides a file's latency: operators, attributes, edges and weight shapes, but not the weights' values."""
+    """Digest of what decides a file's latency: operators, attributes, edges and weight shapes, not weights' values."""
     graph = onnx.load(path).graph
     for initializer in graph.initializer:
         if initializer.data_type != onnx.TensorProto.INT64:  # those are shapes and axes

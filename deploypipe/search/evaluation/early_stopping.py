@@ -1,4 +1,4 @@
-"""Accuracy on a growing part of val: who is certainly worse after the first look is not judged on the rest."""
+"""Evaluate accuracy on a growing part of val, and stop a candidate that is certainly worse than another."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
@@ -14,20 +14,20 @@ from deploypipe.numerics.paired_comparison import chance_if_not_worse
 from deploypipe.search.sample_results import Results
 from deploypipe.task import Batch, Task, map_samples, num_samples
 
-_SHARES = (8, 4, 2)  # one part in so many of val: a look each; the last look is at all of it
-_MIN_SAMPLES = 500  # samples of the first look
-_ERROR = 0.01  # chance that a trial is stopped which is no worse
+_SHARES = (8, 4, 2)  # interim tests see 1/8, 1/4 and 1/2 of val; the last evaluation sees all of it
+_MIN_SAMPLES = 500  # of the first interim test
+_MAX_ERROR = 0.01  # chance that a trial is stopped although it is no worse
 
 
-def ends_of_looks(num_samples: int) -> tuple[int, ...]:
-    """How many samples each look has seen, ascending; all of them at last."""
+def interim_sample_counts(num_samples: int) -> tuple[int, ...]:
+    """How many samples each interim test has seen, ascending; the last number is all of them."""
     return tuple(sorted({min(num_samples, max(_MIN_SAMPLES, num_samples // share)) for share in (*_SHARES, 1)}))
 
 
 def draw_parts(val: Iterable[Batch], seed: int, arrange: Arrange = as_given) -> tuple[tuple[Batch, ...], ...]:
-    """val, split into what each look adds to the one before; which samples come first follows from the seed alone.
+    """Split val into the parts that the interim tests add one after the other; the seed alone decides the order.
 
-    A sample stays among those of its own batch: batches may be of different lengths. Holds all of val in memory.
+    A sample stays with those of its own batch, since batches may have different lengths. Holds all of val in memory.
     """
     batches = [(arrange(inputs), target) for inputs, target in val]
     sizes = [num_samples(inputs) for inputs, _ in batches]
@@ -35,7 +35,7 @@ def draw_parts(val: Iterable[Batch], seed: int, arrange: Arrange = as_given) -> 
     places = np.random.default_rng(int.from_bytes(mixed[:8], "big")).permutation(sum(sizes))
     by_batch = np.split(places, np.cumsum(sizes)[:-1])
     parts, start = [], 0
-    for end in ends_of_looks(sum(sizes)):
+    for end in interim_sample_counts(sum(sizes)):
         chosen = [np.flatnonzero((start <= place) & (place < end)) for place in by_batch]
         parts.append(
             tuple(_pick(batch, rows, arrange) for batch, rows in zip(batches, chosen, strict=True) if len(rows))
@@ -58,9 +58,9 @@ def evaluate_growing(
     task: Task,
     is_settled: Callable[[Results], bool],
 ) -> Results:
-    """The metric, sample by sample, on one part after the other, until it is settled or there are no more.
+    """Return the metric of each sample, part by part, until `is_settled` or no part is left.
 
-    known: the results of the first samples, as far as there are any; the network is made where they do not suffice.
+    known: results of the first samples from the cache, possibly none. The network is made only if they do not suffice.
     """
     seen, network = np.empty(0), None
     for number, part in enumerate(parts, start=1):
@@ -76,9 +76,9 @@ def evaluate_growing(
 
 
 def is_certainly_worse(seen: Results, rival: Results) -> bool:
-    """Whether the first samples settle that all of val would say: worse than the rival.
+    """Whether the first samples show that the network is worse than the rival on all of val.
 
-    A trial that is no worse is stopped at any of its looks with a chance of at most `_ERROR`, shared among them
+    A trial that is no worse is stopped with a chance of at most `_MAX_ERROR` in all its interim tests together
     (Bonferroni).
     """
-    return chance_if_not_worse(seen, rival[: len(seen)]) < _ERROR / len(_SHARES)
+    return chance_if_not_worse(seen, rival[: len(seen)]) < _MAX_ERROR / len(_SHARES)

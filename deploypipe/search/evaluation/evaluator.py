@@ -1,4 +1,4 @@
-"""What a search is told of one plan: surgery, repair, the candidate's file on the target's runtime, accuracy on val."""
+"""Evaluate one plan: surgery, repair, the candidate's file on the target's runtime, accuracy on val."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,17 +23,17 @@ from deploypipe.task import Batch, Task, take
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluator:
-    """An `Evaluate` for `search`: call it with a plan."""
+    """The `Evaluate` that a search is given: call it with a plan."""
 
     candidates: CandidateFiles
-    dense_p50_ms: float | None  # None: the target cannot be measured here, and no candidate is
+    dense_p50_ms: float | None  # None: the target cannot be measured here, so no candidate is
     calib: list[Batch]
-    parts: Sequence[Sequence[Batch]]  # of val, as `draw_parts` drew them
+    parts: Sequence[Sequence[Batch]]  # of val, from `draw_parts`
     task: Task
     recipe: Recipe
-    memory_limit_mib: float | None  # None: nothing asks for it
+    needs_peak_memory: bool  # a budget or an objective asks for it
     work: Path
-    accuracies: AccuracyCache  # what is known, and what this one adds to it
+    accuracies: AccuracyCache  # read first; new results are added
 
     def __call__(self, plan: PruningPlan, is_settled: IsSettled) -> tuple[Candidate, Results]:
         pruned = apply_plan(self.candidates.dense, plan)
@@ -67,7 +67,7 @@ class Evaluator:
         )[0]
 
     def _costs(self, pruned: nn.Module, plan: PruningPlan) -> Candidate:
-        """All but the accuracy; none of it hangs on the weights."""
+        """All but the accuracy; none of it depends on the weights' values."""
         num_params, num_macs = count_macs(pruned, take(self.calib[0][0], 2))
         with TemporaryDirectory(dir=self.work, prefix=".candidate.") as folder:
             file = self.candidates.write(pruned, plan, Path(folder) / "candidate.onnx")
@@ -87,6 +87,6 @@ class Evaluator:
         return self.dense_p50_ms * self.candidates.latency_ratios([file], NUM_LATENCY_SAMPLES)[0]
 
     def _peak_memory(self, file: Path) -> float | None:
-        if self.dense_p50_ms is None or self.memory_limit_mib is None:
+        if self.dense_p50_ms is None or not self.needs_peak_memory:
             return None
-        return self.candidates.peak_memory_mib(file, self.memory_limit_mib)
+        return self.candidates.peak_memory_mib(file)

@@ -1,4 +1,4 @@
-"""The measurements that a latency model is made of."""
+"""Time networks on the target, for a latency model to learn from."""
 
 import time
 from collections.abc import Callable
@@ -7,14 +7,14 @@ from tempfile import TemporaryDirectory
 
 from deploypipe.pruning.surgery.apply_plan import apply_plan
 from deploypipe.records import Notify, Progress, PruningPlan, Structures, TimedCut, TimedNetworks, silent
-from deploypipe.search.allocation.latency_samples import design_networks
+from deploypipe.search.allocation.latency_samples import sample_networks
 from deploypipe.search.allocation.proposer import cut_of
 from deploypipe.search.allocation.solver import Allocation
 from deploypipe.search.cost_models.additive_costs import Levels
 from deploypipe.search.evaluation.candidate_files import CandidateFiles
 
-_AT_ONCE = 5  # files timed against one another and the dense one: its time is shared by them
-_NUM_SAMPLES = 60  # of each: many networks tell more than many runs of one
+_AT_ONCE = 5  # files timed together with the dense one, so that they share its time
+_NUM_SAMPLES = 60  # of each: many networks teach more than many runs of one
 
 
 def time_networks(
@@ -28,9 +28,9 @@ def time_networks(
     seed: int,
     notify: Notify = silent,
 ) -> TimedNetworks:
-    """Time `count` networks of `design_networks` beside the dense one, their weights as they come."""
+    """Time `count` networks of `sample_networks` against the dense one. Their weights are not repaired."""
     started = time.perf_counter()
-    plans = [plan_for(chosen) for chosen in design_networks(structures, levels, count, seed)]
+    plans = [plan_for(chosen) for chosen in sample_networks(structures, levels, count, seed)]
     rows: list[TimedCut] = []
     for first in range(0, len(plans), _AT_ONCE):
         group = plans[first : first + _AT_ONCE]

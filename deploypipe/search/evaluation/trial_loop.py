@@ -1,4 +1,4 @@
-"""One trial after the other: what each is compared with, and when it is stopped. Without optuna."""
+"""Run one trial: evaluate its plan, compare it with earlier trials, and stop it early. Independent of Optuna."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ IsSettled = Callable[[Candidate, Results], bool]
 
 
 class Evaluate(Protocol):
-    """Judge one plan: surgery, repair, the exported file on the target's runtime, accuracy on val.
+    """Evaluate one plan: surgery, repair, the exported file on the target's runtime, accuracy on val.
 
-    The costs come first. `is_settled` is asked, with the candidate and all results so far, after each part of val but
-    the last; once it says yes, the rest of val is left out. Returns the candidate, and the results its accuracy is the
-    mean of.
+    The costs come first. `is_settled` is called with the candidate and all results so far, after each part of val but
+    the last. If it returns True, the rest of val is left out. Returns the candidate, and the results whose mean is its
+    accuracy.
     """
 
     def __call__(self, plan: PruningPlan, is_settled: IsSettled) -> tuple[Candidate, Results]: ...
@@ -30,13 +30,16 @@ Propose = Callable[[Mapping[str, float], Sequence[Trial]], PruningPlan]  # knobs
 
 @dataclass(kw_only=True, slots=True)
 class History:
-    """The trials that one looks at, and sample by sample the results of those within the budget that saw all of val."""
+    """The trials that a new trial depends on, with the results of those within the budget that saw all of val."""
 
     trials: list[Trial]
     results: dict[int, Results]  # trial number ->
 
     def rival(self, candidate: Candidate, objectives: Sequence[ObjectiveName]) -> Results | None:
-        """Of the most accurate trial so far that costs no more. With accuracy as the only objective costs are none."""
+        """Return the results of the most accurate trial so far that costs no more; None if there is none.
+
+        If accuracy is the only objective, costs do not count.
+        """
         own = costs(candidate, objectives)
         cheap = [
             t
@@ -56,7 +59,7 @@ def evaluate_plan(
     objectives: Sequence[ObjectiveName],
     history: History,
 ) -> tuple[Trial, Results | None]:
-    """Judge what the knobs made: the trial, and its results where later trials may be compared with them."""
+    """Evaluate the plan that the knobs produced. Return the trial, and its results if later trials may be compared."""
     is_stopped = False
 
     def is_settled(candidate: Candidate, seen: Results) -> bool:
@@ -87,7 +90,7 @@ def is_same_network(plan: PruningPlan, other: PruningPlan) -> bool:
 
 
 def network_key(plan: PruningPlan) -> str:
-    """The same for all plans that make the same network."""
+    """A digest that is equal for all plans that make the same network."""
     return digest([plan.edits, plan.blocks])
 
 
@@ -100,5 +103,6 @@ def most_accurate(trials: Sequence[Trial]) -> Trial:
 
 
 def rank(trial: Trial) -> tuple[float, float, int]:
-    """Of equals on val the one that uses more of the budget is first: it has more left to lose on other data."""
+    """Sort key. If two trials are equal on val, the one that uses more of the budget wins: it has more capacity left
+    for other data."""
     return trial.candidate.accuracy, cost(trial.candidate), -trial.number

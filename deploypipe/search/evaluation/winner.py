@@ -1,5 +1,4 @@
-"""Who wins a search: of the trials within the budget those that still are when they are timed once more, and of these
-the one that a short training brings furthest."""
+"""Pick the winner: time the best trials again, then fine-tune those still within budget for a short time."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -11,11 +10,14 @@ from deploypipe.search.evaluation.trial_loop import is_same_network, rank
 
 MAX_TIMED_AGAIN = 5
 _MAX_NARROWED = 5
-_LEEWAY = 0.99  # of what a narrower network may take: its latency is a measurement too
+_LEEWAY = 0.99  # a narrower network aims at this part of its limit: its latency is a measurement too
 
 
 class Narrow(Protocol):
-    """A trial like `trial`, numbered `number`, whose latency is to be at most that share of the dense network's."""
+    """Return a faster version of `trial`, numbered `number`.
+
+    share: the limit of its latency, as a share of the dense network's.
+    """
 
     def __call__(self, trial: Trial, number: int, share: float) -> Trial: ...
 
@@ -23,12 +25,13 @@ class Narrow(Protocol):
 def confirm_finalists(
     found: SearchResult, limit: float, measure: Callable[[PruningPlan], float], narrow: Narrow, wanted: int = 1
 ) -> SearchResult:
-    """With the `wanted` most accurate trials that are within their latency when they are timed once more as finalists.
+    """Return `found` with the `wanted` most accurate trials that meet the latency limit when timed again as finalists.
 
-    Of many trials near a limit, those that were timed a little too fast are within it: a winner by one measurement is
-    likely one of them. limit, and what `measure` gives afresh: shares of the dense network's latency. At most
-    `MAX_TIMED_AGAIN` are timed; where none of them holds, the most accurate is narrowed until it does, and where even
-    that fails, the network nearest to the limit is taken.
+    Of many trials near a limit, those whose time was measured a little too short meet it. So the winner by one
+    measurement is likely one of them. limit, and what `measure` returns: shares of the dense network's latency.
+
+    At most `MAX_TIMED_AGAIN` trials are timed. If none meets the limit, the most accurate one is narrowed until it
+    does. If that fails too, the network nearest to the limit is taken.
     """
     again: dict[int, float] = {}
     for trial in _distinct(found)[:MAX_TIMED_AGAIN]:
@@ -44,12 +47,15 @@ def confirm_finalists(
 
 
 def with_finalists(found: SearchResult, wanted: int) -> SearchResult:
-    """With the `wanted` most accurate trials, where no latency is to be confirmed."""
+    """Return `found` with the `wanted` most accurate trials as finalists, for searches without a latency limit."""
     return replace(found, finalists=tuple(trial.number for trial in _distinct(found)[:wanted]))
 
 
 def with_tuned(found: SearchResult, accuracies: Mapping[str, float]) -> SearchResult:
-    """With the finalist that a short training brought furthest as the winner. accuracies: on val, by trial number."""
+    """Return `found` with the finalist that was best after a short training as the winner.
+
+    accuracies: on val, by trial number.
+    """
     best = max(found.finalists, key=lambda number: (accuracies[str(number)], rank(found.trials[number])))
     return replace(found, best=best, tuned=dict(accuracies))
 
@@ -61,26 +67,26 @@ def _narrowed(
     measure: Callable[[PruningPlan], float],
     narrow: Narrow,
 ) -> tuple[SearchResult, dict[int, float]]:
-    """With ever narrower versions of the most accurate trial that was timed again, until one of them holds."""
+    """Add narrower and narrower versions of the most accurate trial that was timed again, until one meets the limit."""
     again = dict(again)
     trial, first = found.trials[next(iter(again))], len(found.trials)
     for number in range(first, first + _MAX_NARROWED):
-        # What the search took the network's latency for is what the next one is found by.
+        # The next network is sought by the latency that the search measured, scaled by how much the limit was missed.
         share = timed_ms(trial.candidate) / timed_ms(found.dense) * min(1.0, limit / again[trial.number]) * _LEEWAY
         narrower = narrow(trial, number, share)
         if not narrower.feasible or any(is_same_network(narrower.plan, known.plan) for known in found.trials[first:]):
-            break  # there is none
+            break  # there is no narrower one
         trial = replace(narrower, narrowed_from=trial.number)
         found = replace(found, trials=(*found.trials, trial))
         known = [ratio for other, ratio in again.items() if is_same_network(found.trials[other].plan, trial.plan)]
-        again[number] = max(known) if known else measure(trial.plan)  # timed until it holds, any network would
+        again[number] = max(known) if known else measure(trial.plan)  # repeated often enough, any network would pass
         if again[number] <= limit:
             break
     return found, again
 
 
 def _distinct(found: SearchResult) -> list[Trial]:
-    """The feasible trials, each network once, the most accurate first."""
+    """The feasible trials, most accurate first, each network once."""
     ordered = sorted((t for t in found.trials if t.feasible and not t.is_stopped), key=rank, reverse=True)
     distinct: list[Trial] = []
     for trial in ordered:
