@@ -1,4 +1,4 @@
-"""What the next trial is to try: Optuna's samplers over the few knobs that shape an allocation."""
+"""Choose what the next trial tries: Optuna's samplers over the few knobs that shape an allocation."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
@@ -16,28 +16,31 @@ from deploypipe.search.allocation.proposer import GREEDY, UNIFORM
 Space: TypeAlias = Mapping[str, BaseDistribution]
 Seen: TypeAlias = Sequence[FrozenTrial]
 
-_WIDE = 0.2  # a range of sizes that wants more than one to begin with
+_WIDE = 0.2  # a wider range of sizes gets first trials at several sizes
 _POPULATION = 8  # of NSGA-II: a study has tens of trials, not thousands
-_MARKS = "sampler"  # what a sampler notes about a trial, for itself
+_MARKS = "sampler"  # a sampler's own notes about a trial
 
 
 def knobs(fill: Range, magnitude: Range = (0.0, 1.0)) -> dict[str, BaseDistribution]:
-    """What the study may turn. fill: which part of the budgets may be used; one value where that is known exactly.
-    magnitude: how much of its ranking is mixed into the recipe's; (0, 0) where that is magnitude's own."""
+    """The knobs that Optuna tunes, and their ranges.
+
+    fill: which part of the budgets a trial may use; a single value if that is known exactly. magnitude: how much of
+    its ranking is mixed into the recipe's; (0, 0) if the recipe's scorer is magnitude itself.
+    """
     return {
         "fill": FloatDistribution(*fill),
         "exponent": FloatDistribution(0.4, 1.0),
         "block_weight": FloatDistribution(0.1, 4.0, log=True),
         "late": FloatDistribution(-0.7, 0.7),
         "by_importance": CategoricalDistribution((0.0, 1.0)),  # 1: blocks in the order of CKA, not of the losses
-        "magnitude": FloatDistribution(*magnitude),  # its weight beside the recipe's scorer, in ranking units
+        "magnitude": FloatDistribution(*magnitude),  # its weight next to the recipe's scorer, in ranking units
         # Other than 0: widths without measured losses; in the first trials only.
         "control": CategoricalDistribution((0.0, UNIFORM, GREEDY)),
     }
 
 
 def directions(objectives: Sequence[ObjectiveName]) -> list[StudyDirection]:
-    """Accuracy is raised, what stands beside it lowered."""
+    """Accuracy is maximised, every other objective minimised."""
     return [StudyDirection.MAXIMIZE, *[StudyDirection.MINIMIZE] * (len(objectives) - 1)]
 
 
@@ -49,10 +52,10 @@ def next_knobs(
     settings: Search,
     seed: int,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What trial `number` turns the knobs to, and what is to be noted with it: `noted` gives that back to the sampler.
+    """Choose the knobs of trial `number`. Return them, and notes to store with the trial, which `noted` restores.
 
-    Depends on the arguments alone, whoever asks and whatever else is in the storage: the trials `seen` are copied into
-    a study of its own. The sampler is a new one for every trial: what it remembers would be lost with the process.
+    The result depends on the arguments alone, not on the process or on the rest of the storage: the trials `seen` are
+    copied into a study of their own. Every trial gets a new sampler, since a sampler's memory ends with its process.
     """
     study = optuna.create_study(
         directions=directions(settings.objectives),
@@ -65,13 +68,13 @@ def next_knobs(
     else:
         turned = {name: distribution for name, distribution in space.items() if name != "control"}
     asked = study.ask(turned)
-    _ = asked.relative_params  # an enqueued trial, too, is to belong to one of NSGA-II's generations
+    _ = asked.relative_params  # so that an enqueued trial, too, belongs to one of NSGA-II's generations
     marks = {k: v for k, v in study.trials[-1].system_attrs.items() if k != "fixed_params"}
     return asked.params, {_MARKS: marks}
 
 
 def noted(trial: FrozenTrial) -> FrozenTrial:
-    """A finished trial of the storage as the sampler that proposed it would know it."""
+    """A finished trial of the storage, as the sampler that proposed it knew it."""
     return optuna.trial.create_trial(
         values=trial.values,
         params=trial.params,
@@ -81,7 +84,7 @@ def noted(trial: FrozenTrial) -> FrozenTrial:
 
 
 def importances(trials: Sequence[Trial], space: Space) -> dict[str, float]:
-    """How much each knob decided whether a trial within the budget was among its most accurate quarter; sum 1.
+    """How much each knob decided whether a trial within the budget was in the most accurate quarter; sum 1.
 
     PED-ANOVA (arXiv:2304.10255). Empty for fewer than 20 trials within the budget.
     """
@@ -92,16 +95,18 @@ def importances(trials: Sequence[Trial], space: Space) -> dict[str, float]:
     study = optuna.create_study(direction="maximize")
     for trial in feasible:
         params = {name: trial.knobs[name] for name in turned}
-        told = optuna.trial.create_trial(params=params, distributions=turned, value=trial.candidate.accuracy)
-        study.add_trial(told)
+        study.add_trial(optuna.trial.create_trial(params=params, distributions=turned, value=trial.candidate.accuracy))
     evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.25)
     return {str(k): float(v) for k, v in optuna.importance.get_param_importances(study, evaluator=evaluator).items()}
 
 
 def warm_starts(fill: Range) -> list[dict[str, Any]]:
-    """The solver's plain solution, one in which small losses count more, the same with blocks in the order of CKA, one
-    that prefers dropping blocks, and as controls uniform widths and those that magnitude alone would leave; of a wide
-    range of sizes, the first at several."""
+    """The knobs of the first trials.
+
+    These are the solver's plain solution, one in which small losses count more, the same with blocks in the order of
+    CKA, one that prefers removing blocks, and two controls: uniform widths, and the widths that magnitude alone leaves.
+    A wide range of sizes adds the first ones at smaller sizes.
+    """
     low, high = fill
     is_wide = high - low > _WIDE
     most = 0.9 if is_wide else 0.6
@@ -123,7 +128,7 @@ def warm_starts(fill: Range) -> list[dict[str, Any]]:
 
 
 class _Nsga2(optuna.samplers.NSGAIISampler):
-    """NSGA-II whose parents stand in the order in which a search that goes on reads them from its file."""
+    """NSGA-II whose parents are sorted by number, as a search that is continued reads them from its file."""
 
     def select_parent(self, study: optuna.Study, generation: int) -> list[FrozenTrial]:
         return sorted(super().select_parent(study, generation), key=lambda trial: trial.number)

@@ -1,4 +1,4 @@
-"""Which networks to measure before a search, so that the latency of all others can be predicted."""
+"""Choose the networks to time before a search, so that the latency of all others can be predicted."""
 
 import numpy as np
 
@@ -10,9 +10,11 @@ _MAX_DROPPED = 0.6  # of the blocks, in one network on average
 
 
 def sample_networks(structures: Structures, levels: Levels, count: int, seed: int) -> list[Allocation]:
-    """`count` networks within `structures.constraints`: the smallest, which bounds what can be reached; the narrowest
-    with all its blocks; the widest without the blocks that may go; and random ones, in which widths are drawn for each
-    group alone, or the same share for all groups."""
+    """Choose `count` networks within `structures.constraints`.
+
+    These are the smallest, which bounds what can be reached; the narrowest with all its blocks; the widest without the
+    removable blocks; and random ones. A random network draws widths for each group alone, or one share for all groups.
+    """
     generator = np.random.default_rng(seed)
     num_droppable = len(structures.blocks) - structures.constraints.least_blocks
     blocks = [block.name for block in structures.blocks]

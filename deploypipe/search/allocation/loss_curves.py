@@ -1,7 +1,7 @@
-"""Measured loss curves: what cutting one structure alone does to the network's answers.
+"""Measure loss curves: how much cutting one structure alone changes the network's outputs.
 
-Summed scores allocate worse than uniform widths; the measured divergence of the answers allocates far better. Scores
-say which units of a group go, these curves say how many.
+Allocation by summed scores is worse than uniform widths; allocation by the measured change of the outputs is far
+better. Scores decide which units of a group are removed, these curves decide how many.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -48,8 +48,8 @@ from deploypipe.task import (
 )
 
 _RIDGE = 1e-3
-# On images a network has memorised its answers are saturated, and the KL at temperature 1 hangs on a few of them. At a
-# higher one every image tells something: better widths from the same number of images (pipelines/LOG.md).
+# On images that a network has memorised its outputs are saturated: the KL at temperature 1 depends on a few of them.
+# At a higher temperature every image contributes: better widths from the same number of images (pipelines/LOG.md).
 TEMPERATURE = 4.0
 
 
@@ -65,13 +65,13 @@ def measure_curves(
     distillation_loss: DistillationLoss | None = None,
     notify: Notify = silent,
 ) -> Curves:
-    """How far the answers are from the dense network's with each group at several widths, and without each block.
+    """Measure how far the outputs move with each group at several widths, and without each block.
 
-    By `distillation_loss` at `TEMPERATURE`; without one, that of classes: nats a sample.
+    The distance is `distillation_loss` at `TEMPERATURE`; if None, the KL divergence of classes, in nats per sample.
 
-    The cut is simulated on the dense network (removed inputs of the consumers set to zero, which is what surgery does),
-    with the consumers' weights repaired in closed form from `moments`. Cost: a forward pass a point; blocks that ran
-    before the structure are not run again.
+    The cut is simulated on the dense network: removed inputs of the consumers are set to zero, which is what surgery
+    does, and the consumers' weights are repaired in closed form from `moments`. Cost: one forward pass for each point;
+    blocks that ran before the structure are not run again.
     """
     taken = take_calib(batches, settings.num_curve_samples)
     alike = stack_alike([batch for batch, _ in taken])
@@ -92,7 +92,7 @@ def measure_curves(
 
 
 def unmeasured_curves(structures: Structures, settings: Search, channel_multiple: int) -> Curves:
-    """All that `measure_curves` measures, at no loss: what may be chosen is known before anything is observed."""
+    """The curves of `measure_curves` with losses of 0: the possible choices are known before calibration."""
     curves = []
     for group in structures.groups:
         least, step = structures.least_width(group, channel_multiple), group.step(channel_multiple)
@@ -128,7 +128,7 @@ class _Part:
 
 
 class _Probe:
-    """Runs the dense network with one structure cut and compares its answers."""
+    """Runs the dense network with one structure cut and compares its outputs."""
 
     def __init__(
         self, dense: nn.Module, structures: Structures, groups: Sequence[Any], distillation_loss: DistillationLoss
@@ -163,7 +163,7 @@ class _Probe:
             return self._loss(self.model, num_skipped)
 
     def _loss_cut(self, group: ChannelGroup, kept: Sequence[int]) -> float:
-        """Where masking the readers is not the same as surgery, as between layer norms: surgery, without repair."""
+        """Cut a copy, without repair, where masking the readers differs from surgery, as between layer norms."""
         gone = set(range(group.num_units)) - set(kept)
         smaller = copied(self.model)
         edits = [(m.module, m.side, {i for u in gone for i in m.units[u]}) for m in group.members]
@@ -178,7 +178,7 @@ class _Probe:
             return self._loss(self.model, self.order.index(block))
 
     def _position(self, module: str) -> int:
-        """How many blocks are finished when `module` runs: what is inside block i needs blocks 0 .. i-1."""
+        """How many blocks are finished when `module` runs: a module inside block i needs blocks 0 .. i-1."""
         inside = [i for i, name in enumerate(self.order) if module.startswith(f"{name}.")]
         return inside[0] if inside else 0
 
@@ -189,7 +189,7 @@ class _Probe:
         return outputs.double() if isinstance(outputs, Tensor) else outputs
 
     def _loss(self, model: nn.Module, num_skipped: int = 0) -> float:
-        """The mean over all samples; the first blocks give what they gave in the dense network."""
+        """The mean over all samples. The first `num_skipped` blocks return what they returned in the dense network."""
         total = 0.0
         for part in self.parts:
             with ExitStack() as stack:
@@ -210,7 +210,7 @@ def _keep_output(name: str, part: _Part) -> Callable[..., None]:
 
 @contextmanager
 def _forward_as(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
-    own = vars(module).get("forward")  # patched networks have one of their own
+    own = vars(module).get("forward")  # a patched module has its own
     module.forward = function
     try:
         yield
@@ -222,7 +222,7 @@ def _forward_as(module: nn.Module, function: Callable[..., Any]) -> Iterator[Non
 
 @contextmanager
 def _repaired(layer: Any, kept: Sequence[int], moments: InputMoments) -> Iterator[None]:
-    """Only the input columns `kept` have weight, solved to predict the dense output from them."""
+    """Set all input columns but `kept` to zero, and solve those to predict the dense output."""
     dense = weight_matrix(layer).double()
     index = torch.tensor(list(kept))
     covariance = moments.covariance

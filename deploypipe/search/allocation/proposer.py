@@ -1,4 +1,4 @@
-"""From the few knobs of a study to a plan that meets every budget that can be predicted."""
+"""Turn the few knobs of a study into a plan that meets every budget that can be predicted."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ from deploypipe.search.cost_models.layer_widths import LayerWidths
 
 NUM_TIMED = 5  # networks for one trial
 UNIFORM, GREEDY = 1.0, 2.0  # of the knob "control"
-_FILLED = 0.97  # of the latency: as near to its limit as times can be told apart
+_FILLED = 0.97  # of the latency limit: closer to it, times cannot be told apart
 
 
 def cut_of(plan: PruningPlan) -> Cut:
@@ -39,7 +39,7 @@ def cut_of(plan: PruningPlan) -> Cut:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Proposer:
-    """A `Propose` for `search`."""
+    """The `Propose` that a search is given: knobs and earlier trials -> a plan."""
 
     dense: nn.Module
     inputs: Any  # a batch, to count multiply-accumulates with
@@ -51,7 +51,7 @@ class Proposer:
     shares: Mapping[str, float]  # of the dense network's figures: the most by budget, those of `BOUNDED` at least one
     reference: Candidate  # the dense network
     layers: Sequence[LayerWidths]
-    timed: Sequence[TimedCut]  # empty where latency bounds nothing
+    timed: Sequence[TimedCut]  # empty if no latency is bounded
     dense_ratio: float = 1.0  # latency of the dense network, in the precision that ships, to that of its fp32 file
     measure: Callable[[PruningPlan], float]  # its latency, as a share of the dense network's
 
@@ -74,9 +74,11 @@ class Proposer:
     def _timed_within(
         self, emphasis: Emphasis, model: LatencyModel, shares: Mapping[str, float], magnitude: float
     ) -> PruningPlan:
-        """What the solver finds where the model is best tends to be where the model is off: so what it finds is timed,
-        the model told, and the solver asked again, until the network fills its latency. Of those within it the one that
-        fills it most; the fastest where none is."""
+        """Time what the solver finds, add it to the model, and solve again, until the network fills its latency limit.
+
+        The solver tends to pick networks whose latency the model underestimates, so predictions alone do not suffice.
+        Returns the slowest network within the limit, or the fastest if none is.
+        """
         limit = asked = shares[LATENCY_P50]
         found: list[tuple[float, PruningPlan]] = []
         for _ in range(NUM_TIMED):
@@ -87,33 +89,33 @@ class Proposer:
             if _FILLED * limit <= ratio <= limit:
                 break
             model = LatencyModel(self.layers, [*model.timed, TimedCut(cut=cut_of(plan), ratio=ratio)], self.dense_ratio)
-            # The model takes a part of the difference for noise: the rest has to come from the limit.
+            # The model explains a part of the difference as noise. The limit has to make up for the rest.
             asked = asked * limit / ratio if is_known else limit * model.predict(cut_of(plan)).value / ratio
         within = [pair for pair in found if pair[0] <= limit]
         return max(within, key=lambda pair: pair[0])[1] if within else min(found, key=lambda pair: pair[0])[1]
 
     def allocate(self, emphasis: Emphasis, model: LatencyModel | None, shares: Mapping[str, float]) -> Allocation:
-        """The choice of least loss whose figures are within the shares."""
+        """The choice of smallest loss whose figures are within the shares."""
         bounds = [Bound(costs=self.costs(name, model), share=share) for name, share in shares.items()]
         return allocate_to(self.structures, self.curves, bounds, lambda chosen: self.figures(chosen, model), emphasis)
 
     def plain(self) -> PruningPlan:
-        """The choice of least loss as measured, within the shares as predicted before the search."""
+        """The choice of smallest measured loss, within the shares as predicted before the search."""
         return self.plan(self.allocate(Emphasis(), self.latency_model(()), self.shares))
 
     def cheapest(self, name: str) -> Allocation:
-        """The choice that costs least by one of the budgets."""
+        """The choice that costs least by the budget `name`."""
         return cheapest(self.structures, self.curves, self.costs(name, self.latency_model(())))
 
     def latency_model(self, trials: Sequence[Trial]) -> LatencyModel | None:
-        """Of what was measured before the search and, as they are real, of its trials."""
+        """Fit a model to the networks timed before the search and to its trials; None if nothing was timed."""
         if not self.timed:
             return None
         give_way()
         return LatencyModel(self.layers, [*self.timed, *measured_trials(trials, self.reference)], self.dense_ratio)
 
     def plan(self, allocation: Allocation, magnitude: float = 0.0) -> PruningPlan:
-        """magnitude: its weight beside the recipe's scorer, in what each group loses first."""
+        """Make the plan. magnitude: its weight next to the recipe's scorer, in which units each group loses first."""
         widths, blocks = allocation.widths, allocation.blocks
         scores = mixed(self.scores, self.magnitudes, magnitude)
         return make_plan(self.structures, scores, widths, blocks, self.channel_multiple)
@@ -139,7 +141,7 @@ class Proposer:
         return [known[BUDGETS[name].predictor] for name in self.shares]
 
     def latency_fit(self, trials: Sequence[Trial]) -> LatencyFit | None:
-        """How well the model knows each network that was timed, before the search or in it, from all others."""
+        """How well the model predicts each network that was timed, before the search or in it, from all others."""
         model = self.latency_model(trials)
         if not model:
             return None
@@ -163,7 +165,7 @@ class Proposer:
 
 
 def measured_trials(trials: Sequence[Trial], reference: Candidate) -> list[TimedCut]:
-    """Each network that a search timed, once."""
+    """Each network that the search's trials timed, once."""
     found: list[TimedCut] = []
     for trial in trials:
         latency, dense = trial.candidate.latency_p50_ms, reference.latency_p50_ms

@@ -1,4 +1,4 @@
-"""Widths and blocks by a solver: the least summed loss under bounds of cost."""
+"""Choose widths and blocks with a solver: the smallest sum of losses within bounds of cost."""
 
 import os
 import sys
@@ -25,13 +25,15 @@ _OUT_OF_REACH = 2  # of scipy's milp: no choice meets the bounds
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Allocation:
+    """A choice of widths, and of the blocks to remove."""
+
     widths: dict[str, int]
     blocks: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bound:
-    """The most that a choice may cost, as a share of the dense network's cost."""
+    """The highest cost of a choice, as a share of the dense network's cost."""
 
     costs: Costs
     share: float
@@ -39,23 +41,22 @@ class Bound:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Emphasis:
-    """How measured losses become what the solver sums."""
+    """How the solver weighs measured losses."""
 
     exponent: float = 1.0  # below 1 small losses count more: together they do more harm than their sum (README)
-    block_weight: float = 1.0  # of what blocks lose
+    block_weight: float = 1.0  # factor of the losses of blocks
     by_importance: bool = False  # which blocks lose most: by `Curves.block_importance` instead of by the losses
-    late: float = 0.0  # above 0 the losses of late structures weigh more, by e^late at the end and e^-late at the front
+    late: float = 0.0  # above 0 late structures' losses count more: by e^late at the end, e^-late at the front
 
 
 def allocate(
     structures: Structures, curves: Curves, bounds: Sequence[Bound], emphasis: Emphasis | None = None
 ) -> Allocation:
-    """Choose one width for each group and the blocks to drop: minimise summed losses within all bounds.
+    """Choose one width for each group and the blocks to remove: minimise the summed losses within all bounds.
 
-    A mixed integer program (HiGHS): a binary variable for each width of a group and for each block, and for what two
-    choices cost together their product, which is a binary variable's too (Adams and Sherali 1986, linearised by sums
-    over both). Where no choice meets the bounds it is the cheapest by the first of them, as far as
-    `structures.constraints` allow.
+    A mixed integer program (HiGHS). Each width of a group and each block has a binary variable. The joint cost of two
+    choices takes their product, a binary variable too (Adams and Sherali 1986, linearised by sums over both). If no
+    choice meets the bounds, the result is the cheapest one by the first bound that `structures.constraints` allow.
     """
     give_way()
     program = _Program(structures, curves, emphasis or Emphasis(), [bound.costs for bound in bounds])
@@ -64,9 +65,7 @@ def allocate(
     if chosen is None and limits:
         chosen = program.solve(limits[0][0].row, [])
     if chosen is None:
-        raise DeploypipeError(
-            f"no allocation was found within {_MAX_NODES} nodes of the solver; lower search.num_levels"
-        )
+        raise DeploypipeError(f"the solver found no allocation within {_MAX_NODES} nodes; lower search.num_levels")
     return chosen
 
 
@@ -77,11 +76,11 @@ def allocate_to(
     count: Callable[[Allocation], Sequence[float]],
     emphasis: Emphasis | None = None,
 ) -> Allocation:
-    """`allocate` with the bounds moved until the network that really comes out is within them.
+    """Call `allocate` with tighter and tighter bounds, until the network's real costs are within the given ones.
 
-    count: the network's real costs, in the order of `bounds` and as shares of the dense network's. Ends within eight
-    corrections, and then with the network that exceeds its bounds least: a bound out of reach is for the budget's check
-    to refuse.
+    count: the network's real costs, in the order of `bounds` and as shares of the dense network's. After at most eight
+    corrections the result is the network that exceeds its bounds least: the budget's check refuses a bound that cannot
+    be reached.
     """
     tightened = [bound.share for bound in bounds]
     found: list[tuple[float, Allocation]] = []
@@ -92,7 +91,7 @@ def allocate_to(
         if max(excess, default=0.0) <= 0:
             return allocation
         found.append((max(excess), allocation))
-        promised = [cost_of(allocation, bound.costs) for bound in bounds]  # the next has to promise less
+        promised = [cost_of(allocation, bound.costs) for bound in bounds]  # the next choice has to promise less
         tightened = [
             min(share - over, was - _GAP) if over > 0 else share
             for share, over, was in zip(tightened, excess, promised, strict=True)
@@ -101,7 +100,7 @@ def allocate_to(
 
 
 def cost_of(allocation: Allocation, costs: Costs) -> float:
-    """What `allocate` counts."""
+    """The cost as `allocate` counts it."""
     states = {**allocation.widths, **{name: STAYS for name in costs.blocks if name not in allocation.blocks}}
     total = costs.fixed + sum(costs.widths[name][kept] for name, kept in allocation.widths.items())
     total += sum(cost for name, cost in costs.blocks.items() if name in states)
@@ -115,14 +114,15 @@ def cheapest(structures: Structures, curves: Curves, costs: Costs) -> Allocation
 
 
 def uniform(structures: Structures, fraction: float, multiple: int) -> Allocation:
-    """The same fraction of every group kept, in steps of `multiple` channels, its least at least; no block removed."""
+    """Keep the same fraction of every group, in steps of `multiple` channels and at least its least width; all blocks
+    stay."""
     kept = {group.name: group.num_units * fraction for group in structures.groups}
     return Allocation(widths=_in_steps(structures, kept, multiple), blocks=())
 
 
 def greedy(structures: Structures, magnitudes: ScoreTable, fraction: float, multiple: int) -> Allocation:
-    """The given fraction of all units kept, the largest of all groups by their share of their own group's sum times its
-    number of units; widths as in `uniform`."""
+    """Keep the given fraction of all units: those of largest magnitude relative to their group's mean. Widths as in
+    `uniform`."""
     relative = {
         name: np.array(sizes) / max(float(np.mean(sizes)), 1e-30) for name, sizes in magnitudes.channels.items()
     }
@@ -155,7 +155,7 @@ def _in_steps(structures: Structures, kept: Mapping[str, float], multiple: int) 
 
 
 def allowed_widths(structures: Structures, curves: Curves) -> dict[str, tuple[int, ...]]:
-    """By group: the measured widths from its least on, and of groups with one width those that all of them have."""
+    """By group: the measured widths from its least on. Groups that share a width get those that all of them have."""
     least = structures.constraints.least
     widths = {c.name: {k for k in c.kept if k >= least.get(c.name, 1)} for c in curves.curves if c.kind == "channels"}
     for names in structures.constraints.uniform:
@@ -164,12 +164,12 @@ def allowed_widths(structures: Structures, curves: Curves) -> dict[str, tuple[in
 
 
 Row = dict[int, float]  # coefficient by variable
-Rows = tuple[list[Row], float, float]  # rows, and the least and the most that each may come to
+Rows = tuple[list[Row], float, float]  # rows, and the bounds (low, high) of each
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Linear:
-    """A function of the variables."""
+    """A linear function of the variables."""
 
     row: Row
     constant: float
@@ -177,10 +177,10 @@ class Linear:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Option:
-    """One binary variable: a group at a width, or a block that is dropped."""
+    """One binary variable: a group at a width, or a block that is removed."""
 
     name: str
-    kept: int  # 0: a dropped block
+    kept: int  # 0: a removed block
     loss: float
 
 
@@ -205,7 +205,7 @@ class _Program:
         self.losses = {i: o.loss for i, o in enumerate(self.options)}
 
     def solve(self, objective: Row, limits: Sequence[tuple[Linear, float]]) -> Allocation | None:
-        """None where the limits are out of reach. Each is a cost and the most of it."""
+        """Minimise the objective; None if no choice meets the limits. Each limit is a cost and its upper bound."""
         weights = np.zeros(self.size)
         weights[list(objective)] = list(objective.values())
         bounded = [([cost.row], -np.inf, most - cost.constant) for cost, most in limits]
@@ -225,7 +225,7 @@ class _Program:
         )
 
     def _one_of_each(self) -> list[Rows]:
-        """For each group: exactly one width, or its block is dropped."""
+        """For each group: exactly one width, or its block is removed."""
         rows: list[Row] = []
         for name, widths in self.widths.items():
             rows.append({self.column[name, kept]: 1.0 for kept in widths} | self._gone(self.homes[name]))
@@ -235,7 +235,7 @@ class _Program:
         return {self.blocks[block]: 1.0} if block else {}
 
     def _same_widths(self, classes: Sequence[tuple[str, ...]]) -> list[Rows]:
-        """For each class of groups: exactly one width, the only one that any of them may take."""
+        """For each class of groups: exactly one width, which all of them take."""
         one_each: list[Row] = []
         only: list[Row] = []
         for names in classes:
@@ -254,7 +254,7 @@ class _Program:
         return self.size - 1
 
     def _cost(self, costs: Costs) -> Linear:
-        """Blocks that are no option stay."""
+        """The cost as a linear function of the variables. Blocks without a variable stay."""
         row: Row = {}
         for name, by_width in costs.widths.items():
             for kept in self.widths.get(name, []):
@@ -272,8 +272,11 @@ class _Program:
         return Linear(row=row, constant=costs.fixed + sum(costs.blocks.values()))
 
     def _products(self, first: str, second: str, cost: Mapping[tuple[int, int], float]) -> Row:
-        """One variable for each two widths, 1 where both are chosen: for each width of one group they sum to whether it
-        is chosen, unless the other group is gone with a block of its own."""
+        """Add one variable for each pair of widths, 1 if both are chosen.
+
+        For each width of one group, they sum to that width's variable, unless the other group is removed with a block
+        of its own.
+        """
         made = {(a, b): self._new() for a in self.widths[first] for b in self.widths[second]}
         gone = self._gone(self.homes[first]) | self._gone(self.homes[second])
         self.constraints.append(([dict.fromkeys(made.values(), 1.0) | gone], 1.0, np.inf))
@@ -287,7 +290,7 @@ class _Program:
         return {column: cost[widths] for widths, column in made.items()}
 
     def _products_with_block(self, group: str, block: str, cost: Mapping[tuple[int, int], float]) -> Row:
-        """As `_products`, 1 where the width is chosen and the block stays."""
+        """As `_products`: 1 if the width is chosen and the block stays."""
         made = {kept: self._new() for kept in self.widths[group]}
         each: list[Row] = [{column: 1.0, self.column[group, kept]: -1.0} for kept, column in made.items()]
         total = dict.fromkeys(made.values(), 1.0) | self._gone(block)
@@ -318,7 +321,7 @@ def _options(structures: Structures, curves: Curves, emphasis: Emphasis) -> list
 
 
 def _reordered(blocks: Sequence[LossCurve], importance: Mapping[str, float]) -> list[LossCurve]:
-    """The same losses, the least for the least important block."""
+    """Give the smallest loss to the least important block, and so on."""
     ranked = sorted(blocks, key=lambda block: importance[block.name])
     ascending = sorted(block.losses for block in blocks)
     losses = {block.name: loss for block, loss in zip(ranked, ascending, strict=True)}
@@ -326,7 +329,7 @@ def _reordered(blocks: Sequence[LossCurve], importance: Mapping[str, float]) -> 
 
 
 def _rising(curve: LossCurve) -> list[float]:
-    """The losses made monotone: keeping less never counts as better, whatever the noise says."""
+    """Make the losses monotone: because of noise, keeping less may look better, which must not count."""
     rising: list[float] = []
     for loss in reversed(curve.losses):
         rising.append(max(loss, rising[-1]) if rising else loss)
@@ -335,7 +338,7 @@ def _rising(curve: LossCurve) -> list[float]:
 
 @contextmanager
 def _silent_solver() -> Iterator[None]:
-    """HiGHS writes some of its notes to standard output whatever it is told, past Python's own stream."""
+    """Silence HiGHS, which writes some notes to file descriptor 1 whatever its settings, past Python's own stream."""
     sys.stdout.flush()
     kept = os.dup(1)
     try:

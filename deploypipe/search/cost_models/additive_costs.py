@@ -1,4 +1,4 @@
-"""What a network costs as a sum over the choices of its widths and blocks, which a solver can bound."""
+"""A network's cost as a sum over its choices of widths and blocks, which the solver can bound."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,13 +7,13 @@ from deploypipe.records import ChannelGroup, Structures
 from deploypipe.search.cost_models.latency_model import LatencyModel
 from deploypipe.search.cost_models.layer_widths import LayerWidths
 
-_TINY = 1e-7  # of the dense network's cost: what two widths do together beyond that is left out
+_TINY = 1e-7  # of the dense network's cost: smaller joint costs of two widths are left out
 STAYS = 1  # the "width" of a block that is not removed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pair:
-    """What two groups, or a group and a block, cost together beyond what each costs alone."""
+    """The joint cost of two groups, or of a group and a block, beyond what each costs alone."""
 
     first: str
     second: str
@@ -22,11 +22,11 @@ class Pair:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Costs:
-    """Shares of the dense network's cost. A group that goes with its block costs nothing."""
+    """Shares of the dense network's cost. A group that is removed with its block costs nothing."""
 
     fixed: float
     widths: dict[str, dict[int, float]]  # by group and width
-    blocks: dict[str, float]  # of each block that stays, beside what its groups cost
+    blocks: dict[str, float]  # of each block that stays, without what its groups cost
     pairs: tuple[Pair, ...] = ()
 
 
@@ -34,8 +34,11 @@ Levels = Mapping[str, Sequence[int]]  # by group: the widths to choose from, the
 
 
 def mac_costs(structures: Structures, levels: Levels) -> Costs:
-    """Multiply-accumulates, one structure at a time: exact for groups that meet no other group in a layer (all inside
-    residual blocks), otherwise too low; `allocate_to` corrects for that."""
+    """Multiply-accumulates, one structure at a time.
+
+    Exact for groups that share no layer with another group (all inside residual blocks), otherwise too low;
+    `allocate_to` corrects for that.
+    """
     total = structures.num_macs
     saved = {g.name: g.macs_per_unit / total for g in structures.groups}
     return _additive(structures, levels, saved, {b.name: b.macs / total for b in structures.blocks})
@@ -56,8 +59,11 @@ def _additive(structures: Structures, levels: Levels, saved: Mapping[str, float]
 
 
 def latency_costs(model: LatencyModel, structures: Structures, levels: Levels) -> Costs:
-    """Predicted latency: exact for layers that one or two groups change, unless both lie outside a block that goes; of
-    others, one group at a time, which `allocate_to` corrects for."""
+    """Predicted latency.
+
+    Exact for layers that one or two groups change, unless both lie outside a block that is removed. Other layers count
+    one group at a time; `allocate_to` corrects for that.
+    """
     groups = {g.name: g for g in structures.groups}
     homes = {b.name: b.name for b in structures.blocks} | home_blocks(structures)
     sum_ = _Sum(levels)
@@ -67,7 +73,7 @@ def latency_costs(model: LatencyModel, structures: Structures, levels: Levels) -
 
 
 def home_blocks(structures: Structures) -> dict[str, str]:
-    """By group: the block without which nothing is left of it; groups that are tied may lie in several."""
+    """By group: the block that contains all of it, or "". Coupled groups may lie in several blocks."""
     return {g.name: next((b.name for b in structures.blocks if lies_in(g, b.name)), "") for g in structures.groups}
 
 
@@ -77,7 +83,7 @@ def lies_in(group: ChannelGroup, block: str) -> bool:
 
 
 class _Sum:
-    """Costs in the making."""
+    """Adds up costs, layer by layer."""
 
     def __init__(self, levels: Levels) -> None:
         self.levels = levels
@@ -87,7 +93,7 @@ class _Sum:
         self.pairs: dict[tuple[str, str], dict[tuple[int, int], float]] = {}
 
     def add(self, names: Sequence[str], cost: Callable[[Mapping[str, int]], float], block: str) -> None:
-        """cost: of widths by group, the dense ones where they are not named."""
+        """Add one layer. cost: a function of widths by group; groups that are not named keep their dense width."""
         base = cost({})
         alone = {name: {kept: cost({name: kept}) - base for kept in self.levels[name]} for name in names}
         if block:
@@ -106,7 +112,7 @@ class _Sum:
                     table[a, b] = table.get((a, b), 0.0) + extra
 
     def add_lost(self, name: str, block: str, cost: Callable[[Mapping[str, int]], float]) -> None:
-        """A layer of `block` that a group outside of it changes: what `add` counted of that goes with the block."""
+        """Let the cost that group `name`, outside of `block`, has in one of the block's layers go with the block."""
         table = self.pairs.setdefault((name, block), {})
         for kept in self.levels[name]:
             extra = cost({name: kept}) - cost({})

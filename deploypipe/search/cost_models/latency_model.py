@@ -1,9 +1,9 @@
-"""Latency of any choice of widths and blocks, learnt from a few dozen networks measured whole on the target.
+"""Predict the latency of any choice of widths and blocks, from a few dozen whole networks timed on the target.
 
-A network's time is a sum over its layers, and a layer's time a function of its two widths and of its kind. What that
-function is, steps included, no formula says for all devices: it is a Gaussian process over both widths, and since a sum
-of Gaussian processes is one too, times of whole networks are enough to learn it. No runtime has to tell the times of
-single layers, and what it fuses or reorders between them is in the figures.
+A network's time is a sum over its layers. A layer's time is a function of its two widths and of its kind. No formula
+gives that function, with its steps, for all devices, so it is modelled as a Gaussian process over both widths. A sum of
+Gaussian processes is one too, so the times of whole networks suffice to learn it. No runtime has to report the times of
+single layers, and what it fuses or reorders is included in the measured times.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,16 +27,17 @@ _LOG_BOUNDS = (-14.0, 2.0)  # of a prior's variance
 _LOG_NOISE_BOUNDS = (-14.0, -3.0)
 _START, _START_NOISE = -4.0, -7.0
 _JITTER = 1e-9
-_SLACK = 0.1  # a narrower network may be slower: times are noisy, and some devices dislike odd widths
+_SLACK = 0.1  # a narrower network may be slower: times are noisy, and some devices are slow at odd widths
 
 
 class LatencyModel:
-    """Fitted to networks measured next to the dense one, which need not be among them.
+    """A latency model fitted to networks that were timed next to the dense one.
 
-    All times are shares of the dense fp32 file's; dense: that of the dense network in the precision of the others. A
-    sum of layers that was fitted to noisy times may come out negative, or above the time of a wider network. So
-    predictions stay within what the measured networks bound: none is faster than the fastest of them, nor, but for
-    `_SLACK`, than one that it contains layer by layer, nor slower than one that contains it.
+    All times are shares of the dense fp32 file's. dense: the time of the dense network in the precision of the others.
+
+    A sum of layers that was fitted to noisy times may be negative, or above the time of a wider network. So the timed
+    networks bound every prediction. None is faster than the fastest of them. Apart from `_SLACK`, none is faster than a
+    network that it contains layer by layer, or slower than one that contains it.
 
     Costs O(n^3 + n^2 features) for n networks. The same measurements give the same model.
     """
@@ -58,7 +59,7 @@ class LatencyModel:
         self._weights = self._prior * (self._design.T @ cho_solve(self._factor, self._times))
 
     def predict(self, cut: Cut) -> Interval:
-        """The latency of a network, and where a measurement of it would lie."""
+        """Predict the latency of a network, with a 95 % interval for one measurement of it."""
         features = self._features.of(cut)
         row = self._row(features)
         value = float(row @ self._weights)
@@ -78,16 +79,16 @@ class LatencyModel:
         return float(self._times.min())
 
     def time_of(self, layer: LayerWidths, widths: Widths) -> float:
-        """The part of a network's latency that one layer has at these widths."""
+        """The share of a network's latency that one layer takes at these widths."""
         return float(self._row(self._features.of_layer(layer, widths)) @ self._weights)
 
     @property
     def fixed(self) -> float:
-        """The part that no choice changes."""
+        """The share of the latency that no choice changes."""
         return float(self._weights[self._columns[_FIXED]])
 
     def held_out(self) -> Floats:
-        """(n,) predictions of the measured networks, each from all others (Rasmussen and Williams 2006, eq. 5.12)."""
+        """(n,) predictions of the timed networks, each from all others (Rasmussen and Williams 2006, eq. 5.12)."""
         inverse = cho_solve(self._factor, np.eye(len(self._times)))
         left_out: Floats = self._times - (inverse @ self._times) / np.diag(inverse)
         for number, widths in enumerate(self._widths):
@@ -96,7 +97,7 @@ class LatencyModel:
         return left_out[1:]
 
     def _widths_of(self, cut: Cut) -> Floats:
-        """(2 layers,): inputs and outputs of each layer; 0 where it goes with its block."""
+        """(2 layers,): inputs and outputs of each layer; 0 if it is removed with its block."""
         gone = set(cut.blocks)
         stays = [gone.isdisjoint(layer.blocks) for layer in self.layers]
         widths = [[side.width(cut.removed) for side in (layer.inputs, layer.outputs)] for layer in self.layers]
@@ -104,15 +105,15 @@ class LatencyModel:
         return left.ravel()
 
     def _bounds(self, widths: Floats, known: NDArray[np.bool_]) -> tuple[float, float]:
-        """The least and the most that a network can take, by those of the measured ones that are known."""
+        """Bounds (low, high) of a network's time, from the timed networks that `known` selects."""
         times, others = self._times[known], self._widths[known]
         inside, around = (others <= widths).all(axis=1), (others >= widths).all(axis=1)
         least = max(float(times.min()), (1 - _SLACK) * float(times[inside].max(initial=0.0)))
         most = (1 + _SLACK) * float(times[around].min(initial=np.inf))
-        return min(least, most), max(least, most)  # contradicting measurements bound it from both sides
+        return min(least, most), max(least, most)  # measurements may contradict each other
 
     def _row(self, features: Mapping[Key, float]) -> Floats:
-        """(columns,); pairs of widths that no measured network has are not among them."""
+        """(columns,) of the design matrix. Pairs of widths that no timed network has are not among them."""
         row = np.zeros(len(self._columns))
         for key, x in features.items():
             if key in self._columns:
@@ -127,8 +128,11 @@ _KINDS = ("fixed", *(f"all {name}" for name in _PLAIN), *_PLAIN, *_STEPPED, "pai
 
 
 class _Features:
-    """What a network's latency is linear in: for each kind of layer, functions of the two widths, as shares of what
-    the dense network has of them; the same over layers of all kinds; and one for each pair of widths that occurs."""
+    """The features that a network's latency is linear in.
+
+    For each kind of layer: functions of the two widths, as shares of the dense network's; the same functions over
+    layers of all kinds; and one feature for each pair of widths that occurs.
+    """
 
     def __init__(self, layers: Sequence[LayerWidths]) -> None:
         self.layers = layers
@@ -178,8 +182,11 @@ def _functions(inputs: int, outputs: int) -> dict[str, float]:
 
 
 def _fit_prior(design: Floats, times: Floats, owners: NDArray[np.int64]) -> tuple[Floats, float]:
-    """(the prior variance of a weight by kind of column, the noise's variance relative to a time): those of the largest
-    marginal likelihood (Rasmussen and Williams 2006, eq. 5.8 and 5.9). owners: each column's kind."""
+    """Maximise the marginal likelihood (Rasmussen and Williams 2006, eq. 5.8 and 5.9).
+
+    owners: each column's kind. Returns the prior variance of a weight by kind of column, and the noise's variance
+    relative to a time.
+    """
     parts = [design[:, owners == kind] @ design[:, owners == kind].T for kind in range(len(_KINDS))]
     squares = np.diag(times**2)
 

@@ -1,4 +1,4 @@
-"""Where a network's time goes: its layers with weights, and which choices of widths and blocks change each of them."""
+"""List a network's layers with weights, and which groups and blocks change the widths of each."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -22,13 +22,13 @@ class Side:
     per_unit: dict[str, int]  # by group: channels that one of its units has here
 
     def width(self, removed: Mapping[str, int]) -> int:
-        """Channels left. removed: units by group; groups that are not named stay whole."""
+        """Channels left. removed: units by group; groups that are not named keep all."""
         return self.dense - sum(count * removed.get(group, 0) for group, count in self.per_unit.items())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerWidths:
-    """One layer."""
+    """One layer, and what decides its two widths."""
 
     module: str
     kind: str  # layers of one kind take the same time at the same widths
@@ -43,10 +43,10 @@ class LayerWidths:
 
 
 def find_layer_widths(dense: nn.Module, structures: Structures, inputs: Any) -> tuple[LayerWidths, ...]:
-    """The layers that any group or block changes, in the network's order. inputs: a batch, for one forward pass.
+    """List the layers that any group or block changes, in the network's order. inputs: a batch, for one forward pass.
 
-    A layer is a module with a parameter of two axes or more of its own: axis 0 counts outputs and axis 1 inputs, the
-    other way round in transposed convolutions and embeddings.
+    A layer is a module with a parameter of at least two axes of its own. Axis 0 counts outputs and axis 1 inputs; in
+    transposed convolutions and embeddings it is the other way round.
     """
     shapes = _output_shapes(dense, inputs)
     sides = _sides(structures)
@@ -102,7 +102,7 @@ def _dense_widths(module: nn.Module, weight: Tensor) -> tuple[int, int]:
 
 
 def _output_shapes(dense: nn.Module, inputs: Any) -> dict[str, tuple[int, ...]]:
-    """Of every module that is called: the shape of its first output, of one sample."""
+    """By module that is called: the shape of its first output, for one sample."""
     shapes: dict[str, tuple[int, ...]] = {}
 
     def keep(name: str) -> Any:
