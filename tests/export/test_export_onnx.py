@@ -263,11 +263,15 @@ def test_what_the_file_tells(tmp_path: Path) -> None:
         export_onnx(model, batches, tmp_path / name, Export(), origin={"plan": "abc"}, class_names=("cat", "dög"))
     assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
     proto = onnx.load(tmp_path / "a.onnx")
-    told = {entry.key.removeprefix("deploypipe."): entry.value for entry in proto.metadata_props}
-    assert (told["plan"], told["precision"], json.loads(told["class_names"])) == ("abc", "fp32", ["cat", "dög"])
-    assert json.loads(told["inputs"]) == [{"name": "image", "dtype": "float32", "shape": ["batch", 3, 8, 8]}]
-    assert json.loads(told["outputs"]) == [{"name": "output", "dtype": "float32", "shape": ["batch", 5]}]
-    assert told["torch_version"] == version("torch") and told["onnx_version"] == onnx.__version__
+    metadata = {entry.key.removeprefix("deploypipe."): entry.value for entry in proto.metadata_props}
+    assert (metadata["plan"], metadata["precision"], json.loads(metadata["class_names"])) == (
+        "abc",
+        "fp32",
+        ["cat", "dög"],
+    )
+    assert json.loads(metadata["inputs"]) == [{"name": "image", "dtype": "float32", "shape": ["batch", 3, 8, 8]}]
+    assert json.loads(metadata["outputs"]) == [{"name": "output", "dtype": "float32", "shape": ["batch", 5]}]
+    assert metadata["torch_version"] == version("torch") and metadata["onnx_version"] == onnx.__version__
     names = [node.name for node in proto.graph.node]
     assert len(set(names)) == len(names) and {"conv/Conv", "head/Gemm", "/Relu"} <= set(names)
 

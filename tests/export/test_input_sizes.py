@@ -83,7 +83,7 @@ class Short(nn.Module):
 
 def test_the_file_is_compared_at_a_larger_size_than_the_batches_have(tmp_path: Path) -> None:
     batches = [(torch.randn(3, n, 4), None) for n in (5, 6)]
-    with pytest.raises(ParityError, match=r"most at inputs of shape \[2, 12, 4\]"):
+    with pytest.raises(ParityError, match=r"largest at inputs of shape \[2, 12, 4\]"):
         export_onnx(Short(), batches, tmp_path / "m.onnx", Export())
     assert not list(tmp_path.iterdir())
 

@@ -81,7 +81,7 @@ class AtTheEnd(nn.Module):
 def test_the_first_module_that_differs_is_named(
     model: nn.Module, x: Tensor, place: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(ParityError, match=rf"differs from the network by .*; .*they part in {place}, by \d"):
+    with pytest.raises(ParityError, match=rf"differs from the network by .*; .*they first differ in {place}, by \d"):
         export_onnx(model, [(x, None)], tmp_path / "m.onnx", Export())
     assert not list(tmp_path.iterdir()) and capfd.readouterr() == ("", "")
     assert not any(module._forward_hooks for module in model.modules())
@@ -145,7 +145,10 @@ def test_limits_fit_the_precision() -> None:
     settings = Export()
     assert [limit_of(settings, p) for p in ("fp32", "fp16", "int8")] == [1e-3, 1e-2, 0.3]
     parity = Parity(max_abs_error=5e-3, mean_abs_error=1e-3, cosine=1.0, top1_agreement=0.8)
-    for precision, message in {"fp32": r"allowed is 0\.001.*max_abs_error$", "fp16": "an agreement of 90.00%"}.items():
+    for precision, message in {
+        "fp32": r"the limit is 0\.001.*max_abs_error$",
+        "fp16": "an agreement of 90.00%",
+    }.items():
         with pytest.raises(ParityError, match=message):
             require_parity(parity, settings, Path("m.onnx"), precision)
     require_parity(replace(parity, top1_agreement=0.95), settings, Path("m.onnx"), "fp16")

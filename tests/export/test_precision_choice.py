@@ -1,4 +1,4 @@
-"""Which precision ships: what pays on the device, holds its limits, and was measured."""
+"""Which precision ships: it must be faster on the device, within its limits, and measured."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ ALL: tuple[Precision, ...] = ("fp32", "fp16", "int8")
     [
         (ALL, {"fp32": 1.0, "fp16": 0.9, "int8": 0.5}, "int8"),
         (ALL, {"fp32": 1.0, "fp16": 1.3, "int8": 1.6}, "fp32"),
-        (ALL, {"fp32": 1.0, "fp16": 0.99, "int8": 1.6}, "fp32"),  # cannot be told from fp32
+        (ALL, {"fp32": 1.0, "fp16": 0.99, "int8": 1.6}, "fp32"),  # not distinguishable from fp32
         (("fp16", "int8"), {"fp32": 1.0, "fp16": 1.3, "int8": 1.6}, "fp16"),  # fp32 was not asked for
         (("fp32", "int8"), {"fp32": 1.0, "int8": 0.9}, "int8"),
         (("int8", "fp16"), {}, "int8"),  # not timed: the target's order

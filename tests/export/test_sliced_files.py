@@ -218,7 +218,7 @@ def test_what_cannot_be_sliced_is_exported_with_the_reason() -> None:
     plan = make_plan(dense.structures, ScoreTable(scorer="", channels=scores), {group.name: 6})
     pruned = apply_plan(dense.model, plan)
     file = dense.slice(plan, pruned)
-    assert file.reason == "/Split: 4 of 12 is no whole number of 10"
+    assert file.reason == "/Split: 4 of 12 is not a whole number of 10"
     np.testing.assert_allclose(run(dense.folder / file.path, dense.inputs), eager(pruned, dense.inputs), atol=1e-5)
 
 
@@ -261,5 +261,5 @@ def test_regrouped(
 
 
 def test_what_cannot_be_divided() -> None:
-    with pytest.raises(UnfitError, match=r"7 in place of 12 cannot be divided like \[3, 4\]"):
+    with pytest.raises(UnfitError, match=r"7 instead of 12 cannot be divided like \[3, 4\]"):
         regrouped((2, 12), (2, 7), (2, 3, 4), {3: 3})

@@ -217,17 +217,17 @@ def test_a_build_is_repeatable(files: dict[tuple[str, str], Path], tmp_path: Pat
 
 @needs_rtx
 @pytest.mark.parametrize(
-    ("op", "shape", "told"),
+    ("op", "shape", "message"),
     [
-        ("Det", ["N", 3, 3], r"cannot take Det 'layer1\.act': it is not supported"),
-        ("Unheard", ["N", 3], r"cannot take Unheard 'layer1\.act': .+; write that part of forward\(\)"),
+        ("Det", ["N", 3, 3], r"cannot build Det 'layer1\.act': it is not supported"),
+        ("Unheard", ["N", 3], r"cannot build Unheard 'layer1\.act': .+; write that part of forward\(\)"),
     ],
 )
 def test_an_operator_that_is_not_supported(
-    op: str, shape: list[Any], told: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    op: str, shape: list[Any], message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     source = one_node(tmp_path, op, shape)
-    with pytest.raises(ModelError, match=told) as caught:
+    with pytest.raises(ModelError, match=message) as caught:
         build_engine(source, TARGET, tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["one.engine.log"]  # kept: the error names it
@@ -246,7 +246,7 @@ def test_the_layer_is_named(tmp_path: Path) -> None:
     network.add_module("first", nn.ReLU())
     network.add_module("second", Determinant())
     export_onnx(network, [(torch.randn(4, 3, 3), None)], tmp_path / "m.onnx", Export())
-    with pytest.raises(ModelError, match=r"cannot take Det 'second/\w+': it is not supported"):
+    with pytest.raises(ModelError, match=r"cannot build Det 'second/\w+': it is not supported"):
         build_engine(tmp_path / "m.onnx", TARGET, tmp_path)
 
 
@@ -287,14 +287,14 @@ def test_a_failed_build_leaves_no_old_engine(tmp_path: Path) -> None:
 
 @needs_rtx
 @pytest.mark.parametrize(
-    ("content", "told"),
-    [(None, "no such file"), (b"\x08\x0a\x12\xff", "is no ONNX file|cannot build"), (b"", "cannot build")],
+    ("content", "message"),
+    [(None, "no such file"), (b"\x08\x0a\x12\xff", "not an ONNX file|cannot build"), (b"", "cannot build")],
 )
-def test_files_that_are_none(content: bytes | None, told: str, tmp_path: Path) -> None:
+def test_files_that_are_none(content: bytes | None, message: str, tmp_path: Path) -> None:
     source = tmp_path / "model.onnx"
     if content is not None:
         source.write_bytes(content)
-    with pytest.raises(ModelError, match=told):
+    with pytest.raises(ModelError, match=message):
         build_engine(source, TARGET, tmp_path)
 
 
@@ -317,7 +317,7 @@ def test_weights_outside_the_folder_are_not_read(tmp_path: Path) -> None:
 @needs_rtx
 def test_compute_capabilities_that_the_library_has_not(tmp_path: Path) -> None:
     source = one_node(tmp_path, "Sigmoid", ["N", 3])
-    with pytest.raises(ConfigError, match=r"target 'rtx'.*builds nothing for 9\.0; write some of 7\.5.*12\.1"):
+    with pytest.raises(ConfigError, match=r"target 'rtx'.*cannot build for 9\.0; write some of 7\.5.*12\.1"):
         build_engine(source, replace(TARGET, compute_capabilities=("8.9", "9.0")), tmp_path)
 
 
@@ -362,17 +362,17 @@ def test_what_a_runtime_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 @needs_rtx
 @pytest.mark.parametrize(
-    ("body", "told"),
+    ("body", "message"),
     [
         (f"import os; os.kill(os.getpid(), {int(signal.SIGSEGV)})", "ended by SIGSEGV"),
         ("raise MemoryError('all gone')", "MemoryError: all gone"),
     ],
 )
-def test_a_builder_that_dies(body: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_builder_that_dies(body: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     child = tmp_path / "child.py"
     child.write_text(body)
     monkeypatch.setattr(module, "_CHILD", child)
-    with pytest.raises(ModelError, match=told):
+    with pytest.raises(ModelError, match=message):
         build_engine(one_node(tmp_path, "Sigmoid", ["N", 3]), TARGET, tmp_path)
 
 
@@ -386,8 +386,8 @@ class Recorder:
         return Recorder(self.calls, name)
 
     def __call__(self, *arguments: Any) -> Any:
-        told = [a.name if isinstance(a, Recorder) else a for a in arguments]
-        self.calls.append(f"{self.name}({', '.join(map(str, told))})")
+        shown = [a.name if isinstance(a, Recorder) else a for a in arguments]
+        self.calls.append(f"{self.name}({', '.join(map(str, shown))})")
         if self.name in ("build_serialized_network", "serialize"):
             return b"engine"
         return "" if self.name == "get_engine_information" else Recorder(self.calls, self.name)
@@ -478,7 +478,7 @@ KEY = EngineKey(
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({}, ""),
         ({"version": "10.9.0"}, "was built by tensorrt 10.9.0, and here is tensorrt 10.3.0"),
@@ -489,9 +489,9 @@ KEY = EngineKey(
         ({"driver": ""}, ""),
     ],
 )
-def test_keys(changes: dict[str, Any], told: str) -> None:
+def test_keys(changes: dict[str, Any], message: str) -> None:
     problem = find_mismatch(replace(KEY, **changes), "tensorrt", "10.3.0", HERE)
-    assert told in problem if told else problem == ""
+    assert message in problem if message else problem == ""
 
 
 @needs_rtx

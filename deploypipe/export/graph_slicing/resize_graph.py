@@ -1,4 +1,4 @@
-"""The sizes of a graph's tensors, and constants that hold them, brought to other widths of the weights."""
+"""Bring a graph to other widths of its weights: the sizes of its tensors, and the constants that hold sizes."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,12 +15,12 @@ from deploypipe.task import batch_size_of
 
 Shape: TypeAlias = tuple[int, ...]
 _NUM_SAMPLES = 1_000_003  # a prime
-_MAX_KNOWN = 64  # elements of a value that is worked out: shapes are short
+_MAX_KNOWN = 64  # elements of a value that is computed: shapes are short
 _INTEGERS = (onnx.TensorProto.INT64, onnx.TensorProto.INT32)
 
 
 class UnfitError(Exception):
-    """A node that cannot be brought to other widths, and why. Stays within `export`."""
+    """A node cannot be brought to other widths. Callers export the network instead."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +40,7 @@ class Facts:
 
 
 def propagate(proto: onnx.ModelProto, feed: Mapping[str, Array]) -> Facts:
-    """The sizes of all tensors of a graph on a batch like this, but of so many samples that no width is as large."""
+    """Infer the sizes of all tensors of a graph, on a batch like `feed` with more samples than any width."""
     facts = facts_of(proto.graph.initializer, feed)
     for node in proto.graph.node:
         learn_(facts, node, proto.opset_import)
@@ -63,7 +63,7 @@ def facts_of(weights: Iterable[onnx.TensorProto], feed: Mapping[str, Array]) -> 
 
 
 def learn_(facts: Facts, node: onnx.NodeProto, opsets: Sequence[onnx.OperatorSetIdProto]) -> None:
-    """Add what a node gives; UnfitError where its inputs do not go together."""
+    """Add a node's outputs; UnfitError if its inputs do not fit together."""
     inputs = [name for name in node.input if name]
     version = next((o.version for o in opsets if o.domain == node.domain), 0)
     try:
@@ -95,7 +95,7 @@ def attribute(node: onnx.NodeProto, name: str, default: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Refit:
-    """One walk over a graph whose weights have other widths, node by node in order."""
+    """One pass over a graph whose weights have other widths, node by node in order."""
 
     dense: Facts
     new: Facts
@@ -107,7 +107,7 @@ class Refit:
     concats: dict[str, onnx.NodeProto] = field(default_factory=dict)  # done, by their value
 
     def take(self, node: onnx.NodeProto) -> None:
-        """Append the node, with what it says about sizes brought up to date. `node` may be changed."""
+        """Append the node with its sizes updated. `node` may be changed."""
         if node.op_type in _RULES and self._sees_a_change(node):
             _RULES[node.op_type](self, node)
         self._append(node)
@@ -124,7 +124,7 @@ class Refit:
         return self.dense.shape(node.input[0]) != self.new.shape(node.input[0])
 
     def write_(self, node: onnx.NodeProto, position: int, wanted: Sequence[int]) -> None:
-        """Have `node` read these integers, which other nodes may read other values of."""
+        """Let `node` read these integers. Other nodes may keep reading the old ones."""
         name = node.input[position]
         if name in self.new.values and self.new.values[name].reshape(-1).tolist() == list(wanted):
             return
@@ -133,10 +133,10 @@ class Refit:
         elif name in self.concats:
             node.input[position] = self._joined(self.concats[name], wanted, node)
         else:
-            raise UnfitError(f"{node.name}: {list(wanted)} is computed by the graph, and comes out otherwise")
+            raise UnfitError(f"{node.name}: needs {list(wanted)}, and the graph computes another value")
 
     def _joined(self, concat: onnx.NodeProto, wanted: Sequence[int], reader: onnx.NodeProto) -> str:
-        """The value of another Concat, whose constant parts are as wanted."""
+        """The value of a copy of the Concat, with its constant parts as wanted."""
         own = onnx.NodeProto()
         own.CopyFrom(concat)
         own.name, own.output[0] = f"{reader.name}/Concat", f"{reader.output[0]}_sizes"
@@ -145,13 +145,13 @@ class Refit:
             size = math.prod(self.new.shape(name))
             self.write_(own, position, wanted[start : start + size])
             start += size
-        self._append(own)  # onnxruntime makes one of several that are alike
+        self._append(own)  # onnxruntime merges equal nodes
         return str(own.output[0])
 
     def resize(self, array: Array, size: int, node: onnx.NodeProto) -> str:
-        """A constant (n,) of one number all over, with another n."""
+        """A constant (n,) whose elements are all equal, with another n."""
         if (array != array[0]).any():
-            raise UnfitError(f"{node.name}: has a constant of {len(array)} different numbers, and {size} channels")
+            raise UnfitError(f"{node.name}: has a constant of {len(array)} unequal numbers, and {size} channels")
         name = f"constant_{array.dtype}_{size}_{array[0]}"
         return self._add(np.full(size, array[0], array.dtype), name)
 
@@ -184,10 +184,10 @@ def _fit_reshape(refit: Refit, node: onnx.NodeProto) -> None:
 
 
 def regrouped(old: Shape, new: Shape, shape: Shape, sizes: Mapping[int, int]) -> list[int]:
-    """What `shape` becomes, to which `old` was reshaped, when `new` is reshaped.
+    """The shape for reshaping `new`, given that `old` was reshaped to `shape`.
 
-    Axes are put together until their products agree: (n, 64, 8, 16) and (n, 64, 128) go one by one, and then two to
-    one. What one axis is divided into is told by `sizes`, numbers that changed or stayed.
+    Axes are combined until their products agree: (n, 64, 8, 16) and (n, 64, 128) match one to one, then two to one.
+    `sizes`, numbers that changed or stayed, decide how one axis is divided.
     """
     wanted: list[int] = []
     i = j = 0
@@ -206,18 +206,19 @@ def regrouped(old: Shape, new: Shape, shape: Shape, sizes: Mapping[int, int]) ->
 
 
 def _divided(old: int, new: int, parts: Shape, sizes: Mapping[int, int]) -> list[int]:
-    """`parts`, whose product was `old`, with the product `new`."""
+    """Change `parts`, whose product was `old`, so that their product is `new`."""
     if old == new:
         return list(parts)
     for guess in ([sizes.get(part, part) for part in parts], list(parts)):
         if math.prod(guess) == new:
             return guess
-        # What no module holds as a number follows from the others; else the last one, an attention's head dimension.
+        # A part that no module holds as a number follows from the others. If modules hold all parts, the last one
+        # does: an attention's head dimension.
         for i in sorted(range(len(parts)), key=lambda i: (parts[i] in sizes, -i)):
             others = math.prod(guess[:i] + guess[i + 1 :])
             if parts[i] > 1 and others and new % others == 0:
                 return [*guess[:i], new // others, *guess[i + 1 :]]
-    raise UnfitError(f"{new} in place of {old} cannot be divided like {list(parts)}")
+    raise UnfitError(f"{new} instead of {old} cannot be divided like {list(parts)}")
 
 
 def _fit_expand(refit: Refit, node: onnx.NodeProto) -> None:
@@ -230,7 +231,7 @@ def _fit_resize(refit: Refit, node: onnx.NodeProto) -> None:
 
 
 def _fit_aligned(refit: Refit, node: onnx.NodeProto, position: int) -> None:
-    """Sizes that are those of the input, axis by axis from the last."""
+    """Update sizes that equal the input's, axis by axis from the last."""
     known = refit.dense.values[node.input[position]].tolist()
     old, new = refit.dense.shape(node.input[0]), refit.new.shape(node.input[0])
     ahead = [1] * (len(known) - len(old))
@@ -256,7 +257,7 @@ def _fit_slice(refit: Refit, node: onnx.NodeProto) -> None:
     has_axes = len(node.input) > 3 and node.input[3]
     axes = refit.dense.values[node.input[3]].tolist() if has_axes else list(range(len(old)))
     for position in (1, 2):
-        if node.input[position] not in refit.constants:  # a length that the graph computes
+        if node.input[position] not in refit.constants:  # the graph computes this length
             continue
         bounds = refit.dense.values[node.input[position]].tolist()
         fitted = [
@@ -267,20 +268,21 @@ def _fit_slice(refit: Refit, node: onnx.NodeProto) -> None:
 
 
 def _scaled(node: onnx.NodeProto, part: int, old: int, new: int) -> int:
-    """What was an equal share of an axis stays one."""
+    """Scale an equal part of an axis with the axis."""
     if part * new % old:
-        raise UnfitError(f"{node.name}: {part} of {old} is no whole number of {new}")
+        raise UnfitError(f"{node.name}: {part} of {old} is not a whole number of {new}")
     return part * new // old
 
 
 def _fit_conv(refit: Refit, node: onnx.NodeProto) -> None:
-    """Channels / (channels of one group), the second axis of the weight."""
+    """The number of groups: channels / channels of one group, which is the second axis of the weight."""
     channels, weight = refit.new.shape(node.input[0])[1], refit.new.shape(node.input[1])
     _set_groups(node, channels // weight[1])
 
 
 def _fit_conv_transpose(refit: Refit, node: onnx.NodeProto) -> None:
-    """A transposed convolution's weight does not tell; its groups go whole, or none does."""
+    """The number of groups of a transposed convolution, whose weight does not show it: whole groups are removed, or
+    none."""
     old, new = refit.dense.shape(node.input[1]), refit.new.shape(node.input[1])
     groups = attribute(node, "group", 1)
     per_group = old[0] // groups
@@ -293,7 +295,7 @@ def _set_groups(node: onnx.NodeProto, groups: int) -> None:
 
 
 def _fit_instance_norm(refit: Refit, node: onnx.NodeProto) -> None:
-    """A GroupNorm is one over its groups, with a scale of ones and an offset of zeros."""
+    """Resize scale and offset: a GroupNorm is exported as one over its groups, with ones and zeros."""
     channels = refit.new.shape(node.input[0])[1]
     for position in (1, 2):
         weight = refit.constants.get(node.input[position])

@@ -1,4 +1,4 @@
-"""Files of pruned networks without exporting them: from one template of the dense network, in milliseconds."""
+"""Write files of pruned networks without exporting them: from a template of the dense network, in milliseconds."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -41,8 +41,8 @@ def slice_file(
 ) -> CandidateFile:
     """Write `pruned`, which is `apply_plan(dense, plan)` whatever its weights are by now, to `path`.
 
-    The file is compared with the network on two samples. Where it cannot be made from the template, or differs, the
-    network is exported, with all of `batches`, and the record tells why. Raises what `export_onnx` raises.
+    The file is compared with the network on two samples. If it cannot be made from the template, or differs, the
+    network is exported with all of `batches`, and the record holds the reason. Raises what `export_onnx` raises.
     """
     try:
         with evaluating(pruned), scratch_folder(path) as scratch:
@@ -60,7 +60,7 @@ def slice_file(
 
 
 def cut_graph(template: Template, dense: nn.Module, pruned: nn.Module, plan: PruningPlan) -> onnx.ModelProto:
-    """The template with the tensors of `pruned`; UnfitError where it cannot be had."""
+    """The template with the tensors of `pruned`; UnfitError if that is not possible."""
     proto = onnx.ModelProto()
     proto.CopyFrom(template.graph)
     graph = proto.graph
@@ -89,7 +89,7 @@ def cut_graph(template: Template, dense: nn.Module, pruned: nn.Module, plan: Pru
 
 
 def _without_norms(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """Batch norms become part of what they follow, as in an exported file; onnxruntime knows convolutions only."""
+    """Fold batch norms into what precedes them, as in an exported file; onnxruntime folds them into Conv only."""
     producers = {node.output[0]: node.op_type for node in proto.graph.node}
     norms = [node for node in proto.graph.node if node.op_type == "BatchNormalization"]
     if all(producers.get(node.input[0]) == "Conv" for node in norms):
@@ -99,11 +99,11 @@ def _without_norms(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _bypass(graph: onnx.GraphProto, template: Template, blocks: Sequence[str]) -> None:
-    """Let readers of what the blocks gave read what they were given."""
+    """Remove the blocks: readers of a block's output read its input instead."""
     instead: dict[str, str] = {}
     for block in blocks:
         if block not in template.blocks:
-            raise UnfitError(f"block {block!r}: the graph does not tell which tensor it hands on")
+            raise UnfitError(f"block {block!r}: the graph does not show which tensor it passes on")
         instead |= {gave: given for given, gave in template.blocks[block]}
     for node in graph.node:
         for i, name in enumerate(node.input):
@@ -124,7 +124,7 @@ def _resolve(name: str, instead: Mapping[str, str]) -> str:
 
 
 def _needed(nodes: Sequence[onnx.NodeProto], values: Sequence[str]) -> list[onnx.NodeProto]:
-    """The nodes that the values are computed from, in order."""
+    """The nodes that `values` are computed from, in order."""
     read = set(values)
     needed = []
     for node in reversed(nodes):
@@ -144,7 +144,7 @@ def _weights(pruned: nn.Module, names: Sequence[str]) -> list[onnx.TensorProto]:
 
 @dataclass(frozen=True, slots=True)
 class _Sizes:
-    """The whole numbers that the modules around a node hold in the dense network, and in the pruned one."""
+    """The integers that the modules around a node hold in the dense network -> in the pruned one."""
 
     dense: nn.Module
     pruned: nn.Module
@@ -164,13 +164,13 @@ class _Sizes:
 def _numbers(network: nn.Module, path: str) -> dict[str, int]:
     try:
         attributes = vars(network.get_submodule(path))
-    except AttributeError:  # a name from inside of a removed block, or of a container that was unrolled
+    except AttributeError:  # a name inside a removed block, or of a container that was unrolled
         return {}
     return {name: value for name, value in attributes.items() if type(value) is int}
 
 
 def _compare(pruned: nn.Module, batches: Sequence[Batch], session: OnnxSession, settings: Export) -> None:
-    """ParityError where the session does not compute what the network computes."""
+    """ParityError if the session does not compute what the network computes."""
     inputs = take(batches[0][0], _NUM_CHECKED)
     _, expected = run_eager(pruned, [inputs])
     require_parity(measure_parity(session, [inputs], expected), settings, session.path)

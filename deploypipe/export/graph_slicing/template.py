@@ -15,16 +15,16 @@ from deploypipe.runtimes import Array
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Template:
-    """A template that was read, and the sizes of all its tensors on one batch."""
+    """The template's graph, and the sizes of all its tensors on one batch."""
 
     graph: onnx.ModelProto  # without the network's tensors
     tensors: frozenset[str]  # initialisers that are the network's own
-    blocks: Mapping[str, tuple[tuple[str, str], ...]]  # module -> (value it was given, value it gave) of every call
+    blocks: Mapping[str, tuple[tuple[str, str], ...]]  # module -> (input value, output value) of every call
     facts: Facts
 
 
 def open_template(path: Path, network: nn.Module, feed: Mapping[str, Array]) -> Template:
-    """The template at `path`, which was made of `network`; feed: a batch, by the names of the graph's inputs."""
+    """Read the template at `path`, which was made of `network`. feed: a batch, by the names of the graph's inputs."""
     proto = onnx.load(path)
     blocks = json.loads(next(entry.value for entry in proto.metadata_props if entry.key == BLOCKS))
     facts = propagate(proto, feed)

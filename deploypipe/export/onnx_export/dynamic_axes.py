@@ -1,4 +1,4 @@
-"""Which axes of the inputs may have any size in the exported file, and what they are called."""
+"""Choose which axes of the inputs may have any size in the exported file, and name them."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -19,19 +19,19 @@ _IMAGE_AXES = {2: "height", 3: "width"}
 
 
 def input_names(model: nn.Module, inputs: Any) -> list[str]:
-    """The file's names for the tensors of one batch of inputs, in its order: see `runtimes.packing`."""
+    """The file's names for the tensors of one batch of inputs, in its order: see `runtimes.named_arrays`."""
     return [path for path, _ in input_paths(inputs, _member_names(model, inputs))]
 
 
 def _member_names(model: nn.Module, inputs: Any) -> list[str]:
-    """What forward() calls the members of a tuple or list."""
+    """The names that forward() gives to the members of a tuple or list."""
     count = len(inputs) if isinstance(inputs, (tuple, list)) else 1
     named = [p.name for p in signature(model.forward).parameters.values() if p.kind is not Parameter.VAR_POSITIONAL]
     return [named[i] if i < len(named) else f"input_{i}" for i in range(count)]
 
 
 def in_order(model: nn.Module, inputs: Any) -> Any:
-    """A mapping's members as forward() orders its parameters, which is how an exporter orders them; others after."""
+    """Sort a mapping's members as forward() orders its parameters, as an exporter does; unknown members come last."""
     if not isinstance(inputs, Mapping):
         return inputs
     order = [name for name in signature(model.forward).parameters if name in inputs]
@@ -39,7 +39,7 @@ def in_order(model: nn.Module, inputs: Any) -> Any:
 
 
 def require_constants(batches: Sequence[Any]) -> None:
-    """DataError where the inputs are not alike in all batches, but for their tensors: the rest is the file's own."""
+    """DataError if anything but the tensors differs between batches: the rest becomes constants of the file."""
     first = list(leaves(batches[0]))
     for number, batch in enumerate(batches[1:], start=1):
         if structure(batch) != structure(batches[0]):
@@ -50,8 +50,8 @@ def require_constants(batches: Sequence[Any]) -> None:
             if not are_tensors and not same_value(one.value, other.value):
                 raise DataError(
                     f"{one.place} is {_shown(one.value)} in the first batch and {_shown(other.value)} in batch "
-                    f"{number}; what is no tensor becomes a constant of the file: give torch.tensor(...), or the same "
-                    "value in every batch"
+                    f"{number}; values other than tensors become constants of the file: give torch.tensor(...), or the "
+                    "same value in every batch"
                 )
 
 
@@ -60,9 +60,9 @@ def _shown(value: Any) -> str:
 
 
 def free_axes(names: Sequence[str], inputs: Any, batch: object, axes: Axes) -> Any:
-    """The tree of `inputs` with, for each tensor, its axes of any size: what torch's exporters ask for.
+    """The tree of `inputs` with each tensor replaced by its axes of any size, as torch's exporters want it.
 
-    names: of the tensors, in order; batch: what the batch axis is called, of the tensors that have one.
+    names: of the tensors, in order. batch: stands for the batch axis, in tensors that have one.
     """
     own_names, size = iter(names), num_samples(inputs)
 
@@ -76,10 +76,10 @@ def free_axes(names: Sequence[str], inputs: Any, batch: object, axes: Axes) -> A
 
 
 def choose_axes(names: Sequence[str], batches: Sequence[Any], settings: Export) -> Axes:
-    """The axes that the recipe names, and those in which `batches` (inputs of the network) differ.
+    """Return the axes that the recipe names, and those in which `batches` (inputs of the network) differ.
 
-    The first axis counts where a tensor has no batch axis (see `task.num_samples`). ConfigError where the recipe names
-    an input or an axis that is not there.
+    Axis 0 is included for a tensor without a batch axis (see `task.num_samples`). ConfigError if the recipe names an
+    input or an axis that does not exist.
     """
     sizes = [num_samples(batch) for batch in batches]
     columns = dict(zip(names, zip(*map(tensors, batches), strict=True), strict=True))

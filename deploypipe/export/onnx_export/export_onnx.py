@@ -1,4 +1,4 @@
-"""A network to one self-contained ONNX file of any batch size, checked against the network before it is kept."""
+"""Export a network to a self-contained ONNX file for any batch size, and compare the two before keeping the file."""
 
 import logging
 import traceback
@@ -48,7 +48,7 @@ from deploypipe.runtimes.onnxruntime import OnnxRuntime
 from deploypipe.task import Batch, as_arguments, forward, has_batch_axis, num_samples, repeat_samples, take
 from deploypipe.untrusted_files.onnx_file_check import check_onnx_file
 
-_MIN_TRACED = 2  # torch.export takes an axis of size one for a constant
+_MIN_TRACED = 2  # torch.export makes an axis of size one a constant
 _PRECISION = "fp32"
 
 
@@ -65,20 +65,22 @@ def export_onnx(
 ) -> ModelFile:
     """Write `model` to `path` and return what was written; `ModelFile.path` is the file's name alone.
 
-    `batches` are (inputs, target) with axis 0 of every input the batch; all of them are used to compare the file with
-    the network, at their own sizes, at a batch of one, and at `other_inputs` (by default at half and twice the size of
-    each other dynamic axis, where the network takes these). Of the inputs, tensors are the file's, also those without a
-    batch axis; numbers, flags, text and None are constants in it. The file holds the weights (above
-    `settings.single_file_mib` a second one beside it does), takes any batch size and names no source files; its nodes
-    are named after their modules, outputs as in `runtimes.packing`. `origin` (the plan's hash, say) and the class names
-    go into its metadata as `deploypipe.KEY`. The network is left as it was, on its own device.
+    batches: (inputs, target), with axis 0 of every input the batch. All of them are used to compare the file with the
+    network: at their own sizes, at a batch of one, and at `other_inputs`. By default these are half and twice the size
+    of each other dynamic axis, if the network accepts them. Tensors are inputs of the file, with or without a batch
+    axis; numbers, flags, text and None are constants in it.
 
-    template: where to write the graph that `sliced` makes files of pruned networks from. No file is written where the
-    weights do not fit into one.
+    The file takes any batch size and names no source files. It holds the weights; above `settings.single_file_mib` a
+    second file next to it does. Nodes are named after their modules, outputs as in `runtimes.named_arrays`. `origin`
+    (for example the plan's hash) and the class names are in its metadata as `deploypipe.KEY`. The network is left as it
+    was, on its own device.
 
-    Raises DataError without batches, ModelError where the network cannot be exported, ConfigError where the recipe asks
-    for axes or an opset that cannot be had, ParityError, which names the module to blame, where the file does not
-    compute what the network computes. Whatever is raised, nothing is left at `path` that was not there before.
+    template: where to write the graph that `graph_slicing` makes files of pruned networks from. It is not written if
+    the weights do not fit into one file.
+
+    Raises DataError without batches; ModelError if the network cannot be exported; ConfigError if the recipe asks for
+    axes or an opset that are not possible; ParityError, which names the first module that differs, if the file computes
+    something else. After any error, nothing is left at `path` that was not there before.
     """
     model = unwrapped(model)
     if not batches:
@@ -108,7 +110,7 @@ def export_onnx(
         name_nodes(proto)
         strip(proto)
         protect_padding(proto)
-        if is_single:  # weights beside the graph are as they are
+        if is_single:  # weights in a second file are not folded
             proto = folded(proto, path)
         forget_shapes(proto)
         describe(proto, precision=_PRECISION, origin=origin or {}, class_names=class_names)
@@ -136,13 +138,13 @@ def export_onnx(
 
 
 def _copy_for_export(model: nn.Module) -> nn.Module:
-    """An eval-mode copy on the CPU in contiguous layout, so that nothing has to be put back."""
+    """An eval-mode copy on the CPU in contiguous layout, so that the caller's network is not changed."""
     require_fp32(model)
     for name, module in model.named_modules():
         if isinstance(module, nn.LSTM) and module.proj_size:
             raise ModelError(
                 f"{name or 'the network'} is an nn.LSTM with proj_size={module.proj_size}, and ONNX's LSTM has no "
-                "projection; put an nn.Linear behind an LSTM without one"
+                "projection; use an LSTM without it, followed by an nn.Linear"
             )
     network = copied(model).cpu().eval()
     network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # missing in torch's stubs
@@ -150,7 +152,7 @@ def _copy_for_export(model: nn.Module) -> nn.Module:
 
 
 def require_fp32(model: nn.Module) -> None:
-    """ModelError for a network with weights or buffers of another precision."""
+    """ModelError if weights or buffers have another precision."""
     values = [*model.parameters(), *model.buffers()]
     odd = {str(v.dtype) for v in values if v.is_floating_point() and v.dtype != torch.float32}
     if odd:
@@ -166,21 +168,23 @@ def run_eager(network: nn.Module, inputs: Sequence[Any]) -> tuple[list[str], lis
     with torch.no_grad():
         given = [forward(network, batch) for batch in inputs]
     for kind in {type(each) for each in given if is_dataclass(each)} - set(pytree.SUPPORTED_NODES):
-        torch.export.register_dataclass(kind)  # the exporter takes no others
+        torch.export.register_dataclass(kind)  # the exporter accepts no others
     outputs = [name_outputs(each) for each in given]
     return list(outputs[0]), [[tensor.numpy() for tensor in named.values()] for named in outputs]
 
 
 def _expected(network: nn.Module, inputs: Any) -> list[Array]:
-    """The network's outputs at a size that the batches may not have: what torch.export lets pass may still hold the
-    sizes of the example."""
+    """The network's outputs at a size that the batches may not have.
+
+    A network that torch.export accepts may still depend on the sizes of its example.
+    """
     try:
         return run_eager(network, [inputs])[1][0]
-    except Exception as error:  # whatever forward() raises for sizes that do not fit
+    except Exception as error:  # forward() may raise anything on sizes it was not written for
         raise_if_exhausted(error)
         raise ModelError(
             f"{type(network).__name__} cannot be exported: it fails on inputs of shape {_shapes(inputs)} "
-            f"({_root_cause(error)}); forward() must take any batch size, and every size of a dynamic axis"
+            f"({_root_cause(error)}); forward() must accept any batch size, and every size of a dynamic axis"
         ) from error
 
 
@@ -191,10 +195,10 @@ def _shapes(inputs: Any) -> str:
 def _export(
     network: nn.Module, inputs: Any, names: Sequence[str], output_names: list[str], axes: Axes, settings: Export
 ) -> Any:
-    """The exporter's program, not optimised yet; ModelError where there is none, ConfigError where its opset is another
-    than asked."""
+    """The exporter's program, not optimised yet. ModelError if it fails, ConfigError if its opset is not the one asked
+    for."""
     example = repeat_samples(network, inputs, _MIN_TRACED)
-    batch = torch.export.Dim("batch")  # unlike a name alone, raises where the network binds it in any way
+    batch = torch.export.Dim("batch")  # unlike a mere name, raises if the network binds it in any way
     args, kwargs = as_arguments(constants_in_lists(example))
     try:
         with _quiet(), torch.no_grad():
@@ -222,29 +226,29 @@ def _export(
     assert program is not None  # it was asked for
     _require_free(program.model_proto, network, names, example, axes)
     written = program.model.opset_imports[""]
-    if written != settings.opset:  # the exporter falls back without a word
+    if written != settings.opset:  # the exporter falls back silently
         raise ConfigError(
             "recipe",
             "export.opset",
             f"opset {settings.opset} cannot be written for {type(network).__name__}: torch {torch.__version__} and "
-            f"onnx {onnx.__version__} give {written} instead",
+            f"onnx {onnx.__version__} write {written} instead",
             f"use export.opset = {max(written, 18)} to 23",
         )
     return program
 
 
 def _hint(network: nn.Module, inputs: Any, error: BaseException) -> str:
-    """What else to change, for constructs that are known not to be exportable."""
+    """A remedy, for constructs that are known not to be exportable."""
     if any("rnn.py" in line for line in traceback.format_exception(error)):
-        return "; packed sequences cannot be: give the padded ones to the layer, and take each sequence's last step"
+        return "; packed sequences cannot be exported: pass padded ones, and take each sequence's last step"
     kinds = [parameter.kind for parameter in signature(network.forward).parameters.values()]
     if isinstance(inputs, Mapping) and Parameter.VAR_KEYWORD in kinds:
-        return "; name the arguments of forward() in place of **kwargs"
+        return "; name the arguments of forward() instead of **kwargs"
     return ""
 
 
 def _require_free(proto: onnx.ModelProto, network: nn.Module, names: Sequence[str], example: Any, axes: Axes) -> None:
-    """ModelError where an axis that should be free is a constant: for some networks the exporter falls back to it."""
+    """ModelError if an axis that must be free is a constant: for some networks the exporter falls back to that."""
     size = num_samples(example)
     free = {
         name: [*([0] if has_batch_axis(tensor, size) else []), *axes.get(name, {})]
@@ -261,7 +265,7 @@ def _require_free(proto: onnx.ModelProto, network: nn.Module, names: Sequence[st
 
 
 def _write(program: Any, path: Path, is_single: bool) -> onnx.ModelProto:
-    """The graph; its weights are in it, or in a second file beside `path`, to which it refers."""
+    """The graph. Its weights are in it, or in a second file next to `path`, to which it refers."""
     if is_single:
         proto: onnx.ModelProto = program.model_proto
         return proto
@@ -285,7 +289,7 @@ def _compare(
     points: Sequence[Point],
     settings: Export,
 ) -> tuple[tuple[str, ...], Parity]:
-    """The file's own names of its inputs, and how far it is from the network; ParityError where that is too far."""
+    """The file's own names of its inputs, and how far it is from the network; ParityError if that is too far."""
     with OnnxRuntime().open(path, num_threads=torch.get_num_threads()) as session:
         parity = measure_parity(session, inputs, expected)
         input_names = session.input_names
@@ -295,13 +299,13 @@ def _compare(
             apart = [measure_parity(session, [x], [y]).max_abs_error for x, y in zip(inputs, expected, strict=True)]
             worst = inputs[int(np.argmax(apart))]
             found = find_mismatch(network, worst, path, points, limit_of(settings, _PRECISION))
-            where = f"most at inputs of shape {_shapes(worst)}{f', {found}' if found else ''}"
+            where = f"the difference is largest at inputs of shape {_shapes(worst)}{f', {found}' if found else ''}"
             require_parity(parity, settings, path, where=where)
     return input_names, parity
 
 
 def _place(part: Path, data: Sequence[FileEntry], path: Path) -> None:
-    """The data first: a graph without its weights must never be found."""
+    """Move the files. The data goes first: a graph without its weights must never exist at `path`."""
     for entry in data:
         (part.parent / entry.name).replace(path.parent / entry.name)
     part.replace(path)
@@ -321,7 +325,7 @@ def _root_cause(error: BaseException) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No warnings, log lines or printed graphs of the exporter; what matters of them is in the error it raises."""
+    """Silence the exporter's warnings, log lines and printed graphs; its errors say what matters."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -24,7 +24,7 @@ _PASSING = ("Identity", "Cast")
 
 
 def write_template(raw: onnx.ModelProto, program: Any, output_names: Sequence[str], path: Path) -> None:
-    """raw: the graph as `torch.onnx.export(optimize=False)` gives it, with the program it belongs to."""
+    """Write the template. raw: the graph as `torch.onnx.export(optimize=False)` returns it; program: its program."""
     proto = _tidied(raw, program)
     name_nodes(proto)
     strip(proto)
@@ -36,7 +36,7 @@ def write_template(raw: onnx.ModelProto, program: Any, output_names: Sequence[st
 
 
 def _tidied(raw: onnx.ModelProto, program: Any) -> onnx.ModelProto:
-    """`raw` after the exporter's optimisations, none of which looked at the value of a weight."""
+    """`raw` after the exporter's optimisations, none of which saw the value of a weight."""
     unknown = onnx.ModelProto()
     unknown.CopyFrom(raw)
     graph = unknown.graph
@@ -54,7 +54,7 @@ def _tidied(raw: onnx.ModelProto, program: Any) -> onnx.ModelProto:
 
 
 def _aliases(raw: onnx.ModelProto) -> dict[str, str]:
-    """Values that nodes only pass on, and what they are."""
+    """Values that a node only passes on -> the node's input."""
     return {node.output[0]: node.input[0] for node in raw.graph.node if node.op_type in _PASSING}
 
 
@@ -64,7 +64,7 @@ def _find_blocks(
     aliases: Mapping[str, str],
     known: Collection[str],
 ) -> dict[str, list[tuple[str, str]]]:
-    """Per module the values (given, gave) of every call that gives one tensor shaped like one it was given."""
+    """By module: the values (input, output) of every call whose one output has the shape of an input."""
     outputs = [name for name in program.graph_signature.user_outputs if isinstance(name, str)]
     renamed = dict(zip(outputs, output_names, strict=False))
     inside: dict[tuple[str, str], list[torch.fx.Node]] = {}
@@ -84,8 +84,11 @@ def _find_blocks(
 
 
 def _ends(nodes: Sequence[torch.fx.Node]) -> tuple[torch.fx.Node, ...]:
-    """(what comes in, what goes out) of a module's nodes; () where that is unclear. Of several tensors that come in
-    with the right shape it is the last one computed: the others (a mask, a cross-attention's memory) are older."""
+    """The nodes (input, output) of a module; () if they are unclear.
+
+    If several inputs have the output's shape, the one computed last counts: the others (a mask, a cross-attention's
+    memory) were computed earlier.
+    """
     members = set(nodes)
     entering = {node: None for inner in nodes for node in inner.all_input_nodes if node not in members}
     place = {node: i for i, node in enumerate(nodes[0].graph.nodes)}
@@ -98,13 +101,13 @@ def _ends(nodes: Sequence[torch.fx.Node]) -> tuple[torch.fx.Node, ...]:
 
 
 def _shape(node: torch.fx.Node) -> tuple[str, ...] | None:
-    """With symbols as text: comparing them would bind them."""
+    """Type and shape, with symbols as text: comparing symbols would bind them."""
     value = node.meta.get("val")
     return (str(value.dtype), *map(str, value.shape)) if isinstance(value, Tensor) else None
 
 
 def _known_name(name: str, aliases: Mapping[str, str], known: Collection[str]) -> str:
-    """The name under which the optimised graph has the value; "" where it has not."""
+    """The value's name in the optimised graph; "" if the graph has no such value."""
     return next((n for n in _chain(name, aliases) if n in known), "")
 
 

@@ -1,4 +1,4 @@
-"""A few real samples beside the model files, with the files' own answers: what `deploypipe verify` replays."""
+"""Write a few real samples next to the model files, with the files' own outputs, for `deploypipe verify` to replay."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -29,13 +29,13 @@ _MAX_CASES = 3
 def write_golden(folder: Path, files: Mapping[str, ModelFile], batches: Sequence[Batch]) -> Golden:
     """Run each of `files` (name in `folder` -> what it is) on samples of `batches`; write golden.json and its tensors.
 
-    A few real samples become part of what is shipped. Raises DataError without batches, ModelError where a file does
-    not load or its answers are not finite.
+    So a few real samples are shipped. Raises DataError without batches, ModelError if a file does not load or its
+    outputs are not finite.
     """
     cases = _choose_cases(batches)
     arrays: dict[str, Array] = {}
     for name, file in files.items():
-        # Whatever 8-bit sums saturate here, a file's own arithmetic does not.
+        # 8-bit sums may saturate on this machine; by the file's own arithmetic they do not.
         is_plain = file.precision == "fp16" or (file.precision == "int8" and saturates_here())
         with OnnxRuntime(is_plain=is_plain).open(folder / name, num_threads=1) as session:
             for i, inputs in enumerate(cases):
@@ -65,7 +65,7 @@ def write_golden(folder: Path, files: Mapping[str, ModelFile], batches: Sequence
 
 
 def _choose_cases(batches: Sequence[Batch]) -> list[Any]:
-    """The first samples of the first batch, and of the next ones whose samples have another shape."""
+    """The first samples of the first batch, and of later batches whose samples have another shape."""
     cases: dict[str, Any] = {}
     for inputs, _ in batches:
         case = take(inputs, NUM_SAMPLES)
@@ -81,7 +81,7 @@ def _choose_cases(batches: Sequence[Batch]) -> list[Any]:
 def _entries(folder: Path, name: str, file: ModelFile) -> list[FileEntry]:
     entry = _entry(folder / name)
     if entry.sha256 != file.sha256:
-        raise ModelError(f"{folder / name}: was changed after it was exported; export it again")
+        raise ModelError(f"{folder / name}: changed after it was exported; export it again")
     return [entry, *file.data]
 
 

@@ -1,4 +1,4 @@
-"""Changes to an exported graph that leave what it computes, and keep runtimes from changing that."""
+"""Change an exported graph so that runtimes do not break it; what it computes stays the same."""
 
 import onnx
 from onnx import numpy_helper
@@ -7,11 +7,11 @@ _NEGATIVE_ZERO = "negative_zero"
 
 
 def protect_padding(proto: onnx.ModelProto) -> None:
-    """Write the zero of a Pad as -0.0 where ONNX Runtime would wrongly make it part of the pool that reads it.
+    """Write the zero of a Pad as -0.0 where ONNX Runtime would wrongly fuse it into the pool that reads it.
 
-    Its PadFusion (in 1.17 to 1.31 at least) does so with every zero, which it knows by its bytes; -0.0 has others. For
-    a MaxPool it changes the result wherever a window at the edge holds negative values alone, since a pool's own
-    padding counts as minus infinity; a pool that is no larger than its padding does not load.
+    Its PadFusion (at least in 1.17 to 1.31) fuses every Pad whose value has the bytes of 0.0; those of -0.0 differ. The
+    fusion changes the result of a MaxPool where a window at the edge holds negative values only, since a pool's own
+    padding counts as minus infinity. A pool that is not larger than its padding does not load.
     """
     graph = proto.graph
     constants = {tensor.name: tensor for tensor in graph.initializer}

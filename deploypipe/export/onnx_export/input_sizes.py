@@ -1,4 +1,4 @@
-"""Sizes that inputs may have: those of the user's batches, and larger ones that the exported file will be given."""
+"""Choose the input sizes to test: those of the user's batches, and other ones that the exported file must take."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,18 +19,18 @@ Shape = tuple[int, ...]
 Ranges = Mapping[str, tuple[int, int, int]]  # dynamic axis -> least, usual and largest size, as a target declares them
 
 _NUM_SAMPLES = 2
-_GROWTH = 2  # how much larger than the largest batch an input is tried
+_GROWTH = 2  # inputs are tried at this multiple of the largest size, and at the smallest divided by it
 
 
 @dataclass(slots=True)
 class Extremes:
-    """For each axis in which batches differ, samples of the batch with the least and of that with the largest size."""
+    """For each axis in which batches differ: samples of the batches with the smallest and the largest size."""
 
     least: dict[tuple[int, int], Any] = field(default_factory=dict)  # (tensor, axis) -> inputs
     largest: dict[tuple[int, int], Any] = field(default_factory=dict)
 
     def see(self, inputs: Any) -> None:
-        """Take the sizes of one batch into account."""
+        """Record the sizes of one batch."""
         size = num_samples(inputs)
         if not size:
             return
@@ -45,7 +45,7 @@ class Extremes:
                 kept[number, axis] = map_tensors(Tensor.clone, take(inputs, _NUM_SAMPLES))
 
     def inputs(self) -> tuple[Any, ...]:
-        """One for each extreme, the largest first; () where all batches have one size."""
+        """One batch for each extreme, the largest first; () if all batches have one size."""
         varying = [key for key in self.largest if _size(self.least[key], *key) < _size(self.largest[key], *key)]
         return _distinct([*(self.largest[key] for key in varying), *(self.least[key] for key in varying)])
 
@@ -61,11 +61,11 @@ def extremes_of(batches: Iterable[Any]) -> tuple[Any, ...]:
 def other_sizes(
     network: nn.Module, inputs: Any, extremes: Sequence[Any], settings: Export, ranges: Ranges | None = None
 ) -> tuple[Any, ...]:
-    """Inputs of other sizes than `inputs` at which the network must work, and so the pruned one and the file.
+    """Inputs of other sizes than `inputs`, at which the network, the pruned network and the file must work.
 
-    These are the `extremes` of the user's batches, and for the dynamic axes the ends of the ranges that the target
-    declares, or half and twice the sizes seen, where the network takes these. ConfigError where it does not take a
-    declared size.
+    These are the `extremes` of the user's batches, and for dynamic axes the ends of the ranges that the target
+    declares. Without a range it is half and twice the sizes seen, if the network accepts them. ConfigError if the
+    network does not accept a declared size.
     """
     names = input_names(network, inputs)
     seen = [in_order(network, each) for each in (inputs, *extremes)]
@@ -80,7 +80,7 @@ def other_sizes(
 
 
 def ends_of(inputs: Sequence[Any]) -> tuple[Any, ...]:
-    """The largest of them and the least; fewer where there are fewer."""
+    """The largest and the smallest of the inputs; fewer if there are fewer."""
     return _distinct([max(inputs, key=_volume), min(inputs, key=_volume)]) if inputs else ()
 
 
@@ -112,18 +112,18 @@ def _stretched(
 
 
 def failure(network: nn.Module, inputs: Any) -> str:
-    """Why the network does not compute finite numbers from these inputs; "" where it does."""
+    """Why the network does not compute finite numbers from these inputs; "" if it does."""
     try:
         with evaluating(network), torch.no_grad():
             outputs = name_outputs(forward(network, inputs))
-    except Exception as error:  # whatever forward() raises on sizes it was not written for
+    except Exception as error:  # forward() may raise anything on sizes it was not written for
         return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
     odd = [name for name, tensor in outputs.items() if not torch.isfinite(tensor).all()]
     return f"output {odd[0]!r} holds NaN or infinity" if odd else ""
 
 
 def resized(names: Sequence[str], inputs: Any, axes: Axes, sizes: Mapping[str, int]) -> Any:
-    """The same inputs with other sizes of dynamic axes, by their names: cut, or repeated from the beginning."""
+    """Change the sizes of dynamic axes, by name: cut the inputs, or repeat them from the beginning."""
     own = iter(names)
 
     def of(tensor: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ def resized(names: Sequence[str], inputs: Any, axes: Axes, sizes: Mapping[str, i
 
 
 def shapes_of(inputs: Any) -> tuple[Shape, ...]:
-    """Of all tensors, without the number of samples."""
+    """The shapes of all tensors, without the number of samples."""
     size = num_samples(inputs)
     return tuple(tuple(t.shape[int(has_batch_axis(t, size)) :]) for t in tensors(inputs))
 
@@ -157,7 +157,7 @@ def _size(inputs: Any, number: int, axis: int) -> int:
 
 
 def tested_sizes(names: Sequence[str], batches: Sequence[Any], axes: Axes) -> dict[str, tuple[int, int]]:
-    """The least and the largest size of the batch axis and of each dynamic axis, by name, among batches of inputs."""
+    """By name: the smallest and the largest size of the batch axis and of each dynamic axis among the batches."""
     seen: dict[str, list[int]] = {"batch": [num_samples(inputs) for inputs in batches]}
     for inputs in batches:
         for name, tensor in zip(names, tensors(inputs), strict=True):

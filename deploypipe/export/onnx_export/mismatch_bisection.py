@@ -1,4 +1,4 @@
-"""Where an exported file first leaves the network it was made from: the module, by bisection over the graph's order."""
+"""Find the first module whose output differs between a network and its exported file, by bisection over the graph."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,7 +34,7 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mismatch:
-    """The first place where the values differ by more than the limit."""
+    """The first module whose values differ by more than the limit."""
 
     module: str
     op_type: str  # of the node that gives the value
@@ -42,15 +42,15 @@ class Mismatch:
 
     def __str__(self) -> str:
         where = f"module {self.module!r}" if self.module else "the network's own forward()"
-        return f"they part in {where} (ONNX {self.op_type}), by {self.max_abs_error:.3g} of its largest output"
+        return f"they first differ in {where} (ONNX {self.op_type}), by {self.max_abs_error:.3g} of its largest output"
 
 
 def module_outputs(
     program: torch.export.ExportedProgram, network: nn.Module, output_names: Sequence[str]
 ) -> tuple[Point, ...]:
-    """The modules that give one tensor, in the order of execution, each with the name that the exporter gives to it.
+    """List the modules that return one tensor, in the order of execution, with the exporter's name of that tensor.
 
-    A value that a module passes on from one inside it counts for the inner one.
+    A value that a module only passes on from an inner module counts for the inner one.
     """
     given = [name for name in program.graph_signature.user_outputs if isinstance(name, str)]
     renamed = dict(zip(given, output_names, strict=False))
@@ -68,14 +68,14 @@ def module_outputs(
         module = _submodule(network, paths[scope])
         call = calls[id(module)] = calls.get(id(module), -1) + 1
         if module is not None and len(positions) == 1:
-            # Outer scopes are met first, so an inner one replaces them.
+            # Outer scopes come first, so an inner one replaces them.
             value = renamed.get(nodes[positions[0]].name, nodes[positions[0]].name)
             points[value] = (positions[0], Point(value=value, module=paths[scope], call=call))
     return tuple(point for _, point in sorted(points.values(), key=lambda pair: pair[0]))
 
 
 def scopes_of(node: torch.fx.Node) -> list[tuple[str, str]]:
-    """(key of the call, path of the module) from the network itself inwards."""
+    """(key of the call, path of the module), from the network itself inwards."""
     stack = node.meta.get("nn_module_stack") or {}
     return [(key, path) for key, (path, _) in stack.items() if key.startswith("L__self__")]
 
@@ -94,9 +94,9 @@ def _submodule(network: nn.Module, path: str) -> nn.Module | None:
 def find_mismatch(
     network: nn.Module, inputs: Any, file: Path, points: Sequence[Point], limit: float
 ) -> Mismatch | None:
-    """Compare `file` with the modules of `network` on one batch of inputs; None where no module differs by `limit`.
+    """Compare `file` with the modules of `network` on one batch of inputs; None if no module differs by `limit`.
 
-    Each step runs both, so it takes about log2(number of modules) runs.
+    Each step runs both. The cost is about log2(number of modules) runs.
     """
     graph = onnx.load(file, load_external_data=False)
 
@@ -108,7 +108,7 @@ def find_mismatch(
 
 
 def find_mismatch_of_files(reference: Path, file: Path, inputs: Any, limit: float) -> Mismatch | None:
-    """The same for two files, of which `file` was made from `reference` and kept the names of its values."""
+    """Compare two files: `file` was made from `reference` and kept the names of its values."""
     first, second = (onnx.load(path, load_external_data=False) for path in (reference, file))
     known = {name for node in second.graph.node for name in node.output}
     points = [
@@ -125,9 +125,9 @@ def find_mismatch_of_files(reference: Path, file: Path, inputs: Any, limit: floa
 def _search(
     graph: onnx.GraphProto, points: Sequence[Point], error_at: Callable[[Point], float | None], limit: float
 ) -> Mismatch | None:
-    """From a value at the end that differs, bisect among those it is computed from; again from what is found.
+    """Start from a value near the end that differs, bisect among the values it is computed from, and repeat.
 
-    The order of the graph alone is not enough: a branch that lies in between may agree, and tells nothing of another.
+    The graph's order alone does not suffice: a value between them may lie on another branch, and agree.
     """
     producers = {name: node for node in graph.node for name in node.output}
     candidates = [point for point in points if point.value in producers]
@@ -151,7 +151,7 @@ def _find_bad_end(
     error_of: Callable[[Point], float | None],
     limit: float,
 ) -> Point | None:
-    """One that differs, of those that no other candidate is computed from; what cannot be compared is passed over."""
+    """Find a differing value among those that no other candidate is computed from, leaving out incomparable ones."""
     while candidates:
         ends = _ends(candidates, producers)
         bad = next((point for point in ends if not _is_within(error_of(point), limit)), None)
@@ -163,7 +163,7 @@ def _find_bad_end(
 
 
 def _bisect(points: list[Point], error_of: Callable[[Point], float | None], limit: float) -> Point:
-    """A point that differs, after one that does not (or the first); the last of `points` is known to differ."""
+    """Find a point that differs and follows one that does not, or is the first. The last of `points` must differ."""
     low, high = -1, len(points) - 1
     while high - low > 1:
         middle = (low + high) // 2
@@ -179,7 +179,7 @@ def _bisect(points: list[Point], error_of: Callable[[Point], float | None], limi
 
 
 def _is_within(error: float | None, limit: float) -> bool:
-    """What cannot be compared is not held against the file; NaN is."""
+    """Values that cannot be compared (None) count as within the limit; NaN does not."""
     return error is None or error <= limit
 
 
@@ -196,7 +196,7 @@ def _upstream(producers: Mapping[str, onnx.NodeProto], value: str) -> set[str]:
 
 
 def _ends(points: Sequence[Point], producers: Mapping[str, onnx.NodeProto]) -> list[Point]:
-    """Those of `points` (in order) that none of the others is computed from, last one first."""
+    """Those of `points` (in order) that no other point is computed from, the last one first."""
     inner: set[str] = set()
     ends = []
     for point in reversed(points):
@@ -207,7 +207,7 @@ def _ends(points: Sequence[Point], producers: Mapping[str, onnx.NodeProto]) -> l
 
 
 def _module_output(network: nn.Module, inputs: Any, point: Point) -> Array | None:
-    """What the module gives in that call; None where it is not called, or gives something else than a tensor."""
+    """The module's output in that call; None if it is not called, or returns something other than a tensor."""
     with _recorded(network.get_submodule(point.module)) as outputs, torch.no_grad():
         forward(network, inputs)
     if point.call >= len(outputs) or not isinstance(outputs[point.call], Tensor):
@@ -229,7 +229,7 @@ def _recorded(module: nn.Module) -> Iterator[list[Any]]:
 
 
 def _value(proto: onnx.ModelProto, file: Path, name: str, inputs: Any) -> Array | None:
-    """One value of the graph; None where the runtime does not give it."""
+    """One value of the graph; None if the runtime cannot return it."""
     alone = onnx.ModelProto()
     alone.CopyFrom(proto)
     del alone.graph.output[:]

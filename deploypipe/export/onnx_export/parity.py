@@ -1,4 +1,4 @@
-"""Whether an exported file computes what the network computes, on the user's own batches."""
+"""Check that an exported file computes what the network computes, on the user's own batches."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +27,7 @@ def limit_of(settings: Export, precision: str) -> float:
 def measure_parity(session: Session, inputs: Sequence[Any], expected: Sequence[Sequence[Array]]) -> Parity:
     """Run `session` on each of `inputs` and compare with `expected[batch][output]`, the network's own outputs.
 
-    Raises DataError where the network's outputs are not finite, ParityError where shapes or types differ.
+    Raises DataError if the network's outputs are not finite, ParityError if shapes or types differ.
     """
     seen = [session.run(feed(batch, session.input_names)) for batch in inputs]
     for wanted, got in zip(expected, seen, strict=True):
@@ -36,7 +36,7 @@ def measure_parity(session: Session, inputs: Sequence[Any], expected: Sequence[S
 
 
 def compare_networks(reference: nn.Module, network: nn.Module, batches: Sequence[Batch]) -> Parity:
-    """How far `network` (pruned, say) is from `reference` in eager torch. Both are given back as they were.
+    """Compare `network` (for example a pruned one) with `reference` in eager torch. Both are left unchanged.
 
     Raises as `measure_parity` does.
     """
@@ -49,9 +49,9 @@ def compare_networks(reference: nn.Module, network: nn.Module, batches: Sequence
 
 
 def require_parity(parity: Parity, settings: Export, path: Path, precision: str = "fp32", *, where: str = "") -> None:
-    """ParityError with the figures, and `where` the two part, if the file is too far from the network, or NaN."""
+    """ParityError if the file is too far from the network, or NaN. `where`: a text about where they first differ."""
     limit = limit_of(settings, precision)
-    # In fp32 the error says it all, and a few samples of an untrained network have ties.
+    # In fp32 the error suffices; on a few samples of an untrained network, classes may tie.
     agrees = precision == "fp32" or parity.top1_agreement is None or parity.top1_agreement >= settings.min_agreement
     if parity.max_abs_error <= limit and agrees:
         return
@@ -62,8 +62,8 @@ def require_parity(parity: Parity, settings: Export, path: Path, precision: str 
         allowed, setting = f"an agreement of {settings.min_agreement:.2%} or more", "min_agreement"
     cause = "look for randomness or state in forward(), or change" if precision == "fp32" else "change"
     raise ParityError(
-        f"{path.name}: differs from the network by {parity.max_abs_error:.3g} of its largest output{top1}; allowed is "
-        f"{allowed}{f'; {where}' if where else ''}: {cause} export.{setting}"
+        f"{path.name}: differs from the network by {parity.max_abs_error:.3g} of its largest output{top1}; the limit "
+        f"is {allowed}{f'; {where}' if where else ''}: {cause} export.{setting}"
     )
 
 
@@ -78,7 +78,7 @@ def _require_alike(names: Sequence[str], expected: Sequence[Array], seen: Sequen
         if want.shape != got.shape or want.dtype != got.dtype:
             raise ParityError(
                 f"output {name!r} is {got.dtype}{list(got.shape)} in the file and {want.dtype}{list(want.shape)} "
-                "in the network; the shape must depend on nothing but the sizes of the dynamic axes"
+                "in the network; the shape may depend on the sizes of the dynamic axes only"
             )
         if not np.isfinite(want).all():
             raise DataError(f"the network's output {name!r} holds NaN or infinity; check its weights and its data")

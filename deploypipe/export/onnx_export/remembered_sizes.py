@@ -1,7 +1,7 @@
-"""Attributes in which a network remembers the sizes of the batch before, as detectors do for their anchors.
+"""Reset attributes in which a network remembers the sizes of its last batch, as detectors do for their anchors.
 
-`if self.shape != x.shape: self.anchors = ...; self.shape = x.shape`: an exporter that finds the shape of its example
-there takes the batch size for a constant.
+In `if self.shape != x.shape: self.anchors = ...; self.shape = x.shape` an exporter finds the shape of its example, and
+makes the batch size a constant.
 """
 
 from collections.abc import Sequence
@@ -17,16 +17,16 @@ _Place = tuple[nn.Module, str]
 
 
 def forget_sizes_(network: nn.Module, batches: Sequence[Any]) -> None:
-    """Set to None what forward() remembers of the sizes of its inputs, where it computes the same without.
+    """Set attributes that remember input sizes to None, if forward() computes the same without them.
 
-    batches: inputs of several sizes; sizes that the network refuses show nothing. Costs a forward pass for each, and
-    two for each attribute found.
+    batches: inputs of several sizes; sizes that the network rejects are skipped. Costs one forward pass for each batch,
+    and two for each attribute found.
     """
     seen: list[dict[_Place, Any]] = []
     for inputs in batches:
         try:
             _run(network, inputs)
-        except Exception:  # whatever forward() raises on sizes it was not written for
+        except Exception:  # forward() may raise anything on sizes it was not written for
             continue
         seen.append(_sizes(network))
     if len(seen) < 2:
@@ -39,13 +39,13 @@ def forget_sizes_(network: nn.Module, batches: Sequence[Any]) -> None:
 
 
 def _is_needless(network: nn.Module, place: _Place, value: Any, inputs: Any) -> bool:
-    """Whether the network computes the same if the attribute is None; it has a value again afterwards."""
+    """Whether the network computes the same after the attribute was set to None, and sets it again itself."""
     module, name = place
     expected = _run(network, inputs)
     setattr(module, name, None)
     try:
         outputs = _run(network, inputs)
-    except Exception:  # whatever forward() raises that counts with a size
+    except Exception:  # forward() may raise anything without a size
         outputs = []
     is_same = len(outputs) == len(expected) and all(map(torch.equal, outputs, expected))
     if not is_same or getattr(module, name) is None:
@@ -60,7 +60,7 @@ def _run(network: nn.Module, inputs: Any) -> list[Tensor]:
 
 
 def _sizes(network: nn.Module) -> dict[_Place, Any]:
-    """Whole numbers, and lists of them, in attributes."""
+    """The attributes that hold integers, or lists of them."""
     found: dict[_Place, Any] = {}
     for module in network.modules():
         for name, value in vars(module).items():

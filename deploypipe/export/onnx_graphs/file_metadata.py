@@ -1,4 +1,4 @@
-"""What an exported file says beside its graph: nothing of the author's machine; its origin, its inputs, its layers."""
+"""Names and metadata of an exported file: its origin, inputs and layers, and nothing about the author's machine."""
 
 import ast
 import json
@@ -18,8 +18,10 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 def name_nodes(proto: onnx.ModelProto) -> None:
-    """Call each node after the module it came from and its operator: `layer1.0.conv1/Conv`. Needs the exporter's own
-    metadata, so it goes before `strip`."""
+    """Name each node after the module it came from and its operator: `layer1.0.conv1/Conv`.
+
+    Call it before `strip`, since it reads the exporter's own metadata.
+    """
     seen: Counter[str] = Counter()
     for node in proto.graph.node:
         name = f"{_module_of(node)}/{node.op_type}"
@@ -28,13 +30,13 @@ def name_nodes(proto: onnx.ModelProto) -> None:
 
 
 def module_of(node_name: str) -> str:
-    """The module that a node named by `name_nodes` came from; "" for the network itself."""
+    """The module that a node came from, by the name that `name_nodes` gave it; "" for the network itself."""
     return node_name.rpartition("/")[0]
 
 
 def _module_of(node: onnx.NodeProto) -> str:
     if node.op_type in ("Conv", "ConvTranspose") and node.input[1].endswith(_WEIGHT):
-        return str(node.input[1].removesuffix(_WEIGHT))  # with a batch norm in it, it says that it is the norm
+        return str(node.input[1].removesuffix(_WEIGHT))  # with a folded batch norm, the scopes name the norm
     for entry in node.metadata_props:
         if entry.key == _SCOPES:
             scopes = ast.literal_eval(entry.value)
@@ -43,7 +45,7 @@ def _module_of(node: onnx.NodeProto) -> str:
 
 
 def strip(proto: onnx.ModelProto) -> None:
-    """Remove what the exporter notes about the source: stack traces, file paths, class names."""
+    """Remove what the exporter stores about the source: stack traces, file paths, class names."""
     proto.ClearField("doc_string")
     del proto.metadata_props[:]
     _strip_graph(proto.graph)
@@ -64,8 +66,11 @@ def _strip_graph(graph: onnx.GraphProto) -> None:
 
 
 def forget_shapes(proto: onnx.ModelProto) -> None:
-    """Remove the shapes of inner tensors, which a runtime works out by itself. Where the file tells them, onnxruntime
-    1.31 fuses additions into the layer norms after them, which takes a CPU longer (a ViT without: 0.68 of the time)."""
+    """Remove the shapes of inner tensors, which a runtime infers itself.
+
+    If the file holds them, onnxruntime 1.31 fuses additions into the layer norms after them, which is slower on a CPU
+    (a ViT without them: 0.68 of the time).
+    """
     del proto.graph.value_info[:]
 
 
@@ -80,7 +85,7 @@ def _strip_node(node: onnx.NodeProto) -> None:
 
 @cache
 def _versions() -> dict[str, str]:
-    """Looking them up reads files, which takes longer than to write a small graph."""
+    """Cached: looking versions up reads files, which takes longer than writing a small graph."""
     found = {module: find_package(module) for module in ("deploypipe", *_PACKAGES)}
     return {"version": found.pop("deploypipe").version} | {
         f"{module}_version": p.version for module, p in found.items()

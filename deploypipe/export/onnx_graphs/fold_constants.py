@@ -24,7 +24,7 @@ _ERRORS_ONLY = 3
 
 
 def folded(proto: onnx.ModelProto, path: Path) -> onnx.ModelProto:
-    """`proto` after onnxruntime's basic optimisations, unless they bring operators that are not ONNX's own.
+    """Apply onnxruntime's basic optimisations, unless they add operators that are not ONNX's own.
 
     Weights that are split or transposed before a product become plain weights, which can be in 8 bits.
     """
@@ -32,7 +32,7 @@ def folded(proto: onnx.ModelProto, path: Path) -> onnx.ModelProto:
 
 
 def fold(proto: onnx.ModelProto, path: Path) -> tuple[onnx.ModelProto, OnnxSession]:
-    """What `folded` gives, and a session that computes it; one that takes little time to open and much to run."""
+    """Return what `folded` returns, and a session that computes it: quick to open, slow to run."""
     with TemporaryDirectory() as scratch:
         plain_path = Path(scratch) / "plain.onnx"
         options = session_options(onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC)

@@ -1,7 +1,7 @@
-"""What values inner tensors of an ONNX graph take on real samples: histograms and means, a few samples at a time.
+"""Collect histograms and means of an ONNX graph's inner tensors on real samples, a few samples at a time.
 
-onnxruntime's own calibrators hold the tensors of all samples in memory, run the samples once for each method, and
-their entropy method, with its default bins, has one threshold to choose from.
+onnxruntime's own calibrators are not used: they hold the tensors of all samples in memory and run the samples once for
+each method, and their entropy method, with its default bins, has only one threshold to choose from.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +23,7 @@ _NUM_BINS = 2048
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Histogram:
-    """Values of one tensor: counts (bins,) over equal bins of [low, high], and the mean of each channel."""
+    """The values of one tensor: counts (bins,) over equal bins of [low, high], and the mean of each channel."""
 
     counts: NDArray[np.int64]
     low: float
@@ -34,9 +34,9 @@ class Histogram:
 def observe_tensors(
     proto: onnx.ModelProto, channel_axes: Mapping[str, int], inputs: Sequence[Feed], path: Path
 ) -> dict[str, Histogram]:
-    """By name, for the tensors named in `channel_axes` with the axis their means are kept along.
+    """Collect a histogram of each tensor in `channel_axes` (name -> axis of the means).
 
-    The samples are run twice: the ends of the bins come first. DataError where a tensor is not finite.
+    The samples are run twice, since the ends of the bins come first. DataError if a tensor is not finite.
     """
     names = sorted(channel_axes)
     ends = _find_ends(names, read_tensors(proto, names, inputs, path), path)
@@ -61,7 +61,7 @@ def observe_tensors(
 
 
 def ranges_by(method: ClippingMethod, histograms: Mapping[str, Histogram]) -> dict[str, Range]:
-    """The range of each tensor that `method` would round to 8 bits."""
+    """By tensor: the range that `method` chooses to round to 8 bits."""
     return {name: clip_range(method, h.counts, h.low, h.high) for name, h in histograms.items()}
 
 

@@ -1,4 +1,4 @@
-"""Biases that make up for what rounding the weights does to the mean of a layer's outputs."""
+"""Correct biases for what rounding the weights does to the mean of a layer's outputs."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,10 +17,10 @@ _QUANTISED = "_quantized"  # what onnxruntime's quantiser appends to a weight's 
 def with_corrected_biases(
     proto: onnx.ModelProto, quantised: onnx.ModelProto, layers: Sequence[str], histograms: Mapping[str, Histogram]
 ) -> onnx.ModelProto:
-    """`proto` with biases that undo the mean shift of the layers' outputs which rounding their weights causes.
+    """Return `proto` with biases that undo the mean shift of the layers' outputs that rounded weights cause.
 
     The shift is (W - rounded W) E[x], with E[x] the mean of each input channel (Nagel et al., arXiv:1906.04721,
-    section 4.2); borders of padded convolutions, which see fewer inputs, are taken like the rest.
+    section 4.2). Borders of padded convolutions, which see fewer inputs, are treated like the rest.
     """
     moved = copy_of(proto)
     weights = {weight.name: numpy_helper.to_array(weight) for weight in proto.graph.initializer}
@@ -46,7 +46,7 @@ def with_corrected_biases(
 
 
 def _rounded_weights(quantised: onnx.ModelProto) -> dict[str, NDArray[Any]]:
-    """By the name it had before: each weight as the integers stand for it."""
+    """By its original name: each weight as its integers represent it."""
     arrays = {weight.name: weight for weight in quantised.graph.initializer}
     rounded = {}
     for node in quantised.graph.node:
@@ -63,7 +63,7 @@ def _rounded_weights(quantised: onnx.ModelProto) -> dict[str, NDArray[Any]]:
 def _bias_of(
     node: onnx.NodeProto, readers: Mapping[str, list[onnx.NodeProto]], weights: Mapping[str, NDArray[Any]]
 ) -> str:
-    """The name of the weights added to each output channel; empty where there are none."""
+    """The name of the bias of the output channels; "" if there is none."""
     if node.op_type != "MatMul":
         return node.input[2] if len(node.input) > 2 else ""
     after = readers.get(node.output[0], [])
@@ -74,7 +74,7 @@ def _bias_of(
 
 
 def _mean_shift(node: onnx.NodeProto, lost: NDArray[Any], means: NDArray[np.float64]) -> NDArray[Any]:
-    """(outputs,): what the rounding of weights takes from the mean of each output channel."""
+    """(outputs,): what rounding the weights subtracts from the mean of each output channel."""
     if node.op_type == "Conv":
         taps = lost.reshape(*lost.shape[:2], -1).sum(axis=2)  # (outputs, inputs of a group)
         groups = next((a.i for a in node.attribute if a.name == "group"), 1)

@@ -1,4 +1,4 @@
-"""What conversions to half precision and to 8 bits share: a plain graph to work on, and how far a candidate is off."""
+"""Shared steps of the conversions to fp16 and int8: load a plain graph, run it, and compare a candidate's outputs."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -31,10 +31,10 @@ _MAX_BYTES_AT_ONCE = 256 * 2**20  # of inner tensors
 
 
 def load_float(path: Path) -> onnx.ModelProto:
-    """The file's graph, made plain: constants folded, batch norms in their convolutions, no functions, every node with
-    a name of its own, and every tensor's type known. It computes what the file computes.
+    """Load the file's graph in a plain form that computes the same.
 
-    ModelError where the file is absent, broken, or already of another precision.
+    Constants and batch norms are folded, functions inlined, every node has a unique name, and every tensor's type is
+    known. ModelError if the file is absent, broken, or already in another precision.
     """
     check_onnx_file(path)
     try:
@@ -42,14 +42,14 @@ def load_float(path: Path) -> onnx.ModelProto:
         onnx.checker.check_model(proto)
         proto = onnx.inliner.inline_local_functions(proto)
     except (onnx.checker.ValidationError, ValueError) as error:
-        raise ModelError(f"{path}: is no valid ONNX file ({first_line(error)}); export the model again") from error
+        raise ModelError(f"{path}: not a valid ONNX file ({first_line(error)}); export the model again") from error
     if any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in proto.graph.node):
         raise ModelError(f"{path}: is quantised already; convert the fp32 file it was made from")
     if any(weight.data_type == HALF for weight in proto.graph.initializer):
         raise ModelError(f"{path}: holds half-precision weights already; convert the fp32 file it was made from")
     if proto.ByteSize() > _MAX_BYTES:
         raise ModelError(
-            f"{path}: takes {proto.ByteSize() / 1e9:.2f} GB and a graph that is worked on holds {_MAX_BYTES / 1e9} GB; "
+            f"{path}: takes {proto.ByteSize() / 1e9:.2f} GB, and a graph to convert may take {_MAX_BYTES / 1e9} GB; "
             "ask for a smaller network with budget.params"
         )
     metadata = list(proto.metadata_props)
@@ -64,7 +64,7 @@ def load_float(path: Path) -> onnx.ModelProto:
 
 
 def _drop_weight_inputs(graph: onnx.GraphProto) -> None:
-    """Old files list their weights among the inputs, as defaults; then nothing may be folded or take their place."""
+    """Remove weights from the inputs: old files list them there as defaults, which forbids folding and replacing."""
     weights = {weight.name for weight in graph.initializer}
     for value in [value for value in graph.input if value.name in weights]:
         graph.input.remove(value)
@@ -87,7 +87,7 @@ def subgraphs(node: onnx.NodeProto) -> list[onnx.GraphProto]:
 
 
 def opset_of(proto: onnx.ModelProto) -> int:
-    """The version of ONNX's own operators."""
+    """The version of ONNX's own operators that the graph uses."""
     return next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), 0)
 
 
@@ -105,7 +105,7 @@ def copy_of(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def feeds_of(batches: Iterable[Batch], proto: onnx.ModelProto) -> list[Feed]:
-    """The batches as named arrays; DataError without a sample, or where they lack an input."""
+    """The batches as named arrays; DataError if there is no sample, or an input is missing."""
     names = [value.name for value in proto.graph.input]
     inputs = [feed(inputs, names) for inputs, _ in batches]
     if num_samples_of(inputs) == 0:
@@ -114,7 +114,7 @@ def feeds_of(batches: Iterable[Batch], proto: onnx.ModelProto) -> list[Feed]:
 
 
 def take_feeds(inputs: Sequence[Feed], count: int, start: int = 0) -> list[Feed]:
-    """The `count` samples from `start` on, in their own batches; fewer where there are fewer."""
+    """The `count` samples from `start` on, in their own batches; fewer if there are fewer."""
     taken, seen = [], 0
     for batch in inputs:
         size = num_samples_of([batch])
@@ -134,8 +134,7 @@ def num_samples_of(inputs: Sequence[Feed]) -> int:
 
 
 def run_file(path: Path, inputs: Sequence[Feed]) -> Outputs:
-    """A file's outputs on the CPU, in onnxruntime; DataError where the inputs do not fit it or the outputs are not
-    finite."""
+    """Run a file on the CPU, in onnxruntime; DataError if the inputs do not fit, or the outputs are not finite."""
     with OnnxRuntime().open(path, num_threads=torch.get_num_threads()) as session:
         outputs = [session.run(batch) for batch in inputs]
         names = session.output_names
@@ -147,27 +146,29 @@ def run_file(path: Path, inputs: Sequence[Feed]) -> Outputs:
 
 
 def compare_file(path: Path, inputs: Sequence[Feed], expected: Outputs, *, is_plain: bool = False) -> Parity:
-    """How far a candidate's outputs are from `expected`; NaN errors where they are not finite. is_plain: computed in
-    float between the roundings, not by this machine's 8-bit kernels."""
+    """Compare a candidate's outputs with `expected`; errors are NaN if the outputs are not finite.
+
+    is_plain: compute in float between the roundings, not with this machine's 8-bit kernels.
+    """
     with OnnxRuntime(is_plain=is_plain).open(path, num_threads=torch.get_num_threads()) as session:
         return _difference(expected, [session.run(batch) for batch in inputs])
 
 
 def compare_graph(proto: onnx.ModelProto, inputs: Sequence[Feed], expected: Outputs, path: Path) -> Parity:
-    """As `compare_file`, every node run as it stands; errors name `path`, which the graph was made from."""
+    """As `compare_file`, without any optimisation of the graph. Errors name `path`, which the graph was made from."""
     session = open_graph(proto, session_options(onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL), path)
     return _difference(expected, [_run(session, None, batch, path) for batch in inputs])
 
 
 def _difference(expected: Outputs, seen: Outputs) -> Parity:
-    with np.errstate(invalid="ignore", over="ignore"):  # candidates may be infinite; the figures tell it
+    with np.errstate(invalid="ignore", over="ignore"):  # candidates may be infinite; the figures show it
         return difference(expected, seen)
 
 
 def read_tensors(
     proto: onnx.ModelProto, names: Sequence[str], inputs: Sequence[Feed], path: Path
 ) -> Iterator[dict[str, Array]]:
-    """Inner tensors of the graph by name, a few samples at a time: as many as 256 MiB hold."""
+    """Read inner tensors of the graph by name, a few samples at a time: as many as fit into 256 MiB."""
     typed = {value.name: value for value in (*proto.graph.value_info, *proto.graph.input)}
     probe = copy_of(proto)
     present = {value.name for value in proto.graph.output}
@@ -194,9 +195,9 @@ def _run(session: Any, names: list[str] | None, inputs: Feed, path: Path) -> lis
 
 
 def fewest(order: Sequence[str], holds: Callable[[frozenset[str]], bool]) -> frozenset[str]:
-    """The shortest beginning of `order` with which `holds` is true; all of it where none shorter does.
+    """The shortest prefix of `order` for which `holds` is true; all of `order` if there is none.
 
-    By bisection: `holds` is called about log2(len(order)) times, and should not become false as more are added.
+    By bisection: `holds` is called about log2(len(order)) times, and should not become false for longer prefixes.
     """
     low, high = 0, len(order)
     while low < high:
@@ -209,7 +210,7 @@ def fewest(order: Sequence[str], holds: Callable[[frozenset[str]], bool]) -> fro
 
 
 def write(proto: onnx.ModelProto, path: Path, precision: str) -> None:
-    """The graph as a file that says its precision. The same graph gives the same bytes."""
+    """Write the graph to a file with its precision in the metadata. The same graph gives the same bytes."""
     final = copy_of(proto)
     del final.graph.value_info[:]
     metadata = {entry.key: entry.value for entry in final.metadata_props} | {f"{PREFIX}precision": precision}
@@ -219,7 +220,7 @@ def write(proto: onnx.ModelProto, path: Path, precision: str) -> None:
 
 
 def place(part: Path, out: Path, proto: onnx.ModelProto, precision: str, parity: Parity) -> ModelFile:
-    """Move a finished file to `out`, and its record; `parity` is against the fp32 file."""
+    """Move a finished file to `out`, and return its record. parity: against the fp32 file."""
     part.replace(out)
     return ModelFile(
         path=out.name,

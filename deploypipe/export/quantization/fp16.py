@@ -1,11 +1,11 @@
-"""An fp32 ONNX file to half precision: all of it, but for the nodes that a measured error says must stay float.
+"""Convert an fp32 ONNX file to half precision, except for the nodes whose measured error is too large.
 
-The errors are those of a graph that rounds every half-precision tensor where it is made, run in float32. The converted
-file itself would not show them on a CPU: onnxruntime computes it in float32 and drops the casts between its nodes, so
-that a product of 1e6, infinite on a GPU, passes unnoticed.
+Errors are those of an emulation in float32: a graph that rounds every half-precision tensor where it is computed. The
+converted file itself would not show them on a CPU. onnxruntime computes it in float32 and drops the casts between its
+nodes, so a product of 1e6, infinite on a GPU, goes unnoticed.
 
-The conversion is our own, since onnxruntime.transformers.float16 (1.31) hands a tensor from one float node to the next
-through half precision, and makes invalid graphs of nodes kept float within an If. Control flow stays float here.
+The conversion is our own, since onnxruntime.transformers.float16 (1.31) passes tensors between float nodes through half
+precision, and makes invalid graphs of nodes kept float inside an If. Control flow stays float here.
 """
 
 import time
@@ -51,11 +51,12 @@ _LARGEST = float(np.finfo(np.float16).max)
 def to_fp16(source: Path, out: Path, batches: Iterable[Batch], settings: Export) -> Converted:
     """Write `source`, an fp32 file, to `out` in half precision; its inputs and outputs stay fp32.
 
-    Nodes stay float where ONNX has no half precision for them, and, in order of their own errors, the fewest with which
-    the outputs are within `settings.max_abs_error_fp16` of the fp32 file's. The same inputs give the same bytes.
+    Nodes stay float if ONNX has no half precision for them. Others stay float in the order of their own errors, as few
+    as are needed to keep the outputs within `settings.max_abs_error_fp16` of the fp32 file's. The same inputs give the
+    same bytes.
 
     Raises ModelError for a file that is broken or of another precision, DataError for samples that do not fit it,
-    ParityError where nothing can be half. Nothing is left at `out` then that was not there before.
+    ParityError if nothing can be half. After an error, nothing is left at `out` that was not there before.
     """
     started = time.perf_counter()
     proto = load_float(source)
@@ -78,7 +79,7 @@ def to_fp16(source: Path, out: Path, batches: Iterable[Batch], settings: Export)
         reasons = {name: f"error {errors[name]:.3g} of its own output in half precision" for name in kept}
     if len(kept) == len(nodes):
         raise ParityError(
-            f"{source}: nothing of it can be in half precision with an error of {limit:.3g} or less; "
+            f"{source}: no node of it can be in half precision with an error of {limit:.3g} or less; "
             "use fp32, or raise export.max_abs_error_fp16"
         )
     emulated = _convert(proto, kinds, kept, is_emulated=True)
@@ -87,7 +88,7 @@ def to_fp16(source: Path, out: Path, batches: Iterable[Batch], settings: Export)
     with scratch_folder(out) as scratch:
         part = scratch / out.name
         write(converted, part, "fp16")
-        # That it loads and runs, node by node; what it computes on a CPU says less.
+        # Check that it loads and runs, node by node. Its outputs on a CPU prove nothing.
         compare_graph(converted, inputs, expected, source)
         file = place(part, out, converted, "fp16", parity)
     unsupported = {name: kind.why_not for name, kind in kinds.items() if kind.why_not}
@@ -106,7 +107,7 @@ def to_fp16(source: Path, out: Path, batches: Iterable[Batch], settings: Export)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Kind:
-    """What half precision does to one node: which inputs it reads so, and which outputs it then gives so."""
+    """The inputs that a node can read in half precision, and the outputs that it then writes in half precision."""
 
     inputs: tuple[int, ...] = ()
     outputs: tuple[int, ...] = ()
@@ -116,13 +117,13 @@ class _Kind:
 def _kind_of(node: onnx.NodeProto, types: Mapping[str, int], opset: int) -> _Kind:
     floats = [i for i, name in enumerate(node.input) if types.get(name) == FLOAT]
     if subgraphs(node):
-        return _Kind(why_not=f"{node.op_type}: what it runs stays float")
+        return _Kind(why_not=f"{node.op_type}: its subgraphs stay float")
     if not floats:
         return _Kind()
     try:
         schema = onnx.defs.get_schema(node.op_type, opset, node.domain)
     except onnx.defs.SchemaError:
-        return _Kind(why_not=f"{node.op_type} is no operator of ONNX, so its types are not known")
+        return _Kind(why_not=f"{node.op_type} is not an operator of ONNX, so its types are not known")
     allowed = {c.type_param_str for c in schema.type_constraints if "tensor(float16)" in c.allowed_type_strs}
 
     inputs = tuple(i for i in floats if _type_name(schema.inputs, i) in allowed)
@@ -136,16 +137,16 @@ def _kind_of(node: onnx.NodeProto, types: Mapping[str, int], opset: int) -> _Kin
 
 
 def _type_name(parameters: Any, i: int) -> str:
-    """Of the i-th input or output of an operator; the last one that is named may stand for many."""
+    """The type of an operator's i-th input or output; the last parameter may be variadic."""
     return str(parameters[min(i, len(parameters) - 1)].type_str)
 
 
 def _convert(
     proto: onnx.ModelProto, kinds: Mapping[str, _Kind], kept: frozenset[str], *, is_emulated: bool
 ) -> onnx.ModelProto:
-    """The graph with all nodes in half precision but `kept`; a tensor's half-precision version is `NAME.half`.
+    """Convert all nodes but `kept` to half precision; a tensor's half-precision version is `NAME.half`.
 
-    Emulated, it is a float32 graph whose tensors `NAME.half` are rounded to half precision.
+    is_emulated: return a float32 graph whose tensors `NAME.half` are rounded to half precision.
     """
     converted = copy_of(proto)
     graph = converted.graph
@@ -190,14 +191,14 @@ def _convert(
 
 
 def _drop_unread(graph: onnx.GraphProto, needed: set[str]) -> None:
-    """Remove the weights that nothing reads any more; `needed` are read by what is no input of a node."""
+    """Remove the weights that nothing reads. needed: tensors that subgraphs or the graph's outputs read."""
     read = needed | {name for node in graph.node for name in node.input}
     for weight in [weight for weight in graph.initializer if weight.name not in read]:
         graph.initializer.remove(weight)
 
 
 def _float_readers(proto: onnx.ModelProto, kinds: Mapping[str, _Kind], kept: frozenset[str]) -> set[str]:
-    """The tensors that something reads in float: a node that stays so, what a subgraph sees, the graph's outputs."""
+    """The tensors that are read in float: by a node that stays float, by a subgraph, or as the graph's outputs."""
     needed = {value.name for value in proto.graph.output}
     for node in proto.graph.node:
         as_half = () if node.name in kept else kinds[node.name].inputs
@@ -217,7 +218,7 @@ def _names_read(graph: onnx.GraphProto) -> set[str]:
 
 
 def _half_weight(weight: onnx.TensorProto, name: str, is_emulated: bool) -> onnx.TensorProto:
-    """Rounded; finite values too large for half precision become its largest."""
+    """The weight rounded to half precision; finite values that are too large become the largest one."""
     values: Array = numpy_helper.to_array(weight)
     within = np.where(np.isfinite(values), np.clip(values, -_LARGEST, _LARGEST), values).astype(np.float16)
     return numpy_helper.from_array(within.astype(np.float32) if is_emulated else within, name)
@@ -228,7 +229,7 @@ def _cast(source: str, target: str, to: int) -> onnx.NodeProto:
 
 
 def _rounded(source: str, target: str) -> list[onnx.NodeProto]:
-    """Float to half precision and back."""
+    """Two nodes that cast float to half precision and back."""
     between = f"{target}.16"
     return [_cast(source, between, HALF), _cast(between, target, FLOAT)]
 
@@ -236,8 +237,10 @@ def _rounded(source: str, target: str) -> list[onnx.NodeProto]:
 def _own_errors(
     proto: onnx.ModelProto, kinds: Mapping[str, _Kind], names: Sequence[str], inputs: Sequence[Feed], path: Path
 ) -> dict[str, float]:
-    """By node: the largest error of its outputs, relative to their largest magnitude, when it alone is in half
-    precision. In one pass: beside each node of the float graph runs a twin that reads the same tensors rounded."""
+    """By node: the largest error of its outputs, relative to their largest magnitude, if it alone is in half precision.
+
+    All in one pass: next to each node of the float graph runs a twin that reads the same tensors rounded.
+    """
     probe = copy_of(proto)
     weights = {weight.name: weight for weight in proto.graph.initializer}
     rounded: set[str] = set()
@@ -280,7 +283,7 @@ def _own_errors(
 
 
 def _relative_error(want: Array, got: Array) -> float:
-    """Of numbers that are no floats, the share that differs."""
+    """The relative error; for values other than floats, the share that differs."""
     differs = want != got
     if want.dtype.kind != "f":
         return float(differs.mean()) if differs.size else 0.0

@@ -1,6 +1,6 @@
-"""An fp32 ONNX file to 8-bit integers, by the recipe of the runtime it is for, as good as is asked or not at all.
+"""Convert an fp32 ONNX file to 8-bit integers, by the recipe of its runtime; within the limits of error, or not at all.
 
-Which layers, which ranges and which biases is decided by what they measure on samples that were not calibrated with.
+Errors measured on samples that were not used for calibration decide on layers, ranges and biases.
 """
 
 import time
@@ -44,7 +44,7 @@ Compare: TypeAlias = Callable[[Path, Sequence[Feed], Outputs], Parity]
 Quantise: TypeAlias = Callable[[Sequence[str]], onnx.ModelProto]  # layers in 8 bits -> the graph
 
 _MIN_OPSET = 13  # QuantizeLinear with a scale per channel
-_ENOUGH_SAMPLES = 500  # for ranges; with fewer a note says so
+_ENOUGH_SAMPLES = 500  # for ranges; with fewer the record has a note
 _NUM_HELD_OUT = 128  # samples that errors are measured on
 _NUM_RANKED_ON = 32  # samples that one layer's error is measured on
 _TINY = 1e-9
@@ -60,8 +60,8 @@ def to_int8(
 ) -> Converted:
     """Write `source`, an fp32 file, to `out` with convolutions and products in 8 bits, for `kernels`.
 
-    Errors are measured by this machine's own 8-bit kernels, or in float between the roundings where those compute
-    something else than `kernels`. `measure_accuracy` has to do the same.
+    Errors are measured with this machine's own 8-bit kernels, or in float between the roundings if these kernels
+    compute something else than `kernels`. `measure_accuracy` must do the same.
 
     batches: the first `settings.int8.num_calib_samples` samples give the ranges. The next 128 measure errors (a quarter
     of all samples if there are fewer). `measure_accuracy(path)` returns a file's mean metric on other samples, higher =
@@ -94,7 +94,7 @@ def to_int8(
             rounded = quantise(proto, layers, ranges, recipe)
             moved = with_corrected_biases(proto, rounded, layers, histograms)
             trial = trials.measure(quantise(moved, layers, ranges, recipe))
-            if trials.best({"as they are": tried[method], "corrected": trial}) == "corrected":
+            if trials.best({"unchanged": tried[method], "corrected": trial}) == "corrected":
                 graph = moved
 
         def build(chosen: Sequence[str]) -> onnx.ModelProto:
@@ -105,7 +105,7 @@ def to_int8(
         seen = trials.measure(final)
         file = place(trials.path, out, final, "int8", seen.parity)
     count = num_samples_of(inputs)
-    few = f"calibrated with {count} samples; ranges want {_ENOUGH_SAMPLES} or more: give more as `calib`"
+    few = f"calibrated with {count} samples; ranges need at least {_ENOUGH_SAMPLES}: return more as `calib`"
     return Converted(
         file=file,
         num_layers=len(layers) + len(refused),
@@ -134,8 +134,11 @@ def to_int8(
 def quantize_for_timing(
     source: Path, out: Path, batches: Iterable[Batch], kernels: Int8Kernels, kept_float: Collection[str]
 ) -> None:
-    """Write a file that takes as long as `to_int8`'s where it leaves the layers `kept_float` in float, in a fraction of
-    the time and with nobody looking at its outputs: for a search, which times many. Raises as `to_int8`."""
+    """Write an int8 file for timing only: fast, and its outputs are not checked.
+
+    It runs as long as the file of `to_int8` with the layers `kept_float` in float. A search times many such files.
+    Raises as `to_int8`.
+    """
     recipe = find_recipe(kernels)
     proto = load_float(source)
     refused = {node.name for node in proto.graph.node if why_not(node, proto)}
@@ -147,7 +150,7 @@ def quantize_for_timing(
 def _require_layers(proto: onnx.ModelProto, layers: Sequence[str], refused: Mapping[str, str], source: Path) -> None:
     if opset_of(proto) < _MIN_OPSET:
         raise ModelError(
-            f"{source}: opset {opset_of(proto)} has no 8 bits per channel; export it with export.opset = "
+            f"{source}: opset {opset_of(proto)} has no 8-bit scales per channel; export it with export.opset = "
             f"{_MIN_OPSET} or more"
         )
     if not layers:
@@ -156,7 +159,7 @@ def _require_layers(proto: onnx.ModelProto, layers: Sequence[str], refused: Mapp
 
 
 def _split(inputs: list[Feed], num_calib: int) -> tuple[list[Feed], list[Feed]]:
-    """Samples to calibrate with, and others to measure errors on; the same one twice where there is only one."""
+    """Samples to calibrate with, and others to measure errors on; the same one twice if there is only one."""
     total = num_samples_of(inputs)
     if total <= num_calib:
         num_calib = max(1, total - max(1, total // 4))
@@ -175,7 +178,7 @@ class _Seen:
 
 
 class _Trials:
-    """Where candidates are measured, one after another at one path."""
+    """Measures candidates, one after another, at one path."""
 
     def __init__(
         self,
@@ -200,7 +203,7 @@ class _Trials:
         return _Seen(parity=parity, accuracy=accuracy)
 
     def best(self, tried: Mapping[Name, _Seen]) -> Name:
-        """Of those whose accuracy is as good as the best's, but for the noise, the one of least error."""
+        """The candidate of smallest error, among those whose accuracy equals the best one's within the noise."""
         accuracies = {name: -np.inf if seen.accuracy is None else seen.accuracy for name, seen in tried.items()}
         noise = self.settings.int8.max_drop_pp / 200
         good = [name for name in tried if accuracies[name] >= max(accuracies.values()) - noise]
@@ -216,7 +219,7 @@ class _Trials:
         return 100 * (self.accuracy_fp32 - seen.accuracy) <= settings.int8.max_drop_pp + _TINY
 
     def error_alone(self, graph: onnx.ModelProto) -> float:
-        """The mean error of the outputs on a few samples."""
+        """The mean error of a graph's outputs on a few samples."""
         write(graph, self.path, "int8")
         samples = take_feeds(self.held_out, _NUM_RANKED_ON)
         pairs = zip(samples, self.expected, strict=False)
@@ -232,7 +235,7 @@ def _choose_method(
     recipe: Recipe,
     trials: _Trials,
 ) -> tuple[ClippingMethod, dict[ClippingMethod, _Seen]]:
-    """The best way to choose ranges, and what each came to, with all layers in 8 bits."""
+    """The best method to choose ranges, and the result of each, with all layers in 8 bits."""
     tried = {
         method: trials.measure(quantise(proto, layers, ranges_by(method, histograms), recipe))
         for method in trials.settings.int8.methods
@@ -241,7 +244,7 @@ def _choose_method(
 
 
 def _find_sensitive(layers: Sequence[str], build: Quantise, trials: _Trials) -> dict[str, str]:
-    """The layers that must stay float for the limits to be held, and why; ParityError where all must."""
+    """The layers that must stay float to meet the limits, with reasons; ParityError if all must."""
     everything = trials.measure(build(layers))
     if trials.holds(everything):
         return {}
@@ -263,7 +266,7 @@ def _missed(seen: _Seen, trials: _Trials) -> str:
         drop = f" and the metric {100 * (trials.accuracy_fp32 - seen.accuracy):.2f} pp lower"
     return (
         f"{trials.source}: no layer of it can be in 8 bits within the limits; with all of them the largest error is "
-        f"{seen.parity.max_abs_error:.3g}{drop}, allowed are {settings.max_abs_error_int8:.3g} and "
+        f"{seen.parity.max_abs_error:.3g}{drop}, and the limits are {settings.max_abs_error_int8:.3g} and "
         f"{settings.int8.max_drop_pp:g} pp; use fp16 or fp32, or raise export.max_abs_error_int8 or "
         "export.int8.max_drop_pp"
     )

@@ -1,5 +1,4 @@
-"""Which precision of a network ships: each that the target takes is made, judged and timed, and one that does not pay
-is dropped."""
+"""Choose the precision that ships: convert, evaluate and time each one of the target, and reject those not faster."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -40,13 +39,14 @@ def choose_precision(
 ) -> PrecisionChoice:
     """Convert the fp32 file `folder / source.path` to every other precision of the target, and choose one.
 
-    The files are written to `work`. calib: samples for ranges and errors; val: for the accuracy, which may fall by
-    `settings.int8.max_drop_pp`. runtime: that of the target, to time with on `target.num_latency_samples` runs; None
-    where this machine cannot, and then the first of `target.precisions` that holds its limits is chosen. as_opened:
-    what the runtime opens of an ONNX file (an engine). Otherwise the choice is the fastest; one whose interval does
-    not lie below the time of fp32 does not pay.
+    The files are written to `work`. calib: samples for ranges and errors. val: for the accuracy, which may fall by
+    `settings.int8.max_drop_pp`. as_opened: what the runtime opens for an ONNX file, for example an engine. runtime: the
+    target's, for timing with `target.num_latency_samples` runs; None if this machine cannot time.
 
-    Raises ParityError where no precision of the target holds its limits, ModelError and DataError as the conversions.
+    With a runtime the fastest precision is chosen; one whose interval does not lie below the time of fp32 is not
+    considered. Without it, the first of `target.precisions` that is within its limits is chosen.
+
+    Raises ParityError if no precision of the target is within its limits; ModelError and DataError as the conversions.
     """
     path = folder / source.path
     kernels = kernels_of(target)
@@ -62,8 +62,10 @@ def choose_precision(
         rows.append(_convert(precision, path, out, calib, measure_accuracy, target, settings))
     good = {row.precision: row.file for row in rows if row.file}
     if not set(good) & set(target.precisions):
-        told = "; ".join(f"{row.precision}: {row.reason}" for row in rows if row.reason)
-        raise ParityError(f"no precision of the target holds its limits ({told}); add 'fp32' to target.precisions")
+        reasons = "; ".join(f"{row.precision}: {row.reason}" for row in rows if row.reason)
+        raise ParityError(
+            f"no precision of the target is within its limits ({reasons}); add 'fp32' to target.precisions"
+        )
     ratios: dict[str, Interval] = {}
     doubts: tuple[str, ...] = ()
     if runtime and len(good) > 1:
@@ -80,14 +82,14 @@ def choose_precision(
 def decide_precision(allowed: Sequence[Precision], ratios: Mapping[str, Interval]) -> tuple[Precision, str]:
     """The precision that ships, and why. allowed: in the target's order; ratios: of latency to that of fp32."""
     if len(allowed) == 1:
-        return allowed[0], "the only one of the target that holds its limits"
+        return allowed[0], "the only one of the target that is within its limits"
     if not ratios:
-        return allowed[0], "the first of target.precisions that holds its limits: nothing was timed on this machine"
+        return allowed[0], "the first of target.precisions within its limits: nothing was timed on this machine"
     paying = [name for name in allowed if name != "fp32" and ratios[name].high < 1]
     if not paying and "fp32" in allowed:
         return "fp32", "no other precision is faster"
     fastest = min(paying or allowed, key=lambda name: ratios[name].value)
-    return fastest, f"the fastest that holds its limits, {ratios[fastest].value:.3f} times the latency of fp32"
+    return fastest, f"the fastest within its limits, {ratios[fastest].value:.3f} times the latency of fp32"
 
 
 def _convert(
@@ -111,13 +113,16 @@ def _convert(
     row = _row(replace(converted, accuracy_fp32=before, accuracy=after))
     drop_pp = 100 * (before - after)
     if drop_pp > settings.int8.max_drop_pp:
-        reason = f"its accuracy on val is {drop_pp:.2f} points lower; export.int8.max_drop_pp allows less"
+        reason = (
+            f"its accuracy on val is {drop_pp:.2f} points lower; export.int8.max_drop_pp is "
+            f"{settings.int8.max_drop_pp:g}"
+        )
         return replace(row, file=None, reason=reason)
     return row
 
 
 def _trouble(converted: Converted, path: Path, calib: Sequence[Batch], target: Target) -> str:
-    """What happens when onnxruntime loads and runs the file in a child; "" where that goes well."""
+    """Load and run the file with onnxruntime in a child process. Return the error, or ""."""
     inputs = first_batch(calib, converted.file.input_names, 1)
     try:
         run_child("memory_child.py", path, inputs, target, repeats=1, what="run")
@@ -133,7 +138,7 @@ def _row(converted: Converted) -> PrecisionRow:
 def _time(
     files: Mapping[str, Path], inputs: Mapping[str, Array], runtime: Runtime, target: Target
 ) -> tuple[dict[str, Interval], tuple[str, ...]]:
-    """Ratios of latency to that of fp32, and why they should be doubted."""
+    """Time the files. Return each latency as a share of fp32's, and reasons to doubt the measurement."""
     timings = time_interleaved(list(files.values()), inputs, runtime, target)
     samples = dict(zip(files, timings.samples, strict=True))
     ratios = {

@@ -1,4 +1,4 @@
-"""Graphs with QuantizeLinear/DequantizeLinear pairs as each runtime wants them, by onnxruntime's quantiser."""
+"""Insert QuantizeLinear/DequantizeLinear pairs as each runtime needs them, with onnxruntime's quantiser."""
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,14 +26,14 @@ _DEQUANTISED = "_DequantizeLinear_Output"  # what the quantiser appends to a ten
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
-    """What one runtime turns into integer kernels. Weights are signed, symmetric, with one scale per output channel."""
+    """How one runtime wants its 8-bit graphs. Weights are signed, symmetric, with one scale per output channel."""
 
     is_symmetric: bool  # activations: signed with zero point 0; else unsigned with any zero point
     has_integer_bias: bool
-    rounds_outputs_of: tuple[str, ...]  # layers whose outputs are 8 bits too, whoever reads them
-    followers: tuple[str, ...]  # run in 8 bits where all they read is held so
-    leaves_others: bool  # whether readers that are not in 8 bits get the float tensor, where there is one
-    weights_have_7_bits: bool = False  # so that no sum of two products leaves 16 bits (`runtimes.int8_kernels`)
+    rounds_outputs_of: tuple[str, ...]  # layers whose outputs are in 8 bits too, whatever reads them
+    followers: tuple[str, ...]  # operators that run in 8 bits if all their inputs are in 8 bits
+    leaves_others: bool  # readers that are not in 8 bits get the float tensor, if there is one
+    weights_have_7_bits: bool = False  # so that a sum of two products fits into 16 bits (`runtimes.int8_arithmetic`)
 
 
 # onnxruntime: chosen by time on an AVX-512 VNNI CPU (EPYC), batch 1, one thread, as a share of the fp32 time (constants
@@ -41,9 +41,9 @@ class Recipe:
 # integer kernel then), symmetric 1.45. A ViT 0.71: with the outputs of products rounded too 0.84, with products of two
 # activations 0.82, with all readers on rounded tensors 0.75, symmetric 1.23. On x86 without VNNI the weights
 # get 7 bits (`find_recipe`).
-# TensorRT: symmetric only, biases float, and pairs before layers only, so that it can fuse what follows one; all
-# readers of a tensor get the rounded one, as an Add must that is to be fused with the Conv before it (NVIDIA, "Working
-# with Quantized Types"). Not timed: there was no GPU.
+# TensorRT: symmetric only, biases in float, and pairs before layers only, so that TensorRT can fuse what follows a
+# layer. All readers of a tensor get the rounded one: an Add needs it to be fused with the Conv before it (NVIDIA,
+# "Working with Quantized Types"). Not timed: there was no GPU.
 _TENSORRT = Recipe(is_symmetric=True, has_integer_bias=False, rounds_outputs_of=(), followers=(), leaves_others=False)
 RECIPES: dict[str, Recipe] = {
     "onnxruntime": Recipe(
@@ -62,20 +62,20 @@ RECIPES: dict[str, Recipe] = {
 
 
 def find_recipe(kernels: Int8Kernels) -> Recipe:
-    """The recipe for these kernels; ModelError where there is none."""
+    """The recipe for these kernels; ModelError if there is none."""
     if kernels.runtime not in RECIPES:
         raise ModelError(
-            f"there is no way to 8 bits for the runtime {kernels.runtime!r}; there is one for {', '.join(RECIPES)}"
+            f"the runtime {kernels.runtime!r} has no conversion to 8 bits; those with one are {', '.join(RECIPES)}"
         )
     return replace(RECIPES[kernels.runtime], weights_have_7_bits=kernels.saturate)
 
 
 def why_not(node: onnx.NodeProto, proto: onnx.ModelProto) -> str:
-    """Why a layer, or what a node runs inside, cannot be in 8 bits; empty for the others and for all other nodes."""
+    """Why a layer, or a node's subgraphs with layers, cannot be in 8 bits; "" if they can, and for other nodes."""
     if subgraphs(node):
-        return f"{node.op_type}: what it runs stays float" if _holds_layers(node) else ""
+        return f"{node.op_type}: its subgraphs stay float" if _holds_layers(node) else ""
     if node.op_type in _OTHER_LAYERS:
-        return f"{node.op_type} is left float by all recipes"
+        return f"{node.op_type} stays float in all recipes"
     if node.op_type not in LAYERS:
         return ""
     weights = {weight.name: weight for weight in proto.graph.initializer}
@@ -96,7 +96,7 @@ def _holds_layers(node: onnx.NodeProto) -> bool:
 
 
 def channel_axes(proto: onnx.ModelProto, layers: Iterable[str], recipe: Recipe) -> dict[str, int]:
-    """The tensors that need ranges where `layers` are in 8 bits: axis 1 for what a convolution reads, -1 for others."""
+    """The tensors that need ranges if `layers` are in 8 bits -> axis of the channels: 1 for a convolution, else -1."""
     chosen = _choose_nodes(proto, layers, recipe)
     types, weights = types_of(proto.graph), {weight.name for weight in proto.graph.initializer}
     axes: dict[str, int] = {}
@@ -110,7 +110,7 @@ def channel_axes(proto: onnx.ModelProto, layers: Iterable[str], recipe: Recipe) 
 
 
 def _choose_nodes(proto: onnx.ModelProto, layers: Iterable[str], recipe: Recipe) -> dict[str, bool]:
-    """The nodes that run in 8 bits, and whether their outputs are held so: `layers`, and what follows them."""
+    """The nodes that run in 8 bits (`layers` and followers) -> whether their outputs are in 8 bits too."""
     wanted, weights = set(layers), {weight.name for weight in proto.graph.initializer}
     types = types_of(proto.graph)
     held: set[str] = set()
@@ -129,7 +129,7 @@ def _choose_nodes(proto: onnx.ModelProto, layers: Iterable[str], recipe: Recipe)
 def quantise(
     proto: onnx.ModelProto, layers: Iterable[str], ranges: Mapping[str, Range], recipe: Recipe
 ) -> onnx.ModelProto:
-    """The graph with `layers` in 8 bits, and what follows them."""
+    """Convert `layers` and their followers to 8 bits."""
     chosen = _choose_nodes(proto, layers, recipe)
     needed = channel_axes(proto, layers, recipe)
     data = {n: (np.array(ranges[n][0], np.float32), np.array(ranges[n][1], np.float32)) for n in sorted(needed)}
@@ -164,7 +164,7 @@ def quantise(
 
 
 def _reconnect_floats(quantised: onnx.ModelProto, proto: onnx.ModelProto, chosen: Mapping[str, bool]) -> None:
-    """Let nodes that are not in 8 bits read the tensors they read before, unless those exist in 8 bits only."""
+    """Let nodes that are not in 8 bits read the original float tensors, unless these exist in 8 bits only."""
     held = {name for node in proto.graph.node if chosen.get(node.name) for name in node.output}
     weights = {weight.name: weight for weight in proto.graph.initializer}
     present = {weight.name for weight in quantised.graph.initializer}
@@ -183,7 +183,7 @@ def _reconnect_floats(quantised: onnx.ModelProto, proto: onnx.ModelProto, chosen
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """onnxruntime's quantiser logs to the root logger what it does to ranges; what matters of it is measured."""
+    """Silence onnxruntime's quantiser, which logs its changes of ranges to the root logger."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

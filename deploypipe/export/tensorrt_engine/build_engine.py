@@ -1,7 +1,7 @@
-"""A TensorRT engine from an ONNX file: TensorRT 10.x, 11.x and TensorRT-RTX by one path, in a process of its own.
+"""Build a TensorRT engine from an ONNX file, in a process of its own: for TensorRT 10.x, 11.x and TensorRT-RTX.
 
-The precision is the file's: half-precision weights, Q/DQ nodes. Where the library's networks are not strongly typed
-(10.x) the builder is given the flags that let it obey the file, and no others.
+The file decides the precision: half-precision weights, Q/DQ nodes. If the library's networks are not strongly typed
+(10.x), the builder gets the flags that let it follow the file, and no others.
 """
 
 import json
@@ -42,7 +42,7 @@ _LAYER = re.compile(r"^Name: (.*?), LayerType: (.*?), Inputs: (.*)$")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Job:
-    """What the child is told."""
+    """What the child is to build."""
 
     runtime: str
     onnx: str
@@ -61,9 +61,10 @@ def build_engine(onnx_path: Path, target: Target, folder: Path) -> EngineFile:
     Leaves NAME.engine, NAME.engine.json (the record that is returned; without it an engine is not loaded) and
     NAME.engine.log, after the ONNX file's own NAME; a failed build leaves the log alone.
 
-    Raises RuntimeUnavailableError where the library is not there or needs a GPU that is not, ConfigError where the
-    target lacks a dynamic axis or names a compute capability the library has not, ModelError where the file cannot be
-    built: with the node at fault and its operator; in files of `export_onnx` a node is called after its layer.
+    Raises RuntimeUnavailableError if the library is missing, or needs a GPU that is missing; ConfigError if the target
+    lacks a dynamic axis, or names a compute capability that the library does not know; ModelError if the file cannot
+    be built. That error names the node at fault and its operator; in files of `export_onnx` a node is named after its
+    layer.
     """
     _, library = load_library(target.runtime)
     machine = this_machine()
@@ -117,7 +118,7 @@ def build_engine(onnx_path: Path, target: Target, folder: Path) -> EngineFile:
 
 
 def runnable(path: Path, target: Target) -> Path:
-    """What the target's runtime opens: the ONNX file itself, or an engine that is built from it beside it."""
+    """What the target's runtime opens: the ONNX file itself, or an engine that is built next to it."""
     if not is_built(target):
         return path
     engine = path.with_suffix(SUFFIX)
@@ -125,17 +126,17 @@ def runnable(path: Path, target: Target) -> Path:
 
 
 def is_built(target: Target) -> bool:
-    """Whether the target's runtime takes engines and no ONNX files."""
+    """Whether the target's runtime opens engines instead of ONNX files."""
     return target.runtime in ("tensorrt", "tensorrt-rtx")
 
 
 def as_model_file(file: ModelFile, engine: EngineFile) -> ModelFile:
-    """The engine as the file that is measured: its own path, hash and size; the rest is the ONNX file's."""
+    """The record of the engine as the measured file: its own path, hash and size, else the ONNX file's fields."""
     return replace(file, path=engine.path, sha256=engine.sha256, size_bytes=engine.size_bytes, data=())
 
 
 def place_engine(source: Path, folder: Path, name: str) -> None:
-    """Give an engine and its log a second, stable name, and write the record that fits it."""
+    """Place an engine and its log in `folder` under a stable name, with a record that fits."""
     record = load_record(source)
     log = f"{name}.log"
     place_file(source, folder / name)
@@ -143,7 +144,7 @@ def place_engine(source: Path, folder: Path, name: str) -> None:
     write_atomically(record_path(folder / name), to_json(replace(record, path=name, log=log)).encode())
 
 
-# --- what goes in -----------------------------------------------------------------------------------------------------
+# --- inputs of a build ------------------------------------------------------------------------------------------------
 
 
 def stored_precisions(proto: onnx.ModelProto) -> tuple[Precision, ...]:
@@ -161,7 +162,7 @@ def stored_precisions(proto: onnx.ModelProto) -> tuple[Precision, ...]:
 def make_profile(proto: onnx.ModelProto, target: Target) -> Profile:
     """(least, usual, most) shape of every input that has a dynamic axis.
 
-    Axis 0 is the batch. Any other takes its range from the target by the axis' name; ConfigError where it has none.
+    Axis 0 is the batch. Any other axis takes its range from the target, by its name; ConfigError if there is none.
     """
     weights = {tensor.name for tensor in proto.graph.initializer}
     profile: Profile = {}
@@ -192,31 +193,32 @@ def _range(name: str, axis: int, dim: Any, target: Target) -> tuple[int, int, in
 
 
 def _capabilities(target: Target, library: Library, machine: Machine) -> Names:
-    """What the engine is for: what the target names, ahead of time; else the GPU here."""
+    """The compute capabilities to build for: those that the target names, if the library builds ahead of time; else
+    that of the GPU here."""
     if library.ahead_of_time and target.compute_capabilities:
         for capability in target.compute_capabilities:
             if capability not in library.ahead_of_time:
                 raise ConfigError(
                     f"target {target.name!r}" if target.name else "target",
                     "compute_capabilities",
-                    f"{target.runtime} builds nothing for {capability}",
+                    f"{target.runtime} cannot build for {capability}",
                     f"write some of {', '.join(library.ahead_of_time)}, or use runtime = 'tensorrt'",
                 )
         return target.compute_capabilities
     if machine.gpus:
         return (machine.gpus[0].compute_capability,)
     remedy = "name compute_capabilities in the target" if library.ahead_of_time else "build it on the device itself"
-    raise RuntimeUnavailableError(f"{target.runtime} builds for the GPU at hand, and none is usable here; {remedy}")
+    raise RuntimeUnavailableError(f"{target.runtime} builds for a local GPU, and none is usable here; {remedy}")
 
 
 def _read(path: Path) -> onnx.ModelProto:
-    """The file without its external data. ModelError where it is absent, damaged, or points out of its folder."""
+    """The file without its external data. ModelError if it is absent, damaged, or points out of its folder."""
     try:
         proto = onnx.load(path, load_external_data=False)
     except FileNotFoundError:
         raise ModelError(f"{path}: there is no such file; export the model first") from None
     except DecodeError as error:
-        raise ModelError(f"{path}: is no ONNX file, or a damaged one ({error}); export the model again") from None
+        raise ModelError(f"{path}: not an ONNX file, or a damaged one ({error}); export the model again") from None
     for tensor in proto.graph.initializer:
         for entry in tensor.external_data:
             if entry.key == "location" and (Path(entry.value).is_absolute() or ".." in Path(entry.value).parts):
@@ -228,7 +230,7 @@ def _read(path: Path) -> onnx.ModelProto:
 
 
 def _timing_cache(library: Library, machine: Machine) -> Path:
-    """Kernel timings of this library's version on this device; other ones may not read it."""
+    """The file of kernel timings for this library's version and this device; others may not read it."""
     trt, _ = load_library(library.runtime)
     device = [machine.gpus[0].name, machine.gpus[0].compute_capability, machine.driver] if machine.gpus else []
     folder = cache_folder() / "timing"
@@ -240,7 +242,7 @@ def _timing_cache(library: Library, machine: Machine) -> Path:
 
 
 def _run_child(job: _Job, log: Path) -> dict[str, Any]:
-    """The child's answer. All that the library writes goes to `log`."""
+    """Run the child and return its answer. All output of the library goes to `log`."""
     root = str(Path(deploypipe.__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
     given = Path(job.answer).with_name("job.json")
@@ -256,7 +258,7 @@ def _run_child(job: _Job, log: Path) -> dict[str, Any]:
         answer: dict[str, Any] = json.loads(Path(job.answer).read_text(encoding="utf-8"))
         return answer
     if done.returncode < 0:
-        return {"error": f"the builder was ended by {signal.Signals(-done.returncode).name}; it may need more memory"}
+        return {"error": f"the builder was killed by {signal.Signals(-done.returncode).name}; it may need more memory"}
     lines = log.read_text(errors="replace").strip().splitlines()
     return {"error": lines[-1] if lines else f"the builder ended with status {done.returncode}"}
 
@@ -265,22 +267,22 @@ def _failure(path: Path, target: Target, answer: dict[str, Any], log: Path) -> s
     nodes = [node for node in answer.get("nodes", ()) if node["op"] or node["name"]]
     if not nodes:
         return f"{path}: {target.runtime} cannot build it: {answer['error']}; the whole log is {log}"
-    told = []
+    failures = []
     for node in nodes[:_NUM_NODES]:
-        reason = "it is not supported" if node["told"] in ("", "false") else node["told"]
-        told.append(f"{node['op']} {node['name']!r}: {reason}")
+        reason = "it is not supported" if node["reason"] in ("", "false") else node["reason"]
+        failures.append(f"{node['op']} {node['name']!r}: {reason}")
     more = f", and {len(nodes) - _NUM_NODES} more" if len(nodes) > _NUM_NODES else ""
     return (
-        f"{path}: {target.runtime} cannot take {'; '.join(told)}{more}; write that part of forward() with other "
+        f"{path}: {target.runtime} cannot build {'; '.join(failures)}{more}; write that part of forward() with other "
         f"operators (the whole log is {log})"
     )
 
 
-# --- what comes out ---------------------------------------------------------------------------------------------------
+# --- layers of an engine ----------------------------------------------------------------------------------------------
 
 
 def parse_layers(listing: str) -> tuple[EngineLayer, ...]:
-    """The engine inspector's one-line form, or the same listing from a builder's log."""
+    """Parse the engine inspector's one-line form, or the same listing from a builder's log."""
     return tuple(_layers(listing))
 
 

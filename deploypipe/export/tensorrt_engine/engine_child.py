@@ -1,7 +1,7 @@
-"""The process that builds an engine: `engine_child.py JOB.json` writes the engine, and what there is to tell of it.
+"""The process that builds an engine: `engine_child.py JOB.json` writes the engine and a description of it.
 
-A builder is native code that writes to the process's own output and may end it: here it ends no more than itself.
-JOB's keys are those of `engine._Job`; the answer, at the job's `answer`, has either `error` or what `main` returns.
+A builder is native code that writes to the process's output and may crash: here it crashes only this process. JOB's
+keys are those of `build_engine._Job`. The answer, at the job's `answer`, holds `error`, or what `main` returns.
 """
 
 import json
@@ -23,19 +23,19 @@ _SOURCE = re.compile(r"\s*\(?In \w[^()]*? at /\S+?:\d+\)?")
 
 
 def main(job: dict[str, Any]) -> dict[str, Any]:
-    """Build, write the engine to the job's `engine`, and describe it. `error` says why it was not built."""
+    """Build the engine, write it to the job's `engine`, and describe it. `error`: why it was not built."""
     trt, library = load_library(job["runtime"])
     log = _logger(trt)
     try:
         builder = trt.Builder(log)
     except TypeError:  # pybind11's word for a null pointer: 10.x and 11.x without a GPU
-        return {"error": _told(log.lines) or "the library makes no builder here; it needs a GPU"}
+        return {"error": _first_error(log.lines) or "the library creates no builder here; it needs a GPU"}
     network = builder.create_network(_bits(trt.NetworkDefinitionCreationFlag, library.network_flags))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(job["onnx"]):
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
-        nodes = [{"name": e.node_name(), "op": e.node_operator(), "told": _shortened(e.desc())} for e in errors]
-        return {"error": _told(log.lines) or "the file cannot be parsed", "nodes": nodes}
+        nodes = [{"name": e.node_name(), "op": e.node_operator(), "reason": _shortened(e.desc())} for e in errors]
+        return {"error": _first_error(log.lines) or "the file cannot be parsed", "nodes": nodes}
     config = builder.create_builder_config()
     if problem := _configure(trt, library, builder, config, job):
         return {"error": problem}
@@ -43,7 +43,7 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     plan = builder.build_serialized_network(network, config)
     seconds = time.perf_counter() - started
     if plan is None:
-        return {"error": _told(log.lines) or "the builder gave no reason"}
+        return {"error": _first_error(log.lines) or "the builder gave no reason"}
     content = bytes(plan)
     Path(job["engine"]).write_bytes(content)
     if job["timing_cache"]:
@@ -72,7 +72,7 @@ def _logger(trt: Any) -> Any:
 
 
 def _configure(trt: Any, library: Library, builder: Any, config: Any, job: dict[str, Any]) -> str:
-    """Apply the job; an error's text where the library refuses a part of it."""
+    """Apply the job's settings. Return an error's text if the library rejects one, else ""."""
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     for precision in job["precisions"]:
         for name in (library.precision_flags or {}).get(precision, ()):
@@ -83,7 +83,7 @@ def _configure(trt: Any, library: Library, builder: Any, config: Any, job: dict[
         config.num_compute_capabilities = len(job["compute_capabilities"])
         for i, capability in enumerate(job["compute_capabilities"]):
             if not config.set_compute_capability(trt.ComputeCapability(int(capability.replace(".", ""))), i):
-                return f"compute capability {capability} is refused"
+                return f"the library rejects compute capability {capability}"
     if job["timing_cache"]:
         path = Path(job["timing_cache"])
         config.set_timing_cache(config.create_timing_cache(path.read_bytes() if path.is_file() else b""), False)
@@ -97,12 +97,12 @@ def _add_profile(builder: Any, config: Any, shapes_of: dict[str, Any]) -> str:
     for name, shapes in shapes_of.items():
         profile.set_shape(name, *(tuple(shape) for shape in shapes))
     if config.add_optimization_profile(profile) < 0:
-        return f"the optimisation profile is refused: {shapes_of}"
+        return f"the library rejects the optimisation profile {shapes_of}"
     return ""
 
 
 def _layers(trt: Any, library: Library, log: Any, content: bytes) -> tuple[str, str]:
-    """The engine inspector's listing, one layer a line; where no GPU can load the engine, the one in the log."""
+    """(listing, source): the engine inspector's, one layer a line; if no GPU can load the engine, the log's."""
     if not library.ahead_of_time:
         engine = trt.Runtime(log).deserialize_cuda_engine(content)
         if engine is not None:
@@ -119,7 +119,7 @@ def _bits(enum: Any, names: tuple[str, ...]) -> int:
     return sum(1 << int(getattr(enum, name)) for name in names)
 
 
-def _told(lines: list[tuple[str, str]]) -> str:
+def _first_error(lines: list[tuple[str, str]]) -> str:
     """The first error that the library logged, without its source positions."""
     errors = [_shortened(message) for severity, message in lines if severity in _ERRORS]
     return errors[0] if errors else ""

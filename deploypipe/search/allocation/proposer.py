@@ -28,8 +28,8 @@ from deploypipe.search.cost_models.additive_costs import Costs, latency_costs, m
 from deploypipe.search.cost_models.latency_model import LatencyModel
 from deploypipe.search.cost_models.layer_widths import LayerWidths
 
-NUM_TIMED = 5  # networks for one trial
-UNIFORM, GREEDY = 1.0, 2.0  # of the knob "control"
+NUM_TIMED = 5  # networks timed for one trial, at most
+UNIFORM, GREEDY = 1.0, 2.0  # values of the knob "control"
 _FILLED = 0.97  # of the latency limit: closer to it, times cannot be told apart
 
 
