@@ -1,4 +1,4 @@
-"""What runs a model file on the target device. A runtime is one file with a `Session` and one line in `RUNTIMES`.
+"""Run model files on the target device. A runtime is one file with a `Session`, and one line in `RUNTIMES`.
 
 Imports no torch, so that a small process can measure a file's memory.
 """
@@ -32,9 +32,9 @@ class Session(Protocol):
     def output_names(self) -> tuple[str, ...]: ...
 
     def run(self, inputs: Mapping[str, Array]) -> list[Array]:
-        """Outputs in the order of `output_names`, in arrays the caller owns.
+        """Return the outputs in the order of `output_names`, in arrays that the caller owns.
 
-        DataError where the inputs' names, types or shapes do not fit the file.
+        DataError if the inputs' names, types or shapes do not fit the file.
         """
         ...
 
@@ -43,7 +43,7 @@ class Runtime(Protocol):
     """A way to load model files."""
 
     def open(self, path: Path, *, num_threads: int) -> AbstractContextManager[Session]:
-        """Load `path` and free it at the end of the block; ModelError where it is absent or not loadable."""
+        """Load `path` and free it at the end of the block; ModelError if it is absent or cannot be loaded."""
         ...
 
 
@@ -55,7 +55,7 @@ def _onnxruntime(target: Target, _: bool) -> Runtime:
     )
 
 
-# What makes the runtime of a target, by the name the target gives. The second argument: see `make_runtime`.
+# By the runtime's name in a target: the function that makes it. The second argument is `make_runtime`'s trust_program.
 RUNTIMES: dict[str, Callable[[Target, bool], Runtime]] = {
     "onnxruntime": _onnxruntime,
     "tensorrt": lambda target, _: TensorRtRuntime(library=target.runtime),
@@ -67,15 +67,15 @@ RUNTIMES: dict[str, Callable[[Target, bool], Runtime]] = {
 def make_runtime(target: Target, *, trust_program: bool = False) -> Runtime:
     """The runtime of `target`, whether or not this machine is the device.
 
-    trust_program: let eager torch open .pt2 programs, which can run any code when they are loaded. ConfigError for
-    provider options that may load a library (`provider_options`).
+    trust_program: let eager torch open .pt2 programs, which can run any code when they are loaded. ConfigError if
+    provider options may load a library (`provider_options`).
     """
     require_harmless_options(target)
     return RUNTIMES[target.runtime](target, trust_program)
 
 
 def find_runtime(target: Target, *, trust_program: bool = False) -> Runtime:
-    """The runtime of `target`, to measure with; RuntimeUnavailableError where this machine cannot (`ability.can`).
+    """The runtime of `target`, to measure with; RuntimeUnavailableError if this machine cannot (`device_ability.can`).
 
     trust_program: as in `make_runtime`.
     """

@@ -1,4 +1,4 @@
-"""What this machine can do for a target: run it, build for it, or export for it only. Decided here and nowhere else."""
+"""Decide what this machine can do for a target: run it, build for it, or only export for it."""
 
 import re
 from dataclasses import dataclass
@@ -14,15 +14,15 @@ from deploypipe.target import Target
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ability:
-    """`reason` is empty where everything can be done, and ends with what to do where something can be done about it."""
+    """What a machine can do for a target."""
 
     verdict: Literal["run", "build only", "export only"]
-    reason: str = ""
-    is_the_device: bool = True  # False: whatever is installed, figures taken here would be those of another device
+    reason: str = ""  # "" if everything can be done; ends with a remedy if there is one
+    is_the_device: bool = True  # False: figures measured here would be those of another device
 
 
 def can(target: Target) -> Ability:
-    """What this machine can do for `target`. Starts nothing; looks at the machine once in a process."""
+    """Return what this machine can do for `target`. Starts nothing; inspects the machine once in a process."""
     machine = this_machine()
     misfits = find_misfits(target, machine)
     missing = _missing_package(target)
@@ -37,7 +37,7 @@ def can(target: Target) -> Ability:
 
 
 def find_misfits(target: Target, machine: Machine) -> list[str]:
-    """What the target asks of its machine and this one does not have, or does not tell."""
+    """List what the target requires of its machine and this one lacks, or does not report."""
     misfits = []
     if target.machine and target.machine != machine.architecture:
         misfits.append(f"this machine is {machine.architecture}, not {target.machine}")
@@ -48,8 +48,8 @@ def find_misfits(target: Target, machine: Machine) -> list[str]:
         misfits.append(f"this machine is {machine.board or 'of no known board'}, not {target.board}")
     if target.is_portable is not None and target.is_portable is not machine.is_portable:
         kind = "a laptop" if target.is_portable else "a desktop or server"
-        is_told = machine.is_portable is not None
-        misfits.append(f"this machine is not {kind}" if is_told else f"nothing says that this machine is {kind}")
+        is_known = machine.is_portable is not None
+        misfits.append(f"this machine is not {kind}" if is_known else f"it is unknown whether this machine is {kind}")
     if target.provider == "coreml" and machine.system != "Darwin":
         misfits.append(f"this machine runs {machine.system}, not macOS")
     if target.needs_gpu:
@@ -60,7 +60,7 @@ def find_misfits(target: Target, machine: Machine) -> list[str]:
 def _gpu_misfits(target: Target, machine: Machine) -> list[str]:
     if not machine.gpus:
         return ["no NVIDIA GPU is usable here"]
-    gpu = machine.gpus[0]  # the one that CUDA takes
+    gpu = machine.gpus[0]  # the one that CUDA uses
     misfits = []
     if target.gpu_names and not any(re.search(rf"\b{re.escape(name)}\b", gpu.name) for name in target.gpu_names):
         misfits.append(f"the GPU here is {gpu.name}, not {' or '.join(target.gpu_names)}")
@@ -71,7 +71,7 @@ def _gpu_misfits(target: Target, machine: Machine) -> list[str]:
 
 
 def _missing_package(target: Target) -> str:
-    """Why the runtime cannot be used here whatever the machine is, with a remedy; empty where it can."""
+    """Why the installed packages do not provide the runtime, with a remedy; "" if they do."""
     if target.runtime == "onnxruntime":
         if problem := missing_provider(PROVIDERS[target.provider]):
             return problem
@@ -98,7 +98,7 @@ def _found(module: str) -> tuple[str, str]:
 
 
 def _builds_here(target: Target, missing: str) -> tuple[bool, str]:
-    """Whether an engine for another device can be built here, and if not, why."""
+    """Whether an engine for another device can be built here, and if not, the reason."""
     if target.runtime not in ("tensorrt", "tensorrt-rtx"):
         return False, ""
     if not any(row.ahead_of_time for row in LIBRARIES if row.runtime == target.runtime):

@@ -1,4 +1,4 @@
-"""PyTorch itself, on a `torch.export` program (.pt2): what a deployed file is compared with."""
+"""The runtime of PyTorch itself, for `torch.export` programs (.pt2): the baseline for deployed files."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ class EagerSession:
     in_spec: Any  # of (args, kwargs)
     device: str
     expected: Mapping[str, tuple[Any, tuple[int | None, ...]]]  # input -> (torch dtype, shape; None: any size)
-    constants: Mapping[str, Any]  # all that forward() takes, in order; for a number or a flag, what it was made with
+    constants: Mapping[str, Any]  # all arguments of forward(), in order; a number or a flag with its exported value
     output_names: tuple[str, ...]
 
     @property
@@ -42,10 +42,10 @@ class EagerSession:
         try:
             with torch.no_grad():
                 outputs = self.module(*args, **kwargs)
-        except (RuntimeError, AssertionError, ValueError) as error:  # torch's ways to refuse a shape
+        except (RuntimeError, AssertionError, ValueError) as error:  # torch rejects a shape in one of these ways
             raise DataError(self._misfit(inputs, str(error).partition("\n")[0])) from error
         leaves, _ = pytree.tree_flatten(outputs)
-        # An output may be an input, or a part of one.
+        # Copied, since an output may be an input, or a part of one.
         return [np.array(leaf.detach().cpu().numpy()) for leaf in leaves]
 
     def _fit(self, values: Mapping[str, Any]) -> bool:
@@ -67,7 +67,7 @@ class EagerSession:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EagerRuntime:
-    """Runs on `device`, "cpu" or "cuda". A CUDA session returns when the GPU has finished.
+    """Runs programs on `device`, "cpu" or "cuda". A CUDA session returns when the GPU has finished.
 
     is_trusted: whether files may be opened at all, since a program can run any code when it is loaded.
     """
@@ -77,14 +77,16 @@ class EagerRuntime:
 
     @contextmanager
     def open(self, path: Path, *, num_threads: int) -> Iterator[EagerSession]:
-        """See `deploypipe.runtimes.Runtime`. The number of threads is the process's: it is put back at the end."""
+        """See `deploypipe.runtimes.Runtime`. The number of threads is set for the process, and restored at the end."""
         import torch
         from torch.export.graph_signature import InputKind
         from torch.export.passes import move_to_device_pass
         from torch.utils import _pytree as pytree
 
         if self.device == "cuda" and not torch.cuda.is_available():
-            raise RuntimeUnavailableError("torch finds no CUDA device; install a CUDA build of torch on a GPU machine")
+            raise RuntimeUnavailableError(
+                "torch detects no CUDA device; install a CUDA build of torch on a machine with a GPU"
+            )
         loaded = load_program(path, is_trusted=self.is_trusted, remedy=_REMEDY)
         program = move_to_device_pass(loaded, self.device)
         signature = program.module_call_graph[0].signature
@@ -116,7 +118,7 @@ class EagerRuntime:
 
 
 def _output_names(pytree: Any, spec: Any) -> tuple[str, ...]:
-    """Named as `runtimes.packing` names what a network returns."""
+    """The outputs' names, as in `runtimes.named_arrays`."""
     leaves = pytree.tree_unflatten(list(range(spec.num_leaves)), spec)
     if isinstance(leaves, dict):
         return tuple(str(name) for name in leaves)

@@ -1,7 +1,7 @@
-"""An engine beside its record (`x.engine`, `x.engine.json`): checked before a byte of it is deserialised.
+"""Check an engine against the record next to it (`x.engine`, `x.engine.json`) before any byte of it is deserialised.
 
-An engine is executable code, and runs where it was built for only. The record's hash finds an engine that was damaged
-or exchanged; who wrote both is for a signature to say.
+An engine is executable code, and runs only on the device that it was built for. The record's hash detects an engine
+that was damaged or exchanged. Who wrote both is for a signature to prove.
 """
 
 import platform
@@ -21,15 +21,15 @@ def record_path(engine: Path) -> Path:
 
 
 def read_engine(path: Path, library: str, version: str) -> bytes:
-    """The engine's bytes, to be deserialised here by this version of `library`.
+    """Read the engine's bytes, for this version of `library` to deserialise on this machine.
 
-    ModelError where the file or its record is absent or damaged, or was built for something else; each says what
-    differs. RuntimeUnavailableError where there is no GPU at all.
+    ModelError, which says what differs, if the file or its record is absent or damaged, or was built for something
+    else. RuntimeUnavailableError if there is no GPU.
     """
     record = load_record(path)
     content = path.read_bytes()
     if sha256(content).hexdigest() != record.sha256:
-        raise ModelError(f"{path}: is not the file its record describes (its sha256 differs); {_REBUILD}")
+        raise ModelError(f"{path}: not the file that its record describes (its sha256 differs); {_REBUILD}")
     machine = this_machine()
     if problem := find_mismatch(record.key, library, version, machine):
         raise ModelError(f"{path}: {problem}; {_REBUILD}")
@@ -41,7 +41,7 @@ def read_engine(path: Path, library: str, version: str) -> bytes:
 
 
 def load_record(engine: Path) -> EngineFile:
-    """The record of an engine; ModelError where one of the two is absent, or the record is damaged."""
+    """Read the record of an engine; ModelError if one of the two is absent, or the record is damaged."""
     from deploypipe.files.json_records import (
         from_json,  # late: brings pydantic, which a process that measures memory need not hold
     )
@@ -50,18 +50,18 @@ def load_record(engine: Path) -> EngineFile:
     for path in (engine, record):
         if not path.is_file():
             raise ModelError(
-                f"{path}: there is no such file; an engine is loaded with the record beside it: {_REBUILD}"
+                f"{path}: there is no such file; an engine is loaded with the record next to it: {_REBUILD}"
             )
     try:
         return from_json(EngineFile, record.read_bytes(), str(record))
     except ConfigError as error:
-        raise ModelError(f"{record}: is no engine's record ({error.problem}); {_REBUILD}") from None
+        raise ModelError(f"{record}: not the record of an engine ({error.problem}); {_REBUILD}") from None
 
 
 def find_mismatch(key: EngineKey, library: str, version: str, machine: Machine) -> str:
-    """What keeps an engine with this key from running here; empty where nothing is known to."""
+    """Why an engine with this key cannot run here; "" if nothing is known against it."""
     if (key.library, key.version) != (library, version):
-        return f"was built by {key.library} {key.version}, and here is {library} {version}"
+        return f"was built by {key.library} {key.version}, and {library} {version} is installed here"
     if key.platform != platform_of(machine):
         return f"was built for {key.platform}, and this machine is {platform_of(machine)}"
     if not machine.gpus:
@@ -71,7 +71,7 @@ def find_mismatch(key: EngineKey, library: str, version: str, machine: Machine) 
         built = ", ".join(key.compute_capabilities)
         return f"was built for compute capability {built}, and {here.name} has {here.compute_capability}"
     if key.driver and key.driver != machine.driver:
-        return f"was built with driver {key.driver}, and here is {machine.driver}"
+        return f"was built with driver {key.driver}, and this machine has {machine.driver}"
     return ""
 
 

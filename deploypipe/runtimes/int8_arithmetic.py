@@ -1,8 +1,8 @@
-"""Which arithmetic an 8-bit file meets: on this machine by a probe, on another one by what its target says.
+"""Detect the arithmetic of 8-bit files: on this machine by a probe, on another one from its target.
 
 x86 processors without VNNI add pairs of unsigned by signed 8-bit products in 16 bits (VPMADDUBSW), and ONNX Runtime
 uses that instruction there. 255 * 127 + 255 * 127 does not fit: the sum saturates, and the file computes something else
-than it does on a processor with VNNI. Weights of 7 bits, -64 to 64, always fit: 2 * 255 * 64 < 2**15.
+than on a processor with VNNI. Weights of 7 bits, -64 to 64, always fit: 2 * 255 * 64 < 2**15.
 """
 
 from dataclasses import dataclass
@@ -22,20 +22,22 @@ _ON_PROCESSORS = frozenset({"cpu", "openvino"})  # providers of onnxruntime
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Int8Kernels:
-    """What computes an 8-bit file. runtime: whose recipe it follows. saturate: whether sums of two products may."""
+    """The kernels that compute an 8-bit file."""
 
-    runtime: str  # "tensorrt" for onnxruntime's TensorRT provider too
-    saturate: bool = False
+    runtime: str  # whose recipe the file follows; "tensorrt" for onnxruntime's TensorRT provider too
+    saturate: bool = False  # whether sums of two products may saturate
 
     @property
     def are_emulated_here(self) -> bool:
-        """Whether this machine's own 8-bit kernels compute something else, so that a file is judged in float."""
+        """Whether this machine's own 8-bit kernels compute something else, so that files are evaluated in float."""
         return self.runtime != "onnxruntime" or (saturates_here() and not self.saturate)
 
 
 def kernels_of(target: Target) -> Int8Kernels:
-    """The kernels of a target. An x86 target that lists `cpu_features` without VNNI saturates; one that lists none is a
-    machine like this one."""
+    """The kernels of a target.
+
+    An x86 target whose `cpu_features` lack VNNI saturates. One that lists no features counts as a machine like this.
+    """
     if target.provider == "tensorrt":
         return Int8Kernels(runtime="tensorrt")
     is_on_processor = target.runtime == "onnxruntime" and target.provider in _ON_PROCESSORS
@@ -48,12 +50,12 @@ def _processor_saturates(target: Target) -> bool:
         return False
     if target.cpu_features:
         return VNNI.isdisjoint(target.cpu_features)
-    return here != "x86_64" or saturates_here()  # of an x86 processor that nothing is known of, the worse
+    return here != "x86_64" or saturates_here()  # an unknown x86 processor is assumed to saturate
 
 
 @cache
 def saturates_here() -> bool:
-    """Whether ONNX Runtime's sums of 8-bit products saturate on this processor: one product of matrices says it."""
+    """Whether ONNX Runtime's sums of 8-bit products saturate on this processor, by one product of matrices."""
     left, right = np.full((1, 64), 255, np.uint8), np.full((64, 16), 127, np.int8)
     graph = helper.make_graph(
         [helper.make_node("MatMulInteger", ["left", "right"], ["sums"])],

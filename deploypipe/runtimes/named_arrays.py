@@ -1,11 +1,11 @@
-"""Between a user's batches and a session's named arrays, both ways.
+"""Convert between a user's batches and a session's named arrays, both ways.
 
-The tensors among a network's inputs are the file's inputs. Each has its path as its name: `x`, `extra.0`, `cond.text`.
+The tensors among a network's inputs are the file's inputs. Each is named by its path: `x`, `extra.0`, `cond.text`.
 Numbers, flags, text and None are constants of the file.
 
-How the network packs its outputs is kept in the file's output names, so that a file alone is enough to call
-`metric(outputs, target)`: a tensor is `output`; a tuple is `output_0`, `output_1`, ...; a dict keeps its keys. What
-lies deeper has its path, `output_1.0` or `text.hidden`. Fields that are None are left out.
+The file's output names record how the network packs its outputs, so that a file alone is enough to call
+`metric(outputs, target)`. A tensor is `output`; a tuple is `output_0`, `output_1`, ...; a dict keeps its keys. Nested
+values have their path, `output_1.0` or `text.hidden`. Fields that are None are left out.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ _RETURN = "; return a tensor, or tuples and dicts of tensors"
 
 
 def feed(inputs: Any, input_names: Sequence[str]) -> dict[str, Array]:
-    """One batch of inputs as named arrays: those of a mapping by their paths, anything else by position."""
+    """One batch of inputs as named arrays: tensors of a mapping by their paths, others by position."""
     if isinstance(inputs, Mapping):
         given = {path: tensor for path, tensor in input_paths(inputs) if path in input_names}
         named = {name: given[name] for name in input_names if name in given}
@@ -33,12 +33,12 @@ def feed(inputs: Any, input_names: Sequence[str]) -> dict[str, Array]:
         named = dict(zip(input_names, tensors(inputs), strict=False))
     if len(named) < len(input_names):
         absent = ", ".join(name for name in input_names if name not in named)
-        raise DataError(f"a batch has no {absent}; the model file takes {', '.join(input_names)}")
+        raise DataError(f"a batch lacks {absent}; the model file takes {', '.join(input_names)}")
     return {name: np.ascontiguousarray(tensor.detach().cpu().numpy()) for name, tensor in named.items()}
 
 
 def input_paths(inputs: Any, first: Sequence[str] = ()) -> list[tuple[str, Tensor]]:
-    """The tensors of one batch of inputs and their paths; `first`: how a tuple or list calls its members."""
+    """The tensors of one batch of inputs with their paths. first: names for the members of a tuple or list."""
     if isinstance(inputs, Mapping):
         members = [(str(key), value) for key, value in inputs.items()]
     elif isinstance(inputs, (tuple, list)):
@@ -64,7 +64,7 @@ class Outputs(dict[str, Any]):
 
 
 def name_outputs(outputs: Any) -> dict[str, Tensor]:
-    """What the network returned as named tensors; ModelError where it holds anything else than tensors and None."""
+    """The network's outputs as named tensors; ModelError if they hold anything but tensors and None."""
     if isinstance(outputs, Tensor):
         return {_SINGLE: outputs}
     named: dict[str, Tensor] = {}
@@ -96,9 +96,9 @@ def _flattened(name: str, value: Any) -> dict[str, Tensor]:
 
 
 def repack(output_names: Sequence[str], arrays: Sequence[Array]) -> Any:
-    """A session's outputs, packed as the network packs them: the inverse of `name_outputs`.
+    """Pack a session's outputs as the network packs them: the inverse of `name_outputs`.
 
-    What was None, and classes, are lost: see `distillation_loss.with_outputs_class`.
+    Fields that were None, and classes, are lost: see `distillation_loss.with_outputs_class`.
     """
     tree = Outputs()
     for name, array in zip(output_names, arrays, strict=True):
@@ -115,7 +115,7 @@ def repack(output_names: Sequence[str], arrays: Sequence[Array]) -> Any:
 
 
 def _with_tuples(value: Any) -> Any:
-    """Entries that are numbered make a tuple."""
+    """Turn entries with numbers as keys into tuples."""
     if not isinstance(value, Outputs):
         return value
     if all(key.isdigit() for key in value):

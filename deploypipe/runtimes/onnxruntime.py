@@ -1,4 +1,4 @@
-"""ONNX Runtime, on the CPU or with another execution provider: nothing runs elsewhere than where the target says."""
+"""ONNX Runtime on the CPU or with another execution provider; no node runs elsewhere without the target's consent."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -19,11 +19,11 @@ _CPU = "CPUExecutionProvider"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Provider:
-    """One execution provider: its names in ONNX Runtime (what it leaves goes to the next one), and who ships it."""
+    """One execution provider."""
 
-    names: tuple[str, ...]
-    package: str
-    threads_option: str = ""  # the provider's own name for the number of threads, where it has its own pool
+    names: tuple[str, ...]  # in ONNX Runtime; nodes that one does not support go to the next one
+    package: str  # that ships it
+    threads_option: str = ""  # the provider's own option for the number of threads, if it has its own pool
 
 
 PROVIDERS: dict[str, Provider] = {
@@ -64,7 +64,7 @@ class OnnxSession:
 
     @classmethod
     def around(cls, session: Any, path: Path) -> "OnnxSession":
-        """path: of the file that is loaded, for errors."""
+        """Wrap an onnxruntime session. path: of the loaded file, for errors."""
         return cls(
             path=path,
             session=session,
@@ -85,13 +85,13 @@ class OnnxSession:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OnnxRuntime:
-    """Operators one after another, all graph optimisations.
+    """Runs operators one after another, with all graph optimisations.
 
-    is_plain: basic optimisations only, which leave 8-bit files in float between their roundings. onnxruntime 1.31
-    crashes in its fusion of MatMul and Transpose when it loads some half-precision transformers on a CPU, which other
-    runtimes take.
+    is_plain: basic optimisations only, which leave 8-bit files in float between their roundings. They also avoid
+    onnxruntime 1.31's crash in its fusion of MatMul and Transpose, when it loads some half-precision transformers on a
+    CPU that other runtimes accept.
 
-    Raises RuntimeUnavailableError where the provider is not in the installed package, does not start here, or leaves
+    Raises RuntimeUnavailableError if the provider is not in the installed package, does not start here, or leaves
     nodes to the CPU without `allow_cpu_fallback`.
     """
 
@@ -111,22 +111,23 @@ class OnnxRuntime:
         is_cpu = self.provider.names == (_CPU,)
         if not is_cpu:
             options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-            options.log_severity_level = _FATAL_ONLY  # what a provider cannot do is told below
+            options.log_severity_level = _FATAL_ONLY  # a provider's failures are reported below
         try:
             session = onnxruntime.InferenceSession(
                 os.fspath(path),
                 options,
                 providers=self._providers(num_threads),
-                # Else a provider that fails, here or at the first run, is replaced by the CPU with a printed line.
+                # With it, the CPU would replace a provider that fails, here or at the first run, with a printed line.
                 enable_fallback=False,
             )
         except _CANNOT_LOAD as error:
-            told = f"onnxruntime cannot load it ({_first_line(error)})"
+            problem = f"onnxruntime cannot load it ({_first_line(error)})"
             if is_cpu:
-                raise ModelError(f"{path}: {told}; export the model again") from error
+                raise ModelError(f"{path}: {problem}; export the model again") from error
             given = f" with {dict(self.options)}" if self.options else ""
             raise ModelError(
-                f"{path}: {told} on {self.provider.names[0]}{given}; correct provider_options or export the model again"
+                f"{path}: {problem} on {self.provider.names[0]}{given}; correct provider_options or export the model "
+                "again"
             ) from error
         if not is_cpu:
             self._require_placement(path, session)
@@ -138,7 +139,7 @@ class OnnxRuntime:
         return [(first, {**threads, **self.options}), *((name, {}) for name in others)]
 
     def _require_placement(self, path: Path, session: Any) -> None:
-        """RuntimeUnavailableError where the provider did not start, or nodes went to the CPU and may not."""
+        """RuntimeUnavailableError if the provider did not start, or nodes run on the CPU without permission."""
         name = self.provider.names[0]
         if name not in session.get_providers():
             raise RuntimeUnavailableError(

@@ -1,4 +1,4 @@
-"""TensorRT and TensorRT-RTX engines on an NVIDIA GPU; torch holds the GPU's memory."""
+"""Run TensorRT and TensorRT-RTX engines on an NVIDIA GPU; torch holds the GPU's memory."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -34,7 +34,7 @@ class TensorRtSession:
             held = {name: self._bind(name, inputs[name], inputs) for name in self.input_names}
             unknown = self.context.infer_shapes()
             if unknown:
-                raise DataError(self._misfit(inputs, f"the shapes of {', '.join(unknown)} are open"))
+                raise DataError(self._misfit(inputs, f"the shapes of {', '.join(unknown)} are unknown"))
             outputs = {name: self._allocate(name) for name in self.output_names}
             if not self.context.execute_async_v3(self.stream.cuda_stream):
                 raise ModelError(f"{self.path}: the engine failed while it ran; rebuild it from the ONNX file")
@@ -59,7 +59,7 @@ class TensorRtSession:
 
         shape = tuple(self.context.get_tensor_shape(name))
         if min(shape, default=0) < 0:
-            raise ModelError(f"{self.path}: the shape of output {name!r} depends on values; take such operators out")
+            raise ModelError(f"{self.path}: the shape of output {name!r} depends on values; remove such operators")
         example = torch.from_numpy(np.empty(0, self.trt.nptype(self.engine.get_tensor_dtype(name))))
         tensor = torch.empty(shape, dtype=example.dtype, device="cuda")
         self.context.set_tensor_address(name, tensor.data_ptr())
@@ -80,7 +80,7 @@ class TensorRtSession:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorRtRuntime:
-    """Runs engine files that `export.engine.build_engine` wrote, and no others."""
+    """Runs engine files that `export.tensorrt_engine.build_engine` wrote, and no others."""
 
     library: str  # tensorrt, tensorrt-rtx
 
@@ -94,7 +94,7 @@ class TensorRtRuntime:
         runtime = trt.Runtime(log)
         engine = runtime.deserialize_cuda_engine(content)
         if engine is None:
-            raise ModelError(f"{path}: {self.library} refuses the engine; rebuild it from the ONNX file")
+            raise ModelError(f"{path}: {self.library} rejects the engine; rebuild it from the ONNX file")
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         is_input = {name: engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT for name in names}
         yield TensorRtSession(
@@ -113,7 +113,7 @@ def _torch_with_cuda() -> Any:
 
     if not torch.cuda.is_available():
         raise RuntimeUnavailableError(
-            "an engine's inputs and outputs are kept in torch's GPU memory, and this torch finds no CUDA device; "
+            "an engine's inputs and outputs are in torch's GPU memory, and this torch detects no CUDA device; "
             "install a CUDA build of torch"
         )
     return torch

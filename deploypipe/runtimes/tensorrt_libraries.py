@@ -1,4 +1,4 @@
-"""The TensorRT libraries and where they differ: one row each. Builder and sessions ask the row, never a version."""
+"""The TensorRT libraries and their differences, one row each. Builder and sessions read the row, never a version."""
 
 import importlib
 import warnings
@@ -10,16 +10,16 @@ from deploypipe.errors import RuntimeUnavailableError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Library:
-    """What one major version of one library does. Names are those of its Python bindings."""
+    """One major version of one library. Names are those of its Python bindings."""
 
-    runtime: str  # as targets name it
+    runtime: str  # the name in targets
     major: int
-    modules: tuple[str, ...]  # any of them
+    modules: tuple[str, ...]  # any of them is imported
     network_flags: tuple[str, ...] = ()  # NetworkDefinitionCreationFlag
-    # BuilderFlags a file of each precision needs; None: every network is strongly typed, the file's types hold.
+    # BuilderFlags that a file of each precision needs; None: every network is strongly typed, by the file's types.
     precision_flags: dict[str, tuple[str, ...]] | None = None
     has_timing_cache: bool = True
-    # Compute capabilities an engine can be built for without the GPU; empty: it is built on the GPU that runs it.
+    # Compute capabilities that an engine can be built for without the GPU; empty: only on the GPU that runs it.
     ahead_of_time: tuple[str, ...] = field(default=())
 
 
@@ -43,7 +43,7 @@ LIBRARIES: tuple[Library, ...] = (
 
 
 def load_library(runtime: str) -> tuple[Any, Library]:
-    """The bindings' module and its row; RuntimeUnavailableError where there is none of a version known here."""
+    """The bindings' module and its row; RuntimeUnavailableError if no known version is installed."""
     rows = [row for row in LIBRARIES if row.runtime == runtime]
     module = _import(runtime, rows[0].modules)
     version = str(module.__version__)
@@ -52,7 +52,7 @@ def load_library(runtime: str) -> tuple[Any, Library]:
             return module, row
     known = ", ".join(f"{row.major}.x" for row in rows)
     raise RuntimeUnavailableError(
-        f"{runtime} {version} is installed, and this version of deploypipe knows {known}; "
+        f"{runtime} {version} is installed, and this version of deploypipe supports {known}; "
         f"pip install 'deploypipe[{runtime}]'"
     )
 
@@ -64,7 +64,7 @@ def _import(runtime: str, names: tuple[str, ...]) -> Any:
                 warnings.simplefilter("ignore", DeprecationWarning)
                 return importlib.import_module(name)
         except ModuleNotFoundError as error:
-            if error.name not in names:  # it is there, and something that it needs is not
+            if error.name not in names:  # the module exists, and a module that it imports does not
                 raise RuntimeUnavailableError(_broken(runtime, error)) from error
         except (ImportError, OSError) as error:
             raise RuntimeUnavailableError(_broken(runtime, error)) from error

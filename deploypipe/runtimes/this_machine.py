@@ -1,4 +1,4 @@
-"""What this machine is, as far as that decides which targets it may stand for. Starts no CUDA context."""
+"""Detect what decides whether this machine is a target's device. Starts no CUDA context."""
 
 import ctypes
 import platform
@@ -28,7 +28,7 @@ class Gpu:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Machine:
-    """Empty (or None): the system does not tell."""
+    """One machine. Fields are empty or None if the system does not report them."""
 
     system: str  # Linux, Darwin, Windows
     architecture: str  # x86_64, aarch64
@@ -36,12 +36,12 @@ class Machine:
     board: str = ""
     is_portable: bool | None = None
     gpus: tuple[Gpu, ...] = ()
-    driver: str = ""  # of the GPU: "580.95.05", "L4T 36.4.0" on a Jetson, "CUDA 12.6" where only that is known
+    driver: str = ""  # of the GPU: "580.95.05", "L4T 36.4.0" on a Jetson, "CUDA 12.6" if only that is known
 
 
 @cache
 def this_machine() -> Machine:
-    """Looked at once in a process."""
+    """This machine, inspected once in a process."""
     gpus, cuda = _find_gpus()
     return Machine(
         system=platform.system(),
@@ -74,7 +74,7 @@ def _driver(cuda: int) -> str:
 
 
 def _find_gpus() -> tuple[tuple[Gpu, ...], int]:
-    """NVIDIA GPUs that this process may use, and the driver's CUDA version (12060 is 12.6); ((), 0) without any."""
+    """The NVIDIA GPUs that this process may use, and the driver's CUDA version (12060 is 12.6); ((), 0) if none."""
     try:
         cuda = ctypes.CDLL("nvcuda.dll" if platform.system() == "Windows" else "libcuda.so.1")
     except OSError:

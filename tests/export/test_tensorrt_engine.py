@@ -481,11 +481,11 @@ KEY = EngineKey(
     ("changes", "message"),
     [
         ({}, ""),
-        ({"version": "10.9.0"}, "was built by tensorrt 10.9.0, and here is tensorrt 10.3.0"),
+        ({"version": "10.9.0"}, "was built by tensorrt 10.9.0, and tensorrt 10.3.0 is installed here"),
         ({"library": "tensorrt-rtx"}, "was built by tensorrt-rtx"),
         ({"platform": "Linux aarch64"}, "was built for Linux aarch64, and this machine is Linux x86_64"),
         ({"compute_capabilities": ("8.6", "8.7")}, "for compute capability 8.6, 8.7, and NVIDIA L4 has 8.9"),
-        ({"driver": "570.2"}, "was built with driver 570.2, and here is 580.1"),
+        ({"driver": "570.2"}, "was built with driver 570.2, and this machine has 580.1"),
         ({"driver": ""}, ""),
     ],
 )
@@ -522,7 +522,7 @@ class TestLoading:
     @pytest.mark.parametrize("content", ["", "{}", '{"path": 1'])
     def test_with_a_damaged_record(self, engine: Path, content: str) -> None:
         record_path(engine).write_text(content)
-        with pytest.raises(ModelError, match=r"is no engine's record.*rebuild"):
+        with pytest.raises(ModelError, match=r"not the record of an engine.*rebuild"):
             self.open(engine)
 
     def test_of_another_version(self, engine: Path) -> None:

@@ -41,7 +41,7 @@ def target(**fields: Any) -> Target:
         (SERVER, {"machine": "aarch64", "cpu_features": ("asimd",)}, "this machine is x86_64, not aarch64"),
         (SERVER, {"cpu_features": ("avx2", "amx_int8")}, "this processor has no amx_int8"),
         (SERVER, {"is_portable": True}, "this machine is not a laptop"),
-        (MAC, {"is_portable": True}, "nothing says that this machine is a laptop"),
+        (MAC, {"is_portable": True}, "it is unknown whether this machine is a laptop"),
         (SERVER, {"board": "Thor"}, "this machine is of no known board, not Thor"),
         (ORIN, {"board": "Orin Nano"}, ""),
         (ORIN, {"board": "AGX Orin"}, "Orin Nano Engineering Reference Developer Kit, not AGX Orin"),
