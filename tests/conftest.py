@@ -31,7 +31,7 @@ SMALL = ("numerics", "observe", "pruning", "scoring", "search", "training")
 @pytest.fixture(autouse=True, scope="session")
 def impatient() -> None:
     """Files are timed for as short as a target allows, and a busy machine is not waited for."""
-    latency._SECONDS, latency._PAUSE_SECONDS, latency._MAX_LOOKS = 0.2, 0.0, 0
+    latency._SECONDS, latency._PAUSE_SECONDS, latency._MAX_CHECKS = 0.2, 0.0, 0
 
 
 @pytest.fixture(autouse=True, scope="module")

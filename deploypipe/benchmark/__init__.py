@@ -1,4 +1,4 @@
-"""What a model file costs and what it is worth on the target: latency, memory and accuracy, with their evidence."""
+"""Measure a model file on the target: latency, memory and accuracy, with their evidence."""
 
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -40,8 +40,8 @@ def compare_files(
 ) -> BenchmarkReport:
     """Measure both files, timed interleaved; `counts` are (dense, compressed), the files' paths relative to `folder`.
 
-    Where the target's runtime cannot be had on this machine, every figure that needs it is None and a note says why.
-    Raises DataError for an empty split or one that does not fit the files, ModelError for a file that does not load.
+    If this machine lacks the target's runtime, every figure that needs it is None, and a note says why. Raises
+    DataError for an empty split or one that does not fit the files, ModelError for a file that does not load.
     """
     environment = describe_environment(target.num_threads)
     files = (dense, compressed)
@@ -96,7 +96,7 @@ def measure(
     counts: Counts,
     notify: Notify = silent,
 ) -> Measurement:
-    """One file, by the method of `compare_files`, for figures that no verdict rests on.
+    """Measure one file by the method of `compare_files`, for figures that no verdict depends on.
 
     Raises as `compare_files` does, and RuntimeUnavailableError without the runtime.
     """
@@ -115,8 +115,10 @@ def measure(
 
 
 def first_batch(batches: Iterable[Batch], input_names: Iterable[str], batch_size: int) -> dict[str, Array]:
-    """The inputs that latency and memory are measured with: the first `batch_size` samples of the first batch,
-    repeated where it holds fewer. DataError for an empty split."""
+    """The inputs for measurements of latency and memory: the first `batch_size` samples of the first batch.
+
+    They are repeated if the batch holds fewer. DataError for an empty split.
+    """
     for inputs, _ in batches:
         size = num_samples(inputs)
         if not size:
@@ -141,7 +143,7 @@ def _measure_all(
     notify: Notify,
     minds_others: bool,
 ) -> tuple[list[Measurement], Timings, list[str]]:
-    """Measurements and latency samples in the order of `files`, and notes. Memory first: it leaves the caches cold.
+    """Return measurements and latency samples in the order of `files`, and notes. Memory first: caches are cold then.
 
     minds_others: as in `time_steadily`.
     """
@@ -152,7 +154,7 @@ def _measure_all(
     notify(Progress(stage=_STAGE, message="accuracy"))
     metrics = [evaluate_file(path, batches, task, runtime, target.num_threads) for path in paths]
     if len(metrics[0]) < 2:
-        raise DataError("the split has one sample, which tells nothing of the spread; give two or more")
+        raise DataError("the split has one sample, so no interval can be computed; give at least two")
     notify(Progress(stage=_STAGE, message="latency"))
     timings = time_steadily(paths, inputs, runtime, target, notify, minds_others)
     measured = [
@@ -173,7 +175,7 @@ def _measure_all(
 
 
 def unmeasured(file: ModelFile, counts: Counts) -> Measurement:
-    """What is known of a file that cannot be run here: nothing that depends on the device."""
+    """The record of a file that cannot run here: without any figure that depends on the device."""
     return Measurement(
         file=file,
         num_params=counts[0],

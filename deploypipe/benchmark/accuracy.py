@@ -1,4 +1,4 @@
-"""The task's metric, sample by sample, of a network and of an exported file: the same batches, the same code."""
+"""Evaluate the task's metric on each sample, for a network or an exported file: same batches, same code."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,10 +17,10 @@ from deploypipe.task import Batch, Task, evaluating, forward, num_samples
 
 
 def evaluate_module(model: nn.Module, batches: Iterable[Batch], task: Task) -> NDArray[np.float64]:
-    """(samples,) metric of a network in eval mode, on the device its batches are on; the mode is put back.
+    """(samples,) metric of a network in eval mode, on its batches' device. The network's mode is restored.
 
-    Raises DataError for an empty split, for outputs that are not finite and for a metric that does not give one finite
-    value per sample.
+    Raises DataError for an empty split, for outputs that are not finite, and for a metric that does not return one
+    finite value per sample.
     """
     with evaluating(model), torch.no_grad():
         return _evaluate(lambda inputs: forward(model, inputs), batches, task, type(model).__name__)

@@ -1,4 +1,4 @@
-"""`deploypipe bench`: all that a person wants to know of a model file on a target, and how far to trust it."""
+"""`deploypipe bench`: measure a model file on a target in every respect, with the evidence for each figure."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -53,7 +53,7 @@ Found = dict[str, Any]  # fields of FileFigures
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Job:
-    """What all parts need."""
+    """What all parts of a benchmark need."""
 
     paths: tuple[Path, ...]  # the file, and what it is compared with
     inputs: dict[str, Array]
@@ -80,16 +80,16 @@ def bench_file(
     limits: ProcessLimits = _LIMITS,
     notify: Notify = silent,
 ) -> BenchResult:
-    """Measure `path` on the target, timed interleaved with `against` where that is given.
+    """Measure `path` on the target. If `against` is given, both files are timed interleaved.
 
-    `inputs` is one batch: arrays, or an .npz or .safetensors file. Without it values are random, with the target's
-    batch size and the `shapes` of inputs whose other axes are open. `num_samples` runs of each file are timed; by
-    default about two seconds of them, the target's number at least. `parts` are some of `PARTS`; what a part cannot
-    tell here is missing with its reason. A .pt2 program is opened only where `trust_program` says so: it can run any
-    code. Each file is first loaded and run in a process of its own, with `limits`.
+    inputs: one batch, as arrays or an .npz or .safetensors file. Without it values are random, with the target's batch
+    size. shapes: by input, for inputs with other axes of any size. num_samples: timed runs of each file; the default is
+    about two seconds of them, and at least the target's number. parts: some of `PARTS`; a part that cannot be measured
+    here is missing with its reason. trust_program: open a .pt2 program, which can run any code. Each file is first
+    loaded and run in a process of its own, within `limits`.
 
-    Raises ModelError for files that are absent, damaged or do not run, DataError for inputs that do not fit,
-    ConfigError for unknown parts or too few samples, RuntimeUnavailableError where this machine cannot run the target.
+    Raises ModelError for files that are absent, damaged or do not run; DataError for inputs that do not fit;
+    ConfigError for unknown parts or too few samples; RuntimeUnavailableError if this machine cannot run the target.
     """
     _check_request(parts, num_samples)
     runtime = find_runtime(target, trust_program=trust_program)
@@ -153,7 +153,7 @@ def bench_file(
 
 
 def compare(ratio: Interval, conditions: Conditions | None = None) -> Comparison:
-    """What the ratio of two latencies says at its own confidence; nothing where the machine was throttled or noisy."""
+    """Compare two latencies by the interval of their ratio; "unknown" if the machine was throttled or noisy."""
     if conditions and conditions.verdict != "steady":
         return "unknown"
     if ratio.high < 1:
@@ -161,7 +161,7 @@ def compare(ratio: Interval, conditions: Conditions | None = None) -> Comparison
     return "slower" if ratio.low > 1 else "no difference"
 
 
-# --- what is asked for ------------------------------------------------------------------------------------------------
+# --- the request ------------------------------------------------------------------------------------------------------
 
 
 def _check_request(parts: Sequence[str], num_samples: int | None) -> None:
@@ -180,17 +180,19 @@ def _find_inputs(
     given: Path | Mapping[str, Array] | None,
     shapes: Mapping[str, Sequence[int]],
 ) -> tuple[dict[str, Array], bool, str]:
-    """The batch, whether its size may change, and where it comes from. Every ONNX file has to take it."""
+    """Return the batch, whether its size may change, and its source. Every ONNX file must accept it."""
     if target.runtime != _ONNX:
         if given is None:
-            raise DataError(f"{paths[0]}: what it takes is known of ONNX files only; give the batch with --inputs FILE")
+            raise DataError(f"{paths[0]}: only ONNX files declare their inputs; give the batch with --inputs FILE")
         return (load_inputs(given) if isinstance(given, Path) else dict(given)), True, _source(given)
     specs = [read_specs(path) for path in paths]
     if given is None:
         batch = make_inputs(paths[0], specs[0], target.batch_size, shapes)
     else:
         if shapes:
-            raise ConfigError("--shape", ", ".join(shapes), "the inputs have shapes of their own", "leave one out")
+            raise ConfigError(
+                "--shape", ", ".join(shapes), "the given inputs have their own shapes", "give --shape or --inputs"
+            )
         batch = load_inputs(given) if isinstance(given, Path) else dict(given)
     for path, spec in zip(paths, specs, strict=True):
         check_inputs(path, spec, batch)
@@ -322,7 +324,7 @@ def _watched(points: Iterator[Any], stage: str, total: int, notify: Notify) -> t
     return tuple(seen)
 
 
-# --- what is told -----------------------------------------------------------------------------------------------------
+# --- the result -------------------------------------------------------------------------------------------------------
 
 
 def _describe(path: Path, figures: Found) -> FileFigures:
@@ -341,7 +343,7 @@ def _notes(target: Target, batch_size: int, ratio: Interval | None, figures: Seq
         notes.append(f"the batch is {batch_size}, and the target's batch_size {target.batch_size}")
     if ratio and compare(ratio) == "no difference":
         resolution = max(ratio.high / ratio.value, ratio.value / ratio.low) - 1
-        notes.append(f"differences below about {resolution:.1%} could not be told apart here; more --samples tell more")
+        notes.append(f"differences below about {resolution:.1%} could not be detected; more --samples lower that")
     if len(figures) > 1 and (figures[0].batches or figures[0].threads):
         notes.append("batch sizes and threads are timed one file after the other: compare files by their latencies")
     return tuple(notes)

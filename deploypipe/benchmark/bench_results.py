@@ -1,4 +1,4 @@
-"""What `deploypipe bench` found. Data only; None is 'not measured', and `FileFigures.missing` says why."""
+"""Records of what `deploypipe bench` measured. None is 'not measured', and `FileFigures.missing` says why."""
 
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
@@ -26,15 +26,15 @@ class LatencyFigures:
     p90_ms: Interval | None  # None below 64 samples
     p99_ms: Interval | None  # None below 662 samples
     throughput: float  # samples a second at the median
-    block: int  # runs taken between two openings of the file
+    block: int  # runs between two openings of the file
     samples_ms: tuple[float, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ColdStart:
-    """A fresh process, file in the page cache: medians over `repeats` processes."""
+    """Start of a new process, with the file in the page cache: medians over `repeats` processes."""
 
-    import_ms: float  # of the runtime, which any file costs
+    import_ms: float  # of the runtime, the same for any file
     load_ms: float
     first_run_ms: float
     total_ms: tuple[float, float, float]  # of loading and the first run: least, median, most
@@ -65,7 +65,7 @@ class SweepPoint:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Energy:
-    """Of the whole processor, GPU or board that `source` measures, whatever else ran there."""
+    """Energy of the whole processor, GPU or board that `source` measures, other processes included."""
 
     energy_mj: float  # per run of one batch, the idle draw included
     power_w: float
@@ -80,7 +80,7 @@ class FileFigures:
 
     path: str
     sha256: str
-    size_bytes: int  # with the weights that lie beside it
+    size_bytes: int  # with weights in a second file
     latency: LatencyFigures | None = None
     peak_memory_mib: float | None = None
     cold_start: ColdStart | None = None

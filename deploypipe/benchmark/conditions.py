@@ -1,6 +1,7 @@
-"""Clocks, heat and neighbours while something is measured: read before and after, and judged.
+"""Read the machine's clocks, heat and load before and after a measurement, and decide whether it was steady.
 
-Linux tells most of it; what a platform does not tell is None. Paths are under `root`, so that a copy can be read.
+Linux reports most of it; what a platform does not report is None. Paths are under `root`, so that tests can read a
+copy.
 """
 
 import os
@@ -14,7 +15,7 @@ from pathlib import Path
 from deploypipe.records import Conditions, MachineState, Names
 
 _GPU_QUERY = "clocks.sm,temperature.gpu,clocks_throttle_reasons.active"
-# NVML's nvmlClocksEventReason bits that mean 'slower than it could be'; idle and the user's own clocks are no fault.
+# NVML's nvmlClocksEventReason bits that mean 'slower than possible'; idle and clocks set by the user are no fault.
 _GPU_SLOWDOWNS = {
     0x4: "software power cap",
     0x8: "hardware slowdown",
@@ -23,15 +24,15 @@ _GPU_SLOWDOWNS = {
     0x80: "power brake",
 }
 _SECONDS = 10.0  # for nvidia-smi to answer
-_MIN_CLOCK = 0.9  # of what it was before
+_MIN_CLOCK = 0.9  # of the clock before
 _MAX_STOLEN = 0.01  # share of the processors' time
-_MAX_OF_FREE = 0.5  # share of the processors that the measurement leaves free, which others may use
+_MAX_OF_FREE = 0.5  # share that others may use of the processors that the measurement leaves free
 _ALLOWANCE = 0.1  # processors, for the system itself
 MIN_SECONDS = 0.5  # counters tick a hundred times a second
 
 
 def read_state(root: Path = Path("/")) -> MachineState:
-    """The machine, now."""
+    """Read the machine's state now."""
     busy, stolen = parse_stat(_read(root / "proc/stat"))
     clocks = _numbers(root, "sys/devices/system/cpu/cpu[0-9]*/cpufreq/scaling_cur_freq")
     zones = _numbers(root, "sys/class/thermal/thermal_zone*/temp")
@@ -56,10 +57,10 @@ def read_state(root: Path = Path("/")) -> MachineState:
 def judge_conditions(
     before: MachineState, after: MachineState, *, num_cpus: int, num_threads: int, unsteady: Sequence[str]
 ) -> Conditions:
-    """Whether figures taken between two states can be trusted; `unsteady` is what the timings themselves gave away.
+    """Decide whether figures measured between two states can be trusted.
 
-    Throttled: the machine was slowed down by heat, power or a quota. Noisy: it was shared with others, or the timings
-    scatter. Where it is both, throttled comes first.
+    unsteady: reasons found in the timings themselves. Throttled: heat, power or a quota slowed the machine down. Noisy:
+    other processes used it, or the timings scatter. If it is both, the verdict is throttled.
     """
     elapsed = after.at_s - before.at_s
     capacity = elapsed * num_cpus
@@ -72,7 +73,7 @@ def judge_conditions(
     if others is not None and others > _MAX_OF_FREE * free + _ALLOWANCE:
         noisy.append(
             f"other processes kept {others:.1f} of {num_cpus} processors busy, and {num_threads} "
-            f"{'was' if num_threads == 1 else 'were'} wanted here"
+            f"{'was' if num_threads == 1 else 'were'} needed here"
         )
     if share is not None and share > _MAX_STOLEN:
         noisy.append(f"the hypervisor gave {share:.1%} of the processors' time to others")
@@ -97,13 +98,13 @@ def parse_stat(text: str) -> tuple[float | None, float | None]:
 
 
 def parse_throttled(text: str) -> int | None:
-    """A control group's cpu.stat -> times that its quota stopped it; None where it says nothing."""
+    """A control group's cpu.stat -> how often its quota stopped it; None if it does not say."""
     match = re.search(r"^nr_throttled (\d+)$", text, re.MULTILINE)
     return int(match[1]) if match else None
 
 
 def parse_nvidia_smi(line: str) -> tuple[float | None, float | None, Names]:
-    """`1980, 45, 0x0000000000000004` -> MHz, degrees, what slows it down; of several GPUs the first."""
+    """`1980, 45, 0x0000000000000004` -> MHz, degrees, slowdowns; the first line if there are several GPUs."""
     cells = [cell.strip() for cell in line.partition("\n")[0].split(",")]
     if len(cells) != 3:
         return None, None, ()
@@ -131,7 +132,7 @@ def _grown(before: float | None, after: float | None) -> float | None:
 
 
 def _quota_throttled(root: Path) -> int | None:
-    """Of this process's own group (version 2), or of version 1's controller as a container sees it."""
+    """How often a quota stopped this process's control group (version 2, or version 1 as a container sees it)."""
     own = re.search(r"^0::/(.*)$", _read(root / "proc/self/cgroup"), re.MULTILINE)
     folder = root / "sys/fs/cgroup"
     places = [folder / own[1] / "cpu.stat"] if own else []
@@ -152,7 +153,7 @@ def _ask_nvidia_smi() -> str:
 
 
 def _numbers(root: Path, pattern: str) -> list[float]:
-    """Of all files that fit; a zone that is switched off cannot be read."""
+    """The numbers in all matching files; a zone that is switched off cannot be read."""
     return list(_finite(_number(_read(path).strip()) for path in sorted(root.glob(pattern))))
 
 

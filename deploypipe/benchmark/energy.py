@@ -1,6 +1,6 @@
-"""Energy of one run, where the platform has a meter: RAPL (x86 packages), NVML or nvidia-smi (GPU), tegrastats (board).
+"""Measure the energy of one run with the platform's meter: RAPL (x86), NVML or nvidia-smi (GPU), tegrastats (board).
 
-Counters are read, powers are sampled and multiplied by time. A meter sees all that runs on what it measures.
+Counters are read; powers are sampled and multiplied by time. A meter includes everything that runs on its device.
 """
 
 import re
@@ -22,7 +22,7 @@ _IDLE_SECONDS = 1.0
 _MIN_SECONDS = 2.0  # of running: counters and samples come every 1 to 100 ms
 _MIN_RUNS = 3
 _SAMPLE_SECONDS = 0.1
-# Rails of the whole board, as Jetsons name them; the first that is there counts.
+# Rails of the whole board, as Jetsons name them; the first one that exists counts.
 _RAILS = ("VDD_IN", "VIN_SYS_5V0", "POM_5V_IN", "VIN")
 
 Joules = Callable[[], float]  # since the meter was opened
@@ -35,7 +35,7 @@ class Meter:
 
 
 def find_meter(target: Target, root: Path = Path("/")) -> tuple[Meter | None, str]:
-    """(meter, "") of what does the work for `target`, or (None, why there is none)."""
+    """(meter, "") for the device that does the work for `target`, or (None, why there is none)."""
     if shutil.which("tegrastats"):
         return Meter(source="tegrastats, whole board", open=_tegrastats), ""
     if target.needs_gpu:
@@ -44,7 +44,7 @@ def find_meter(target: Target, root: Path = Path("/")) -> tuple[Meter | None, st
 
 
 def measure_energy(session: Session, inputs: Mapping[str, Array], meter: Meter) -> Energy:
-    """Run a loaded and warm file for some seconds. Raises what `Session.run` raises."""
+    """Run a loaded and warm file for a few seconds. Raises what `Session.run` raises."""
     with meter.open() as joules:
         idle_begun, idle_from = time.perf_counter(), joules()
         time.sleep(_IDLE_SECONDS)
@@ -72,7 +72,7 @@ def _find_rapl(root: Path) -> tuple[Meter | None, str]:
         zone for zone in sorted(folder.glob("intel-rapl:*")) if _read_name(zone).startswith("package-")
     ]  # AMD's counters go by the same name
     if not packages:
-        return None, "the processor offers no energy counter (no package in /sys/class/powercap); a virtual machine?"
+        return None, "the processor has no energy counter (no package in /sys/class/powercap); is it a virtual machine?"
     try:
         _read_joules(packages[0])
     except OSError as error:
@@ -98,7 +98,7 @@ def _rapl(packages: list[Path]) -> Iterator[Joules]:
 
 
 def grown(before: float, after: float, span: float) -> float:
-    """How much a counter went up that starts again at `span`; once at most between two readings."""
+    """Increase of a counter that wraps at `span`, at most once between two readings."""
     return after - before if after >= before else after - before + span
 
 
@@ -128,7 +128,7 @@ def _find_gpu_meter() -> tuple[Meter | None, str]:
             pass
     if shutil.which("nvidia-smi"):
         return Meter(source="nvidia-smi, GPU 0, sampled", open=_nvidia_smi), ""
-    return None, "neither pynvml (pip install nvidia-ml-py) nor nvidia-smi is there"
+    return None, "neither pynvml (pip install nvidia-ml-py) nor nvidia-smi is installed"
 
 
 @contextmanager
@@ -175,8 +175,7 @@ def parse_tegrastats(line: str) -> float | None:
 
 @contextmanager
 def _sampled(command: list[str], parse: Callable[[str], float | None]) -> Iterator[Joules]:
-    """A program that prints a power every now and then. Energy is the mean of the powers seen since the last reading,
-    times the seconds since then."""
+    """Run a program that prints a power regularly. Energy: mean power since the last reading, times the seconds."""
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     watts: list[float] = []
 

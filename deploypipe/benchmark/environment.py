@@ -1,4 +1,4 @@
-"""The machine and the software that a figure is taken on. What a platform does not tell is left empty."""
+"""Describe the machine and software that a figure is measured on. What a platform does not report stays empty."""
 
 import hashlib
 import json
@@ -36,10 +36,10 @@ _BOARD = Path("/proc/device-tree/model")
 
 
 def describe_environment(num_threads: int) -> Environment:
-    """This machine, now. `load_before` is the one-minute load average, so call it before the work.
+    """Describe this machine now. `load_before` is the one-minute load average, so call this before the work.
 
     `device_fingerprint` hashes what decides a latency: processor, instruction sets, number of processors, threads
-    used, governor, system and onnxruntime's package and version.
+    used, governor, system, and onnxruntime's package and version.
     """
     cpu, features = _describe_cpu()
     versions = {"python": platform.python_version(), **package_versions(*_PACKAGES)}

@@ -1,4 +1,4 @@
-"""The batch that a file is measured on: the user's own, or random values that fit what the file declares."""
+"""Make the batch that a file is measured on: the user's own, or random values that fit the file's declaration."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from deploypipe.errors import DataError
 from deploypipe.runtimes import Array
 from deploypipe.untrusted_files.onnx_file_check import check_onnx_file
 
-_SOME_VALUES = 2  # integers whose use is not known are 0 or 1: an index, a flag or a length that most graphs can take
+_SOME_VALUES = 2  # integers of unknown use are 0 or 1: an index, a flag or a length that most graphs accept
 _MAX_VALUES = 2**28  # of all random inputs
 _MAX_BYTES = 2**33  # of a file with a batch
 _IMAGE_VALUES = 256
@@ -25,8 +25,8 @@ class InputSpec:
     """One input as an ONNX file declares it."""
 
     name: str
-    dtype: np.dtype[Any] | None  # None: a type that numpy or the runtime's Python interface has not got
-    shape: tuple[int | str, ...]  # a name for each axis of any size, "" where it has none
+    dtype: np.dtype[Any] | None  # None: a type that numpy or the runtime's Python interface lacks
+    shape: tuple[int | str, ...]  # an axis of any size is its name, or "" if it has none
     num_values: int  # integers from 0 up to this, exclusive, are safe
 
     def __str__(self) -> str:
@@ -35,7 +35,7 @@ class InputSpec:
 
 
 def read_specs(path: Path) -> tuple[InputSpec, ...]:
-    """What an ONNX file takes. ModelError where it is absent, damaged or hostile."""
+    """Read the inputs of an ONNX file. ModelError if the file is absent, damaged or hostile."""
     check_onnx_file(path)
     graph = onnx.load(path, load_external_data=False).graph
     constants = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
@@ -57,26 +57,26 @@ def read_specs(path: Path) -> tuple[InputSpec, ...]:
 def make_inputs(
     path: Path, specs: Sequence[InputSpec], batch_size: int, shapes: Mapping[str, Sequence[int]], *, seed: int = 0
 ) -> dict[str, Array]:
-    """Random values: normal floats, integers in the range that the graph is known to take, masks of ones.
+    """Make random values: normal floats, integers in the range that the graph is known to accept, masks of ones.
 
-    The first axis, where it may have any size, gets `batch_size`; `shapes` gives the whole shape of an input. DataError
-    where a size is open, or a shape does not fit.
+    A first axis of any size gets `batch_size`. `shapes` holds whole shapes by input. DataError if a size is unknown, or
+    a shape does not fit.
     """
     unknown = sorted(set(shapes) - {spec.name for spec in specs})
     if unknown:
-        raise DataError(f"{path}: there is no input {', '.join(unknown)}; it takes {_told(specs)}")
+        raise DataError(f"{path}: there is no input {', '.join(unknown)}; it takes {_listed(specs)}")
     open_ = [
         spec for spec in specs if spec.name not in shapes and any(isinstance(size, str) for size in spec.shape[1:])
     ]
     if open_:
         examples = " ".join(f"--shape {spec.name}={'x'.join(_example(spec, batch_size))}" for spec in open_)
         raise DataError(
-            f"{path}: takes {_told(open_)}, whose sizes are open beside the batch; give them, like {examples}, or "
-            "--inputs FILE"
+            f"{path}: takes {_listed(open_)}, which have axes of any size other than the batch; set them, for example "
+            f"{examples}, or give --inputs FILE"
         )
     odd = [spec for spec in specs if spec.dtype is None]
     if odd:
-        raise DataError(f"{path}: cannot make up {_told(odd)}; give --inputs FILE")
+        raise DataError(f"{path}: random values cannot be made for {_listed(odd)}; give --inputs FILE")
     generator = np.random.default_rng(seed)
     made: dict[str, Array] = {}
     for spec in specs:
@@ -85,8 +85,8 @@ def make_inputs(
         count = prod(shape) + sum(array.size for array in made.values())
         if count > _MAX_VALUES:
             raise DataError(
-                f"{path}: inputs up to {spec.name} of shape {list(shape)} would have {count:,} values, and "
-                f"{_MAX_VALUES:,} are the most; give a smaller --shape, or --inputs FILE"
+                f"{path}: inputs up to {spec.name} of shape {list(shape)} would have {count:,} values, and at most "
+                f"{_MAX_VALUES:,} are allowed; give a smaller --shape, or --inputs FILE"
             )
         made[spec.name] = _make(spec, shape, generator)
     check_inputs(path, specs, made)
@@ -94,7 +94,7 @@ def make_inputs(
 
 
 def load_inputs(path: Path) -> dict[str, Array]:
-    """Named arrays from .npz or .safetensors. DataError where it is absent, something else, or damaged."""
+    """Load named arrays from .npz or .safetensors. DataError if the file is absent, of another kind, or damaged."""
     try:
         if path.suffix == ".safetensors":
             from safetensors import SafetensorError
@@ -110,7 +110,7 @@ def load_inputs(path: Path) -> dict[str, Array]:
         with archive:
             unpacked = sum(entry.file_size for entry in archive.zip.infolist())
             if unpacked > _MAX_BYTES:
-                raise ValueError(f"{unpacked:,} bytes unpacked, and {_MAX_BYTES:,} are the most")
+                raise ValueError(f"{unpacked:,} bytes unpacked, and at most {_MAX_BYTES:,} are allowed")
             arrays = {name: archive[name] for name in archive.files}
         if odd := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
             raise ValueError(f"{odd[0]!r} in it is not an array")
@@ -125,7 +125,7 @@ def load_inputs(path: Path) -> dict[str, Array]:
 
 
 def check_inputs(path: Path, specs: Sequence[InputSpec], inputs: Mapping[str, Array]) -> None:
-    """DataError, with all that is wrong, where the file at `path` does not take these arrays."""
+    """DataError that lists every misfit, if the file at `path` does not accept these arrays."""
     wrong = [f"{spec.name} is missing" for spec in specs if spec.name not in inputs]
     wrong += [f"there is no input {name}" for name in inputs if name not in {spec.name for spec in specs}]
     for spec in specs:
@@ -139,8 +139,8 @@ def check_inputs(path: Path, specs: Sequence[InputSpec], inputs: Mapping[str, Ar
                 wrong.append(f"{spec.name} is {array.dtype} {list(array.shape)}")
     if wrong:
         raise DataError(
-            f"{path}: takes {_told(specs) or 'no inputs'}, and {'; '.join(wrong)}; give inputs that fit (two files are "
-            "compared on the same)"
+            f"{path}: takes {_listed(specs) or 'no inputs'}, and {'; '.join(wrong)}; give inputs that fit (two files "
+            "are compared on the same)"
         )
 
 
@@ -150,7 +150,7 @@ def has_open_batch(specs: Sequence[InputSpec]) -> bool:
 
 
 def _make(spec: InputSpec, shape: tuple[int, ...], generator: np.random.Generator) -> Array:
-    assert spec.dtype is not None  # the caller looked
+    assert spec.dtype is not None  # the caller checked
     if spec.dtype.kind == "f":
         return np.asarray(generator.standard_normal(shape), dtype=spec.dtype)
     if spec.dtype.kind == "b" or "mask" in spec.name.lower():
@@ -160,7 +160,7 @@ def _make(spec: InputSpec, shape: tuple[int, ...], generator: np.random.Generato
 
 
 def _num_values(graph: onnx.GraphProto, name: str, constants: Mapping[str, tuple[int, ...]]) -> int:
-    """Rows of the smallest table that the input, or a cast of it, is looked up in; else what its type suggests."""
+    """Rows of the smallest table that the input, or a cast of it, indexes; else a number by the input's type."""
     names = {name}
     rows = []
     for node in graph.node:  # in the order of execution
@@ -176,7 +176,7 @@ def _num_values(graph: onnx.GraphProto, name: str, constants: Mapping[str, tuple
 
 
 def _dtype(declared: onnx.TypeProto) -> np.dtype[Any] | None:
-    """Only types whose values can be drawn: floats, integers, booleans."""
+    """The type, if its values can be drawn: floats, integers, booleans; else None."""
     if not declared.HasField("tensor_type"):
         return None
     try:
@@ -190,5 +190,5 @@ def _example(spec: InputSpec, batch_size: int) -> list[str]:
     return [str(batch_size if i == 0 else 128) if isinstance(s, str) else str(s) for i, s in enumerate(spec.shape)]
 
 
-def _told(specs: Sequence[InputSpec]) -> str:
+def _listed(specs: Sequence[InputSpec]) -> str:
     return ", ".join(map(str, specs))

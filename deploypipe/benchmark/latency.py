@@ -1,9 +1,9 @@
-"""How long a model file takes, timed so that two files can be compared.
+"""Time model files so that two files can be compared.
 
-Files are timed in one process, `ROUND` runs of each at a time, in mirrored order (A B B A): whatever the machine does
-meanwhile meets both. Every few rounds all files are opened anew, in another order: where a file's weights come
-to lie in memory, and which file was opened first, moves a latency by up to a percent, and would otherwise be taken for
-a difference between the files. What was timed between two openings is one independent sample of that difference.
+Files are timed in one process, `ROUND` runs of each at a time, in mirrored order (A B B A), so that changes of the
+machine affect both. Every few rounds all files are opened again, in another order. The address of a file's weights, and
+which file was opened first, change a latency by up to a percent, which would otherwise look like a difference between
+the files. The runs between two openings are one independent sample of that difference.
 """
 
 import gc
@@ -27,19 +27,19 @@ from deploypipe.target import Target
 BLOCK = 10  # timed runs in a row
 ROUND = 2 * BLOCK  # A B B A
 PERCENTILE_FLOORS = {0.9: 64, 0.99: 662}  # samples; MLPerf LoadGen's early-stopping counts
-_MANY_OPENINGS, _FEW_OPENINGS = 40, 8  # few where a file takes long to open: a signed-rank interval needs seven
-_CHEAP_SECONDS = 3.0  # that opening files may take in all, though timing them takes less
+_MANY_OPENINGS, _FEW_OPENINGS = 40, 8  # few if a file takes long to open: a signed-rank interval needs seven
+_CHEAP_SECONDS = 3.0  # that opening files may take in total, even if timing them takes less
 _ORDERS = 4  # of two files: who is opened first, who is timed first
 _LEAD = 2  # untimed runs before a block, which bring the file's weights back into the caches
 _WARM_UP_ROUNDS = 30  # at most, each of `BLOCK` runs
 _WARM_UP_SECONDS = 3.0  # at most, once three rounds are done
 _REOPENED_SECONDS = 0.1  # at most, once two runs are done
 _WARM_UP_TOLERANCE = 0.02  # medians of two rounds in a row
-_SECONDS = 2.0  # of timed runs of each file, where no number of them is asked for
+_SECONDS = 2.0  # of timed runs of each file, if no number of runs is given
 _MAX_SAMPLES = 4000
 _ATTEMPTS = 3  # to find the machine steady
 _PAUSE_SECONDS = 5.0  # before the next one
-_LOOK_SECONDS, _MAX_LOOKS = 1.0, 10  # after the pause, for a machine that is still throttled or busy
+_CHECK_SECONDS, _MAX_CHECKS = 1.0, 10  # after the pause, while the machine is still throttled or busy
 _MAX_DRIFT = 0.10  # of the median, last third against first third
 _MAX_SPREAD = 0.25  # interquartile range over the median
 
@@ -48,9 +48,9 @@ _MAX_SPREAD = 0.25  # interquartile range over the median
 class Timings:
     """Timed runs of files, interleaved."""
 
-    samples: tuple[NDArray[np.float64], ...]  # ms of one run, per file (n,) in the order they were taken
-    block: int  # samples [i * block, (i + 1) * block) of all files were taken together, between two openings
-    before: MachineState | None = None  # None, like the next: nobody looked at the machine
+    samples: tuple[NDArray[np.float64], ...]  # ms of one run, per file (n,) in order
+    block: int  # samples [i * block, (i + 1) * block) of all files were timed together, between two openings
+    before: MachineState | None = None  # None, like the next: the machine was not inspected
     after: MachineState | None = None
 
 
@@ -63,10 +63,10 @@ def time_interleaved(
     *,
     num_samples: int | None = None,
 ) -> Timings:
-    """`num_samples` runs of each file or some more, on one batch that is the same for all; by default the target's
-    number or, of quick files, as many as take `_SECONDS`: more runs of a quick file cost nothing, and tell more.
+    """Time at least `num_samples` runs of each file, on the same batch.
 
-    Raises what `runtime.open` and `Session.run` raise.
+    The default is the target's number, or for quick files as many runs as take `_SECONDS`: more runs of a quick file
+    cost little and narrow the interval. Raises what `runtime.open` and `Session.run` raise.
     """
     samples: list[list[float]] = [[] for _ in paths]
     with alone(), _no_garbage_collection():
@@ -102,11 +102,11 @@ def time_steadily(
     *,
     num_samples: int | None = None,
 ) -> Timings:
-    """`time_interleaved`, and again after a pause where the timings are in doubt, `_ATTEMPTS` times at most.
+    """Call `time_interleaved`, and again after a pause while there are doubts, at most `_ATTEMPTS` times.
 
-    What is returned is beyond doubt, or is the last attempt: `find_doubts` says which. Only the machine decides, never
-    how long the files took. minds_others: heat, clock, quota and other processes count too, which a figure that a
-    verdict rests on needs; else only what the timings themselves give away.
+    The result has no doubts, or is the last attempt: `find_doubts` says which. Only the machine's state decides, never
+    how long the files took. minds_others: heat, clock, quota and other processes count as doubts too, as a figure that
+    a verdict depends on needs; else only drift and spread of the timings do.
     """
     asked = {} if num_samples is None else {"num_samples": num_samples}
     for number in range(_ATTEMPTS):
@@ -116,21 +116,23 @@ def time_steadily(
         doubts = find_doubts(seen, [str(file) for file in range(len(timings.samples))], target.num_threads)
         if number == _ATTEMPTS - 1 or not doubts:
             break
-        notify(Progress(stage="latency", message="the machine was not steady: once more"))
+        notify(Progress(stage="latency", message="the machine was not steady: measuring again"))
         _wait_for_quiet(target.num_threads, can_look=minds_others)
     return timings
 
 
 def find_doubts(timings: Timings, names: Sequence[str], num_threads: int) -> tuple[str, ...]:
-    """Why nothing should be concluded from these timings of files with these names; empty where nothing speaks
-    against them. The machine was throttled or shared with others, or the timings drift or scatter."""
+    """Reasons not to trust these timings of files with these names; () if there are none.
+
+    The machine was throttled or shared with others, or the timings drift or scatter.
+    """
     if conditions := conditions_of(timings, names, num_threads):
         return conditions.reasons
     return _unsteady_files(timings, names)
 
 
 def conditions_of(timings: Timings, names: Sequence[str], num_threads: int) -> Conditions | None:
-    """What the machine was like while these files were timed; None where nobody looked."""
+    """The machine's state while these files were timed; None if it was not inspected."""
     if timings.before is None or timings.after is None:
         return None
     unsteady = _unsteady_files(timings, names)
@@ -145,7 +147,7 @@ def _unsteady_files(timings: Timings, names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _looked_at_long(timings: Timings) -> Timings:
-    """With a look at the machine that is long enough to tell of others: runs of a quick file are over before."""
+    """Inspect the machine for long enough to detect other processes, since runs of a quick file end earlier."""
     if timings.before is None or timings.after is None:
         return timings
     missing = MIN_SECONDS - (timings.after.at_s - timings.before.at_s)
@@ -156,26 +158,28 @@ def _looked_at_long(timings: Timings) -> Timings:
 
 
 def _wait_for_quiet(num_threads: int, *, can_look: bool) -> None:
-    """Pause, and then for some seconds more where the machine is still throttled or busy with others."""
+    """Pause, and then a few seconds longer while the machine is still throttled or busy with other processes."""
     pause(_PAUSE_SECONDS)
-    for _ in range(_MAX_LOOKS if can_look else 0):
+    for _ in range(_MAX_CHECKS if can_look else 0):
         before = read_state()
-        pause(_LOOK_SECONDS)
+        pause(_CHECK_SECONDS)
         now = judge_conditions(before, read_state(), num_cpus=count_cpus(), num_threads=num_threads, unsteady=())
         if now.verdict == "steady":
             break
 
 
 def schedule(num_samples: int, *, most: int = _MANY_OPENINGS) -> tuple[int, int]:
-    """(openings, runs of each file after every one of them) for `num_samples` runs or some more; whole rounds, and a
-    number of openings in which every order of two files comes equally often."""
+    """Return (openings, runs of each file after every opening) for at least `num_samples` runs.
+
+    Rounds are whole, and the openings use every order of two files equally often.
+    """
     runs = ROUND * -(-num_samples // (ROUND * most))
     openings = -(-num_samples // runs)
     return -(-openings // _ORDERS) * _ORDERS, runs
 
 
 def _try(path: Path, inputs: Mapping[str, Array], runtime: Runtime, target: Target) -> tuple[float, float]:
-    """Seconds that opening a file takes, and one run of it: by then the machine is warm, and the file in memory."""
+    """Seconds for opening a file, and for one run of it. Afterwards the machine is warm, and the file in memory."""
     begun = time.perf_counter()
     with runtime.open(path, num_threads=target.num_threads) as session:
         opened = time.perf_counter()
@@ -185,8 +189,11 @@ def _try(path: Path, inputs: Mapping[str, Array], runtime: Runtime, target: Targ
 def mirrored_orders(
     num_files: int, openings: int, generator: np.random.Generator
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """For each opening the order to open the files in, and to time them in. Chance decides, so that nothing periodic
-    in the machine can favour one file; and within `_ORDERS` openings each of two files comes first equally often."""
+    """For each opening: the order to open the files in, and the order to time them in.
+
+    Orders are random, so that nothing periodic in the machine favours one file. Within `_ORDERS` openings each of two
+    files comes first equally often.
+    """
     ahead = list(range(num_files))
     for number in range(openings):
         if number % _ORDERS == 0:
@@ -200,7 +207,7 @@ def mirrored_orders(
 def time_file(
     path: Path, inputs: Mapping[str, Array], runtime: Runtime, target: Target, *, num_samples: int
 ) -> NDArray[np.float64]:
-    """Milliseconds (num_samples,) of one file: for a search that needs many figures of moderate precision."""
+    """Milliseconds (num_samples,) of one file, for callers that need many figures of moderate precision."""
     with runtime.open(path, num_threads=target.num_threads) as session, _no_garbage_collection():
         _warm_up(session, inputs)
         return np.array(_time_runs(session, inputs, num_samples))
@@ -209,14 +216,14 @@ def time_file(
 def time_loaded(
     session: Session, inputs: Mapping[str, Array], *, seconds: float, least: int, most: int
 ) -> NDArray[np.float64]:
-    """Milliseconds (n,) of an open file, least <= n <= most, of about `seconds` in all: one point of a sweep."""
+    """Milliseconds (n,) of an open file, least <= n <= most, about `seconds` in total: one point of a sweep."""
     with _no_garbage_collection():
         per_run = _warm_up(session, inputs, seconds=seconds) / 1e3
         return np.array(_time_runs(session, inputs, min(most, max(least, int(seconds / per_run)))))
 
 
 def summarise(samples: NDArray[np.float64], target: Target, *, block: int) -> Latency:
-    """Median with its interval, and the percentiles that the number of samples (n,) in ms allows to claim."""
+    """Median with its interval, and the percentiles that the number of samples (n,) in ms suffices for."""
     p90, p99 = (percentile(samples, share, block=block) for share in (0.9, 0.99))
     return Latency(
         batch_size=target.batch_size,
@@ -229,14 +236,14 @@ def summarise(samples: NDArray[np.float64], target: Target, *, block: int) -> La
 
 
 def percentile(samples: NDArray[np.float64], share: float, *, block: int) -> Interval | None:
-    """Milliseconds that `share` (0.9 or 0.99) of the runs stay below; None where (n,) samples are too few to say."""
+    """Milliseconds that `share` (0.9 or 0.99) of the runs stay below; None if (n,) samples are too few."""
     if len(samples) < PERCENTILE_FLOORS[share]:
         return None
     return interval_of_quantile(samples, share, block=block)
 
 
 def find_unsteadiness(samples: NDArray[np.float64]) -> str:
-    """Why these timings (n,) in ms should not be trusted; empty where nothing speaks against them."""
+    """Why these timings (n,) in ms should not be trusted; "" if there is no reason."""
     third = max(1, len(samples) // 3)
     median = float(np.median(samples))
     drift = float(np.median(samples[-third:]) - np.median(samples[:third])) / median
@@ -250,7 +257,7 @@ def find_unsteadiness(samples: NDArray[np.float64]) -> str:
 
 
 def _warm_up(session: Session, inputs: Mapping[str, Array], *, seconds: float = _WARM_UP_SECONDS) -> float:
-    """Run until two rounds in a row take the same time, or for as long as a warm-up may take; ms of a run then."""
+    """Run until two rounds in a row take the same time, or the time limit is reached. Return ms of a run."""
     started = time.perf_counter()
     before = float("inf")
     for round_ in range(_WARM_UP_ROUNDS):
@@ -265,7 +272,7 @@ def _warm_up(session: Session, inputs: Mapping[str, Array], *, seconds: float = 
 def _time_runs(
     session: Session, inputs: Mapping[str, Array], count: int, *, seconds: float = float("inf")
 ) -> list[float]:
-    """Milliseconds of `count` runs, or of as many as begin within `seconds`, two at least."""
+    """Milliseconds of `count` runs, or of as many as begin within `seconds`; at least two."""
     samples: list[float] = []
     begun = time.perf_counter()
     while len(samples) < count and (len(samples) < 2 or time.perf_counter() - begun < seconds):

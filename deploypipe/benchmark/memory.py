@@ -1,9 +1,9 @@
-"""How much memory a model file adds to a process: measured in a child, which holds nothing else.
+"""Measure how much memory a model file adds to a process, in a child process that holds nothing else.
 
-The child imports numpy and the runtime, reads the inputs, notes its resident memory, then loads the file and runs it.
-The figure is its peak from there on, less what it held before: weights, the runtime's own structures for this graph,
-and activations. It includes some MiB that any file costs. The median of `_NUM_CHILDREN` children is reported, since
-where the allocator puts its arenas varies by a few hundred KiB.
+The child imports numpy and the runtime, reads the inputs, records its resident memory, then loads the file and runs it.
+The figure is its peak from there on, minus what it held before: weights, the runtime's own structures for this graph,
+and activations. It includes a few MiB that any file costs. The median of `_NUM_CHILDREN` children is reported, since
+the placement of the allocator's arenas varies by a few hundred KiB.
 """
 
 import sys
@@ -28,9 +28,9 @@ def measure_peak_memory(
     trust_program: bool = False,
     limits: ProcessLimits = OWN_FILES,
 ) -> tuple[float | None, str]:
-    """(MiB, "") that `path` adds at its peak under the target's settings; (None, reason) where that cannot be told.
+    """(MiB, "") that `path` adds at its peak under the target's settings; (None, reason) if that cannot be measured.
 
-    Needs Linux, whose kernel keeps a peak that can be reset. Raises ModelError where the file does not run in a child.
+    Needs Linux, whose kernel keeps a peak that can be reset. Raises ModelError if the file does not run in a child.
     """
     if not sys.platform.startswith("linux"):
         return None, f"peak memory is read from /proc, which {sys.platform} does not have"

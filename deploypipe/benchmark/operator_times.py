@@ -1,4 +1,4 @@
-"""Where the time goes, operator by operator: ONNX Runtime's own profile of the graph as it was optimised."""
+"""Time each operator of a file, with ONNX Runtime's own profile of the optimised graph."""
 
 import json
 import os
@@ -21,7 +21,7 @@ _WARNINGS = 3
 
 
 def profile_layers(path: Path, inputs: Mapping[str, Array], target: Target) -> tuple[LayerTime, ...]:
-    """The slowest first. For onnxruntime targets; what the clock costs makes the sum longer than a latency.
+    """Time the operators, slowest first. For onnxruntime targets. Profiling makes the sum longer than a latency.
 
     The file must have run before: errors of onnxruntime are not caught.
     """
@@ -45,7 +45,7 @@ def profile_layers(path: Path, inputs: Mapping[str, Array], target: Target) -> t
 
 
 def read_profile(events: Sequence[Mapping[str, Any]], *, num_runs: int) -> tuple[LayerTime, ...]:
-    """The last `num_runs` runs of a profile as `end_profiling` leaves it; times in it are microseconds."""
+    """Read the last `num_runs` runs of a profile as `end_profiling` writes it, with times in microseconds."""
     runs = sorted((e["ts"], e["ts"] + e["dur"]) for e in events if e.get("name") == "model_run")[-num_runs:]
     times: dict[tuple[str, str, str], list[float]] = defaultdict(lambda: [0.0] * len(runs))
     for event in events:

@@ -1,4 +1,4 @@
-"""How latency changes with the batch size and with the number of threads: a few quick runs of each."""
+"""Measure how latency changes with the batch size and with the number of threads, by a few quick runs of each."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,15 +27,15 @@ def sweep_batches(
     sizes: Sequence[int],
     refused: Mapping[int, str],
 ) -> Iterator[SweepPoint]:
-    """Throughput at each batch size. One that is `refused` (size -> reason) or would take too long says so."""
-    per_sample = 0.0  # seconds, as the last size took
+    """Throughput at each batch size. Sizes that are `refused` (size -> reason) or too slow have a reason instead."""
+    per_sample = 0.0  # seconds, at the last size
     with runtime.open(path, num_threads=target.num_threads) as session:
         for size in sizes:
             if reason := refused.get(size):
                 yield _unmeasured(size, target.num_threads, reason)
                 continue
             if per_sample * size * MIN_RUNS > PATIENCE:
-                yield _unmeasured(size, target.num_threads, f"would take over {PATIENCE:.0f} s")
+                yield _unmeasured(size, target.num_threads, f"would take more than {PATIENCE:.0f} s")
                 continue
             batch = resized(inputs, size)
             begun = time.perf_counter()
@@ -53,7 +53,7 @@ def resized(inputs: Mapping[str, Array], size: int) -> dict[str, Array]:
 def sweep_threads(
     path: Path, inputs: Mapping[str, Array], runtime: Runtime, batch_size: int, counts: Sequence[int]
 ) -> Iterator[SweepPoint]:
-    """Latency with each number of threads; the file is opened for each."""
+    """Latency with each number of threads. The file is opened again for each."""
     for count in counts:
         with runtime.open(path, num_threads=count) as session:
             samples = time_loaded(session, inputs, seconds=_SECONDS, least=MIN_RUNS, most=_MAX_RUNS)
@@ -71,7 +71,7 @@ def thread_counts(num_cores: int) -> list[int]:
 
 
 def count_cores(num_cpus: int, cpuinfo: Path = _CPUINFO) -> int:
-    """Physical cores, `num_cpus` (what this process may use) at most; that many where the system does not tell."""
+    """Physical cores, at most `num_cpus` (which this process may use); `num_cpus` if the system does not report."""
     try:
         blocks = cpuinfo.read_text(errors="replace").split("\n\n")
     except OSError:

@@ -166,7 +166,7 @@ def test_the_users_own_inputs(files: Path, tmp_path: Path) -> None:
         result = bench_file(files / "dense.onnx", TARGET, inputs=path, parts=("layers",))
         assert (result.batch_size, result.inputs[0].source) == (5, str(path))
     assert bench_file(files / "dense.onnx", TARGET, inputs=batch, parts=("layers",)).inputs[0].source == "arrays"
-    with pytest.raises(ConfigError, match="shapes of their own"):
+    with pytest.raises(ConfigError, match="have their own shapes"):
         bench_file(files / "dense.onnx", TARGET, inputs=batch, shapes={"x": (1, 8)})
 
 

@@ -109,7 +109,7 @@ def test_an_unsteady_measurement_is_repeated(folder: Path, small: ModelFile, mon
         counts=(1, 1),
         notify=told.append,
     )
-    assert told.count(Progress(stage="latency", message="the machine was not steady: once more")) == 1
+    assert told.count(Progress(stage="latency", message="the machine was not steady: measuring again")) == 1
 
 
 def test_runtime_that_is_absent_measures_nothing(folder: Path, large: ModelFile, small: ModelFile) -> None:

@@ -294,5 +294,5 @@ def test_feed_by_name_and_by_position() -> None:
     ids, mask = torch.ones(2, dtype=torch.int64), torch.zeros(2)
     assert list(feed({"mask": mask, "ids": ids, "unused": mask}, ["ids", "mask"])) == ["ids", "mask"]
     assert feed((ids, mask), ["a", "b"])["b"].dtype == np.float32
-    with pytest.raises(DataError, match="has no mask"):
+    with pytest.raises(DataError, match="lacks mask"):
         feed({"ids": ids}, ["ids", "mask"])

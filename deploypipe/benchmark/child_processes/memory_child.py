@@ -2,7 +2,7 @@
 
 SETTINGS is JSON: "target", the fields of the `Target` that its runtime is made with, and "trust_program".
 
-Started by its path and importing no torch, so that the runtime is all that is resident before the model is loaded.
+Started by its path, without importing torch, so that only the runtime is resident before the model is loaded.
 """
 
 import json
@@ -35,7 +35,7 @@ def main(settings: str, model: str, inputs: str) -> int:
 
 
 def _reset_peak() -> None:
-    """Bring VmHWM down to the memory held now (proc(5), clear_refs)."""
+    """Reset VmHWM to the memory held now (proc(5), clear_refs)."""
     Path("/proc/self/clear_refs").write_text("5")
 
 

@@ -1,4 +1,4 @@
-"""A process of its own that runs one model file: what is measured there is owed to the file alone."""
+"""Run one model file in a process of its own, so that its measurements depend on the file alone."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -28,10 +28,10 @@ def run_child(
     trust_program: bool = False,
     limits: ProcessLimits = OWN_FILES,
 ) -> list[str]:
-    """What `script`, a file beside this one, writes to stdout for `path` and `inputs`: `repeats` processes, in turn.
+    """Run `script`, a file next to this one, for `path` and `inputs` in `repeats` processes, one after another.
 
-    trust_program: see `runtimes.make_runtime`. ModelError, naming `what` was to be measured, where the file does not
-    run there, or not within `limits`.
+    Returns what each writes to stdout. trust_program: see `runtimes.make_runtime`. ModelError, which names `what` was
+    measured, if the file does not run there, or not within `limits`.
     """
     with TemporaryDirectory() as folder:
         settings = _settings(target, trust_program, limits)
@@ -42,7 +42,7 @@ def run_child(
             if problem := outcomes[-1].problem:
                 raise ModelError(
                     f"{path}: its {what} cannot be measured, a process that runs it failed: {problem}; "
-                    "see whether the machine has enough memory, or use a smaller batch_size"
+                    "check that the machine has enough memory, or use a smaller batch_size"
                 )
     return [outcome.written for outcome in outcomes]
 
@@ -58,8 +58,8 @@ def try_file(
 ) -> dict[int, str]:
     """Load `path` and run it once in a process of its own, before this process does, and then with each batch size.
 
-    What is wrong with those batch sizes that cannot be run, by size. ModelError where the file does not load or run
-    with `inputs`, or not within `limits`: a graph may ask for endless rounds or terabytes.
+    Returns the reasons of the batch sizes that cannot run, by size. ModelError if the file does not load or run with
+    `inputs`, or not within `limits`: a graph may loop forever or ask for terabytes.
     """
     with TemporaryDirectory() as folder:
         settings = _settings(target, trust_program, limits)
@@ -68,21 +68,21 @@ def try_file(
     lines = outcome.written.splitlines()
     if not lines:
         raise ModelError(
-            f"{path}: cannot be loaded and run once: {outcome.problem}; do not use it, or allow it more with "
+            f"{path}: cannot be loaded and run once: {outcome.problem}; do not use it, or raise the limits with "
             "--time-limit and --memory-limit"
         )
     return _failures(lines[1:], batch_sizes, outcome)
 
 
 def _failures(lines: Sequence[str], batch_sizes: Sequence[int], outcome: Outcome) -> dict[int, str]:
-    """From "SIZE REASON" for each size that was tried; those after the last were not reached."""
-    told = {int(size): reason for size, _, reason in (line.partition(" ") for line in lines)}
+    """Parse "SIZE REASON" for each size that was tried; sizes after the last were not reached."""
+    reasons = {int(size): reason for size, _, reason in (line.partition(" ") for line in lines)}
     left = outcome.problem or "was not tried"
-    return {size: told.get(size, left) for size in batch_sizes if told.get(size, left)}
+    return {size: reasons.get(size, left) for size in batch_sizes if reasons.get(size, left)}
 
 
 def _settings(target: Target, trust_program: bool, limits: ProcessLimits) -> str:
-    """memory_mib: -1 where memory is not limited, since a GPU's driver reserves address space as it likes."""
+    """The settings as JSON. memory_mib is -1 (no limit) on a GPU, whose driver reserves address space freely."""
     return json.dumps(
         {
             "target": {name: getattr(target, name) for name in _SETTINGS},

@@ -1,9 +1,8 @@
-"""The process that a file from elsewhere is tried in: `try_child.py SETTINGS MODEL INPUTS.npz [SIZE ...]`.
+"""The process that tries an untrusted file: `try_child.py SETTINGS MODEL INPUTS.npz [SIZE ...]`.
 
-SETTINGS is as in `memory_child.py`, with "memory_mib" and "most_seconds". Writes "ok" once the file has run, and then
-for each batch size "SIZE ", with the reason after it where the file does not take it. A size that would take longer
-than "most_seconds" is not tried: the sweep does not run it either. Imports no torch, which takes longer than most files
-do.
+SETTINGS is as in `memory_child.py`, with "memory_mib" and "most_seconds". Writes "ok" after the first run, and then for
+each batch size "SIZE ", followed by the reason if the file does not accept it. A size that would take longer than
+"most_seconds" is not tried: the sweep does not run it either. Imports no torch, which takes longer than most files do.
 """
 
 import json
@@ -40,7 +39,7 @@ def main(settings: str, model: str, inputs: str, *sizes: str) -> None:
             try:
                 session.run({name: np.resize(array, (size, *array.shape[1:])) for name, array in batch.items()})
             except DataError as error:
-                sys.stdout.write(f"{size} the file does not take it: {error}\n")
+                sys.stdout.write(f"{size} the file does not accept it: {error}\n")
                 continue
             per_sample = (time.perf_counter() - begun) / size
             sys.stdout.write(f"{size} \n")
