@@ -31,7 +31,7 @@ def load_target(target: str | Path) -> Target:
         return loaded
     problem, _, remedy = name_problem(path.stem).partition("; ")
     if problem:
-        raise ConfigError(str(path), "", f"a target is named after its file, and {problem}", remedy)
+        raise ConfigError(str(path), "", f"a target is named after its file, but {problem}", remedy)
     return replace(loaded, name=path.stem)
 
 

@@ -79,7 +79,7 @@ def load_pipeline(name: str, constants: Mapping[str, str] | None = None) -> User
     """
     path = find_pipeline(name)
     if problem := name_problem(path.stem):
-        raise PipelineError(f"{path}: a pipeline has the name of its file, but {problem}")
+        raise PipelineError(f"{path}: a pipeline is named after its file, but {problem}")
     source = read_source(path)
     with _wrap_errors(path, "the module"):
         module = _import(path)

@@ -84,7 +84,7 @@ def test_files_that_would_name_a_run(name: str, home: Path) -> None:
         (home / copy).write_bytes((home / source).read_bytes())
     for command in (["run", f"./{name}.py", "./cpu.toml"], ["run", "./pipe.py", f"./{name}.toml"]):
         done = RUNNER.invoke(app, command)
-        assert done.exit_code == 2 and "is named after its file, and" in done.output.replace("\n", " ")
+        assert done.exit_code == 2 and "is named after its file, but" in done.output.replace("\n", " ")
     assert not (home / "runs").exists()
 
 

@@ -1,4 +1,4 @@
-"""A run's file against that of the bundle released before: both timed here and now, in turns."""
+"""Compare a run's file with that of a released bundle: both are timed here and now, in turns."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,10 +19,10 @@ from deploypipe.verify import golden_inputs
 
 
 def compare_with_baseline(run: Path, result: RunResult, bundle: Path) -> BaselineComparison:
-    """Latency from a new interleaved run on one golden sample; accuracy paired, from what both runs found on the same
-    test samples. What cannot be compared is None, and a note says why.
+    """Compare latency by a new interleaved run on one golden sample, and accuracy by the recorded paired results on the
+    same test samples. A figure that cannot be compared is None, and a note gives the reason.
 
-    Raises BundleError for a bundle that was changed, and for a run whose files are not those that it measured.
+    Raises BundleError if the bundle was changed, or if the run's files are not those that it measured.
     """
     check_run(run)
     before = load_bundle(bundle)
@@ -37,14 +37,14 @@ def compare_with_baseline(run: Path, result: RunResult, bundle: Path) -> Baselin
 def _accuracy_drop(before: RunResult, after: RunResult) -> tuple[Interval | None, str]:
     first, second = before.benchmark.compressed.per_sample_metric, after.benchmark.compressed.per_sample_metric
     if not first or not second:
-        return None, "accuracy: one of both was not measured"
+        return None, "accuracy: one of the two was not measured"
     if before.benchmark.test_data != after.benchmark.test_data or before.metric != after.metric:
-        return None, "accuracy: the test split or the metric is another one than the baseline's"
+        return None, "accuracy: the test split or the metric differs from the baseline's"
     return interval_of_drop_pp(first, second), ""
 
 
 def _latency_ratio(run: Path, result: RunResult, bundle: Path, before: RunResult) -> tuple[Interval | None, str, str]:
-    """The ratio, or why there is none; and why the ratio decides nothing, if it does not."""
+    """The ratio or None, the reason for None, and why the ratio cannot decide ("" if it can)."""
     files = [folder / (ENGINE if found.engine else MODEL) for folder, found in ((run, result), (bundle, before))]
     try:
         runtime = find_runtime(result.target)
@@ -54,19 +54,19 @@ def _latency_ratio(run: Path, result: RunResult, bundle: Path, before: RunResult
     except DeploypipeError as error:
         return None, f"latency: {error}", ""
     ratio = interval_of_median_ratio(*timings.samples, block=timings.block)
-    return ratio, "", _told(find_doubts(timings, ("this run's file", "the baseline's"), result.target.num_threads))
+    return ratio, "", _joined(find_doubts(timings, ("this run's file", "the baseline's"), result.target.num_threads))
 
 
-def _told(doubts: Sequence[str]) -> str:
+def _joined(doubts: Sequence[str]) -> str:
     return f"the timings were not steady: {'; '.join(doubts)}" if doubts else ""
 
 
 def check_approved_latency(bundle: Path) -> Check:
-    """The bundle's model timed here, against the latency it was approved with: by its own target's limit of regression.
+    """Time the bundle's model here and compare with its approved latency, within its target's `latency_regression`.
 
-    PASS where the whole interval is within the limit, FAIL where all of it is above. UNKNOWN where the limit lies in
-    it, where the machine was throttled or noisy, and on another device than that of the approval. Raises BundleError
-    for a bundle that was changed.
+    PASS if the whole interval is within the limit, FAIL if all of it is above. UNKNOWN if the limit lies in the
+    interval, if the machine was throttled or noisy, or on another device than that of the approval. Raises BundleError
+    if the bundle was changed.
     """
     approved = load_bundle(bundle)
     target, before = approved.target, approved.benchmark.compressed.latency
@@ -84,8 +84,8 @@ def check_approved_latency(bundle: Path) -> Check:
     reason = f"approved {before.p50_ms.value:.4g} ms, now {now.value:.4g} ms"
     status = Status.PASS if now.high <= limit else Status.FAIL
     if now.low <= limit < now.high:
-        status, reason = Status.UNKNOWN, f"{reason}: its interval holds the limit, so that both could be; try again"
+        status, reason = Status.UNKNOWN, f"{reason}: the limit lies within the interval; measure again"
     seen = conditions_of(timings, [file.name], target.num_threads)
     reason = f"{reason}; {what_is_covered(seen)}"
     check = Check(name=name, status=status, measured=now.value, interval=now, limit=limit, unit="ms", reason=reason)
-    return doubted(check, _told(find_doubts(timings, [file.name], target.num_threads)))
+    return doubted(check, _joined(find_doubts(timings, [file.name], target.num_threads)))

@@ -1,4 +1,4 @@
-"""The bill of materials: the model and what it was made with, as CycloneDX JSON. The only importer of cyclonedx."""
+"""The bill of materials: the model and the packages that made it, as CycloneDX JSON. The only importer of cyclonedx."""
 
 import uuid
 from datetime import datetime
@@ -12,7 +12,7 @@ _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "urn:deploypipe:bundle")
 
 
 def bill_of_materials(result: RunResult, files: list[FileEntry]) -> str:
-    """CycloneDX 1.6, checked against its schema; the same run gives the same bytes. files: of the model."""
+    """CycloneDX 1.6, checked against its schema; the same run gives the same bytes. files: the model's."""
     try:
         from cyclonedx.model import HashAlgorithm, HashType, Property
         from cyclonedx.model.bom import Bom, BomMetaData
@@ -27,7 +27,7 @@ def bill_of_materials(result: RunResult, files: list[FileEntry]) -> str:
         ) from None
     report, origin = result.benchmark, result.origin
     accuracy = report.compressed.accuracy
-    told = {
+    facts = {
         "pipeline": result.pipeline,
         "target": result.target.name,
         "precision": report.compressed.file.precision,
@@ -41,7 +41,7 @@ def bill_of_materials(result: RunResult, files: list[FileEntry]) -> str:
         version=files[0].sha256[:12],
         type=ComponentType.MACHINE_LEARNING_MODEL,
         bom_ref="model",
-        properties=[Property(name=f"deploypipe:{name}", value=value) for name, value in told.items() if value],
+        properties=[Property(name=f"deploypipe:{name}", value=value) for name, value in facts.items() if value],
         components=[
             Component(
                 name=file.name,

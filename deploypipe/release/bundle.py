@@ -1,4 +1,4 @@
-"""The release bundle: all that ships, and all that is asked about it later, in one folder named by its content."""
+"""The release bundle: the model and its evidence, in one folder named by its content."""
 
 import shutil
 from collections.abc import Callable
@@ -33,10 +33,10 @@ def make_bundle(
 ) -> Path:
     """Write the bundle of a finished run into `out`, and return its folder.
 
-    sign: writes the signature into a bundle's folder, such as `partial(signing.sign, private_key=path)`. The same run
-    gives the same bytes, but for the signature. The folder appears whole or not at all; where it is there
-    already it is checked and left. now: timezone aware, today by default. Raises BundleError where the gate holds the
-    run as of `now`, or a file was changed after it.
+    sign: writes the signature into a bundle's folder, such as `partial(signing.sign, private_key=path)`. now: timezone
+    aware, the present by default. The same run gives the same bytes, except for the signature. The folder appears whole
+    or not at all; a folder that exists is checked and kept. Raises BundleError if the gate holds the run as of `now`,
+    or if a file was changed after the run.
     """
     result = load_result(run)
     decision = decide_today(run, result, now or datetime.now(UTC))
@@ -61,7 +61,7 @@ def make_bundle(
             sign(folder)
         try:
             folder.rename(final)
-        except OSError:  # it was released before, or just now by somebody else
+        except OSError:  # it was released before, or just now by another process
             check_manifest(final)
             if sign and not (final / SIGNATURE).exists():
                 sign(final)
@@ -69,26 +69,26 @@ def make_bundle(
 
 
 def bundle_name(result: RunResult) -> str:
-    """Bundles of one name are versions of one another. BundleError for a pipeline's name that is not one."""
+    """The name of a run's bundle; bundles of one name are versions of each other. BundleError for an invalid name."""
     if problem := name_problem(result.pipeline):
         raise BundleError(f"the run's pipeline has a name that cannot be a folder: {problem}")
     return f"{result.pipeline}-{result.target.name or result.target.runtime}"
 
 
 def load_bundle(folder: Path) -> RunResult:
-    """The report of a bundle whose files are what its manifest says."""
+    """Check a bundle's files against its manifest, and read its report."""
     check_manifest(folder)
     return load_result(folder, REPORT)
 
 
 def check_run(run: Path) -> None:
-    """The golden files of a finished run are those that its result names; BundleError for the first that is not."""
+    """Raise BundleError for the first golden file of a finished run that differs from what its result records."""
     result = load_result(run)
     _require_hashes(run, {entry.name: entry.sha256 for entry in result.golden.files} if result.golden else {})
 
 
 def _check_files(run: Path, result: RunResult) -> dict[str, str]:
-    """The hash of each file that ships; all have to be what the run measured and left."""
+    """The hash of each file that ships; BundleError for a file that is not what the run measured."""
     if result.golden is None:
         raise BundleError(f"{run}: was made by an older version and has no golden samples; run it again")
     hashes = {entry.name: entry.sha256 for entry in result.golden.files}

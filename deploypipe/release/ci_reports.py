@@ -11,7 +11,7 @@ from deploypipe.text.printable_text import printable
 
 
 def markdown(result: RunResult) -> str:
-    """For a step summary or a comment: the decision, why, and what changed."""
+    """The decision, its reason and the changes, as Markdown for a CI step summary or a comment."""
     mark = "✅" if result.decision.verdict is Verdict.SHIP else "🛑"
     name = f"{result.pipeline} on {result.target.name or result.target.runtime}"
     lines = [
@@ -32,7 +32,7 @@ def markdown(result: RunResult) -> str:
 
 
 def junit(result: RunResult) -> str:
-    """One test case for each check; UNKNOWN is an error, a waived check is skipped."""
+    """The decision as JUnit XML: one test case for each check; UNKNOWN is an error, a waived check is skipped."""
     decision: GateDecision = result.decision
     counts = {
         "failures": sum(c.status is Status.FAIL and not c.is_settled for c in decision.checks),

@@ -1,4 +1,4 @@
-"""A finished run is decided about again: with what is asked now, or with what it was asked before and today's date."""
+"""Decide again about a finished run: with a new baseline and waivers, or with the recorded ones and today's date."""
 
 import math
 from collections.abc import Sequence
@@ -23,23 +23,23 @@ def decide_again(
     waivers: Sequence[Waiver],
     now: datetime,
 ) -> RunResult:
-    """The run's result with the new decision; its `result.json` and its report have it too."""
+    """The run's result with the new decision, which is also written to its `result.json` and its report."""
     decision = _decide(result, baseline, waivers, now)
     decided = replace(result, decision=decision, baseline=baseline)
     if decided != result:
         save_result(run, decided)
         try:
             write_report(decided, run / _REPORT)
-        except DeploypipeError:  # the packages for it are not installed: then no run has one
+        except DeploypipeError:  # the packages for reports are not installed: remove the outdated report
             (run / _REPORT).unlink(missing_ok=True)
     return decided
 
 
 def decide_today(run: Path, result: RunResult, now: datetime) -> GateDecision:
-    """What the recorded measurements, baseline and waivers come to at `now`, which may be later than the last decision.
+    """The decision from the recorded measurements, baseline and waivers at `now`, which may be a later date.
 
-    HOLD where the last decision was HOLD, a waiver has run out, or the measurements are too old by now. BundleError
-    where the recorded decision is not what the gate makes of the record.
+    HOLD if the last decision was HOLD, a waiver has expired, or the measurements are too old by now. BundleError if the
+    recorded decision does not follow from the record.
     """
     stored = result.decision
     waivers = [check.waiver for check in stored.checks if check.waiver]
@@ -63,22 +63,22 @@ def _decide(
 
 
 def _find_contradiction(stored: GateDecision, now: GateDecision) -> str:
-    """What the stored decision has otherwise than the gate now, whatever the date; empty where nothing."""
+    """How the stored decision differs from the gate's now, apart from the date; empty if it does not."""
     if len(stored.checks) != len(now.checks):
-        return f"{len(stored.checks)} checks are recorded, and its budget asks for {len(now.checks)}"
+        return f"{len(stored.checks)} checks are recorded, but its budget has {len(now.checks)}"
     for before, after in zip(stored.checks, now.checks, strict=True):
         if not _is_same(before, after):
-            told = (f"{check.name} {check.status.value} ({check.reason})" for check in (before, after))
-            return "{} is recorded, and by the recorded measurements it is {}".format(*told)
+            shown = (f"{check.name} {check.status.value} ({check.reason})" for check in (before, after))
+            return "{} is recorded, but the recorded measurements give {}".format(*shown)
     if all(check.is_settled for check in stored.checks) is not (stored.verdict is Verdict.SHIP):
-        return f"{stored.verdict.value} is recorded, and does not follow from the checks recorded with it"
+        return f"{stored.verdict.value} is recorded, but does not follow from the checks recorded with it"
     return ""
 
 
 def _is_same(before: Check, after: Check) -> bool:
-    """Whether two checks agree, but for what depends on the date: the age of the measurements, and waivers."""
+    """Whether two checks agree, apart from what depends on the date: the age of the measurements, and waivers."""
     if (before.name, before.limit) != (after.name, after.limit):
         return False
     figures = [math.nan if check.measured is None else check.measured for check in (before, after)]
-    is_same_figure = math.isclose(*figures, rel_tol=1e-6) or all(map(math.isnan, figures))  # of another numpy, say
+    is_same_figure = math.isclose(*figures, rel_tol=1e-6) or all(map(math.isnan, figures))  # numpy versions may differ
     return before.name == "age" or (before.status is after.status and is_same_figure)

@@ -1,4 +1,4 @@
-"""What a bundle holds, to the byte: `manifest.json`."""
+"""`manifest.json`: name, hash and size of every file of a bundle."""
 
 import hashlib
 import json
@@ -25,23 +25,23 @@ _SHOWN_DIGITS = 12
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
     format: str
-    name: str  # pipeline and target: bundles of one name are versions of one another
-    files: tuple[FileEntry, ...]  # all but this file and the signature, sorted by name
-    digest: str  # sha256 of the above: what the bundle is known by
+    name: str  # pipeline and target: bundles of one name are versions of each other
+    files: tuple[FileEntry, ...]  # all except this file and the signature, sorted by name
+    digest: str  # sha256 of the above; identifies the bundle
 
     @property
     def tag(self) -> str:
-        """The digest, as short as people want it."""
+        """The first 12 digits of the digest."""
         return self.digest[:_SHOWN_DIGITS]
 
     @property
     def folder(self) -> str:
-        """What the bundle's folder is called."""
+        """The name of the bundle's folder."""
         return f"{self.name}-{self.tag}"
 
 
 def write_manifest(folder: Path, name: str) -> Manifest:
-    """Of all files in `folder`, which has no folders in it."""
+    """Write the manifest of all files in `folder`, which must have no folders in it."""
     entries = [
         FileEntry(name=path.name, sha256=file_sha256(path), size_bytes=path.stat().st_size)
         for path in sorted(folder.iterdir())
@@ -53,10 +53,10 @@ def write_manifest(folder: Path, name: str) -> Manifest:
 
 
 def check_manifest(folder: Path) -> Manifest:
-    """Every file is what the manifest says, and there is no other. Nothing but the manifest is parsed.
+    """Check that every file matches the manifest and that there are no others. Only the manifest is parsed.
 
-    BundleError names the first file that differs. Who can change a file can change the manifest too: against that, only
-    a signature helps (`signing`).
+    BundleError names the first file that differs. An attacker who can change a file can change the manifest too; only a
+    signature protects against that (`signing`).
     """
     manifest = read_manifest(folder)
     wanted = {entry.name: entry for entry in manifest.files}
@@ -67,18 +67,18 @@ def check_manifest(folder: Path) -> Manifest:
     for entry in manifest.files:
         path = folder / entry.name
         if path.is_symlink() or not path.is_file():
-            raise BundleError(f"{path}: is no plain file; copy the bundle again from where it was built")
+            raise BundleError(f"{path}: is not a plain file; copy the bundle again from where it was built")
         if path.stat().st_size != entry.size_bytes or file_sha256(path) != entry.sha256:
-            raise BundleError(f"{path}: was changed (its hash is not the manifest's); copy the bundle again")
+            raise BundleError(f"{path}: was changed (its hash differs from the manifest's); copy the bundle again")
     return manifest
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest alone, which fits its own digest; whether the files are what it says is for `check_manifest`."""
+    """Read the manifest and check it against its own digest. `check_manifest` also checks the files."""
     path = folder / MANIFEST
     try:
-        if path.exists() and not path.is_file():  # a pipe, say, that would be waited for
-            raise BundleError(f"{path}: is no plain file; copy the bundle again from where it was built")
+        if path.exists() and not path.is_file():  # reading a pipe, for example, would wait
+            raise BundleError(f"{path}: is not a plain file; copy the bundle again from where it was built")
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
         with open(handle, "rb") as stream:
             content = stream.read(_MAX_BYTES + 1)
@@ -93,7 +93,7 @@ def read_manifest(folder: Path) -> Manifest:
     if manifest.format != FORMAT:
         raise BundleError(f"{path}: format {manifest.format!r} is not {FORMAT!r}; release the run again")
     if manifest.digest != _digest(manifest.name, manifest.files) or content != _as_bytes(manifest):
-        raise BundleError(f"{path}: was changed (it does not have its own digest); copy the bundle again")
+        raise BundleError(f"{path}: was changed (its digest does not fit); copy the bundle again")
     for name in (manifest.name, *(entry.name for entry in manifest.files)):
         if problem := name_problem(name, max_bytes=2 * MAX_NAME_BYTES + 1):  # a bundle is named pipeline-target
             raise BundleError(f"{path}: the name {problem.partition('; ')[0]}; do not use this bundle")
@@ -101,7 +101,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def version_number(text: str) -> int | None:
-    """What a registry calls a version; None where it is not a plain number from 1 to MAX_VERSION."""
+    """The number of a registry's version; None if the text is not a plain number from 1 to MAX_VERSION."""
     is_plain = text.isascii() and text.isdecimal() and not text.startswith("0") and len(text) < 10
     return int(text) if is_plain else None
 

@@ -1,4 +1,4 @@
-"""The model card: what a registry shows of a bundle. Markdown, with the front matter that registries read."""
+"""The model card that a registry shows for a bundle: Markdown, with the front matter that registries read."""
 
 import json
 from math import isfinite
@@ -11,7 +11,7 @@ from deploypipe.text.printable_text import printable
 
 
 def model_card(result: RunResult) -> str:
-    """Front matter as in https://huggingface.co/docs/hub/model-cards, metrics in its model-index form."""
+    """The card's text, with front matter as in https://huggingface.co/docs/hub/model-cards and its model-index."""
     name, accuracy = printable(result.pipeline), result.benchmark.compressed.accuracy
     metric = {
         "type": "accuracy",
@@ -51,15 +51,15 @@ def model_card(result: RunResult) -> str:
         "",
         "## How to check this bundle",
         "",
-        "`deploypipe verify DIR --key PUBLIC.pem` checks the signature, every hash, and the answers to stored samples.",
-        "Where only numpy and onnxruntime are installed: `python -m deploypipe.verify DIR`.",
+        "`deploypipe verify DIR --key PUBLIC.pem` checks signature, hashes, and the outputs for stored samples.",
+        "With only numpy and onnxruntime installed: `python -m deploypipe.verify DIR`.",
         "",
     ]
     return "\n".join(lines)
 
 
 def _yaml(value: object) -> str:
-    """YAML takes JSON, but not its escapes of characters beyond the first 65,536."""
+    """A value as JSON, which is YAML, but without escapes: YAML rejects those of characters beyond U+FFFF."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 

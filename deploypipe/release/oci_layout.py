@@ -1,4 +1,4 @@
-"""A bundle as an OCI image layout, which container registries store: an artifact with a layer for each file.
+"""Write a bundle as an OCI image layout, which container registries store: an artifact with a layer for each file.
 
 OCI image specification 1.1, "Guidelines for artifact usage"; titles as ORAS writes them, so that `oras pull` gives the
 files back. `skopeo copy oci:FOLDER:TAG docker://REGISTRY/NAME:TAG` pushes it.
@@ -26,13 +26,13 @@ _OTHER = "application/octet-stream"
 def write_oci(bundle: Path, out: Path) -> Path:
     """Write the layout as a new folder inside `out`, tagged by the bundle's digest, and return it.
 
-    The same bundle gives the same bytes. The folder appears whole or not at all. Raises BundleError for a bundle that
-    was changed, and for a folder that is there already.
+    The same bundle gives the same bytes. The folder appears whole or not at all. Raises BundleError if the bundle was
+    changed or the folder exists.
     """
     manifest = check_manifest(bundle)
     final = out / manifest.folder
     if final.exists():
-        raise BundleError(f"{final}: is there already; remove it, or write to another --out")
+        raise BundleError(f"{final}: exists already; remove it, or write to another --out")
     out.mkdir(parents=True, exist_ok=True)
     names = [*(entry.name for entry in manifest.files), MANIFEST]
     names += [SIGNATURE] if (bundle / SIGNATURE).exists() else []
@@ -59,7 +59,7 @@ def write_oci(bundle: Path, out: Path) -> Path:
 
 
 def _file(path: Path, blobs: Path) -> dict[str, Any]:
-    """A copy of the file, and its descriptor."""
+    """Copy a file to the blobs; return its descriptor."""
     sha256 = file_sha256(path)
     shutil.copyfile(path, blobs / sha256)
     described = _descriptor(sha256, path.stat().st_size, _MEDIA.get(path.suffix, _OTHER))

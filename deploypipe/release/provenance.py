@@ -1,4 +1,4 @@
-"""What a bundle was built from, and by which code: an in-toto statement with a SLSA provenance predicate."""
+"""Provenance of a bundle, its inputs and code: an in-toto statement with a SLSA provenance predicate."""
 
 from typing import Any
 
@@ -13,9 +13,9 @@ _BUILD_TYPE = "urn:deploypipe:run:1"
 
 
 def provenance(result: RunResult, files: list[FileEntry]) -> dict[str, Any]:
-    """https://slsa.dev/spec/v1.0/provenance: subjects are the files, dependencies what the run's stages depend on.
+    """The statement of https://slsa.dev/spec/v1.0/provenance: subjects are the files, dependencies the run's inputs.
 
-    Hashes of networks and data are deploypipe's own (of values, not of files) and are named so.
+    Hashes of networks and data are deploypipe's own (of values, not of files), and their names say so.
     """
     origin = result.origin
     dependencies = [

@@ -10,8 +10,8 @@ from deploypipe.release.manifest import SIGNATURE
 def sign(bundle: Path, private_key: Path, certificates: tuple[Path, ...] = ()) -> None:
     """Write the bundle's signature file.
 
-    private_key: PEM of an elliptic curve. certificates: the first is the signer's own, the others lead to the root;
-    none: verified by the public key. Raises BundleError for a key that cannot be read.
+    private_key: PEM file of an elliptic curve key. certificates: the signer's own first, then those up to the root;
+    without any, the public key verifies. Raises BundleError for a key that cannot be read.
     """
     library = _library()
     config = library.signing.Config().set_hashing_config(_hashing(library))
@@ -24,16 +24,16 @@ def sign(bundle: Path, private_key: Path, certificates: tuple[Path, ...] = ()) -
         config.sign(bundle, bundle / SIGNATURE)
     except (OSError, ValueError, TypeError) as error:
         raise BundleError(
-            f"{private_key}: cannot sign with it ({_line(error)}); give the PEM file of an elliptic curve key, as from "
-            "`openssl ecparam -name prime256v1 -genkey -noout -out key.pem`"
+            f"{private_key}: cannot sign with this key ({_line(error)}); give the PEM file of an elliptic curve key, "
+            "as from `openssl ecparam -name prime256v1 -genkey -noout -out key.pem`"
         ) from None
 
 
 def sign_keyless(bundle: Path) -> None:
-    """Write the bundle's signature file by Sigstore: no key to keep, the signer's identity in a public log.
+    """Write the bundle's signature file with Sigstore: without a key, with the signer's identity in a public log.
 
-    The identity is that of the CI job (OpenID Connect), or who signs in by a browser. BundleError where it, or the
-    network, cannot be had.
+    The identity is that of the CI job (OpenID Connect), or of the user who signs in with a browser. BundleError if the
+    identity or the network is not available.
     """
     library = _library()
     config = library.signing.Config().set_hashing_config(_hashing(library))
@@ -42,15 +42,15 @@ def sign_keyless(bundle: Path) -> None:
         config.sign(bundle, bundle / SIGNATURE)
     except Exception as error:  # network, trust root, identity: each part of the library has errors of its own
         raise BundleError(
-            f"{bundle}: Sigstore does not sign it ({_line(error)}); it needs the network and an identity (in GitHub "
-            "Actions: permissions: id-token: write), or sign with --key"
+            f"{bundle}: signing with Sigstore failed ({_line(error)}); it needs the network and an identity (in GitHub "
+            "Actions: permissions: id-token: write); or sign with --key"
         ) from None
 
 
 def check_keyless(bundle: Path, identity: str, issuer: str) -> None:
-    """Every file of the bundle was signed by this identity, which this OpenID Connect issuer vouched for.
+    """Raise BundleError unless this identity, vouched for by this OpenID Connect issuer, signed every file.
 
-    BundleError otherwise. Of the bundle only the signature is parsed; files are hashed.
+    Only the signature is parsed; the files are hashed.
     """
     library = _library()
     _require_signature(bundle)
@@ -58,16 +58,16 @@ def check_keyless(bundle: Path, identity: str, issuer: str) -> None:
     try:
         config.use_sigstore_verifier(identity=identity, oidc_issuer=issuer)
         config.verify(bundle, bundle / SIGNATURE)
-    except Exception as error:  # what a forged file sets off is not foreseen by the library
+    except Exception as error:  # the library does not foresee every error of a forged file
         raise BundleError(
-            f"{bundle}: Sigstore does not know it as signed by {identity} ({_line(error)}); do not use it"
+            f"{bundle}: is not signed by {identity}, says Sigstore ({_line(error)}); do not use it"
         ) from None
 
 
 def check_signature(bundle: Path, public_key: Path | None = None, roots: tuple[Path, ...] = ()) -> None:
-    """Every file of the bundle is signed by this key, or under one of these root certificates, as it is now.
+    """Raise BundleError unless this key, or a key under one of these root certificates, signed every file as it is.
 
-    BundleError otherwise. Of the bundle only the signature is parsed; files are hashed.
+    Only the signature is parsed; the files are hashed.
     """
     library = _library()
     _require_signature(bundle)
@@ -78,17 +78,17 @@ def check_signature(bundle: Path, public_key: Path | None = None, roots: tuple[P
         try:
             config.use_elliptic_key_verifier(public_key=public_key)
         except (OSError, ValueError, TypeError) as error:
-            raise BundleError(f"{public_key}: is no public key ({_line(error)}); give a PEM file") from None
+            raise BundleError(f"{public_key}: is not a public key ({_line(error)}); give a PEM file") from None
     try:
         config.verify(bundle, bundle / SIGNATURE)
-    except Exception as error:  # what a forged file sets off is not foreseen by the library
+    except Exception as error:  # the library does not foresee every error of a forged file
         raise BundleError(f"{bundle}: is not what was signed with this key ({_line(error)}); do not use it") from None
 
 
 def _require_signature(bundle: Path) -> None:
     path = bundle / SIGNATURE
     if path.is_symlink() or not path.is_file():
-        raise BundleError(f"{bundle}: is not signed ({SIGNATURE} is absent); sign it with `deploypipe release --key`")
+        raise BundleError(f"{bundle}: is not signed ({SIGNATURE} is missing); sign it with `deploypipe release --key`")
 
 
 def _hashing(library: ModuleType) -> object:

@@ -1,4 +1,4 @@
-"""A bundle as a model of a Triton Inference Server's repository: NAME/config.pbtxt and NAME/1/.
+"""Write a bundle as a model of a Triton Inference Server's repository: NAME/config.pbtxt and NAME/1/.
 
 The configuration's fields are those of model_config.proto (triton-inference-server/common).
 """
@@ -26,16 +26,16 @@ _TYPES = {
 def write_triton(bundle: Path, repository: Path) -> Path:
     """Write the bundle's model into the model repository, under the bundle's name, and return its folder.
 
-    An engine where the bundle holds one, else the ONNX file for onnxruntime with the target's provider and threads.
-    The folder appears whole or not at all. Raises BundleError for a bundle that was changed, a folder that is there
-    already, or a model that Triton has no type for.
+    The model is the bundle's engine if it has one, else the ONNX file for onnxruntime with the target's provider and
+    threads. The folder appears whole or not at all. Raises BundleError if the bundle was changed, the folder exists, or
+    Triton has no type for a tensor.
     """
     result, manifest = load_bundle(bundle), check_manifest(bundle)
     checked = check_onnx_file(bundle / MODEL)
     graph = onnx.load(bundle / MODEL, load_external_data=False).graph
     final = repository / manifest.name
     if final.exists():
-        raise BundleError(f"{final}: is there already; remove it, or write to another --out")
+        raise BundleError(f"{final}: exists already; remove it, or write to another --out")
     repository.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=repository, prefix=".triton.") as scratch:
         version = Path(scratch) / manifest.name / "1"
@@ -87,7 +87,7 @@ def _is_batched(value: onnx.ValueInfoProto) -> bool:
 
 
 def _tensors(kind: str, values: Sequence[onnx.ValueInfoProto], *, skip: bool) -> list[str]:
-    """`skip`: Triton adds the batch's axis itself."""
+    """skip: leave out the batch axis, because Triton adds it."""
     lines = []
     for value in values:
         tensor = value.type.tensor_type

@@ -1,4 +1,4 @@
-"""Waivers: a check that does not pass, and somebody who answers for it, for a time."""
+"""Waivers: a person takes responsibility, for a limited time, for a check that does not pass."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,22 +18,22 @@ class _File:
 
 
 def load_waivers(path: Path) -> tuple[Waiver, ...]:
-    """The `[[waiver]]` tables of a TOML file. ConfigError where one lacks a reason, a name or a date that is one."""
+    """The `[[waiver]]` tables of a TOML file. ConfigError if one lacks a check, a reason, a person or a valid date."""
     waivers = load_toml(_File, path).waiver
     for number, waiver in enumerate(waivers):
         key = f"waiver.{number}"
         for name in ("check", "reason", "by"):
             if not getattr(waiver, name).strip():
-                raise ConfigError(str(path), f"{key}.{name}", "is empty", "a waiver says what, why and who")
+                raise ConfigError(str(path), f"{key}.{name}", "is empty", "write the check, the reason and the person")
         for name in _DATES:
             _parse(path, f"{key}.{name}", getattr(waiver, name))
         if waiver.expires < waiver.granted:
-            raise ConfigError(str(path), f"{key}.expires", "is before it was granted", "write a later date")
+            raise ConfigError(str(path), f"{key}.expires", "is before the date granted", "write a later date")
     return waivers
 
 
 def waived(checks: Sequence[Check], waivers: Sequence[Waiver], today: date) -> tuple[Check, ...]:
-    """Checks that do not pass with the waiver in force for them, or with the reason why theirs is not."""
+    """The checks. One that does not pass gets its waiver in force, or the reason why its waiver is not in force."""
     return tuple(check if check.status is Status.PASS else _with_waiver(check, waivers, today) for check in checks)
 
 
@@ -46,12 +46,12 @@ def _with_waiver(check: Check, waivers: Sequence[Waiver], today: date) -> Check:
         return check
     latest = max(own, key=lambda waiver: waiver.expires)
     is_past = date.fromisoformat(latest.expires) < today
-    told = f"ran out on {latest.expires}" if is_past else f"begins on {latest.granted}, and today is {today}"
-    return replace(check, reason=f"{check.reason}; the waiver by {latest.by} {told}")
+    why = f"expired on {latest.expires}" if is_past else f"starts on {latest.granted}, and today is {today}"
+    return replace(check, reason=f"{check.reason}; the waiver by {latest.by} {why}")
 
 
 def _parse(path: Path, key: str, text: str) -> None:
     try:
         date.fromisoformat(text)
     except ValueError:
-        raise ConfigError(str(path), key, f"{text!r} is no date", "write it like 2026-12-31") from None
+        raise ConfigError(str(path), key, f"{text!r} is not a date", "write it like 2026-12-31") from None

@@ -78,7 +78,7 @@ def test_a_promotion_writes_nothing_outside(bundle: Path, tmp_path: Path) -> Non
         home = tmp_path / kind / NAME
         home.mkdir(parents=True)
         (home / ".lock").symlink_to(precious) if kind == "link" else os.mkfifo(home / ".lock")
-        with pytest.raises(BundleError, match=r"\.lock: is no plain file"):
+        with pytest.raises(BundleError, match=r"\.lock: is not a plain file"):
             promote(bundle, str(home.parent), "production")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "registry").mkdir()
@@ -100,7 +100,7 @@ def test_odd_neighbours_are_not_versions(registry: Path) -> None:
 def test_a_bundle_of_another_name_is_refused(registry: Path, tmp_path: Path) -> None:
     """Sound and perhaps signed, but of another product: who can write to the registry put it there."""
     (tmp_path / "registry" / NAME).rename(tmp_path / "registry" / "faces-x86_cpu")
-    with pytest.raises(BundleError, match=f"means a bundle of '{NAME}', not of 'faces-x86_cpu'"):
+    with pytest.raises(BundleError, match=f"points to a bundle of '{NAME}', not of 'faces-x86_cpu'"):
         resolve(f"{registry}/faces-x86_cpu@production")
 
 
@@ -192,7 +192,7 @@ def test_a_stores_bundle_of_another_name_is_refused(
 ) -> None:
     monkeypatch.setenv("DEPLOYPIPE_CACHE", str(tmp_path))
     fsspec.filesystem("memory").mv(f"/registry/{NAME}", "/registry/faces-x86_cpu", recursive=True)
-    with pytest.raises(BundleError, match=f"means a bundle of '{NAME}', not of 'faces-x86_cpu'"):
+    with pytest.raises(BundleError, match=f"points to a bundle of '{NAME}', not of 'faces-x86_cpu'"):
         resolve(f"{store}/faces-x86_cpu@production")
 
 

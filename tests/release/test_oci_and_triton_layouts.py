@@ -56,7 +56,7 @@ def test_triton_repository(bundle: Path, tmp_path: Path) -> None:
     assert config.HasField("dynamic_batching")
     assert config.instance_group[0].kind == 2  # KIND_CPU
     assert config.parameters["intra_op_thread_count"].string_value == "1"
-    with pytest.raises(BundleError, match="is there already"):
+    with pytest.raises(BundleError, match="exists already"):
         write_triton(bundle, tmp_path)
 
 
@@ -106,7 +106,7 @@ def test_oci_layout(bundle: Path, tmp_path: Path) -> None:
     assert titles == {path.name: path.read_bytes() for path in bundle.iterdir()}
     assert read(manifest["config"]) == b"{}"
     assert len(list(blobs.iterdir())) == len({*titles.values()}) + 2
-    with pytest.raises(BundleError, match="is there already"):
+    with pytest.raises(BundleError, match="exists already"):
         write_oci(bundle, tmp_path / "a")
 
 

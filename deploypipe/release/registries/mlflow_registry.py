@@ -1,7 +1,7 @@
-"""MLflow 3 as the registry: for every bundle a run, a model of the onnx flavour and a version of it, and aliases.
+"""MLflow 3 as the registry: each bundle becomes a run, an onnx model, a version of it, and aliases.
 
-What a bundle's run holds is logged first, the version comes after it, and the alias, by which it is found, last: a
-promotion that breaks off publishes nothing, and the same call again completes it. The only importer of mlflow.
+The run is logged first, then the version is created, and the alias, by which it is found, is set last: an interrupted
+promotion publishes nothing, and the same call completes it. The only importer of mlflow.
 """
 
 import os
@@ -29,13 +29,13 @@ from deploypipe.verify import golden_case
 _DIGEST, _COMPLETE = "deploypipe.digest", "deploypipe.complete"
 _CPU = ["CPUExecutionProvider"]
 _BUNDLE, _MODEL = "bundle", "model"
-_MAX_PARAMS = 100  # that one call logs
-_LONGEST_VALUE = 500  # characters of a parameter; what is longer is in the bundle
+_MAX_PARAMS = 100  # logged by one call
+_MAX_VALUE = 500  # characters of a parameter; longer ones are only in the bundle
 _DEAD_AFTER_S = 24 * 3600.0
-_LONGEST_TOLD = 200  # characters of an error
-_SETTINGS = {  # unless the user has set them
+_MAX_MESSAGE = 200  # characters of an error
+_SETTINGS = {  # defaults, unless the user has set them
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",  # seconds of one request, and how often it is tried: 120 and 7 are minutes
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",  # seconds of a request, and retries: mlflow's own 120 and 7 take minutes
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
@@ -43,9 +43,9 @@ _SETTINGS = {  # unless the user has set them
 
 
 def promote(bundle: Path, manifest: Manifest, result: RunResult, alias: str) -> int:
-    """Log the bundle on the server of MLFLOW_TRACKING_URI unless it is there, and let `alias` mean its version.
+    """Log the bundle on the server of MLFLOW_TRACKING_URI unless it is there, and point `alias` to its version.
 
-    Raises BundleError where the server refuses or does not answer; the alias means then what it meant before.
+    Raises BundleError if the server refuses or does not respond; the alias then still points to the earlier version.
     """
     with _server() as mlflow:
         client = mlflow.MlflowClient()
@@ -55,9 +55,9 @@ def promote(bundle: Path, manifest: Manifest, result: RunResult, alias: str) -> 
 
 
 def download(name: str, alias: str, folder: Path) -> tuple[Path, str]:
-    """The bundle that an alias means, in a new folder inside `folder`, and the digest it was promoted with.
+    """Download an alias's bundle to a new folder inside `folder`; return the folder and the digest of its promotion.
 
-    Raises BundleError as `promote`, NoVersionError where there is no such alias.
+    Raises BundleError like `promote`, NoVersionError if there is no such alias.
     """
     with _server() as mlflow:
         client = mlflow.MlflowClient()
@@ -70,13 +70,15 @@ def download(name: str, alias: str, folder: Path) -> tuple[Path, str]:
             )
         version = client.get_model_version(name, aliases[alias])
         if not (version.run_id and _DIGEST in version.tags):
-            raise BundleError(f"models:/{name}@{alias}: was not promoted by deploypipe; set the alias with it")
+            raise BundleError(
+                f"models:/{name}@{alias}: was not promoted by deploypipe; set the alias with `deploypipe promote`"
+            )
         local = mlflow.artifacts.download_artifacts(run_id=version.run_id, artifact_path=_BUNDLE, dst_path=str(folder))
         return Path(local), version.tags[_DIGEST]
 
 
 def _find(client: Any, manifest: Manifest) -> str | None:
-    """The first version of the same content."""
+    """The first version with the same content."""
     versions = client.search_model_versions(f"name = '{manifest.name}'")
     numbers = [int(version.version) for version in versions if version.tags.get(_DIGEST) == manifest.digest]
     return str(min(numbers)) if numbers else None
@@ -100,7 +102,7 @@ def _add(mlflow: ModuleType, client: Any, bundle: Path, manifest: Manifest, resu
 
 
 def _find_run(client: Any, manifest: Manifest) -> Any:
-    """The bundle's run, if all of it was logged; what is left of one that broke off is deleted."""
+    """The bundle's run, if it was logged completely; an incomplete one is deleted."""
     experiment = client.get_experiment_by_name(manifest.name)
     if experiment is None:
         return None
@@ -113,7 +115,7 @@ def _find_run(client: Any, manifest: Manifest) -> Any:
 
 
 def _remove_leftovers(client: Any, experiment_id: str) -> None:
-    """Runs of promotions that broke off, where they began so long ago that nobody is at them."""
+    """Delete runs of interrupted promotions that started over a day ago, so that none is still being logged."""
     before = int((time.time() - _DEAD_AFTER_S) * 1000)
     for run in client.search_runs([experiment_id], f"attributes.start_time < {before}"):
         if _DIGEST in run.data.tags and _COMPLETE not in run.data.tags:
@@ -142,7 +144,7 @@ def _log_run(mlflow: ModuleType, client: Any, bundle: Path, manifest: Manifest, 
 
 
 def _log_model(mlflow: ModuleType, bundle: Path, result: RunResult) -> None:
-    """As `mlflow.pyfunc` and the server's own tools read it; the approved bytes are those of the bundle."""
+    """Log the model for `mlflow.pyfunc` and the server's tools. The approved bytes are those in the bundle."""
     mlflow.onnx.log_model(
         onnx.load(bundle / MODEL),
         name=_MODEL,
@@ -158,11 +160,11 @@ def _log_model(mlflow: ModuleType, bundle: Path, result: RunResult) -> None:
 
 def _params(result: RunResult) -> dict[str, str]:
     settings = {"recipe": to_plain(result.recipe), "target": to_plain(result.target), "pipeline": result.pipeline}
-    return {key: value for key, value in _flat(settings, "") if len(value) <= _LONGEST_VALUE}
+    return {key: value for key, value in _flat(settings, "") if len(value) <= _MAX_VALUE}
 
 
 def _flat(value: Any, key: str) -> Iterator[tuple[str, str]]:
-    """(dotted key, text) of every leaf; a list is one."""
+    """(dotted key, text) of every leaf; a list counts as one leaf."""
     if isinstance(value, dict):
         for name, inner in value.items():
             yield from _flat(inner, f"{key}.{name}" if key else str(name))
@@ -196,7 +198,7 @@ def _trial_table(result: RunResult) -> dict[str, list[Any]]:
 
 @contextmanager
 def _server() -> Iterator[ModuleType]:
-    """mlflow, its usage telemetry off, and its errors as BundleError; a password in the address is not told."""
+    """mlflow with its telemetry off. Its errors become BundleError, without a password in the address."""
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     try:
@@ -210,9 +212,9 @@ def _server() -> Iterator[ModuleType]:
     try:
         yield mlflow
     except (MlflowException, RequestException, SQLAlchemyError, ValueError) as error:  # the last: an odd address
-        text = (str(error).splitlines() or [type(error).__name__])[0][:_LONGEST_TOLD]
+        text = (str(error).splitlines() or [type(error).__name__])[0][:_MAX_MESSAGE]
         address = mlflow.get_tracking_uri()
-        told = without_secrets(text, address)
+        message = without_secrets(text, address)
         raise BundleError(
-            f"MLflow at {masked(address)}: {told}; see that MLFLOW_TRACKING_URI names a server that runs, and repeat"
+            f"MLflow at {masked(address)}: {message}; check that MLFLOW_TRACKING_URI names a running server, and repeat"
         ) from None

@@ -1,8 +1,8 @@
-"""A registry in an object store (S3, GCS, Azure, ...), by fsspec.
+"""A registry in an object store (S3, GCS, Azure, ...), through fsspec.
 
-ROOT/NAME/bundles/DIGEST/*, ROOT/NAME/versions/NUMBER, which holds a digest, and ROOT/NAME/aliases/ALIAS, which holds a
-number. Each small object is written in one request. A bundle's manifest is uploaded after its other files, its version
-after that and the alias last: a promotion that breaks off publishes nothing.
+Layout: ROOT/NAME/bundles/DIGEST/*, ROOT/NAME/versions/NUMBER with a digest, ROOT/NAME/aliases/ALIAS with a number. Each
+small object is written in one request. A bundle's manifest is uploaded after its other files, then its version, and the
+alias last: an interrupted promotion publishes nothing.
 """
 
 import re
@@ -18,11 +18,11 @@ from deploypipe.text.masked_addresses import masked
 from deploypipe.text.safe_names import name_problem
 
 _MAX_BYTES = 128  # of an alias or a version
-_DEAD_AFTER = timedelta(days=1)  # an upload whose last file is that old will not go on
+_DEAD_AFTER = timedelta(days=1)  # an upload whose last file is older was interrupted
 
 
 def promote(bundle: Path, manifest: Manifest, root: str, alias: str) -> int:
-    """Upload the bundle unless it is there, and let `alias` mean its version. BundleError where the store refuses."""
+    """Upload the bundle unless it is there, and point `alias` to its version. BundleError if the store refuses."""
     with open_store(root, BundleError) as (store, path):
         home = f"{path}/{manifest.name}"
         versions = _versions(store, home)
@@ -36,8 +36,10 @@ def promote(bundle: Path, manifest: Manifest, root: str, alias: str) -> int:
 
 
 def download(address: str, alias: str, folder: Path) -> tuple[Path, str]:
-    """The bundle that ROOT/NAME and an alias mean, in a new folder inside `folder`, and the digest it was promoted
-    with. NoVersionError where there is none, BundleError where the store refuses."""
+    """Download the bundle of ROOT/NAME and an alias to a new folder inside `folder`; return it and its digest.
+
+    NoVersionError if there is none, BundleError if the store refuses.
+    """
     with open_store(address, BundleError) as (store, home):
         try:
             content = store.cat_file(f"{home}/aliases/{alias}", start=0, end=_MAX_BYTES)
@@ -55,7 +57,7 @@ def download(address: str, alias: str, folder: Path) -> tuple[Path, str]:
             digest = _digest(store, f"{home}/versions/{number}")
         except FileNotFoundError:
             raise BundleError(
-                f"{masked(address)}@{alias}: means version {number}, which is gone; promote another one"
+                f"{masked(address)}@{alias}: points to version {number}, which is gone; promote another one"
             ) from None
         if not re.fullmatch("[0-9a-f]{64}", digest):
             raise BundleError(f"{masked(address)}@{alias}: version {number} holds no digest; promote another one")
@@ -86,7 +88,7 @@ def _digest(store: Any, at: str) -> str:
 
 
 def _remove_leftovers(store: Any, home: str, promoted: Iterable[str]) -> None:
-    """Uploads that broke off, of which no version came: where their last file is old, as others may be at work."""
+    """Delete interrupted uploads without a version, if their last file is over a day old: others may be uploading."""
     found = store.find(f"{home}/bundles", detail=True)
     folders: dict[str, list[str]] = {}
     for at in found:
@@ -104,8 +106,8 @@ def _upload(store: Any, bundle: Path, there: str) -> None:
 
 
 def _claim(store: Any, home: str, digest: str, number: int) -> int:
-    """The first number from `number` on that nobody else took, now this digest's. S3, GCS and Azure create an object
-    only where there is none, in one request."""
+    """Take the first free version number from `number` on. S3, GCS and Azure create an object only if it does not
+    exist, in one request."""
     while True:
         try:
             store.pipe_file(f"{home}/versions/{number}", digest.encode(), mode="create")

@@ -1,8 +1,8 @@
-"""Where bundles are found by what they are for: versions of them, and aliases such as "production" that mean one.
+"""A registry of bundles: numbered versions, and aliases such as "production" that point to one.
 
-A registry is `models:`, the MLflow server that MLFLOW_TRACKING_URI names, an address in an object store (`s3://...`),
+A registry is `models:` (the MLflow server that MLFLOW_TRACKING_URI names), an address in an object store (`s3://...`),
 or a plain folder: FOLDER/NAME/VERSION/BUNDLE and FOLDER/NAME/aliases.json. A version appears whole or not at all, and
-is never changed.
+never changes.
 """
 
 import fcntl
@@ -27,10 +27,10 @@ _MAX_BYTES = 2**20  # of the aliases
 
 
 def promote(bundle: Path, registry: str, alias: str) -> int:
-    """Copy the bundle in, unless it is there, and let `alias` mean it: the number of its version. The same call again
-    changes nothing.
+    """Copy the bundle in, unless it is there, point `alias` to it, and return the number of its version.
 
-    Raises BundleError for a bundle whose files are not what its manifest says, and for a server that does not answer.
+    The same call again changes nothing. Raises BundleError if a file differs from the bundle's manifest, or if the
+    server does not respond.
     """
     if problem := name_problem(alias):
         raise BundleError(f"the alias {problem}")
@@ -41,14 +41,14 @@ def promote(bundle: Path, registry: str, alias: str) -> int:
 
         return mlflow_registry.promote(bundle, manifest, load_bundle(bundle), alias)
     if registry.startswith(_MLFLOW):
-        raise BundleError(f"{masked(registry)}: is no registry; write {_MLFLOW} alone, and set MLFLOW_TRACKING_URI")
+        raise BundleError(f"{masked(registry)}: is not a registry; write {_MLFLOW} alone, and set MLFLOW_TRACKING_URI")
     if _IN_STORE in registry:
         from deploypipe.release.registries import object_registry
 
         return object_registry.promote(bundle, manifest, registry, alias)
     home = Path(registry) / manifest.name
     if home.is_symlink():
-        raise BundleError(f"{home}: is a link, and a version would go elsewhere; put the folder itself there")
+        raise BundleError(f"{home}: is a link, which would put a version elsewhere; use a plain folder")
     with _locked(home):
         _remove_leftovers(home)
         number = _find(home, manifest.digest) or _add(home, bundle)
@@ -58,16 +58,16 @@ def promote(bundle: Path, registry: str, alias: str) -> int:
 
 
 def resolve(reference: str) -> Path:
-    """The folder of the bundle that a reference means: that folder, or REGISTRY/NAME@ALIAS.
+    """The bundle's folder for a reference: the folder itself, or REGISTRY/NAME@ALIAS.
 
-    NoVersionError where the registry has no such alias, BundleError where there is no bundle. What a server holds is
+    NoVersionError if the registry has no such alias, BundleError if there is no bundle. Bundles on a server are
     downloaded to the cache.
     """
     reference = reference.removeprefix(_FOLDER)
     path, _, alias = reference.rpartition("@")
     _check_names(reference, path, alias)
     if not path and is_remote(reference):
-        raise BundleError(f"{masked(reference)}: names no alias; write it like {masked(reference)}@production")
+        raise BundleError(f"{masked(reference)}: has no alias; write it like {masked(reference)}@production")
     if path.startswith(_MLFLOW):
         from deploypipe.release.registries import mlflow_registry
 
@@ -78,7 +78,7 @@ def resolve(reference: str) -> Path:
         return _downloaded(object_registry.download, path, alias)
     if not path or Path(reference).is_dir():
         if not (Path(reference) / MANIFEST).is_file():
-            raise BundleError(f"{masked(reference)}: is no bundle; give its folder, or REGISTRY/NAME@ALIAS")
+            raise BundleError(f"{masked(reference)}: is not a bundle; give its folder, or REGISTRY/NAME@ALIAS")
         return Path(reference)
     home = Path(path)
     aliases = _aliases(home)
@@ -90,13 +90,13 @@ def resolve(reference: str) -> Path:
         )
     number, versions = aliases[alias], _versions(home)
     if number not in versions:
-        raise BundleError(f"{reference}: means version {number}, which is gone; promote another one")
+        raise BundleError(f"{reference}: points to version {number}, which is gone; promote another one")
     _require_name(read_manifest(versions[number]), home.resolve().name, reference)
     return versions[number]
 
 
 def _check_names(reference: str, path: str, alias: str) -> None:
-    """BundleError where the reference is a registry's, and the names in it would lead elsewhere in it."""
+    """Raise BundleError for a registry's reference whose names could lead elsewhere in the registry."""
     if not path or Path(reference).is_dir():
         return
     bundle = path.removeprefix(_MLFLOW).strip("/") if path.startswith(_MLFLOW) else path.rstrip("/").rpartition("/")[2]
@@ -109,7 +109,7 @@ def _check_names(reference: str, path: str, alias: str) -> None:
 
 
 def is_remote(reference: str) -> bool:
-    """Whether it is the address of something on a server."""
+    """Whether the reference is an address on a server."""
     return reference.startswith(_MLFLOW) or _IN_STORE in reference.removeprefix(_FOLDER)
 
 
@@ -120,7 +120,7 @@ def _downloaded(download: Callable[[str, str, Path], tuple[Path, str]], name: st
         manifest = check_manifest(folder)
         _require_name(manifest, name.rpartition("/")[2], f"{masked(name)}@{alias}")
         if manifest.digest != digest:
-            raise BundleError(f"{masked(name)}@{alias}: what is stored is not what was promoted; promote it again")
+            raise BundleError(f"{masked(name)}@{alias}: the stored bundle is not the promoted one; promote it again")
         final = home / manifest.folder
         try:
             check_manifest(final)
@@ -131,17 +131,17 @@ def _downloaded(download: Callable[[str, str, Path], tuple[Path, str]], name: st
 
 
 def _require_name(manifest: Manifest, name: str, reference: str) -> None:
-    """The bundle is of the name asked for: else an older, signed bundle of another product could take its place."""
+    """Raise BundleError unless the bundle has this name. Otherwise a signed bundle of another product could pass."""
     if manifest.name != name:
         raise BundleError(
-            f"{reference}: means a bundle of {manifest.name!r}, not of {name!r}; promote one of {name!r}, and find out "
-            "who changed the registry"
+            f"{reference}: points to a bundle of {manifest.name!r}, not of {name!r}; promote one of {name!r}, and find "
+            "out who changed the registry"
         )
 
 
 @contextmanager
 def _scratch(home: Path) -> Iterator[Path]:
-    """A new folder for a download, locked for as long as the block lasts; those of killed downloads are removed."""
+    """A new folder for a download, locked inside the block. Folders of killed downloads are removed."""
     with ExitStack() as stack:
         with _locked(home):
             for left in home.glob(".download.*"):
@@ -154,7 +154,7 @@ def _scratch(home: Path) -> Iterator[Path]:
 
 
 def _versions(home: Path) -> dict[int, Path]:
-    """Number -> folder of the bundle."""
+    """The bundle's folder of each version number."""
     folders = [path for path in home.iterdir() if path.is_dir()] if home.is_dir() else []
     numbered = {number: path for path in folders if (number := version_number(path.name))}
     return {
@@ -181,7 +181,7 @@ def _add(home: Path, bundle: Path) -> int:
 
 
 def _remove_leftovers(home: Path) -> None:
-    """What killed promotions had in the making: this one holds the lock, so that no other is at work."""
+    """Remove files of killed promotions. The caller holds the lock, so no other promotion is running."""
     for path in [*home.glob(".promote.*"), *home.glob(f".{_ALIASES}.*.part")]:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -214,7 +214,7 @@ def _locked(home: Path) -> Iterator[None]:
     home.mkdir(parents=True, exist_ok=True)
     path = home / _LOCK
     if path.is_symlink() or (path.exists() and not path.is_file()):  # opening it would empty another file, or wait
-        raise BundleError(f"{path}: is no plain file; find out who changed the registry, and delete it")
+        raise BundleError(f"{path}: is not a plain file; find out who changed the registry, and delete it")
     with path.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
