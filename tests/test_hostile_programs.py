@@ -168,7 +168,7 @@ def test_a_pickle_in_place_of_tensors_is_an_error(dump: Callable[[Path], bytes],
     weights.write_bytes(dump(trace))
     hashes["weights.safetensors"] = file_sha256(weights)
     (tmp_path / "pruned" / "hashes.json").write_text(json.dumps(hashes), encoding="utf-8")
-    with pytest.raises(ModelError, match=r"weights\.safetensors: is not a safetensors file"):
+    with pytest.raises(ModelError, match=r"weights\.safetensors is not a safetensors file"):
         load_pruned(tmp_path / "pruned", build_model)
     np.savez(tmp_path / "objects.npz", x=np.array([Exploit(trace)], dtype=object))
     with pytest.raises(DataError, match=r"objects\.npz: holds no named arrays"):

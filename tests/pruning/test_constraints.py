@@ -64,12 +64,12 @@ def test_patterns_become_names() -> None:
             {"uniform": ("stages.*",)},
             r"'stages\.\*' matches groups .* not alike \(stages\.0\.0\.conv1: 8 channels, .* 32",
         ),
-        ({"uniform": ("fc",)}, r"'fc' matches 'fc', which stays as it is \(its channels are the network's output\)"),
+        ({"uniform": ("fc",)}, r"'fc' matches 'fc', which cannot be removed \(its channels are the network's output\)"),
         ({"tied": (("conv1", "no"),)}, r"tied: 'no' matches no channel group"),
-        ({"tied": (("conv1",),)}, r"tied: \(conv1\) names conv1 alone; name two or more"),
+        ({"tied": (("conv1",),)}, r"tied: \(conv1\) names only conv1; name two or more"),
         ({"tied": (("conv1", "stages.1.0.conv1"),)}, r"tied: 'conv1, stages\.1\.0\.conv1' matches groups .* not alike"),
-        ({"tied": (("conv1", "fc"),)}, r"tied: 'fc' matches 'fc', which stays"),
-        ({"least_blocks": 5}, r"least_blocks: 5 blocks are to stay, and only 4 can be removed at all; write 4 or less"),
+        ({"tied": (("conv1", "fc"),)}, r"tied: 'fc' matches 'fc', which cannot be removed"),
+        ({"least_blocks": 5}, r"least_blocks: 5 blocks must stay, but only 4 can be removed at all; write 4 or less"),
     ],
 )
 def test_what_cannot_be_is_one_clear_error(constraints: dict[str, object], said: str) -> None:
@@ -118,7 +118,7 @@ def test_least_holds_after_rounding_and_is_given_as_the_reason(
 def test_plans_that_break_a_constraint_are_refused() -> None:
     structures = structures_of("pad_resnet", uniform=("stages.0.*",), least_blocks=3)
     scores = flat_scores(structures)
-    with pytest.raises(PlanError, match=r"one width, and there are several \(stages\.0\.0\.conv1: 4, .*conv1: 8\)"):
+    with pytest.raises(PlanError, match=r"one width, but there are several \(stages\.0\.0\.conv1: 4, .*conv1: 8\)"):
         make_plan(structures, scores, {"stages.0.0.conv1": 4})
     with pytest.raises(PlanError, match="2 of 4 removable blocks would stay"):
         make_plan(structures, scores, {}, ["stages.0.0", "stages.1.1"])

@@ -295,7 +295,7 @@ def test_every_module_with_weights_loses_some_or_is_listed_with_the_reason() -> 
     assert losing == {"embed", "norm", "layer", "middle", "scales", "odd"}  # the last loses inputs only
     listed = {row.name: row.reason for row in structures.frozen}
     assert set(listed) == {"odd", "last", "head", "end", "spare", "idle"}
-    assert "its weight is computed by code of its own" in listed["odd"]
+    assert "its weight is computed by custom code" in listed["odd"]
     assert listed["end"] == "its channels are the network's output"
     assert "fixed size" in listed["last"]
     assert "not read with these inputs" in listed["spare"]

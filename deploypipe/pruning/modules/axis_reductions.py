@@ -1,8 +1,9 @@
-"""Operations that compute one number from all along an axis, such as the mean over channels in a spatial attention.
+"""Operations that reduce a whole axis to one number, such as the mean over channels in a spatial attention.
 
-Of fewer channels such an operation gives another number, as a norm does, and that is what is wanted of it. So in the
-masked network, the measure of the cut one, it must see the channels that stay. Each operation is known by the module
-whose forward() calls it, and by the number of the call in there, which does not change when channels go.
+With fewer channels such an operation gives another number, as a norm does, and this is intended. The masked network is
+the reference for the cut one, so there the operation must see only the channels that stay. An operation is identified
+by the module whose forward() calls it and by the number of the call in that forward(). Both stay the same when channels
+are removed.
 """
 
 from collections import defaultdict
@@ -19,7 +20,7 @@ from deploypipe.records import Side
 
 _MARK = "~"  # side "~12.0.1": the 13th call, its first tensor, axis 1
 _NORMS = (F.layer_norm, F.rms_norm)
-_Narrow = dict[int, list[tuple[int, int, Tensor]]]  # call -> (operand, axis, indices that go)
+_Narrow = dict[int, list[tuple[int, int, Tensor]]]  # call -> (operand, axis, removed indices)
 
 
 def all_tensors(values: Any) -> list[Tensor]:
@@ -46,29 +47,30 @@ def _whole_numbers(values: Any) -> list[int | None]:
 
 
 def side_of(call: int, operand: int, axis: int) -> Side:
-    """The side that stands for what one operation sees along one axis."""
+    """The name of the side that stands for what one operation reads along one axis."""
     return f"{_MARK}{call}.{operand}.{axis}"
 
 
 def is_statistic(side: Side) -> bool:
-    """Whether a side stands for what an operation sees, so that nothing is stored there."""
+    """Whether a side stands for what an operation reads; nothing is stored there."""
     return side.startswith(_MARK)
 
 
 class FunctionCalls(TorchFunctionMode):
-    """Numbers the calls of PyTorch's functions in each module's forward(), and narrows what some of them see."""
+    """Number the calls of PyTorch functions in each module's forward(), and narrow what some of them read."""
 
     def __init__(
         self,
         narrow: Mapping[str, _Narrow] | None = None,
         whole: Mapping[Callable[..., Any], Callable[[Tensor, Tensor], None]] | None = None,
     ) -> None:
-        """whole: functions that nobody looks into, and who is told their first operand and their result."""
+        """whole: function -> callback. Operations inside such a function are not traced; the callback gets its first
+        operand and its result."""
         super().__init__()
         self.narrow, self.whole = narrow or {}, whole or {}
-        self.running: list[tuple[str, int]] = [("", 0)]  # modules whose forward is on, and the calls they made so far
-        self.operands: list[Tensor] = []  # of the call that is on
-        self.numbers: list[int | None] = []  # likewise, None for one in a tensor
+        self.running: list[tuple[str, int]] = [("", 0)]  # modules whose forward() is running, and their calls so far
+        self.operands: list[Tensor] = []  # of the current call
+        self.numbers: list[int | None] = []  # the numbers among its arguments; None for one in a tensor
 
     def enter(self, module: str) -> None:
         self.running.append((module, 0))
@@ -78,7 +80,7 @@ class FunctionCalls(TorchFunctionMode):
 
     @property
     def number(self) -> int:
-        """Of the call that is on."""
+        """The number of the current call."""
         return self.running[-1][1] - 1
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -100,7 +102,7 @@ class FunctionCalls(TorchFunctionMode):
 
 
 def narrow_(model: nn.Module, removed: Mapping[str, Mapping[Side, Collection[int]]]) -> None:
-    """Let operations of `model` see only what stays. removed: module -> side (see `side_of`) -> indices."""
+    """Make operations of `model` read only what stays. removed: module -> side (see `side_of`) -> indices."""
     narrow = {module: _by_call(sides) for module, sides in removed.items()}
     calls = FunctionCalls(narrow)
     for name, module in model.named_modules():
@@ -128,7 +130,7 @@ def _by_call(sides: Mapping[Side, Collection[int]]) -> _Narrow:
 def _narrowed(
     func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], parts: Any, operands: Sequence[Tensor]
 ) -> Any:
-    """The function of what stays; where its result has the axis still, with zeros for what does not."""
+    """Call the function on what stays. If its result still has the axis, removed places are filled with zeros."""
     full = func(*args, **kwargs)
     new: dict[int, Tensor] = {}
     scatter: list[tuple[int, Tensor]] = []

@@ -10,9 +10,9 @@ from deploypipe.records import Names
 
 
 class Bypass(nn.Identity):
-    """What is left of a removed block: gives its input back, whatever masks come with it.
+    """Stands where a block was removed: returns its input and ignores masks and other arguments.
 
-    returns: as in `Block`. A block that gave a tuple is followed by (input, arguments of these names or None, ...).
+    returns: as in `Block`. For a block that returned a tuple: (input, the arguments of these names or None, ...).
     """
 
     def __init__(self, block: nn.Module, returns: Names | None = None) -> None:
@@ -30,7 +30,7 @@ class Bypass(nn.Identity):
 
 
 def _facts(block: nn.Module) -> dict[str, Any]:
-    """Plain values a caller may ask the block for, such as `self_attn.batch_first` or the kind of mask it wants."""
+    """Plain attributes a caller may read from the block, such as `self_attn.batch_first` or its kind of mask."""
     plain = {name: value for name, value in vars(block).items() if isinstance(value, str | int | float)}
     facts = {name: value for name, value in plain.items() if not name.startswith("_") and name != "training"}
     return facts | {name: SimpleNamespace(**_facts(child)) for name, child in block.named_children()}

@@ -1,8 +1,8 @@
-"""Multiply-accumulates of one forward pass, counted by the operators that run, whoever calls them.
+"""Count the multiply-accumulates (MACs) of one forward pass, operator by operator.
 
-What counts: every product of matrices (linear, matmul, bmm, einsum, attention's two products), every convolution, the
+Counted: every product of matrices (linear, matmul, bmm, einsum, attention's two products), every convolution, the
 kernels of recurrent layers and of `nn.Bilinear`; with weights or between activations, in modules or on bare parameters.
-What does not: additions, activation functions, norms, pooling, look-ups and interpolation.
+Not counted: additions, activation functions, norms, pooling, look-ups and interpolation.
 """
 
 from collections import Counter
@@ -27,7 +27,7 @@ _Formula = Callable[[Sequence[Any], Any], list[_Product]]  # of an operator's ar
 class Macs:
     """Multiply-accumulates of one sample, each counted once in `by_module` and at most once in `by_parameter`."""
 
-    by_module: dict[str, int]  # the innermost module whose forward() was on; "" is the network itself
+    by_module: dict[str, int]  # the innermost module whose forward() was running; "" is the network itself
     by_parameter: dict[str, int]  # products of one parameter with activations, in proportion to its size
 
     @property
@@ -36,16 +36,16 @@ class Macs:
 
     @property
     def of_activations(self) -> int:
-        """All others: attention, weights that are computed from parameters."""
+        """All other products: attention, and weights that are computed from parameters."""
         return self.total - sum(self.by_parameter.values())
 
     def within(self, module: str) -> int:
-        """Of a module and everything in it."""
+        """MACs of a module and everything in it."""
         return sum(macs for name, macs in self.by_module.items() if name == module or name.startswith(f"{module}."))
 
 
 def count_operations(model: nn.Module, inputs: Any) -> Macs:
-    """Run `model` once on the first sample of `inputs` and count; the model is as before afterwards."""
+    """Run `model` once on the first sample of `inputs` and count. The model is left unchanged."""
     counter = _Counter({name: parameter for name, parameter in model.named_parameters()})
     handles = []
     for name, module in model.named_modules():
@@ -61,7 +61,7 @@ def count_operations(model: nn.Module, inputs: Any) -> Macs:
 
 
 def count_macs(model: nn.Module, inputs: Any) -> tuple[int, int]:
-    """(parameters, multiply-accumulates for one sample); changes nothing in it."""
+    """(parameters, MACs of one sample). The model is left unchanged."""
     model = with_plain_weights(unwrapped(model))
     with one_thread_if_small(0):  # one sample is small work for any network
         macs = count_operations(model, inputs)
@@ -104,7 +104,7 @@ def _in_order(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list
 
 
 def _product(first: int) -> _Formula:
-    """Arguments `first` and the next are multiplied: (..., m, k) by (..., k, n), or by a vector (k)."""
+    """A product of argument `first` and the next one: (..., m, k) by (..., k, n), or by a vector (k)."""
 
     def formula(args: Sequence[Any], result: Any) -> list[_Product]:
         a, b = args[first], args[first + 1]
@@ -114,7 +114,7 @@ def _product(first: int) -> _Formula:
 
 
 def _grouped(args: Sequence[Any], result: Any) -> list[_Product]:
-    """Experts: rows (or columns) of one operand are dealt out to the matrices of the other."""
+    """Experts: rows (or columns) of one operand are distributed over the matrices of the other."""
     a, b = args[:2]
     return [(a.numel() * b.shape[-1] // (len(a) if a.dim() > b.dim() else 1), (a, b))]
 
@@ -125,13 +125,13 @@ def _convolution(args: Sequence[Any], result: Any) -> list[_Product]:
 
 
 def _attention(args: Sequence[Any], result: Any) -> list[_Product]:
-    """Queries by keys, and weights by values; a mask saves nothing."""
+    """Queries times keys, and weights times values. A mask saves no MACs."""
     query, key, value = args[:3]
     return [(query[..., 0].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1]), (query, key, value))]
 
 
 def _recurrent(weights: Callable[[Sequence[Any]], Sequence[Tensor]]) -> _Formula:
-    """Every matrix once for each step of each sequence."""
+    """Every weight matrix is multiplied once per step of each sequence."""
 
     def formula(args: Sequence[Any], result: Any) -> list[_Product]:
         steps = args[0][..., 0].numel()

@@ -1,8 +1,8 @@
-"""Weights that are computed from other parameters before each call, made plain parameters.
+"""Turn weights that are computed before each call (weight_norm, spectral_norm, ...) into plain parameters.
 
-Surgery cuts tensors that are stored. Parametrizations (`torch.nn.utils.parametrize`) become plain where they are cut;
-PyTorch's older hooks (weight_norm, spectral_norm, prune) and whatever computes weights of a recurrent layer, of which
-PyTorch makes no copies, become plain wherever a network comes in.
+Surgery can cut only stored tensors. Parametrizations (`torch.nn.utils.parametrize`) become plain when they are cut.
+PyTorch cannot copy modules with its older hooks (weight_norm, spectral_norm, prune), nor parametrized recurrent layers.
+Those become plain wherever a network enters.
 """
 
 from collections.abc import Iterable, Iterator
@@ -22,12 +22,12 @@ from deploypipe.networks.model_copies import copied
 
 
 def with_plain_weights(model: nn.Module) -> nn.Module:
-    """`model`; or, where hooks compute weights of it, a copy in which they are plain."""
+    """`model`, or a copy with plain weights if hooks compute some of them."""
     return plain_copy(model) if any(_hooks(module) for module in model.modules()) else model
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
-    """A copy in which what hooks compute from weights in evaluation mode is plain parameters."""
+    """A copy with plain parameters that hold the values which hooks compute in evaluation mode."""
     copy = copied(model)
     for module in copy.modules():
         for kind, name in list(_hooks(module)):
@@ -37,13 +37,13 @@ def plain_copy(model: nn.Module) -> nn.Module:
 
 
 def describe_hooks(model: nn.Module) -> str:
-    """Which weights `plain_copy` makes plain, such as "weight_norm of a.weight"; "" for none."""
+    """List the weights that `plain_copy` makes plain, such as "weight_norm of a.weight"; "" for none."""
     found = [f"{kind} of {name}.{weight}" for name, module in model.named_modules() for kind, weight in _hooks(module)]
     return ", ".join(found)
 
 
 def make_plain_(modules: Iterable[nn.Module]) -> None:
-    """Put the values that parametrizations compute in the place of the computation."""
+    """Replace parametrizations by the values they compute."""
     for module in modules:
         if not is_parametrized(module):
             continue
@@ -56,7 +56,7 @@ def make_plain_(modules: Iterable[nn.Module]) -> None:
 
 
 def _hooks(module: nn.Module) -> Iterator[tuple[str, str]]:
-    """(kind, tensor) of every weight that is computed and cannot be copied."""
+    """(kind, tensor) of every computed weight that cannot be copied."""
     for hook in module._forward_pre_hooks.values():
         match hook:
             case WeightNorm():
@@ -71,12 +71,12 @@ def _hooks(module: nn.Module) -> Iterator[tuple[str, str]]:
 
 def _fold_(module: nn.Module, kind: str, name: str) -> None:
     if kind == "parametrization":
-        return  # of all tensors of a module at once
+        return  # make_plain_() does all tensors of a module at once
     remove: Any = {"weight_norm": remove_weight_norm, "spectral_norm": remove_spectral_norm, "prune": remove_mask}[kind]
     source = getattr(module, f"{name}_v" if kind == "weight_norm" else f"{name}_orig")
     with torch.no_grad():
         remove(module, name)
     loading: Any = module._load_state_dict_pre_hooks
     for key in [k for k, hook in loading.items() if isinstance(hook.hook, SpectralNormLoadStateDictPreHook)]:
-        del loading[key]  # PyTorch 2.13 leaves it, and it would ask a file for what is gone
+        del loading[key]  # PyTorch 2.13 leaves it, and loading would fail on the missing key
     getattr(module, name).requires_grad_(source.requires_grad)

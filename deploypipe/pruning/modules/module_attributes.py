@@ -1,5 +1,8 @@
-"""What modules keep in plain attributes. Values of unknown types are never compared, hashed or asked for their truth:
-an array answers `==` with an array, a lazy object computes something, and others raise."""
+"""Read plain attributes of modules.
+
+Values of unknown types are never compared, hashed or converted to bool: `==` of arrays gives an array, a lazy object
+starts to compute, and others raise.
+"""
 
 from typing import Any
 
@@ -13,13 +16,13 @@ _SCALARS = (int, float, str, bool, type(None))
 
 
 class KeptSize(int):
-    """A number that knows the attribute it was read from, as long as nothing is computed with it."""
+    """A number that knows the attribute it was read from, until something is computed with it."""
 
     origin: Origin
 
 
 def mark_sizes_(model: nn.Module) -> None:
-    """Make every whole number that a module keeps a `KeptSize`."""
+    """Replace every whole number in a module's attributes by a `KeptSize`."""
     for name, module in model.named_modules():
         for attribute, value in vars(module).items():
             if type(value) is int:
@@ -29,7 +32,7 @@ def mark_sizes_(model: nn.Module) -> None:
 
 
 def whole_number(value: Any) -> int | None:
-    """The value where its type is exactly int or one of NumPy's integers; None for everything else."""
+    """The value if its type is exactly int or one of NumPy's integers, else None."""
     return int(value) if type(value) in (int, KeptSize) or issubclass(type(value), np.integer) else None
 
 
@@ -58,7 +61,7 @@ def is_plain(value: Any) -> bool:
 
 
 def are_equal(ours: Any, theirs: Any) -> bool:
-    """Whether two plain values are of one type and the same; False for values of other types."""
+    """Whether two plain values have the same type and are equal; False for values of other types."""
     if issubclass(type(ours), Tensor) and issubclass(type(theirs), Tensor):
         return not theirs.is_meta and ours.shape == theirs.shape and torch.equal(ours.cpu(), theirs.to(ours.dtype))
     if type(ours) is not type(theirs):

@@ -1,4 +1,4 @@
-"""One watched forward pass: which modules are called, in which order, on which shapes."""
+"""Record one forward pass: which modules are called, in which order, on which shapes."""
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,13 +22,13 @@ class Call:
     count: int
     shape_in: tuple[int, ...] | None  # without the batch; None unless a tensor came first and went out (first)
     shape_out: tuple[int, ...] | None
-    keeps_kind: bool  # dtype and shape, batch included, are the same on both sides
-    returns: Names | None  # what follows the tensor that goes out in a tuple, as in `Block`
+    keeps_kind: bool  # input and output have the same dtype and shape, batch included
+    returns: Names | None  # what follows the output tensor in a tuple, as in `Block`
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without fused attention kernels (which call no modules); every flag is given back afterwards."""
+    """Evaluation mode without fused attention kernels, which call no modules. All flags are restored afterwards."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -40,7 +40,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def one_thread_if_small(macs: int) -> Iterator[None]:
-    """One CPU thread for passes of less than a billion MACs, which on a busy machine only wait for their threads."""
+    """Use one CPU thread for passes of less than a billion MACs: on a busy machine these mostly wait for threads."""
     before = torch.get_num_threads()
     if macs < 1_000_000_000:
         torch.set_num_threads(1)
@@ -102,7 +102,7 @@ def output_tensors(outputs: Any) -> list[Tensor]:
 
 
 def first_tensor(output: Any) -> Tensor | None:
-    """A module's output, or the first of a tuple or list of them, where that is a tensor."""
+    """A module's output, or the first item of a tuple or list, if it is a tensor."""
     first = output[0] if isinstance(output, tuple | list) and output else output
     return first if isinstance(first, Tensor) else None
 

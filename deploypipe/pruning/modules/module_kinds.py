@@ -11,12 +11,12 @@ ATTRIBUTE = "@"  # side "@num_heads": an attribute that holds the number of the 
 
 
 def is_stored(side: Side) -> bool:
-    """Whether tensors hold the indices of a side, and not an attribute their number, or an operation what it sees."""
+    """Whether a side is an axis of a tensor, rather than a size in an attribute or what an operation reads."""
     return not side.startswith(ATTRIBUTE) and not is_statistic(side)
 
 
 def is_depthwise(module: nn.Module) -> bool:
-    """One filter a channel: input and output channel i are the same structure."""
+    """Whether a convolution has one filter per channel: input and output channel i are the same structure."""
     return isinstance(module, _ConvNd) and 1 < module.groups == module.in_channels == module.out_channels
 
 
@@ -26,7 +26,7 @@ def has_two_sides(module: nn.Module) -> bool:
 
 
 def out_tensor(module: nn.Module) -> tuple[str, int] | None:
-    """The tensor and its axis that hold a layer's outputs; None for modules whose tensors are cut one by one."""
+    """The tensor and axis that hold a layer's outputs; None for modules whose tensors are cut one by one."""
     axis = 0
     match module:
         case nn.Embedding():
@@ -46,7 +46,7 @@ def out_tensor(module: nn.Module) -> tuple[str, int] | None:
 
 
 def width(module: nn.Module, side: Side) -> int | None:
-    """Number of indices on that side, or None when modules of this type do not have it."""
+    """Number of indices on that side; None if modules of this type do not have it."""
     match module, side:
         case nn.Linear(), "in" | "out":
             return module.in_features if side == "in" else module.out_features
@@ -68,14 +68,14 @@ def width(module: nn.Module, side: Side) -> int | None:
 
 
 def filters_per_group(module: nn.Module, side: Side) -> int | None:
-    """For a grouped convolution, how many indices of that side each group has; None for everything else."""
+    """Indices of that side per group of a grouped convolution; None for everything else."""
     if not isinstance(module, _ConvNd) or module.groups == 1 or is_depthwise(module):
         return None
     return (module.in_channels if side == "in" else module.out_channels) // module.groups
 
 
 def normalizes_over_channels(module: nn.Module) -> bool:
-    """Whether a layer without layers in it treats its channels together: LayerNorm, RMSNorm, by whatever name."""
+    """Whether a leaf layer normalizes over all its channels: LayerNorm, RMSNorm or a user's own class like them."""
     if isinstance(module, nn.GroupNorm):
         return module.num_groups == 1
     if isinstance(module, nn.LayerNorm | nn.RMSNorm):

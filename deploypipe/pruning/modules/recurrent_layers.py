@@ -1,4 +1,4 @@
-"""Recurrent layers: what the sizes that they keep count, and how to see into their kernels."""
+"""Recurrent layers: which weight axis each of their sizes counts, and how to run them without fused kernels."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ RECURRENT = (RNNBase, RNNCellBase)
 
 
 def sizes_of(module: nn.Module) -> dict[str, Sequence[Tensor]]:
-    """By attribute: the weights of a recurrent layer whose second axis it counts, in every layer and direction."""
+    """Attribute -> the weights whose second axis it counts, in every layer and direction."""
     weights = dict(module.named_parameters(recurse=False))
     if isinstance(module, RNNCellBase):
         return {"input_size": [weights["weight_ih"]], "hidden_size": [weights["weight_hh"]]}
@@ -28,7 +28,7 @@ def is_input_side(side: str) -> bool:
 
 @contextmanager
 def without_fused_kernels() -> Iterator[None]:
-    """Without oneDNN, which computes all steps and gates of an LSTM in one operator."""
+    """Switch oneDNN off, which computes all steps and gates of an LSTM in one operator."""
     was_enabled = torch._C._get_mkldnn_enabled()
     torch._C._set_mkldnn_enabled(False)
     try:

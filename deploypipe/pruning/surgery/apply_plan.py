@@ -1,4 +1,4 @@
-"""Turn the dense network into the pruned one: no tracing, no example inputs, the same bits every time."""
+"""Apply a plan to the dense network: no tracing, no example inputs, bit-identical results every time."""
 
 from typing import Any
 
@@ -18,9 +18,9 @@ from deploypipe.records import Edit, PruneReport, PruneRow, PruningPlan
 
 
 def apply_plan(dense: nn.Module, plan: PruningPlan) -> nn.Module:
-    """A new, smaller network; `dense` is left as it was. Raises PlanError when the plan was made for another model.
+    """Build the pruned network; `dense` is left unchanged. Raises PlanError if the plan was made for another model.
 
-    A config that the network is built from (`transformers`) is brought up to date where one describes what is left.
+    The config of a `transformers` network is updated if one describes what is left.
     """
     dense = with_plain_weights(unwrapped(dense))
     check_fingerprint(dense, plan)
@@ -28,7 +28,7 @@ def apply_plan(dense: nn.Module, plan: PruningPlan) -> nn.Module:
 
 
 def masked_dense(dense: nn.Module, plan: PruningPlan) -> nn.Module:
-    """The reference: a dense copy that ignores what `plan` removes, and so computes what the pruned network must."""
+    """Build the reference: a dense copy that masks what `plan` removes. The pruned network must give its outputs."""
     dense = with_plain_weights(unwrapped(dense))
     check_fingerprint(dense, plan)
     model = copied(dense)
@@ -39,7 +39,7 @@ def masked_dense(dense: nn.Module, plan: PruningPlan) -> nn.Module:
 
 
 def cut_out(dense: nn.Module, plan: PruningPlan) -> nn.Module:
-    """`apply_plan` without the check that `dense` has the weights the plan was made from."""
+    """`apply_plan` without the check of the fingerprint."""
     model = copied(dense)
     forget_caches_(model)
     replace_by_identity_(model, {name: plan.returns.get(name) for name in plan.blocks})
@@ -49,12 +49,12 @@ def cut_out(dense: nn.Module, plan: PruningPlan) -> nn.Module:
 
 
 def check_fingerprint(dense: nn.Module, plan: PruningPlan, structure_only: bool = False) -> None:
-    """Raise PlanError, saying whether structure or weights differ, unless `plan` was made for this very model."""
+    """Raise PlanError unless `plan` was made for this model; the message says whether structure or weights differ."""
     seen = structure_fingerprint(dense) if structure_only else model_fingerprint(dense)
     expected = plan.model_fingerprint
     if seen.partition("-")[0] != expected.partition("-")[0]:
         raise PlanError(
-            f"the plan was made for a model of another structure (fingerprint {expected}, this one has {seen}); "
+            f"the plan was made for a model with another structure (fingerprint {expected}, this one has {seen}); "
             "names or shapes of its parameters differ: build the same network, or make a new plan"
         )
     if not structure_only and seen != expected:
@@ -65,7 +65,7 @@ def check_fingerprint(dense: nn.Module, plan: PruningPlan, structure_only: bool 
 
 
 def describe(dense: nn.Module, pruned: nn.Module, plan: PruningPlan, inputs: Any) -> PruneReport:
-    """Asked against realised for every structure of the plan, and both networks' costs."""
+    """Report asked and realised width of every structure in the plan, and the cost of both networks."""
     dense, pruned = with_plain_weights(unwrapped(dense)), unwrapped(pruned)
     rows = [
         PruneRow(

@@ -1,4 +1,4 @@
-"""Mask indices instead of cutting them: the dense network then computes what the cut one must compute."""
+"""Mask indices instead of cutting them: the masked network computes what the cut one must compute."""
 
 from collections.abc import Collection, Iterable
 from copy import deepcopy
@@ -25,9 +25,9 @@ from deploypipe.records import Edit, Side
 
 
 def mask_(model: nn.Module, edits: Iterable[Edit]) -> None:
-    """Zero, in place, every weight of the removed indices; widths stay as they are.
+    """Set every weight of the removed indices to zero, in place; widths do not change.
 
-    A norm, or an operation that takes a statistic over channels, then looks at those that stay.
+    Norms, and operations that take a statistic over channels, then read only the channels that stay.
     """
     by_module = edits_by_module(edits)
     make_plain_(find_module(model, name) for name in by_module)
@@ -47,7 +47,7 @@ def mask_(model: nn.Module, edits: Iterable[Edit]) -> None:
 def _masked_parts(
     name: str, module: nn.Module, side: Side, removed: Collection[int]
 ) -> list[tuple[Tensor, int, list[int]]]:
-    """Parameters, or views of them, and what to zero there. Running statistics stay: zeros would be divided by."""
+    """(parameter or view, axis, indices to zero). Running statistics stay, because a norm divides by them."""
     if isinstance(module, _ConvNd) and not is_first_axis(module, side) and filters_per_group(module, side):
         groups = module.weight.view(module.groups, -1, *module.weight.shape[1:])
         per_group = filters_per_group(module, side) or 1
@@ -57,7 +57,7 @@ def _masked_parts(
 
 
 def _narrow_(name: str, module: nn.Module, sides: Sides) -> None:
-    """Let the module see only the channels that stay, and give zeros for the others."""
+    """Make the module read only the channels that stay and return zeros for the others."""
     side, removed = next((s, gone) for s, gone in sides.items() if not s.startswith(ATTRIBUTE))
     total = width(module, side)
     assert total is not None
@@ -67,14 +67,14 @@ def _narrow_(name: str, module: nn.Module, sides: Sides) -> None:
 
     def narrowed(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         index = keep.to(x.device)
-        for axis in (x.dim() - 1, 1):  # channels last or first: the layer knows which it takes
+        for axis in (x.dim() - 1, 1):  # channels last or first: only the layer knows which
             if x.shape[axis] == total:
                 try:
                     output: Tensor = small(x.index_select(axis, index), *args, **kwargs)
                 except RuntimeError:
                     continue
                 return output.new_zeros(x.shape).index_copy(axis, index, output)
-        raise PlanError(f"{name!r} does not take {total} channels on its first or last axis; make a new plan")
+        raise PlanError(f"{name!r} does not accept {total} channels on its second or last axis; make a new plan")
 
     module.forward = narrowed
-    module.register_forward_hook(lambda *_: None)  # keeps PyTorch's transformer layers from reading its weights instead
+    module.register_forward_hook(lambda *_: None)  # so PyTorch's transformer layers do not read its weights

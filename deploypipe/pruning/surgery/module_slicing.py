@@ -1,4 +1,4 @@
-"""Cut or mask indices of single modules: the only code that knows how each layer type stores its channels."""
+"""Cut indices out of single modules: the only code that knows how each layer type stores its channels."""
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
@@ -30,8 +30,8 @@ def edits_by_module(edits: Iterable[Edit]) -> dict[str, Sides]:
 def cut_(model: nn.Module, edits: Iterable[Edit]) -> None:
     """Remove the indices of every edit from `model`, in place.
 
-    A tensor that several modules share is cut once and stays shared. Afterwards the modules' own fields (channels,
-    features, groups, num_heads, ...) say what is left.
+    A tensor that several modules share is cut once and stays shared. The modules' own fields (channels, features,
+    groups, num_heads, ...) are updated.
     """
     by_module = {name: sides for name, sides in edits_by_module(edits).items() if any(sides.values())}
     make_plain_(find_module(model, name) for name in by_module)
@@ -54,10 +54,10 @@ def cut_(model: nn.Module, edits: Iterable[Edit]) -> None:
 
 
 def sizes_after(model: nn.Module, edits: Iterable[Edit]) -> tuple[int, dict[str, float]]:
-    """(parameters of the whole model, share of each edited parameter that is left) once the edits are done."""
+    """(parameters of the whole model, remaining share of each edited parameter) after the edits."""
     edits = list(edits)
     computed = {edit.module for edit in edits if is_parametrized(find_module(model, edit.module))}
-    if computed:  # cutting makes plain weights of them
+    if computed:  # cutting makes them plain
         model = copied(model)
         make_plain_(find_module(model, name) for name in computed)
     names = {id(p): name for name, p in model.named_parameters()}
@@ -76,7 +76,7 @@ def sizes_after(model: nn.Module, edits: Iterable[Edit]) -> tuple[int, dict[str,
 
 
 def forget_caches_(model: nn.Module) -> None:
-    """Turning to training and back is where networks drop what they computed from their weights for evaluation."""
+    """Switch to training mode and back: some networks drop values cached for evaluation when they do that."""
     flags = [(module, module.training) for module in model.modules()]
     model.train()
     for module, flag in flags:
@@ -107,12 +107,12 @@ def _owners(model: nn.Module) -> Mapping[int, list[tuple[nn.Module, str]]]:
 def tensor_cuts(
     name: str, module: nn.Module, side: Side, removed: Collection[int]
 ) -> list[tuple[Tensor, int, list[int]]]:
-    """(tensor, axis, indices) that one side of one module is stored in."""
+    """(tensor, axis, indices) for every tensor that stores one side of one module."""
     if not is_stored(side) or not removed:
         return []
     total = width(module, side)
     if total is None:
-        raise PlanError(f"module {name!r} is a {type(module).__name__}, whose {side!r} cannot be cut; make a new plan")
+        raise PlanError(f"module {name!r} is a {type(module).__name__}; {side!r} of it cannot be cut; make a new plan")
     if min(removed) < 0 or max(removed) >= total or len(removed) >= total:
         raise PlanError(f"the plan removes {len(removed)} of the {total} {side} channels of {name!r}; make a new plan")
     gone = sorted(removed)
@@ -149,7 +149,7 @@ def by_group(gone: Iterable[int], per_group: int) -> dict[int, list[int]]:
 
 
 def _common_columns(name: str, module: nn.Linear | _ConvNd, side: Side, gone: list[int]) -> list[int]:
-    """What goes from the second axis of the weight, which all groups of a convolution share."""
+    """The indices to remove from the second axis of the weight, which all groups of a convolution share."""
     per_group = filters_per_group(module, side)
     if per_group is None:
         return gone
@@ -172,7 +172,7 @@ def _without(tensor: Tensor, axes: Mapping[int, list[int]]) -> Tensor:
 
 
 def _count_(module: nn.Module, sides: Sides) -> None:
-    """Bring the fields in which a module keeps its sizes up to date."""
+    """Update the fields in which a module keeps its sizes."""
     _count_attributes_(module, sides)
     if isinstance(module, _ConvNd):
         _count_convolution_(module, sides)
@@ -185,7 +185,7 @@ def _count_(module: nn.Module, sides: Sides) -> None:
         case _NormBase():
             module.num_features -= gone["out"]
         case nn.GroupNorm():
-            if module.num_groups > 1:  # whole groups go
+            if module.num_groups > 1:  # whole groups are removed
                 module.num_groups -= gone["out"] * module.num_groups // module.num_channels
             module.num_channels -= gone["out"]
         case nn.LayerNorm() | nn.RMSNorm() if gone["out"]:
@@ -214,7 +214,7 @@ def _count_convolution_(module: _ConvNd, sides: Sides) -> None:
     if is_depthwise(module):
         module.groups -= len(writes)
         reads = writes
-    elif per_group is not None:  # whole groups may have gone
+    elif per_group is not None:  # whole groups may have been removed
         module.groups -= sum(len(gone) == per_group for gone in by_group(reads, per_group).values())
     module.in_channels -= len(reads)
     module.out_channels -= len(writes)

@@ -1,4 +1,4 @@
-"""Decide what goes: scores and widths in, a resolved plan of index edits out; and plans made one after the other."""
+"""Make a plan: from scores and widths to a list of index edits. Compose two plans into one."""
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -24,10 +24,10 @@ def make_plan(
 ) -> PruningPlan:
     """Keep the best-scored `widths[name]` units of each named group, and remove the named blocks.
 
-    Widths are brought to the nearest multiple of `channel_multiple` (halves go up), at least one multiple, never above
-    the dense width; a group narrower than one multiple stays whole; heads come in any number. What
-    `structures.constraints` asks at least stays. Equal scores: the lower index stays. Groups that lie wholly in removed
-    blocks are left out. Group names absent from `widths` stay whole. Raises PlanError for what does not exist, and for
+    Widths are rounded to the nearest multiple of `channel_multiple` (halves go up): at least one multiple, at most the
+    dense width. A group narrower than one multiple stays whole. The number of heads is not rounded. No group gets
+    narrower than `structures.constraints` allow. Of equal scores the lower index stays. Groups that lie wholly in
+    removed blocks are left out. Groups absent from `widths` stay whole. Raises PlanError for unknown names, and for
     widths and blocks that the constraints do not allow.
     """
     groups = {group.name: group for group in structures.groups}
@@ -62,7 +62,7 @@ def make_plan(
 
 
 def empty_plan(structures: Structures) -> PruningPlan:
-    """The plan that removes nothing."""
+    """A plan that removes nothing."""
     return PruningPlan(
         model_fingerprint=structures.model_fingerprint, cuts=(), edits=(), blocks=(), returns=_returns(structures)
     )
@@ -75,8 +75,8 @@ def _returns(structures: Structures) -> dict[str, Names]:
 def compose(first: PruningPlan, second: PruningPlan, dense: nn.Module) -> PruningPlan:
     """One plan for `dense` that does what `first` and then `second` do, bit for bit.
 
-    `second` must have been made for `apply_plan(dense, first)`: PlanError where either was made for another model. A
-    group that `second` sees in other units than `first` left of it has a row for each of them in `cuts`.
+    `second` must have been made for `apply_plan(dense, first)`; raises PlanError if either plan was made for another
+    model. If `second` divides a group into other units than `first` left, `cuts` has a row of each plan.
     """
     dense = unwrapped(dense)
     once = apply_plan(dense, first)
@@ -101,20 +101,20 @@ def compose(first: PruningPlan, second: PruningPlan, dense: nn.Module) -> Prunin
 
 
 def _dense_indices(removed: Iterable[int], gone: Collection[int]) -> tuple[int, ...]:
-    """The dense numbers of indices that are counted without those `gone`."""
+    """The dense numbers of indices that are counted after `gone` was removed."""
     removed = tuple(removed)
     left = sorted(set(range(max(removed, default=0) + len(gone) + 1)) - set(gone))
     return tuple(left[i] for i in removed)
 
 
 def _dense_sides(edit: Edit, dense: nn.Module, once: nn.Module) -> tuple[Side, ...]:
-    """A grouped convolution with one channel left in each group is depthwise, and its "out" stands for both sides."""
+    """A grouped convolution with one channel left per group is depthwise, so its "out" stands for both sides."""
     was, now = dense.get_submodule(edit.module), once.get_submodule(edit.module)
     return ("in", "out") if is_depthwise(now) and not is_depthwise(was) else (edit.side,)
 
 
 def _joined(first: Sequence[GroupCut], second: Sequence[GroupCut]) -> tuple[GroupCut, ...]:
-    """The cuts of both plans in dense units, one row for each group that both see in the same units."""
+    """The cuts of both plans in dense units; one row for a group that has the same units in both."""
     later = {cut.group: cut for cut in second}
     rows: list[GroupCut] = []
     for cut in first:
@@ -129,7 +129,7 @@ def _joined(first: Sequence[GroupCut], second: Sequence[GroupCut]) -> tuple[Grou
 
 
 def _merged(edits: Iterable[Edit]) -> tuple[Edit, ...]:
-    """One edit for each side of each module that loses something."""
+    """One edit per side of each module that loses something."""
     return tuple(
         Edit(module=module, side=side, removed=gone)
         for module, sides in edits_by_module(edits).items()
@@ -143,7 +143,7 @@ def _is_inside(module: str, blocks: Sequence[str]) -> bool:
 
 
 def _realised(asked: int, dense: int, multiple: int, least: int) -> tuple[int, str]:
-    """The width a group gets, and why it is not the one asked for. least: a multiple, or the dense width."""
+    """The width a group gets, and the reason if it is not the one asked for. least: a multiple, or the dense width."""
     if asked >= dense:
         return dense, f"has only {dense} channels" if asked > dense else ""
     if dense < multiple:

@@ -14,20 +14,20 @@ from deploypipe.records import Names
 
 
 def replace_by_identity_(model: nn.Module, blocks: Mapping[str, Names | None]) -> None:
-    """Let the inputs of modules pass. blocks: name -> what the module gives after its output, as in `Block`."""
+    """Replace modules by the identity. blocks: name -> what the module returns after its output, as in `Block`."""
     numbered = _numbered(model)
     for name, returns in blocks.items():
         replace_module_(model, name, Bypass(find_module(model, name), returns))
     left = _numbered(model)
     for kind, modules in numbered.items():
         if len(modules) != len(left.get(kind, modules)):
-            # Caches of keys and values ask the first layer of a kind how much they hold: there must be one.
+            # Key-value caches ask the first layer of each kind for their length, so one layer must have its number.
             first = min(left[kind], key=lambda module: module.layer_idx)
             first.layer_idx = min(module.layer_idx for module in modules)
 
 
 def _numbered(model: nn.Module) -> dict[Any, list[Any]]:
-    """Modules that know the number of their layer, by what they share but for it: place, class and kind of mask."""
+    """Modules that store their layer number, grouped by all else they share: place, class and kind of mask."""
     found: dict[Any, list[Any]] = defaultdict(list)
     for name, module in model.named_modules():
         if isinstance(vars(module).get("layer_idx"), int) and not isinstance(module, Bypass):

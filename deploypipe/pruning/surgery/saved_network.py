@@ -1,4 +1,4 @@
-"""A pruned network on disk: the plan and its weights, which are only data, and a program that needs no class."""
+"""Save and load a pruned network: the plan, the weights, and an exported program that needs no Python class."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -43,8 +43,8 @@ _SAFE_WAY = (
 def save_pruned(model: nn.Module, plan: PruningPlan, inputs: Any, folder: Path) -> None:
     """Write plan.json, weights.safetensors, model.pt2 (any batch size, evaluation mode) and the hashes of all three.
 
-    inputs: one batch, of which only shapes and dtypes are used; no sample gets into a file. hashes.json comes last, so
-    a folder without it was not finished. Raises ModelError when the network cannot be exported.
+    inputs: one batch; only its shapes and dtypes are used, and no sample is written to a file. hashes.json is written
+    last, so a folder without it is unfinished. Raises ModelError if the network cannot be exported.
     """
     model = unwrapped(model)
     folder.mkdir(parents=True, exist_ok=True)
@@ -56,8 +56,8 @@ def save_pruned(model: nn.Module, plan: PruningPlan, inputs: Any, folder: Path) 
 
 
 def save_parts(folder: Path, plan: PruningPlan, parts: Sequence[Path]) -> None:
-    """Finish a folder in which the weights lie already, in several files: the plan, an index as `transformers` writes
-    it, and the hashes. There is no program, which would take the whole network to export."""
+    """Finish a folder that already holds the weights in several files: write plan, hashes and an index as
+    `transformers` does. No program is written, because its export needs the whole network in memory."""
     names = {name: part.name for part in parts for name in WeightFiles(part).names}
     index = {"metadata": {"total_size": sum(part.stat().st_size for part in parts)}, "weight_map": names}
     write_atomically(folder / PLAN, to_json(plan).encode())
@@ -71,25 +71,25 @@ def _write_hashes(folder: Path, names: Sequence[str]) -> None:
 
 
 def own_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict as safetensors takes it: on the CPU, contiguous whatever the memory format, nothing shared."""
+    """The state dict in the form safetensors needs: on the CPU, contiguous in any memory format, nothing shared."""
     return {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
 
 
 def load_pruned(
     folder: Path, build_model: Callable[[], nn.Module] | None = None, *, trust_program: bool = False
 ) -> nn.Module:
-    """The pruned network: an ordinary module in evaluation mode, cut by the plan, to train further.
+    """Load the pruned network: an ordinary module in evaluation mode, cut by the plan, that can be trained further.
 
-    `build_model` makes the dense network: it needs the structure the plan was made for; its weights are replaced. Only
-    JSON and safetensors are read then. Without it the exported program is loaded, which can only be run. A program can
-    run any code when it is loaded, and hashes.json, which lies beside it, proves nothing about its origin: ModelError
-    unless `trust_program`. Files that differ from hashes.json are refused before use. What was saved in parts has no
-    program; its weights stay in their files until they are looked at.
+    `build_model` builds the dense network with the structure the plan was made for; its weights are replaced. Then
+    only JSON and safetensors are read. Without `build_model` the exported program is loaded, which can only be run.
+    Loading it can run any code, and the hashes.json next to it proves nothing about its origin. So this raises
+    ModelError unless `trust_program`. Files that differ from hashes.json are refused. A network saved in parts has no
+    program; its weights stay in their files until they are used.
     """
     is_in_parts = _check_hashes(folder)
     if build_model is None:
         if is_in_parts:
-            raise ModelError(f"{folder}: was saved block by block, without a program; load it with build_model")
+            raise ModelError(f"{folder}: saved block by block, so without a program; load it with build_model")
         program: nn.Module = load_program(folder / PROGRAM, is_trusted=trust_program, remedy=_SAFE_WAY).module()
         return program
     plan = load_plan(folder / PLAN)
@@ -103,14 +103,14 @@ def load_pruned(
     try:
         model.load_state_dict(load_file(folder / WEIGHTS), strict=True)
     except SafetensorError as error:
-        raise ModelError(f"{folder / WEIGHTS}: is not a safetensors file ({error}); save the network again") from None
+        raise ModelError(f"{folder / WEIGHTS} is not a safetensors file ({error}); save the network again") from None
     except RuntimeError as error:
         raise PlanError(f"{folder / WEIGHTS} does not fit the network cut by {PLAN}: {error}; save it again") from error
     return model.eval()
 
 
 def _program(model: nn.Module, inputs: Any) -> bytes:
-    """The exported program, without example values and without the source paths torch records."""
+    """The exported program, without example values and without the source paths that torch records."""
     batch = torch.export.Dim("batch", min=1)
     zeros = map_tensors(torch.zeros_like, two_samples(model, inputs))
     args, kwargs = as_arguments(zeros)
@@ -130,13 +130,13 @@ def _program(model: nn.Module, inputs: Any) -> bytes:
         raise_if_exhausted(error)
         raise ModelError(
             f"torch.export cannot export the network with a free batch size ({type(error).__name__}: {error}); "
-            "take data-dependent branches and fixed batch sizes out of forward()"
+            "remove data-dependent branches and fixed batch sizes from forward()"
         ) from error
     return program_bytes(program)
 
 
 def _with_plain_outputs(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """forward() with dicts and tuples for dataclasses and NamedTuples, whose classes a program would have to name."""
+    """forward() that returns dicts and tuples instead of dataclasses and NamedTuples, whose classes a program needs."""
 
     @wraps(forward)
     def plain(*args: Any, **kwargs: Any) -> Any:
@@ -146,7 +146,7 @@ def _with_plain_outputs(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def program_bytes(program: torch.export.ExportedProgram) -> bytes:
-    """What torch.export.save() writes, less source paths and example values (which it would pickle)."""
+    """The bytes that torch.export.save() writes, without source paths and example values (which it would pickle)."""
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)
     program.example_inputs = None
@@ -160,12 +160,12 @@ def _check_hashes(folder: Path) -> bool:
     try:
         expected = dict(json.loads((folder / HASHES).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise ModelError(f"{folder} holds no finished pruned network ({HASHES}: {error}); save it again") from error
+        raise ModelError(f"{folder} is not a finished pruned network ({HASHES}: {error}); save it again") from error
     is_in_parts = INDEX in expected
     for name in expected if is_in_parts else (PLAN, WEIGHTS, PROGRAM):
         path = folder / Path(name).name
         if not path.is_file():
-            raise ModelError(f"{path} is absent; save the network again")
+            raise ModelError(f"{path} is missing; save the network again")
         if file_sha256(path) != expected.get(name):
             raise ModelError(
                 f"{path} was changed after it was saved (its sha256 is not the one in {HASHES}); save again"

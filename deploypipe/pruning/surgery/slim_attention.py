@@ -1,4 +1,4 @@
-"""Multi-head attention whose heads are narrower, all together, than its input: what is left when heads are removed."""
+"""Multi-head attention with fewer heads than `nn.MultiheadAttention` allows: what is left when heads are removed."""
 
 from typing import Any
 
@@ -11,11 +11,11 @@ from deploypipe.pruning.modules.hook_computed_weights import plain_copy
 
 
 def with_slim_attention(model: nn.Module) -> nn.Module:
-    """A copy that computes the same, in which every part of an attention is a layer that can be observed and repaired.
+    """A copy that computes the same, with attention whose output projection can be observed and repaired.
 
-    `nn.MultiheadAttention` reads the weights of its output projection without calling it. Names and values of all
-    parameters stay, and so does the fingerprint, but for weights that hooks compute, which become plain. Attention with
-    bias_k or add_zero_attn is left as it is.
+    `nn.MultiheadAttention` reads the weights of its output projection without calling it. All parameters keep their
+    names and values, so the fingerprint stays the same. Only weights that hooks compute become plain. Attention with
+    bias_k or add_zero_attn is left unchanged.
     """
     copy = plain_copy(model)
     for module in list(copy.modules()):
@@ -26,15 +26,15 @@ def with_slim_attention(model: nn.Module) -> nn.Module:
 
 
 class SlimAttention(nn.Module):
-    """Computes what `nn.MultiheadAttention` does, from the same parameters under the same names.
+    """Compute what `nn.MultiheadAttention` does, from the same parameters under the same names.
 
-    PyTorch's own module demands heads * head dimension = input width, and so cannot lose heads.
+    PyTorch's own module requires heads * head dimension = input width, so it cannot lose heads.
     """
 
     in_proj_weight: Tensor | None
     in_proj_bias: Tensor | None
     out_proj: nn.Linear
-    _qkv_same_embed_dim = False  # keeps nn.TransformerEncoderLayer off the fused kernel, which has the same demand
+    _qkv_same_embed_dim = False  # stops nn.TransformerEncoderLayer from using the fused kernel, which has that rule
 
     def __init__(self, num_heads: int, scale: float, dropout: float, batch_first: bool) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class SlimAttention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `nn.MultiheadAttention.forward`, for batches."""
+        """As `nn.MultiheadAttention.forward`, for batched inputs."""
         inputs = (query, key, value) if self.batch_first else tuple(x.transpose(0, 1) for x in (query, key, value))
         q, k, v = (
             F.linear(x, weight, bias).reshape(*x.shape[:2], self.num_heads, -1).transpose(1, 2)
@@ -90,7 +90,7 @@ class SlimAttention(nn.Module):
         return (output if self.batch_first else output.transpose(0, 1)), weights
 
     def _mask(self, attn_mask: Tensor | None, padding: Tensor | None, like: Tensor) -> Tensor | None:
-        """Both masks as one that is added to the scores: (n or 1, heads or 1, queries or 1, keys)."""
+        """Both masks as one mask to add to the scores: (n or 1, heads or 1, queries or 1, keys)."""
         masks = []
         for mask in (attn_mask, padding):
             if mask is not None and not mask.is_floating_point():

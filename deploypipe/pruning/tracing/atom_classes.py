@@ -1,4 +1,4 @@
-"""Atoms that are equal, as classes, and the grids between classes."""
+"""Group equal atoms into classes, and express grids in these classes."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -12,12 +12,12 @@ from deploypipe.pruning.tracing.axis_trace import AxisTrace
 
 
 class AtomClasses:
-    """Atoms that are equal, as numbers of their class; what must stay, and why; and the grids between classes."""
+    """The class of every atom, the classes that must stay with the reason, and the grids between classes."""
 
     def __init__(self, trace: AxisTrace) -> None:
         self.of, self.kept = components(trace.indices, trace.indices.equal)
-        # One attribute for two axes (the head dimension of keys and of values): they shrink together. An axis that
-        # must stay is not what it is for (three heads, and the three parts of a fused projection).
+        # Two axes with one attribute (the head dimension of keys and of values) shrink together. An axis that must
+        # stay is not meant by the attribute (three heads, and the three parts of a fused projection).
         self.sized = {
             place: [atoms for atoms in axes if not self.kept.keys() & set(self.of[atoms].tolist())]
             for place, axes in trace.sized.items()
@@ -50,7 +50,7 @@ class AtomClasses:
 
 
 def components(ledger: Indices, equal: Sequence[tuple[Atoms, Atoms]]) -> tuple[Atoms, dict[int, str]]:
-    """The class of every atom, and the classes that must stay, with the first reason."""
+    """The class of every atom, and the classes that must stay with the first reason."""
     left, right = (np.concatenate([np.zeros(0, np.int64), *(pair[i] for pair in equal)]) for i in (0, 1))
     size = max(ledger.num_atoms, 1)
     edges = coo_matrix((np.ones(len(left), dtype=np.int8), (left, right)), (size, size))
@@ -63,7 +63,7 @@ def components(ledger: Indices, equal: Sequence[tuple[Atoms, Atoms]]) -> tuple[A
 
 
 def _same_factors(grids: Sequence[Grid], classes: Atoms) -> list[tuple[Atoms, Atoms]]:
-    """Factors of grids with the same cells, which views of different tensors made, where they are not yet equal."""
+    """Pairs of factors that are equal because views of different tensors gave grids with the same cells."""
     first: dict[object, Grid] = {}
     found: list[tuple[Atoms, Atoms]] = []
     for grid in grids:
@@ -80,5 +80,5 @@ class ClassGrid:
         self.factors = [None if f.atoms is None else classes[f.atoms].tolist() for f in grid.factors]
 
     def slab(self, axis: int, place: int) -> list[int]:
-        """All cells that go with one index of one factor."""
+        """All cells that are removed with one index of one factor."""
         return self.cells.take(place, axis=axis).reshape(-1).tolist()

@@ -1,9 +1,11 @@
-"""Which index of which axis is the same thing as which other: the algebra under the coupling of layers.
+"""Indices of axes, and which of them are the same: the algebra that finds coupled layers.
 
 An atom is one removable index, such as output channel 3 of a convolution. An axis of a tensor is a row-major product of
-factors: `view(n, heads, dim)` splits one factor in two, `flatten` puts several on one axis. Three facts are gathered
-while tensors flow: atoms that are equal (two operands of an addition), grids (index h * dim + d exists as long as head
-h and dimension d do), and atoms that must stay.
+factors: `view(n, heads, dim)` splits one factor in two, `flatten` joins several into one axis. Three kinds of facts are
+collected during a forward pass:
+- atoms that are equal (two operands of an addition);
+- grids (index h * dim + d exists as long as head h and dimension d do);
+- atoms that must stay, each with the reason.
 """
 
 import math
@@ -22,8 +24,8 @@ Atoms = NDArray[np.int64]
 class Factor:
     size: int  # 2 or more
     atoms: Atoms | None = None  # None: nothing here can be removed
-    is_free: bool = False  # without atoms: made to fit (a broadcast, a factory), so it forbids nothing
-    origin: Origin | None = None  # of a free one: where the code keeps its size
+    is_free: bool = False  # without atoms: a broadcast or a factory made it to fit, so it forbids nothing
+    origin: Origin | None = None  # of a free factor: the attribute that holds its size
 
 
 Axis = tuple[Factor, ...]  # () has size 1
@@ -32,7 +34,7 @@ Axes = tuple[Axis, ...]
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Grid:
-    """cells[i1, ..., ik] goes as soon as one factor's index does, and never alone."""
+    """cells[i1, ..., ik] is removed when the index of one factor is, and never alone."""
 
     cells: Atoms  # flat, row-major
     factors: Axis
@@ -52,19 +54,19 @@ def has_atoms(axis: Axis) -> bool:
 
 
 class Indices:
-    """The ledger of one trace."""
+    """All atoms of one trace and the facts known about them."""
 
     def __init__(self) -> None:
         self.num_atoms = 0
         self.equal: list[tuple[Atoms, Atoms]] = []
         self.grids: list[Grid] = []
         self.kept: list[tuple[Atoms, str]] = []  # atoms that must stay, and why
-        self.counted: list[tuple[Origin, Atoms]] = []  # an attribute whose size an axis was made with, and what it met
+        self.counted: list[tuple[Origin, Atoms]] = []  # attribute that sized an axis, and its atoms
         self._joined: dict[object, Factor] = {}  # factors -> their cells
         self._parts: dict[object, Axis] = {}  # cells and sizes -> their factors
 
     def new(self, size: int) -> Axis:
-        """A fresh axis with an atom for each index."""
+        """A new axis with a new atom for each index."""
         return (self._fresh(size),) if size > 1 else ()
 
     def _fresh(self, size: int) -> Factor:
@@ -75,7 +77,10 @@ class Indices:
         self.kept += [(factor.atoms, why) for factor in axis if factor.atoms is not None]
 
     def equate(self, a: Axis, b: Axis, why: str) -> Axis:
-        """The axis of a result whose operands have `a` and `b` there; one of size 1 is broadcast."""
+        """The axis of a result whose operands have `a` and `b` there. An axis of size 1 is broadcast.
+
+        why: the reason to keep the atoms of one if the other has none.
+        """
         if not a or not b:
             return a or b
         if [f.size for f in a] != [f.size for f in b]:
@@ -97,7 +102,7 @@ class Indices:
         return b if a.is_free and (a.origin is None or not b.is_free) else a
 
     def joined(self, axis: Axis) -> Factor:
-        """The axis (of size 2 or more) as one factor: the cells of a grid where it has several."""
+        """The axis (of size 2 or more) as one factor: the cells of a grid if it has several."""
         axis = _merge_atomless(axis)
         if len(axis) == 1:
             return axis[0]
@@ -108,7 +113,7 @@ class Indices:
         return self._joined[key]
 
     def split(self, factor: Factor, sizes: Sequence[int]) -> Axis:
-        """The factor as a product of factors of these sizes."""
+        """Split a factor into factors of these sizes."""
         sizes = [size for size in sizes if size > 1]
         if len(sizes) == 1:
             return (factor,)
@@ -126,7 +131,7 @@ class Indices:
         self._parts[_key(cells), tuple(factor.size for factor in factors)] = factors
 
     def reshape(self, axes: Axes, sizes: Sequence[int], why: str) -> Axes:
-        """The axes after a view as `sizes`; what a boundary cuts in an odd place must stay."""
+        """The axes after a view with these sizes. If they do not divide evenly, all axes stay, with reason `why`."""
         factors = tuple(factor for axis in axes for factor in axis)
         found = self._regrouped(_merge_atomless(factors, keeps_origins=True), sizes)
         found = self._regrouped(_merge_atomless(factors), sizes) if found is None else found
@@ -137,7 +142,7 @@ class Indices:
         return tuple(fixed(n) for n in sizes)
 
     def _regrouped(self, factors: Axis, sizes: Sequence[int]) -> Axes | None:
-        """None where a boundary lies in an odd place."""
+        """The factors distributed over the sizes; None if a boundary does not divide a factor evenly."""
         left = list(factors)
         result: list[Axis] = []
         for size in sizes:
@@ -159,12 +164,12 @@ class Indices:
             return fixed(sum(sizes), is_free=all(f.is_free for part in parts for f in part))
         atoms = []
         for part, size in zip(parts, sizes, strict=True):
-            if not has_atoms(part):  # a constant or a single channel among channels that can go
+            if not has_atoms(part):  # a constant or a single channel among removable channels
                 origin = part[0].origin if len(part) == 1 else None
                 part = (self._fresh(size),)
                 if origin is None:
                     self.keep(part, why)
-                else:  # made by the code in a size that it keeps
+                else:  # the code made it with a size from an attribute
                     self.equate(part, fixed(size, is_free=True, origin=origin), why)
             factor = self.joined(part)
             assert factor.atoms is not None
@@ -185,7 +190,7 @@ class Indices:
 
 
 def _merge_atomless(axis: Axis, *, keeps_origins: bool = False) -> Axis:
-    """Neighbours without atoms as one factor, so that equal axes are written alike."""
+    """Merge neighbouring factors without atoms, so that equal axes have equal factors."""
     merged: list[Factor] = []
     for factor in axis:
         is_known = keeps_origins and (factor.origin or (merged and merged[-1].origin))

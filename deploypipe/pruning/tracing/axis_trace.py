@@ -1,4 +1,4 @@
-"""What one forward pass shows about axes: which belong to which tensor, which are the same, and which must stay.
+"""The record of one traced forward pass: the axes of every tensor, which axes are the same, and which must stay.
 
 `index_propagation` fills a trace while the network runs; the rules of `operator_rules` write to it; `coupled_channels`
 reads it.
@@ -39,13 +39,13 @@ class AxisTrace:
     """The axes of all tensors of one forward pass, and what is known about them."""
 
     def __init__(self, model: nn.Module, batches: Sequence[Any], as_wide: Collection[str] = ()) -> None:
-        """as_wide: modules whose attention is as wide as what they read, because the code takes its sizes from there
-        (`B, N, C = x.shape; x.reshape(B, N, heads, C // heads)`). Sizes are plain numbers, so that cannot be seen."""
+        """as_wide: modules whose attention is as wide as their input, because the code takes its sizes from there
+        (`B, N, C = x.shape; x.reshape(B, N, heads, C // heads)`). Sizes are plain numbers, so a trace cannot see it."""
         self.indices = Indices()
         self.as_wide = as_wide
         self.read: dict[str, Axis] = {}  # module -> last axis of the first tensor it was last called with
         self.modules = dict(model.named_modules())
-        self.running: list[str] = [""]  # names of the modules whose forward is on, innermost last
+        self.running: list[str] = [""]  # names of the modules whose forward() is running, innermost last
         self.axes: Any = WeakIdKeyDictionary()  # tensor -> Axes
         self.stored: dict[str, dict[str, Tensor]] = {}  # module -> its tensors by name, before forward() replaces any
         self.owners: dict[int, tuple[str, str]] = {}  # id of a parameter -> (module, its name there)
@@ -55,10 +55,10 @@ class AxisTrace:
         self.attention: dict[str, Attention] = {}
         self.convolution_groups: list[Atoms] = []
         self.calls = FunctionCalls(whole={F.local_response_norm: self.normalise_locally})
-        self.statistics: dict[tuple[str, str], Atoms] = {}  # (module, side of an operation) -> what it sees
-        self.picked: Any = WeakIdKeyDictionary()  # tensor -> the axis it is one index of
+        self.statistics: dict[tuple[str, str], Atoms] = {}  # (module, side of an operation) -> the atoms it reads
+        self.picked: Any = WeakIdKeyDictionary()  # tensor -> the axis from which it is one index
         self.partial = PartialReads()
-        self.called: set[str] = set()  # layers whose weight was used as a layer's weight, and so writes channels
+        self.called: set[str] = set()  # layers whose weight was used as a weight, so the layer writes channels
         self.used: set[int] = set()  # ids of parameters and buffers that some operation read
         self.label_weights_()
         for tensor in tensors(list(batches)):
@@ -85,7 +85,7 @@ class AxisTrace:
                     self.sized[name, attribute] = [factor.atoms]
         if "proj_size" in sizes:
             for weight in sizes["hidden_size"]:
-                self.indices.keep(self.of(weight)[1], "PyTorch knows a projection by its being narrower than the state")
+                self.indices.keep(self.of(weight)[1], "PyTorch requires a projection to be narrower than the state")
 
     def enter(self, module: str, given: Sequence[Any]) -> None:
         self.running.append(module)
@@ -106,13 +106,13 @@ class AxisTrace:
                 self.keep(self.picked.pop(operand), "is picked out by the code")
 
     def of(self, tensor: Tensor) -> Axes:
-        """Axes of a tensor; nothing can be removed from one that the code took from elsewhere."""
+        """Axes of a tensor. From an unknown tensor nothing can be removed."""
         if tensor not in self.axes:
             self.axes[tensor] = tuple(fixed(size) for size in tensor.shape)
         return self.axes[tensor]  # type: ignore[no-any-return]
 
     def made(self, shape: Sequence[int]) -> Axes:
-        """Axes of a tensor that the code makes in sizes of its own."""
+        """Axes of a tensor that the code creates with sizes of its own."""
         given: list[Any] = self.calls.numbers[: len(shape)]
         if len(given) < len(shape) or any(g is not None and g != n for g, n in zip(given, shape, strict=True)):
             given = [None] * len(shape)
@@ -121,11 +121,11 @@ class AxisTrace:
         )
 
     def may_shrink(self, tensor: Tensor) -> bool:
-        """Whether something can go from it, or its size may follow another's."""
+        """Whether something can be removed from it, or its size may follow another tensor."""
         return any(factor.atoms is not None or factor.is_free for axis in self.of(tensor) for factor in axis)
 
     def pick(self, axis: Axis, places: Atoms, result: Tensor) -> Axis:
-        """A part of an axis, which `result` has. What no part reads may be read at another size (see `partial`)."""
+        """The part of an axis that `result` has. Unread parts may be read at another size (see `unread_parts`)."""
         if not has_atoms(axis):
             return fixed(len(places))
         whole = self.indices.joined(axis).atoms
@@ -153,36 +153,36 @@ class AxisTrace:
         return self.indices.equate(a, b, f"meets {what} in {self.running[-1]!r}")
 
     def fit(self, a: Axis, b: Axis) -> Axis:
-        """`equate`, where the code made one of them to fit the other, with a size that may come from an attribute."""
+        """`equate` for axes of which the code may have made one to fit the other, with a size from an attribute."""
         for one, other in ((a, b), (b, a)):
             if one and not has_atoms(one) and all(factor.is_free for factor in one):
                 self.count((other,))
         return self.equate(a, b)
 
     def mix(self, operand: Tensor, dim: int, name: str) -> None:
-        """An operation computes one number from all along an axis: fewer of them give another number.
+        """An operation reduces a whole axis to one number; with fewer indices it gives another number.
 
-        Where that does not depend on their order, and the code itself calls the operation, it is taken over those that
-        stay, as a norm is.
+        If the order does not matter and the code itself calls the operation, it is taken over the indices that stay, as
+        a norm is. Otherwise the axis must stay.
         """
         axis, where = self.of(operand)[dim], self.running[-1]
         if normalizes_over_channels(self.modules[where]) or not has_atoms(axis):
             return
         place = next((i for i, each in enumerate(self.calls.operands) if each is operand), None)
         if place is None or name not in _SYMMETRIC:
-            self.keep(axis, f"{name}() is taken over these channels")
+            self.keep(axis, f"{name}() is computed over these channels")
             return
         factor = self.indices.joined(axis)
         assert factor.atoms is not None
         self.statistics[where, side_of(self.calls.number, place, dim)] = factor.atoms
 
     def normalise_locally(self, operand: Tensor, result: Tensor) -> None:
-        """Over neighbouring channels, which then are those that stay."""
+        """Normalization over neighbouring channels: after removal, the neighbours among those that stay."""
         self.mix(operand, 1, "norm")
         self.axes[result] = self.of(operand)
 
     def count(self, axes: Axes) -> None:
-        """Attributes of the running module that hold the size of one of these axes shrink with it."""
+        """Find attributes of the running module that hold the size of one of these axes: they shrink with it."""
         shrinking = [i for i, axis in enumerate(axes) if has_atoms(axis)]
         for i in shrinking:
             is_outer = i != shrinking[-1]
@@ -194,7 +194,7 @@ class AxisTrace:
                 self.count_factor(self.indices.joined(axes[i]), is_outer, True)
 
     def widen(self, axes: Axes) -> None:
-        """Neighbouring factors of a view that make up the width the running module reads are that width."""
+        """Equate neighbouring factors of a view with the input width of the running module, if their product is it."""
         read = self.read.get(self.running[-1], ())
         factors = [factor for axis in axes for factor in axis]
         for start in range(len(factors)):
@@ -205,9 +205,9 @@ class AxisTrace:
 
     def count_factor(self, factor: Factor, is_outer: bool, is_certain: bool) -> None:
         where = self.running[-1]
-        if isinstance(self.modules[where], RECURRENT):  # of those it is known
+        if isinstance(self.modules[where], RECURRENT):  # their size attributes are known
             return
-        # PyTorch's own becomes a SlimAttention when it is cut, which counts nothing but its heads.
+        # When cut, nn.MultiheadAttention becomes a SlimAttention, whose only size is its number of heads.
         is_own = isinstance(self.modules[where], nn.MultiheadAttention)
         for name, value in whole_numbers(self.modules[where]).items():
             if is_own and name != "num_heads":
@@ -217,7 +217,7 @@ class AxisTrace:
                 self.sized.setdefault((where, name), []).append(factor.atoms)
 
     def count_pieces(self, sizes: Sequence[int], pieces: Sequence[Axis]) -> None:
-        """A list of the running module that holds the sizes of the parts of a split shrinks with the parts."""
+        """Find lists of the running module that hold the sizes of a split: they shrink with its parts."""
         where = self.running[-1]
         for name, value in lists_of_whole_numbers(self.modules[where]).items():
             if value == list(sizes):
@@ -226,7 +226,7 @@ class AxisTrace:
                         self.sized.setdefault((where, f"{name}.{number}"), []).append(piece[0].atoms)
 
     def count_shape(self, axes: Axes) -> None:
-        """A list of the running module that holds the last sizes of a view shrinks with its axes."""
+        """Find lists of the running module that hold the last sizes of a view: they shrink with its axes."""
         where = self.running[-1]
         for value in lists_of_whole_numbers(self.modules[where]).values():
             if 1 < len(value) <= len(axes):
@@ -235,7 +235,7 @@ class AxisTrace:
                     self.count_pieces(value, last)
 
     def note_attention(self, batch: Sequence[Axis], inner: Axis) -> None:
-        """A product of two activations: it runs over heads, and sums up what is inside of one."""
+        """Note a product of two activations: it runs over heads and sums over the dimensions of each head."""
         seen = self.attention.setdefault(self.running[-1], Attention())
         seen.heads += [f.atoms for axis in batch for f in axis if f.atoms is not None]
         seen.head_dims += [f.atoms for f in inner if f.atoms is not None]

@@ -1,6 +1,6 @@
-"""The smallest part of a network in which a structure stays for the same reason, as a folder for a bug report.
+"""Write a bug report: the smallest part of a network in which a structure is frozen for the same reason.
 
-Nothing of the owner's goes in but shapes, dtypes and the graph of operations: weights and inputs are drawn anew.
+The report contains shapes, dtypes and the graph of operations. Weights and inputs are replaced by random ones.
 """
 
 import inspect
@@ -32,28 +32,27 @@ from deploypipe.task import forward
 
 PROGRAM, INPUTS, README = "module.pt2", "inputs.safetensors", "README.md"
 _SAFE_WAY = (
-    "give an instance of the class that its README names, or, if you trust whoever sent it, allow it with "
-    "trust_program=True"
+    "pass an instance of the class that its README names, or, if you trust the sender, allow it with trust_program=True"
 )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reproduction:
-    """What was written."""
+    """What `write_reproduction` wrote."""
 
-    module: str  # the submodule of the network; "" for all of it
-    reason: str  # as the part alone gives it
-    needs_class: bool  # whether the exported program does not show it
+    module: str  # the submodule of the network; "" is the whole network
+    reason: str  # the reason that the part alone gives
+    needs_class: bool  # whether the exported program does not reproduce it
     folder: Path
 
 
 def write_reproduction(model: nn.Module, inputs: Any, name: str, folder: Path) -> Reproduction:
     """Write module.pt2, inputs.safetensors and README.md for a structure that `list_structures` freezes.
 
-    inputs: one batch, as the model gets it. name: of the frozen row. `model` is left as it was; no weight and no input
-    value is written, but whole numbers in buffers are (positions and the like), and the README quotes class names, file
-    names and the line that calls the operation. Raises ModelError for a name that
-    is not frozen, and where no part of the network gives the reason with other weights and inputs.
+    inputs: one batch, as the model gets it. name: of the frozen row. `model` is left unchanged. No weight and no input
+    value is written. Whole numbers in buffers (positions and the like) are, and the README quotes class names,
+    file names and the line that calls the operation. Raises ModelError if `name` is not frozen, or if no part of the
+    network gives the reason with other weights and inputs.
     """
     model = unwrapped(model)
     row = _frozen(model, inputs, name)
@@ -69,14 +68,14 @@ def write_reproduction(model: nn.Module, inputs: Any, name: str, folder: Path) -
         found = next((each for each in rows if _is_same(each, replace(row, name=local))), None)
         if found:
             return _write(module, values, found, part, folder)
-    raise ModelError(f"no part of the network keeps {name!r} with other weights and inputs; report {row.reason!r}")
+    raise ModelError(f"no part of the network freezes {name!r} with other weights and inputs; report {row.reason!r}")
 
 
 def reproduce(folder: Path, module: nn.Module | None = None, *, trust_program: bool = False) -> str:
-    """What `list_structures` freezes in a reproduction, one structure a line.
+    """What `list_structures` freezes in a reproduction, one structure per line.
 
-    module: an instance of the class that the README names, where it asks for one. Its weights are replaced. Without it
-    module.pt2 is loaded, which can run any code: ModelError unless `trust_program`.
+    module: an instance of the class that the README names, if it names one. Its weights are replaced. Without it
+    module.pt2 is loaded, which can run any code: raises ModelError unless `trust_program`.
     """
     return "\n".join(map(_line, _reproduced(folder, module, trust_program=trust_program)))
 
@@ -85,7 +84,9 @@ def _reproduced(folder: Path, module: nn.Module | None = None, *, trust_program:
     try:
         values = _unpacked(load_file(folder / INPUTS))
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"{folder / INPUTS}: cannot be read as safetensors ({error}); ask for it again") from None
+        raise ModelError(
+            f"{folder / INPUTS}: cannot be read as safetensors ({error}); ask the sender for the file again"
+        ) from None
     if module is not None:
         return find_structures(_redrawn(module), values).frozen
     program = load_program(folder / PROGRAM, is_trusted=trust_program, remedy=_SAFE_WAY)
@@ -100,7 +101,8 @@ def _frozen(model: nn.Module, inputs: Any, name: str) -> Frozen:
     for row in rows:
         if row.name == name:
             return row
-    raise ModelError(f"{name!r} is not frozen in this network; frozen are: {', '.join(r.name for r in rows) or 'none'}")
+    listed = ", ".join(row.name for row in rows) or "none"
+    raise ModelError(f"{name!r} is not frozen in this network; frozen structures: {listed}")
 
 
 def _line(row: Frozen) -> str:
@@ -112,12 +114,12 @@ def _is_same(a: Frozen, b: Frozen) -> bool:
 
 
 def _gist(reason: str) -> str:
-    """The reason without the names of modules and the figures, which are others in a part of the network."""
+    """The reason without names of modules and numbers, which differ in a part of the network."""
     return re.sub(r"[\d.e+-]*\d", "#", re.sub(r"'[^']*'", "''", re.sub(r" \(in '[^']*'\)", "", reason)))
 
 
 def _parts(model: nn.Module, inputs: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """The module and all that it lies in, smallest first, each with what it is given, drawn anew."""
+    """The module and all modules around it, smallest first, each with random inputs like its own."""
     steps = name.split(".")
     names = [".".join(steps[:count]) for count in range(len(steps), -1, -1)]
     given: dict[str, Any] = {"": inputs if isinstance(inputs, Mapping | tuple | list) else (inputs,)}
@@ -144,7 +146,7 @@ def _parts(model: nn.Module, inputs: Any, name: str) -> Iterator[tuple[str, Any]
 
 
 def _tensors_given(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor] | None:
-    """The tensors by parameter name; None for a module that is also given what no file can hold."""
+    """The tensors by parameter name; None if the module also gets arguments that cannot be saved."""
     signature = inspect.signature(module.forward)
     try:
         bound = signature.bind(*args, **kwargs).arguments
@@ -157,7 +159,7 @@ def _tensors_given(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 
 
 def _redrawn_inputs(values: Any) -> Any:
-    """Of the same shapes, dtypes and, for whole numbers, range."""
+    """Random inputs of the same shapes and dtypes, and for whole numbers the same range."""
     generator = torch.Generator().manual_seed(1)
 
     def draw(tensor: Tensor) -> Tensor:
@@ -172,7 +174,7 @@ def _redrawn_inputs(values: Any) -> Any:
 
 
 def _redrawn(module: nn.Module) -> nn.Module:
-    """A copy with other weights, of which all can be trained; buffers of whole numbers stay."""
+    """A copy with random, trainable weights; buffers of whole numbers stay."""
     copy = deepcopy(module).eval().requires_grad_(True)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -181,7 +183,7 @@ def _redrawn(module: nn.Module) -> nn.Module:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) / fan_in**0.5)
         for buffer in _other_tensors(copy):
             if buffer.is_floating_point():
-                buffer.copy_(0.5 + torch.rand(buffer.shape, generator=generator))  # some are divided by
+                buffer.copy_(0.5 + torch.rand(buffer.shape, generator=generator))  # positive, because some are divisors
     return copy
 
 
@@ -206,9 +208,9 @@ def _write(module: nn.Module, values: Any, row: Frozen, part: str, folder: Path)
         write_atomically(folder / PROGRAM, program_bytes(program))
         needs_class = not any(_is_same(each, row) for each in _reproduced(folder, trust_program=True))
         program_note = (
-            "does not give this reason: the sizes in it are constants, and the classes are gone"
+            "does not reproduce this reason: its sizes are constants, and its classes are lost"
             if needs_class
-            else "gives this reason without any class"
+            else "reproduces this reason without any class"
         )
     except Exception as error:  # torch.export, and list_structures on what it gives, raise many classes
         needs_class, program_note = True, f"cannot be made or read ({type(error).__name__}: {error})"
@@ -218,7 +220,7 @@ def _write(module: nn.Module, values: Any, row: Frozen, part: str, folder: Path)
 
 
 def _where(program: torch.export.ExportedProgram, reason: str) -> str:
-    """Where the forward methods call the operation that the reason names, as torch.export saw it."""
+    """The stack trace of the operation that the reason names, as recorded by torch.export."""
     operation = re.search(r"(\w+)\(\)", reason)
     for node in program.graph.nodes:
         packet = getattr(node.target, "overloadpacket", None)
@@ -242,9 +244,9 @@ def _readme(module: nn.Module, values: Any, found: Reproduction, program_note: s
         f"# {found.reason}",
         f"Frozen by `deploypipe.pruning.tracing.structures.list_structures` in "
         f"{f'the submodule `{found.module}`' if found.module else 'the whole network'}, run alone. Weights and inputs "
-        "are drawn at random; only whole numbers in buffers are the network's own.",
+        "are random; only whole numbers in buffers are the network's own.",
         ", ".join(f"{name} {text}" for name, text in versions.items()),
-        "## How to see it\n\nIn this folder:",
+        "## How to reproduce it\n\nIn this folder:",
         "```python\nfrom pathlib import Path\n\nfrom deploypipe.pruning.tracing.bug_report import reproduce\n\n"
         f"{making if found.needs_class else ''}print(reproduce(Path('.'){argument}))\n```",
         f"`{PROGRAM}` {program_note}.{warning}",
@@ -267,7 +269,7 @@ def _unpacked(tensors: dict[str, Tensor]) -> Any:
 
 
 def _with_layers(program: nn.Module) -> fx.GraphModule:
-    """The exported program in which linear layers, convolutions and the like are modules under their old names."""
+    """The exported program with linear layers, convolutions and the like as modules under their old names."""
     assert isinstance(program, fx.GraphModule)
     graph = program.graph
     root: dict[str, Any] = {}

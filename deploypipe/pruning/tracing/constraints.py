@@ -1,4 +1,4 @@
-"""What the recipe asks of every choice of widths and blocks: patterns become names here, and plans are checked."""
+"""Turn the recipe's constraints (patterns) into constraints on named groups and blocks."""
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -15,18 +15,19 @@ _NUM_NEAREST = 5
 
 
 def matching(key: str, pattern: str, names: Collection[str], what: str) -> list[str]:
-    """The names that match; ConfigError with the nearest ones where none does."""
+    """The names that match `pattern`. Raises ConfigError with the nearest names if none does."""
     found = [name for name in names if fnmatchcase(name, pattern)]
     if not found:
-        near = ", ".join(get_close_matches(pattern, filter(None, names), n=_NUM_NEAREST, cutoff=0.0)) or "none is here"
-        raise ConfigError("recipe", key, f"{pattern!r} matches no {what}", f"the nearest names are: {near}")
+        nearest = get_close_matches(pattern, filter(None, names), n=_NUM_NEAREST, cutoff=0.0)
+        listed = ", ".join(nearest) or "there are none"
+        raise ConfigError("recipe", key, f"{pattern!r} matches no {what}", f"the nearest names are: {listed}")
     return found
 
 
 def tie(
     couplings: Sequence[Coupling], tied: Sequence[Sequence[str]], frozen: Iterable[Frozen]
 ) -> tuple[list[Coupling], dict[str, str]]:
-    """The couplings with those of one tie made one, in the place and by the name of the first; and old name -> name.
+    """Merge the couplings of each tie into one, which takes the place and name of the first; and old name -> new name.
 
     Raises ConfigError where a tie matches nothing, one coupling alone, unlike ones, or one that stays.
     """
@@ -37,7 +38,7 @@ def tie(
         names = [name for p in patterns for name in _removable(_TIED, p, by_name, frozen)]
         if len(set(names)) < 2:
             raise ConfigError(
-                "recipe", _TIED, f"({asked}) names {', '.join(names) or 'nothing'} alone", "name two or more groups"
+                "recipe", _TIED, f"({asked}) names only {', '.join(names) or 'nothing'}", "name two or more groups"
             )
         _require_alike(_TIED, asked, [by_name[name] for name in dict.fromkeys(names)])
         classes.append(names)
@@ -56,7 +57,7 @@ def resolve(
     blocks: Sequence[Block],
     frozen: Sequence[Frozen],
 ) -> ResolvedConstraints:
-    """The constraints by group name. homes: the name a group had by itself -> the one it has, tied to others.
+    """The constraints by group name. homes: the name a group had by itself -> the name of the tied group.
 
     Raises ConfigError where a pattern matches nothing, or where no choice can hold to what is asked.
     """
@@ -75,22 +76,22 @@ def resolve(
         classes.append(names)
     uniform = [names for names in _disjoint(classes) if len(names) > 1]
     for names in uniform:
-        most = max(least.get(name, 1) for name in names)
-        least |= dict.fromkeys(names, most) if most > 1 else {}
+        highest = max(least.get(name, 1) for name in names)
+        least |= dict.fromkeys(names, highest) if highest > 1 else {}
     if constraints.least_blocks > len(blocks):
-        problem = f"{constraints.least_blocks} blocks are to stay, and only {len(blocks)} can be removed at all"
+        problem = f"{constraints.least_blocks} blocks must stay, but only {len(blocks)} can be removed at all"
         raise ConfigError("recipe", "constraints.least_blocks", problem, f"write {len(blocks)} or less")
     return ResolvedConstraints(least=least, uniform=tuple(map(tuple, uniform)), least_blocks=constraints.least_blocks)
 
 
 def _removable(key: str, pattern: str, names: Collection[str], frozen: Iterable[Frozen]) -> list[str]:
-    """The names that match; ConfigError where something that stays matches too, and so would hold the others."""
+    """The names that match. Raises ConfigError if a frozen structure matches: it would freeze the others too."""
     stays = {row.name: row.reason for row in frozen if row.kind not in ("block", "weights")}
     found = matching(key, pattern, [*names, *stays], "channel group")
     for name in found:
         if name not in names:
-            problem = f"{pattern!r} matches {name!r}, which stays as it is ({stays[name]})"
-            raise ConfigError("recipe", key, problem, "name groups that can shrink only")
+            problem = f"{pattern!r} matches {name!r}, which cannot be removed ({stays[name]})"
+            raise ConfigError("recipe", key, problem, "name only groups that can shrink")
     return found
 
 
@@ -110,7 +111,7 @@ def _require_alike(key: str, asked: str, groups: Sequence[Coupling | ChannelGrou
 
 
 def _disjoint(classes: Iterable[Iterable[str]]) -> list[list[str]]:
-    """Classes that share a name made one."""
+    """Merge classes that share a name."""
     found: list[list[str]] = []
     for names in classes:
         touching = [other for other in found if set(other) & set(names)]
@@ -120,7 +121,7 @@ def _disjoint(classes: Iterable[Iterable[str]]) -> list[list[str]]:
 
 
 def _as_one(couplings: Sequence[Coupling]) -> Coupling:
-    """Unit i of each, together: one member for each side of each module."""
+    """Unit i of all couplings as one unit: one member for each side of each module."""
     units: dict[tuple[str, Side], tuple[tuple[int, ...], ...]] = {}
     for member in (member for coupling in couplings for member in coupling.members):
         place = (member.module, member.side)

@@ -1,4 +1,4 @@
-"""Which channels, heads and features can only be removed together."""
+"""Find channels, heads and features that can only be removed together."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -27,12 +27,12 @@ _KNOWN = {"weight", "bias", "running_mean", "running_var"}  # a known layer's si
 def trace_groups(
     model: nn.Module, batches: Sequence[Any], order: Mapping[str, int], as_wide: Collection[str] = ()
 ) -> tuple[tuple[Coupling, ...], tuple[Coupling, ...], tuple[Frozen, ...]]:
-    """Couplings in execution order, others to try where one of them fails, and producers that cannot shrink, with why.
+    """Couplings in execution order, alternatives to try if one fails, and layers that cannot shrink with the reason.
 
-    batches: inputs of the network, of several sizes: what any of them couples or reads counts. order: module name ->
-    place in the execution order; modules absent from it are never called. Works on a copy of `model`. The others differ
-    where a view splits an axis in two that can both shrink: couplings take the first of them (whole heads), the others
-    the last (dimensions of every head). as_wide: see `AxisTrace`.
+    batches: inputs of several sizes; whatever any of them couples or reads counts. order: module name -> place in the
+    execution order; absent modules are never called. Works on a copy of `model`. Alternatives exist if a view splits an
+    axis into two that can both shrink: couplings take the first of them (whole heads), alternatives the last
+    (dimensions of every head). as_wide: see `AxisTrace`.
     """
     try:
         trace = _propagate(model, batches, as_wide)
@@ -66,20 +66,20 @@ def with_weights(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
 
 
 def losers(coupling: Coupling, modules: Mapping[str, nn.Module]) -> list[str]:
-    """Modules with weights that lose some: of layers that read and write channels those that write fewer."""
+    """Modules whose own channels get fewer. Layers with two sides count only if they write the channels."""
     return list(dict.fromkeys(m.module for m in coupling.members if is_written(modules[m.module], m.side)))
 
 
 def freeze(coupling: Coupling, reason: str, modules: Mapping[str, nn.Module]) -> list[Frozen]:
     """A row for every module that would lose weights by a coupling that must stay."""
-    because = f"shares its channels with {coupling.name!r}, which stays"
+    because = f"shares its channels with {coupling.name!r}, which cannot be removed"
     names = [name for name in losers(coupling, modules) if name != coupling.name]
     rows = [_row(name, modules[name], because) for name in names]
     return [Frozen(name=coupling.name, kind=coupling.kind, reason=reason), *rows]
 
 
 def _row(name: str, module: nn.Module, reason: str) -> Frozen:
-    """A network with parameters of its own goes by its class."""
+    """A row for one module. The network itself is named by its class."""
     if has_two_sides(module):
         return Frozen(name=name, kind="channels", reason=reason)
     return Frozen(name=name or type(module).__name__, kind="weights", reason=reason)
@@ -110,11 +110,11 @@ def _propagate(model: nn.Module, batches: Sequence[Any], as_wide: Collection[str
 
 
 def _keep_unread(trace: AxisTrace) -> None:
-    """Keep what this example leaves unread and an input of another size or kind may read."""
+    """Keep what these inputs do not read, because an input of another size or kind may read it."""
     for tensor in {id(t): t for own in trace.stored.values() for t in own.values()}.values():
         if id(tensor) not in trace.used:
             for axis in trace.of(tensor):
-                trace.indices.keep(axis, "is not read with these inputs, and may be with others")
+                trace.indices.keep(axis, "is not read with these inputs, but may be with others")
     partial = trace.partial.left_out()
     if not partial:
         return
@@ -125,16 +125,16 @@ def _keep_unread(trace: AxisTrace) -> None:
         for factor in trace.of(getattr(trace.modules[name], local))[number]:
             written.update(classes[factor.atoms].tolist() if factor.atoms is not None else ())
     for whole, unread in partial:
-        # Of a layer's channels the rest is kept, where nothing reads it. A table's length may be that of the input.
+        # Of a layer's channels only the unread rest is kept. A table is kept whole: its length may be the input's.
         is_written = not written.isdisjoint(classes[whole].tolist())
         if is_written and trace.partial.is_consumed(whole):
             continue
-        why = "is read in part only with these inputs, and others may read more of it"
+        why = "is read only in part with these inputs, and others may read more of it"
         trace.indices.kept.append((unread if is_written else whole, why))
 
 
 def _places(trace: AxisTrace, classes: AtomClasses) -> dict[Place, list[int]]:
-    """The class of every index of everything that can be cut: sides of layers, axes of tensors, sizes in attributes."""
+    """Place -> the class of each of its indices, for sides of layers, axes of tensors and sizes in attributes."""
     places: dict[Place, list[int]] = {}
 
     def add(module: str, side: Side, atoms: Atoms | None) -> None:
@@ -150,7 +150,7 @@ def _places(trace: AxisTrace, classes: AtomClasses) -> dict[Place, list[int]]:
         if name in trace.normalises and not is_depthwise(module):
             add(name, "out", trace.normalises[name])
     for (name, attribute), axes in classes.sized.items():
-        if axes and out_tensor(trace.modules[name]) is None:  # known layers count by themselves
+        if axes and out_tensor(trace.modules[name]) is None:  # known layers update their own sizes
             add(name, f"@{attribute}", axes[0])
     for (name, side), atoms in trace.statistics.items():
         add(name, side, atoms)
@@ -158,7 +158,7 @@ def _places(trace: AxisTrace, classes: AtomClasses) -> dict[Place, list[int]]:
 
 
 def _tensor_sides(trace: AxisTrace, name: str, covered: tuple[str, int] | None) -> Iterator[tuple[Side, Atoms | None]]:
-    """The axes of a module's own tensors; of a known layer its outputs stand for all of them."""
+    """The axes of a module's own tensors. The outputs of a known layer stand for all its tensors."""
     for local, tensor in trace.stored[name].items():
         for number, axis in enumerate(trace.of(tensor)):
             atoms = axis[0].atoms if axis else None

@@ -52,7 +52,7 @@ def reduce(name: str) -> Rule:
 
 
 def along(name: str) -> Rule:
-    """The result has the shape of its operand, and every number in it depends on all along one axis."""
+    """Rule for an operation such as softmax: the shape stays, and every value depends on a whole axis."""
 
     def rule(t: AxisTrace, a: Arguments, result: Any) -> Any:
         axes = t.of(a["self"])

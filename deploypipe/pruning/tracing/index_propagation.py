@@ -1,9 +1,9 @@
-"""Follows indices of axes through every tensor operation of one forward pass.
+"""Follow indices of axes through every tensor operation of one forward pass.
 
 The pass runs in inference mode, where PyTorch shows the operations as the network's author wrote them (linear, matmul,
-layer_norm, scaled_dot_product_attention), not what they are made of. Each has a rule that says which axes of its
-operands are the same and what its result's axes are. An operation without a rule is taken apart by PyTorch; what cannot
-be taken apart keeps the indices that reach it, with the reason. So every trace ends, and nothing is assumed.
+layer_norm, scaled_dot_product_attention) and not their parts. Each has a rule that says which axes of its operands are
+the same and what the axes of its result are. PyTorch decomposes an operation without a rule. If it cannot, all indices
+that reach the operation must stay, with the reason. So every trace ends, and nothing is assumed.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from deploypipe.pruning.tracing.elementwise_rules import pointwise
 from deploypipe.pruning.tracing.operator_rules import RULES
 from deploypipe.pruning.tracing.unread_parts import SLICING
 
-_FACTORIES = {"new_zeros", "new_ones", "new_full", "new_empty"}  # of a tensor, but not of its sizes
+_FACTORIES = {"new_zeros", "new_ones", "new_full", "new_empty"}  # the result does not have the operand's axes
 
 
 class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -49,7 +49,7 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
         results = all_tensors([result])
         if not operands or name in _FACTORIES:
             axes = [self.trace.made(t.shape) for t in results]
-        elif name == "set_":  # the code lets go of a tensor's memory
+        elif name == "set_":  # the code replaces a tensor's memory
             axes = [tuple(fixed(size) for size in t.shape) for t in results]
         elif rule is None or any(0 in t.shape for t in (*operands, *results)):
             axes = self.trace.give_up(name, operands, results)
@@ -66,15 +66,15 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def ruled(self, name: str, rule: Rule, arguments: Arguments, result: Any, operands: Sequence[Tensor]) -> list[Axes]:
-        """What the rule says of each result. A rule that fails is our fault and not the network's, which goes on."""
+        """Apply a rule. If it fails, the mistake is ours: the axes must stay, and the trace goes on."""
         results = all_tensors([result])
         try:
             found = rule(self.trace, arguments, result)
             axes = [found] if isinstance(result, Tensor) and isinstance(found, tuple) else list(found)
             if [tuple(map(size_of, each)) for each in axes] != [tuple(tensor.shape) for tensor in results]:
-                raise AssertionError(f"gives axes of other sizes than {[tuple(tensor.shape) for tensor in results]}")
+                raise AssertionError(f"returns axes of other sizes than {[tuple(tensor.shape) for tensor in results]}")
         except Exception as error:  # whatever mistake a rule has
             raise_if_exhausted(error)
-            said = f"{type(error).__name__}: {error}"
-            return self.trace.give_up(name, operands, results, f"for which deploypipe's own rule fails ({said})")
+            message = f"{type(error).__name__}: {error}"
+            return self.trace.give_up(name, operands, results, f"for which deploypipe's own rule fails ({message})")
         return axes

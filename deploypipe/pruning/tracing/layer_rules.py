@@ -20,11 +20,11 @@ def embedding(t: AxisTrace, a: Arguments, result: Tensor) -> Axes:
 
 
 def spatial(t: AxisTrace, a: Arguments, result: Any) -> list[Axes]:
-    """Pooling and resampling: leading axes pass, those after the channels become others."""
+    """Pooling and resampling: batch and channel axes pass, spatial axes are new."""
     axes = t.of(next(v for v in a.values() if isinstance(v, Tensor)))
     leading = 2 if len(axes) > 2 else 1
     for axis in axes[leading:]:
-        t.keep(axis, "is pooled or resampled as if it were a place")
+        t.keep(axis, "is pooled or resampled like a spatial axis")
     return [(*axes[:leading], *(fixed(n) for n in each.shape[leading:])) for each in all_tensors([result])]
 
 
@@ -38,16 +38,16 @@ def unpool(t: AxisTrace, a: Arguments, result: Tensor) -> list[Axes]:
 def im2col(t: AxisTrace, a: Arguments, result: Tensor) -> Axes:
     axes = t.of(a["self"])
     for axis in axes[-2:]:
-        t.keep(axis, "is unfolded as if it were a place")
+        t.keep(axis, "is unfolded like a spatial axis")
     return (*axes[:-3], (*axes[-3], *fixed(math.prod(a["kernel_size"]))), fixed(result.shape[-1]))
 
 
 def pixel_shuffle(t: AxisTrace, a: Arguments, result: Tensor) -> Axes:
     *lead, channels, _, _ = t.of(a["self"])
     r = a["upscale_factor"]
-    parts = t.indices.reshape((channels,), (result.shape[-3], r, r), "is cut in an odd place")
+    parts = t.indices.reshape((channels,), (result.shape[-3], r, r), "is split unevenly")
     for part in parts[1:]:
-        t.keep(part, "is a place inside a pixel")
+        t.keep(part, "is a position inside a pixel")
     return (*lead, parts[0], fixed(result.shape[-2]), fixed(result.shape[-1]))
 
 
@@ -86,7 +86,7 @@ def linear(t: AxisTrace, a: Arguments, result: Tensor) -> Axes:
 def _note_reader(t: AxisTrace, weight: Tensor, read: Axis) -> None:
     where = t.running[-1]
     own = t.modules[where]._parameters.get("weight")
-    is_computed = own is not None and id(weight) not in t.owners and own.shape == weight.shape  # from its own, masked
+    is_computed = own is not None and id(weight) not in t.owners and own.shape == weight.shape  # from its own
     if own is not weight and not is_computed:  # called by another module than its own
         where, _ = t.owners.get(id(weight), ("", ""))
     t.called.add(where)
@@ -102,14 +102,14 @@ def convolution(t: AxisTrace, a: Arguments, result: Tensor) -> Axes:
     outer, inner = (weight[1], weight[0]) if is_transposed else weight[:2]
     if groups > 1:
         split, size = (inner, a["input"].shape[channel]) if is_transposed else (outer, result.shape[channel])
-        parts = t.indices.reshape((split,), (groups, size // groups), "is cut in an odd place")
+        parts = t.indices.reshape((split,), (groups, size // groups), "is split unevenly")
         t.convolution_groups += [f.atoms for f in parts[0] if f.atoms is not None and size > groups]
         outer, inner = ((*parts[0], *outer), split) if is_transposed else (split, (*parts[0], *inner))
     _note_reader(t, a["weight"], t.equate(inner, x[channel], "inputs of fixed size"))
     if a["bias"] is not None:
         outer = t.equate(outer, t.of(a["bias"])[0])
     for axis in (*x[channel + 1 :], *weight[2:]):
-        t.keep(axis, "is convolved as if it were a place")
+        t.keep(axis, "is convolved like a spatial axis")
     return (*x[:channel], outer, *(fixed(n) for n in result.shape[channel + 1 :]))
 
 
@@ -168,7 +168,7 @@ def attention(t: AxisTrace, a: Arguments, result: Tensor) -> Axes:
     query, key, value = t.of(a["query"]), t.of(a["key"]), t.of(a["value"])
     inner = t.equate(query[-1], key[-1])
     rank = len(query)
-    if a.get("enable_gqa"):  # each head of the keys serves several of the queries
+    if a.get("enable_gqa"):  # each key head serves several query heads
         repeats = a["query"].shape[-3] // a["key"].shape[-3]
         key, value = ((*x[:-3], (*x[-3], *fixed(repeats)), *x[-2:]) for x in (key, value))
     lead = [t.equate(t.equate(query[d], key[d]), value[d]) for d in range(rank - 2)]
@@ -215,8 +215,8 @@ def group_norm(t: AxisTrace, a: Arguments, result: Tensor) -> Axes:
     channels = _with_weights(t, channels, [a["weight"], a["bias"]])
     groups = a["num_groups"]
     if 1 < groups < result.shape[1]:
-        parts = t.indices.reshape((channels,), (groups, result.shape[1] // groups), "is cut in an odd place")
-        t.keep(parts[1], "shares its statistics with a part of the channels")
+        parts = t.indices.reshape((channels,), (groups, result.shape[1] // groups), "is split unevenly")
+        t.keep(parts[1], "shares its normalization statistics with a part of the channels")
         channels = tuple(f for part in parts for f in part)
     return (first, channels, *rest)
 

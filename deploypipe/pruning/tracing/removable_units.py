@@ -18,7 +18,7 @@ Place = tuple[str, Side]  # (module, side)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Coupling:
-    """The units of one producer and everything that must shrink with them."""
+    """The units of one producer, and everything that must shrink with them."""
 
     name: str
     kind: GroupKind
@@ -27,7 +27,7 @@ class Coupling:
 
 
 def is_written(module: nn.Module, side: Side) -> bool:
-    """Whether a module has fewer channels of its own once it loses indices of that side."""
+    """Whether a module itself gets fewer channels when it loses indices of that side."""
     if has_two_sides(module):
         return side == "out"
     return is_stored(side) and not (isinstance(module, RECURRENT) and is_input_side(side))
@@ -40,7 +40,7 @@ class _Unit:
 
 
 class UnitFinder:
-    """Collects units: the least sets of classes that can go without anything else."""
+    """Collect units: the smallest sets of classes that can be removed without any others."""
 
     def __init__(
         self,
@@ -70,16 +70,16 @@ class UnitFinder:
                     yield unit
 
     def _starts(self) -> list[Place]:
-        """Where units are looked for, in execution order: first what layers write, then the axes of all tensors.
+        """Places to start from, in execution order: first the outputs of layers, then the axes of all tensors.
 
-        A table that is added inside of every head (rotary frequencies) would find head dimensions before the heads.
+        Otherwise a table that is added inside every head (rotary frequencies) would give head dimensions before heads.
         """
         places = [place for place in self.places if place[1] != "in" and is_stored(place[1])]
         writes = {place: place[1] == "out" and has_two_sides(self.modules[place[0]]) for place in places}
         return sorted(places, key=lambda p: (not writes[p], self.order.get(p[0], len(self.order)), p))
 
     def _closure(self, start: int) -> _Unit:
-        """All that goes when one class does."""
+        """Everything that must be removed with one class."""
         unit = _Unit({start})
         todo = [start]
         while todo and not unit.why_not:
@@ -105,19 +105,19 @@ class UnitFinder:
         return [factor[int(i)] for factor, i in zip(grid.factors, index, strict=True) if factor]
 
     def _choose(self, grid: ClassGrid, cell: int, unit: _Unit) -> int | None:
-        """A cell cannot go alone: the factor's index that goes with it, one that is gone already if there is one."""
+        """The factor's index to remove with a cell, which cannot go alone. One that is already removed comes first."""
         options = [c for c in self._options(grid, cell) if c not in self.classes.kept]
         gone = [c for c in options if c in unit.classes]
         options = gone or (options[::-1] if self.take_last else options)
-        # A filter of every group rather than a whole group.
+        # Prefer one filter of every group to a whole group.
         return min(options, key=lambda c: c in self.classes.groups, default=None)
 
     def _why_neither(self, grid: ClassGrid, cell: int) -> str:
         reasons = [self.classes.kept[c] for c in self._options(grid, cell) if c in self.classes.kept]
-        return reasons[0] if reasons else "is a part of an axis that a view splits in fixed parts"
+        return reasons[0] if reasons else "is a part of an axis that a view splits into fixed parts"
 
     def couplings(self) -> tuple[Coupling, ...]:
-        """Units that touch the same places, together."""
+        """Units that touch the same places, grouped into couplings."""
         alike: dict[tuple[Place, ...], list[dict[Place, set[int]]]] = defaultdict(list)
         kinds: dict[tuple[Place, ...], tuple[GroupKind, str]] = {}
         for unit in self.units:
@@ -165,13 +165,13 @@ class UnitFinder:
         )
         stored = [m for m in members if is_stored(m.side)]
         writers = [m.module for m in stored if m.side == "out"]
-        others = [m.module for m in stored if m.module]  # rather than the network itself, whose states these may be
+        others = [m.module for m in stored if m.module]  # preferred to the network itself, which may own states
         producer = [*writers, *others, stored[0].module][0]
         name = f"{module or producer}:{kind}" if kind != "channels" else producer
         return Coupling(name=name, kind=kind, num_units=len(units), members=members)
 
     def why_not(self, name: str) -> str:
-        """Why a module with weights loses nothing."""
+        """Why nothing can be removed from a module with weights."""
         module = self.modules[name]
         places = [place for place in self.places if place[0] == name and is_written(module, place[1])]
         found = [c for place in places for c in self.places[place]]
@@ -179,7 +179,7 @@ class UnitFinder:
         if reasons:
             return reasons[0]
         if has_two_sides(module) and "weight" not in module._parameters:
-            return "its weight is computed by code of its own (a hook?); make the result an nn.Parameter named 'weight'"
+            return "its weight is computed by custom code (a hook?); make the result an nn.Parameter named 'weight'"
         if not found:
             return "it has a single channel" if has_two_sides(module) else "its weights have a single element each"
         unit = self.unit_of.get(found[0])
@@ -188,7 +188,7 @@ class UnitFinder:
 
 
 def _disjoint(units: Sequence[dict[Place, set[int]]]) -> list[dict[Place, set[int]]]:
-    """Units that share an index become one: through a chain of shuffles one can need a part of another."""
+    """Merge units that share an index: through a chain of shuffles one can need a part of another."""
     found: list[dict[Place, set[int]]] = []
     holder: dict[tuple[Place, int], dict[Place, set[int]]] = {}
     for unit in units:

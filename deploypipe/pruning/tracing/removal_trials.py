@@ -24,7 +24,7 @@ _TOLERANCE = 1e-3  # of the largest output: float32 sums in another order differ
 
 
 class RemovalTrials:
-    """Tries removals on copies of one model whose weights are shaken, so that no zero hides a wrong coupling."""
+    """Try removals on copies of one model with perturbed weights, so that no zero hides a wrong coupling."""
 
     def __init__(self, model: nn.Module, batches: Sequence[Any]) -> None:
         self.batches = batches
@@ -44,11 +44,10 @@ class RemovalTrials:
         base: Sequence[Coupling] = (),
         pick: Callable[[Coupling], Sequence[int]] | None = None,
     ) -> tuple[list[Coupling], dict[str, str]]:
-        """Those that can be trusted all together (with `base`), and why each of the others cannot.
+        """The couplings that work together (and with `base`), and the reason why each of the others does not.
 
-        pick: the units to try; by default a part of them.
-
-        Tried at once, and by halves where that fails: a few failures among many cost a few trials each.
+        pick: the units to try; by default a part of them. All couplings are tried at once; if that fails, by halves, so
+        a few failures among many cost a few trials each.
         """
         pick = pick or _tried_units
         reason = self._try_channels([*base, *couplings], pick) if couplings else ""
@@ -71,7 +70,7 @@ class RemovalTrials:
             mask_(masked, edits)
             cut_(cut, edits)
             expected = self._run(masked)
-        except Exception as error:  # of ours, or of a module of an unknown class that lets nothing be replaced in it
+        except Exception as error:  # ours, or an unknown module class in which nothing can be replaced
             raise_if_exhausted(error)
             return f"deploypipe cannot cut these channels: {type(error).__name__}: {error}"
         try:
@@ -79,10 +78,10 @@ class RemovalTrials:
         except Exception as error:  # whatever the user's forward() raises on widths it was not written for
             raise_if_exhausted(error)
             return f"the network fails without these channels: {type(error).__name__}: {error}"
-        return _differ(expected, outputs, "the traced coupling is wrong (sizes written into the code?)")
+        return _differ(expected, outputs, "the traced coupling is wrong (are sizes written in the code?)")
 
     def blocks(self, blocks: Sequence[Block]) -> dict[str, str]:
-        """Why blocks cannot be replaced by the identity, for each that cannot."""
+        """Blocks that cannot be replaced by the identity, each with the reason."""
         reason = self._try_blocks(blocks) if blocks else ""
         if not reason:
             return {}
@@ -107,7 +106,7 @@ class RemovalTrials:
         return "" if shapes == [tuple(t.shape) for t in self.dense] else f"without it the outputs have shapes {shapes}"
 
     def count(self, edits: Sequence[Edit]) -> Macs:
-        """Multiply-accumulates that are left. ModelError where the network fails: other channels have to go too."""
+        """MACs after the edits. Raises ModelError if the network fails, because other channels must be removed too."""
         cut = self._copy(edits)
         cut_(cut, edits)
         try:
@@ -116,12 +115,12 @@ class RemovalTrials:
             raise_if_exhausted(error)
             names = ", ".join(dict.fromkeys(repr(edit.module) for edit in edits))
             raise ModelError(
-                f"the network fails when {names} lose channels that no others do "
+                f"the network fails if only {names} lose channels "
                 f"({type(error).__name__}: {error}); keep them with recipe.keep"
             ) from error
 
     def _copy(self, edits: Sequence[Edit]) -> nn.Module:
-        """A copy that shares every parameter and buffer with the model but those of the edited modules."""
+        """A copy that shares all parameters and buffers with the model, except those of the edited modules."""
         touched = {id(t) for e in edits for t in _own(self.model.get_submodule(e.module))}
         shared = {id(t): t for m in self.model.modules() for t in _own(m) if id(t) not in touched}
         copy = copied(self.model, shared)
@@ -134,19 +133,19 @@ class RemovalTrials:
 
 
 def _tried_units(coupling: Coupling) -> list[int]:
-    """About a third, a quarter or a half of the units, by the name: widths that only happen to agree must not help."""
+    """A third, a quarter or a half of the units, chosen by the name, so that widths do not agree by chance."""
     units = range(coupling.num_units)
     some = ({0, units[-1], *units[1::3]}, {*units[1::4]}, {*units[::2]})[crc32(coupling.name.encode()) % 3]
     return sorted(some)[: coupling.num_units - 1]
 
 
 def first_unit(_: Coupling) -> list[int]:
-    """One unit: what is left is an odd width, which some networks refuse (`assert width % 4 == 0`)."""
+    """One unit. The remaining width is odd, which some networks refuse (`assert width % 4 == 0`)."""
     return [0]
 
 
 def first_half(coupling: Coupling) -> range:
-    """Of units from all over, a share of the channels (`x[:, : x.shape[1] // 4]`) would lose its share."""
+    """The first half of the units. Spread units would hide a slice by share (`x[:, : x.shape[1] // 4]`)."""
     return range(coupling.num_units // 2)
 
 

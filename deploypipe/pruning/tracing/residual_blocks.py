@@ -1,4 +1,4 @@
-"""Blocks that can be replaced by the identity: modules that add their own input to what they compute."""
+"""Find blocks that can be replaced by the identity: modules that add their input to their result."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -14,18 +14,18 @@ from deploypipe.pruning.modules.module_calls import ADDITIONS, Call, evaluating
 from deploypipe.records import Block, Frozen
 from deploypipe.task import forward
 
-_Given = tuple[Tensor, tuple[Any, ...], dict[str, Any]]  # a module's input, and what comes with it
+_Given = tuple[Tensor, tuple[Any, ...], dict[str, Any]]  # a module's input, and its other arguments
 
 
 def find_blocks(
     model: nn.Module, inputs: Any, calls: Mapping[str, Call], macs: Macs
 ) -> tuple[tuple[Block, ...], tuple[Frozen, ...]]:
-    """Removable blocks in execution order, and siblings of theirs (same class) that are not removable, with the reason.
+    """Removable blocks in execution order, and modules of the same classes that are not removable with the reason.
 
-    A block is called once, with a tensor in (masks and the like may follow) and one of the same shape and dtype out,
-    alone or first in a tuple, and holds a layer with weights. It adds its unchanged input to something computed from
-    it, or it is one of the layers of a network that keeps them in a list. Of nested ones the smallest are taken, so a
-    stage of residual blocks is not itself a block. `model` is a copy that may be changed in its requires_grad flags.
+    A block is called once. Its first argument is a tensor. It returns a tensor of the same shape and dtype, alone or
+    first in a tuple. It contains a layer with weights. It adds its unchanged input to something computed from it, or it
+    is one of several layers in a list. Of nested blocks the smallest are taken, so a stage of residual blocks is not
+    itself a block. `model` is a copy whose requires_grad flags may be changed.
     """
     candidates = [name for name, call in calls.items() if call.keeps_kind and call.count == 1]
     candidates = [name for name in candidates if name and _has_weights(model.get_submodule(name))]
@@ -44,7 +44,7 @@ def find_blocks(
 
 
 def _repeated(model: nn.Module, candidates: Sequence[str]) -> list[str]:
-    """Candidates that stand in one `nn.ModuleList` with others of their class, as the layers of a transformer do."""
+    """Candidates in one `nn.ModuleList` with others of their class, as the layers of a transformer are."""
     lists = {name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     kinds = Counter((name.rpartition(".")[0], type(model.get_submodule(name))) for name in candidates)
     return [
@@ -64,7 +64,7 @@ def _has_weights(module: nn.Module) -> bool:
 
 
 def _mixes(module: nn.Module) -> bool:
-    """A convolution or linear layer, torch's or another (`Conv1D` of GPT-2)."""
+    """Whether a module is a convolution or linear layer, of torch or another library (`Conv1D` of GPT-2)."""
     is_mixer = any(p.dim() > 1 and p.is_floating_point() for p in module.parameters(recurse=False))
     return isinstance(module, nn.Linear | _ConvNd) or (is_mixer and not isinstance(module, nn.Embedding))
 
@@ -73,14 +73,14 @@ def _why_not(call: Call) -> str:
     if call.count > 1:
         return f"is called {call.count} times"
     if call.shape_in is None or call.shape_out is None:
-        return "takes no tensor first, or gives none first"
+        return "its first argument or its first output is not a tensor"
     if call.shape_in != call.shape_out:
         return f"changes the shape from {call.shape_in} to {call.shape_out}"
     return "does not add its input to its output"
 
 
 def _residual(model: nn.Module, inputs: Any, candidates: list[str]) -> list[str]:
-    """Candidates that add their input to a tensor computed from it. Each runs alone, on the input it really gets."""
+    """Candidates that add their input to a tensor computed from it. Each runs alone on its recorded input."""
     seen: dict[str, _Given] = {}
     handles = [
         model.get_submodule(name).register_forward_pre_hook(_keep(seen, name), with_kwargs=True) for name in candidates
@@ -104,9 +104,9 @@ def _keep(seen: dict[str, "_Given"], name: str) -> Callable[..., None]:
 
 
 class _InputWatch(TorchFunctionMode):
-    """Notes whether `tensor` itself is added to another tensor of its shape that depends on it.
+    """Detect whether `tensor` itself is added to another tensor of its shape that depends on it.
 
-    Additions inside a child that holds layers of its own (`depth` > 0) are that child's shortcut, not the module's.
+    Additions inside a child that contains layers (`depth` > 0) are that child's shortcut, not the module's.
     """
 
     def __init__(self, tensor: Tensor) -> None:
@@ -128,7 +128,7 @@ class _InputWatch(TorchFunctionMode):
 
 
 def _adds_its_input(module: nn.Module, tensor: Tensor, others: tuple[Any, ...], named: dict[str, Any]) -> bool:
-    """Parameters are frozen here, so a tensor requires a gradient exactly when it depends on the module's input."""
+    """Parameters are frozen here, so a tensor requires a gradient exactly if it depends on the module's input."""
     if not tensor.is_floating_point():
         return False
     watched = tensor.requires_grad_(True) * 1  # not a leaf: the module may work in place

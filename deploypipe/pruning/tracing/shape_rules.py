@@ -13,11 +13,11 @@ from deploypipe.pruning.tracing.elementwise_rules import broadcast, dims
 
 
 def reshape(t: AxisTrace, a: Arguments, result: Tensor) -> Axes:
-    return t.indices.reshape(t.of(a["self"]), result.shape, f"is cut in an odd place by a view in {t.running[-1]!r}")
+    return t.indices.reshape(t.of(a["self"]), result.shape, f"is split unevenly by a view in {t.running[-1]!r}")
 
 
 def view(t: AxisTrace, a: Arguments, result: Tensor) -> Axes:
-    """With the sizes that the code gave, perhaps from attributes."""
+    """A view with sizes that the code gave, perhaps from attributes."""
     axes = reshape(t, a, result)
     t.count(axes)
     t.count_shape(axes)
@@ -82,7 +82,7 @@ def stack(t: AxisTrace, a: Arguments, result: Tensor) -> Axes:
 
 
 def split(t: AxisTrace, a: Arguments, result: Any) -> list[Axes]:
-    """split, chunk and their kin: consecutive parts of one axis."""
+    """split, chunk and the like: consecutive parts of one axis."""
     axes = t.of(a["self"])
     dim = a["dim"] % len(axes)
     found, start = [], 0
@@ -94,7 +94,7 @@ def split(t: AxisTrace, a: Arguments, result: Any) -> list[Axes]:
         start += size
     sizes, pieces = [part.shape[dim] for part in result], [each[dim] for each in found]
     t.count_pieces(sizes, pieces)
-    if "chunks" in a or "sections" in a:  # the code names their number: of what is left, all get the same share
+    if "chunks" in a or "sections" in a:  # the code gives the number of parts: all keep one size
         if len(set(sizes)) > 1:
             t.keep(axes[dim], "is cut into unequal parts")
         else:
@@ -144,7 +144,7 @@ def index_select(t: AxisTrace, a: Arguments, result: Tensor) -> Axes:
 
 
 def index_add(t: AxisTrace, a: Arguments, result: Tensor) -> Axes:
-    """Rows of one tensor are added to, or put in the place of, some rows of another."""
+    """Rows of one tensor are added to some rows of another, or replace them."""
     axes, others, dim = t.of(a["self"]), t.of(a["source"]), a["dim"] % max(result.dim(), 1)
     if len(axes) != len(others):
         return t.give_up("index_add", [a["self"], a["source"]], [result])[0]
@@ -193,7 +193,7 @@ def pad(t: AxisTrace, a: Arguments, result: Tensor) -> Axes:
 
 
 def pack(t: AxisTrace, a: Arguments, result: Any) -> list[Axes]:
-    """Sequences one after another, without their padding; and how many go on at each step."""
+    """Sequences concatenated without padding, and how many are active at each step."""
     return [(fixed(len(result[0])), *t.of(a["input"])[2:]), t.of(result[1])]
 
 

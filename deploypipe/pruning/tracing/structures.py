@@ -1,4 +1,4 @@
-"""What can be removed from a network: channel groups and blocks, each tried out before it is offered."""
+"""List what can be removed from a network: channel groups and blocks, each tried before it is offered."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,14 +34,14 @@ def list_structures(
     *,
     other_inputs: Sequence[Any] = (),
 ) -> Structures:
-    """Everything removable in `model`, and everything that is not, with the reason.
+    """List everything removable in `model`, and everything that is not with the reason.
 
     inputs: one batch, as the model gets it. other_inputs: batches of other sizes, or for which forward() takes another
     branch; what they read is kept too, and every group is tried with them. keep: glob patterns of module names; a
-    structure that holds a match stays. Every group is tried: some of its units are cut from a copy with shaken weights,
-    whose outputs must equal those of the copy in which the same units are masked; otherwise it is frozen. `model` is
-    left as it was. Raises ModelError when the model is frozen or nothing in it can be removed, ConfigError when a
-    pattern matches nothing or the constraints contradict each other.
+    structure that contains a match stays. Every group is tried on a copy with perturbed weights: after some units are
+    cut, the outputs must equal those of a copy in which the same units are masked. Otherwise the group is frozen.
+    `model` is left unchanged. Raises ModelError if the model is frozen or nothing in it can be removed, and ConfigError
+    if a pattern matches nothing or the constraints contradict each other.
     """
     found = find_structures(model, inputs, keep, constraints, other_inputs=other_inputs)
     if not found.groups and not found.blocks:
@@ -59,7 +59,7 @@ def find_structures(
     *,
     other_inputs: Sequence[Any] = (),
 ) -> Structures:
-    """`list_structures`, also where nothing can be removed."""
+    """`list_structures`, but without an error if nothing can be removed."""
     model = with_plain_weights(unwrapped(model))
     constraints = constraints or Constraints()
     require_trainable(model)
@@ -85,8 +85,8 @@ def find_structures(
     )
     modules = dict(model.named_modules())
     losing = {name for c in chosen for name in losers(c, modules)}
-    settled = losing | ({type(model).__name__} if "" in losing else set())  # by which its row goes
-    # Where heads can go, it does not matter that dimensions inside of them cannot, and the other way round.
+    settled = losing | ({type(model).__name__} if "" in losing else set())  # the name of its row
+    # If heads can be removed, it does not matter that dimensions inside them cannot, and vice versa.
     failed = [c for c in found.failed if not _overlaps(c, chosen)]
     rows = [row for c in failed for row in freeze(c, found.failed[c], modules)]
     rows = [row for row in (*found.frozen, *rows) if row.name not in settled]
@@ -96,7 +96,7 @@ def find_structures(
     unique = {(row.name, row.kind): row for row in rows}
     frozen = sorted(unique.values(), key=lambda row: place.get(row.name.partition(":")[0], -1))
     removable = tuple(b for b in blocks if not block_reasons[b.name])
-    # Not tried again: the same units of all groups at once were.
+    # Ties are not tried again: the same units of all groups were already tried together.
     tied, homes = tie(chosen, constraints.tied, frozen)
     groups = tuple(_priced(model, tied, macs, probe))
     return Structures(
@@ -112,10 +112,10 @@ def find_structures(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Channels:
-    """What one trace found out about channels."""
+    """What one trace found about channels."""
 
     chosen: list[Coupling]
-    failed: dict[Coupling, str]  # and why
+    failed: dict[Coupling, str]  # coupling -> reason
     frozen: tuple[Frozen, ...]
 
     @property
@@ -124,7 +124,7 @@ class _Channels:
 
     @property
     def stuck(self) -> set[str]:
-        """Modules whose heads could not go."""
+        """Modules whose heads could not be removed."""
         return {c.name.rpartition(":")[0] for c in self.failed if c.kind == "heads"}
 
 
@@ -148,9 +148,9 @@ def _find_channels(
 
 
 def require_trainable(model: nn.Module) -> None:
-    """ModelError for a network without a parameter that may change: neither surgery nor training could."""
+    """Raise ModelError if no parameter of the network may change: then neither surgery nor training is possible."""
     if not any(True for _ in model.parameters()):
-        raise ModelError("the network has no parameters, so there is nothing to remove; give the trained network")
+        raise ModelError("the network has no parameters, so nothing can be removed; pass the trained network")
     if not any(p.requires_grad for p in model.parameters()):
         raise ModelError("all parameters are frozen (requires_grad=False); call model.requires_grad_(True) first")
 
@@ -178,29 +178,29 @@ def _overlaps(coupling: Coupling, others: Sequence[Coupling]) -> bool:
 
 
 def _joins(model: nn.Module, block: Block, couplings: Sequence[Coupling]) -> str:
-    """Why a block cannot go that writes other channels than it reads: without it, they would have to be the same."""
+    """Why a block cannot be removed: without it, the channels it reads and writes would have to be the same."""
     for coupling in couplings:
         layers = {m.module: model.get_submodule(m.module) for m in coupling.members if m.side == "out"}
         writers = {name for name, layer in layers.items() if has_two_sides(layer) or isinstance(layer, nn.Embedding)}
         readers = {m.module for m in coupling.members if m.side == "in"}
         inside = {name for name in writers | readers if name.startswith(f"{block.name}.")}
-        passes_on = bool(writers - inside) and bool(readers - inside)  # a stream that goes on around the block
+        passes_on = bool(writers - inside) and bool(readers - inside)  # a residual stream continues around the block
         if inside and (writers | readers) - inside and not passes_on:
-            return f"reads or writes channels ({coupling.name!r}) that would have to be others without it"
+            return f"reads or writes channels ({coupling.name!r}) that would have to change without it"
     return ""
 
 
 def _priced(
     model: nn.Module, couplings: Sequence[Coupling], macs: Macs, probe: RemovalTrials
 ) -> Iterator[ChannelGroup]:
-    """Each coupling with what its first unit costs in the dense network.
+    """Each coupling as a group, with the parameters and MACs of its first unit in the dense network.
 
-    Products of a parameter cost in proportion to what is left of it. Where this is not all (attention, computed
-    weights, a layer that runs along another axis than the channels), each group is cut alone and counted.
+    Products with a parameter cost in proportion to its remaining size. If other products change too (attention,
+    computed weights, a layer along another axis than the channels), each group is cut alone and counted.
     """
     first = {c.name: [Edit(module=m.module, side=m.side, removed=m.units[0]) for m in c.members] for c in couplings}
     num_params = sum(p.numel() for p in model.parameters())
-    dense = probe.count([])  # of its own weights, by which a router may choose other experts
+    dense = probe.count([])  # with perturbed weights, because a router may choose other experts
     edits = [edit for each in first.values() for edit in each]
     counts_each = bool(couplings) and not _are_in_proportion(model, edits, dense, probe)
     for coupling in couplings:
@@ -219,7 +219,7 @@ def _priced(
 
 
 def _are_in_proportion(model: nn.Module, edits: Sequence[Edit], macs: Macs, probe: RemovalTrials) -> bool:
-    """Whether, once all edits are done, each parameter costs what its share says, and nothing else costs less."""
+    """Whether after all edits each parameter costs what its share predicts, and nothing else costs less."""
     shares, left = sizes_after(model, edits)[1], probe.count(edits)
     expected = {name: count * shares.get(name, 1) for name, count in macs.by_parameter.items()}
     return left.of_activations == macs.of_activations and all(

@@ -1,7 +1,8 @@
-"""Which parts of an axis the code reads: one example never shows what an input of another size would read.
+"""Find the parts of an axis that the code does not read with these inputs, and may read with others.
 
-`table[:, :n]` reads as many rows of a table of positions as the input has tokens. The other rows look like channels
-that nothing needs. A split into two parts, of which both are used, reads the whole axis.
+One example never shows what an input of another size would read. `table[:, :n]` reads as many rows of a position table
+as the input has tokens. The other rows look like channels that nothing needs. A split into two parts that are both used
+reads the whole axis.
 """
 
 from collections.abc import Iterable
@@ -18,16 +19,16 @@ SLICING |= {"chunk", "unsafe_chunk", "tensor_split", "narrow"}
 
 
 class PartialReads:
-    """Gathers, for every axis that is sliced or split, the union of the parts that are used, and whether all is."""
+    """For every axis that is sliced or split: the union of the parts that are used."""
 
     def __init__(self) -> None:
-        self._parts: Any = WeakIdKeyDictionary()  # tensor -> (atoms of the axis it is cut from, its own)
-        self._read: dict[bytes, tuple[Atoms, set[int]]] = {}  # key of an axis -> (its atoms, those in parts in use)
+        self._parts: Any = WeakIdKeyDictionary()  # tensor -> (atoms of the axis it was cut from, its own atoms)
+        self._read: dict[bytes, tuple[Atoms, set[int]]] = {}  # key of an axis -> (its atoms, the atoms read)
 
         self._consumed: set[bytes] = set()  # keys of axes that something reads as a whole
 
     def note(self, part: Tensor, whole: Atoms, own: Atoms) -> None:
-        """`part` has the atoms `own` of an axis with the atoms `whole`; it counts once it is used."""
+        """`part` has the atoms `own` of an axis with the atoms `whole`. It counts as read once it is used."""
         self._parts[part] = (whole, own)
 
     def use(self, tensor: Tensor) -> None:
@@ -37,14 +38,14 @@ class PartialReads:
             self._read.setdefault(whole.tobytes(), (whole, set()))[1].update(own.tolist())
 
     def consume(self, read: Iterable[Axis], written: Iterable[Axis]) -> None:
-        """An operation reads axes; those that its results do not have end in it."""
+        """An operation reads axes. Those that its results do not have are consumed as a whole."""
         self._consumed |= _keys(read) - _keys(written)
 
     def is_consumed(self, whole: Atoms) -> bool:
         return whole.tobytes() in self._consumed
 
     def left_out(self) -> list[tuple[Atoms, Atoms]]:
-        """(atoms of an axis, those of them that no part reads), for each axis of which something is left out."""
+        """(atoms of an axis, the atoms that no part reads), for each axis that is read only in part."""
         found = []
         for whole, read in self._read.values():
             unread = np.array([atom for atom in whole.tolist() if atom not in read], dtype=np.int64)
