@@ -1,9 +1,9 @@
-"""A network that does not fit into memory twice, pruned one block after the other.
+"""Prune a network block by block, if it does not fit into memory twice.
 
-The weights stay in their file. One block at a time is read, observed, scored, cut, repaired and written, on what the
-dense blocks before it give. Beside it runs what the pruned ones give: repair starts from that, so errors are corrected
-on the way (as GPTQ does it for rounding, arXiv:2210.17323, section 3.3). Both streams lie on disk between two blocks.
-What ties blocks together stays: the width of their common stream, and each block as a whole.
+The weights stay in their file. One block at a time is read, observed, scored, cut, repaired and written. It is observed
+on the outputs of the dense blocks before it. Repair starts from the outputs of the pruned blocks instead, so it also
+corrects earlier errors (as GPTQ does for rounding, arXiv:2210.17323, section 3.3). Between two blocks both streams are
+stored on disk. The width of the stream between blocks is kept, and no block is removed as a whole.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,14 +31,12 @@ from deploypipe.scoring import needs_derivatives
 from deploypipe.task import Batch, forward
 from deploypipe.tensor_batches import fingerprint_of
 
-_TOLERANCE = (
-    0.01  # of the length of what the last block gives; half precision, in other batches, is off by a thousandth
-)
+_TOLERANCE = 0.01  # of the norm of the last block's output; half precision with other batch sizes differs by 0.001
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BlockwiseResult:
-    """What `prune_blockwise` did; the network is in its folder."""
+    """The result of `prune_blockwise`; the network is in its folder."""
 
     plan: PruningPlan
     blocks: tuple[PrunedBlock, ...]
@@ -58,17 +56,17 @@ def prune_blockwise(
     blocks: Sequence[str] = (),
     notify: Notify = silent,
 ) -> BlockwiseResult:
-    """Keep the share `kept` of every group of units and heads inside the blocks, and save what is left.
+    """Keep the share `kept` of every group of units and heads inside the blocks, and save the pruned network.
 
-    build_model: its parameters are made without memory, and what it loads into them is dropped. weights: a
-    `.safetensors` file, or the index of several. batches: calibration samples, all of one length. recipe: its score,
-    observe, repair and seed count. blocks: names of modules of which each reads what the one before gives; by default
-    the longest list of modules of one class. `load_pruned(folder, build_model)` is the pruned network.
+    build_model: its parameters take no memory, and values it loads into them are dropped. weights: a
+    `.safetensors` file, or the index of several. batches: calibration samples, all of one length. recipe: only its
+    score, observe, repair and seed are used. blocks: names of modules, each of which reads the output of the one
+    before; by default the longest list of modules of one class. `load_pruned(folder, build_model)` loads the result.
 
-    Memory: a few times one block, its second moments, both streams, and what a layer does with the samples of
-    `recipe.repair` at once. The same call goes on where a killed one was. Raises ConfigError for a share or a score
-    that cannot be used, ModelError where the blocks do not feed one another, the samples are of several lengths or the
-    file has not the weights, DataError without samples, RunFolderError where the folder holds something else.
+    Memory: a few times one block, its second moments, both streams, and one layer's activations for all samples of
+    `recipe.repair`. The same call resumes an interrupted one. Raises ConfigError for a share or a score that cannot be
+    used; ModelError if the blocks do not feed one another, the samples have several lengths or the file lacks weights;
+    DataError without samples; RunFolderError if the folder holds something else.
     """
     _check_settings(recipe, kept)
     folder, files = Path(folder), WeightFiles(Path(weights))
@@ -96,7 +94,7 @@ def prune_blockwise(
     )
     if not plan.edits:
         raise ModelError(
-            f"nothing inside of {names[0]!r} and the blocks after it can be removed; name others (blocks=...)"
+            f"nothing inside {names[0]!r} and the blocks after it can be removed; name other blocks (blocks=...)"
         )
     parts = [*work.parts(len(names)), work.write_rest(files, model, names)]
     _require_same(cut_out(model, plan), parts, names, batches[0][0], work.streams(len(names))[1][0])
@@ -116,12 +114,12 @@ def find_blocks_in_a_row(model: nn.Module) -> tuple[str, ...]:
     ]
     longest = max(lists, key=len, default=())
     if len(longest) < 2:
-        raise ModelError("the network has no list of blocks of one class; name them (blocks=...), in order")
+        raise ModelError("the network has no list of blocks of one class; name them in order (blocks=...)")
     return longest
 
 
 def _prune(number: int, name: str, model: nn.Module, files: WeightFiles, pruner: Pruner, work: Work) -> PrunedBlock:
-    """Read, prune and write one block; nothing of it stays in memory."""
+    """Read, prune and write one block. Nothing of it stays in memory."""
     block = copied(model.get_submodule(name))
     files.load_(block, f"{name}.")
     row, pruned, streams = pruner.prune(name, block, work.streams(number) if number else None)
@@ -132,7 +130,7 @@ def _prune(number: int, name: str, model: nn.Module, files: WeightFiles, pruner:
 def _require_same(
     pruned: nn.Module, parts: Sequence[Path], names: Sequence[str], inputs: Any, expected: Tensor
 ) -> None:
-    """ModelError unless the blocks, put together, give a batch what they gave it one by one."""
+    """Raise ModelError unless the blocks together give the same output for a batch as one by one."""
     given: list[Tensor] = []
     hook = pruned.get_submodule(names[-1]).register_forward_hook(lambda *call: given.append(stream_of(call[2])))
     with torch.no_grad(), streamed(pruned, WeightFiles(*parts), names):
@@ -141,14 +139,15 @@ def _require_same(
     off = float((given[0] - expected).double().norm() / expected.double().norm().clamp_min(1e-30))
     if not off < _TOLERANCE:
         raise ModelError(
-            f"the pruned blocks together do not give what they gave one by one ({off:.1%} off): they hang on more than "
-            f"what they hand on to each other; prune this network as a whole"
+            f"the pruned blocks together give other outputs than one by one ({off:.1%} off): they depend on more than "
+            f"the output of the block before; prune this network as a whole"
         )
 
 
 def _check_settings(recipe: Recipe, kept: float) -> None:
     if not 0 < kept < 1:
-        raise ConfigError("prune_blockwise", "kept", f"{kept!r} is no share of units to keep", "write 0 < kept < 1")
+        remedy = "write the share of units to keep, such as 0.75"
+        raise ConfigError("prune_blockwise", "kept", f"must be > 0 and < 1, got {kept!r}", remedy)
     if needs_derivatives(recipe.score):
-        remedy = "take one that needs no loss, as output_error, mipp or magnitude"
+        remedy = "choose one that needs no loss, such as output_error, mipp or magnitude"
         raise ConfigError("the recipe", "score.kind", f"{recipe.score.kind!r} needs the whole network at once", remedy)

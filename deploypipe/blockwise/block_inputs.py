@@ -1,4 +1,4 @@
-"""What the blocks of a network are called with, found by running it: once through all of them, then up to the first."""
+"""Record how a network calls its blocks: run it once through all of them, then up to the first."""
 
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
@@ -17,14 +17,14 @@ from deploypipe.task import Batch, forward, take
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Form:
-    """How a block is called: what is the same for all samples, and where the rest has its place."""
+    """How a block is called: the arguments that all samples share, and the places of the others."""
 
-    leaves: list[Any]  # of args and kwargs; None at the places of what differs
-    places: tuple[int, ...]  # of the stream, and of what else differs between samples
+    leaves: list[Any]  # of args and kwargs; None at the places of arguments that differ
+    places: tuple[int, ...]  # of the stream, and of other arguments that differ between samples
     spec: pytree.TreeSpec
 
     def __deepcopy__(self, _: Any) -> "Form":
-        return self  # nothing changes it, and copies of a block need none of their own
+        return self  # it never changes, so copies of a block can share it
 
     def call(self, block: nn.Module, values: Sequence[Tensor]) -> Any:
         leaves = list(self.leaves)
@@ -36,15 +36,15 @@ class Form:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Kind:
-    """Blocks that are called alike."""
+    """Blocks that are called in the same way."""
 
     form: Form
-    varying: list[tuple[Tensor, ...]]  # of each batch, what beside the stream has a row for each sample
+    varying: list[tuple[Tensor, ...]]  # per batch: the arguments other than the stream with a row per sample
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Calls:
-    """The calls of all blocks, but for the stream, of which each block makes what the next one reads."""
+    """The calls of all blocks, without the stream (the output of one block that the next one reads)."""
 
     stream: list[Tensor]  # (samples, ...) of each batch, at the first block
     targets: list[Any]
@@ -54,14 +54,14 @@ class Calls:
         return Alone(block, self.kinds[name].form)
 
     def batches(self, name: str, stream: Sequence[Tensor]) -> list[Batch]:
-        """Each batch's inputs of the block, where it stands alone and the stream arrives."""
+        """The block's inputs in each batch, if it is a network of its own and reads this stream."""
         varying = self.kinds[name].varying
         inputs = [(own, *others) if others else own for own, others in zip(stream, varying, strict=True)]
         return list(zip(inputs, self.targets, strict=True))
 
 
 class Alone(nn.Module):
-    """A block as a network of its own: its inputs are the stream, and what else differs between samples."""
+    """A block as a network of its own. Its inputs are the stream and other arguments that differ between samples."""
 
     def __init__(self, block: nn.Module, form: Form) -> None:
         super().__init__()
@@ -72,19 +72,19 @@ class Alone(nn.Module):
 
 
 def stream_of(outputs: Any) -> Tensor:
-    """What the next block reads: the first of what a block gives."""
+    """What the next block reads: the first output of a block."""
     first = outputs if isinstance(outputs, Tensor) else outputs[0]
     if not isinstance(first, Tensor):
-        raise ModelError(f"a block gives {type(first).__name__} first, and no tensor that the next one could read")
+        raise ModelError(f"the first output of a block is a {type(first).__name__}; the next block needs a tensor")
     return first
 
 
 def find_calls(model: nn.Module, names: Sequence[str], batches: Sequence[Batch]) -> Calls:
-    """How the network calls its blocks `names`, in order. It has to be one that can be called.
+    """How the network calls its blocks `names`, in order. The network must be runnable.
 
-    Runs two samples through all blocks, then all batches up to the first block, and further where a later block is
-    called otherwise. Raises ModelError where a block does not read what the one before it gives, or reads what depends
-    on another one beside that, and DataError without batches.
+    Runs two samples through all blocks, then all batches up to the first block, and up to later blocks that are called
+    differently. Raises ModelError if a block does not read the output of the one before it, or also reads something
+    that depends on another block. Raises DataError without batches.
     """
     if not batches:
         raise DataError("the calibration split has no batches")
@@ -108,11 +108,11 @@ Leaves = list[Any]  # of the arguments of a call
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Seen:
-    """A call of a block, and what it gave."""
+    """A call of a block, and its output."""
 
     leaves: Leaves
     stream: Tensor
-    others: list[Tensor]  # that it gave beside the stream
+    others: list[Tensor]  # its other output tensors
 
 
 def _watch(model: nn.Module, names: Sequence[str], inputs: Any) -> dict[str, _Seen]:
@@ -139,20 +139,21 @@ def _require_chain(names: Sequence[str], seen: Mapping[str, _Seen]) -> None:
     for before, name in pairwise(names):
         read = next((leaf for leaf in seen[name].leaves if isinstance(leaf, Tensor)), None)
         if read is None or not _is_same(read, seen[before].stream):
-            raise ModelError(f"block {name!r} does not read what block {before!r} gives; name others (blocks=...)")
+            problem = f"block {name!r} does not read the output of block {before!r}"
+            raise ModelError(f"{problem}; name other blocks (blocks=...)")
     for number, name in enumerate(names):
         rest = [leaf for leaf in _rest(seen[name].leaves) if isinstance(leaf, Tensor)]
         for before in names[:number]:
             made = [seen[before].stream] if before != names[number - 1] else []
             if any(leaf is other for leaf in rest for other in (*made, *seen[before].others)):
                 raise ModelError(
-                    f"block {name!r} reads more of block {before!r} than the blocks hand on to each other; they cannot "
-                    f"be pruned one by one"
+                    f"block {name!r} reads more from block {before!r} than its first output; they cannot be pruned "
+                    f"one by one; prune this network as a whole"
                 )
 
 
 def _models(names: Sequence[str], seen: Mapping[str, _Seen]) -> dict[str, str]:
-    """Of each block the first that is called as it is."""
+    """Block -> the first block that is called in the same way."""
     found: dict[str, str] = {}
     for name in names:
         rest = _rest(seen[name].leaves)
@@ -162,7 +163,7 @@ def _models(names: Sequence[str], seen: Mapping[str, _Seen]) -> dict[str, str]:
 
 
 class _Reached(Exception):
-    """The block is called: the rest of the network need not run."""
+    """Raised when the block is called, because the rest of the network need not run."""
 
 
 def _call_of(model: nn.Module, name: str, inputs: Any) -> tuple[Leaves, pytree.TreeSpec]:
@@ -196,8 +197,8 @@ def _kind(name: str, calls: Sequence[tuple[Leaves, pytree.TreeSpec]]) -> Kind:
     for others, _ in calls:
         if not _are_same(fixed, _without(others, places)):
             raise ModelError(
-                f"what block {name!r} is called with changes from batch to batch: take samples of one length, and "
-                f"switch caches off (use_cache=False)"
+                f"the arguments of block {name!r} change from batch to batch; use samples of one length, and switch "
+                f"caches off (use_cache=False)"
             )
     varying = [tuple(own[at] for at in varying_at) for own, _ in calls]
     return Kind(form=Form(leaves=fixed, places=places, spec=spec), varying=varying)
@@ -208,7 +209,7 @@ def _stream_at(leaves: Leaves) -> int:
 
 
 def _rest(leaves: Leaves) -> Leaves:
-    """All but the stream."""
+    """All leaves except the stream."""
     return _without(leaves, {_stream_at(leaves)})
 
 

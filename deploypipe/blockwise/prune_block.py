@@ -1,4 +1,4 @@
-"""One block: observed, scored, cut and repaired as a network of its own."""
+"""Observe, score, cut and repair one block as a network of its own."""
 
 import time
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ _BLOCK = "block"  # the name of a block in `Alone`
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrunedBlock:
-    """What became of one block; names are those of the whole network."""
+    """The result for one block; names are those of the whole network."""
 
     block: str
     cuts: tuple[GroupCut, ...]
@@ -36,19 +36,19 @@ class PrunedBlock:
     repair: tuple[RepairRow, ...]
     params_before: int
     params_after: int
-    error: float  # behind it, of the pruned stream: squared, relative to the variance of the dense one
+    error: float  # of the pruned stream after the block: squared, relative to the variance of the dense stream
     seconds: float
 
 
 class Pruner:
-    """Prunes blocks that stand alone, one after the other."""
+    """Prune blocks one after the other, each as a network of its own."""
 
     def __init__(self, calls: Calls, recipe: Recipe, kept: float, channel_multiple: int) -> None:
         self.calls, self.recipe, self.kept, self.multiple = calls, recipe, kept, channel_multiple
-        self.known: dict[str, Structures] = {}  # by the shapes of a block, on which alone its structures hang
+        self.known: dict[str, Structures] = {}  # by the shapes of a block: its structures depend on nothing else
 
     def prune(self, name: str, block: nn.Module, streams: Streams | None) -> tuple[PrunedBlock, nn.Module, Streams]:
-        """streams: what arrives at the block; None at the first, where both are what the network gives."""
+        """Prune one block. streams: the inputs of the block; None for the first, whose inputs the network gives."""
         began, recipe = time.perf_counter(), self.recipe
         first = self.calls.stream
         dense, arriving = (self.calls.batches(name, stream) for stream in streams or (first, first))
@@ -86,7 +86,7 @@ class Pruner:
 
 
 def _renamed(name: str, block: str) -> str:
-    """The name of a part of a block that stands alone, in the network."""
+    """The name in the whole network of a part of a block."""
     return block + name.removeprefix(_BLOCK)
 
 
@@ -108,4 +108,4 @@ def _error(dense: Sequence[Tensor], pruned: Sequence[Tensor]) -> float:
 
 
 def summary(row: PrunedBlock) -> str:
-    return f"{row.block}: {row.params_before:,} -> {row.params_after:,} parameters, error behind it {row.error:.2%}"
+    return f"{row.block}: {row.params_before:,} -> {row.params_after:,} parameters, error after it {row.error:.2%}"

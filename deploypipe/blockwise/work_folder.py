@@ -1,4 +1,4 @@
-"""The folder of a network that is being pruned: its finished blocks, and what a run that was killed goes on from."""
+"""The folder of a blockwise run: its finished blocks, and the state from which an interrupted run resumes."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -13,28 +13,28 @@ from deploypipe.files.atomic import write_atomically
 from deploypipe.files.json_records import from_json, to_json
 from deploypipe.networks.streamed_weights import WeightFiles
 
-_WORK, _ABOUT = ".work", "about.json"  # in the folder, until the network is whole
+_WORK, _ABOUT = ".work", "about.json"  # in the folder until the network is complete
 _KINDS = ("dense", "pruned")
 
 
 class Work:
-    """The pruned blocks, and what a run that was killed goes on from."""
+    """The pruned blocks, and the state from which an interrupted run resumes."""
 
     def __init__(self, folder: Path, about: Mapping[str, str]) -> None:
         self.folder, self.path = folder, folder / _WORK
         if folder.exists() and any(folder.iterdir()) and not self.path.is_dir():
-            raise RunFolderError(f"{folder}: holds something already; name an empty or a new folder")
+            raise RunFolderError(f"{folder} is not empty; name an empty or a new folder")
         self.path.mkdir(parents=True, exist_ok=True)
-        told = to_json(dict(about)).encode()
-        if (self.path / _ABOUT).is_file() and (self.path / _ABOUT).read_bytes() != told:
+        content = to_json(dict(about)).encode()
+        if (self.path / _ABOUT).is_file() and (self.path / _ABOUT).read_bytes() != content:
             raise RunFolderError(
-                f"{folder}: a run with another network, other samples or settings was begun here; go on with those, or "
+                f"{folder} holds a run with another network, other samples or other settings; use those again, or "
                 f"remove the folder"
             )
-        write_atomically(self.path / _ABOUT, told)
+        write_atomically(self.path / _ABOUT, content)
 
     def finished(self, count: int) -> list[PrunedBlock]:
-        """The blocks that were done, up to the first that was not."""
+        """The finished blocks, up to the first unfinished one."""
         rows: list[PrunedBlock] = []
         for number in range(count):
             path = self._row(number)
@@ -44,13 +44,13 @@ class Work:
         return rows
 
     def streams(self, number: int) -> Streams:
-        """What arrives at the block of that number."""
+        """The inputs of the block with that number."""
         content = load_file(self._streams(number))
         count = len(content) // 2
         return [content[f"dense.{i}"] for i in range(count)], [content[f"pruned.{i}"] for i in range(count)]
 
     def finish(self, number: int, row: PrunedBlock, weights: dict[str, Tensor], streams: Streams) -> None:
-        """The row is written last: without it, the block was not done."""
+        """Save one block. The row is written last; without it the block is unfinished."""
         save_file(weights, self._part(number))
         named = {
             f"{kind}.{i}": value.contiguous()
@@ -65,7 +65,7 @@ class Work:
         return [self._part(number) for number in range(count)]
 
     def write_rest(self, files: WeightFiles, model: nn.Module, names: Sequence[str]) -> Path:
-        """What lies outside of the blocks as it is in the files, where what is shared may be there once."""
+        """Copy the weights outside the blocks from the files, where shared weights may be stored once."""
         stored = [name for name in model.state_dict() if name in files.names]
         outside = [name for name in stored if not any(name.startswith(f"{block}.") for block in names)]
         path = self.folder / "weights-outside.safetensors"

@@ -1,4 +1,4 @@
-"""Prune a network that does not fit into memory twice."""
+"""The command `blockwise`: prune a network that does not fit into memory twice."""
 
 from pathlib import Path
 from typing import Annotated

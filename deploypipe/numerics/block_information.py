@@ -1,6 +1,7 @@
 """Gaussian mutual information between two sets of columns, from their joint covariance.
 
-Legend: n rows; X (n, p) and Y (n, q); S their joint covariance, Sy|x = Syy - Syx Sxx^-1 Sxy what X leaves unexplained.
+Legend: n rows; X (n, p) and Y (n, q); S their joint covariance;
+    Sy|x = Syy - Syx Sxx^-1 Sxy, the part that X does not explain;
     I(X; Y) = 1/2 [logdet(Syy + f I) - logdet(Sy|x + f I)]
 with a noise floor f on Y: without one the information of a deterministic map is infinite. For variables that are not
 Gaussian it counts linear dependence only.
@@ -11,12 +12,12 @@ from torch import Tensor
 
 from deploypipe.numerics.least_squares import regular_cholesky
 
-_ROWS_A_COLUMN = 10  # below this many rows for each column of X and Y, chance correlations pass for information
+_ROWS_A_COLUMN = 10  # with fewer rows per column of X and Y, chance correlations look like information
 _RIDGE = 1e-6  # share of the mean variance of X; far below any noise floor
 
 
 def gaussian_information(covariance: Tensor, num_x: int, *, floor: float = 0.0, ridge: float = 0.0) -> float:
-    """Nats that the first `num_x` columns of the joint covariance (p + q, p + q) tell of the rest.
+    """Information in nats of the first `num_x` columns of the joint covariance (p + q, p + q) about the rest.
 
     floor, ridge: variances added to Y and X. float64; O((p + q)^3). A singular X is fine; a singular Y needs a floor.
     """
@@ -27,8 +28,10 @@ def gaussian_information(covariance: Tensor, num_x: int, *, floor: float = 0.0, 
 
 
 def redundancy(x: Tensor, y: Tensor, noise: float) -> float:
-    """I(X; Y) as a share of the most it could be, 1/2 logdet(I + Syy / f): 1 where Y is a linear map of X, 0 where X
-    tells nothing or Y is constant. f = `noise` * mean variance of Y. O(n (p + q)^2)."""
+    """I(X; Y) as a share of its maximum 1/2 logdet(I + Syy / f). O(n (p + q)^2).
+
+    1 if Y is a linear map of X; 0 if X has no information about Y or Y is constant. f = `noise` * mean variance of Y.
+    """
     rows = torch.cat([x, y], dim=1).double()
     rows = rows - rows.mean(0)
     covariance, num_x = rows.T @ rows / len(rows), x.shape[1]

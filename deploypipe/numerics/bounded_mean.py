@@ -1,10 +1,11 @@
 """Bounds on a mean that hold for heavy tails, and for losses so rare that no sample shows one.
 
-To n values one more is added at the far end of what values can be: the loss that was not seen. With weights w from a
-flat Dirichlet distribution, the bound is a quantile of the weighted mean sum_i w_i x_i (Learned-Miller and Thomas,
-arXiv:1905.06208). For zeros and ones this is Clopper's and Pearson's exact bound; it is never of zero width. With g_i
-exponential, P(sum w_i x_i >= m) = P(sum g_i (x_i - m) >= 0), which the saddlepoint formula of Barndorff-Nielsen (1986)
-gives without random numbers, to about a percent.
+One value is added to the n values, at the far end of the possible range: the loss that was not seen. With weights w
+from a flat Dirichlet distribution, the bound is a quantile of the weighted mean sum_i w_i x_i (Learned-Miller and
+Thomas, arXiv:1905.06208). For zeros and ones this is the exact bound of Clopper and Pearson; its width is never zero.
+
+With g_i exponential, P(sum w_i x_i >= m) = P(sum g_i (x_i - m) >= 0). The saddlepoint formula of Barndorff-Nielsen
+(1986) gives this without random numbers, to about a percent.
 """
 
 import math
@@ -21,10 +22,10 @@ _FLAT = 1e-4  # deviates below it follow from the skewness; the formula would di
 
 
 def ends_of(*metrics: Array) -> tuple[float, float]:
-    """The least and the greatest value that a metric can have, judged by what was seen of all networks.
+    """The lowest and highest value that a metric can have, estimated from the values of all networks.
 
-    Fractions, all within [0, 1], can be anything there. Any other metric is taken to have twice the range that was
-    seen, zero included: simulated with log-normal losses, once the range is too little for samples of 50.
+    Fractions, all within [0, 1], can have any value there. Every other metric is assumed to have twice the observed
+    range, zero included: in simulations with log-normal losses the observed range was too small for samples of 50.
     """
     low, high = min(float(m.min()) for m in metrics), max(float(m.max()) for m in metrics)
     if low >= 0 and high <= 1:
@@ -34,7 +35,7 @@ def ends_of(*metrics: Array) -> tuple[float, float]:
 
 
 def upper_bound(values: Array, end: float, error: float) -> float:
-    """The mean of what `values` (n,) were drawn from is above this with a chance of at most `error` (up to 0.1).
+    """Upper bound on the mean of the distribution of `values` (n,): exceeded with probability at most `error` (<= 0.1).
 
     No value can be above `end`. O(n).
     """
@@ -52,7 +53,7 @@ def upper_bound(values: Array, end: float, error: float) -> float:
 
 
 def chance_of_mean_above(values: Array, end: float, mean: float) -> float:
-    """The `error` with which `upper_bound` would be `mean`: a one-sided p-value for a true mean of that or more."""
+    """One-sided p-value for a true mean of `mean` or more: the `error` at which `upper_bound` equals `mean`."""
     distinct, counts = _with_end(values, end)
     if mean >= end:
         return 0.0
@@ -60,13 +61,13 @@ def chance_of_mean_above(values: Array, end: float, mean: float) -> float:
 
 
 def _with_end(values: Array, end: float) -> tuple[Array, Array]:
-    """Distinct values, ascending, and how often each occurs, the unseen one among them."""
+    """Distinct values, ascending, and their counts, with the unseen value included."""
     distinct, counts = np.unique(np.append(values, end), return_counts=True)
     return distinct, counts.astype(np.float64)
 
 
 def _deviate(distinct: Array, counts: Array, bound: float) -> float:
-    """z with P(sum_i g_i (x_i - bound) >= 0) = 1 - Phi(z); `bound` lies between the least and the greatest value."""
+    """z with P(sum_i g_i (x_i - bound) >= 0) = 1 - Phi(z); `bound` lies between the lowest and the highest value."""
     offsets = distinct - bound
     scaled = offsets / np.abs(offsets).max()
     low, high = float(scaled[0]), float(scaled[-1])

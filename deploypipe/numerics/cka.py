@@ -13,7 +13,7 @@ def centred_gram(features: Tensor) -> Tensor:
     n = len(features)
     gram = torch.zeros(n, n, dtype=torch.float64)
     for part in torch.split(features, _CHUNK, dim=1):
-        centred = part - part.mean(0)  # changes nothing but the digits that a large mean would eat
+        centred = part - part.mean(0)  # changes only the digits that a large mean would cost
         gram += centred @ centred.T
     gram.fill_diagonal_(0)
     means = gram.sum(0) / (n - 2)
@@ -32,7 +32,7 @@ class HsicAccumulator:
         self.total = torch.zeros(count, count, dtype=torch.float64)
 
     def add_(self, grams: Sequence[Tensor]) -> None:
-        """Add one batch: as many `centred_gram`s (n samples, n) as were announced. Fewer than 4 samples say nothing."""
+        """Add one batch: one `centred_gram` (n samples, n) per representation. Ignored if n < 4."""
         n = len(grams[0])
         if n < 4:
             return
@@ -41,7 +41,7 @@ class HsicAccumulator:
 
 
 def cka(hsic: Tensor) -> Tensor:
-    """CKA (count, count) float64 from all pairs of HSIC; 0 where a self term is not positive (a constant one)."""
+    """CKA (count, count) float64 from all pairs of HSIC; 0 if a self term is not positive."""
     scale = hsic.diagonal().clamp_min(0).sqrt()
     product = torch.outer(scale, scale)
     return torch.where(product > 0, hsic / product.clamp_min(1e-300), torch.zeros_like(product))

@@ -3,7 +3,7 @@
 Legend: X (p,) regressors with covariance S; Y = X B + noise, B (p, m), noise covariance s^2 I (the noise floor: without
 it the information of a deterministic map is infinite). P = S^-1; Q = P + B B' / s^2, the X-block of the inverse of the
 covariance of (X, Y) together; C = Q^-1 = Cov(X | Y). G: one group of regressors. All float64. (*): leading dimensions,
-if any, are problems of one shape and with the same groups, solved side by side; of each another group goes.
+if any, are problems of one shape with the same groups, solved together; each may remove another group.
 """
 
 from collections.abc import Sequence
@@ -13,18 +13,18 @@ from torch import Tensor
 
 from deploypipe.numerics.least_squares import regular_cholesky, regularised
 
-_PANELS = 16  # parts in which a matrix is worked off: fewer mean less copying and more work on columns
-_MIN_PANEL = 64  # columns of change put off until they are multiplied out: enough for a fast matrix product
+_PANELS = 16  # parts in which a matrix is processed: fewer parts mean less copying and more work per column
+_MIN_PANEL = 64  # columns of changes collected before they are multiplied out: enough for a fast matrix product
 _MIN_NOISE = 1e-9  # share of the outputs' mean variance; a floor of zero would make every information infinite
 
 
 class SequentialRemoval:
-    """Remove groups of regressors one after another; what is left keeps predicting Y as well as it can.
+    """Remove groups of regressors one after another, and give the information about Y that each removal loses.
 
-    After removing G the information that the rest has about Y falls by I(X_G; Y | X_rest) = 1/2 [logdet Q_GG - logdet
-    P_GG] (arXiv:2411.00147's criterion, closed), and P and Q of what is left are Schur complements. Duplicates cost
-    nothing until one of them is gone. Setting up is O(p^3 + p^2 m); after that nothing depends on m: all losses are
-    O(p |G|^2), and removing every group, in any order, is O(p^3) together. `ridge` is a share of the mean variance of
+    Removing G lowers the information that the rest has about Y by I(X_G; Y | X_rest) = 1/2 [logdet Q_GG - logdet P_GG]
+    (the criterion of arXiv:2411.00147 in closed form). P and Q of the rest are Schur complements. Duplicates cost
+    nothing until one of them is removed. Setting up is O(p^3 + p^2 m). After that nothing depends on m: all losses are
+    O(p |G|^2), and removing every group, in any order, is O(p^3) in total. `ridge` is a share of the mean variance of
     X, so singular covariances are fine. Regressors in no group always stay.
     """
 
@@ -37,21 +37,20 @@ class SequentialRemoval:
         self._pair = _InformationPair((spread @ spread.mT).add_(precision), precision, len(groups[0]))
 
     def losses(self, some: Sequence[int] | None = None) -> Tensor:
-        """Nats (*, groups) that removing each group (or each of `some`) alone, now, would lose. Meaningless for removed
-        groups."""
+        """Nats (*, groups) lost by removing each group (or those in `some`) alone. Undefined for removed ones."""
         return self._pair.nats(some)
 
     def remove_(self, group: int | Tensor) -> None:
-        """Take a group, or of each problem its own (*), out for good."""
+        """Remove a group, or one group per problem (*)."""
         self._pair.eliminate_(group)
 
 
 class SequentialSelection:
-    """Choose groups of regressors one after another; what they tell of Y together is the sum of the gains.
+    """Choose groups of regressors one after another; their joint information about Y is the sum of the gains.
 
-    The mirror image of `SequentialRemoval`: given the chosen, I(X_G; Y | X_chosen) = 1/2 [logdet S_GG - logdet C_GG],
-    with S and C conditioned on the chosen by Schur complements. Regressors in no group are never chosen, and count as
-    part of what is unknown of Y. Costs and `ridge` as there.
+    The reverse of `SequentialRemoval`: given the chosen groups, I(X_G; Y | X_chosen) = 1/2 [logdet S_GG - logdet C_GG],
+    with S and C conditioned on the chosen by Schur complements. Regressors in no group are never chosen, and
+    count as unknown causes of Y. Costs and `ridge` as there.
     """
 
     def __init__(
@@ -67,19 +66,20 @@ class SequentialSelection:
         self._pair = _InformationPair(own, own - explained.mT @ explained, len(groups[0]))
 
     def gains(self, some: Sequence[int] | None = None) -> Tensor:
-        """Nats (*, groups) that each group (or each of `some`) would add to the chosen. Meaningless for those."""
+        """Nats (*, groups) that each group (or each of `some`) would add now. Undefined for chosen groups."""
         return self._pair.nats(some)
 
     def choose_(self, group: int | Tensor) -> None:
-        """Count a group, or of each problem its own (*), among the chosen."""
+        """Choose a group, or one group per problem (*)."""
         self._pair.eliminate_(group)
 
 
 def total_information(covariance: Tensor, cross: Tensor, outputs: Tensor, *, noise: float) -> float:
-    """I(X; Y + noise) in nats from Cov(X) (p, p), Cov(X, Y) (p, m) and Cov(Y) (m, m); the floor is that of the classes.
+    """I(X; Y + noise) in nats from Cov(X) (p, p), Cov(X, Y) (p, m) and Cov(Y) (m, m); the noise floor is that of the
+    classes above.
 
-    For a linear map cross = S B; for what is independent of X it is sampling error alone, and the information, about
-    p m / (2 rows) nats, is what an estimate of it says when there is nothing to know.
+    For a linear map cross = S B. If Y is independent of X, cross is sampling error alone. The information is then about
+    p m / (2 rows) nats: the value that an estimate gives if there is none.
     """
     factor = ridged_cholesky(covariance, 1e-6)
     image = torch.linalg.solve_triangular(factor, cross, upper=False)
@@ -89,7 +89,7 @@ def total_information(covariance: Tensor, cross: Tensor, outputs: Tensor, *, noi
 
 
 class _InformationPair:
-    """Two positive definite matrices, larger - smaller semidefinite; eliminating a group conditions both on it.
+    """Two positive definite matrices, larger - smaller semidefinite. Eliminating a group conditions both on it.
 
     Eliminating group after group is a Cholesky factorisation of both with one order of pivots; the half difference of
     the pivots' log determinants is the information.
@@ -108,13 +108,13 @@ class _InformationPair:
 
 
 class DelayedMatrix:
-    """Symmetric matrices (*) that lose low-rank products and groups of rows, one after another.
+    """Symmetric matrices (*) from which low-rank products and groups of rows are removed one after another.
 
-    M (*, groups * s, groups * s), ordered by group, which is overwritten; the leading dimensions are flattened to one.
-    What is read between two removals is one group's rows and the diagonal blocks (always up to date). So the products
-    L'R are put off until a whole panel of their rows has come together, and are then subtracted at once: one matrix
-    product instead of many passes over memory. The last groups then move into the places of those removed, which keeps
-    what is worked on small and nothing is copied. Every product must have the same number of rows.
+    M (*, groups * s, groups * s), ordered by group, is overwritten; leading dimensions are flattened into one. Between
+    two removals only one group's rows and the diagonal blocks are read; the blocks are always up to date. So the
+    products L'R are collected into a panel and subtracted together: one matrix product instead of many passes over
+    memory. Then the last groups move into the places of removed ones, which keeps the active part small without a copy
+    of the whole. Every product must have the same number of rows.
     """
 
     def __init__(self, matrix: Tensor, size: int) -> None:
@@ -123,7 +123,7 @@ class DelayedMatrix:
         number, width = self.matrix.shape[:2]
         self.num_groups = width // size
         self.each = torch.arange(number).unsqueeze(1)
-        self.groups = torch.arange(self.num_groups).repeat(number, 1)  # those that have rows here, in this order
+        self.groups = torch.arange(self.num_groups).repeat(number, 1)  # groups that have rows here, in this order
         self.blocks = _diagonal_blocks(self.matrix, size)  # (number, groups, s, s)
         self.removed: list[Tensor] = []  # (number, 1) each, since the products were last subtracted; still have rows
         self.delay = -(-max(width // _PANELS, _MIN_PANEL) // size)  # removals
@@ -141,7 +141,7 @@ class DelayedMatrix:
         return self.blocks[self.each, self._places(group)].squeeze(1)
 
     def remove_(self, group: int | Tensor, left: Tensor, right: Tensor) -> None:
-        """M <- M - left' right, both (number, k, width), and then without the group."""
+        """M <- M - left' right, both (number, k, width); then remove the group."""
         if not self.removed:
             self.left = left.new_empty(len(left), self.delay * left.shape[1], left.shape[2])
             self.right = self.left if left is right else torch.empty_like(self.left)
@@ -156,13 +156,13 @@ class DelayedMatrix:
             self._subtract_()
 
     def by_group(self, values: Tensor, some: Sequence[int] | None) -> Tensor:
-        """Values (number, groups) in the order of `blocks`, as (*, all groups there ever were) (or `some`)."""
+        """Values (number, groups) in the order of `blocks`, as (*, all original groups) (or `some`)."""
         full = values.new_zeros(len(values), self.num_groups).scatter_(1, self.groups, values)
         full = full.reshape(*self.shape, self.num_groups)
         return full if some is None else full[..., list(some)]
 
     def _places(self, group: int | Tensor) -> Tensor:
-        """Which of the groups that have rows here it is, (number, 1)."""
+        """The position of a group among those that have rows here, (number, 1)."""
         wanted = torch.as_tensor(group).expand(self.shape).reshape(-1, 1)
         return (self.groups == wanted).byte().argmax(1, keepdim=True)
 
@@ -214,7 +214,7 @@ def grouped_rows(groups: Sequence[Sequence[int]]) -> Tensor:
 
 
 def between(matrix: Tensor, rows: Tensor) -> Tensor:
-    """The part (*, rows, rows) of a matrix, without a copy where that is all of it."""
+    """The part (*, rows, rows) of a matrix, without a copy if it is the whole matrix."""
     if torch.equal(rows, torch.arange(matrix.shape[-1])):
         return matrix
     return matrix.index_select(-2, rows).index_select(-1, rows)
@@ -238,7 +238,7 @@ def _diagonal_blocks(matrix: Tensor, size: int) -> Tensor:
 
 
 def _logdets(blocks: Tensor) -> Tensor:
-    if blocks.shape[-1] == 1:  # most linear layers; the factorisation would take most of the time
+    if blocks.shape[-1] == 1:  # most linear layers; otherwise the factorization would take most of the time
         return blocks.flatten(-3).log()
     logdets: Tensor = torch.logdet(blocks)
     return logdets

@@ -1,12 +1,12 @@
-"""Between which values a tensor is rounded to 8 bits: a histogram in, a range out.
+"""Choose the range in which a tensor is rounded to 8 bits, from a histogram of its values.
 
     counts      (bins,) how many values lie in each of equally wide bins over [low, high]
-    low, high   the least and the greatest value seen
+    low, high   the lowest and highest value seen
     threshold   values are clipped to [max(low, -threshold), min(high, threshold)]
-    LEVELS      256: what 8 bits tell apart
+    LEVELS      256: the number of values of 8 bits
 
-All ranges lie within [low, high]. Cost: O(bins * candidates) and less than a millisecond a tensor. No value at all, or
-a single one, gives [low, high].
+All ranges lie within [low, high]. Cost: O(bins * candidates), less than a millisecond per tensor. Without values, or
+with a single one, the range is [low, high].
 """
 
 from typing import Literal, TypeAlias
@@ -18,18 +18,18 @@ ClippingMethod: TypeAlias = Literal["minmax", "percentile", "entropy", "mse"]
 
 LEVELS = 256
 _NUM_CANDIDATES = 128
-_SMALLEST_SHARE = 1 / 16  # of the largest magnitude: the least threshold tried
+_SMALLEST_SHARE = 1 / 16  # of the largest magnitude: the lowest threshold tried
 _PERCENTILE = 99.99  # of the values stay inside, half of the rest beyond either end
 _TINY = 1e-12
 
 
 def clip_range(method: ClippingMethod, counts: NDArray[np.int64], low: float, high: float) -> tuple[float, float]:
-    """The range to be rounded.
+    """The range to round.
 
-    minmax: everything. percentile: 99.99 % of the values. entropy: the threshold whose rounded histogram is nearest to
+    minmax: all values. percentile: 99.99 % of the values. entropy: the threshold whose rounded histogram is nearest to
     the true one in Kullback-Leibler divergence (Migacz, GTC 2017, with 256 levels and both signs). mse: the threshold
-    of least squared error, rounding within and clipping beyond taken together. Both leave exact zeros out, which no
-    threshold moves: with the many that a ReLU makes, entropy clips nearly everything else.
+    of least squared error, from rounding and clipping together. Both ignore exact zeros, which no threshold changes:
+    with the many zeros of a ReLU, entropy would clip nearly everything else.
     """
     if method == "minmax" or high <= low or counts.sum() == 0:
         return low, high
@@ -38,7 +38,7 @@ def clip_range(method: ClippingMethod, counts: NDArray[np.int64], low: float, hi
     thresholds = max(abs(low), abs(high)) * np.linspace(_SMALLEST_SHARE, 1, _NUM_CANDIDATES)
     loss, others = _divergence if method == "entropy" else _squared_error, _without_zeros(counts, low, high)
     losses = [loss(others, low, high, threshold) for threshold in thresholds]
-    # The widest of equally good ranges: what calibration has not seen is more likely to lie outside than inside.
+    # The widest of equally good ranges: values unseen in calibration are more likely to lie outside than inside.
     best = len(losses) - 1 - int(np.argmin(losses[::-1]))
     return _clipped(low, high, float(thresholds[best]))
 
@@ -101,5 +101,5 @@ def _middles(counts: NDArray[np.int64], low: float, high: float) -> NDArray[np.f
 
 
 def _span(bottom: float, top: float) -> float:
-    """What the levels have to cover: zero is always one of them."""
+    """The range that the levels must cover; zero is always one of them."""
     return max(top, 0.0) - min(bottom, 0.0)

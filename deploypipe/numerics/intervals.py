@@ -2,7 +2,7 @@
 
     n          samples of one file or of one split
     block      consecutive timed runs of one file that are resampled together
-    m, q       parts of a measurement, and slow cosines that they are projected on
+    m, q       parts of a measurement, and the slow cosines they are projected on
     b, c       discordant pairs: dense right and compressed wrong, dense wrong and compressed right
     z          the normal quantile of the confidence, 1.96 for 0.95
 
@@ -35,16 +35,16 @@ _EXACT_RANKS = 60  # differences; the normal approximation is good from about 25
 def interval_of_quantile(
     samples: Samples, share: float, *, block: int = 1, seed: int = 0, num_resamples: int = 2000
 ) -> Interval:
-    """95 % interval of the `share` quantile (0.5: the median) of timed runs (n,), in the order they were taken.
+    """95 % interval of the `share` quantile (0.5: the median) of timed runs (n,), in the order of measurement.
 
-    It is the wider of two on each side. One is a block bootstrap: with `block` > 1 blocks of consecutive samples are
-    drawn (non-overlapping, Carlstein 1986); the up to block - 1 samples at the end that fill no block enter the value
-    but not the resamples. The percentile interval is stretched about the value by what Student's t with one degree of
-    freedom less than there are blocks is wider than the normal. The other allows for drift: see `_drift_reach`.
+    It takes the wider of two intervals on each side. One is a block bootstrap: with `block` > 1, blocks of consecutive
+    samples are drawn (non-overlapping, Carlstein 1986). Up to block - 1 samples at the end fill no block; they count in
+    the value but not in the resamples. The percentile interval is widened about the value by the ratio of Student's t
+    (number of blocks - 1 degrees of freedom) to the normal. The other interval allows for drift: see `_drift_reach`.
 
-    For the median 95 % are 95 or more for drifts with time constants up to the length of the measurement
-    (`benchmarks/latency_coverage.py`). It covers the long-run quantile of such a machine; what changes more rarely than
-    once in a measurement (another day, another temperature) no single measurement can show. O(num_resamples * n).
+    For the median, coverage is at least 95 % for drifts with time constants up to the length of the measurement
+    (`benchmarks/latency_coverage.py`). It covers the long-run quantile of such a machine. Changes rarer than once per
+    measurement (another day, another temperature) cannot show in one measurement. O(num_resamples * n).
     """
     values = _checked(samples)
     num_blocks = len(values) // block
@@ -62,11 +62,11 @@ def interval_of_quantile(
 
 
 def _drift_reach(values: NDArray[np.float64]) -> float:
-    """How far the long-run median may be from that of these runs (n,), n >= 2: 95 % for a slow drift.
+    """Distance within which the long-run median lies from that of these runs (n,), n >= 2: 95 % for a slow drift.
 
     The medians v_t of up to `_MAX_PARTS` parts of equal length are projected on the slowest cosines (q = 3):
-    y_j = sqrt(2) / m * sum_t v_t cos(pi j (t - 1/2) / m). White noise moves each y_j as much as the mean, a drift as
-    slow as the measurement moves them less, so that the factor on their root mean square has to be large. The factors
+    y_j = sqrt(2) / m * sum_t v_t cos(pi j (t - 1/2) / m). White noise moves each y_j as much as the mean. A drift as
+    slow as the measurement moves them less, so the factor on their root mean square must be large. The factors
     are simulated: the largest 95 % quantile of |mean| / rms(y) of an Ornstein-Uhlenbeck process over time constants
     from 0 to the length of the measurement, which is the slowest (as Mueller, J. Business & Economic Statistics
     32:311, 2014, chooses critical values for series of unknown strong correlation).
@@ -82,18 +82,18 @@ def _drift_reach(values: NDArray[np.float64]) -> float:
 def interval_of_median_ratio(
     numerator: Samples, denominator: Samples, *, block: int = 1, confidence: float = 0.95
 ) -> Interval:
-    """How many times the median of `denominator` that of `numerator` is, both (n,) > 0 and timed together.
+    """The ratio of the median of `numerator` to that of `denominator`, both (n,) > 0 and timed interleaved.
 
-    Block i of both was timed within the same few milliseconds, so a slow spell of the machine, which hits both, cancels
-    in the ratio r_i of their medians. With m blocks (the up to block - 1 samples at the end that fill none are left
-    out) d_i = log r_i are m paired differences; the value is exp of their Hodges-Lehmann estimate, the median of all
-    (d_i + d_j) / 2, and the interval Wilcoxon's signed-rank interval. Where chance decides which file comes first in a
-    block, d_i of equal files is as likely as -d_i, whatever the machine does, so that it is exact for them.
+    Block i of both was timed within the same few milliseconds. A slow period of the machine affects both and cancels
+    in the ratio r_i of their medians. With m blocks, d_i = log r_i are m paired differences (up to block - 1 samples at
+    the end that fill no block are left out). The value is exp of their Hodges-Lehmann estimate, the median of all
+    (d_i + d_j) / 2. The interval is Wilcoxon's signed-rank interval. If chance decides which file comes first in a
+    block, d_i of equal files is as likely as -d_i, whatever the machine does, so the interval is exact for them.
 
-    It is built with `_CARE` of the error that `confidence` allows: an interval of exactly 95 % would in half of all
-    hundreds of equal pairs find a difference in more than five. Below m = 7 (for 0.95) there is no signed-rank interval
-    and Student's t takes its place. O(m^2). Raises ValueError where the lengths differ, for fewer than two blocks and
-    where a value is not above zero.
+    It uses `_CARE` times the error that `confidence` allows: with an interval of exactly 95 %, half of all sets of a
+    hundred equal pairs would show a difference in more than five. Below m = 7 (for 0.95) there is no signed-rank
+    interval, and Student's t is used. O(m^2). Raises ValueError if the lengths differ, for fewer than two blocks and
+    for values <= 0.
     """
     top, bottom = _checked(numerator), _checked(denominator)
     if len(top) != len(bottom):
@@ -113,10 +113,10 @@ def interval_of_median_ratio(
 
 
 def interval_of_mean(values: Samples, *, confidence: float = 0.95) -> Interval:
-    """The mean of a per-sample metric (n,), in its own unit.
+    """Interval of the mean of a per-sample metric (n,), in its own unit.
 
-    Zeros and ones: Wilson's score interval (Wilson 1927), which stays inside [0, 1] and has width at 0 and n hits.
-    Anything else: `bounded_mean`'s bounds, between the ends that the metric is taken to have.
+    Zeros and ones: Wilson's score interval (Wilson 1927), which stays inside [0, 1] and has a width even at 0 and n
+    hits. Other values: the bounds of `bounded_mean`, within the range assumed for the metric.
     """
     checked = _checked(values)
     if not _is_binary(checked):
@@ -135,11 +135,11 @@ def interval_of_mean(values: Samples, *, confidence: float = 0.95) -> Interval:
 def interval_of_drop_pp(dense: Samples, compressed: Samples, *, confidence: float = 0.95) -> Interval:
     """100 * (mean(dense) - mean(compressed)) in percentage points, both (n,) on the same samples in the same order.
 
-    Zeros and ones: Tango's score interval for paired proportions (Tango, Statistics in Medicine 17:891, 1998). It is
-    the one that keeps its coverage with few discordant pairs; with none at all it is +-100 z^2 / (n + z^2), not zero.
-    Anything else: `bounded_mean`'s bounds on the mean difference, of which none is taken to be larger than the whole
-    range of the metric. Where no sample differs, n samples of a fraction leave about 370 / n pp open, as Tango's do.
-    Raises ValueError where the lengths differ.
+    Zeros and ones: Tango's score interval for paired proportions (Tango, Statistics in Medicine 17:891, 1998). It
+    keeps its coverage with few discordant pairs; with none at all it is +-100 z^2 / (n + z^2), not zero. Other values:
+    the bounds of `bounded_mean` on the mean difference; no difference is assumed to exceed the range of the metric. If
+    no sample differs, the interval of a fraction is about 370 / n pp wide, as Tango's is. Raises ValueError if the
+    lengths differ.
     """
     before, after = _checked(dense), _checked(compressed)
     if len(before) != len(after):
@@ -157,11 +157,10 @@ def interval_of_drop_pp(dense: Samples, compressed: Samples, *, confidence: floa
 
 
 def seems_worse(results: NDArray[np.float64], reference: NDArray[np.float64]) -> bool:
-    """Whether a choice should rather fall on the reference, both (n,) on the same samples: the deficit's 95 % interval
-    lies above zero.
+    """Whether to prefer the reference, both (n,) on the same samples: the 95 % interval of the deficit is above zero.
 
-    Zeros and ones: Tango's interval. Anything else: Student's t, which sees more than the bounds that a release needs
-    and errs more often where tails are heavy. An error costs a better network, and ships no worse one. O(n).
+    Zeros and ones: Tango's interval. Other values: Student's t. It detects more than the bounds that a release needs,
+    and errs more often with heavy tails. An error loses a better network, but never ships a worse one. O(n).
     """
     if len(results) < 2 or (_is_binary(results) and _is_binary(reference)):
         return len(results) < 2 or interval_of_drop_pp(reference, results).low > 0
@@ -182,7 +181,7 @@ def _tango_upper(n: int, b: int, c: int, z: float) -> float:
         q21 = (root - linear) / (4 * n)  # maximum-likelihood p(dense wrong, compressed right) under this delta
         return (b - c - n * delta) ** 2 - z * z * n * (2 * q21 + delta * (1 - delta))
 
-    # Without discordant pairs the variance, and so `excess`, is zero at `seen` itself: the root wanted is the next one.
+    # Without discordant pairs the variance, and so `excess`, is zero at `seen` itself; we need the next root.
     return float(brentq(excess, seen + _TINY, 1.0, xtol=1e-12))
 
 
@@ -212,7 +211,7 @@ def _resampled_quantiles(
 
 
 def _in_blocks(values: NDArray[np.float64], block: int) -> NDArray[np.float64]:
-    """(blocks, block), two blocks or more; what fills no block is left out."""
+    """(blocks, block), at least two blocks; samples that fill no block are left out."""
     num_blocks = len(values) // block
     if num_blocks < 2:
         raise ValueError(f"{len(values)} samples make fewer than two blocks of {block}; take more samples")
@@ -221,7 +220,7 @@ def _in_blocks(values: NDArray[np.float64], block: int) -> NDArray[np.float64]:
 
 def _signed_rank(n: int, confidence: float) -> int:
     """The largest k with P(W < k) <= (1 - confidence) / 2, W Wilcoxon's signed-rank statistic of n differences: the
-    k-th smallest and the k-th largest mean of two differences bound the interval. 0 where n is too small for one.
+    k-th smallest and the k-th largest mean of two differences bound the interval. 0 if n is too small for one.
 
     Exact up to `_EXACT_RANKS` differences, by counting the subsets of 1..n with each sum; normal above.
     """

@@ -1,7 +1,7 @@
 """Ridge regression from second moments.
 
-Legend: n rows; X (*, n, p) regressors; Y (*, n, q) targets, of several problems side by side where there are leading
-axes; all moments are means over rows, in float64.
+Legend: n rows; X (*, n, p) regressors; Y (*, n, q) targets. Leading axes (*) hold several problems. All
+moments are means over rows, in float64.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 _CHUNK = 4096  # rows multiplied at once in float32 before the sum goes on in float64
-_BLOCK = 96  # columns of a Gram matrix computed together; each block leaves out what lies above it
+_BLOCK = 96  # columns of a Gram matrix computed together; the part above each block is left out
 _RIDGE_STEPS = 12
 
 
@@ -18,12 +18,12 @@ def solve_towards(gram: Tensor, cross: Tensor, prior: Tensor, ridge: float) -> T
     """argmin_B  mean ||X B - Y||^2 + r ||B - prior||^2, from moments alone.
 
     gram = X'X / n (*, p, p); cross = X'Y / n (*, p, q); prior (*, p, q); r = ridge * mean(diag(gram)).
-    Shrinking towards the weights that are there, not towards zero, leaves what the data does not determine as it was.
-    float64; O(p^3 + p^2 q). A constant-zero X gives back the prior.
+    Shrinking towards the current weights, not towards zero, leaves unchanged what the data does not determine.
+    float64; O(p^3 + p^2 q). If X is constant zero, the result is the prior.
     """
     scale = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
-    least = torch.where(scale > 0, ridge * scale, 1.0)
-    return prior + torch.cholesky_solve(cross - gram @ prior, regular_cholesky(gram, least))
+    added = torch.where(scale > 0, ridge * scale, 1.0)
+    return prior + torch.cholesky_solve(cross - gram @ prior, regular_cholesky(gram, added))
 
 
 def regular_cholesky(gram: Tensor, ridge: float | Tensor) -> Tensor:
@@ -32,9 +32,11 @@ def regular_cholesky(gram: Tensor, ridge: float | Tensor) -> Tensor:
 
 
 def regularised(gram: Tensor, ridge: float | Tensor) -> Tensor:
-    """gram + ridge I, for matrices (*, p, p) and ridges (*). Moments of few samples, summed in float32, can be less
-    than singular: then the ridge grows tenfold until there is a Cholesky factor. Raises LinAlgError where there never
-    is one (NaN)."""
+    """gram + ridge I, for matrices (*, p, p) and ridges (*).
+
+    Moments of few samples, summed in float32, may have negative eigenvalues. Then the ridge grows tenfold until there
+    is a Cholesky factor. Raises LinAlgError if there never is one (NaN).
+    """
     return _with_factor(gram, ridge)[0]
 
 
@@ -47,8 +49,8 @@ def _with_factor(gram: Tensor, ridge: float | Tensor) -> tuple[Tensor, Tensor]:
         has_failed = tried.info != 0
         if not has_failed.any():
             return shifted, tried.L
-        least = 1e-12 * gram.diagonal(dim1=-2, dim2=-1).mean(-1)
-        ridge = torch.where(has_failed, 10 * torch.maximum(ridge, least), ridge)
+        smallest = 1e-12 * gram.diagonal(dim1=-2, dim2=-1).mean(-1)
+        ridge = torch.where(has_failed, 10 * torch.maximum(ridge, smallest), ridge)
     return shifted, torch.linalg.cholesky(shifted)
 
 
@@ -61,7 +63,7 @@ def sum_of_products(x: Tensor, y: Tensor) -> Tensor:
 
 
 def add_gram_(lower: Tensor, x: Tensor) -> None:
-    """Add x'x to `lower` (p, p) in float64, as `sum_of_products` does, but for most of what lies above the diagonal."""
+    """Add x'x to `lower` (p, p) in float64, as `sum_of_products` does, except most of the part above the diagonal."""
     for part in torch.split(x, _CHUNK):
         for start in range(0, x.shape[1], _BLOCK):
             columns = slice(start, start + _BLOCK)

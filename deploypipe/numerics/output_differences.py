@@ -1,4 +1,4 @@
-"""How far outputs are from those expected. numpy alone, so that a device without torch can say it too."""
+"""Measure how far outputs are from the expected ones. Needs only numpy, so it runs on devices without torch."""
 
 from collections.abc import Sequence
 from typing import Any, TypeAlias
@@ -13,7 +13,7 @@ Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 def difference(expected: Sequence[Sequence[Array]], seen: Sequence[Sequence[Array]]) -> Parity:
     """Compare `seen[batch][output]` with `expected[batch][output]`, of equal shapes; in float64, O(number of values).
 
-    What is not finite in `seen` makes the errors and the cosine NaN, which no limit admits.
+    Non-finite values in `seen` make the errors and the cosine NaN, which no limit accepts.
     """
     num_outputs = len(expected[0])
     largest, error, total, count = (np.zeros(num_outputs) for _ in range(4))
@@ -40,7 +40,7 @@ def difference(expected: Sequence[Sequence[Array]], seen: Sequence[Sequence[Arra
 
 
 def _cosines(products: Array) -> Array:
-    """1 where both are zero throughout, 0 where one is."""
+    """Cosine similarities: 1 if both vectors are zero, 0 if one is."""
     both, first, second = products.T
     norm = np.sqrt(first * second)
     cosines: Array = np.where(norm > 0, both / np.where(norm > 0, norm, 1), (first == second).astype(np.float64))

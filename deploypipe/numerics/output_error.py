@@ -1,7 +1,7 @@
-"""Squared error of linear outputs when their regressors go one group after another and the rest is fitted anew.
+"""Squared error of linear outputs when groups of regressors are removed and the rest is fitted again.
 
 Legend: X (p,) regressors with covariance S; Y = X B, B (p, m); W = diag(output_weights). P = S^-1; C = B W B' (p, p).
-G: one group of regressors, R: all others. All float64. (*): problems side by side, as in `gaussian_mi`.
+G: one group of regressors, R: all others. All float64. (*): several problems, as in `gaussian_mi`.
 """
 
 from collections.abc import Sequence
@@ -18,8 +18,8 @@ class SequentialErrorRemoval:
 
     Removing G raises the weighted squared error sum_o W_o E(Y_o - fit_o)^2 by tr(P_GG^-1 C_GG), and the coefficients of
     the rest become B_R - P_RG P_GG^-1 B_G (optimal brain surgeon, Hassibi and Stork 1993, for groups and many outputs).
-    Only C, not B, is carried along, so that nothing after the set-up, O(p^3 + p^2 m), depends on m: all losses are
-    O(p |G|^2), removing every group is O(p^3) together. The limit of `SequentialRemoval` for a large noise floor.
+    Only C is updated, not B, so nothing after the set-up, O(p^3 + p^2 m), depends on m: all losses are O(p |G|^2), and
+    removing every group is O(p^3) in total. This is the limit of `SequentialRemoval` for a large noise floor.
     `ridge` is a share of the mean variance of X, so singular covariances are fine. Regressors in no group always stay.
     """
 
@@ -39,16 +39,15 @@ class SequentialErrorRemoval:
         self._coefficients = DelayedMatrix((own * output_weights.unsqueeze(-2)) @ own.mT, size)
 
     def losses(self, some: Sequence[int] | None = None) -> Tensor:
-        """Error (*, groups) that removing each group (or each of `some`) alone, now, would add. Meaningless for removed
-        groups."""
+        """Error (*, groups) added by removing each group (or those in `some`) alone. Undefined for removed ones."""
         factor = regular_cholesky(self._precision.blocks, 0.0)
         solved = torch.cholesky_solve(self._coefficients.blocks, factor)
         return self._precision.by_group(solved.diagonal(dim1=-2, dim2=-1).sum(-1), some)
 
     def remove_(self, group: int | Tensor) -> None:
-        """Take a group, or of each problem its own (*), out for good.
+        """Remove a group, or one group per problem (*).
 
-        With P_GG = L L', U = L^-1 P_G., K = L^-1 C_GG L^-T and V = L^-1 C_G. - K U / 2, the changed B gives
+        With P_GG = L L', U = L^-1 P_G., K = L^-1 C_GG L^-T and V = L^-1 C_G. - K U / 2, the new B gives
         P <- P - U'U and C <- C - U'V - V'U.
         """
         panel, factor = pivot_rows(self._precision, group)

@@ -1,4 +1,4 @@
-"""Whether one network is worse than another, from their results on the same samples."""
+"""Test whether one network is worse than another, from their results on the same samples."""
 
 import numpy as np
 from scipy.stats import binom
@@ -10,10 +10,10 @@ def chance_if_not_worse(
     results: Array,  # (n samples,), higher is better
     reference: Array,  # (n samples,), of the same samples in the same order
 ) -> float:
-    """P(what was seen, or a clearer deficit | the network is no worse than the reference): a one-sided p-value.
+    """One-sided p-value: P(the observed deficit or a larger one | the network is no worse than the reference).
 
-    Zeros and ones: the exact sign test on the samples that only one of them gets right (McNemar 1947). Anything else:
-    by `bounded_mean`'s lower bound on the mean deficit. For samples drawn without replacement from a finite split both
+    Zeros and ones: the exact sign test on the samples that only one of them gets right (McNemar 1947). Other values:
+    `bounded_mean`'s lower bound on the mean deficit. For samples drawn without replacement from a finite split both
     err on the safe side. O(n).
     """
     difference = reference - results

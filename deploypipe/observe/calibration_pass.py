@@ -1,4 +1,4 @@
-"""One streaming pass over the calibration samples: all that scores and loss curves need, nothing stored."""
+"""Run one streaming pass over the calibration samples and collect what scores and loss curves need."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -39,14 +39,14 @@ def observe_activations(
     seed: int = 0,
     notify: Notify = silent,
 ) -> Moments:
-    """Second moments of what every consumer of a prunable group reads, and what blocks and units do.
+    """Collect second moments of every consumer's input, and statistics of blocks and units.
 
     One forward pass over at most `settings.num_samples` samples, and with a `loss(outputs, target)` (a mean over the
-    batch) a backward pass for the scores that need derivatives. `shuffled` also pairs what a layer reads with what it
-    writes for another sample, for the null of a score. Padding, as `Task.real_tokens` tells it, does not count in what
-    is drawn from positions or averaged over them. Memory does not grow with the number of samples. The
-    model comes back as it was: hooks removed, training flag restored, buffers untouched (eval mode). Raises DataError
-    for an empty split and for activations that are not finite, naming the layer.
+    batch) a backward pass for the scores that need derivatives. `shuffled` also pairs a layer's input with
+    its output for another sample, for the permutation baseline of a score. real_tokens: as `Task.real_tokens`; padding
+    is neither drawn nor averaged. Memory does not grow with the number of samples. The model is left unchanged: hooks
+    removed, training flag restored, buffers untouched (eval mode). Raises DataError for an empty split, and for
+    activations that are not finite, with the layer's name.
     """
     model = unwrapped(model)
     taken = take_calib(batches, settings.num_samples)
@@ -100,9 +100,9 @@ def observe_halves(
     seed: int = 0,
     notify: Notify = silent,
 ) -> tuple[Moments, Moments]:
-    """One pass in two parts: the moments of the odd batches and of the even ones; `merge` makes those of all.
+    """One pass in two halves: the moments of the odd and of the even batches. `merge` gives those of all batches.
 
-    How much a score changes from one half to the other is its stability. A lone batch is cut in two.
+    The agreement of a score between the halves is its stability. A single batch is split in two.
     """
     model = unwrapped(model)
     taken = take_calib(batches, settings.num_samples)
@@ -137,7 +137,7 @@ def observe_halves(
 def hooked(
     model: nn.Module, hooks: Sequence[tuple[str, Callable[..., Any]]], *, before: bool = False
 ) -> Iterator[None]:
-    """Hooks after (or before) the forward of the named modules, removed when the block ends."""
+    """Register hooks after (or before) forward() of the named modules, and remove them afterwards."""
     modules = dict(model.named_modules())
     with ExitStack() as stack:
         for name, hook in hooks:
@@ -149,7 +149,7 @@ def hooked(
 
 @contextmanager
 def _derivatives(model: nn.Module, wanted: bool) -> Iterator[None]:
-    """With derivatives through every parameter, frozen or not, or with none. Flags and `.grad` are given back."""
+    """Enable derivatives through every parameter, frozen or not, or disable all. Flags and `.grad` are restored."""
     parameters = list(model.parameters())
     flags, gradients = [p.requires_grad for p in parameters], [p.grad for p in parameters]
     try:
@@ -167,6 +167,6 @@ def _derivatives(model: nn.Module, wanted: bool) -> Iterator[None]:
 def _cut_in_two(batch: Batch) -> list[Batch]:
     count = num_samples(batch[0])
     if count < 2:
-        raise DataError("the calibration split has one sample; a score's stability needs two or more")
+        raise DataError("the calibration split has one sample, but a score's stability needs at least two; add samples")
     half = count // 2
     return [take_batch(batch, half), take_batch(batch, count, half)]

@@ -1,4 +1,4 @@
-"""What is gathered during one pass: each collector hooks modules, and sums up when a batch has gone through."""
+"""Collect statistics during one pass: each collector hooks modules and adds up its sums after every batch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -25,24 +25,24 @@ from deploypipe.observe.layer_regressions import (
 from deploypipe.observe.moments import InputMoments
 from deploypipe.records import ChannelGroup, Structures
 
-Hook = tuple[str, Callable[..., None]]  # the module's name, and what runs after its forward
+Hook = tuple[str, Callable[..., None]]  # the module's name, and a hook that runs after its forward()
 MAX_COLUMNS = 6144  # a layer that reads more (channels x taps) would need a moment matrix above 300 MiB
-MAX_ROWS = 1024  # samples kept one by one, of what is small: memory does not grow with the data
-BY_KEYWORD = "is called with its input as a keyword, which hooks do not see"
+MAX_ROWS = 1024  # single samples kept of small statistics, so that memory does not grow with the data
+BY_KEYWORD = "is called with its input as a keyword argument, which hooks do not see"
 _CKA_SAMPLES = 64  # of each batch; the estimate does not depend on it in expectation
 
 
 @dataclass(slots=True)
 class Tokens:
-    """Of the batch that goes through."""
+    """The token mask of the current batch."""
 
     real: Tensor | None = None  # (n, tokens) bool, False for padding; None where all count
 
 
 class InputCollector:
-    """Moments of what every consumer of a prunable group reads, at sampled positions.
+    """Input moments of every consumer of a prunable group, at sampled positions.
 
-    Of a grouped convolution, between inputs of one group only: those of two are never regressors of one output.
+    For a grouped convolution only moments within one group: no output reads two groups.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class InputCollector:
         self.layers: dict[str, LinearLike] = {name: modules[name] for name in consumers(structures, modules)}
         widths = {name: num_inputs(layer) * num_taps(layer) for name, layer in self.layers.items()}
         self.skipped = {
-            n: f"reads {width} values a position; more than {MAX_COLUMNS}"
+            n: f"reads {width} values per position, more than {MAX_COLUMNS}"
             for n, width in widths.items()
             if width > MAX_COLUMNS
         }
@@ -93,7 +93,7 @@ class InputCollector:
 
 
 class UnitCollector:
-    """Each unit's mean over positions, sample by sample, as the group's first reader sees it."""
+    """Each unit's mean over positions, sample by sample, at the input of the group's first reader."""
 
     def __init__(self, structures: Structures, modules: dict[str, nn.Module], tokens: Tokens) -> None:
         self.readers, self.tokens = first_readers(structures, modules), tokens
@@ -125,13 +125,13 @@ class UnitCollector:
 
 
 class BlockCollector:
-    """HSIC between all block outputs, and rows of what each block reads and writes."""
+    """HSIC between all block outputs, and rows of each block's inputs and outputs."""
 
     def __init__(self, structures: Structures, tokens: Tokens) -> None:
         self.tokens = tokens
         self.names = [block.name for block in structures.blocks]
         self.hsic = HsicAccumulator(len(self.names))
-        self.grams: dict[str, Tensor] = {}  # of the batch at hand
+        self.grams: dict[str, Tensor] = {}  # of the current batch
         self.inputs: dict[str, list[Tensor]] = {name: [] for name in self.names}
         self.outputs: dict[str, list[Tensor]] = {name: [] for name in self.names}
         self.seen = 0
@@ -141,11 +141,11 @@ class BlockCollector:
 
     def _reader(self, name: str) -> Callable[..., None]:
         def read(_m: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            output = output if isinstance(output, Tensor) else output[0]  # some blocks give a tuple
+            output = output if isinstance(output, Tensor) else output[0]  # some blocks return a tuple
             value, real = output.detach()[:_CKA_SAMPLES], self._real(output)
             value = value if real is None else value.masked_fill(~real[: len(value)].unsqueeze(2), 0)
             self.grams[name] = centred_gram(value.flatten(1))
-            # What the block read may have been overwritten by now, where it works in place: its rows are taken before.
+            # A block that works in place may have overwritten its input, so rows of the input are taken earlier.
             self.outputs[name].append(self._rows(output.detach()))
 
         return read
@@ -157,7 +157,7 @@ class BlockCollector:
         return [(name, reader(name)) for name in self.names]
 
     def _rows(self, value: Tensor) -> Tensor:
-        """One position of each sample, the same in all tensors of one size: (samples with room, channels) float32."""
+        """One position per sample, the same in all tensors of one size: (samples still needed, channels) float32."""
         real = self._real(value)
         value = value[: max(0, MAX_ROWS - self.seen)]
         is_map = value.dim() > 3  # (n, channels, ...); else (n, ..., channels)
@@ -170,7 +170,7 @@ class BlockCollector:
         return rows[torch.arange(len(rows)), :, places].float()
 
     def _real(self, value: Tensor) -> Tensor | None:
-        """Which positions of (n, tokens, channels) count; None for all of them."""
+        """The mask of positions of (n, tokens, channels) that count; None if all do."""
         real = self.tokens.real
         return real if real is not None and value.dim() == 3 and real.shape == value.shape[:2] else None
 
@@ -246,14 +246,14 @@ class GradientCollector:
 
 
 def consumers(structures: Structures, modules: dict[str, nn.Module]) -> list[str]:
-    """The layers that read a prunable group, in the modules' order."""
+    """The layers that read a prunable group, in module order."""
     members = [member for group in structures.groups for member in group.members]
     names = {member.module for member in members if reads(modules[member.module], member.side)}
     return [name for name in modules if name in names]
 
 
 def first_readers(structures: Structures, modules: dict[str, nn.Module]) -> dict[str, tuple[str, Tensor]]:
-    """By group: its first consumer that mixes channels, and the consumer's indices of each unit, (units, width)."""
+    """Group -> its first linear-like consumer, and the consumer's indices of each unit, (units, width)."""
 
     def of(group: ChannelGroup) -> tuple[str, Tensor] | None:
         for member in group.members:
@@ -266,7 +266,7 @@ def first_readers(structures: Structures, modules: dict[str, nn.Module]) -> dict
 
 
 def pooled(module: LinearLike, inputs: Tensor, real: Tensor | None = None) -> Tensor:
-    """What the module reads, averaged over positions (of tokens, the `real` ones): (n samples, channels)."""
+    """The module's input averaged over positions (for tokens, over the `real` ones): (n samples, channels)."""
     if not has_channels_last(module):
         return inputs.flatten(2).mean(2)
     rows = inputs.reshape(len(inputs), -1, inputs.shape[-1])
@@ -277,7 +277,7 @@ def pooled(module: LinearLike, inputs: Tensor, real: Tensor | None = None) -> Te
 
 @dataclass(slots=True)
 class _Sum:
-    """Running sums about a shift (the first batch's mean), so that no digits are lost to a large mean."""
+    """Running sums around a shift (the first batch's mean), so that a large mean costs no digits."""
 
     count: int = 0
     shift: Tensor | None = None
@@ -294,7 +294,7 @@ class _Sum:
         add_gram_(self.second, centred)
         self.count += len(rows)
         if not torch.isfinite(self.first).all():
-            raise DataError(f"{name}: reads NaN or infinity on the calibration samples; check data and weights")
+            raise DataError(f"{name}: NaN or infinity in its input on the calibration samples; check data and weights")
 
     def moments(self) -> InputMoments:
         assert self.shift is not None
@@ -308,7 +308,7 @@ class _Sum:
 
 @dataclass(slots=True)
 class _Cross:
-    """Running covariance between rows of two kinds, each batch about its own means."""
+    """Running covariance between two kinds of rows; every batch is centred on its own means."""
 
     count: int = 0
     total: Tensor = field(default_factory=lambda: torch.zeros(()))

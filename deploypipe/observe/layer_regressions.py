@@ -1,6 +1,6 @@
-"""Layers as regressions: what they read at sampled output positions, as rows of a matrix, times their weights.
+"""Treat layers as linear regressions: rows of inputs at sampled output positions, times the weights.
 
-`KINDS` is the whole list of layers that are observed and repaired. A new kind is one more entry there.
+`KINDS` lists all layers that are observed and repaired. A new kind is one more entry there.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ _Reach = Callable[[LinearLike, int, Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Kind:
-    """How one kind of layer keeps its weights, and from where its outputs are computed."""
+    """How one kind of layer stores its weights, and which inputs an output position reads."""
 
     fits: Callable[[nn.Module], bool]
     inputs_first: bool = False  # the weight is (inputs, outputs / groups, ...); else (outputs, inputs / groups, ...)
@@ -52,14 +52,14 @@ def _padding_before(m: LinearLike, d: int) -> int:
 
 
 def _transposed(m: LinearLike, d: int, places: Tensor, taps: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Input i reaches output i * stride - padding + tap * dilation; most taps reach an output place from none."""
+    """Input i contributes to output i * stride - padding + tap * dilation; many taps have no input at a position."""
     numerator = places + m.padding[d] - taps * m.dilation[d]
     reached = torch.div(numerator, m.stride[d], rounding_mode="floor")
     return reached.clamp(0, size - 1), (numerator % m.stride[d] != 0) | (reached < 0) | (reached >= size)
 
 
 def _is_conv1d_of_gpt2(module: nn.Module) -> bool:
-    """`transformers.pytorch_utils.Conv1D`, a linear layer with its weight the other way round."""
+    """`transformers.pytorch_utils.Conv1D`: a linear layer with a transposed weight."""
     weight = getattr(module, "weight", None)
     if type(module).__name__ != "Conv1D" or not isinstance(weight, Tensor) or weight.dim() != 2:
         return False
@@ -90,12 +90,12 @@ def _kind(module: LinearLike) -> Kind:
 
 
 def is_mixer(module: nn.Module) -> bool:
-    """Whether the module computes linearly with its weights, so that these are a regression on what it reads."""
+    """Whether the module's output is linear in its weights, so that they are a regression on its inputs."""
     return kind_of(module) is not None
 
 
 def reads(module: nn.Module, side: Side) -> bool:
-    """Whether that side of the module is the inputs of a mixer."""
+    """Whether that side of the module is the inputs of a linear-like layer."""
     kind = kind_of(module)
     return kind is not None and side == kind.sides[0]
 
@@ -112,7 +112,7 @@ def has_channels_last(module: LinearLike) -> bool:
 
 
 def num_groups(module: LinearLike) -> int:
-    """Into how many parts inputs and outputs fall that have nothing to do with each other."""
+    """The number of groups: outputs of one group read no inputs of another."""
     return int(getattr(module, "groups", 1))
 
 
@@ -131,8 +131,8 @@ def sample_positions(
 ) -> Tensor:
     """Flat output positions, drawn with replacement for each sample: (n samples, at most `count`) int64.
 
-    real: (n, tokens) bool. Where the layer's positions are these tokens, only the real ones are drawn; of samples with
-    fewer of them than others, where all are taken, some are taken again.
+    real: (n, tokens) bool. If the layer's positions are these tokens, only the real ones are drawn. If all are taken,
+    shorter samples repeat some of theirs.
     """
     sizes = output.shape[1:-1] if has_channels_last(module) else output.shape[2:]
     total = prod(sizes)
@@ -144,22 +144,22 @@ def sample_positions(
 
 
 def real_positions(real: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """At most `count` of the places where `real` (n, tokens) is True, of each sample: int64."""
+    """At most `count` positions per sample at which `real` (n, tokens) is True: int64."""
     in_front = real.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
-    numbers = real.sum(dim=1, keepdim=True).clamp_min(1)  # a sample of nothing but padding gives its first position
-    most = int(numbers.max())
-    if most <= count:
-        return in_front.gather(1, torch.arange(most) % numbers)
+    numbers = real.sum(dim=1, keepdim=True).clamp_min(1)  # a sample of padding alone gives its first position
+    longest = int(numbers.max())
+    if longest <= count:
+        return in_front.gather(1, torch.arange(longest) % numbers)
     drawn = torch.rand((len(real), count), generator=generator, dtype=torch.float64)
     return in_front.gather(1, (drawn * numbers).long())
 
 
 def sample_inputs(module: LinearLike, inputs: Tensor, output: Tensor, positions: Tensor) -> Tensor:
-    """The patches read at `positions`: (n * positions, channels * taps), a channel's taps side by side.
+    """The input patches read at `positions`: (n * positions, channels * taps), with the taps of a channel adjacent.
 
-    What a patch reads from beyond the border is zero, or what the padding mode says; so are taps of a transposed
-    convolution that reach a position from no input. The input is not padded for it: copying a whole activation costs
-    more than reading a few patches.
+    Values beyond the border are zero, or what the padding mode says. Taps of a transposed convolution without an input
+    at a position are zero too. The input is not padded, because copying a whole activation costs more than reading a
+    few patches.
     """
     reach = _kind(module).reach
     if reach is None:
@@ -213,7 +213,7 @@ def weight_matrix(module: LinearLike) -> Tensor:
 
 
 def blocks_of_matrix(module: LinearLike, matrix: Tensor) -> Tensor:
-    """What a matrix (outputs, inputs * taps) holds for `weight_blocks`."""
+    """The blocks of a matrix (outputs, inputs * taps), shaped as in `weight_blocks`."""
     groups = num_groups(module)
     outputs, regressors = matrix.shape
     cut = matrix.reshape(groups, outputs // groups, groups, regressors // groups)
@@ -221,7 +221,7 @@ def blocks_of_matrix(module: LinearLike, matrix: Tensor) -> Tensor:
 
 
 def within_groups(module: LinearLike, products: Tensor) -> Tensor:
-    """Products of inputs * taps with each other (or with outputs) as they are, those of two groups as zero."""
+    """Set products between inputs (or outputs) of different groups to zero."""
     groups = num_groups(module)
     if groups == 1:
         return products

@@ -1,4 +1,4 @@
-"""What a pass over the calibration samples leaves behind: enough for every score, nothing that grows with the data."""
+"""Statistics from a pass over the calibration samples: enough for every score, of a size independent of the data."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from deploypipe.numerics.cka import cka
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InputMoments:
-    """What one layer reads: mean (p,) and covariance (p, p) of its input patches, float64, p = channels * taps."""
+    """Moments of a layer's input patches: mean (p,) and covariance (p, p), float64, p = channels * taps."""
 
     mean: Tensor
     covariance: Tensor
@@ -35,17 +35,17 @@ class Moments:
     """The outcome of `observe`. Tensors by name; the names are those of `Structures`."""
 
     num_samples: int
-    skipped: dict[str, str]  # consumers without moments, and why
+    skipped: dict[str, str]  # consumer -> reason why it has no moments
     inputs: dict[str, InputMoments]  # by consumer
-    units: dict[str, Tensor]  # by group: (n, units) float32, each unit's mean over positions as its reader sees it
-    labels: Tensor | None  # (n,) int64, the class of each row of `units`; None where a sample has no one class
+    units: dict[str, Tensor]  # by group: (n, units) float32, each unit's mean over positions at its reader's input
+    labels: Tensor | None  # (n,) int64, the class of each row of `units`; None if samples have no single class
     block_hsic: Tensor  # (blocks, blocks) unbiased HSIC of the block outputs, up to a common factor
     block_inputs: dict[str, Tensor]  # by block: (n, channels) float32, at the same positions in all blocks of one size
     block_outputs: dict[str, Tensor]
-    # Only where `observe` was asked for it: by consumer, (inputs * taps, outputs) float64, the covariance of what it
-    # reads from one sample with what it writes for another. All that a score finds in it is chance.
+    # Only on request: by consumer, (inputs * taps, outputs) float64, the covariance of its input for one sample with
+    # its output for another. Whatever a score finds in it is chance.
     shuffled: dict[str, Tensor]
-    # Only where `observe` was given a loss:
+    # Only if a loss was given:
     gates: dict[str, Tensor]  # by group: (units,) mean over samples of the squared derivative by a gate on the unit
     output_fisher: dict[str, Tensor]  # by consumer: (outputs,) the same by an output, summed over positions
 
@@ -60,7 +60,7 @@ class Moments:
 
 
 def merge(first: Moments, second: Moments) -> Moments:
-    """The moments of two passes over different samples together, as one pass would have them."""
+    """Merge the moments of two passes over different samples into those of one pass."""
     share = second.num_samples / (first.num_samples + second.num_samples)
     labels = None
     if first.labels is not None and second.labels is not None:
@@ -93,7 +93,7 @@ def save_moments(moments: Moments, path: Path) -> None:
         flat |= {f"{part}:{name}": value for part, value in parts.items()}
     for kind in _BY_NAME:
         flat |= {f"{kind}:{name}": value for name, value in getattr(moments, kind).items()}
-    # The file sorts its keys; the order of blocks and groups is theirs in the network.
+    # The file sorts its keys, so the order of blocks and groups in the network is stored too.
     orders = {kind: "\n".join(getattr(moments, kind)) for kind in ("inputs", *_BY_NAME)}
     reasons = {f"skipped:{name}": reason for name, reason in moments.skipped.items()}
     texts = {f"text:{key}": text for key, text in {**orders, **reasons}.items()}

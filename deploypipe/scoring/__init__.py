@@ -1,4 +1,4 @@
-"""Which units of a group go first. One file a method, one line in `SCORERS`."""
+"""Score units: which units of a group to remove first. One file per method, one line in `SCORERS`."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -52,7 +52,7 @@ SCORERS: dict[type[Scorer], ScoreFunction] = {
 
 
 def score(model: nn.Module, structures: Structures, moments: Moments, scorer: Scorer, *, seed: int = 0) -> ScoreTable:
-    """One finite score for every unit of every group; higher = keep."""
+    """Give every unit of every group one finite score; higher = keep."""
     model = unwrapped(model)
     return SCORERS[type(scorer)](model, structures, moments, scorer, seed)
 
@@ -66,9 +66,9 @@ def score_halves(
     *,
     seed: int = 0,
 ) -> ScoreTable:
-    """The scores by all samples, and how well those by each half of the samples agree (see `observe_halves`).
+    """Score units on all samples, and report how well the scores on two halves agree (see `observe_halves`).
 
-    Without stability where the samples are enough for the scorer and a half of them is not.
+    Stability is left out if half of the samples is too few for the scorer.
     """
     table = score(model, structures, whole, scorer, seed=seed)
     try:
@@ -79,5 +79,5 @@ def score_halves(
 
 
 def needs_derivatives(scorer: Scorer) -> bool:
-    """Whether `observe` has to be given the loss."""
+    """Whether the scorer needs derivatives, so that the calibration pass needs the loss."""
     return isinstance(scorer, Taylor) or (isinstance(scorer, OutputError) and scorer.fisher)

@@ -1,4 +1,4 @@
-"""Gain of the batch norms on a unit (network slimming, arXiv:1708.06519)."""
+"""Score units by the gain of their batch norms (network slimming, arXiv:1708.06519)."""
 
 from collections.abc import Mapping
 
@@ -17,9 +17,9 @@ WITHOUT_GAIN = "no batch norm with a gain scales its units; scored by magnitude"
 def score_batch_norm_scale(
     model: nn.Module, structures: Structures, moments: Moments, config: BatchNormScale, seed: int
 ) -> ScoreTable:
-    """Sum of |gamma| over a group's batch norms, by unit. Groups without one are scored by magnitude.
+    """Score = sum of |gamma| over a group's batch norms, by unit. Groups without one are scored by magnitude.
 
-    The paper trains with an L1 penalty on gamma first; without it the gains tell units apart less sharply.
+    The paper trains with an L1 penalty on gamma first; without it the gains separate units less sharply.
     """
     modules = dict(model.named_modules())
     gains = {group.name: _gains(group, modules) for group in structures.groups}

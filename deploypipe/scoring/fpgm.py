@@ -1,4 +1,4 @@
-"""Distance of a unit's weights from all others (filter pruning via geometric median, arXiv:1811.00250)."""
+"""Score units by the distance of their weights from all others (geometric median, arXiv:1811.00250)."""
 
 from collections.abc import Mapping
 
@@ -15,10 +15,10 @@ WITHOUT_WEIGHTS = "nothing that produces its units has a weight matrix; scored b
 
 
 def score_fpgm(model: nn.Module, structures: Structures, moments: Moments, config: Fpgm, seed: int) -> ScoreTable:
-    """Sum of the Euclidean distances from a unit's weights to every other unit's.
+    """Score = sum of the Euclidean distances from a unit's weights to those of every other unit.
 
-    A unit's weights are those of all its producers, concatenated. Near the geometric median means replaceable by the
-    others: the lowest score. O(units^2 * weights of a unit).
+    A unit's weights are those of all its producers, concatenated. A unit near the geometric median has the lowest
+    score, because the others can replace it. O(units^2 * weights of a unit).
     """
     modules = dict(model.named_modules())
     squared = {group.name: _squared_distances(group, modules) for group in structures.groups}
@@ -28,7 +28,7 @@ def score_fpgm(model: nn.Module, structures: Structures, moments: Moments, confi
 
 
 def _squared_distances(group: ChannelGroup, modules: Mapping[str, nn.Module]) -> Tensor | None:
-    """(units, units) float64, summed over producers: that of the concatenated weights, without the copy."""
+    """(units, units) float64, summed over producers: equal to that of the concatenated weights."""
     total: Tensor | None = None
     for member in group.members:
         rows = weight_rows(modules[member.module], member) if writes(modules[member.module], member.side) else None

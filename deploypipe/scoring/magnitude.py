@@ -1,4 +1,4 @@
-"""Size of a unit's weights, over everything that produces or reads it (group norm, arXiv:2301.12900 section 3.3)."""
+"""Score units by the size of the weights that produce or read them (group norm, arXiv:2301.12900 section 3.3)."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,7 +14,7 @@ from deploypipe.records import ChannelGroup, Member, ScoreTable, Structures
 def score_magnitude(
     model: nn.Module, structures: Structures, moments: Moments, config: Magnitude, seed: int
 ) -> ScoreTable:
-    """Sum of |w| or w^2 (`config.power`) over all members with a weight matrix, by unit; float64."""
+    """Score = sum of |w| or w^2 (`config.power`) over all members with a weight matrix, by unit; float64."""
     return score_magnitudes(model, structures, config)
 
 
@@ -29,7 +29,7 @@ def score_magnitudes(model: nn.Module, structures: Structures, config: Magnitude
 def completed_by_magnitude(
     model: nn.Module, structures: Structures, table: ScoreTable, reasons: Mapping[str, str]
 ) -> ScoreTable:
-    """`table` with the groups named in `reasons`, which its method cannot score, scored by squared weights."""
+    """Complete `table`: score the groups in `reasons`, which its method cannot score, by squared weights."""
     modules = dict(model.named_modules())
     missing = [group for group in structures.groups if group.name in reasons]
     return replace(
@@ -42,7 +42,7 @@ def completed_by_magnitude(
 def weight_rows(module: nn.Module, member: Member) -> Tensor | None:
     """The weights of each of the module's indices on the member's side, (indices, weights); None without a matrix.
 
-    Norms have none: they scale what the convolutions already show.
+    Norms have none; they only scale what convolutions produce.
     """
     if member.side not in ("in", "out"):  # an axis of one tensor, or a count
         name, _, axis = member.side.rpartition(".")
@@ -56,7 +56,7 @@ def weight_rows(module: nn.Module, member: Member) -> Tensor | None:
     weight = weight.detach()
     is_transposed = isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
     is_first_axis = (member.side == "out") != is_transposed and not isinstance(module, nn.Embedding)
-    if is_first_axis or weight.shape[1] == 1:  # depthwise: both sides are one
+    if is_first_axis or weight.shape[1] == 1:  # depthwise: both sides are the same
         return weight.flatten(1)
     # The second axis counts within each group of a grouped convolution.
     grouped = weight.reshape(getattr(module, "groups", 1), -1, *weight.shape[1:])

@@ -1,4 +1,4 @@
-"""Two scorers' rankings as one."""
+"""Mix the rankings of two scorers into one."""
 
 from dataclasses import replace
 
@@ -9,9 +9,9 @@ from deploypipe.records import ScoreTable
 
 
 def mixed(table: ScoreTable, other: ScoreTable, weight: float) -> ScoreTable:
-    """Units by the weighted mean of their ranks within the group, `weight` that of `other`; scores are ranks then.
+    """Rank units by the weighted mean of their ranks within the group; the new scores are ranks.
 
-    A weight of 0 gives `table` as it is. Where mean ranks are equal, the ranking of `table` decides.
+    weight: that of `other`; 0 returns `table` unchanged. For equal mean ranks the ranking of `table` decides.
     """
     if weight == 0:
         return table

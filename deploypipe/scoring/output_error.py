@@ -1,5 +1,7 @@
-"""Squared error of the readers' outputs after the best linear repair, units removed one by one (derivation in
-`numerics`)."""
+"""Score units by the squared error of their readers' outputs after the best linear repair (see `numerics`).
+
+Units are removed one by one in greedy order.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -18,18 +20,18 @@ from deploypipe.scoring.mutual_information.top_down_mi import (
     score_top_down,
 )
 
-_STILL = 1e-6  # share of a layer's mean output variance below which a variance is not trusted to divide by
+_MIN_VARIANCE = 1e-6  # share of a layer's mean output variance; smaller variances are not used as divisors
 
 
 def score_output_error(
     model: nn.Module, structures: Structures, moments: Moments, config: OutputError, seed: int
 ) -> ScoreTable:
-    """Share of the readers' weighted output variance that is lost by the time a unit goes, in greedy order.
+    """Score = share of the readers' weighted output variance lost once a unit is removed, in greedy order.
 
-    An output weighs 1 / its variance: as a batch norm behind it does, that makes all outputs count alike, whatever the
-    scale of a channel or a reader. With `fisher` it weighs the squared derivative of a sample's loss by it, summed over
-    positions, which makes the error the loss it costs, to second order and up to a factor; outputs that the loss does
-    not reach weigh nothing. Groups none of whose consumers could be observed are scored by magnitude.
+    The weight of an output is 1 / its variance. Like a batch norm, this makes all outputs count equally, whatever the
+    scale of a channel or a reader. With `fisher` the weight is the squared derivative of a sample's loss by the output,
+    summed over positions. The error is then the loss it costs, to second order and up to a factor; outputs that do not
+    reach the loss have weight zero. Groups whose consumers could not be observed are scored by magnitude.
     """
     if config.fisher and not moments.output_fisher:
         raise DataError(
@@ -39,8 +41,8 @@ def score_output_error(
 
     def weigh(reader: Reader, variance: Tensor) -> Tensor:
         if not config.fisher:
-            least = (_STILL * variance.mean(-1, keepdim=True)).clamp_min(1e-12)
-            return 1 / torch.maximum(variance, least)
+            smallest = (_MIN_VARIANCE * variance.mean(-1, keepdim=True)).clamp_min(1e-12)
+            return 1 / torch.maximum(variance, smallest)
         found = [moments.output_fisher.get(module) for module in reader.modules]
         return torch.stack(
             [

@@ -1,4 +1,4 @@
-"""What a score says where there is nothing to know: the same estimate on shuffled data."""
+"""Permutation baseline: the value of a score on shuffled data, which contain no information."""
 
 from typing import Any
 
@@ -19,10 +19,10 @@ _SHUFFLES = (0, 1, 2)  # seeds
 def permutation_baseline_shares(
     model: nn.Module, structures: Structures, moments: Moments, scorer: Scorer
 ) -> dict[str, float]:
-    """By group: the information found in shuffled data as a share of that in the data. Near 1: all is chance.
+    """By group: the information estimated from shuffled data as a share of that from the data. Near 1: only chance.
 
-    Labels are permuted; what a layer reads is paired with what it writes for another sample (`observe_activations(...,
-    shuffled=True)`). Empty for scores that are no information.
+    Labels are permuted. A layer's inputs are paired with its outputs for another sample (`observe_activations(...,
+    shuffled=True)`). Empty for scores that are not information.
     """
     if isinstance(scorer, (Mipp, LayerwiseMi)):
         modules: dict[str, Any] = dict(model.named_modules())

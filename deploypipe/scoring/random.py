@@ -1,4 +1,4 @@
-"""The control: what a comparison looks like when the score knows nothing."""
+"""Random scores, as the control in comparisons."""
 
 import torch
 from torch import nn
@@ -9,7 +9,7 @@ from deploypipe.records import ScoreTable, Structures
 
 
 def score_random(model: nn.Module, structures: Structures, moments: Moments, config: Random, seed: int) -> ScoreTable:
-    """Uniform in [0, 1)."""
+    """Score = a uniform random number in [0, 1)."""
     generator = torch.Generator().manual_seed(seed)
     channels = {g.name: tuple(torch.rand(g.num_units, generator=generator).tolist()) for g in structures.groups}
     return ScoreTable(scorer=config.kind, channels=channels)

@@ -1,4 +1,4 @@
-"""How far a score can be believed: agreement of two halves, samples needed, and what it says of shuffled labels."""
+"""Stability of a score: agreement of two halves, samples needed, and the score of shuffled labels."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -14,17 +14,16 @@ from deploypipe.records import ScoreTable
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Null:
-    """Sum of a group's scores, with the labels as they are and on average over shuffled ones."""
+    """Sum of a group's scores with the real labels, and on average with shuffled labels."""
 
     real: float
     shuffled: float
 
 
 def stability(first: ScoreTable, second: ScoreTable) -> dict[str, float]:
-    """Spearman's rank correlation of two tables of one network, by group: those of two halves of the samples.
+    """By group: Spearman's rank correlation of two score tables, from two halves of the samples.
 
-    A group of one unit is always ordered alike: 1. A table that scores all units of a group alike has no order that
-    could be confirmed: 0.
+    1 for a group of one unit, which has only one order. 0 if a table gives all units of a group the same score.
     """
     return {name: _rank_correlation(row, second.channels[name]) for name, row in first.channels.items()}
 
@@ -38,11 +37,11 @@ def _rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
 
 
 def recommended_samples(rho: float, num_samples: int, target: float = 0.9) -> int | None:
-    """Samples that a table needs for a correlation of `target` with one of as many other samples; None: no number.
+    """Samples needed for a correlation of `target` between scores on two such sets; None if no number helps.
 
     rho: `stability` of two halves of `num_samples` each holding half of them. Solves the Spearman-Brown formula
-    (Spearman 1910, Brown 1910) target = k rho / (1 + (k - 1) rho) for the lengthening k of a half: exact for linear
-    correlation and errors whose variance falls with 1 / samples, close for ranks. rho <= 0 promises nothing.
+    (Spearman 1910, Brown 1910) target = k rho / (1 + (k - 1) rho) for the factor k by which a half must grow. Exact for
+    linear correlation and errors with variance proportional to 1 / samples; close for ranks. None for rho <= 0.
     """
     if rho <= 0:
         return None
@@ -51,13 +50,15 @@ def recommended_samples(rho: float, num_samples: int, target: float = 0.9) -> in
 
 
 def shuffled_null(score: Callable[[Moments], ScoreTable], moments: Moments, *, seeds: Sequence[int]) -> dict[str, Null]:
-    """What `score` says where there is nothing to know: each group's total on permuted labels, averaged over `seeds`.
+    """Each group's total score with permuted labels, averaged over `seeds`.
 
-    For the scores by label in nats (LabelMi, ConditionalMi). A real total near the shuffled one is estimator bias, not
+    For label scores in nats (LabelMi, ConditionalMi). A real total near the shuffled one is estimator bias, not
     information. Groups that the method could not score itself are left out.
     """
     if moments.labels is None:
-        raise DataError("labels can only be shuffled where there are some; give batches of (inputs, class indices)")
+        raise DataError(
+            "shuffling needs labels, but the calibration samples have none; give batches of (inputs, class indices)"
+        )
     table = score(moments)
     totals = {name: sum(row) for name, row in table.channels.items() if name not in table.reasons}
     shuffled = dict.fromkeys(totals, 0.0)

@@ -1,4 +1,4 @@
-"""What a score table says about a network: how much is redundant, how sure that is, and which blocks do alike."""
+"""Summarize a score table: how much is redundant, how certain that is, and which blocks are similar."""
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
@@ -9,14 +9,14 @@ from deploypipe.scoring.blocks.mpruner import cluster_blocks
 from deploypipe.scoring.score_stability import recommended_samples
 
 CLUSTER_THRESHOLD = 0.98  # of CKA; the published default
-SHARES = (0.90, 0.95, 0.99)  # of the information, at which redundancy is shown
+SHARES = (0.90, 0.95, 0.99)  # of the information; redundancy is reported at this share
 LOW_STABILITY = 0.8  # rank correlation between halves below which a ranking is mostly chance
 
 
 def summarise(
     structures: Structures, table: ScoreTable, moments: Moments, nulls: Mapping[str, float] | None = None
 ) -> ScoreSummary:
-    """The table for a person, by group and block; with `permutation_baseline_shares` where they were asked for."""
+    """Summarize scores by group and block, with `permutation_baseline_shares` if given."""
     shaky = {name: rho for name, rho in table.stability.items() if rho < LOW_STABILITY}
     return ScoreSummary(
         scorer=table.scorer,
@@ -47,10 +47,10 @@ def _summarise_group(group: ChannelGroup, table: ScoreTable, nulls: Mapping[str,
 
 
 def kept_information(scores: Sequence[float], *, is_cumulative: bool) -> tuple[float, ...]:
-    """Share of a group's information that its best 0, 1, ..., n units keep; 1 throughout where there is none.
+    """Share of a group's information that its best 0, 1, ..., n units keep; all 1 if there is none.
 
-    Cumulative scores say it themselves: the k-th lowest is what k removals have lost. Others are taken as shares of
-    their sum, which counts twice what two units both know.
+    Cumulative scores give it directly: the k-th lowest is the loss of k removals. Other scores are taken as shares of
+    their sum, which counts information shared by two units twice.
     """
     rising = sorted(max(0.0, score) for score in scores)
     lost = rising if is_cumulative else list(accumulate(rising))
@@ -61,6 +61,6 @@ def kept_information(scores: Sequence[float], *, is_cumulative: bool) -> tuple[f
 
 
 def num_redundant(kept: Sequence[float], share: float) -> int:
-    """How many units can go while `share` of the information stays."""
+    """How many units can be removed while `share` of the information stays."""
     enough = next(width for width, value in enumerate(kept) if value >= share - 1e-12)
     return len(kept) - 1 - enough

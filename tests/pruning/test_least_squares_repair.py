@@ -432,10 +432,10 @@ def test_what_cannot_be_solved_says_why_and_stays() -> None:
         "twice": "is called more than once",
         "scaled": "does not compute what its weights say",
         "own": "only the code of Own knows what it computes with matrix",
-        "computed": "its weights are computed from others",
+        "computed": "its weights are computed from other tensors",
         "tied": "shares its weights with another module",
         "other": "shares its weights with another module",
-        "keyword": "is called with its input as a keyword, which hooks do not see",
+        "keyword": "is called with its input as a keyword argument, which hooks do not see",
         "unused": "is not called",
     }
     for name in reasons:

@@ -148,7 +148,7 @@ def test_saved_network_comes_back_with_and_without_its_class(tmp_path: Path) -> 
         with pytest.raises(ModelError, match=r"weights\.safetensors was changed"):
             load_pruned(tmp_path, build_model)
     (tmp_path / "hashes.json").unlink()
-    with pytest.raises(ModelError, match="no finished pruned network"):
+    with pytest.raises(ModelError, match="not a finished pruned network"):
         load_pruned(tmp_path)
 
 

@@ -442,7 +442,7 @@ def test_no_block_and_one_block(block: nn.Module, found: tuple[Names, ...]) -> N
     assert ranking.clusters == found
     assert choose_blocks(structures, moments, BlockMi(), 1) == sum(found, ())
     _, log = run_depth(model, splits, Mpruner())
-    assert (log.rows, log.removed, log.reason) == ((), (), "no block is like one before it")
+    assert (log.rows, log.removed, log.reason) == ((), (), "no block is similar to the one before it")
     assert log.accuracy == log.dense_accuracy
 
 

@@ -1,4 +1,4 @@
-"""A network built again from its config, to be looked at and not run, and what there is to see in it."""
+"""Build a network again from its config, without memory for weights, and read its sizes."""
 
 import random
 import warnings
@@ -21,7 +21,7 @@ _LIST = (list, tuple)
 
 
 class Misfit(DeploypipeError):
-    """The config cannot describe the network; the message is the reason."""
+    """The config cannot describe the network. The message is the reason."""
 
 
 def is_config(value: Any) -> bool:
@@ -34,7 +34,7 @@ def config_parts(config: Any) -> list[Any]:
 
 
 class _NoWeights(TorchFunctionMode):
-    """Layers get their weights from torch.empty(): those take no memory. What is computed (positions, ...) is real."""
+    """Make torch.empty() allocate no memory, since layers create weights with it. Computed tensors are real."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -44,16 +44,16 @@ class _NoWeights(TorchFunctionMode):
 
 
 def build(kind: type[nn.Module], config: Any, fields: Mapping[Field, int] | None = None) -> nn.Module:
-    """A network that can be looked at but not run, from a copy of the config with these fields.
+    """Build a network that cannot run, only be inspected, from a copy of the config with these fields.
 
-    Raises Misfit when the config does not take them, or the class is not built from its config.
+    Raises Misfit if the config does not accept them, or the class is not built from its config.
     """
     state = random.getstate()
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), _NoWeights(), torch.no_grad():
             warnings.simplefilter("ignore")
             return kind(with_fields(config, fields or {}))
-    except Exception as error:  # whatever the class raises on a config it was not written for
+    except Exception as error:  # whatever the class raises for an unexpected config
         raise_if_exhausted(error)
         raise Misfit(f"{kind.__name__}(config) raises {type(error).__name__}: {error}") from error
     finally:
@@ -77,7 +77,7 @@ def facts_of(model: nn.Module) -> dict[Fact, int]:
 
 
 def plain_values(module: nn.Module) -> dict[str, Any]:
-    """What a module keeps in attributes that can be compared (see `is_plain`)."""
+    """A module's attributes that can be compared (see `is_plain`)."""
     return {n: v for n, v in vars(module).items() if n[0] != "_" and n != "training" and is_plain(v)}
 
 

@@ -20,7 +20,7 @@ from deploypipe.pruning.modules.module_attributes import are_equal, is_plain
 
 
 def difference(kind: type[nn.Module], config: Any, values: Mapping[Field, int], pruned: nn.Module, reads: Reads) -> str:
-    """Why the network built from the config with these values is not the pruned one; "" where it is."""
+    """Why the network built from the config with these values is not the pruned one; "" if it is."""
     try:
         new = with_fields(config, values)
         built = build(kind, _reloaded(new))
@@ -41,16 +41,16 @@ def difference(kind: type[nn.Module], config: Any, values: Mapping[Field, int], 
 
 
 def _misreads(config: Any, new: Any, reads: Reads) -> str:
-    """Whether forward() computes with a field that would change: the pruned network was tried with the old one."""
+    """Report a changed field that forward() reads: the pruned network was tried with its old value only."""
     for part, other in zip(config_parts(config), config_parts(new), strict=True):
         for name in sorted(reads.config & {*vars(part), *dir(type(part))}):
             if not are_equal(_safely(part, name), _safely(other, name)):
-                return f"forward() reads config.{name}, and was tried with the dense network's"
+                return f"forward() reads config.{name}, which was tried only with the dense network's value"
     return ""
 
 
 def _differs(name: str, ours: nn.Module, theirs: nn.Module, reads: Reads) -> str:
-    """Buffers that no state dict holds, and the values that forward() reads."""
+    """Compare buffers that are not in the state dict, and the values that forward() reads."""
     if type(ours) is not type(theirs):
         return f"{name!r} is a {type(ours).__name__} now"
     is_torch = type(ours).__module__.startswith("torch.")
@@ -60,12 +60,12 @@ def _differs(name: str, ours: nn.Module, theirs: nn.Module, reads: Reads) -> str
     pairs += [(key, value, theirs._buffers.get(key)) for key, value in ours._buffers.items() if key not in loaded]
     for key, mine, built in pairs:
         if not are_equal(mine, built):
-            return f"{key!r} of {name!r} is another in a network built from it"
+            return f"{key!r} of {name!r} differs in a network built from it"
     return ""
 
 
 def _reloaded(config: Any) -> Any:
-    """The config as it comes back from a file, where its class can do that."""
+    """The config as it would be loaded from a file, if its class can do that."""
     read = getattr(type(config), "from_dict", None)
     try:
         return read(config.to_dict()) if read else config

@@ -1,4 +1,4 @@
-"""Which attributes, of themselves and of their config, the forward methods of some classes may read."""
+"""Find the attributes that forward methods may read, of their module and of its config, from the bytecode."""
 
 import dis
 import inspect
@@ -16,16 +16,16 @@ _FOREIGN = {"torch", *sys.stdlib_module_names}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reads:
-    """Names, more of them rather than fewer: whatever code that forward() can reach may look up."""
+    """Names that code reachable from forward() may look up. It errs on the side of more names."""
 
     attributes: frozenset[str]
-    config: frozenset[str]  # of what is called config, or something_config
+    config: frozenset[str]  # attributes of names that end in "config"
 
 
 def reads_of(classes: Iterable[type[nn.Module]]) -> Reads:
-    """Follows forward() of every class but torch's own through the methods and functions that it names.
+    """Follow forward() of every class except torch's own through the methods and functions that it names.
 
-    Functions found in tables at run time, and classes that are made, are not followed.
+    Functions found in tables at run time and classes created there are not followed.
     """
     attributes: set[str] = set()
     config: set[str] = set()
@@ -53,21 +53,21 @@ def _methods(cls: type[nn.Module], names: Iterable[str]) -> list[FunctionType]:
 
 
 def _functions(function: FunctionType) -> list[FunctionType]:
-    """Those it wraps, closes over, or names."""
+    """Functions that it wraps, closes over or names."""
     cells = [cell.cell_contents for cell in function.__closure__ or () if cell != CellType()]
     named = [function.__globals__.get(name) for code in _codes(function.__code__) for name in code.co_names]
     return _own([getattr(function, "__wrapped__", None), *cells, *named])
 
 
 def _own(values: Iterable[Any]) -> list[FunctionType]:
-    """Functions that are not PyTorch's or Python's."""
+    """The functions that belong neither to PyTorch nor to Python."""
     functions = [value for value in values if isinstance(value, FunctionType)]
     return [f for f in functions if (f.__module__ or "").partition(".")[0] not in _FOREIGN]
 
 
 @lru_cache(maxsize=10_000)
 def _names(code: CodeType) -> tuple[frozenset[str], frozenset[str]]:
-    """(attributes, attributes of a config) that code looks up, by name or by a text it holds."""
+    """(attributes, attributes of a config) that code looks up, by name or by a string constant."""
     names: set[str] = set()
     config: set[str] = set()
     for part in _codes(code):

@@ -1,9 +1,9 @@
-"""A network's own description of its sizes, written back where it provably describes what surgery left.
+"""Update a network's config (`transformers`) if some values of its fields provably describe the pruned network.
 
-Networks of `transformers` are built from `model.config`. Nothing here knows the names of its fields: the class is built
-again, without memory for its weights, with one field changed at a time, which tells the sizes each field decides. Those
-are solved for the pruned network's sizes, and the class is built from the solution. The config is written only if that
-network has the pruned one's tensors, by name and shape, and every value that its forward() reads is the same.
+Networks of `transformers` are built from `model.config`. This code knows no field names. It builds the class again,
+without memory for weights, with one field changed at a time. The differences show which sizes each field decides. From
+them it solves the fields for the pruned network's sizes, and builds the class from the solution. The config is written
+only if that network has the pruned network's tensors, by name and shape, and every value that forward() reads is equal.
 """
 
 from collections import Counter
@@ -34,14 +34,14 @@ from deploypipe.pruning.model_config.config_proof import difference
 from deploypipe.pruning.model_config.forward_reads import Reads, reads_of
 from deploypipe.pruning.modules.bypass import Bypass
 
-_TRIED = (64, 128)  # in the place of a None
+_TRIED = (64, 128)  # values tried for a field that is None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConfigFit:
-    """What became of one config: `values` were written, or `reason` says why it is that of the dense network."""
+    """The result for one config: new `values`, or the `reason` why it still describes the dense network."""
 
-    module: str  # the outermost module that holds it
+    module: str  # the outermost module that has the config
     values: dict[Field, int]  # those that change
     reason: str = ""
 
@@ -55,9 +55,9 @@ class ConfigFit:
 
 
 def fit_configs(dense: nn.Module, pruned: nn.Module) -> tuple[ConfigFit, ...]:
-    """For each config whose network lost something, the fields that describe what is left; changes neither network.
+    """For each config whose network was cut, the fields that describe what is left. Changes neither network.
 
-    Cost: the construction of the dense class once for each whole number in its config, and a few times more.
+    Cost: the dense class is constructed once for each whole number in its config, and a few times more.
     """
     fits = []
     left = dict(pruned.named_modules())
@@ -69,13 +69,13 @@ def fit_configs(dense: nn.Module, pruned: nn.Module) -> tuple[ConfigFit, ...]:
             fits.append(ConfigFit(module=name, values=_solve(before, after)))
         except Misfit as error:
             fits.append(ConfigFit(module=name, values={}, reason=str(error)))
-        except Exception as error:  # a config that cannot be copied, compared or told apart: nothing depends on it
+        except Exception as error:  # a config that cannot be copied or compared; nothing depends on it
             fits.append(ConfigFit(module=name, values={}, reason=f"{type(error).__name__}: {error}"))
     return tuple(fits)
 
 
 def write_configs_(pruned: nn.Module, fits: tuple[ConfigFit, ...]) -> None:
-    """Bring every config object inside of `pruned` up to date; those of other networks are not shared with it."""
+    """Update every config object inside `pruned`. They are not shared with other networks."""
     for fit in fits:
         if not fit.values:
             continue
@@ -91,7 +91,7 @@ def write_configs_(pruned: nn.Module, fits: tuple[ConfigFit, ...]) -> None:
 
 
 def _owners(model: nn.Module) -> Iterator[str]:
-    """Names of the outermost modules that hold a config."""
+    """Names of the outermost modules that have a config."""
     found: list[str] = []
     for name, module in model.named_modules():
         is_inside = any(not other or name.startswith(f"{other}.") for other in found)
@@ -111,7 +111,7 @@ def _follow_(copy: Any, built: Any, fields: Mapping[Field, int]) -> None:
 
 
 def _solve(dense: nn.Module, pruned: nn.Module) -> dict[Field, int]:
-    """Fields that change, and their new values. Raises Misfit with the reason where there are none that fit."""
+    """Fields that change, and their new values. Raises Misfit with the reason if no values fit."""
     kind: type[nn.Module] = type(dense)
     config: Any = dense.config
     built = build(kind, config)
@@ -121,7 +121,7 @@ def _solve(dense: nn.Module, pruned: nn.Module) -> dict[Field, int]:
     try:
         return _solved(kind, config, pruned, reads)
     except Misfit:
-        # A field that is None may stand for a number that follows from others, as n_inner of GPT-2 does.
+        # A field that is None may mean a number derived from other fields, as n_inner of GPT-2 does.
         spare = _spare_fields(_Spec(kind=kind, text=_text(config), config=config))
         if not spare:
             raise
@@ -134,7 +134,7 @@ def _solve(dense: nn.Module, pruned: nn.Module) -> dict[Field, int]:
 
 
 def _solved(kind: type[nn.Module], config: Any, pruned: nn.Module, reads: Reads) -> dict[Field, int]:
-    """Solve field by field: each from the sizes that it alone decides, once those before it are known."""
+    """Solve field by field. Each follows from the sizes that it alone decides once the earlier fields are known."""
     wanted = {fact: size for fact, size in facts_of(pruned).items() if _counts(fact, reads)}
     free = [field for field, value in fields_of(config) if value is not None and value > 0]
     values: dict[Field, int] = {}
@@ -159,7 +159,7 @@ def _solved(kind: type[nn.Module], config: Any, pruned: nn.Module, reads: Reads)
 def _settled(
     config: Any, slopes: Mapping[Field, Mapping[Fact, float]], facts: Mapping[Fact, int], wanted: Mapping[Fact, int]
 ) -> dict[Field, int]:
-    """Values of the fields that need not change, or have a size to themselves."""
+    """Values of the fields that need not change, or that alone decide some size."""
     users = Counter(fact for found in slopes.values() for fact in found)
     moving = [found for found in slopes.values() if any(facts[fact] != wanted[fact] for fact in found)]
     moved = {fact for found in moving for fact in found}
@@ -179,7 +179,7 @@ def _counts(fact: Fact, reads: Reads) -> bool:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Spec:
-    """What a network is built from; equal where class and `text` are."""
+    """What a network is built from. Equal if class and `text` are."""
 
     kind: type[nn.Module]
     text: str
@@ -193,7 +193,7 @@ def _facts_of(spec: _Spec) -> dict[Fact, int]:
 
 @lru_cache(maxsize=1024)
 def _slopes(spec: _Spec, field: Field) -> dict[Fact, float]:
-    """By how much each size grows with the field, where it does; none for a field that takes no other value."""
+    """How much each size grows with the field, for sizes that do. Empty if the field accepts no other value."""
     facts, old = _facts_of(spec), value_of(spec.config, field)
     for new in (2 * old, 3 * old, old + 1):
         try:
@@ -212,7 +212,7 @@ def _text(config: Any) -> str:
 def _agreed(
     config: Any, field: Field, slopes: Mapping[Fact, float], facts: Mapping[Fact, int], wanted: Mapping[Fact, int]
 ) -> int:
-    """The one value that gives all these sizes; numbers that modules keep decide where no tensor does."""
+    """The one value that gives all these sizes. Numbers in attributes decide only if no tensor does."""
     tensors = {fact: slope for fact, slope in slopes.items() if not fact[1].startswith("@")}
     old = value_of(config, field)
     asked: dict[float, Fact] = {}
@@ -230,7 +230,7 @@ def _agreed(
 
 @lru_cache(maxsize=16)
 def _spare_fields(spec: _Spec) -> dict[Field, int]:
-    """Fields that are None, and the number that gives the same network."""
+    """Fields that are None, with the number that gives the same network."""
     kind, config, facts = spec.kind, spec.config, _facts_of(spec)
     found: dict[Field, int] = {}
     for field in [field for field, value in fields_of(config) if value is None]:

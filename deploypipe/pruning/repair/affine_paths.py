@@ -1,6 +1,6 @@
-"""Where a layer's output stops being an affine function of its weights: behind a batch norm, at an addition.
+"""Find the point up to which a layer's output is an affine function of its weights: a batch norm or an addition.
 
-Found in one small forward pass, and then watched in the passes that count.
+One small forward pass finds these paths; hooks then watch them in the passes over the calibration samples.
 """
 
 from collections import Counter
@@ -35,18 +35,18 @@ _SAME = 1e-2  # of the largest output: half-precision sums differ by less, anoth
 
 @dataclass(slots=True)
 class SignalPath:
-    """From a layer to where its output is compared with the dense network's."""
+    """The path from a layer to the point where its output is compared with the dense network's."""
 
     layer: str
     norm: str | None = None  # the batch norm that reads it
-    is_added: bool = False  # then it ends as an operand of an addition
+    is_added: bool = False  # whether it ends as an operand of an addition
     num_calls: int = 0
-    why_not: str = ""  # why it cannot be solved, if so
+    why_not: str = ""  # why it cannot be solved; "" if it can
 
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """What is known at the end of a path."""
+    """The values at the end of a path."""
 
     path: SignalPath
     args: tuple[Any, ...]  # of the layer's call
@@ -54,11 +54,11 @@ class End:
     other: Tensor | None = None  # the addition's other operand
 
 
-Finish = Callable[[End], Tensor]  # gives the value to go on with
+Finish = Callable[[End], Tensor]  # returns the value to continue with
 
 
 def find_paths(model: nn.Module, inputs: Any) -> dict[str, SignalPath]:
-    """The path of every mixer, by name, in one small forward pass."""
+    """Layer name -> path, for every linear-like layer, from one small forward pass."""
     owners = Counter(id(p) for m in model.modules() for p in m._parameters.values())
     paths = {name: SignalPath(name, why_not=_why_not(m, owners)) for name, m in model.named_modules() if is_mixer(m)}
     norm_calls: Counter[str] = Counter()
@@ -91,8 +91,8 @@ def find_paths(model: nn.Module, inputs: Any) -> dict[str, SignalPath]:
 
 
 def _settle_(paths: Mapping[str, SignalPath], steps: Sequence["_Step"], norm_calls: Mapping[str, int]) -> None:
-    """Shorten the paths whose tensors have other readers, and those of modules that are called again."""
-    for step in steps:  # whoever else reads a tensor must find in it what was there before
+    """Shorten paths whose tensors have other readers, and paths through modules that are called more than once."""
+    for step in steps:  # other readers of a tensor must find the value it had before
         if step.num_uses > 1:
             step.path.is_added = False
             step.path.norm = step.path.norm if step.is_after_norm else None
@@ -104,7 +104,7 @@ def _settle_(paths: Mapping[str, SignalPath], steps: Sequence["_Step"], norm_cal
 
 
 def common_paths(paths: Mapping[str, SignalPath], others: Mapping[str, SignalPath]) -> dict[str, SignalPath]:
-    """Paths as far as they are the same in both networks: without a removed block, others may begin."""
+    """Paths as far as they are the same in both networks. Without a removed block they may differ."""
     for name, path in paths.items():
         other = others[name]
         if path.norm != other.norm:
@@ -115,9 +115,9 @@ def common_paths(paths: Mapping[str, SignalPath], others: Mapping[str, SignalPat
 
 
 def without_path(model: nn.Module) -> dict[str, str]:
-    """Modules with weight matrices of their own that are no mixers, and why they are not solved.
+    """Modules with weight matrices that are not linear-like layers, and why they are not solved.
 
-    A table of embeddings reads no activations: what is left of it is what it was.
+    Embedding tables read no activations, so what is left of them needs no repair.
     """
     found = {}
     for name, module in model.named_modules():
@@ -131,12 +131,12 @@ def without_path(model: nn.Module) -> dict[str, str]:
 def _why_not(layer: nn.Module, owners: Mapping[int, int]) -> str:
     weight = layer._parameters.get("weight")
     if weight is None:
-        return "its weights are computed from others"
+        return "its weights are computed from other tensors"
     return "shares its weights with another module" if owners[id(weight)] > 1 else ""
 
 
 def _differs(layer: LinearLike, args: tuple[Any, ...], output: Tensor) -> str:
-    """Whether the layer computes something else than its kind does, as subclasses and unusual calls may."""
+    """Why the layer does not compute what its kind does, as subclasses and unusual calls may; "" if it does."""
     if not args:
         return BY_KEYWORD
     if output.dim() < layer.weight.dim():
@@ -152,11 +152,11 @@ def _differs(layer: LinearLike, args: tuple[Any, ...], output: Tensor) -> str:
 
 @dataclass(slots=True)
 class _Step:
-    """A tensor on a path; holding it keeps its id unique, versions tell whether it was changed in place since."""
+    """A tensor on a path. The reference keeps its id unique; the versions detect changes in place."""
 
     path: SignalPath
     tensor: Tensor
-    source: Tensor  # what the layer read
+    source: Tensor  # the layer's input
     is_after_norm: bool
     versions: tuple[int, int]
     num_uses: int = 0
@@ -166,7 +166,7 @@ class _Step:
 
 
 class _FindAdditions(TorchFunctionMode):
-    """Marks the paths that end in an addition, and counts who reads the tensors on them."""
+    """Mark the paths that end in an addition, and count the readers of the tensors on them."""
 
     def __init__(self, order: list[str]) -> None:
         super().__init__()
@@ -188,7 +188,7 @@ class _FindAdditions(TorchFunctionMode):
         given += [a for each in given if isinstance(each, (list, tuple)) for a in each]
         read = [(a, step) for a in given if (step := self.find(a)) is not None]
         if read and _is_plain_sum(func, args, kwargs):
-            # Of two branches the one computed last absorbs the other's error.
+            # Of two branches the one that is computed last corrects the error of the other.
             max((step.path for _, step in read), key=lambda path: self.order.index(path.layer)).is_added = True
         result = func(*args, **(kwargs or {}))
         for tensor, step in read:
@@ -197,26 +197,26 @@ class _FindAdditions(TorchFunctionMode):
 
 
 def _is_plain_sum(func: Any, args: Any, kwargs: Any) -> bool:
-    """Two tensors of one shape, without a factor."""
+    """Whether a call adds two tensors of one shape without a factor."""
     if getattr(func, "__name__", "") not in ADDITIONS or kwargs or len(args) != 2:
         return False
     return all(isinstance(a, Tensor) for a in args) and args[0].shape == args[1].shape
 
 
 def _is_per_output(model: nn.Module, path: SignalPath, output: Tensor) -> bool:
-    """Whether the axis that a batch norm works on is the layer's outputs."""
+    """Whether the batch norm normalizes along the axis of the layer's outputs."""
     return output.dim() == 2 or not has_channels_last(model.get_submodule(path.layer))
 
 
 def _norm_hooks(model: nn.Module, hook: Callable[[str], Callable[..., Any]]) -> list[tuple[str, Callable[..., Any]]]:
-    """On the batch norms that can hold a solution."""
+    """Hooks for the batch norms that can store a solution."""
     norms = {name: module for name, module in model.named_modules() if isinstance(module, _NORMS)}
     return [(name, hook(name)) for name, m in norms.items() if m.affine and m.running_mean is not None]
 
 
 @contextmanager
 def watching(model: nn.Module, paths: Mapping[str, SignalPath], finish: Finish) -> Iterator[None]:
-    """Call `finish` at the end of each path while the block runs, and go on with what it returns."""
+    """Within the `with` block, call `finish` at the end of each path and continue with the value it returns."""
     carried: dict[int, End] = {}
 
     def end_or_carry(end: End, is_end: bool) -> Tensor:
@@ -247,7 +247,7 @@ def watching(model: nn.Module, paths: Mapping[str, SignalPath], finish: Finish) 
 
 
 class _AtAdditions(TorchFunctionMode):
-    """Ends the paths whose output is added to something."""
+    """End the paths whose output is added to another tensor."""
 
     def __init__(self, carried: dict[int, End], finish: Finish) -> None:
         super().__init__()

@@ -1,12 +1,12 @@
-"""Sequential least-squares repair: no gradients, one forward pass.
+"""Repair a pruned network layer by layer with least squares: no gradients, one forward pass.
 
-The pruned network runs over the calibration samples. Whenever a layer has computed its output, its weights are first
-solved so that, on the inputs it really gets in the pruned network, it gives what the dense network gives; then the run
-goes on with the corrected output. Where the output is added to a shortcut, the target is the dense sum minus the pruned
-shortcut, so that errors of the shortcut are corrected too and do not pile up with depth. Where removed blocks follow,
-the target is what those blocks gave (`ahead`).
+The pruned network runs over the calibration samples. When a layer has computed its output, its weights are solved: on
+the inputs it really gets in the pruned network, it should give the dense network's output. Then the pass continues with
+the corrected output. If the output is added to a shortcut, the target is the dense sum minus the pruned shortcut. So
+errors of the shortcut are corrected too and do not grow with depth. If removed blocks follow, the target is the output
+of those blocks (`removed_block_targets`).
 
-Which layers are solved is the list `observe.patches.KINDS`; where each one's output is compared, `paths`.
+`observe.layer_regressions.KINDS` lists the layers that are solved; `affine_paths` finds where outputs are compared.
 """
 
 import copy
@@ -46,7 +46,7 @@ from deploypipe.task import (
     take_calib,
 )
 
-_NEGLIGIBLE = 1e-7  # relative squared error that float32 rounding alone can make
+_NEGLIGIBLE = 1e-7  # relative squared error that float32 rounding alone can cause
 _MAX_COLUMNS = 1024  # of groups of a convolution that are sampled together; their patches are held in memory
 
 
@@ -62,15 +62,16 @@ def repair(
     seed: int = 0,
     notify: Notify = silent,
 ) -> tuple[nn.Module, RepairReport]:
-    """A copy of `pruned` whose layers' weights are solved to give the dense network's outputs again.
+    """Repair a copy of `pruned`: solve its weights layer by layer to reproduce the dense network's outputs.
 
-    Cost: two forward passes over at most `settings.num_samples` samples (held in memory at once) and one solve a
-    layer. Every layer after the first change is solved, also those that were not cut: they correct what arrives wrong.
-    A solution that does not lower the layer's error is not kept. Layers whose input was not cut and that feed no
-    addition are solved too. arriving: what the pruned network reads instead of `batches`, sample by sample, where both
-    stand behind layers that were pruned before. Batches may differ in length or
-    size. Labels are not used. Padding, as `Task.real_tokens` tells it, counts
-    for nothing. The report first lists the layers that cannot be solved.
+    Cost: two forward passes over at most `settings.num_samples` samples (held in memory at once) and one solve per
+    layer. Every layer after the first change is solved, even if it was not cut, because it corrects wrong inputs. A
+    solution that does not lower the layer's error is discarded. Batches may differ in length or size; labels are not
+    used.
+
+    arriving: what the pruned network reads instead of `batches`, sample by sample, if both networks follow layers that
+    were pruned before. real_tokens: as `Task.real_tokens`; padding does not count. The report first lists the layers
+    that cannot be solved.
     """
     dense, pruned = unwrapped(dense), unwrapped(pruned)
     taken = take_calib(batches, settings.num_samples)
@@ -118,21 +119,21 @@ def repair(
 
 
 def _as_before(repaired: nn.Module, pruned: nn.Module) -> nn.Module:
-    """With the training flags of `pruned`."""
+    """Restore the training flags of `pruned`."""
     for module, original in zip(repaired.modules(), pruned.modules(), strict=True):
         module.training = original.training
     return repaired
 
 
 class _Sampler:
-    """The same output positions of a layer in the dense and in the pruned network."""
+    """Draw the same output positions of a layer in the dense and in the pruned network."""
 
     def __init__(self, count: int, seed: int, model: nn.Module, real: Sequence[Tensor | None]) -> None:
         self.count, self.seed, self.real = count, seed, real
         self.order = {name: number for number, (name, _) in enumerate(model.named_modules())}
 
     def positions(self, name: str, layer: LinearLike, output: Tensor, group: int) -> Tensor:
-        """Of the samples of one group of batches."""
+        """The positions for the samples of one group of batches."""
         seed = self.seed * 100_003 + self.order[name] + group * 10_000_019
         return sample_positions(layer, output, self.count, torch.Generator().manual_seed(seed), self.real[group])
 
@@ -145,10 +146,9 @@ def _dense_targets(
     plan: PruningPlan,
     groups: Sequence[Any],
 ) -> dict[str, list[Tensor]]:
-    """What the dense network has at the ends of paths: (rows, outputs kept) of each group of batches, by the layer that
-    is to give it.
+    """The dense network's values at the ends of paths: layer to repair -> (rows, kept outputs) per group of batches.
 
-    layers_at: that layer, by the one whose path ends there; another one where the blocks between are removed.
+    layers_at: layer whose path ends there -> layer to repair; they differ if the blocks between them are removed.
     """
     modules = dict(teacher.named_modules())
     targets: dict[str, list[Tensor]] = {}
@@ -178,9 +178,9 @@ def _solve_layer_(
 ) -> tuple[RepairRow, list[Tensor]]:
     """Regress `target` (rows, outputs) on what the layer reads, write the solution, and keep it if it is better.
 
-    ends: of each group of batches, with the positions of its rows in `places`. The regression has an intercept where
-    there is a bias or a batch norm to hold it. Errors are measured, with the values at the paths' ends as they were and
-    as the new weights make them, and relative to the target's variance.
+    ends: one per group of batches, with the positions of its rows in `places`. The regression has an intercept if a
+    bias or a batch norm can store it. Errors are relative to the target's variance, and measured at the ends of the
+    paths with the old and with the new weights.
     """
     name = ends[0].path.layer
     centred = target - target.mean(0, dtype=torch.float64).to(target.dtype)
@@ -217,7 +217,7 @@ def _solve_layer_(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Solution:
-    """weights (outputs, inputs / groups * taps) and intercept (outputs,), and the moments of what the weights give."""
+    """weights (outputs, inputs / groups * taps), intercept (outputs,), and the moments of the weights' products."""
 
     weights: Tensor
     intercept: Tensor
@@ -228,7 +228,7 @@ class _Solution:
 def _regress(
     ends: Sequence[End], layer: LinearLike, norm: Any, places: Sequence[Tensor], target: Tensor, ridge: float
 ) -> _Solution:
-    """One regression for each group of a convolution, shrunk towards the weights that are there."""
+    """One regression per group of a convolution, shrunk towards the current weights."""
     blocks, groups = weight_blocks(layer).double(), num_groups(layer)  # (groups, outputs, inputs * taps)
     scale = _output_scale(norm)
     prior = blocks.mT if scale is None else blocks.mT * scale.view(groups, 1, -1)
@@ -259,7 +259,7 @@ def _regress(
 
 
 def _inputs_of(layer: LinearLike, inputs: Tensor, part: slice) -> Tensor:
-    """What the groups `part` of a convolution read."""
+    """The input channels that the groups `part` of a convolution read."""
     groups = num_groups(layer)
     if groups == 1:
         return inputs
@@ -284,9 +284,9 @@ def _write_before_norm_(layer: LinearLike, norm: Any, solution: _Solution) -> No
     """Write the solution, its scale and its intercept in the batch norm.
 
     The norm gets the true statistics of `layer(x)`, so that the network computes the same with batch statistics
-    (training) as with running ones. Each output's weights keep the length they had: behind a batch norm that length
-    changes nothing but the size of a training step (van Laarhoven, arXiv:1706.05350). The solution's own lengths, which
-    hold the gain of the norm, are 0.007 to 18 times those on ResNet-56, and a fine-tune of it forgot the repair.
+    (training) as with running ones. The weights of each output keep their old length: before a batch norm this length
+    changes only the size of a training step (van Laarhoven, arXiv:1706.05350). The solution's own lengths contain the
+    gain of the norm. On ResNet-56 they are 0.007 to 18 times the old ones, and a fine-tune with them lost the repair.
     """
     solved = solution.weights
     length, solved_length = weight_blocks(layer).double().flatten(0, 1).norm(dim=1), solved.norm(dim=1)

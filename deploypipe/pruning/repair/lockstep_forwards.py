@@ -1,6 +1,6 @@
-"""Forward passes of one network over several batches of unlike shapes, in step: each pauses where the others pause.
+"""Run forward passes over batches of different shapes in lockstep: all pause at the same layer.
 
-What is solved at a layer's output then sees all samples at once, as if they were one batch, at the cost of one pass.
+A solve at a layer's output then gets all samples at once, as if they were one batch, at the cost of one pass.
 """
 
 import threading
@@ -16,13 +16,13 @@ from deploypipe.networks.model_copies import copied
 from deploypipe.pruning.repair.affine_paths import End, SignalPath, watching
 from deploypipe.task import forward
 
-Solve = Callable[[Sequence[End]], list[Tensor]]  # one end for each batch; gives the values to go on with
+Solve = Callable[[Sequence[End]], list[Tensor]]  # gets one end per batch; returns the values to continue with
 
 
 def run_in_step(model: nn.Module, paths: Mapping[str, SignalPath], solve: Solve, batches: Sequence[Any]) -> None:
-    """Pass all batches without gradients; call `solve` at the end of each path with what each batch has there.
+    """Run all batches without gradients; call `solve` at the end of each path with the ends of all batches.
 
-    ModelError where the layers run in another order for one batch than for another.
+    Raises ModelError if the layers run in another order for one batch than for another.
     """
     if len(batches) == 1:
         with torch.no_grad(), watching(model, paths, lambda end: solve([end])[0]):
@@ -50,17 +50,17 @@ def run_in_step(model: nn.Module, paths: Mapping[str, SignalPath], solve: Solve,
 
 
 def _sharing_weights(model: nn.Module) -> nn.Module:
-    """Other modules, for hooks of their own, with the same parameters and buffers."""
+    """A copy with its own hooks and the same parameters and buffers."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copied(model, shared)
 
 
 class _Stopped(Exception):
-    """The pass is given up."""
+    """Ends a pass early."""
 
 
 class _Walker:
-    """One forward pass in a thread of its own, which runs only while `go_on` waits for it."""
+    """One forward pass in its own thread, which runs only while `go_on` waits for it."""
 
     def __init__(self, model: nn.Module, paths: Mapping[str, SignalPath], inputs: Any) -> None:
         self._model, self._paths, self._inputs = model, paths, inputs
@@ -70,7 +70,10 @@ class _Walker:
         self._thread = threading.Thread(target=self._walk, daemon=True)
 
     def go_on(self, value: Tensor | None) -> End | None:
-        """Go on to the next end with a value, or begin; None when the pass is over. Raises what the network raises."""
+        """Start, or continue with `value`, up to the next end. Returns None at the end of the pass.
+
+        Raises what the network raises.
+        """
         if self._thread.ident is None:
             self._thread.start()
         else:
@@ -92,7 +95,7 @@ class _Walker:
             with torch.no_grad(), watching(self._model, self._paths, self._wait_at):
                 forward(self._model, self._inputs)
             self._reached.put(None)
-        except BaseException as error:  # handed to the thread that waits, which raises it
+        except BaseException as error:  # passed to the waiting thread, which raises it
             self._reached.put(error)
 
     def _wait_at(self, end: End) -> Tensor:

@@ -1,7 +1,7 @@
-"""What a layer before removed blocks is to give: what those blocks gave.
+"""Repair targets of layers before removed blocks: the outputs that those blocks gave.
 
-The layer that is left then does a part of their work, and the layers behind find inputs like those they were trained
-on. Repaired to its own former output, the next block left would have to make up for all of them alone.
+The remaining layer then does a part of the blocks' work, and later layers get inputs like those they were trained on.
+If the layer were repaired to its own former output, the next remaining block would have to compensate for all of them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,18 +14,18 @@ from deploypipe.observe.calibration_pass import hooked
 from deploypipe.pruning.repair.affine_paths import End, SignalPath, watching
 from deploypipe.task import forward
 
-# What may stand between the end of a path and a block: the same before the block as behind it.
+# What may lie between the end of a path and a block; it must be the same before and after the block.
 _BETWEEN: tuple[Callable[[Tensor], Tensor], ...] = (lambda x: x, torch.relu)
 
 
 def layers_ahead(
     model: nn.Module, paths: Mapping[str, SignalPath], removed: Sequence[str], inputs: Any
 ) -> dict[str, str]:
-    """For each layer whose path ends where removed blocks begin: the layer whose path ends where the last of them does.
+    """Layer whose path ends where removed blocks begin -> layer whose path ends where the last of them ends.
 
-    paths: of `model`, the dense network. inputs: a few samples. Told by values: a block's input is what one path ends
-    with, its output what another one does, both as they are or both behind a ReLU. Blocks of which this is not true, as
-    between layer norms with weights of their own, have no entry.
+    paths: of `model`, the dense network. inputs: a few samples. The match is detected by values: a block's input equals
+    the end of one path and its output the end of another, either both directly or both after a ReLU. Other blocks, such
+    as those between layer norms with weights, have no entry.
     """
     modules = dict(model.named_modules())
     ends: dict[str, Tensor] = {}
@@ -61,7 +61,7 @@ def _ending_with(value: Tensor, ends: Mapping[str, Tensor], between: Callable[[T
 
 
 def _last(layer: str, follows: Mapping[str, str]) -> str:
-    """Through all blocks of a run."""
+    """Follow a run of removed blocks to its end."""
     while layer in follows:
         layer = follows[layer]
     return layer

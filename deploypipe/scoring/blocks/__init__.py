@@ -1,4 +1,4 @@
-"""Which blocks go first. One file a method, one line in `BLOCK_SCORERS`."""
+"""Score blocks: which to remove first. One file per method, one line in `BLOCK_SCORERS`."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -32,6 +32,6 @@ def rank_blocks(
     *,
     seed: int = 0,
 ) -> BlockRanking:
-    """One finite importance for every removable block; higher = keep. `batches`: of the calibration split."""
+    """Give every removable block one finite importance; higher = keep. `batches`: of the calibration split."""
     model = unwrapped(model)
     return BLOCK_SCORERS[type(scorer)](model, structures, moments, batches, scorer, seed)

@@ -1,4 +1,4 @@
-"""Which blocks are of one kind, so that one may stand for another."""
+"""Families of blocks: blocks of one kind that can replace each other."""
 
 import re
 from itertools import pairwise
@@ -10,10 +10,10 @@ from deploypipe.records import Names, Structures
 
 
 def families(structures: Structures, moments: Moments) -> tuple[Names, ...]:
-    """The removable blocks, parted wherever one may not stand for the next.
+    """The removable blocks, split wherever one cannot replace the next.
 
-    Each block of a family reads exactly what the one before it writes, so no stage changes and no other layer lies
-    between; and their names differ in numbers only, so an encoder's blocks and a decoder's are apart.
+    Each block of a family reads exactly the output of the one before it, so no stage changes and no other layer lies
+    between. Their names differ only in numbers, so blocks of an encoder and a decoder are in different families.
     """
     names = [block.name for block in structures.blocks]
     found = [names[:1]] if names else []

@@ -1,9 +1,9 @@
-"""MI-PRUN (arXiv:2601.07212) in closed Gaussian form: what its input already tells of a block's output.
+"""Score blocks by MI-PRUN (arXiv:2601.07212) in closed Gaussian form: how much of its output the input explains.
 
-A residual block is always much like its input, so plain information hardly tells blocks apart, and grows with the
-stream's variance. The importance is the share of the output's own information (above a noise floor) that a linear map
-of the input leaves unexplained, in [0, 1]. Which linear map it is, information cannot see; but a linear map is what
-repair puts into the layers that read the block. The paper leaves the estimator and the choice between overlapping runs
+The output of a residual block is always similar to its input. So plain information hardly separates blocks, and it
+grows with the stream's variance. The importance is the share of the output's own information (above a noise floor) that
+a linear map of the input does not explain, in [0, 1]. Information does not depend on which linear map it is; repair can
+put one into the layers that read the block. The paper leaves the estimator and the choice between overlapping runs
 open; both are ours.
 """
 
@@ -20,7 +20,7 @@ from deploypipe.records import BlockRanking, Names, Structures
 from deploypipe.scoring.blocks.block_families import families
 from deploypipe.task import Batch
 
-Lost = Callable[[Names], float]  # what removing a run of neighbouring blocks loses
+Lost = Callable[[Names], float]  # the loss from removing a run of neighbouring blocks
 
 
 def rank_by_information(
@@ -32,18 +32,18 @@ def rank_by_information(
 
 
 def choose_blocks(structures: Structures, moments: Moments, config: BlockMi, count: int) -> Names:
-    """The `count` blocks to remove, by what is lost over whole runs of them; all where there are not so many."""
+    """The `count` blocks to remove, by the loss over whole runs; all if there are fewer."""
     lost = _information_lost(moments, config.noise)
     return fast_block_select(families(structures, moments), lost, count, config.num_exact)
 
 
 def fast_block_select(parts: Sequence[Names], lost: Lost, count: int, num_exact: int) -> Names:
-    """Fast-Block-Select: begin with the `count` least important blocks, exchange whole runs while that loses less.
+    """Fast-Block-Select: start with the `count` least important blocks, and exchange whole runs while that loses less.
 
-    Each round looks for as many runs, of the same lengths, among the chosen blocks and the `count` next ones: those
-    with the smallest sums of single losses are scored exactly, the best that overlap no other are taken. By data
-    processing a run tells no more than any member, I(first in; last out) <= I(in; out): the sum orders candidates, it
-    does not replace their score. Every round lowers the exact loss, so it ends. Cost: `num_exact` scores a run a round.
+    Each round looks for as many runs of the same lengths among the chosen blocks and the `count` next ones. Those with
+    the smallest sums of single losses are scored exactly, and the best that do not overlap are taken. By the data
+    processing inequality a run has no more information than any member, I(first in; last out) <= I(in; out): the sum
+    only orders candidates. Every round lowers the exact loss, so it ends. Cost: `num_exact` scores per run and round.
     """
     single = {name: lost((name,)) for names in parts for name in names}
     ranked = sorted(single, key=lambda name: single[name])
@@ -64,7 +64,7 @@ def fast_block_select(parts: Sequence[Names], lost: Lost, count: int, num_exact:
 def _conflict_free(
     allowed: Sequence[Names], lengths: Iterable[int], single: Mapping[str, float], lost: Lost, num_exact: int
 ) -> frozenset[str]:
-    """The best run of each length that shares no block with those before it; fewer runs where there is no room."""
+    """The best run of each length that shares no block with earlier runs; fewer runs if none is left."""
     taken: frozenset[str] = frozenset()
     for length in lengths:
         windows = [run[i : i + length] for run in allowed for i in range(len(run) - length + 1)]
@@ -77,7 +77,7 @@ def _conflict_free(
 
 
 def _runs(parts: Sequence[Names], chosen: AbstractSet[str]) -> list[Names]:
-    """The longest stretches of neighbours, within one family, that are all in `chosen`."""
+    """The longest runs of neighbours within one family that are all in `chosen`."""
     runs: list[Names] = []
     for names in parts:
         is_open = False

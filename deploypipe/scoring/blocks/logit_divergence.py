@@ -1,4 +1,4 @@
-"""What the network answers without a block: the confirmation that similarity of hidden outputs cannot give."""
+"""Score blocks by the change of the network's outputs without them, which hidden similarity cannot show."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -26,9 +26,9 @@ def rank_by_divergence(
     config: LogitDivergence,
     seed: int,
 ) -> BlockRanking:
-    """KL(dense || without the block), each block alone, in nats a sample times the square of the temperature.
+    """Importance = KL(dense || without the block), each block alone, in nats per sample times temperature^2.
 
-    Cost: two forward passes a block over `config.num_samples` samples, one batch at a time, and the repair if asked.
+    Cost: two forward passes per block over `config.num_samples` samples, one batch at a time, and the repair if set.
     """
     untouched = empty_plan(structures)
     check_fingerprint(model, untouched)  # once, not for every block
@@ -44,7 +44,7 @@ def rank_by_divergence(
 
 
 def divergence(dense: nn.Module, other: nn.Module, batches: Iterable[Batch], temperature: float = 1.0) -> float:
-    """Mean over samples (and positions) of KL(dense || other) of the softened answers, times temperature^2. float64."""
+    """Mean over samples (and positions) of KL(dense || other) of the softened outputs, times temperature^2. float64."""
     total, count = 0.0, 0
     with evaluating(dense), evaluating(other), torch.no_grad():
         for inputs, _ in batches:
@@ -58,7 +58,9 @@ def _logits(model: nn.Module, inputs: Any) -> Tensor:
     """(samples, ..., classes) float64."""
     outputs = forward(model, inputs)
     if not isinstance(outputs, Tensor):
-        raise DataError("the divergence of answers needs a network with one output tensor of logits")
+        raise DataError(
+            "logit_divergence needs a network with one output tensor of logits; choose another block scorer"
+        )
     if not torch.isfinite(outputs).all():
         raise DataError("the network's outputs are not finite on the calibration samples; check data and model")
     return outputs.double()

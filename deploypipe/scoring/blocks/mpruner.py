@@ -1,8 +1,8 @@
-"""MPruner (arXiv:2408.13482): blocks whose outputs are alike form clusters, of which the first block stays.
+"""Score blocks by MPruner (arXiv:2408.13482): blocks with similar outputs form clusters; the first block stays.
 
-Unlike the published code this uses unbiased CKA, on the calibration split, so that a threshold of 0.98 lies far above
-what unrelated outputs reach. CKA sees large directions only: whether a block may really go, accuracy must tell
-(`depth`), or the divergence of the answers (`logit_divergence`).
+Unlike the published code this uses unbiased CKA on the calibration split, so a threshold of 0.98 is far above the value
+of unrelated outputs. CKA measures large directions only. Whether a block can really be removed must be checked by
+accuracy (`mpruner_loop`) or by the divergence of the outputs (`logit_divergence`).
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,7 +18,7 @@ from deploypipe.task import Batch
 
 
 def clusters(cka: Tensor, threshold: float) -> tuple[tuple[int, ...], ...]:
-    """One scan from left to right over cka (n, n): who is like a cluster's first member joins, the next begins anew."""
+    """One scan from left to right over cka (n, n): blocks similar to a cluster's first member join it."""
     found: list[list[int]] = []
     for index in range(len(cka)):
         if found and cka[found[-1][0], index] >= threshold:
@@ -29,7 +29,7 @@ def clusters(cka: Tensor, threshold: float) -> tuple[tuple[int, ...], ...]:
 
 
 def cluster_blocks(structures: Structures, moments: Moments, threshold: float) -> tuple[Names, ...]:
-    """The clusters of each family by itself, as names."""
+    """The clusters of each family, as names."""
     cka, place = moments.block_cka, {name: i for i, name in enumerate(moments.block_names)}
     found: list[Names] = []
     for names in families(structures, moments):
@@ -39,16 +39,16 @@ def cluster_blocks(structures: Structures, moments: Moments, threshold: float) -
 
 
 def mpruner_candidates(found: Sequence[Names], stride: int) -> Names:
-    """The blocks to remove: every `stride`-th member of each cluster, beginning with the second."""
+    """The blocks to remove: every `stride`-th member of each cluster, from the second on."""
     return tuple(name for cluster in found for name in cluster[1::stride])
 
 
 def rank_by_similarity(
     model: nn.Module, structures: Structures, moments: Moments, batches: Iterable[Batch], config: Mpruner, seed: int
 ) -> BlockRanking:
-    """1 - CKA with the block before, whose output the identity would put in this one's place.
+    """Importance = 1 - CKA with the block before, whose output replaces this one's if it is removed.
 
-    The first block of a cluster has 1 more, because it stays; the first of a family is like none.
+    The first block of a cluster gets 1 more, because it stays. The first of a family has similarity 0.
     """
     cka, place = moments.block_cka, {name: i for i, name in enumerate(moments.block_names)}
     found = cluster_blocks(structures, moments, config.threshold)

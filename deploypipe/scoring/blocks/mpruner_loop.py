@@ -1,4 +1,4 @@
-"""MPruner's loop: remove, train, compare with the dense network's accuracy; keep what holds, else remove less."""
+"""MPruner's loop: remove blocks, train, and compare accuracy with the dense network; on failure remove fewer."""
 
 import sys
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from deploypipe.scoring.blocks.mpruner import cluster_blocks, mpruner_candidates
 from deploypipe.task import Splits, Task, take_calib
 
 Network = TypeVar("Network")
-_ROUNDING = 1e-9  # percentage points that a difference of two accuracies may be off
+_ROUNDING = 1e-9  # rounding error in percentage points of a difference of two accuracies
 
 
 def prune_depth(
@@ -34,17 +34,17 @@ def prune_depth(
     train: Callable[[nn.Module], nn.Module] | None = None,
     notify: Notify = silent,
 ) -> tuple[nn.Module, DepthLog]:
-    """The shallowest network found whose accuracy on val is at most `settings.max_drop_pp` below the dense one's.
+    """Find the shallowest network whose accuracy on val is at most `settings.max_drop_pp` below the dense network's.
 
-    train: gives a trained copy of a repaired network (`training.finetune`, usually); None: repair alone. `dense` is
-    left as it was; so many blocks stay as `structures.constraints` asks. Cost of an iteration: a pass over calib, a
-    repair, the training, and a pass over val.
+    train: returns a trained copy of a repaired network (usually `training.finetune`); None: repair alone. `dense` is
+    left unchanged. At least as many blocks stay as `structures.constraints` requires. Cost of an iteration: a pass over
+    calib, a repair, the training, and a pass over val.
     """
     calib = take_calib(splits.calib, max(recipe.observe.num_samples, recipe.repair.num_samples))
     shared: dict[str, Any] = {"real_tokens": task.real_tokens, "seed": recipe.seed, "notify": notify}
 
     def left(model: nn.Module) -> Structures:
-        """The blocks that are still there. Channel groups are left out, so that `observe` skips them."""
+        """The remaining blocks. Channel groups are left out, so that the calibration pass skips them."""
         blocks = tuple(b for b in structures.blocks if not isinstance(model.get_submodule(b.name), nn.Identity))
         return replace(structures, model_fingerprint=model_fingerprint(model), groups=(), blocks=blocks)
 
@@ -54,7 +54,7 @@ def prune_depth(
         return cluster_blocks(blocks, moments, settings.threshold)
 
     def remove_and_train(model: nn.Module, names: Names) -> nn.Module:
-        # Repaired towards the network that is cut, not the dense one: what earlier training has gained stays.
+        # Repaired towards the network before this cut, not the dense one, so the gain of earlier training stays.
         plan = make_plan(left(model), ScoreTable(scorer=settings.kind, channels={}), {}, names)
         pruned, _ = repair(model, apply_plan(model, plan), plan, calib, recipe.repair, **shared)
         return train(pruned) if train else pruned
@@ -62,8 +62,10 @@ def prune_depth(
     def evaluate(model: nn.Module) -> float:
         return float(evaluate_module(model, splits.val, task).mean())
 
-    most = len(structures.blocks) - structures.constraints.least_blocks
-    return mpruner(copied(dense), settings, analyse, remove_and_train, evaluate, num_removable=most, notify=notify)
+    num_removable = len(structures.blocks) - structures.constraints.least_blocks
+    return mpruner(
+        copied(dense), settings, analyse, remove_and_train, evaluate, num_removable=num_removable, notify=notify
+    )
 
 
 def mpruner(
@@ -76,11 +78,11 @@ def mpruner(
     num_removable: int = sys.maxsize,
     notify: Notify = silent,
 ) -> tuple[Network, DepthLog]:
-    """The loop itself; none of the three functions may change its argument, so rolling back is keeping the best.
+    """The loop itself. None of the three functions may change its argument, so a roll-back just keeps the best network.
 
-    What holds is analysed again at the same stride; what does not is tried again at the next one, unless that would
-    remove the same blocks. Ends when no cluster has a second member, `max_stride` was refused or `num_removable` blocks
-    are gone.
+    After a success the new network is analysed again at the same stride. After a failure the next stride is tried,
+    unless it would remove the same blocks. Ends when no cluster has a second member, `max_stride` failed, or
+    `num_removable` blocks are removed.
     """
     best, stride = dense, settings.stride
     dense_accuracy = best_accuracy = evaluate(dense)
@@ -92,7 +94,7 @@ def mpruner(
         names = mpruner_candidates(found, stride)[: num_removable - len(removed)]
         if not names:
             break
-        accuracy, accepted, reason = None, False, "the same blocks as at the stride before"
+        accuracy, accepted, reason = None, False, "the same blocks as at the previous stride"
         if names != refused:
             tried = remove_and_train(best, names)
             accuracy = evaluate(tried)
@@ -116,7 +118,7 @@ def mpruner(
             found = analyse(best)
         else:
             refused, stride = names, stride + 1
-    reason = "no block is like one before it"
+    reason = "no block is similar to the one before it"
     if stride > settings.max_stride:
         reason = f"refused at stride {settings.max_stride}"
     elif any(len(cluster) > 1 for cluster in found):

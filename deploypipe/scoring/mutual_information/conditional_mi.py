@@ -1,4 +1,4 @@
-"""Information about the label that a unit adds to the units chosen before it (arXiv:2411.18578, in Gaussian form)."""
+"""Score units by the label information they add to the units chosen before them (arXiv:2411.18578, Gaussian form)."""
 
 from dataclasses import dataclass
 
@@ -11,8 +11,8 @@ from deploypipe.records import ScoreTable, Structures
 from deploypipe.scoring.magnitude import completed_by_magnitude
 from deploypipe.scoring.mutual_information.label_mi import WITHOUT_ROWS, class_labels, labelled_units
 
-_SAMPLES_PER_CLASS = 5  # with fewer, a unit that knows nothing seems to add more than 0.1 nats
-_STEP = 1e-9  # keeps the order of choice where nothing is added
+_SAMPLES_PER_CLASS = 5  # with fewer, an uninformative unit appears to add more than 0.1 nats
+_STEP = 1e-9  # keeps the order of choice if nothing is added
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,12 +24,12 @@ class _Selection:
 def score_conditional_mi(
     model: nn.Module, structures: Structures, moments: Moments, config: ConditionalMi, seed: int
 ) -> ScoreTable:
-    """Nats about the label that were still to be had when the unit was chosen, strictly falling in order of choice.
+    """Score = nats about the label still missing when the unit was chosen; strictly falling in order of choice.
 
-    The greatest is I(label; all units). Of two duplicates one waits until the others that know something are chosen.
-    Suggests the width of the Scree test. The paper conditions on whole feature maps by matrix Renyi entropies,
-    O(units^2 n^3); here a unit is its mean over positions and the entropies are Gaussian. Raises DataError where labels
-    are absent, of one class, or fewer than five a class.
+    The highest score is I(label; all units). Of two duplicates one is chosen only after the other informative units.
+    Suggests the width of the Scree test. The paper conditions on whole feature maps with matrix Renyi entropies,
+    O(units^2 n^3). Here a unit is its mean over positions, and entropies are Gaussian. Raises DataError if labels are
+    missing, of one class, or fewer than five per class.
     """
     labels = class_labels(moments, config.kind, _SAMPLES_PER_CLASS)
     units = labelled_units(structures, moments, labels)

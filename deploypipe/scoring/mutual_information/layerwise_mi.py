@@ -1,4 +1,4 @@
-"""Layer-wise pruning by mutual information with the kept units above (Fan et al., arXiv:2108.12594), Gaussian form."""
+"""Score units by mutual information with the kept units above them (Fan et al., arXiv:2108.12594), Gaussian form."""
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,12 @@ from deploypipe.scoring.mutual_information.top_down_mi import (
 def score_layerwise_mi(
     model: nn.Module, structures: Structures, moments: Moments, config: LayerwiseMi, seed: int
 ) -> ScoreTable:
-    """Nats about the kept outputs of all readers, summed over the readers.
+    """Score = nats about the kept outputs of all readers, summed over the readers.
 
-    joint: units are chosen one by one, each time the one that adds most to those chosen; the score is what was still
-    unknown when a unit was chosen, so the first one has the highest. Otherwise: what each unit tells by itself, so that
-    two that tell the same both stay. The information of deterministic outputs is infinite; a noise floor makes it
-    finite. Groups none of whose consumers could be observed are scored by magnitude.
+    joint: units are chosen one by one, each time the one that adds most to those chosen. The score is the information
+    still missing when a unit was chosen, so the first has the highest. Otherwise the score is the unit's own
+    information, so duplicates both stay. A noise floor makes the information of deterministic outputs finite. Groups
+    whose consumers could not be observed are scored by magnitude.
     """
 
     def rank(readers: list[Reader]) -> list[Ranking]:

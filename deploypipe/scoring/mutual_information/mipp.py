@@ -1,7 +1,7 @@
 """Mutual-information-preserving pruning in closed Gaussian form (arXiv:2411.00147; derivation in `numerics`).
 
-A unit is a group of regressors (its taps) of every layer that reads it; the score is the information about those
-layers' kept outputs that is lost when it goes, after all units of lower score are already gone.
+A unit is a group of regressors (its taps) of every layer that reads it. The score is the information about those
+layers' kept outputs that is lost with it, after all units of lower score were removed.
 """
 
 from collections.abc import Sequence
@@ -25,11 +25,11 @@ from deploypipe.scoring.mutual_information.top_down_mi import (
 
 
 def score_mipp(model: nn.Module, structures: Structures, moments: Moments, config: Mipp, seed: int) -> ScoreTable:
-    """Cumulative nats lost when a unit is removed in greedy order: the last one standing has the highest score.
+    """Score = cumulative nats lost when a unit is removed in greedy order; the last unit has the highest score.
 
-    With a `confidence`, every group also gets the width at which the method stops (see `_width`), and exactly the units
-    of that width are targets of the layers below. Groups none of whose consumers could be observed are scored by
-    magnitude, and suggest nothing.
+    With a `confidence`, every group also gets the width at which the method stops (see `_width`). Only the units of
+    that width are targets for the layers below. Groups whose consumers could not be observed are scored by magnitude,
+    without a suggested width.
     """
 
     def rank(readers: list[Reader]) -> list[Ranking]:
@@ -45,14 +45,14 @@ def score_mipp(model: nn.Module, structures: Structures, moments: Moments, confi
 
 
 def _width(losses: Sequence[float], readers: Sequence[Reader], num_samples: int, confidence: float) -> int:
-    """How many units stay when removal, in greedy order, stops at the first one that costs significant information.
+    """How many units stay if greedy removal stops at the first unit that costs significant information.
 
-    The closed analogue of the paper's test (keep a node only if it is more than x % sure that it transfers entropy, by
+    The closed form of the paper's test (keep a node only if it is more than x % certain that it transfers entropy, from
     five estimates): removing a unit loses I(unit; outputs | units left) nats; 2 N times that is the likelihood ratio
     statistic of the hypothesis that the outputs do not depend on the unit, given the others. It is compared with the
-    chi-square quantile at `confidence`; degrees of freedom are the unit's weights: taps x kept outputs, summed over the
-    readers. N counts samples, not positions, which are not independent. As in the paper, a higher confidence prunes
-    harder, for the same targets never less; 1 leaves one unit. The outputs are exact and the noise only the floor, so
+    chi-square quantile at `confidence`. The degrees of freedom are the unit's weights: taps x kept outputs, summed over
+    the readers. N counts samples, not positions, which are not independent. As in the paper, a higher confidence prunes
+    at least as much for the same targets; 1 leaves one unit. The outputs are exact and the noise is only the floor, so
     this is the power of the test at that noise, not an error rate.
     """
     weights = sum(len(reader.regressors[0]) * reader.weights.shape[2] for reader in readers)

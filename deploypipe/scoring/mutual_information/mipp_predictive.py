@@ -1,10 +1,10 @@
-"""MIPP as the paper runs it, with a small trained network in place of a closed form (arXiv:2411.00147 v1).
+"""MIPP as the paper runs it, with a small trained network instead of a closed form (arXiv:2411.00147 v1).
 
-A slow reference for tests and benchmarks: one training a unit. What the paper leaves open is fixed here: the network's
-size, its steps, the noise, and that networks with and without the unit are tuned alike and judged on held-out samples.
+A slow reference for tests and benchmarks: one training per unit. We fix what the paper leaves open: the network's size,
+its steps, the noise, and that networks with and without the unit are tuned alike and compared on held-out samples.
 
 Legend: n samples; X (n, p) what a layer reads; Y (n, m) what it writes; R repeats, each with its own split and network.
-    networks    R small networks trained side by side, as a list of weights with a leading axis R
+    networks    R small networks trained together, as a list of weights with a leading axis R
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ _TRAIN_STEPS = 400
 _TUNE_STEPS = 100
 _LEARNING_RATE = 0.01
 _HELD_OUT = 0.3  # share of the samples
-# Added to the standardised Y: a layer is deterministic, and all that an imperfect tuning misses would be information.
+# Added to the standardised Y: a layer is deterministic, so errors of an imperfect tuning would count as information.
 _NOISE = 0.1
 
 _Networks = list[Tensor]
@@ -44,12 +44,13 @@ def score_mipp_predictive(
     repeats: int = 5,
     seed: int = 0,
 ) -> tuple[tuple[float, ...], tuple[int, ...]]:
-    """A score for every unit, and the units that stay. Higher = keep: removed ones count up in order of removal, those
-    that stay lie above them by the share of Y's variance that is lost with them.
+    """A score for every unit (higher = keep), and the units that stay.
 
-    unit_columns[i]: the columns of X that are unit i. Units are visited from the least to the most informative; one
-    stays if, with more than `confidence`, the held-out squared error is greater without it (one-sided paired t-test
-    over the repeats, whose training sets overlap: a little too sure). The last one always stays.
+    Removed units are numbered in order of removal. Those that stay lie above them by the share of Y's variance that is
+    lost with them. unit_columns[i]: the columns of X that are unit i. Units are visited from the least to the most
+    informative. A unit stays if the held-out squared error is greater without it, with more than `confidence`. This is
+    a one-sided paired t-test over the repeats; their training sets overlap, so it is slightly overconfident. The last
+    unit always stays.
     """
     generator = torch.Generator().manual_seed(seed)
     y = _standardised(rows_y)
@@ -91,7 +92,7 @@ def _compare(
 
 
 def _confidence(increase: Tensor) -> float:
-    """How sure it is that the mean of `increase` (R,) is above zero; 0.5 where nothing changes."""
+    """Confidence that the mean of `increase` (R,) is above zero; 0.5 if nothing changes."""
     error = float(increase.std()) / len(increase) ** 0.5
     return float(t.cdf(float(increase.mean()) / max(error, 1e-12), df=len(increase) - 1))
 
@@ -107,7 +108,7 @@ def _single_unit_losses(splits: _Splits, columns: Tensor, generator: torch.Gener
 
 
 def _new_networks(splits: _Splits, count: int, generator: torch.Generator) -> _Networks:
-    """`count` networks p -> hidden -> m with rectifiers, He initialisation."""
+    """`count` networks p -> hidden -> m with ReLU, He initialisation."""
     p, m = splits.x.shape[2], splits.y.shape[2]
     first = torch.randn(count, p, _HIDDEN, generator=generator) * (2 / p) ** 0.5
     second = torch.randn(count, _HIDDEN, m, generator=generator) * (1 / _HIDDEN) ** 0.5
@@ -143,5 +144,5 @@ def _standardised(rows: Tensor) -> Tensor:
     """Zero mean and unit variance by column; constants become zero."""
     rows = rows.float()
     spread = rows.std(0)
-    is_constant = spread <= 1e-6 * rows.abs().amax(0)  # what float32 leaves of one would still be measured
+    is_constant = spread <= 1e-6 * rows.abs().amax(0)  # float32 rounding of a constant would count as variance
     return ((rows - rows.mean(0)) / spread.masked_fill(is_constant, 1)).masked_fill(is_constant, 0)

@@ -1,8 +1,8 @@
-"""From the outputs to the inputs: what a unit is worth is asked of those outputs of its readers that are kept.
+"""Rank groups from the outputs to the inputs: a unit is scored by the kept outputs of its readers.
 
-The order of arXiv:2411.00147 and arXiv:2108.12594. Only groups with a reader whose inputs were observed can be ranked
-so; the others are scored by magnitude. Groups of one shape that do not read into each other, such as those of a stage
-of residual blocks, are ranked side by side: a step of a small group costs little but the calls.
+This is the order of arXiv:2411.00147 and arXiv:2108.12594. Only groups with an observed reader can be ranked so; the
+others are scored by magnitude. Groups of one shape that do not feed each other, such as those of a stage of residual
+blocks, are ranked together, because a step of a small group costs mostly function calls.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,16 +20,16 @@ from deploypipe.scheduling.exclusive_measurement import give_way
 from deploypipe.scoring.magnitude import score_magnitude
 
 UNOBSERVED = "none of its consumers could be observed; scored by magnitude"
-STEP = 1e-9  # keeps the order in which units were taken where nothing is lost or gained
-_MAX_VALUES = 2**22  # of the covariances ranked side by side: what is larger gains nothing, and takes memory
+STEP = 1e-9  # keeps the order in which units were taken if nothing is lost or gained
+_MAX_VALUES = 2**22  # of covariances ranked together; larger stacks gain nothing and need memory
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reader:
-    """An observed consumer of a group, with those m of its outputs that count as kept; of b groups side by side."""
+    """An observed consumer of a group, with the m outputs that count as kept; stacked for b groups."""
 
     modules: list[str]  # b
-    covariance: Tensor  # (b, p, p) float64, of all that it reads
+    covariance: Tensor  # (b, p, p) float64, of all its inputs
     weights: Tensor  # (b, p, m) float64
     outputs: list[list[int]]  # the m outputs of each, in the module's own numbering
     regressors: list[list[int]]  # by unit of the group: which of the p
@@ -37,14 +37,14 @@ class Reader:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ranking:
-    """How one group's units are ordered."""
+    """The order of one group's units."""
 
     scores: tuple[float, ...]  # by unit, higher = keep
-    suggested: int | None = None  # how many the method itself would keep
+    suggested: int | None = None  # the number of units the method itself would keep
 
 
 class Removal(Protocol):
-    """Units that can be taken away one by one."""
+    """A problem from which units can be removed one by one."""
 
     def losses(self) -> Tensor: ...
     def remove_(self, group: Tensor) -> None: ...
@@ -60,13 +60,13 @@ def score_top_down(
     is_cumulative: bool,
     keep: float = 1.0,
 ) -> ScoreTable:
-    """`rank` every group, from the last to the first, by what its readers' kept outputs need.
+    """`rank` every group, from the last to the first, by the kept outputs of its readers.
 
-    `rank` is given the readers of b groups side by side, and returns b rankings. An output that is a unit of a group
-    ranked before counts only if that unit is kept: if it is among the suggested number, or where nothing is suggested
-    among the `keep` share, of highest score. Outputs of no group, or of a group whose turn comes later (a residual
-    stream comes where its first producer does), always count. Should none of a reader's outputs count, all do, because
-    surgery leaves every layer at least one.
+    `rank` gets the stacked readers of b groups and returns b rankings. An output that is a unit of a group ranked
+    earlier counts only if that unit is kept: if it is among the suggested number of highest scores, or without a
+    suggestion among the `keep` share. Outputs of no group, or of a group ranked later (a residual stream is ranked with
+    its first producer), always count. If none of a reader's outputs would count, all do, because surgery leaves every
+    layer at least one.
     """
     modules = dict(model.named_modules())
     by_magnitude = score_magnitude(model, structures, moments, Magnitude(), seed=0).channels
@@ -95,7 +95,7 @@ def score_top_down(
 
 
 def _runs(structures: Structures, modules: dict[str, nn.Module]) -> Iterator[list[ChannelGroup]]:
-    """The groups from the last to the first, cut where a reader of one writes units of another of the same run."""
+    """The groups from the last to the first, in runs: no reader of a group writes units of another in its run."""
     run: list[ChannelGroup] = []
     written: set[str] = set()
     for group in reversed(structures.groups):
@@ -108,7 +108,7 @@ def _runs(structures: Structures, modules: dict[str, nn.Module]) -> Iterator[lis
 
 
 def _of_one_shape(observed: dict[str, list[Reader]]) -> Iterator[list[str]]:
-    """The names of the groups, those together whose readers can be stacked, up to `_MAX_VALUES`."""
+    """The names of groups whose readers can be stacked, in lists of up to `_MAX_VALUES` values."""
     by_shape: dict[str, list[str]] = {}
     for name, readers in observed.items():
         shape = str([(reader.weights.shape, reader.regressors) for reader in readers])
@@ -133,7 +133,7 @@ def _side_by_side(readers: Sequence[Reader]) -> Reader:
 def _note_(
     unkept: dict[str, set[int]], group: ChannelGroup, modules: dict[str, nn.Module], ranking: Ranking, keep: float
 ) -> None:
-    """Add the outputs that make the units of `group` that are not kept."""
+    """Add the outputs that produce the removed units of `group`."""
     width = max(1, round(keep * group.num_units)) if ranking.suggested is None else ranking.suggested
     going = sorted(range(group.num_units), key=ranking.scores.__getitem__)[: group.num_units - width]
     for member in group.members:
@@ -164,7 +164,7 @@ def _readers(
 
 
 def remove_one_by_one(problems: Sequence[Removal], num_units: int) -> tuple[Tensor, Tensor]:
-    """Remove the unit whose loss, summed over all problems, is least, again and again: (order, losses on removal)."""
+    """Repeatedly remove the unit with the smallest loss, summed over all problems: (order, losses on removal)."""
 
     def remove_(unit: Tensor) -> None:
         for problem in problems:
@@ -176,9 +176,9 @@ def remove_one_by_one(problems: Sequence[Removal], num_units: int) -> tuple[Tens
 def take_one_by_one(
     amounts: Callable[[], list[Tensor]], take_: Callable[[Tensor], None], num_units: int, *, greatest: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Take the unit of least (or greatest) summed amount, again and again: (order, amounts when taken).
+    """Repeatedly take the unit of smallest (or greatest) summed amount: (order, amounts when taken).
 
-    Amounts, and what is returned, are those of problems side by side, (*, units); `take_` is given a unit of each, (*).
+    Amounts and results are stacked for several problems, (*, units); `take_` gets one unit per problem, (*).
     """
     order: list[Tensor] = []
     taken: list[Tensor] = []
@@ -194,11 +194,11 @@ def take_one_by_one(
 
 
 def cumulative(order: Tensor, amounts: Tensor) -> Tensor:
-    """By unit, (*, units): the sum of all amounts up to its turn. Strictly rising in `order`."""
+    """By unit, (*, units): the sum of all amounts up to its removal. Strictly rising in `order`."""
     totals = amounts.cumsum(-1) + STEP * torch.arange(amounts.shape[-1])
     return torch.empty_like(totals).scatter_(-1, order, totals)
 
 
 def rankings_of(scores: Tensor) -> list[Ranking]:
-    """Of scores (b, units)."""
+    """Rankings from scores (b, units)."""
     return [Ranking(scores=tuple(row)) for row in scores.tolist()]
