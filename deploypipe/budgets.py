@@ -13,7 +13,7 @@ from deploypipe.records import BenchmarkReport, Candidate, Interval, Measurement
 from deploypipe.text.amounts import count, file_size
 
 # How a search knows a figure before the candidate's file exists.
-Predictor: TypeAlias = Literal["latency_model", "macs", "params", "file_size"]
+Predictor: TypeAlias = Literal["latency_model", "mac_count", "param_count", "params_in_file"]
 
 LATENCY_P50, PEAK_MEMORY, MACS = "latency_p50", "peak_memory", "macs"  # those with code of their own
 
@@ -78,7 +78,7 @@ _ROWS = (
         source="counted",
         of_measurement=lambda m: m.file.size_bytes / 2**20,
         of_candidate=lambda c: c.file_size_mib,
-        predictor="file_size",
+        predictor="params_in_file",
     ),
     BudgetRow(
         name="params",
@@ -89,7 +89,7 @@ _ROWS = (
         source="counted",
         of_measurement=lambda m: m.num_params,
         of_candidate=lambda c: c.num_params,
-        predictor="params",
+        predictor="param_count",
         is_in_overview=False,  # file size says nearly the same, and the terminal is narrow
     ),
     BudgetRow(
@@ -101,7 +101,7 @@ _ROWS = (
         source="counted",
         of_measurement=lambda m: m.num_macs,
         of_candidate=lambda c: c.num_macs,
-        predictor="macs",
+        predictor="mac_count",
     ),
 )
 BUDGETS: Mapping[str, BudgetRow] = {row.name: row for row in _ROWS}

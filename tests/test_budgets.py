@@ -44,7 +44,7 @@ WEIGHT_MEMORY = BudgetRow(
     source="measured",
     of_measurement=lambda m: 4 * m.num_params / 2**20,
     of_candidate=lambda c: 4 * c.num_params / 2**20,
-    predictor="params",
+    predictor="param_count",
     margin=0.1,
 )
 

@@ -17,7 +17,7 @@ STAGE_HEADER = ("stage", "units left", "layers made narrower", "blocks removed")
 _BINDING = 0.97  # of what the search allows
 
 # What the least reachable share is about, by how it was found.
-_LEAST_REMARKS: dict[Predictor | None, str] = {"latency_model": ", measured", "file_size": " of its weights"}
+_LEAST_REMARKS: dict[Predictor | None, str] = {"latency_model": ", measured", "params_in_file": " of its weights"}
 _KNOBS = {
     "fill": "which part of the budgets the plan was to fill",
     "exponent": "below 1 small losses count more",

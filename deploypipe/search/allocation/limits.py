@@ -14,7 +14,7 @@ _STAND_IN_SHARE = 0.5  # of the dense MACs, for a limit in ms or MiB
 _MIN_FILL = 0.1  # of a budget; no candidate below it was ever worth repairing
 _MIB_PER_PARAM = 4 / 2**20
 # Predictors that the solver can bound. If no choice meets all bounds, the solver takes the cheapest by the first one.
-_SOLVER_ORDER: tuple[Predictor, ...] = ("macs", "params", "latency_model", "file_size")
+_SOLVER_ORDER: tuple[Predictor, ...] = ("mac_count", "param_count", "latency_model", "params_in_file")
 Range = tuple[float, float]
 
 
@@ -118,7 +118,7 @@ def bounded_shares(
     shares = {}
     for predictor in _SOLVER_ORDER:
         for name in (name for name in limits if BUDGETS[name].predictor == predictor):
-            if predictor == "file_size":
+            if predictor == "params_in_file":
                 shares[name] = _share_of_weights(name, limits[name], dense, shipped_mib)
             elif (figure := BUDGETS[name].of_candidate(dense)) and (is_timed or predictor != "latency_model"):
                 shares[name] = limits[name].absolute(figure) / figure

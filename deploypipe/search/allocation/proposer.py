@@ -124,7 +124,7 @@ class Proposer:
         levels, predictor = allowed_widths(self.structures, self.curves), BUDGETS[name].predictor
         if predictor == "latency_model" and model:
             return latency_costs(model, self.structures, levels)
-        return mac_costs(self.structures, levels) if predictor == "macs" else param_costs(self.structures, levels)
+        return mac_costs(self.structures, levels) if predictor == "mac_count" else param_costs(self.structures, levels)
 
     def figures(self, allocation: Allocation, model: LatencyModel | None) -> list[float]:
         """What the network comes to, by `shares`: its latency predicted, the rest counted."""
@@ -134,9 +134,9 @@ class Proposer:
         latency = model.predict(cut_of(plan)).value if model else 0.0
         known: dict[Predictor | None, float] = {
             "latency_model": latency,
-            "macs": macs,
-            "params": params,
-            "file_size": params,
+            "mac_count": macs,
+            "param_count": params,
+            "params_in_file": params,
         }
         return [known[BUDGETS[name].predictor] for name in self.shares]
 
