@@ -15,7 +15,7 @@ from deploypipe.search.distributed.study_storage import Storage
 
 
 class Slow(Evaluator):
-    """Takes its time, and notes what it judged."""
+    """Evaluates slowly, and logs what it evaluated."""
 
     def __init__(self, seconds: float, log: Path) -> None:
         super().__init__(before=self._begin)

@@ -45,7 +45,7 @@ GUARDS = {
         "test_hostile_onnx.py::test_a_baseline_that_never_ends_is_not_timed",
     ),
     "A TensorRT engine": (
-        "export/test_tensorrt_engine.py::test_one_that_was_exchanged",
+        "export/test_tensorrt_engine.py::test_an_exchanged_engine",
         "export/test_tensorrt_engine.py::test_of_another_version",
         "export/test_tensorrt_engine.py::test_for_another_gpu",
     ),
@@ -75,7 +75,7 @@ GUARDS = {
         "test_worker_code_check.py::test_source_is_read_without_importing",
     ),
     "The cache": (
-        "search/test_latency_store.py::test_no_flipped_bit_or_lost_byte_gives_another_latency",
+        "search/test_latency_store.py::test_a_flipped_bit_or_lost_byte_never_changes_a_latency",
         "release/test_hostile_registry.py::test_a_damaged_bundle_in_the_cache_is_downloaded_again",
     ),
     "Names of targets": (

@@ -1,4 +1,4 @@
-"""`deploypipe bench` on real files: what it measures, what it says of it, and what it refuses."""
+"""`deploypipe bench` on real files: what it measures, what it prints, and what it refuses."""
 
 import json
 from dataclasses import replace
@@ -88,7 +88,7 @@ def whole(files: Path) -> tuple[BenchResult, list[Event]]:
     return result, events
 
 
-def test_everything_is_measured_or_says_why_not(whole: tuple[BenchResult, list[Event]]) -> None:
+def test_every_part_is_measured_or_has_a_reason(whole: tuple[BenchResult, list[Event]]) -> None:
     result, events = whole
     assert from_json(BenchResult, to_json(result), "result") == result
     assert [e.stage for e in events if isinstance(e, Started)] == list(PARTS)
@@ -288,7 +288,7 @@ def test_bad_input_files_end_with_two(files: Path, tmp_path: Path) -> None:
         assert done.output.startswith("error: "), done.output
 
 
-def test_a_target_that_is_not_here(files: Path, tmp_path: Path) -> None:
+def test_a_target_on_another_device(files: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["bench", str(files / "dense.onnx"), "no_such_target"])
     assert (done.exit_code, "no target of this name" in done.output) == (2, True)
     with pytest.raises(RuntimeUnavailableError):

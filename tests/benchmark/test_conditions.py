@@ -1,4 +1,4 @@
-"""What Linux, nvidia-smi and tegrastats print is read right, and judged; on text, since no test machine has it all."""
+"""The output of Linux, nvidia-smi and tegrastats is parsed and judged; from text, since no test machine has all."""
 
 import os
 import sys
@@ -128,7 +128,7 @@ def test_verdicts() -> None:
     assert judged(later(busy_s=120.0)).verdict == "steady"  # one of the three processors that were left
 
 
-def test_what_cannot_be_told_is_not_judged() -> None:
+def test_unknown_figures_do_not_decide() -> None:
     brief = judged(later(at_s=1000.1, busy_s=200.0))
     assert (brief.verdict, brief.other_cpus) == ("steady", None)
     unknown = judged(later(busy_s=None, stolen_s=None, num_throttled=None, clock_mhz=None))

@@ -1,4 +1,4 @@
-"""Figures come from the files themselves, in the order the samples came, and say when they cannot be had."""
+"""Figures come from the files themselves, in the order of the samples, and have a reason if they are missing."""
 
 import fcntl
 import sys
@@ -127,7 +127,9 @@ def test_runtime_that_is_absent_measures_nothing(folder: Path, large: ModelFile,
     assert "tensorrt" in report.notes[0]
 
 
-def test_who_measures_is_alone(folder: Path, small: ModelFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_measurement_runs_alone(
+    folder: Path, small: ModelFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, inputs, seen = folder / small.path, {"input": np.zeros((1, 16), dtype=np.float32)}, []
 
     def is_alone() -> bool:
@@ -148,7 +150,7 @@ def test_who_measures_is_alone(folder: Path, small: ModelFile, tmp_path: Path, m
     assert in_time and len(seen) > in_time and all(seen)
 
 
-def test_memory_that_cannot_be_told(folder: Path, small: ModelFile, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_cannot_be_measured(folder: Path, small: ModelFile, monkeypatch: pytest.MonkeyPatch) -> None:
     path, inputs = folder / small.path, {"input": np.zeros((1, 16), dtype=np.float32)}
     with pytest.raises(ModelError, match=r"absent\.onnx.*a process that runs it failed"):
         measure_peak_memory(folder / "absent.onnx", inputs, TARGET)
@@ -159,7 +161,7 @@ def test_memory_that_cannot_be_told(folder: Path, small: ModelFile, monkeypatch:
     )
 
 
-def test_evaluation_gives_the_mode_back_and_refuses_bad_data(folder: Path, small: ModelFile) -> None:
+def test_evaluation_restores_the_mode_and_refuses_bad_data(folder: Path, small: ModelFile) -> None:
     model = mlp(64).train()
     model[1].eval()
     running = model[1].running_mean
@@ -214,7 +216,7 @@ def test_an_unsteady_machine_is_timed_again_a_few_times(
     assert bool(find_unsteadiness(done[-1].samples[1])) == (num_wild > 2)
 
 
-def test_a_measurement_too_short_to_see_others_is_looked_at_for_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_short_measurement_is_observed_for_longer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another process keeps all processors busy; the runs are over after 0.1 s, which tells nothing of that."""
     state = read_state()
 

@@ -1,4 +1,4 @@
-"""The exported file: self-contained, any batch, nothing of the author's machine in it, equal to the network."""
+"""The exported file is self-contained, takes any batch, does not name its author, and equals the network."""
 
 import json
 from collections.abc import Callable
@@ -217,12 +217,12 @@ def test_axes_that_change_together_share_a_name(tmp_path: Path) -> None:
     ("axes", "message"),
     [({"tokens": {1: "n"}}, "no input is called 'tokens'.*ids, mask"), ({"ids": {2: "n"}}, "'ids' has no axis 2")],
 )
-def test_axes_that_are_not_there(axes: dict[str, dict[int, str]], message: str, tmp_path: Path) -> None:
+def test_axes_that_do_not_exist(axes: dict[str, dict[int, str]], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         export_onnx(TwoInputs(), [(tokens(3), None)], tmp_path / "m.onnx", Export(dynamic_axes=axes))
 
 
-def test_an_opset_that_cannot_be_had(tmp_path: Path) -> None:
+def test_an_opset_that_is_not_available(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"opset 40 cannot be written.*use export.opset = 18 to 23"):
         export_onnx(Net(), [(torch.randn(2, 3, 8, 8), None)], tmp_path / "m.onnx", Export(opset=40))
     assert not list(tmp_path.iterdir())
@@ -257,7 +257,7 @@ def test_weights_in_a_second_file(tmp_path: Path) -> None:
         )
 
 
-def test_what_the_file_tells(tmp_path: Path) -> None:
+def test_metadata_of_the_file(tmp_path: Path) -> None:
     model, batches = Net(), [(torch.randn(2, 3, 8, 8), None)]
     for name in ("a.onnx", "b.onnx"):
         export_onnx(model, batches, tmp_path / name, Export(), origin={"plan": "abc"}, class_names=("cat", "dög"))
@@ -304,7 +304,7 @@ def test_a_pruned_recurrent_network_is_exported_as_it_computes(tmp_path: Path) -
         np.testing.assert_allclose(session.run({"x": inputs.numpy()})[0], expected, atol=1e-5)
 
 
-def test_an_lstm_with_a_projection_is_refused_with_the_way_out(tmp_path: Path) -> None:
+def test_an_lstm_with_a_projection_is_refused_with_a_remedy(tmp_path: Path) -> None:
     network = Recurrent(nn.LSTM(6, 10, proj_size=8, batch_first=True))
     with pytest.raises(ModelError, match=r"lstm is an nn\.LSTM with proj_size=8.*put an nn\.Linear behind"):
         export_onnx(network, [(torch.randn(2, 7, 3), None)], tmp_path / "model.onnx", Export())

@@ -1,4 +1,4 @@
-"""Half precision: what stays float is found by error, and the file is whole whatever it holds."""
+"""Half precision: measured errors decide what stays float, and any file converts completely."""
 
 from pathlib import Path
 from typing import Any
@@ -114,7 +114,7 @@ agraph (float[N, 1, 4, 4] x, int64[N] count) => (float[N, 1, 8, 8] y, int64[N] z
 """
 
 
-def test_branches_casts_scales_and_what_has_no_half(tmp_path: Path) -> None:
+def test_branches_casts_scales_and_operators_without_half(tmp_path: Path) -> None:
     onnx.save(onnx.parser.parse_model(BRANCHES), tmp_path / "dense.onnx")
     generator = torch.Generator().manual_seed(0)
     x, count = torch.randn(6, 1, 4, 4, generator=generator), torch.arange(6)

@@ -1,4 +1,4 @@
-"""Sizes that no batch has: the network's, the file's and the ones that the target declares."""
+"""Sizes beyond those of the batches: of the network, of the file, and those that the target declares."""
 
 from dataclasses import replace
 from pathlib import Path

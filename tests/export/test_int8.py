@@ -1,4 +1,4 @@
-"""8 bits: each runtime's recipe, ranges chosen by what they measure, and float where a layer does not bear it."""
+"""8 bits: each runtime's recipe, ranges chosen by measured errors, and float for layers that are too sensitive."""
 
 from collections import Counter
 from dataclasses import replace
@@ -206,7 +206,7 @@ def test_a_sensitive_layer_stays_float(lopsided: Path, tmp_path: Path) -> None:
     assert "middle.weight" in names and "first.weight_quantized" in names
 
 
-def test_errors_alone_decide_without_a_judge(lopsided: Path, tmp_path: Path) -> None:
+def test_errors_alone_decide_without_an_accuracy(lopsided: Path, tmp_path: Path) -> None:
     made = to_int8(lopsided, tmp_path / "int8.onnx", tiny.load_data().calib, None, CPU, FAST)
     assert [kept.layer for kept in made.kept_float] == ["middle/Gemm"]
     assert made.file.max_abs_error < FAST.max_abs_error_int8
@@ -228,7 +228,7 @@ def test_attention(tmp_path: Path) -> None:
     assert readers <= {"MatMul", "Gemm"}, "the sum after the norm reads 8 bits without need"
 
 
-def test_biases_make_up_for_rounded_weights(tmp_path: Path) -> None:
+def test_biases_compensate_for_rounded_weights(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(4, 8, 1), nn.Flatten(), nn.Linear(8 * 16, 4))
     batches = [(torch.rand(120, 4, 4, 4) + 3, None)]  # far from zero, so that lost weight shifts the mean
@@ -274,7 +274,7 @@ def test_refusals_leave_the_old_file(dense: Path, tmp_path: Path) -> None:
     assert {p.name for p in tmp_path.iterdir()} == {"int8.onnx", "already.onnx", "cut.onnx", "weightless.onnx"}
 
 
-def test_settings_that_cannot_be() -> None:
+def test_impossible_settings() -> None:
     with pytest.raises(ValueError, match="methods must not be empty"):
         Int8(methods=())
     with pytest.raises(ValueError, match="num_calib_samples = 0"):

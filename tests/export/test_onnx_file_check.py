@@ -1,4 +1,4 @@
-"""Files from elsewhere: a sound one passes; a cut, inconsistent or hostile one is refused before it is loaded."""
+"""Untrusted files: a sound one passes; a truncated, inconsistent or hostile one is refused before it is loaded."""
 
 import os
 from collections.abc import Callable

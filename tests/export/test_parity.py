@@ -1,4 +1,4 @@
-"""A file that computes something else is refused, and the module to blame is named."""
+"""A file that computes something else is refused, and the first module that differs is named."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -87,7 +87,7 @@ def test_the_first_module_that_differs_is_named(
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_the_place_where_two_files_part(tmp_path: Path) -> None:
+def test_the_first_difference_of_two_files(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, x = Branches(nn.ReLU()), torch.randn(8, 6)
     good, bad = tmp_path / "good.onnx", tmp_path / "bad.onnx"

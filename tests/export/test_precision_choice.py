@@ -33,7 +33,7 @@ ALL: tuple[Precision, ...] = ("fp32", "fp16", "int8")
         (("fp16",), {}, "fp16"),
     ],
 )
-def test_what_pays_is_chosen(allowed: tuple[Precision, ...], ratios: dict[str, float], chosen: str) -> None:
+def test_the_fastest_precision_is_chosen(allowed: tuple[Precision, ...], ratios: dict[str, float], chosen: str) -> None:
     decided, why = decide_precision(allowed, {name: about(value) for name, value in ratios.items()})
     assert decided == chosen and why
 
@@ -56,7 +56,7 @@ def choose(folder: Path, *precisions: Precision, settings: Export = Export(), ru
     )
 
 
-def test_every_precision_is_made_judged_and_timed(tmp_path: Path) -> None:
+def test_every_precision_is_converted_evaluated_and_timed(tmp_path: Path) -> None:
     choice = choose(tmp_path, *ALL)
     assert [row.precision for row in choice.rows] == list(ALL)
     assert all(row.latency_ratio and (row.precision == "fp32" or row.conversion) for row in choice.rows)
@@ -66,7 +66,7 @@ def test_every_precision_is_made_judged_and_timed(tmp_path: Path) -> None:
         assert row.conversion and row.conversion.accuracy is not None
 
 
-def test_nothing_is_claimed_of_a_device_that_is_not_here(tmp_path: Path) -> None:
+def test_nothing_is_timed_for_an_absent_device(tmp_path: Path) -> None:
     choice = choose(tmp_path, "int8", "fp32", runs=False)
     assert choice.chosen == "int8" and "nothing was timed" in choice.reason
     assert not any(row.latency_ratio for row in choice.rows)
@@ -79,6 +79,6 @@ def test_a_precision_that_misses_its_limits_is_a_row_with_the_reason(tmp_path: P
     assert choice.chosen == "fp32" and fp16.file is None and "max_abs_error_fp16" in fp16.reason
 
 
-def test_without_a_precision_that_holds_there_is_an_error(tmp_path: Path) -> None:
+def test_an_error_if_no_precision_is_within_its_limits(tmp_path: Path) -> None:
     with pytest.raises(ParityError, match=r"no precision of the target.*fp16.*target\.precisions"):
         choose(tmp_path, "fp16", settings=Export(max_abs_error_fp16=0.0), runs=False)

@@ -1,4 +1,4 @@
-"""Networks that remember the sizes of the batch before, as detectors do, give files of any size."""
+"""Networks that remember the sizes of their last batch, as detectors do, export to files of any size."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Files made from a template: equal to the network and to the file that is exported, or exported with a reason."""
+"""Files cut from a template equal the network and its exported file; others are exported, with a reason."""
 
 import random
 from collections import Counter
@@ -232,7 +232,7 @@ def test_a_file_that_differs_is_exported_with_the_reason() -> None:
     np.testing.assert_allclose(run(dense.folder / file.path, dense.inputs), eager(pruned, dense.inputs), atol=1e-5)
 
 
-def test_a_tensor_that_is_gone_is_told() -> None:
+def test_a_missing_tensor_is_reported() -> None:
     dense = prepared("mlp")
     plan = random_plan(dense.structures, seed=1)
     pruned = apply_plan(dense.model, plan)
@@ -260,6 +260,6 @@ def test_regrouped(
     assert regrouped(old, new, shape, sizes) == wanted
 
 
-def test_what_cannot_be_divided() -> None:
+def test_a_size_that_cannot_be_divided() -> None:
     with pytest.raises(UnfitError, match=r"7 instead of 12 cannot be divided like \[3, 4\]"):
         regrouped((2, 12), (2, 7), (2, 3, 4), {3: 3})

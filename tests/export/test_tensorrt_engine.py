@@ -1,4 +1,4 @@
-"""Engines: the real TensorRT-RTX parser and builder without a GPU; the other libraries by the names they have."""
+"""Engines: the real TensorRT-RTX parser and builder without a GPU, and the other libraries by a list of their names."""
 
 import json
 import os
@@ -290,7 +290,7 @@ def test_a_failed_build_leaves_no_old_engine(tmp_path: Path) -> None:
     ("content", "message"),
     [(None, "no such file"), (b"\x08\x0a\x12\xff", "not an ONNX file|cannot build"), (b"", "cannot build")],
 )
-def test_files_that_are_none(content: bytes | None, message: str, tmp_path: Path) -> None:
+def test_files_that_are_not_onnx(content: bytes | None, message: str, tmp_path: Path) -> None:
     source = tmp_path / "model.onnx"
     if content is not None:
         source.write_bytes(content)
@@ -315,7 +315,7 @@ def test_weights_outside_the_folder_are_not_read(tmp_path: Path) -> None:
 
 
 @needs_rtx
-def test_compute_capabilities_that_the_library_has_not(tmp_path: Path) -> None:
+def test_compute_capabilities_that_the_library_lacks(tmp_path: Path) -> None:
     source = one_node(tmp_path, "Sigmoid", ["N", 3])
     with pytest.raises(ConfigError, match=r"target 'rtx'.*cannot build for 9\.0; write some of 7\.5.*12\.1"):
         build_engine(source, replace(TARGET, compute_capabilities=("8.9", "9.0")), tmp_path)
@@ -368,7 +368,7 @@ def test_what_a_runtime_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ("raise MemoryError('all gone')", "MemoryError: all gone"),
     ],
 )
-def test_a_builder_that_dies(body: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_builder_that_crashes(body: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     child = tmp_path / "child.py"
     child.write_text(body)
     monkeypatch.setattr(module, "_CHILD", child)
@@ -422,7 +422,7 @@ def fake_tensorrt(major: int, calls: list[str]) -> Any:
         (11, ["int8", "fp16"], 0, set()),
     ],
 )
-def test_what_the_data_centre_builders_are_told(
+def test_settings_of_the_data_centre_builders(
     major: int,
     precisions: list[str],
     network_flags: int,
@@ -509,7 +509,7 @@ class TestLoading:
         with pytest.raises(RuntimeUnavailableError, match="an engine runs on an NVIDIA GPU and none is usable here"):
             self.open(engine)
 
-    def test_one_that_was_exchanged(self, engine: Path) -> None:
+    def test_an_exchanged_engine(self, engine: Path) -> None:
         engine.write_bytes(engine.read_bytes()[:-1] + b"\0")
         with pytest.raises(ModelError, match=r"sha256 differs.*rebuild the engine from the ONNX file"):
             self.open(engine)
@@ -591,14 +591,14 @@ ONLY_OF_10 = {"EXPLICIT_BATCH", "FP16", "INT8"}
 
 
 @needs_rtx
-def test_the_names_used_are_there() -> None:
+def test_the_names_used_exist() -> None:
     for used in (USED, USED_OF_RTX):
         for owner, names in used.items():
             holder = getattr(TRT, owner) if owner else TRT
             assert [name for name in names if not hasattr(holder, name)] == [], owner
 
 
-def test_the_list_of_names_is_whole() -> None:
+def test_the_list_of_names_is_complete() -> None:
     """Whatever our code reads from the bindings is in the lists above."""
     listed = {name for used in (USED, USED_OF_RTX) for names in used.values() for name in names} | {"__version__"}
     sources = [Path(module.__file__).with_name("engine_child.py"), Path(engine_file.__file__).with_name("tensorrt.py")]

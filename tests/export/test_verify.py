@@ -1,4 +1,4 @@
-"""Golden samples: written beside the files, replayed with numpy and onnxruntime alone, and not fooled."""
+"""Golden samples are written next to the files, replayed with numpy and onnxruntime alone, and resist tampering."""
 
 import json
 import os
@@ -106,7 +106,7 @@ def test_with_numpy_and_onnxruntime_alone(folder: Path, tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (2, "") and "holds no golden.json" in done.stderr
 
 
-def test_the_guard_of_these_tests_guards(tmp_path: Path) -> None:
+def test_the_import_guard_of_these_tests_works(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(GUARD)
     for name in ("torch", "pydantic", "typer", "onnx", "safetensors"):
         done = subprocess.run(
@@ -117,7 +117,7 @@ def test_the_guard_of_these_tests_guards(tmp_path: Path) -> None:
         assert done.returncode == 1 and b"is not on this machine" in done.stderr
 
 
-def test_a_file_that_answers_otherwise(folder: Path, tmp_path: Path) -> None:
+def test_a_file_with_other_outputs(folder: Path, tmp_path: Path) -> None:
     proto = onnx.load(folder / "one.onnx")
     bias = next(weight for weight in proto.graph.initializer if weight.name.endswith("2.bias"))
     bias.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias) + 0.5, bias.name))
@@ -189,7 +189,7 @@ def test_names_that_leave_the_folder(name: str, folder: Path) -> None:
         b'{"format": "deploypipe-golden-1", "files": [], "models": [], "num_cases": "1"}',
     ],
 )
-def test_a_golden_file_that_is_none(content: bytes, folder: Path) -> None:
+def test_an_invalid_golden_file(content: bytes, folder: Path) -> None:
     (folder / GOLDEN).write_bytes(content)
     with pytest.raises(ModelError, match=r"golden\.json: not understood"):
         verify(folder)
@@ -269,7 +269,7 @@ def test_an_empty_or_partial_folder_is_unusable(folder: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", ["stray.onnx", "STRAY.ONNX", "stray.ort"])
-def test_a_model_that_nothing_is_known_of_is_refused(name: str, folder: Path) -> None:
+def test_an_unlisted_model_is_refused(name: str, folder: Path) -> None:
     (folder / name).write_bytes(b"whatever")
     with pytest.raises(ModelError, match=f"{name} is a model that golden.json has no answers of"):
         verify(folder)
@@ -287,7 +287,7 @@ def answers(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_stored_answers_that_are_no_numbers_are_refused(value: float, folder: Path) -> None:
+def test_stored_outputs_that_are_not_numbers_are_refused(value: float, folder: Path) -> None:
     answers(folder, lambda arrays: arrays["one.onnx/0/output"].fill(value))
     with pytest.raises(ModelError, match=r"one\.onnx: its answers in golden\.safetensors hold NaN or infinity"):
         verify(folder)
@@ -299,13 +299,13 @@ def test_every_stored_tensor_is_used(folder: Path) -> None:
         verify(folder)
 
 
-def test_nothing_answered_is_nothing_checked(folder: Path) -> None:
+def test_no_outputs_is_an_error(folder: Path) -> None:
     answers(folder, lambda arrays: arrays.update({name: array[:0] for name, array in arrays.items()}))
     with pytest.raises(ModelError, match="holds no value of an answer"):
         verify(folder)
 
 
-def test_a_model_that_answers_nan_is_different(folder: Path) -> None:
+def test_a_model_that_returns_nan_differs(folder: Path) -> None:
     proto = onnx.load(folder / "one.onnx")
     bias = next(weight for weight in proto.graph.initializer if weight.name.endswith("2.bias"))
     bias.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias) * np.float32("nan"), bias.name))

@@ -1,4 +1,4 @@
-"""What a machine can do for a target: every verdict, its reason, and the fields that decide it."""
+"""What a machine can do for a target: each verdict, its reason, and the fields that decide it."""
 
 from dataclasses import replace
 from typing import Any
@@ -126,7 +126,7 @@ def test_the_version_of_a_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "tensorrt 10.3.0 is installed and the target is for 11" in ability.reason
 
 
-def test_this_machine_is_looked_at() -> None:
+def test_this_machine_is_inspected() -> None:
     machine = this_machine()
     assert machine.system and machine.architecture
     assert bool(machine.gpus) == bool(machine.driver)

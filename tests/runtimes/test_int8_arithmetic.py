@@ -1,4 +1,4 @@
-"""Which 8-bit arithmetic a target has, and what this processor does when asked."""
+"""The 8-bit arithmetic of targets, and the probe of this processor."""
 
 from dataclasses import replace
 
@@ -39,14 +39,14 @@ def test_a_target_that_names_no_features_is_a_machine_like_this_one() -> None:
     assert kernels_of(Target(runtime="onnxruntime")).saturate is saturate
 
 
-def test_the_probe_agrees_with_the_processors_own_word() -> None:
+def test_the_probe_agrees_with_the_processors_features() -> None:
     machine = this_machine()
     if machine.architecture != "x86_64" or not machine.cpu_features:
         pytest.skip("only x86 processors saturate, and this one lists no features")
     assert saturates_here() is VNNI.isdisjoint(machine.cpu_features)
 
 
-def test_files_are_judged_in_float_where_other_kernels_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_evaluated_in_float_if_kernels_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     exact, saturating = (Int8Kernels(runtime="onnxruntime", saturate=saturate) for saturate in (False, True))
     for here in (False, True):
         monkeypatch.setattr(int8_arithmetic, "saturates_here", lambda here=here: here)

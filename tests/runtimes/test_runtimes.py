@@ -1,4 +1,4 @@
-"""Every runtime keeps the same contract; one that cannot be had, or runs elsewhere than it was told to, says so."""
+"""Every runtime keeps the same contract, and raises if it is not available or would run elsewhere than requested."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -135,7 +135,7 @@ class TestContract:
                 pass
 
 
-def test_threads_of_eager_torch_are_given_back(tmp_path: Path) -> None:
+def test_threads_of_eager_torch_are_restored(tmp_path: Path) -> None:
     path, before = write_program(tmp_path), torch.get_num_threads()
     with EagerRuntime(is_trusted=True).open(path, num_threads=before + 1):
         assert torch.get_num_threads() == before + 1
@@ -233,7 +233,7 @@ class TestOpenVino:
         with onnxruntime_with("openvino", allow_cpu_fallback=True).open(path, num_threads=1) as session:
             assert session.run({"x": np.array([1, -1, 1], np.float32)})[1].tolist() == [0, 1]
 
-    def test_a_device_that_is_not_there(self, tmp_path: Path) -> None:
+    def test_a_missing_device(self, tmp_path: Path) -> None:
         runtime = onnxruntime_with("openvino", provider_options={"device_type": "NPU"}, allow_cpu_fallback=True)
         with (
             pytest.raises(RuntimeUnavailableError, match="did not start on this machine"),
@@ -241,7 +241,7 @@ class TestOpenVino:
         ):
             pass
 
-    def test_an_option_it_has_not(self, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    def test_an_unknown_option(self, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         runtime = onnxruntime_with("openvino", provider_options={"nonsense": "1"})
         with (
             pytest.raises(ModelError, match=r"nonsense.*correct provider_options"),

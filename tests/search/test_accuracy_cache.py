@@ -11,7 +11,7 @@ PLAN = PruningPlan(model_fingerprint="f", cuts=(), edits=(), blocks=("layer1.0",
 RESULTS = np.random.default_rng(0).random(1000).round()
 
 
-def test_what_is_kept_is_known_and_the_longer_one_stays(tmp_path: Path) -> None:
+def test_stored_results_are_returned_and_the_longer_ones_kept(tmp_path: Path) -> None:
     accuracies = AccuracyCache(tmp_path / "accuracies")
     assert len(accuracies.of(PLAN)) == 0
     for results, known in ((RESULTS[:500], 500), (RESULTS, 1000), (RESULTS[:500], 1000)):
@@ -20,7 +20,7 @@ def test_what_is_kept_is_known_and_the_longer_one_stays(tmp_path: Path) -> None:
     assert len(accuracies.of(replace(PLAN, blocks=("layer1.1",)))) == 0
 
 
-def test_the_file_of_another_network_is_as_none(tmp_path: Path) -> None:
+def test_the_file_of_another_network_is_ignored(tmp_path: Path) -> None:
     accuracies = AccuracyCache(tmp_path)
     other = replace(PLAN, blocks=("layer1.1",))
     accuracies.keep(PLAN, RESULTS)
@@ -32,7 +32,7 @@ def test_the_file_of_another_network_is_as_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"results": "bits 1 zz", "sha256": ""}', "{}"])
-def test_a_damaged_file_is_as_none(tmp_path: Path, content: str) -> None:
+def test_a_damaged_file_is_ignored(tmp_path: Path, content: str) -> None:
     accuracies = AccuracyCache(tmp_path)
     accuracies.keep(PLAN, RESULTS)
     (file,) = tmp_path.iterdir()

@@ -1,4 +1,4 @@
-"""What is timed, and what is timed again."""
+"""Latencies of candidates are measured once, and again only if another process disturbed them."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ from deploypipe.search.evaluation.latency_store import KnownLatency, LocalLatenc
 
 
 class Interrupted(LocalLatencyStore):
-    """Somebody else measured beside the first `times` measurements."""
+    """Another process measured during the first `times` measurements."""
 
     def __init__(self, times: int) -> None:
         self.left, self.published = times, dict[str, float]()
@@ -40,9 +40,7 @@ class Interrupted(LocalLatencyStore):
 
 
 @pytest.mark.parametrize("times", [0, 2])
-def test_what_was_timed_beside_another_is_timed_again(
-    times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disturbed_measurement_is_repeated(times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dense, file = tmp_path / "dense.onnx", tmp_path / "candidate.onnx"
     taken: list[float] = []
 

@@ -1,4 +1,4 @@
-"""What is looked at first follows from the seed alone; who is no worse is hardly ever stopped."""
+"""The seed alone decides which samples come first, and trials that are no worse are almost never stopped."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ TASK = Task(loss=lambda outputs, _: outputs.sum(), metric=lambda outputs, target
     ("count", "ends"),
     [(5000, (625, 1250, 2500, 5000)), (2000, (500, 1000, 2000)), (872, (500, 872)), (300, (300,)), (1, (1,))],
 )
-def test_looks_grow_from_500_samples_to_all(count: int, ends: tuple[int, ...]) -> None:
+def test_interim_tests_grow_from_500_samples_to_all(count: int, ends: tuple[int, ...]) -> None:
     assert interim_sample_counts(count) == ends
 
 
@@ -37,7 +37,7 @@ def ragged(count: int) -> list[Batch]:
     return [({"ids": v[:, None].expand(-1, 3 + i % 2), "mask": torch.ones(len(v), 3)}, v) for i, v in enumerate(values)]
 
 
-def test_every_sample_is_in_one_part_and_which_follows_from_the_seed() -> None:
+def test_every_sample_is_in_one_part_and_the_seed_decides_which() -> None:
     first = draw_parts(ragged(1100), seed=0)
     drawn = [torch.cat([target for _, target in part]) for part in first]
     assert [len(d) for d in drawn] == [500, 50, 550]
@@ -103,7 +103,7 @@ def test_other_metrics_are_compared_by_the_interval_of_their_drop() -> None:
 
 
 @pytest.mark.parametrize("is_binary", [True, False])
-def test_who_is_no_worse_is_stopped_in_one_of_a_hundred_at_most_and_who_is_worse_mostly(is_binary: bool) -> None:
+def test_at_most_one_percent_of_equal_trials_are_stopped_and_most_worse_ones(is_binary: bool) -> None:
     def stopped(deficit: float, seed: int) -> bool:
         random = np.random.default_rng(seed)
         shared = random.random(4000)
@@ -122,7 +122,7 @@ def test_who_is_no_worse_is_stopped_in_one_of_a_hundred_at_most_and_who_is_worse
 @pytest.mark.parametrize(
     "results", [np.array([1.0, 0.0, 1.0] * 7), np.array([0.1, -3.5, 1e300]), np.zeros(1), np.array([0.5])]
 )
-def test_results_come_back_from_text_as_they_were(results: Results) -> None:
+def test_results_survive_the_way_through_text(results: Results) -> None:
     np.testing.assert_array_equal(decode_results(encode_results(results)), results)
     hits = (np.random.default_rng(0).random(5000) < 0.9).astype(np.float64)
     np.testing.assert_array_equal(decode_results(encode_results(hits)), hits)

@@ -1,4 +1,4 @@
-"""Widths as surgery leaves them; times of networks nobody measured; and the sum that the solver is given."""
+"""The latency model: widths as surgery leaves them, predictions of untimed networks, and the solver's costs."""
 
 from dataclasses import replace
 from typing import Any
@@ -20,7 +20,7 @@ NETWORKS = ("pad_resnet", "bottleneck", "separable", "dense", "flattened", "enco
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_widths_of_sites_are_those_that_surgery_leaves(name: str) -> None:
+def test_layer_widths_are_those_that_surgery_leaves(name: str) -> None:
     network, _, layers = subject(name)
     assert layers
     for _, plan in networks(name, 8):
@@ -41,7 +41,7 @@ def _widths(module: Any) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("name", ["pad_resnet", "bottleneck", "encoder"])
-def test_networks_that_were_not_measured_are_predicted(name: str) -> None:
+def test_networks_that_were_not_timed_are_predicted(name: str) -> None:
     layers, noise = subject(name)[2], 0.01
     model = LatencyModel(layers, timed_of(name, 40, noise))
     others = timed_of(name, 60, noise, seed=1)
@@ -66,7 +66,7 @@ def test_held_out_predictions_are_those_without_the_network() -> None:
 
 
 @pytest.mark.parametrize(("name", "count", "noise", "seed"), [("encoder", 8, 0.3, 3), ("bottleneck", 12, 0.6, 0)])
-def test_predictions_stay_within_what_was_measured(name: str, count: int, noise: float, seed: int) -> None:
+def test_predictions_stay_within_the_bounds_of_timed_networks(name: str, count: int, noise: float, seed: int) -> None:
     """Also where few and noisy times make the sum over the layers negative, as they do here."""
     _, _, layers = subject(name)
     timed = timed_of(name, count, noise, seed)
@@ -81,7 +81,7 @@ def test_predictions_stay_within_what_was_measured(name: str, count: int, noise:
 
 
 @pytest.mark.parametrize(("name", "noise"), [("encoder", 0.1), ("pad_resnet", 0.2)])
-def test_a_network_within_another_is_not_slower_nor_faster_than_one_within_it(name: str, noise: float) -> None:
+def test_predictions_keep_the_order_of_nested_networks(name: str, noise: float) -> None:
     layers = subject(name)[2]
     timed = timed_of(name, 8, noise, 2)
     model = LatencyModel(layers, timed)

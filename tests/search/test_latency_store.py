@@ -1,4 +1,4 @@
-"""The cache of latencies: what was damaged is measured again."""
+"""The cache of latencies: damaged entries are measured again."""
 
 from pathlib import Path
 
@@ -22,12 +22,12 @@ def known() -> float | None:
     return None if found is None else found.ratio
 
 
-def test_a_latency_comes_back_exactly(entry: Path) -> None:
+def test_a_stored_latency_is_read_exactly(entry: Path) -> None:
     assert known() == RATIO
     assert LocalLatencyStore().find("another") is None
 
 
-def test_no_flipped_bit_or_lost_byte_gives_another_latency(entry: Path) -> None:
+def test_a_flipped_bit_or_lost_byte_never_changes_a_latency(entry: Path) -> None:
     whole = entry.read_bytes()
     for place in range(len(whole)):
         for bit in range(8):
@@ -40,7 +40,7 @@ def test_no_flipped_bit_or_lost_byte_gives_another_latency(entry: Path) -> None:
 
 
 @pytest.mark.parametrize("ratio", ["0", "-1.0", "1", "null", "true", '"0.5"', "[0.5]", "NaN", "Infinity", "1e999"])
-def test_a_figure_that_is_no_latency_is_measured_again(ratio: str, entry: Path) -> None:
+def test_an_invalid_stored_latency_is_measured_again(ratio: str, entry: Path) -> None:
     entry.write_bytes(seal(f'{{"key": "{KEY}", "ratio": {ratio}}}'))
     assert known() is None
     entry.write_bytes(ratio.encode())

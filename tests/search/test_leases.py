@@ -1,4 +1,4 @@
-"""What only one may do at a time, and who has it when its holder is gone."""
+"""A lease has one holder at a time, and passes on when its holder ends or pauses."""
 
 import subprocess
 import sys
@@ -29,7 +29,7 @@ def engine(tmp_path: Path) -> sa.Engine:
     return sa.create_engine(f"sqlite:///{tmp_path}/leases.db", connect_args={"timeout": 30})
 
 
-def test_one_at_a_time(engine: sa.Engine) -> None:
+def test_one_holder_at_a_time(engine: sa.Engine) -> None:
     inside, most, count = 0, 0, 0
 
     def work() -> None:
@@ -57,7 +57,7 @@ def test_two_names_do_not_wait_for_each_other(engine: sa.Engine) -> None:
         pass
 
 
-def test_a_holder_that_stands_still_loses_it_and_is_told(engine: sa.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_paused_holder_loses_the_lease_and_detects_it(engine: sa.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     slow, quick = Leases(engine, at_once, 0.6), Leases(engine, at_once, 0.6)
     monkeypatch.setattr(Leases, "_beat", lambda *_: None)
     with slow.held("slot") as still:
@@ -69,7 +69,7 @@ def test_a_holder_that_stands_still_loses_it_and_is_told(engine: sa.Engine, monk
     assert still.lost.is_set()
 
 
-def test_a_holder_at_work_keeps_it(engine: sa.Engine) -> None:
+def test_a_working_holder_keeps_the_lease(engine: sa.Engine) -> None:
     both, got = Leases(engine, at_once, 0.6), threading.Event()
 
     def wait() -> None:
@@ -85,7 +85,7 @@ def test_a_holder_at_work_keeps_it(engine: sa.Engine) -> None:
     assert got.is_set()
 
 
-def test_what_a_dead_process_held_is_free_at_once(engine: sa.Engine) -> None:
+def test_the_lease_of_a_dead_process_is_free_at_once(engine: sa.Engine) -> None:
     code = "from deploypipe.search.distributed.leases import this_process; print(this_process())"
     dead = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     assert is_gone(dead) and not is_gone(this_process())
@@ -98,7 +98,7 @@ def test_what_a_dead_process_held_is_free_at_once(engine: sa.Engine) -> None:
         assert patient.is_held(held)
 
 
-def test_the_first_time_that_was_taken_counts_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_workers_use_the_first_latency_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     storage = Storage(url=f"sqlite:///{tmp_path}/study.db", study="one")
     monkeypatch.setenv("DEPLOYPIPE_CACHE", str(tmp_path / "first"))
     first, second = (SharedLatencyStore(storage, "device") for _ in range(2))
@@ -131,7 +131,7 @@ def test_only_one_worker_of_a_machine_measures(tmp_path: Path) -> None:
     assert leases.machine() and not leases.machine().isspace()
 
 
-def test_who_waits_for_the_lease_does_not_hold_up_its_holder(engine: sa.Engine, tmp_path: Path) -> None:
+def test_waiting_for_a_lease_does_not_block_its_holder(engine: sa.Engine, tmp_path: Path) -> None:
     """Two runs side by side: the one with the lease measures, for which the other has to stand aside."""
     waits = threading.Event()
 

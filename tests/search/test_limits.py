@@ -1,4 +1,4 @@
-"""What a search holds its candidates to."""
+"""The limits that a search holds its candidates to."""
 
 import pytest
 
@@ -34,7 +34,7 @@ def test_a_file_that_is_too_large_without_its_weights_is_refused_by_name() -> No
         bounded_shares(Budget(file_size="0.5x").limits(), dense, 1.0, is_timed=False)
 
 
-def test_a_part_of_the_margin_lies_between_the_limit_and_the_search() -> None:
+def test_finalists_keep_a_part_of_the_margin() -> None:
     limits = Budget(latency_p50="0.5x", macs="0.5x").limits()
     none, half, whole = (with_margin(limits, part) for part in (0.0, 0.5, 1.0))
     assert none == limits and whole == with_margin(limits)

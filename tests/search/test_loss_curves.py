@@ -1,4 +1,4 @@
-"""A point of a curve is what the really pruned network would answer; the dense one does not notice."""
+"""A point of a loss curve equals the loss of the pruned network; the dense network is left unchanged."""
 
 from typing import Any
 
@@ -143,7 +143,7 @@ def as_channels(values: Tensor, output: Tensor, layer: nn.Module) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ["pad_resnet", "encoder", "upsampled"])
-def test_dense_network_is_left_as_it_was_also_after_an_error(name: str) -> None:
+def test_the_dense_network_is_restored_even_after_an_error(name: str) -> None:
     model, inputs, structures, scores = prepared(name)
     moments = observe_activations(model, structures, [(inputs, torch.zeros(40))], Observe())
     model.train()
@@ -193,7 +193,7 @@ class InPlace(nn.Module):
         return self.fc(self.three(self.relu(x.sub_(0.3))).mean((2, 3)))
 
 
-def test_work_in_place_between_blocks_is_not_done_twice() -> None:
+def test_in_place_work_between_blocks_is_done_once() -> None:
     torch.manual_seed(0)
     model, inputs = InPlace(), torch.randn(40, 3, 6, 6)
     structures = list_structures(model, inputs)

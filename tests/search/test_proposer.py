@@ -1,4 +1,4 @@
-"""Networks fill their budgets by what is measured, not by what was predicted; what cannot be had is refused first."""
+"""Networks fill their budgets by measured latencies, not predicted ones; unreachable budgets are refused first."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -75,7 +75,7 @@ def proposer(name: str, shares: Mapping[str, float], measure: Any = None) -> Pro
 
 @pytest.mark.parametrize("name", ["pad_resnet", "bottleneck"])
 @pytest.mark.parametrize("slower", [0.9, 1.0, 1.1])
-def test_a_network_fills_the_latency_that_is_measured(name: str, slower: float) -> None:
+def test_a_network_fills_its_measured_latency_limit(name: str, slower: float) -> None:
     device = Device(name, slower)
     propose = proposer(name, {"latency_p50": 0.8}, device)
     plan = propose(PLAIN, ())
@@ -122,9 +122,7 @@ def test_budgets_out_of_reach_are_refused_by_name() -> None:
 
 
 @pytest.mark.parametrize(("name", "count", "noise", "seed"), [("encoder", 8, 0.3, 3), ("pad_resnet", 8, 0.3, 3)])
-def test_the_least_latency_in_reach_is_that_of_a_network_that_was_measured(
-    name: str, count: int, noise: float, seed: int
-) -> None:
+def test_the_lowest_reachable_latency_was_measured(name: str, count: int, noise: float, seed: int) -> None:
     """However few and noisy the times are; the smallest network of all is among those that are timed."""
     timed = timed_of(name, count, noise, seed)
     propose = replace(proposer(name, {"latency_p50": 0.9}), timed=timed)
@@ -139,7 +137,7 @@ def test_the_least_latency_in_reach_is_that_of_a_network_that_was_measured(
         find_feasibility(replace(propose, shares=beyond), beyond)
 
 
-def test_trials_that_were_timed_teach_the_model() -> None:
+def test_the_latency_model_learns_from_timed_trials() -> None:
     propose = proposer("pad_resnet", {"latency_p50": 0.8})
     plan = propose(PLAIN, ())
     assert propose.latency_model(()).predict(cut_of(plan)).value != pytest.approx(0.4, rel=0.2)

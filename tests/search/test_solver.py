@@ -1,4 +1,4 @@
-"""The solver finds what trying everything that is allowed finds."""
+"""The solver's choice equals the best one by enumeration."""
 
 from dataclasses import replace
 from itertools import product
@@ -172,7 +172,7 @@ def joint_costs(draw: st.DrawFn, structures: Structures) -> Costs:
 
 @given(data=st.data(), share=st.floats(-0.1, 0.6))
 @settings(max_examples=200, deadline=None)
-def test_what_two_choices_cost_together_equals_enumeration(data: st.DataObject, share: float) -> None:
+def test_joint_costs_of_two_choices_equal_enumeration(data: st.DataObject, share: float) -> None:
     structures, curves = data.draw(problems([None, 0, 0, 1]))
     costs = [data.draw(joint_costs(structures)) for _ in range(2)]
     everything = every_allocation(structures)
@@ -204,7 +204,7 @@ def test_emphasis_moves_the_losses() -> None:
     assert allocate(structures, curves, bounds, Emphasis(late=-1.0)).widths["g0"] == WIDTH
 
 
-def test_bound_is_moved_until_the_real_network_fits() -> None:
+def test_bounds_are_tightened_until_the_real_network_fits() -> None:
     structures = structures_of([10.0, 10.0], [None, None], [])
     curves = curves_of(structures, [[1.0, 0.5], [2.0, 0.3]], [])
 
@@ -215,7 +215,7 @@ def test_bound_is_moved_until_the_real_network_fits() -> None:
     assert count(allocation)[0] <= 0.85 < count(allocate(structures, curves, [macs_bound(structures, curves, 0.85)]))[0]
 
 
-def test_bound_out_of_reach_gives_the_network_that_exceeds_it_least() -> None:
+def test_an_unreachable_bound_gives_the_network_that_exceeds_it_least() -> None:
     structures = structures_of([10.0, 10.0], [None, None], [])
     curves = curves_of(structures, [[1.0, 0.5], [2.0, 0.3]], [])
     sizes = []
@@ -238,7 +238,7 @@ def test_uniform_keeps_the_same_fraction_in_steps() -> None:
     assert uniform(bounded, 0.25, 2).widths == {"g0": 2, "g1": 4}
 
 
-def test_a_group_that_reaches_out_of_a_block_has_a_width_without_it() -> None:
+def test_a_group_partly_outside_a_block_keeps_a_width_without_it() -> None:
     """As tied groups do: what is left of them is cut."""
     structures = structures_of([10.0], [0], [500.0])
     members = tuple(Member(module=name, side="out", units=()) for name in ("b0.g0", "later"))
@@ -248,7 +248,7 @@ def test_a_group_that_reaches_out_of_a_block_has_a_width_without_it() -> None:
     assert chosen == Allocation(widths={"b0.g0": 1}, blocks=("b0",))
 
 
-def test_greedy_keeps_what_is_large_beside_its_own_group() -> None:
+def test_greedy_keeps_units_that_are_large_within_their_group() -> None:
     structures = structures_of([1.0, 1.0], [None, None], [])
     sizes = ScoreTable(scorer="magnitude", channels={"g0": (1.0, 1.0, 1.0, 9.0), "g1": (50.0, 50.0, 50.0, 50.0)})
     assert greedy(structures, sizes, 5 / 8, 1).widths == {"g0": 1, "g1": 4}

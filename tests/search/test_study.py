@@ -1,4 +1,4 @@
-"""A study that was killed goes on as if it had not been; what cannot fit is refused by name."""
+"""A killed study continues as if never interrupted; budgets that cannot be met are refused by name."""
 
 import resource
 import sqlite3
@@ -43,7 +43,7 @@ def test_killed_study_ends_with_the_trials_of_an_undisturbed_one(tmp_path: Path)
     assert idle.seen == []
 
 
-def test_more_or_fewer_trials_go_on_with_those_there_are(tmp_path: Path) -> None:
+def test_changing_the_number_of_trials_keeps_finished_ones(tmp_path: Path) -> None:
     whole = run(Evaluator(), tmp_path / "whole.db")
     with suppress(BudgetError):  # none of so few
         run(Evaluator(), tmp_path / "study.db", settings=replace(SETTINGS, num_trials=7))
@@ -63,7 +63,7 @@ def test_more_or_fewer_trials_go_on_with_those_there_are(tmp_path: Path) -> None
         ("random", ("accuracy",), 9),
     ],
 )
-def test_every_sampler_goes_on_with_the_trials_it_would_have_made(
+def test_every_sampler_continues_as_if_never_interrupted(
     sampler: Any, objectives: tuple[ObjectiveName, ...], num_trials: int, tmp_path: Path
 ) -> None:
     settings = Search(num_trials=num_trials, sampler=sampler, objectives=objectives)
@@ -78,7 +78,7 @@ def test_every_sampler_goes_on_with_the_trials_it_would_have_made(
     assert piecewise == whole
 
 
-def test_samplers_propose_otherwise_than_chance(tmp_path: Path) -> None:
+def test_samplers_differ_from_random_search(tmp_path: Path) -> None:
     def proposed(sampler: Any) -> list[Mapping[str, float]]:
         settings = Search(num_trials=10, sampler=sampler)
         return [t.knobs for t in run(Evaluator(), tmp_path / f"{sampler}.db", settings=settings).trials[8:]]
@@ -87,7 +87,7 @@ def test_samplers_propose_otherwise_than_chance(tmp_path: Path) -> None:
     assert all(proposed(sampler) != chance for sampler in ("tpe", "gp", "nsga2"))
 
 
-def test_early_stopping_saves_samples_and_not_the_winner(tmp_path: Path) -> None:
+def test_early_stopping_saves_samples_and_keeps_the_winner(tmp_path: Path) -> None:
     saved = []
     for seed in range(3):
         settings = Search(num_trials=15, sampler="random")  # proposes the same, whatever it is told
@@ -105,7 +105,7 @@ def test_early_stopping_saves_samples_and_not_the_winner(tmp_path: Path) -> None
     assert min(saved) > 0.4
 
 
-def test_with_two_objectives_only_the_beaten_are_stopped(tmp_path: Path) -> None:
+def test_with_two_objectives_only_dominated_trials_are_stopped(tmp_path: Path) -> None:
     """What is less accurate and cheaper stays: the front of the patient study is that of the hasty one."""
     settings = Search(num_trials=25, sampler="random", objectives=("accuracy", "latency"))
     hasty = run(Evaluator(steepness=0.02), tmp_path / "hasty.db", settings=settings)
@@ -139,7 +139,7 @@ def test_same_plan_is_not_evaluated_twice(tmp_path: Path) -> None:
     assert len({tuple(t.knobs.items()) for t in result.trials}) > 6
 
 
-def test_refusal_names_the_nearest_miss(tmp_path: Path) -> None:
+def test_the_error_names_the_nearest_miss(tmp_path: Path) -> None:
     limits = {"latency_p50": Limit(value=0.4, is_relative=False), "file_size": Limit(value=10.0, is_relative=False)}
     with pytest.raises(BudgetError) as caught:
         run(Evaluator(), tmp_path / "study.db", limits)
@@ -157,7 +157,7 @@ def test_violations_are_relative_and_unmeasured_memory_is_left_to_the_gate() -> 
     assert violations(DENSE, DENSE, limits) == {"latency_p50": 1.0, "macs": -0.5}
 
 
-def test_memory_that_nobody_measured_is_refused_before_the_first_trial(tmp_path: Path) -> None:
+def test_unmeasured_memory_as_objective_is_refused_before_the_first_trial(tmp_path: Path) -> None:
     evaluate = Evaluator()
     with pytest.raises(ConfigError, match=r"search\.objectives: 'peak_memory' cannot be measured"):
         run(evaluate, tmp_path / "study.db", settings=Search(objectives=("accuracy", "peak_memory")))
@@ -172,7 +172,7 @@ points = st.tuples(
 
 
 @given(st.lists(points, max_size=12), st.sampled_from([("accuracy",), ("accuracy", "latency", "peak_memory")]))
-def test_the_front_is_what_nobody_beats(
+def test_the_pareto_front_equals_its_definition(
     drawn: list[tuple[int, int, int, bool, bool]], objectives: tuple[ObjectiveName, ...]
 ) -> None:
     trials = []
@@ -246,7 +246,7 @@ def test_importances_name_the_knob_that_decides() -> None:
 
 
 @pytest.mark.parametrize("name", ["model", "data", "device"])
-def test_a_study_of_something_else_is_refused_by_the_first_difference(name: str, tmp_path: Path) -> None:
+def test_a_study_of_another_origin_is_refused_naming_the_difference(name: str, tmp_path: Path) -> None:
     run(Evaluator(), tmp_path / "study.db")
     other, evaluate = {**ORIGIN, name: "another", "device": "another"}, Evaluator()
     with pytest.raises(RunFolderError, match=f"made with another '{name}' .*; delete the file to start"):
@@ -274,9 +274,7 @@ def pragma(statement: str) -> Iterator[None]:
     ("statement", "seen"),
     [("max_page_count = 1", "database or disk is full.*make room"), ("query_only = 1", "readonly.*make it writable")],
 )
-def test_a_file_that_takes_no_more_ends_the_search_and_a_later_one_goes_on(
-    statement: str, seen: str, tmp_path: Path
-) -> None:
+def test_a_full_disk_ends_the_search_and_the_next_one_continues(statement: str, seen: str, tmp_path: Path) -> None:
     settings = Search(num_trials=9)
     whole = run(Evaluator(), tmp_path / "whole.db", settings=settings)
     storage = tmp_path / "study.db"
@@ -297,7 +295,7 @@ def test_a_file_that_takes_no_more_ends_the_search_and_a_later_one_goes_on(
     assert 0 < len(rest.seen) <= len({t.plan.edits for t in whole.trials}) - 3  # a page that was begun takes more
 
 
-def test_a_file_that_may_not_grow_is_named(tmp_path: Path) -> None:
+def test_a_file_that_cannot_grow_is_named(tmp_path: Path) -> None:
     storage, (soft, hard) = tmp_path / "study.db", resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limit(call: int) -> None:
@@ -312,7 +310,7 @@ def test_a_file_that_may_not_grow_is_named(tmp_path: Path) -> None:
     assert run(Evaluator(), storage) == run(Evaluator(), tmp_path / "whole.db")
 
 
-def test_no_room_for_a_first_study_and_a_file_that_is_none(tmp_path: Path) -> None:
+def test_a_study_that_cannot_be_created_or_is_not_a_database(tmp_path: Path) -> None:
     with pragma("max_page_count = 1"), pytest.raises(RunFolderError, match="make room"):
         run(Evaluator(), tmp_path / "study.db")
     assert len(run(Evaluator(), tmp_path / "study.db").trials) == 10
@@ -344,6 +342,6 @@ def test_the_clock_may_jump(tmp_path: Path) -> None:
         ({"objectives": ()}, r"objectives = \(\) does not exist"),
     ],
 )
-def test_settings_that_make_no_search_are_refused(settings: dict[str, Any], told: str) -> None:
+def test_impossible_settings_are_refused(settings: dict[str, Any], told: str) -> None:
     with pytest.raises(ValueError, match=told):
         Search(**settings)

@@ -1,4 +1,4 @@
-"""The winner is within its latency when it is timed once more, and trains best."""
+"""The winner meets its latency limit when timed again, and trains best."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -76,7 +76,7 @@ def narrowed(trial: Trial, number: int, share: float) -> Trial:
     return named(number, share)
 
 
-def test_where_none_holds_the_most_accurate_is_narrowed() -> None:
+def test_if_no_trial_meets_the_limit_the_most_accurate_is_narrowed() -> None:
     found, machine = found_of([named(0, 0.5), named(1, 0.49)]), Machine({})
     confirmed = confirm_finalists(found, 0.495, machine.measure, narrowed)
     assert [t.narrowed_from for t in confirmed.trials] == [None, None, 0]
@@ -85,21 +85,21 @@ def test_where_none_holds_the_most_accurate_is_narrowed() -> None:
     assert 0.98 * 0.495 < confirmed.timed_again["2"] <= 0.495  # no faster than it has to be
 
 
-def test_a_narrower_network_that_does_not_hold_is_narrowed_further() -> None:
+def test_a_narrower_network_over_the_limit_is_narrowed_further() -> None:
     found, machine = found_of([named(0, 0.5)]), Machine({"0.5000": 0.02}, slowest=0.06)
     confirmed = confirm_finalists(found, 0.495, machine.measure, narrowed)
     assert [t.narrowed_from for t in confirmed.trials] == [None, 0, 1]
     assert confirmed.best == 2 and max(confirmed.timed_again["0"], confirmed.timed_again["1"]) > 0.495
 
 
-def test_narrowing_ends_where_nothing_is_narrower_and_the_nearest_is_taken() -> None:
+def test_narrowing_ends_at_the_narrowest_and_takes_the_nearest() -> None:
     found, machine = found_of([named(0, 0.5), named(1, 0.49)]), Machine({})
     confirmed = confirm_finalists(found, 0.3, machine.measure, lambda trial, number, share: named(number, 0.45))
     assert confirmed.best == 2 and len(confirmed.trials) == 3  # the second narrower network is the first
     assert machine.timed == ["0.5000", "0.4900", "0.4500"]
 
 
-def test_a_network_that_did_not_hold_is_not_timed_until_it_does() -> None:
+def test_a_network_over_the_limit_is_not_timed_until_it_passes() -> None:
     found, machine = found_of([named(0, 0.5), named(1, 0.49)]), Machine({})
     answers = iter([0.49, 0.45])  # the first is trial 1 again
     confirmed = confirm_finalists(
@@ -109,7 +109,7 @@ def test_a_network_that_did_not_hold_is_not_timed_until_it_does() -> None:
     assert machine.timed == ["0.5000", "0.4900", "0.4500"]
 
 
-def test_narrowing_is_given_up_after_a_few_networks() -> None:
+def test_narrowing_stops_after_a_few_networks() -> None:
     found, machine = found_of([named(0, 0.5)]), Machine({})
     confirmed = confirm_finalists(
         found, 0.1, machine.measure, lambda trial, number, share: named(number, 0.5 - 0.01 * number)
@@ -117,7 +117,7 @@ def test_narrowing_is_given_up_after_a_few_networks() -> None:
     assert len(confirmed.trials) == 6 and confirmed.best == 5
 
 
-def test_after_a_benchmark_that_was_too_slow_finalists_keep_more_room() -> None:
+def test_after_a_failed_benchmark_finalists_get_a_tighter_limit() -> None:
     """Held at 0.49, measured at 0.52 of what may be 0.5: the next has to hold 0.5 x 0.49 / 0.52, less the margin."""
     found = replace(found_of([trial(0)]), timed_again={"0": 0.49})
     failed = Check(
@@ -134,7 +134,7 @@ def test_after_a_benchmark_that_was_too_slow_finalists_keep_more_room() -> None:
     assert part * share_to_confirm(HALF, DENSE) == pytest.approx(0.5 * 0.985 * 0.49 / 0.52)
 
 
-def test_of_the_finalists_the_one_that_training_brings_furthest_wins() -> None:
+def test_the_finalist_that_trains_best_wins() -> None:
     found = with_finalists(found_of([trial(n, name=name) for n, name in enumerate("aabc")]), 3)
     assert found.finalists == (0, 2, 3)  # trial 1 is the same network as trial 0
     assert with_tuned(found, {"0": 0.91, "2": 0.93, "3": 0.92}).best == 2

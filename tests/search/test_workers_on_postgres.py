@@ -1,4 +1,4 @@
-"""Many workers end with the trials of one: on a real PostgreSQL that is killed, stopped and restarted under them."""
+"""Many workers end with the same trials as one, on a real PostgreSQL that is killed, paused and restarted."""
 
 import os
 import signal
@@ -115,7 +115,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
         worker.process.wait()
 
 
-def test_three_workers_find_what_one_finds_and_judge_no_plan_twice(address: str, alone: str, start: Start) -> None:
+def test_three_workers_end_like_one_and_evaluate_no_plan_twice(address: str, alone: str, start: Start) -> None:
     team = start(address, 3, 0.3)
     assert [worker.found() for worker in team] == [alone] * 3
     judged = Counter(plan for worker in team for plan in worker.judged())
@@ -138,7 +138,7 @@ def test_a_worker_killed_one_stopped_and_the_database_restarted(database: Databa
     assert sum(judged.values()) - len(judged) <= 1  # what was finished by a worker that had stood still
 
 
-def test_more_trials_go_on_with_those_there_are(address: str, alone: str, tmp_path: Path) -> None:
+def test_more_trials_continue_the_finished_ones(address: str, alone: str, tmp_path: Path) -> None:
     storage = Storage(url=address, study="growing")
     few = run(Evaluator(), storage, settings=Search(num_trials=9, num_parallel=4))
     rest = Evaluator()
