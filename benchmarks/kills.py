@@ -72,7 +72,7 @@ def work(pipeline: UserPipeline, model: torch.nn.Module, folder: Path, events: C
             events.send(("start" if isinstance(event, Started) else "cached", stage))
 
     @contextmanager
-    def alone(own: Any) -> Any:
+    def watched(own: Any) -> Any:
         with own():
             events.send(("measuring in", stage))
             try:
@@ -82,8 +82,8 @@ def work(pipeline: UserPipeline, model: torch.nn.Module, folder: Path, events: C
 
     torch.set_num_threads(1)
     for module in (latency, memory):
-        own = vars(module)["alone"]
-        setattr(module, "alone", partial(alone, own))  # noqa: B010  # the module does not export it
+        own = vars(module)["exclusive_measurement"]
+        setattr(module, "exclusive_measurement", partial(watched, own))  # noqa: B010  # the module does not export it
     recipe = settings(pipeline.recipe())
     compress(
         model, pipeline.load_data(), pipeline.task(), recipe, TARGET, folder, source=pipeline.source, notify=notify

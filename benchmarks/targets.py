@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from deploypipe.pipeline import compress
-from deploypipe.scheduling.exclusive_measurement import alone
+from deploypipe.scheduling.exclusive_measurement import exclusive_measurement
 from deploypipe.target_files import load_target
 from deploypipe.user_pipeline import UserPipeline, load_pipeline
 
@@ -40,8 +40,8 @@ class Clock:
     seconds: float = 0.0
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        with alone():
+    def measuring(self) -> Iterator[None]:
+        with exclusive_measurement():
             start = time.perf_counter()
             try:
                 yield
@@ -54,8 +54,8 @@ def clock() -> Clock:
     """This process's, which runs from now on."""
     made = Clock()
     for name, module in list(sys.modules.items()):
-        if name.startswith("deploypipe.") and getattr(module, "alone", None) is alone:
-            setattr(module, "alone", made.alone)  # noqa: B010
+        if name.startswith("deploypipe.") and getattr(module, "exclusive_measurement", None) is exclusive_measurement:
+            setattr(module, "exclusive_measurement", made.measuring)  # noqa: B010
     return made
 
 

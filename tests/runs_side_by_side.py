@@ -3,7 +3,7 @@
 import threading
 from pathlib import Path
 
-from deploypipe.scheduling.exclusive_measurement import alone, side_by_side
+from deploypipe.scheduling.exclusive_measurement import exclusive_measurement, shared_machine
 
 
 def start_measuring(folder: Path) -> threading.Event:
@@ -11,7 +11,7 @@ def start_measuring(folder: Path) -> threading.Event:
     measured = threading.Event()
 
     def measure_once() -> None:
-        with side_by_side(folder), alone():
+        with shared_machine(folder), exclusive_measurement():
             measured.set()
 
     threading.Thread(target=measure_once, daemon=True).start()

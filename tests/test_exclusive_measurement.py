@@ -1,20 +1,29 @@
-"""Runs side by side: computing together, measuring alone."""
+"""Runs share a machine: they compute together, and each measures with the machine to itself."""
 
 import multiprocessing
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
+import tiny_pipeline as tiny
 from runs_side_by_side import start_measuring
 
-from deploypipe.scheduling.exclusive_measurement import alone, give_way, pause, side_by_side
+from deploypipe.benchmark.accuracy import evaluate_module
+from deploypipe.scheduling.exclusive_measurement import (
+    exclusive_measurement,
+    shared_machine,
+    sleep_without_blocking,
+    yield_to_measurements,
+)
+from deploypipe.training.finetune import finetune
 
 NUM_PROCESSES, NUM_TURNS = 3, 8
 CONTEXT = multiprocessing.get_context("spawn")
@@ -23,15 +32,15 @@ Work = tuple[str, float, float]  # what, and from when to when by the clock that
 
 def do_turns(folder: Path, ready: Barrier, done: "Queue[list[Work]]") -> None:
     work: list[Work] = []
-    with side_by_side(folder):
+    with shared_machine(folder):
         ready.wait()
         for _ in range(NUM_TURNS):
             for _ in range(4):
                 work.append(spend("compute"))
-                give_way()
-            with alone():
+                yield_to_measurements()
+            with exclusive_measurement():
                 work.append(spend("measure"))
-                give_way()  # as progress does, also in there
+                yield_to_measurements()  # as an evaluation does, also in there
     done.put(work)
 
 
@@ -81,9 +90,9 @@ def test_who_measures_is_alone_and_who_computes_is_not(tmp_path: Path) -> None:
 
 
 def hold(folder: Path, is_alone: bool, held: "Queue[bool]") -> None:
-    with side_by_side(folder):
+    with shared_machine(folder):
         if is_alone:
-            with alone():
+            with exclusive_measurement():
                 held.put(True)
                 time.sleep(600)
         held.put(True)
@@ -98,18 +107,18 @@ def test_one_that_is_killed_holds_up_nobody(tmp_path: Path) -> None:
         assert held.get(timeout=60)
         assert process.pid
         os.kill(process.pid, signal.SIGKILL)
-        with soon(), side_by_side(tmp_path), alone():
+        with soon(), shared_machine(tmp_path), exclusive_measurement():
             pass
         process.join()
 
 
 def measure(folder: Path, times: int, rest_s: float, ready: Barrier, done: "Queue[list[Work]]") -> None:
     work: list[Work] = []
-    with side_by_side(folder):
+    with shared_machine(folder):
         ready.wait()
         for _ in range(times):
             time.sleep(rest_s)
-            with alone():
+            with exclusive_measurement():
                 work.append(spend("measure"))
     done.put(work)
 
@@ -126,23 +135,42 @@ def test_one_that_measures_again_and_again_keeps_nobody_from_it(tmp_path: Path) 
     assert few[-1][2] < many[-1][1]
 
 
+def evaluate() -> object:
+    return evaluate_module(tiny.build_model(), tiny.load_data().val, tiny.task())
+
+
+def train() -> object:
+    model, settings = tiny.build_model(), replace(tiny.recipe().finetune, num_epochs=1)
+    return finetune(model, model, tiny.load_data(), tiny.task(), settings)
+
+
+@pytest.mark.parametrize("work", [evaluate, train])
+def test_before_each_batch_others_measure(work: Callable[[], object], tmp_path: Path) -> None:
+    with shared_machine(tmp_path):
+        measured = start_measuring(tmp_path)
+        for _ in range(100):
+            work()
+            if measured.wait(0.1):
+                break
+        assert measured.is_set()
+
+
 def test_while_one_sleeps_others_measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     has_measured: list[bool] = []
-    with side_by_side(tmp_path):
+    with shared_machine(tmp_path):
         measured = start_measuring(tmp_path)
         monkeypatch.setattr(time, "sleep", lambda seconds: has_measured.append(measured.wait(30)))
-        pause(1)
+        sleep_without_blocking(1)
     assert has_measured[0]
 
 
 def test_who_waits_to_measure_comes_before_who_has_measured_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "deploypipe.scheduling.exclusive_measurement._TURN_S", 1.0
-    )  # the other thread may be late on a busy machine
-    with side_by_side(tmp_path):
-        with alone():
+    # The other thread may be late on a busy machine.
+    monkeypatch.setattr("deploypipe.scheduling.exclusive_measurement._TURN_S", 1.0)
+    with shared_machine(tmp_path):
+        with exclusive_measurement():
             measured = start_measuring(tmp_path)
             assert not measured.wait(0.5)
         assert measured.is_set()
@@ -157,10 +185,10 @@ def test_one_that_is_stopped_holds_up_nobody(tmp_path: Path, is_alone: bool) -> 
     os.kill(process.pid, signal.SIGSTOP)
     num_threads = threading.active_count()
     try:
-        with soon(), side_by_side(tmp_path):
+        with soon(), shared_machine(tmp_path):
             for _ in range(20):
-                give_way()
-                with alone():
+                yield_to_measurements()
+                with exclusive_measurement():
                     pass
             assert threading.active_count() <= num_threads + 2  # of those that wait on, one for each lock
     finally:
@@ -170,10 +198,10 @@ def test_one_that_is_stopped_holds_up_nobody(tmp_path: Path, is_alone: bool) -> 
 
 def test_one_that_leaves_is_gone_though_what_it_forked_lives_on(tmp_path: Path) -> None:
     forking = multiprocessing.get_context("fork")
-    with side_by_side(tmp_path):
+    with shared_machine(tmp_path):
         worker = forking.Process(target=time.sleep, args=(600,))
         worker.start()
-    with soon(), side_by_side(tmp_path), alone():
+    with soon(), shared_machine(tmp_path), exclusive_measurement():
         pass
     assert worker.is_alive()
     worker.kill()
@@ -181,6 +209,6 @@ def test_one_that_leaves_is_gone_though_what_it_forked_lives_on(tmp_path: Path) 
 
 
 def test_without_others_nothing_waits() -> None:
-    with alone():
-        give_way()
-    give_way()
+    with exclusive_measurement():
+        yield_to_measurements()
+    yield_to_measurements()

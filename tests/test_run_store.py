@@ -217,12 +217,14 @@ def test_of_runs_side_by_side_one_computes_a_stage_and_the_other_finds_it(tmp_pa
     ]
 
 
-def test_a_run_gives_way_at_each_step_to_one_that_measures(tmp_path: Path) -> None:
+def test_a_run_lets_others_measure_where_a_stage_begins_and_nowhere_else(tmp_path: Path) -> None:
     with open_run(tmp_path / "run", shared=tmp_path / "shared") as run:
         measured = start_measuring(tmp_path / "shared")
-        assert not measured.wait(0.5)
-        for _ in range(100):
+        for _ in range(5):
             run.notify(Progress(stage="finetune", done=1, total=2))
+            assert not measured.wait(0.1)
+        for seed in range(100):
+            run.remember("score", {"seed": seed}, Work(), Interval)
             if measured.wait(0.1):
                 break
         assert measured.is_set()

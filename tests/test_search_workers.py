@@ -92,7 +92,7 @@ def test_run_and_workers_of_one_database_are_side_by_side(tmp_path: Path) -> Non
     could_measure: list[bool] = []
 
     def notify(event: Event) -> None:
-        (room,) = storage.place.glob("*-room.lock")
+        (room,) = storage.place.glob("*-work.lock")
         with room.open() as opened:
             could_measure.append(try_lock(opened, fcntl.LOCK_EX))
         if isinstance(event, Progress) and event.stage == "search" and event.done == 2:

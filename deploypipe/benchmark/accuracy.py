@@ -12,7 +12,7 @@ from torch import nn
 from deploypipe.errors import DataError
 from deploypipe.runtimes import Runtime
 from deploypipe.runtimes.named_arrays import feed, name_outputs, repack
-from deploypipe.scheduling.exclusive_measurement import give_way
+from deploypipe.scheduling.exclusive_measurement import yield_to_measurements
 from deploypipe.task import Batch, Task, evaluating, forward, num_samples
 
 
@@ -41,7 +41,7 @@ def evaluate_file(
 def _evaluate(call: Callable[[Any], Any], batches: Iterable[Batch], task: Task, who: str) -> NDArray[np.float64]:
     values = []
     for number, (inputs, target) in enumerate(batches):
-        give_way()
+        yield_to_measurements()
         outputs = call(inputs)
         for name, tensor in name_outputs(outputs).items():
             if not torch.isfinite(tensor).all():

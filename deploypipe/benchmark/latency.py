@@ -21,7 +21,7 @@ from deploypipe.benchmark.environment import count_cpus
 from deploypipe.numerics.intervals import interval_of_quantile
 from deploypipe.records import Conditions, Interval, Latency, MachineState, Notify, Progress, silent
 from deploypipe.runtimes import Array, Runtime, Session
-from deploypipe.scheduling.exclusive_measurement import alone, pause
+from deploypipe.scheduling.exclusive_measurement import exclusive_measurement, sleep_without_blocking
 from deploypipe.target import Target
 
 BLOCK = 10  # timed runs in a row
@@ -69,7 +69,7 @@ def time_interleaved(
     cost little and narrow the interval. Raises what `runtime.open` and `Session.run` raise.
     """
     samples: list[list[float]] = [[] for _ in paths]
-    with alone(), _no_garbage_collection():
+    with exclusive_measurement(), _no_garbage_collection():
         before = read_state()
         spent = [_try(path, inputs, runtime, target) for path in paths]
         to_open, to_run = (sum(seconds) for seconds in zip(*spent, strict=True))
@@ -153,16 +153,16 @@ def _looked_at_long(timings: Timings) -> Timings:
     missing = MIN_SECONDS - (timings.after.at_s - timings.before.at_s)
     if missing <= 0:
         return timings
-    pause(missing)
+    sleep_without_blocking(missing)
     return replace(timings, after=read_state())
 
 
 def _wait_for_quiet(num_threads: int, *, can_look: bool) -> None:
     """Pause, and then a few seconds longer while the machine is still throttled or busy with other processes."""
-    pause(_PAUSE_SECONDS)
+    sleep_without_blocking(_PAUSE_SECONDS)
     for _ in range(_MAX_CHECKS if can_look else 0):
         before = read_state()
-        pause(_CHECK_SECONDS)
+        sleep_without_blocking(_CHECK_SECONDS)
         now = judge_conditions(before, read_state(), num_cpus=count_cpus(), num_threads=num_threads, unsteady=())
         if now.verdict == "steady":
             break

@@ -13,7 +13,7 @@ from statistics import median
 
 from deploypipe.benchmark.child_processes.run_child import OWN_FILES, run_child
 from deploypipe.runtimes import Array
-from deploypipe.scheduling.exclusive_measurement import alone
+from deploypipe.scheduling.exclusive_measurement import exclusive_measurement
 from deploypipe.target import Target
 from deploypipe.untrusted_files.limited_process import ProcessLimits
 
@@ -34,7 +34,7 @@ def measure_peak_memory(
     """
     if not sys.platform.startswith("linux"):
         return None, f"peak memory is read from /proc, which {sys.platform} does not have"
-    with alone():
+    with exclusive_measurement():
         outputs = run_child(
             "memory_child.py",
             path,

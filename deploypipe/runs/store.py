@@ -20,9 +20,14 @@ from deploypipe.files.atomic import write_atomically
 from deploypipe.files.exhausted_resources import find_exhaustion
 from deploypipe.files.hashing import digest, file_sha256
 from deploypipe.files.json_records import from_plain, to_plain
-from deploypipe.records import Cached, Event, Finished, Note, Notify, StageTime, Started, Warned, silent
+from deploypipe.records import Cached, Finished, Note, Notify, StageTime, Started, Warned, silent
 from deploypipe.runs.stage_mirror import download_stage, upload_stage
-from deploypipe.scheduling.exclusive_measurement import give_way, pause, side_by_side, try_lock
+from deploypipe.scheduling.exclusive_measurement import (
+    shared_machine,
+    sleep_without_blocking,
+    try_lock,
+    yield_to_measurements,
+)
 from deploypipe.text import strict_json
 from deploypipe.text.masked_addresses import masked
 from deploypipe.text.sealed_json import seal, unseal
@@ -76,6 +81,7 @@ class RunFolder:
         """
         hashes = {name: digest(value) for name, value in inputs.items()}
         key = f"{stage}-{digest([stage, hashes])}"
+        yield_to_measurements()
         self.notify(Started(stage=stage))
         if not (is_shared and self.shared):
             return self._remember(stage, key, self.path, hashes, compute, record_type, is_final)
@@ -119,7 +125,7 @@ class RunFolder:
             if not try_lock(lock, fcntl.LOCK_EX):
                 self.notify(Note(stage=stage, text="waits for another run, which is at it"))
                 while not try_lock(lock, fcntl.LOCK_EX):
-                    pause(_POLL_S)
+                    sleep_without_blocking(_POLL_S)
             yield
 
     def publish(self, url: str) -> None:
@@ -186,8 +192,8 @@ def open_run(
 ) -> Iterator[RunFolder]:
     """Open (or make) a run folder, locked against a second run for as long as the block lasts.
 
-    Runs with one folder `shared` may be at work side by side: what one computes the others find. Those with one `place`
-    (which is `shared`, unless it is given) stand still on one machine while one of them measures.
+    Runs with the same folder `shared` may be at work at once: what one computes the others find. While one run
+    measures, all runs on its machine with the same `place` (which is `shared`, unless it is given) pause.
     """
     if shared and shared.resolve() == path.resolve():
         raise RunFolderError(f"{path}: a run's own folder is not that of all runs; choose another folder with --shared")
@@ -196,14 +202,9 @@ def open_run(
             stack.enter_context(_joined(shared))
         stack.enter_context(_locked(path))
         if place := place or shared:
-            stack.enter_context(side_by_side(place))
+            stack.enter_context(shared_machine(place))
         stack.enter_context(_what_is_kept(path, shared))
-
-        def told(event: Event) -> None:
-            notify(event)
-            give_way()
-
-        yield RunFolder(path=path, notify=told, shared=shared, source=source)
+        yield RunFolder(path=path, notify=notify, shared=shared, source=source)
 
 
 @contextmanager

@@ -1,7 +1,11 @@
-"""Runs side by side on one machine: they compute together, and one that measures has the machine to itself.
+"""Let several runs share one machine: they compute together, and a run that measures has the machine to itself.
 
-Between two steps of its work a run gives way to those that wait to measure. The locks are the kernel's: a run that is
-killed holds none, and for one that is stopped (Ctrl-Z) nobody waits.
+A run takes part by `shared_machine`. It measures inside `exclusive_measurement`, and pauses for the measurements of
+others where it calls `yield_to_measurements`: when a stage begins (`runs.store`), when a trial begins (`search.study`),
+and before each batch that is trained on (`training.finetune`) or evaluated (`benchmark.accuracy`). No other code knows
+of it. The other long stages (observe, score, loss curves) are computed by one run for all, which need them to go on.
+
+The locks are the kernel's: a run that is killed holds none. Nobody waits for a run that is stopped (Ctrl-Z).
 """
 
 import fcntl
@@ -16,7 +20,7 @@ from typing import TextIO
 
 _LOOK_EVERY_S = 0.25  # at who holds a lock
 _POLL_S = 0.01
-_TURN_S = 0.002  # enough for the next at the door to take it, before this run goes in again and has to give way
+_TURN_S = 0.002  # enough for the next that waits to measure to take its turn before this run goes back to work
 
 
 def machine() -> str:
@@ -92,94 +96,93 @@ class _Waiting:
             self._ended.set()
 
 
-class _Place:
-    """A run's place beside others: it holds `room` shared while it computes, and alone while it measures.
+class _Share:
+    """One run's part in a shared machine.
 
-    Who wants to measure closes `door` first, so that nobody comes back into the room before it had its turn.
+    A run at work holds the `work` lock shared; a run that measures holds it exclusively. A run that wants to measure
+    takes the `request` lock first, so that nobody goes back to work before it has had its turn.
     """
 
-    def __init__(self, door: _Lock, room: _Lock) -> None:
-        self._door, self._room = door, room
-        self._is_alone = False
-        self._enter()
+    def __init__(self, request: _Lock, work: _Lock) -> None:
+        self._request, self._work = request, work
+        self._is_measuring = False
+        self._go_to_work()
 
-    def give_way(self) -> None:
-        """Wait outside for as long as others measure, or wait to."""
-        if not self._is_alone and not self._door.is_free():
-            self._room.give_back()
-            self._enter()
+    def yield_to_measurements(self) -> None:
+        if not self._is_measuring and not self._request.is_free():
+            self._work.give_back()
+            self._go_to_work()
 
-    def pause(self, seconds: float) -> None:
-        """Outside: who sleeps disturbs nobody, and holds up nobody that wants to measure."""
-        if self._is_alone:
+    def sleep(self, seconds: float) -> None:
+        if self._is_measuring:
             time.sleep(seconds)
             return
-        self._room.give_back()
+        self._work.give_back()
         time.sleep(seconds)
-        self._enter()
+        self._go_to_work()
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        self._room.give_back()
-        self._door.take(fcntl.LOCK_EX)
-        self._room.take(fcntl.LOCK_EX)
-        self._is_alone = True
+    def exclusive_measurement(self) -> Iterator[None]:
+        self._work.give_back()
+        self._request.take(fcntl.LOCK_EX)
+        self._work.take(fcntl.LOCK_EX)
+        self._is_measuring = True
         try:
             yield
         finally:
-            self._is_alone = False
-            self._room.take(fcntl.LOCK_SH)
-            self._door.give_back()
-            self.pause(_TURN_S)
+            self._is_measuring = False
+            self._work.take(fcntl.LOCK_SH)
+            self._request.give_back()
+            self.sleep(_TURN_S)
 
     def leave(self) -> None:
-        self._room.leave()
-        self._door.leave()
+        self._work.leave()
+        self._request.leave()
 
-    def _enter(self) -> None:
-        self._door.take(fcntl.LOCK_SH)
-        self._room.take(fcntl.LOCK_SH)
-        self._door.give_back()
+    def _go_to_work(self) -> None:
+        self._request.take(fcntl.LOCK_SH)
+        self._work.take(fcntl.LOCK_SH)
+        self._request.give_back()
 
 
-_PLACE: ContextVar[_Place | None] = ContextVar("place", default=None)  # where a file is timed, no run is in hand
+_SHARE: ContextVar[_Share | None] = ContextVar("share", default=None)  # None: nothing but this run uses the machine
 
 
 @contextmanager
-def side_by_side(folder: Path) -> Iterator[None]:
-    """This run computes and measures in turn with all on this machine that are side by side in `folder`."""
+def shared_machine(folder: Path) -> Iterator[None]:
+    """Share this machine with all runs on it that name the same folder, for as long as the block lasts."""
     folder.mkdir(parents=True, exist_ok=True)
-    place = _Place(*(_Lock(folder / f"{machine()[:8]}-{name}.lock") for name in ("door", "room")))
-    token = _PLACE.set(place)
+    share = _Share(*(_Lock(folder / f"{machine()[:8]}-{name}.lock") for name in ("request", "work")))
+    token = _SHARE.set(share)
     try:
         yield
     finally:
-        _PLACE.reset(token)
-        place.leave()
+        _SHARE.reset(token)
+        share.leave()
 
 
-def give_way() -> None:
-    """Between two steps of a run's work: wait for as long as runs beside it measure, or wait to."""
-    if place := _PLACE.get():
-        place.give_way()
+def yield_to_measurements() -> None:
+    """Pause while other runs measure, or wait to."""
+    if share := _SHARE.get():
+        share.yield_to_measurements()
 
 
-def pause(seconds: float) -> None:
-    """Sleep, and let others measure meanwhile: least of all may a run hold up what it waits for."""
-    if place := _PLACE.get():
-        place.pause(seconds)
+def sleep_without_blocking(seconds: float) -> None:
+    """Sleep, and let others measure meanwhile: a run that waits for others must not block them."""
+    if share := _SHARE.get():
+        share.sleep(seconds)
     else:
         time.sleep(seconds)
 
 
 @contextmanager
-def alone() -> Iterator[None]:
-    """For as long as the block lasts, no run beside this one computes or measures. Blocks do not nest."""
-    place = _PLACE.get()
-    if place is None:
+def exclusive_measurement() -> Iterator[None]:
+    """Have the machine to oneself: no other run that shares it computes or measures. Blocks do not nest."""
+    share = _SHARE.get()
+    if share is None:
         yield
         return
-    with place.alone():
+    with share.exclusive_measurement():
         yield
 
 

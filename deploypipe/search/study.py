@@ -10,7 +10,7 @@ from deploypipe.errors import BudgetError
 from deploypipe.files.hashing import digest
 from deploypipe.recipe import ObjectiveName, Search
 from deploypipe.records import Candidate, Notify, Progress, PruningPlan, SearchResult, Trial, silent
-from deploypipe.scheduling.exclusive_measurement import pause
+from deploypipe.scheduling.exclusive_measurement import sleep_without_blocking, yield_to_measurements
 from deploypipe.search.allocation.limits import Range, violations
 from deploypipe.search.distributed.study_storage import Storage
 from deploypipe.search.distributed.trial_queue import Claim, Done, TrialQueue, open_trial_queue
@@ -83,9 +83,10 @@ def search(
                 notify(Progress(stage="search", done=len(told), total=settings.num_trials, message=message))
             if len(done) == settings.num_trials:
                 break
+            yield_to_measurements()
             claim = queue.claim(settings.num_trials, settings.num_parallel, turned)
             if claim is None:
-                pause(wait_s)
+                sleep_without_blocking(wait_s)
                 wait_s = min(1.5 * wait_s, _LONGEST_POLL_S)
                 continue
             wait_s = _POLL_S
@@ -125,7 +126,7 @@ def _find_twin(queue: TrialQueue, claim: Claim, plan: PruningPlan) -> Trial | No
             return None
         if len(below) < claim.number:
             raise _NobodyBelowError
-        pause(_POLL_S)
+        sleep_without_blocking(_POLL_S)
 
 
 def _told(value: object) -> str:

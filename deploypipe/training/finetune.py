@@ -24,6 +24,7 @@ from deploypipe.networks.model_wrappers import unwrapped
 from deploypipe.numerics.intervals import seems_worse
 from deploypipe.recipe import Finetune
 from deploypipe.records import EpochLog, Note, Notify, Progress, TrainLog, silent
+from deploypipe.scheduling.exclusive_measurement import yield_to_measurements
 from deploypipe.task import (
     Batch,
     Splits,
@@ -179,6 +180,7 @@ def _train_epoch(
     rate, losses = 0.0, []
     lesson.model.train()
     for number, batch in enumerate(_in_one_order(lesson.ranks, batches, epoch)):
+        yield_to_measurements()
         done = (epoch - 1) * lesson.steps + number
         if num_samples(batch[0]) < lesson.least:
             _note_left_out_(state, number, num_samples(batch[0]), notify)

@@ -33,7 +33,7 @@ from deploypipe.files.json_records import from_json, to_json
 from deploypipe.recipe import Export
 from deploypipe.records import BenchmarkReport, Event, MachineState, ModelFile, Progress
 from deploypipe.runtimes.onnxruntime import OnnxRuntime
-from deploypipe.scheduling.exclusive_measurement import side_by_side, try_lock
+from deploypipe.scheduling.exclusive_measurement import shared_machine, try_lock
 from deploypipe.target import Target
 from deploypipe.task import Batch, classification
 
@@ -133,7 +133,7 @@ def test_a_measurement_runs_alone(
     path, inputs, seen = folder / small.path, {"input": np.zeros((1, 16), dtype=np.float32)}, []
 
     def is_alone() -> bool:
-        with next(tmp_path.glob("*-room.lock")).open("w") as room:
+        with next(tmp_path.glob("*-work.lock")).open("w") as room:
             return not try_lock(room, fcntl.LOCK_SH)
 
     def watched_child(*arguments: Any, **settings: Any) -> list[str]:
@@ -141,7 +141,7 @@ def test_a_measurement_runs_alone(
         return run_child(*arguments, **settings)
 
     monkeypatch.setattr(memory, "run_child", watched_child)
-    with side_by_side(tmp_path):
+    with shared_machine(tmp_path):
         assert not is_alone()
         time_interleaved([path], inputs, OnnxRuntime(), TARGET, lambda event: seen.append(is_alone()), num_samples=20)
         in_time = len(seen)
@@ -225,7 +225,7 @@ def test_a_short_measurement_is_observed_for_longer(monkeypatch: pytest.MonkeyPa
 
     brief = Timings(samples=(np.full(200, 1.0),), block=20, before=busy_at(0.0), after=busy_at(0.1))
     monkeypatch.setattr(latency, "_ATTEMPTS", 1)
-    monkeypatch.setattr(latency, "pause", lambda seconds: None)
+    monkeypatch.setattr(latency, "sleep_without_blocking", lambda seconds: None)
     monkeypatch.setattr(latency, "read_state", lambda: busy_at(0.6))
     monkeypatch.setattr(latency, "time_interleaved", lambda *_: brief)
     assert find_doubts(brief, ["a"], 1) == ()

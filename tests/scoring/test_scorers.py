@@ -2,13 +2,11 @@
 
 import math
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import networks
 import pytest
 import torch
-from runs_side_by_side import start_measuring
 from torch import Tensor, nn
 
 from deploypipe.numerics.gaussian_mi import SequentialRemoval
@@ -17,7 +15,6 @@ from deploypipe.observe.moments import Moments
 from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.recipe import LayerwiseMi, Magnitude, Mipp, Observe, OutputError, Random
 from deploypipe.records import ChannelGroup, Structures
-from deploypipe.scheduling.exclusive_measurement import side_by_side
 from deploypipe.scoring import SCORERS, score
 from deploypipe.scoring.mutual_information.top_down_mi import cumulative, remove_one_by_one
 
@@ -50,18 +47,6 @@ def test_contract(name: str, scorer: Any) -> None:
     assert model.training
     assert all(torch.equal(value, values[key]) for key, value in model.state_dict().items())
     assert all(torch.equal(moments.inputs[key].covariance, value) for key, value in covariances.items())
-
-
-@pytest.mark.parametrize("scorer", [Mipp(), LayerwiseMi(), OutputError()], ids=str)
-def test_between_two_groups_others_measure(scorer: Any, tmp_path: Path) -> None:
-    model, structures, moments = prepared("mlp")
-    with side_by_side(tmp_path):
-        measured = start_measuring(tmp_path)
-        for _ in range(100):
-            score(model, structures, moments, scorer)
-            if measured.wait(0.1):
-                break
-        assert measured.is_set()
 
 
 def test_random_depends_on_the_seed() -> None:

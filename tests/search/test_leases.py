@@ -11,7 +11,7 @@ from typing import TypeVar
 import pytest
 import sqlalchemy as sa
 
-from deploypipe.scheduling.exclusive_measurement import alone, side_by_side
+from deploypipe.scheduling.exclusive_measurement import exclusive_measurement, shared_machine
 from deploypipe.search.distributed import leases
 from deploypipe.search.distributed.leases import Held, Leases, is_gone, this_process
 from deploypipe.search.distributed.study_storage import Storage
@@ -136,7 +136,7 @@ def test_waiting_for_a_lease_does_not_block_its_holder(engine: sa.Engine, tmp_pa
     waits = threading.Event()
 
     def wait_for_it() -> None:
-        with side_by_side(tmp_path):
+        with shared_machine(tmp_path):
             waits.set()
             with Leases(engine, at_once, 60).held("slot"):
                 pass
@@ -144,10 +144,10 @@ def test_waiting_for_a_lease_does_not_block_its_holder(engine: sa.Engine, tmp_pa
     other, done = threading.Thread(target=wait_for_it, daemon=True), threading.Event()
 
     def hold_it() -> None:
-        with side_by_side(tmp_path), Leases(engine, at_once, 60).held("slot"):
+        with shared_machine(tmp_path), Leases(engine, at_once, 60).held("slot"):
             other.start()
             assert waits.wait(30)
-            with alone():
+            with exclusive_measurement():
                 done.set()
 
     threading.Thread(target=hold_it, daemon=True).start()

@@ -16,7 +16,6 @@ from deploypipe.observe.layer_regressions import columns, num_taps, reads, weigh
 from deploypipe.observe.moments import Moments
 from deploypipe.recipe import Magnitude
 from deploypipe.records import ChannelGroup, ScoreTable, Structures
-from deploypipe.scheduling.exclusive_measurement import give_way
 from deploypipe.scoring.magnitude import score_magnitude
 
 UNOBSERVED = "none of its consumers could be observed; scored by magnitude"
@@ -78,7 +77,6 @@ def score_top_down(
         for names in _of_one_shape({name: readers for name, readers in observed.items() if readers}):
             together = zip(*(observed[name] for name in names), strict=True)
             rankings |= zip(names, rank([_side_by_side(readers) for readers in together]), strict=True)
-            give_way()
         for group in run:
             if not observed[group.name]:
                 reasons[group.name] = UNOBSERVED

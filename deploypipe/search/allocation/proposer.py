@@ -11,7 +11,6 @@ from deploypipe.pruning.modules.count_macs import count_macs
 from deploypipe.pruning.surgery.apply_plan import apply_plan
 from deploypipe.pruning.surgery.plan import make_plan
 from deploypipe.records import Candidate, Curves, Cut, LatencyFit, PruningPlan, ScoreTable, Structures, TimedCut, Trial
-from deploypipe.scheduling.exclusive_measurement import give_way
 from deploypipe.scoring.mixed_scores import mixed
 from deploypipe.search.allocation.solver import (
     Allocation,
@@ -111,7 +110,6 @@ class Proposer:
         """Fit a model to the networks timed before the search and to its trials; None if nothing was timed."""
         if not self.timed:
             return None
-        give_way()
         return LatencyModel(self.layers, [*self.timed, *measured_trials(trials, self.reference)], self.dense_ratio)
 
     def plan(self, allocation: Allocation, magnitude: float = 0.0) -> PruningPlan:

@@ -12,7 +12,6 @@ from scipy.sparse import csr_array
 
 from deploypipe.errors import DeploypipeError
 from deploypipe.records import Curves, LossCurve, ScoreTable, Structures
-from deploypipe.scheduling.exclusive_measurement import give_way
 from deploypipe.search.cost_models.additive_costs import STAYS, Costs, home_blocks
 
 _GAP = 1e-4
@@ -58,7 +57,6 @@ def allocate(
     choices takes their product, a binary variable too (Adams and Sherali 1986, linearised by sums over both). If no
     choice meets the bounds, the result is the cheapest one by the first bound that `structures.constraints` allow.
     """
-    give_way()
     program = _Program(structures, curves, emphasis or Emphasis(), [bound.costs for bound in bounds])
     limits = [(row, bound.share) for row, bound in zip(program.costs, bounds, strict=True)]
     chosen = program.solve(program.losses, limits)

@@ -14,7 +14,6 @@ from scipy.linalg import cho_factor, cho_solve
 from scipy.optimize import minimize
 
 from deploypipe.records import Cut, Interval, TimedCut
-from deploypipe.scheduling.exclusive_measurement import give_way
 from deploypipe.search.cost_models.layer_widths import LayerWidths
 
 Floats = NDArray[np.float64]
@@ -203,6 +202,6 @@ def _fit_prior(design: Floats, times: Floats, owners: NDArray[np.int64]) -> tupl
 
     start = np.array([_START] * len(parts) + [_START_NOISE])
     bounds = [_LOG_BOUNDS] * len(parts) + [_LOG_NOISE_BOUNDS]
-    found = minimize(negative, start, jac=True, bounds=bounds, method="L-BFGS-B", callback=lambda _: give_way())
+    found = minimize(negative, start, jac=True, bounds=bounds, method="L-BFGS-B")
     best = np.exp(found.x)
     return best[:-1], float(best[-1])

@@ -16,7 +16,7 @@ from typing import Protocol, TypeVar
 
 import sqlalchemy as sa
 
-from deploypipe.scheduling.exclusive_measurement import machine, pause
+from deploypipe.scheduling.exclusive_measurement import machine, sleep_without_blocking
 
 T = TypeVar("T")
 
@@ -96,7 +96,7 @@ class Leases:
             is_stale = time.monotonic() - since > self.expiry_s or is_gone(row[0])
             if is_stale and self.retry(partial(self._take_over, held, row)):
                 return
-            pause(_POLL_S)
+            sleep_without_blocking(_POLL_S)
 
     def _insert(self, held: Held) -> bool:
         try:

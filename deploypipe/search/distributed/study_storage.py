@@ -24,7 +24,7 @@ from sqlalchemy.exc import (
 from deploypipe.errors import RunFolderError, StorageError
 from deploypipe.files.cache_folder import cache_folder
 from deploypipe.files.hashing import digest
-from deploypipe.scheduling.exclusive_measurement import pause
+from deploypipe.scheduling.exclusive_measurement import sleep_without_blocking
 from deploypipe.text.masked_addresses import masked, without_secrets
 
 T = TypeVar("T")
@@ -70,7 +70,7 @@ class Storage:
     @property
     def place(self) -> Path:
         """Folder that all processes of this machine that work with this storage share."""
-        return cache_folder() / "side_by_side" / digest(self.shown)
+        return cache_folder() / "shared_machine" / digest(self.shown)
 
     def open(self) -> RDBStorage:
         """Open the database, with Optuna's tables in it.
@@ -109,7 +109,7 @@ class Storage:
                 is_away = isinstance(cause, DBAPIError) and not isinstance(cause, IntegrityError)
                 if not is_away or time.monotonic() >= until:
                     raise
-            pause(_PAUSE_S)
+            sleep_without_blocking(_PAUSE_S)
 
     @contextmanager
     def translated_errors(self) -> Iterator[None]:

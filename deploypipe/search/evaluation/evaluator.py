@@ -12,7 +12,6 @@ from deploypipe.pruning.repair.least_squares_repair import repair
 from deploypipe.pruning.surgery.apply_plan import apply_plan
 from deploypipe.recipe import Recipe
 from deploypipe.records import Candidate, PruningPlan
-from deploypipe.scheduling.exclusive_measurement import give_way
 from deploypipe.search.evaluation.accuracy_cache import AccuracyCache
 from deploypipe.search.evaluation.candidate_files import NUM_LATENCY_SAMPLES, CandidateFiles
 from deploypipe.search.evaluation.early_stopping import evaluate_growing
@@ -37,7 +36,6 @@ class Evaluator:
 
     def __call__(self, plan: PruningPlan, is_settled: IsSettled) -> tuple[Candidate, Results]:
         pruned = apply_plan(self.candidates.dense, plan)
-        give_way()
         costs = self._costs(pruned, plan)
 
         def with_accuracy(seen: Results) -> Candidate:
@@ -63,7 +61,6 @@ class Evaluator:
             quick,
             real_tokens=self.task.real_tokens,
             seed=self.recipe.seed,
-            notify=lambda event: give_way(),
         )[0]
 
     def _costs(self, pruned: nn.Module, plan: PruningPlan) -> Candidate:
