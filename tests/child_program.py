@@ -11,10 +11,10 @@ HERE = Path(__file__).parent
 
 
 def start(folder: Path, *arguments: str, num_threads: int = 1) -> subprocess.Popen[str]:
-    """The command, at work in `folder`; its pipeline may import what lies beside the tests."""
+    """The command of this checkout, at work in `folder`; its pipeline may import the tests' helpers."""
     environment = os.environ | {
         "OMP_NUM_THREADS": str(num_threads),
-        "PYTHONPATH": str(HERE),
+        "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)]),
         "DEPLOYPIPE_CACHE": str(folder / "cache"),
     }
     return subprocess.Popen(

@@ -4,13 +4,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from finished_runs import conditions
 
-from deploypipe.benchmark import latency
+from deploypipe.benchmark import latency, memory
 
 DATA = Path(os.environ.get("DEPLOYPIPE_TEST_DATA") or Path(__file__).parents[2] / "shared" / "data")
 
@@ -25,13 +27,42 @@ def quiet_machine(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+# Files with whole runs: they begin first, so that none of them is left when all else is done.
+LONG = (
+    "test_killed_runs.py",
+    "test_target_processes.py",
+    "test_pipeline.py",
+    "test_multi_rank_finetune.py",
+    "test_exhausted_resources.py",
+    "test_search_workers.py",
+    "test_batch_sizes.py",
+    "test_interrupted_run.py",
+    "test_readme.py",
+    "test_real_networks.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 SMALL = ("numerics", "observe", "pruning", "scoring", "search", "training")
 
 
 @pytest.fixture(autouse=True, scope="session")
 def impatient() -> None:
-    """Files are timed for as short as a target allows, and a busy machine is not waited for."""
+    """Files are timed as shortly as a target allows, memory in one process; a busy machine is not waited for."""
     latency._SECONDS, latency._PAUSE_SECONDS, latency._MAX_CHECKS = 0.2, 0.0, 0
+    memory._NUM_CHILDREN = 1
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_table_of_operators() -> None:
+    """torch.onnx.export makes its table of 700 operators anew for each file, which is a third of a small export."""
+    with suppress(ImportError):  # it is private to torch
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+        ONNXRegistry.from_torchlib = staticmethod(cache(ONNXRegistry.from_torchlib))  # type: ignore[method-assign]
 
 
 @pytest.fixture(autouse=True, scope="module")

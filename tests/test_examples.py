@@ -12,6 +12,18 @@ import yaml
 from deploypipe.runs.result import load_result
 
 ROOT = Path(__file__).parents[1]
+TARGET = 'runtime = "onnxruntime"\nnum_latency_samples = 200\n[budget]\nmacs = "0.5x"\naccuracy_drop_pp = 10.0\n'
+SMALL = """
+from dataclasses import replace
+
+import tiny_pipeline
+from tiny_pipeline import *
+
+
+def recipe():
+    small = tiny_pipeline.recipe()
+    return replace(small, search=replace(small.search, num_trials=20))
+"""
 
 
 @pytest.mark.parametrize(
@@ -61,18 +73,22 @@ def test_kubernetes_takes_the_manifest() -> None:
 
 @pytest.mark.slow
 def test_the_slurm_script_runs_a_search_with_a_worker(tmp_path: Path) -> None:
-    """Two tasks of its array, as Slurm would start them."""
-    pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
+    """Two tasks of its array, as Slurm would start them, with trials enough for both."""
+    for folder in ("pipelines", "targets"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "pipelines" / "small.py").write_text(SMALL, encoding="utf-8")
+    (tmp_path / "targets" / "cpu.toml").write_text(TARGET, encoding="utf-8")
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
         "DEPLOYPIPE_STORAGE": f"sqlite:///{tmp_path}/searches.db",
         "DEPLOYPIPE_CACHE": str(tmp_path / "cache"),
         "SLURM_ARRAY_JOB_ID": "17",
         "SLURM_ARRAY_TASK_COUNT": "2",
     }
-    command = ["bash", str(ROOT / "examples/fleet/slurm.sh"), "digits", "x86_cpu"]
+    command = ["bash", str(ROOT / "examples/fleet/slurm.sh"), "small", "cpu"]
     tasks = [
         subprocess.Popen(
             command,
@@ -87,8 +103,8 @@ def test_the_slurm_script_runs_a_search_with_a_worker(tmp_path: Path) -> None:
     told = [task.communicate(timeout=600)[0] for task in tasks]
     assert tasks[0].returncode in (0, 1) and "Gate" in told[0], told[0]
     assert tasks[1].returncode == 0 and "trials are done" in told[1], told[1]
-    result = load_result(tmp_path / "runs" / "digits-x86_cpu-17")
-    assert result.search and {trial.evaluated_by for trial in result.search.trials} != {""}
+    result = load_result(tmp_path / "runs" / "small-cpu-17")
+    assert result.search and {trial.judged_by for trial in result.search.trials} != {""}
 
 
 @pytest.mark.slow

@@ -76,7 +76,7 @@ def own_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_pruned(
-    folder: Path, build_model: Callable[[], nn.Module] | None = None, *, trust_program: bool = False
+    folder: Path | str, build_model: Callable[[], nn.Module] | None = None, *, trust_program: bool = False
 ) -> nn.Module:
     """Load the pruned network: an ordinary module in evaluation mode, cut by the plan, that can be trained further.
 
@@ -86,6 +86,7 @@ def load_pruned(
     ModelError unless `trust_program`. Files that differ from hashes.json are refused. A network saved in parts has no
     program; its weights stay in their files until they are used.
     """
+    folder = Path(folder)
     is_in_parts = _check_hashes(folder)
     if build_model is None:
         if is_in_parts:
