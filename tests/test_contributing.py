@@ -13,7 +13,7 @@ import networks
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "CONTRIBUTING.md"
-COPIED = ("deploypipe", "pyproject.toml", "tests/networks.py", "tests/beside.py", "tests/scoring")
+COPIED = ("deploypipe", "pyproject.toml", "tests/scoring")
 
 
 def blocks(section: str) -> list[tuple[str, str]]:
@@ -41,7 +41,9 @@ def apply(diff: str, root: Path) -> str:
 
 
 def copied(root: Path) -> None:
-    for name in COPIED:
+    """The package, and the scorers' tests with all that tests share."""
+    shared = [path for path in (ROOT / "tests").glob("*.py") if not path.name.startswith(("test_", "conftest"))]
+    for name in (*COPIED, *(str(path.relative_to(ROOT)) for path in shared)):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -72,7 +74,7 @@ def test_a_scorer_by_the_page(tmp_path: Path) -> None:
     assert len(edited) == 2  # with its own file three places: more, and the house is wrong
     commands = [line for language, text in steps if language == "bash" for line in text.splitlines()]
     assert [command.split()[0] for command in commands] == ["ruff", "pytest", "deploypipe", "deploypipe"]
-    commands[3] += " --set pipeline.NUM_STEPS=20"  # the toy need not be good
+    commands[3] += " --set pipeline.NUM_STEPS=20 --set observe.num_samples=128"  # the toy need not be good
     said = [run(command, tmp_path) for command in commands]
     assert f"{len(networks.NETWORKS)} passed" in said[1]
     assert "by activation_variance" in said[3]
