@@ -127,7 +127,7 @@ def test_wrong_pipeline(source: str, said: list[str], home: Path) -> None:
             '"onnxruntime"\nprovider = "qnn"',
             ["target 'cpu'", "QNNExecutionProvider is not in", "pip install onnxruntime-qnn"],
         ),
-        ('"onnxruntime"', '"eager"', ["target 'cpu': runtime", "takes .pt2 programs", "write 'onnxruntime'"]),
+        ('"onnxruntime"', '"eager"', ["target 'cpu': runtime", "loads .pt2 programs", "write 'onnxruntime'"]),
         ("runtime", 'precisions = ["int4"]\nruntime', ["cpu.toml: precisions", "'int4'", "fp16"]),
         ('"onnxruntime"', '"openvino"', ["cpu.toml: runtime", "openvino", "onnxruntime"]),
         ("runtime", "[", ["cpu.toml", "is not TOML"]),

@@ -265,7 +265,7 @@ def test_refusals_leave_the_old_file(dense: Path, tmp_path: Path) -> None:
         (dense, [odd, *calib], CPU, FAST, DataError, r"cannot run on x float32\[1, 1, 6\]"),
         (dense, [], CPU, FAST, DataError, "no samples"),
         (dense, calib, CPU, exact, ParityError, "raise export.max_abs_error_int8"),
-        (dense, calib, coreml, FAST, ModelError, "there is one for onnxruntime, tensorrt, tensorrt-rtx"),
+        (dense, calib, coreml, FAST, ModelError, "those with one are onnxruntime, tensorrt, tensorrt-rtx"),
     ]
     for source, batches, kernels, settings, error, message in cases:
         with pytest.raises(error, match=message):

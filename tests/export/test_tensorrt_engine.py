@@ -364,7 +364,7 @@ def test_what_a_runtime_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        (f"import os; os.kill(os.getpid(), {int(signal.SIGSEGV)})", "ended by SIGSEGV"),
+        (f"import os; os.kill(os.getpid(), {int(signal.SIGSEGV)})", "killed by SIGSEGV"),
         ("raise MemoryError('all gone')", "MemoryError: all gone"),
     ],
 )
