@@ -50,7 +50,7 @@ from deploypipe.pruning.modules.count_macs import count_operations
 from deploypipe.pruning.surgery.apply_plan import apply_plan, masked_dense
 from deploypipe.pruning.surgery.module_slicing import sizes_after
 from deploypipe.pruning.surgery.plan import empty_plan, make_plan
-from deploypipe.pruning.surgery.saved_network import load_pruned, save_pruned
+from deploypipe.pruning.surgery.saved_network import load_saved, save_pruned
 from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.recipe import Export, Finetune
 from deploypipe.records import Frozen, PruningPlan, ScoreTable, Structures
@@ -187,7 +187,7 @@ def judge(network: Network, with_onnx: bool = True) -> Iterator[tuple[str, Any]]
         )
         yield "exported", exported
         if exported == YES:
-            loaded = load_pruned(folder / "pruned", lambda: network.build()[0])
+            loaded = load_saved(folder / "pruned", lambda: network.build()[0])
             yield "reload", YES if are_identical(loaded, pruned, inputs) else f"{NO}: other weights or outputs"
         else:
             yield "reload", exported
@@ -324,7 +324,7 @@ def are_identical(a: nn.Module, b: nn.Module, inputs: Inputs) -> bool:
 def require_program(model: nn.Module, plan: PruningPlan, inputs: Inputs, folder: Path) -> None:
     """Save the network, load the exported program, and compare the two."""
     save_pruned(model, plan, inputs, folder)
-    program = load_pruned(folder, trust_program=True)
+    program = load_saved(folder, trust_program=True)
     with torch.no_grad():
         seen = [leaf for leaf in tree_leaves(forward(program, inputs)) if isinstance(leaf, Tensor)]
     error = difference(outputs(model, inputs), seen)

@@ -32,7 +32,7 @@ from deploypipe.observe.calibration_pass import observe_activations
 from deploypipe.pruning.repair.least_squares_repair import repair
 from deploypipe.pruning.surgery.apply_plan import apply_plan
 from deploypipe.pruning.surgery.plan import make_plan
-from deploypipe.pruning.surgery.saved_network import load_pruned, own_weights
+from deploypipe.pruning.surgery.saved_network import load_saved, own_weights
 from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.recipe import Magnitude, Observe, OutputError, Recipe, Repair
 from deploypipe.records import Event, Progress
@@ -101,7 +101,7 @@ def prune(num_layers: int, weights: Path, folder: Path, score: str) -> None:
 
 
 def load(num_layers: int, folder: Path) -> None:
-    network = load_pruned(folder, lambda: build_model(num_layers))
+    network = load_saved(folder, lambda: build_model(num_layers))
     with torch.no_grad():
         logits = network(input_ids=torch.arange(16)[None]).logits
     print(
@@ -145,7 +145,7 @@ def compare_with_whole(kept: float) -> dict[str, float]:
         weights, out = Path(folder) / "dense.safetensors", Path(folder) / "pruned"
         save_file(own_weights(dense), weights)
         result = prune_blockwise(vit_cifar10.build_model, weights, calib, out, recipe, kept=kept)
-        blockwise = load_pruned(out, vit_cifar10.build_model)
+        blockwise = load_saved(out, vit_cifar10.build_model)
         structures = list_structures(dense, take(calib[0][0], 2))
         scores = score(dense, structures, observe_activations(dense, structures, calib, recipe.observe), recipe.score)
         plan = make_plan(structures, scores, {c.group: c.num_units - len(c.removed) for c in result.plan.cuts})

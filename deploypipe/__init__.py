@@ -23,12 +23,14 @@ if TYPE_CHECKING:
     from deploypipe.pruning.repair.least_squares_repair import repair
     from deploypipe.pruning.surgery.apply_plan import apply_plan
     from deploypipe.pruning.surgery.plan import make_plan
-    from deploypipe.pruning.surgery.saved_network import load_pruned, save_pruned
+    from deploypipe.pruning.surgery.saved_network import save_pruned
     from deploypipe.pruning.tracing.structures import list_structures
     from deploypipe.release.baseline_comparison import compare_with_baseline
     from deploypipe.release.bundle import make_bundle
     from deploypipe.release.gate import decide
     from deploypipe.release.registries.registry import promote
+    from deploypipe.runs.load_network import load_pruned
+    from deploypipe.runs.result import load_result
     from deploypipe.scoring import score
     from deploypipe.target_files import load_target
     from deploypipe.training.finetune import finetune
@@ -46,7 +48,8 @@ _HOMES = {  # in the order of a run
     "repair": "pruning.repair.least_squares_repair",
     "finetune": "training.finetune",
     "save_pruned": "pruning.surgery.saved_network",
-    "load_pruned": "pruning.surgery.saved_network",
+    "load_result": "runs.result",
+    "load_pruned": "runs.load_network",
     "prune_blockwise": "blockwise",
     "export_onnx": "export.onnx_export.export_onnx",
     "compare_files": "benchmark",
@@ -67,6 +70,7 @@ __all__ = [
     "finetune",
     "list_structures",
     "load_pruned",
+    "load_result",
     "load_target",
     "make_bundle",
     "make_plan",

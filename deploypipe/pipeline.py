@@ -11,17 +11,20 @@ from deploypipe.errors import ConfigError, DeploypipeError, StorageError
 from deploypipe.export.onnx_export.input_sizes import ends_of, extremes_of
 from deploypipe.export.tensorrt_engine.build_engine import place_engine
 from deploypipe.files.atomic import place_file
+from deploypipe.files.hashing import file_sha256
 from deploypipe.networks.model_wrappers import unwrapped
 from deploypipe.observe.calibration_pass import observe_halves
 from deploypipe.observe.moments import merge
 from deploypipe.preflight import check_inputs
 from deploypipe.pruning.modules.hook_computed_weights import describe_hooks
+from deploypipe.pruning.surgery.saved_network import WEIGHTS
 from deploypipe.pruning.surgery.slim_attention import with_slim_attention
 from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.recipe import Recipe
 from deploypipe.records import (
     BenchmarkReport,
     EngineFile,
+    FileEntry,
     Finished,
     GateDecision,
     Golden,
@@ -112,7 +115,7 @@ def compress(
         run.remeasure = remeasure
         if computed := describe_hooks(model):
             run.notify(Note(stage="check", text=f"weights that hooks compute are plain from here on: {computed}"))
-        start_afresh(run.path, (MODEL, GOLDEN, TENSORS, ENGINE, f"{ENGINE}.json", f"{ENGINE}.log", REPORT))
+        start_afresh(run.path, (MODEL, GOLDEN, TENSORS, ENGINE, f"{ENGINE}.json", f"{ENGINE}.log", REPORT, WEIGHTS))
         model = with_slim_attention(model)
         ctx = prepare_run(model, splits, task, recipe, target, run, source=source, storage=storage, ranks=ranks)
         if storage:
@@ -158,9 +161,17 @@ def _run_stages(ctx: RunContext, name: str, command: str) -> RunResult:
         origin=ctx.described_origin(),
         too_slow=smaller.too_slow if smaller else (),
         command=command,
+        weights=_entry_of(smaller.weights) if smaller else None,
+        folder=str(ctx.run.path),
     )
+    if smaller:
+        place_file(smaller.weights, ctx.run.path / WEIGHTS)
     _leave_files(ctx, result, golden, delivery.engine)
     return result
+
+
+def _entry_of(file: Path) -> FileEntry:
+    return FileEntry(name=file.name, sha256=file_sha256(file), size_bytes=file.stat().st_size)
 
 
 def _observe(ctx: RunContext, goal: SearchGoal) -> tuple[SearchInputs, ScoreSummary]:
@@ -193,6 +204,7 @@ class _Smaller:
     """The compressed network, and how it was made."""
 
     delivery: _Delivery
+    weights: Path  # of the trained network in PyTorch
     search: SearchResult
     outcome: PruneOutcome
     training: TrainLog
@@ -227,6 +239,7 @@ def _make_smaller(ctx: RunContext, inputs: SearchInputs, trials: StageResult[Sea
         ctx.run.notify(Note(stage="gate", text=f"{told}; {again}"))
     return _Smaller(
         delivery=delivery,
+        weights=tuned.files / WEIGHTS,
         search=found,
         outcome=pruned.record,
         training=tuned.record,

@@ -20,7 +20,7 @@ from deploypipe.files.json_records import to_json
 from deploypipe.networks.fingerprints import model_fingerprint
 from deploypipe.networks.streamed_weights import WeightFiles, streamed, without_weights
 from deploypipe.pruning.surgery.apply_plan import apply_plan, masked_dense
-from deploypipe.pruning.surgery.saved_network import load_pruned, own_weights
+from deploypipe.pruning.surgery.saved_network import load_saved, own_weights
 from deploypipe.recipe import Observe, OutputError, Recipe, Repair, Taylor
 from deploypipe.records import Event, Progress
 from deploypipe.task import Batch
@@ -113,7 +113,7 @@ def test_the_plan_is_one_of_the_whole_network(build: Callable[[], nn.Module], tm
     assert result.plan.model_fingerprint == model_fingerprint(dense)
     pruned, tokens = apply_plan(dense, result.plan), batches(1)[0][0]
     torch.testing.assert_close(logits(pruned, tokens), logits(masked_dense(dense, result.plan), tokens))
-    loaded = load_pruned(tmp_path / "out", build)
+    loaded = load_saved(tmp_path / "out", build)
     assert {n: p.shape for n, p in loaded.state_dict().items()} == {n: p.shape for n, p in pruned.state_dict().items()}
     assert sum(p.numel() for p in loaded.parameters()) == result.params_after < result.params_before
     wrong, repaired = (error(network, dense, tokens) for network in (pruned, loaded))
@@ -244,16 +244,16 @@ def test_without_weights_keeps_buffers_and_what_is_shared() -> None:
 def test_what_was_saved_in_parts_is_checked(tmp_path: Path) -> None:
     prune(build_network, tmp_path)
     with pytest.raises(ModelError, match="load it with build_model"):
-        load_pruned(tmp_path / "out")
+        load_saved(tmp_path / "out")
     part = tmp_path / "out" / "weights-00002.safetensors"
     content = bytearray(part.read_bytes())
     content[-1] ^= 1
     part.write_bytes(content)
     with pytest.raises(ModelError, match=r"weights-00002.*was changed after it was saved"):
-        load_pruned(tmp_path / "out", build_network)
+        load_saved(tmp_path / "out", build_network)
     part.unlink()
     with pytest.raises(ModelError, match=r"weights-00002.* is absent"):
-        load_pruned(tmp_path / "out", build_network)
+        load_saved(tmp_path / "out", build_network)
 
 
 def of_two_lengths() -> list[Batch]:
@@ -345,7 +345,7 @@ def build_alternating() -> nn.Module:
 
 def test_blocks_may_be_called_otherwise(tmp_path: Path) -> None:
     result, dense = prune(build_alternating, tmp_path), build_alternating().eval()
-    loaded, tokens = load_pruned(tmp_path / "out", build_alternating), batches(1)[0][0]
+    loaded, tokens = load_saved(tmp_path / "out", build_alternating), batches(1)[0][0]
     assert error(loaded, dense, tokens) < 0.7 * error(apply_plan(dense, result.plan), dense, tokens)
 
 

@@ -23,7 +23,7 @@ from deploypipe.errors import DataError, ModelError
 from deploypipe.files.hashing import file_sha256
 from deploypipe.networks.streamed_weights import WeightFiles
 from deploypipe.pruning.surgery.plan import empty_plan
-from deploypipe.pruning.surgery.saved_network import load_pruned, save_pruned
+from deploypipe.pruning.surgery.saved_network import load_saved, save_pruned
 from deploypipe.pruning.tracing.bug_report import reproduce
 from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.release.bundle import make_bundle
@@ -105,8 +105,8 @@ def test_only_who_says_so_loads_a_program(planted: tuple[Path, Path], tmp_path: 
     program, trace = planted
     refusal = r"model\.pt2: a \.pt2 program can run any code.*"
     with pytest.raises(ModelError, match=refusal + r"load_pruned\(folder, build_model\)"):
-        load_pruned(program.parent)
-    assert isinstance(load_pruned(program.parent, build_model), nn.Module)
+        load_saved(program.parent)
+    assert isinstance(load_saved(program.parent, build_model), nn.Module)
 
     target = tmp_path / "eager.toml"
     target.write_text('runtime = "eager"\n', encoding="utf-8")
@@ -169,7 +169,7 @@ def test_a_pickle_in_place_of_tensors_is_an_error(dump: Callable[[Path], bytes],
     hashes["weights.safetensors"] = file_sha256(weights)
     (tmp_path / "pruned" / "hashes.json").write_text(json.dumps(hashes), encoding="utf-8")
     with pytest.raises(ModelError, match=r"weights\.safetensors is not a safetensors file"):
-        load_pruned(tmp_path / "pruned", build_model)
+        load_saved(tmp_path / "pruned", build_model)
     np.savez(tmp_path / "objects.npz", x=np.array([Exploit(trace)], dtype=object))
     with pytest.raises(DataError, match=r"objects\.npz: holds no named arrays"):
         load_inputs(tmp_path / "objects.npz")

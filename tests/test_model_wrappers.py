@@ -19,7 +19,7 @@ from deploypipe.pipeline import compress
 from deploypipe.pruning.repair.least_squares_repair import repair
 from deploypipe.pruning.surgery.apply_plan import apply_plan
 from deploypipe.pruning.surgery.plan import make_plan
-from deploypipe.pruning.surgery.saved_network import load_pruned, save_pruned
+from deploypipe.pruning.surgery.saved_network import load_saved, save_pruned
 from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.recipe import Export, Magnitude, Observe, Repair
 from deploypipe.scoring import score
@@ -107,7 +107,7 @@ def test_every_stage_takes_a_wrapped_network(tmp_path: Path) -> None:
     file = export_onnx(DataParallel(tuned), batches, tmp_path / "m.onnx", Export())
     assert file.max_abs_error < 1e-3
     save_pruned(DataParallel(tuned), plan, x, tmp_path)
-    torch.testing.assert_close(load_pruned(tmp_path, make)(x), tuned.eval()(x))
+    torch.testing.assert_close(load_saved(tmp_path, make)(x), tuned.eval()(x))
 
 
 def test_a_pipeline_may_return_a_wrapped_network(tmp_path: Path) -> None:

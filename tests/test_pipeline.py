@@ -15,6 +15,7 @@ from typing import Literal
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import tiny_pipeline as tiny
 import torch
@@ -25,12 +26,13 @@ from torch.nn import functional as F
 from deploypipe.benchmark import latency
 from deploypipe.benchmark.latency import Timings
 from deploypipe.cli.terminal import show_result
-from deploypipe.errors import RunFolderError
+from deploypipe.errors import ModelError, RunFolderError
 from deploypipe.files.hashing import digest, file_sha256
 from deploypipe.files.json_records import to_json
 from deploypipe.pipeline import compress
 from deploypipe.recipe import Constraints
 from deploypipe.records import Cached, Event, Finished, Note, Progress, Started, Status, Verdict, Warned
+from deploypipe.runs.load_network import load_pruned
 from deploypipe.runs.result import RunResult, load_result
 from deploypipe.runtimes import RUNTIMES, Session, device_ability
 from deploypipe.runtimes.device_ability import can
@@ -129,6 +131,29 @@ def test_a_run_ends_in_a_decision(first: tuple[Path, RunResult, bool]) -> None:
     metadata = {entry.key: entry.value for entry in onnx.load(folder / "model.onnx").metadata_props}
     assert metadata["deploypipe.recipe"] == digest(result.recipe)
     assert result.search and metadata["deploypipe.plan"] == digest(result.search.trials[result.search.best].plan)
+
+
+def test_the_network_comes_back_as_a_module_that_trains(first: tuple[Path, RunResult, bool], tmp_path: Path) -> None:
+    folder, result, _ = first
+    module = result.load_model(tiny.build_model)
+    inputs, _ = next(iter(tiny.load_data().test))
+    session = onnxruntime.InferenceSession(folder / "model.onnx")
+    (shipped,) = session.run(None, {session.get_inputs()[0].name: inputs.numpy()})
+    torch.testing.assert_close(module(inputs), torch.from_numpy(shipped), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(load_pruned(str(folder), tiny.build_model)(inputs), module(inputs))
+    assert "result.load_model(build_model)" in repr(result)
+
+    shutil.copy(folder / "result.json", tmp_path / "report.json")  # as in a bundle
+    with pytest.raises(RunFolderError, match=r"weights\.safetensors: is absent"):
+        load_pruned(tmp_path, tiny.build_model)
+    shutil.copy(folder / "weights.safetensors", tmp_path)
+    torch.testing.assert_close(load_pruned(tmp_path, tiny.build_model)(inputs), module(inputs))
+    with pytest.raises(ModelError, match="give build_model"):
+        load_pruned(tmp_path)
+    module.train()(inputs).square().mean().backward()
+    (tmp_path / "weights.safetensors").write_bytes(b"other")
+    with pytest.raises(ModelError, match="is not the file that the run wrote"):
+        load_pruned(tmp_path, tiny.build_model)
 
 
 class TwoHeads(nn.Module):

@@ -16,7 +16,7 @@ from deploypipe import check
 from deploypipe.errors import PipelineError
 from deploypipe.preflight import CheckReport, check_inputs
 from deploypipe.pruning.surgery.plan import empty_plan
-from deploypipe.pruning.surgery.saved_network import load_pruned, save_pruned
+from deploypipe.pruning.surgery.saved_network import load_saved, save_pruned
 from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.task import Splits, Task, classification
 from deploypipe.tensor_batches import TensorBatches
@@ -197,7 +197,7 @@ class Answering(tiny.Network):
 def test_the_program_of_a_network_that_answers_with_a_class_of_its_own_needs_no_class(tmp_path: Path) -> None:
     model = Answering().eval()
     save_pruned(model, empty_plan(list_structures(model, X[:4])), X[:4], tmp_path)
-    found = load_pruned(tmp_path, trust_program=True)(X[:5])
+    found = load_saved(tmp_path, trust_program=True)(X[:5])
     torch.testing.assert_close(found, {"logits": model(X[:5]).logits})
 
 

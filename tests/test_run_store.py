@@ -323,7 +323,7 @@ def test_a_device_or_a_stream_is_written_to_and_stays(tmp_path: Path) -> None:
 
 def test_a_plan_is_a_file_of_sensible_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "plan.json").write_bytes(b" " * 2000)
-    monkeypatch.setattr("deploypipe.runs.result._MAX_RESULT_BYTES", 1000)
+    monkeypatch.setattr("deploypipe.plan_file._MAX_BYTES", 1000)
     with pytest.raises(RunFolderError, match="more than 1,000 bytes"):
         load_plan(tmp_path)
     os.mkfifo(tmp_path / "pipe")

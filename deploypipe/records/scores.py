@@ -16,6 +16,16 @@ class ScoreTable:
     is_cumulative: bool = False  # a score is all that was lost when its unit went, not the unit's own share
     stability: dict[str, float] = field(default_factory=dict)  # rank correlation between halves of the samples
 
+    def __repr__(self) -> str:
+        units = sum(map(len, self.channels.values()))
+        lines = [f"ScoreTable: {units:,} units of {len(self.channels)} groups, by {self.scorer}; higher = keep"]
+        if self.stability:
+            name = min(self.stability, key=self.stability.__getitem__)
+            lines.append(f"  least stable: {name}, rank correlation {self.stability[name]:.2f}")
+        if self.reasons:
+            lines.append(f"  groups that another method scored: {', '.join(self.reasons)}")
+        return "\n".join(lines)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Observation:

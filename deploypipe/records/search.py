@@ -23,6 +23,19 @@ class Curves:
     num_samples: int
     block_importance: dict[str, float] = field(default_factory=dict)  # by another measure than the loss; higher = keep
 
+    def __repr__(self) -> str:
+        kinds = [curve.kind for curve in self.curves]
+        head = (
+            f"Curves: {kinds.count('channels')} groups and {kinds.count('block')} blocks, {self.num_samples:,} samples"
+        )
+        ranked = sorted(self.curves, key=lambda curve: max(curve.losses))
+        ends = [f"  {word}: {curve.name}, loss {max(curve.losses):.3g}" for word, curve in _ends_of(ranked)]
+        return "\n".join([head, *ends])
+
+
+def _ends_of(ranked: list[LossCurve]) -> list[tuple[str, LossCurve]]:
+    return [("least harm at its narrowest", ranked[0]), ("most harm", ranked[-1])] if ranked else []
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cut:
@@ -110,3 +123,20 @@ class SearchResult:
     tuned: dict[str, float] = field(default_factory=dict)  # number of a finalist -> on val after a short training
     feasibility: Feasibility | None = None
     latency_fit: LatencyFit | None = None  # None where nothing was timed
+
+    def __repr__(self) -> str:
+        within = sum(trial.feasible for trial in self.trials)
+        lines = [
+            f"SearchResult: {len(self.trials)} trials, {within} within the budget",
+            f"  dense: {_shown(self.dense)}",
+        ]
+        if self.trials:
+            best = self.trials[self.best]
+            lines.append(f"  best, trial {best.number}: {_shown(best.candidate)}")
+        return "\n".join(lines)
+
+
+def _shown(candidate: Candidate) -> str:
+    latency = f", {candidate.latency_p50_ms:.4g} ms" if candidate.latency_p50_ms is not None else ""
+    counts = f"{candidate.num_params:,} parameters, {candidate.num_macs:,} multiply-accumulates"
+    return f"accuracy {candidate.accuracy:.4f}{latency}, {counts}"

@@ -3,6 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
+from deploypipe.text.aligned_table import aligned
+
+_MAX_SHOWN = 40  # rows of a table in a repr
+_MAX_REASON = 80  # characters
+
 # "in" or "out" of a layer; "pos_embed.2", an axis of one of a module's tensors; "@num_heads", an attribute that counts.
 Side: TypeAlias = str
 GroupKind: TypeAlias = Literal["channels", "heads", "head_dims"]
@@ -78,7 +83,29 @@ class Structures:
     num_macs: int  # one sample
     constraints: ResolvedConstraints = field(default_factory=ResolvedConstraints)
 
+    def __repr__(self) -> str:
+        """A table of the groups, the blocks, and what stays whole with the reason."""
+        head = f"Structures: {self.num_params:,} parameters, {self.num_macs:,} multiply-accumulates of one sample"
+        groups = [(g.name, g.kind, str(g.num_units), _shown_members(g)) for g in self.groups]
+        blocks = [
+            (b.name, "block", "", f"{b.params:,} parameters, {b.macs:,} multiply-accumulates") for b in self.blocks
+        ]
+        frozen = [(f.name, f.kind, "stays", f.reason[:_MAX_REASON]) for f in self.frozen]
+        lines = [head]
+        for title, rows in (("group", groups), ("block", blocks), ("stays whole", frozen)):
+            if rows:
+                last = "reason" if rows is frozen else "members" if rows is groups else "size"
+                lines += ["", *aligned([(title, "kind", "units", last), *rows[:_MAX_SHOWN]])]
+                lines += [f"... and {len(rows) - _MAX_SHOWN} more"] if len(rows) > _MAX_SHOWN else []
+        return "\n".join(lines)
+
     def least_width(self, group: ChannelGroup, channel_multiple: int) -> int:
         """The narrowest width that `group` may be brought to, in whole steps; its dense width at most."""
         step = group.step(channel_multiple)
         return min(-(-self.constraints.least.get(group.name, 1) // step) * step, group.num_units)
+
+
+def _shown_members(group: ChannelGroup) -> str:
+    first = [f"{member.module} {member.side}" for member in group.members[:3]]
+    more = len(group.members) - len(first)
+    return ", ".join(first) + (f" and {more} more" if more else "")

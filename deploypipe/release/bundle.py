@@ -18,13 +18,13 @@ from deploypipe.release.manifest import SIGNATURE, check_manifest, write_manifes
 from deploypipe.release.model_card import model_card
 from deploypipe.release.provenance import provenance
 from deploypipe.report.html import render_report
-from deploypipe.runs.result import RunResult, load_result
+from deploypipe.runs.load_network import BUNDLE_RESULT
+from deploypipe.runs.result import RunResult, load_result, result_json
 from deploypipe.runtimes.engine_file import load_record
 from deploypipe.text import strict_json
 from deploypipe.text.safe_names import name_problem
-from deploypipe.text.sealed_json import seal
 
-REPORT = "report.json"
+REPORT = BUNDLE_RESULT
 MODEL, ENGINE = "model.onnx", "model.engine"
 
 
@@ -92,6 +92,8 @@ def _check_files(run: Path, result: RunResult) -> dict[str, str]:
     if result.golden is None:
         raise BundleError(f"{run}: was made by an older version and has no golden samples; run it again")
     hashes = {entry.name: entry.sha256 for entry in result.golden.files}
+    if result.weights:
+        hashes[result.weights.name] = result.weights.sha256
     measured = result.benchmark.compressed.file.sha256
     if result.engine:
         if measured != result.engine.sha256:
@@ -127,7 +129,7 @@ def _model_files(result: RunResult) -> list[FileEntry]:
 
 def _documents(result: RunResult, model_files: list[FileEntry]) -> dict[str, str]:
     documents = {
-        REPORT: seal(to_json(result)).decode(),
+        REPORT: result_json(result).decode(),
         "report.html": render_report(result),
         "README.md": model_card(result),
         "recipe.json": _pretty(to_plain(result.recipe)),

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from deploypipe.export.onnx_export.export_onnx import export_onnx
 from deploypipe.export.onnx_export.remembered_sizes import forget_sizes_
 from deploypipe.pruning.surgery.plan import empty_plan
-from deploypipe.pruning.surgery.saved_network import load_pruned, save_pruned
+from deploypipe.pruning.surgery.saved_network import load_saved, save_pruned
 from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.recipe import Export
 from deploypipe.runtimes.onnxruntime import OnnxRuntime
@@ -46,7 +46,7 @@ def test_files_of_a_network_that_remembers_a_shape_take_any_batch(tmp_path: Path
             torch.testing.assert_close(torch.from_numpy(seen), model(x).detach(), atol=1e-5, rtol=1e-4)
     save_pruned(model, empty_plan(list_structures(model, batches[0][0])), batches[0][0], tmp_path)
     x = torch.randn(5, 3, 6)
-    torch.testing.assert_close(load_pruned(tmp_path, trust_program=True)(x), model(x))
+    torch.testing.assert_close(load_saved(tmp_path, trust_program=True)(x), model(x))
 
 
 def test_only_what_changes_nothing_is_forgotten() -> None:

@@ -13,7 +13,7 @@ from deploypipe.pruning.modules.count_macs import count_macs
 from deploypipe.pruning.modules.hook_computed_weights import describe_hooks
 from deploypipe.pruning.surgery.apply_plan import apply_plan, describe, masked_dense
 from deploypipe.pruning.surgery.plan import make_plan
-from deploypipe.pruning.surgery.saved_network import load_pruned, save_pruned
+from deploypipe.pruning.surgery.saved_network import load_saved, save_pruned
 from deploypipe.pruning.surgery.slim_attention import with_slim_attention
 from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.records import ScoreTable
@@ -71,7 +71,7 @@ def test_computed_weights_are_cut_and_saved_as_what_they_come_to(name: str, tmp_
         torch.testing.assert_close(pruned(inputs), masked(inputs))
         torch.testing.assert_close(with_slim_attention(model)(inputs), model(inputs))
         save_pruned(pruned, plan, inputs, tmp_path)
-        torch.testing.assert_close(load_pruned(tmp_path, NETWORKS[name])(inputs), pruned(inputs))
+        torch.testing.assert_close(load_saved(tmp_path, NETWORKS[name])(inputs), pruned(inputs))
     report = describe(model, pruned, plan, inputs)
     assert (report.params_before, report.macs_before) == count_macs(model, inputs)
     assert (names, hooks) == (list(model.state_dict()), describe_hooks(model))  # the model is left as it was

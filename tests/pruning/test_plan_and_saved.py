@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from deploypipe.errors import ModelError, PlanError
 from deploypipe.pruning.surgery.apply_plan import apply_plan, describe, masked_dense
 from deploypipe.pruning.surgery.plan import empty_plan, make_plan
-from deploypipe.pruning.surgery.saved_network import load_pruned, save_pruned
+from deploypipe.pruning.surgery.saved_network import load_saved, save_pruned
 from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.records import ChannelGroup, Edit, Member, PruningPlan, ScoreTable, Structures
 
@@ -132,24 +132,24 @@ def test_saved_network_comes_back_with_and_without_its_class(tmp_path: Path) -> 
         next(pruned.parameters()).mul_(1.5)  # as a repair or a fine-tune would
     save_pruned(pruned, plan, inputs, tmp_path)
     batch = torch.randn(7, 3, 8, 8)
-    program, module = load_pruned(tmp_path, trust_program=True), load_pruned(tmp_path, networks.PadResNet)
+    program, module = load_saved(tmp_path, trust_program=True), load_saved(tmp_path, networks.PadResNet)
     with torch.no_grad():
         assert torch.equal(module(batch), pruned(batch))
         torch.testing.assert_close(program(batch), pruned(batch), atol=1e-5, rtol=1e-4)
         assert program(batch[:1]).shape == (1, 10)
     module.train()(batch).sum().backward()
     with pytest.raises(PlanError, match="another structure"):
-        load_pruned(tmp_path, lambda: networks.PadResNet(blocks=1))
+        load_saved(tmp_path, lambda: networks.PadResNet(blocks=1))
     assert not any(str(Path(__file__).parents[1]).encode() in file.read_bytes() for file in tmp_path.iterdir())
 
     weights = tmp_path / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x00")
     for build_model in (None, networks.PadResNet):
         with pytest.raises(ModelError, match=r"weights\.safetensors was changed"):
-            load_pruned(tmp_path, build_model)
+            load_saved(tmp_path, build_model)
     (tmp_path / "hashes.json").unlink()
     with pytest.raises(ModelError, match="not a finished pruned network"):
-        load_pruned(tmp_path)
+        load_saved(tmp_path)
 
 
 def test_keyword_inputs_are_saved_too(tmp_path: Path) -> None:
@@ -164,12 +164,12 @@ def test_keyword_inputs_are_saved_too(tmp_path: Path) -> None:
     model, inputs = Named().eval(), {"left": torch.randn(3, 4), "right": torch.randn(3, 4)}
     plan = empty_plan(list_structures(model, inputs))
     save_pruned(model, plan, inputs, tmp_path)
-    torch.testing.assert_close(load_pruned(tmp_path, trust_program=True)(**inputs), model(**inputs))
+    torch.testing.assert_close(load_saved(tmp_path, trust_program=True)(**inputs), model(**inputs))
 
 
 def test_a_network_in_channels_last_is_saved_as_it_is(tmp_path: Path) -> None:
     model, inputs = networks.build("pad_resnet")
     plan = empty_plan(list_structures(model, inputs))
     save_pruned(model.eval().to(memory_format=torch.channels_last), plan, inputs, tmp_path / "saved")
-    loaded = load_pruned(tmp_path / "saved", lambda: networks.build("pad_resnet")[0])
+    loaded = load_saved(tmp_path / "saved", lambda: networks.build("pad_resnet")[0])
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())

@@ -10,7 +10,7 @@ from zoo import NETWORKS
 from deploypipe.files.json_records import from_json, to_json
 from deploypipe.pruning.surgery.apply_plan import apply_plan
 from deploypipe.pruning.surgery.plan import make_plan
-from deploypipe.pruning.surgery.saved_network import load_pruned, save_pruned
+from deploypipe.pruning.surgery.saved_network import load_saved, save_pruned
 from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.records import PruningPlan, ScoreTable, Structures
 from deploypipe.task import forward
@@ -61,7 +61,7 @@ def test_a_block_in_a_tuple_hands_on_what_it_was_given_and_is_saved(tmp_path: Pa
     pruned = apply_plan(model, plan)
     torch.testing.assert_close(pruned(inputs), model.head(model.layers[2](inputs, inputs.new_ones(6))[0]))
     save_pruned(pruned, plan, inputs, tmp_path)
-    for loaded in (load_pruned(tmp_path, trust_program=True), load_pruned(tmp_path, Layers)):
+    for loaded in (load_saved(tmp_path, trust_program=True), load_saved(tmp_path, Layers)):
         torch.testing.assert_close(loaded(inputs), pruned(inputs))
 
 

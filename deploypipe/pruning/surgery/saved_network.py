@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import wraps
 from io import BytesIO
 from pathlib import Path
@@ -23,11 +22,11 @@ from deploypipe.networks.batch_trees import as_plain, map_leaves, map_tensors
 from deploypipe.networks.model_copies import copied
 from deploypipe.networks.model_wrappers import unwrapped
 from deploypipe.networks.streamed_weights import INDEX_SUFFIX, WeightFiles, without_weights
+from deploypipe.plan_file import PLAN, read_plan
 from deploypipe.pruning.modules.hook_computed_weights import with_plain_weights
 from deploypipe.pruning.modules.module_calls import two_samples
 from deploypipe.pruning.surgery.apply_plan import check_fingerprint, cut_out
 from deploypipe.records import PruningPlan
-from deploypipe.runs.result import PLAN, load_plan
 from deploypipe.runtimes.program_file import load_program
 from deploypipe.task import as_arguments, has_batch_axis, num_samples, repeat_samples, take
 from deploypipe.text import strict_json
@@ -40,13 +39,13 @@ _SAFE_WAY = (
 )
 
 
-def save_pruned(model: nn.Module, plan: PruningPlan, inputs: Any, folder: Path) -> None:
+def save_pruned(model: nn.Module, plan: PruningPlan, inputs: Any, folder: Path | str) -> None:
     """Write plan.json, weights.safetensors, model.pt2 (any batch size, evaluation mode) and the hashes of all three.
 
     inputs: one batch; only its shapes and dtypes are used, and no sample is written to a file. hashes.json is written
     last, so a folder without it is unfinished. Raises ModelError if the network cannot be exported.
     """
-    model = unwrapped(model)
+    model, folder = unwrapped(model), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / HASHES).unlink(missing_ok=True)
     write_atomically(folder / PLAN, to_json(plan).encode())
@@ -75,16 +74,18 @@ def own_weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().cpu().contiguous().clone() for name, value in model.state_dict().items()}
 
 
-def load_pruned(
+def load_saved(
     folder: Path | str, build_model: Callable[[], nn.Module] | None = None, *, trust_program: bool = False
 ) -> nn.Module:
-    """Load the pruned network: an ordinary module in evaluation mode, cut by the plan, that can be trained further.
+    """The network in a folder that `save_pruned` or `prune_blockwise` wrote, in evaluation mode, to train further.
 
-    `build_model` builds the dense network with the structure the plan was made for; its weights are replaced. Then
-    only JSON and safetensors are read. Without `build_model` the exported program is loaded, which can only be run.
-    Loading it can run any code, and the hashes.json next to it proves nothing about its origin. So this raises
-    ModelError unless `trust_program`. Files that differ from hashes.json are refused. A network saved in parts has no
-    program; its weights stay in their files until they are used.
+    build_model: makes the dense network with the structure that the plan was made for; its weights are replaced. Only
+    JSON and safetensors are read then.
+    trust_program: without `build_model`, the exported program is loaded, which can only be run. Loading a program can
+    run any code, and hashes.json next to it proves nothing about its origin: ModelError unless this is set.
+
+    Files that differ from hashes.json are refused before use. A network saved in parts has no program; its weights stay
+    in their files until they are read.
     """
     folder = Path(folder)
     is_in_parts = _check_hashes(folder)
@@ -93,21 +94,39 @@ def load_pruned(
             raise ModelError(f"{folder}: saved block by block, so without a program; load it with build_model")
         program: nn.Module = load_program(folder / PROGRAM, is_trusted=trust_program, remedy=_SAFE_WAY).module()
         return program
-    plan = load_plan(folder / PLAN)
-    with without_weights() if is_in_parts else nullcontext():
-        dense = with_plain_weights(unwrapped(build_model()))
-    check_fingerprint(dense, plan, structure_only=True)
-    model = cut_out(dense, plan)
-    if is_in_parts:
-        WeightFiles(folder / INDEX).load_(model)
-        return model.eval()
-    try:
-        model.load_state_dict(load_file(folder / WEIGHTS), strict=True)
-    except SafetensorError as error:
-        raise ModelError(f"{folder / WEIGHTS} is not a safetensors file ({error}); save the network again") from None
-    except RuntimeError as error:
-        raise PlanError(f"{folder / WEIGHTS} does not fit the network cut by {PLAN}: {error}; save it again") from error
+    plan = read_plan(folder / PLAN)
+    if not is_in_parts:
+        return load_cut(build_model, plan, folder / WEIGHTS)
+    with without_weights():
+        model = _cut_like(build_model, plan)
+    WeightFiles(folder / INDEX).load_(model)
     return model.eval()
+
+
+def load_cut(build_model: Callable[[], nn.Module], plan: PruningPlan, weights: Path) -> nn.Module:
+    """The network that `plan` leaves, with the weights in a .safetensors file, in evaluation mode."""
+    model = _cut_like(build_model, plan)
+    try:
+        model.load_state_dict(load_file(weights), strict=True)
+    except SafetensorError as error:
+        raise ModelError(f"{weights} is not a safetensors file ({error}); save the network again") from None
+    except RuntimeError as error:
+        raise PlanError(f"{weights} does not fit the network cut by the plan: {error}; save it again") from error
+    return model.eval()
+
+
+def load_dense(build_model: Callable[[], nn.Module], fingerprint: str) -> nn.Module:
+    """The dense network, in evaluation mode. Raises PlanError unless it is the one with this fingerprint."""
+    model = unwrapped(build_model())
+    nothing = PruningPlan(model_fingerprint=fingerprint, cuts=(), edits=(), blocks=())
+    check_fingerprint(with_plain_weights(model), nothing)
+    return model.eval()
+
+
+def _cut_like(build_model: Callable[[], nn.Module], plan: PruningPlan) -> nn.Module:
+    dense = with_plain_weights(unwrapped(build_model()))
+    check_fingerprint(dense, plan, structure_only=True)
+    return cut_out(dense, plan)
 
 
 def _program(model: nn.Module, inputs: Any) -> bytes:
