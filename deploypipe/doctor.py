@@ -1,4 +1,4 @@
-"""What this machine can do, and what to install for the rest. Looks only; prints and changes nothing."""
+"""Examine what this machine can do, and what to install for the rest. Prints and changes nothing."""
 
 import os
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ _EXTRAS: dict[str, tuple[tuple[tuple[str, ...], ...], str]] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
-    """One thing that was looked at. `remedy` is empty where nothing has to be done."""
+    """The result of one check. `remedy` is empty if nothing has to be done."""
 
     name: str
     status: Literal["ok", "missing", "limited"]
@@ -70,7 +70,7 @@ def _packages(environment: Environment) -> Finding:
 
 
 def _onnxruntime() -> Finding:
-    """Its packages (CPU, GPU, OpenVINO, QNN) write the same files: of two, what runs is what was installed last."""
+    """onnxruntime's packages (CPU, GPU, OpenVINO, QNN) write the same files: of two, the last one installed runs."""
     loaded, found = find_package(ONNXRUNTIME), distributions_of(ONNXRUNTIME)
     detail = f"{loaded.name} {loaded.version}"
     if len(found) < 2:
@@ -84,7 +84,7 @@ def _onnxruntime() -> Finding:
 
 
 def _providers() -> Finding:
-    """Of onnxruntime. One that is absent is no fault: a target that asks for it is told which package brings it."""
+    """onnxruntime's providers. A missing one is not a fault: the error for a target that needs it names the package."""
     present = [name for name, provider in PROVIDERS.items() if not missing_provider(provider)]
     return Finding(name="providers", status="ok", detail=f"onnxruntime: {', '.join(present)}")
 
@@ -97,27 +97,27 @@ def _processor(environment: Environment) -> Finding:
     return Finding(
         name="processor",
         status="limited",
-        detail=f"{detail}; none of {', '.join(_SPEED_FEATURES)} was found",
+        detail=f"{detail}; none of {', '.join(_SPEED_FEATURES)} was detected",
         remedy="measure on the device that will run the model; its latencies will differ from those seen here",
     )
 
 
 def _int8_sums() -> Finding:
-    """No fault of a machine: INT8 files are made to fit."""
+    """Whether INT8 sums saturate. Not a fault of a machine: INT8 files are made to fit."""
     if not saturates_here():
         return Finding(name="int8 sums", status="ok", detail="exact: 8-bit products are added in 32 bits")
-    detail = "saturate at 16 bits (no VNNI): INT8 files get weights of 7 bits here, which compute the same everywhere"
+    detail = "saturate at 16 bits (no VNNI): INT8 files get 7-bit weights here, which give the same results everywhere"
     return Finding(name="int8 sums", status="limited", detail=detail)
 
 
 def _clock(environment: Environment) -> Finding:
     if environment.governor in ("", "performance"):
-        detail = environment.governor or "the system does not tell"
+        detail = environment.governor or "the system does not report it"
         return Finding(name="clock governor", status="ok", detail=detail)
     return Finding(
         name="clock governor",
         status="limited",
-        detail=f"{environment.governor}: the clock follows the load, and timings follow the clock",
+        detail=f"{environment.governor}: the clock varies with the load, and timings with the clock",
         remedy="sudo cpupower frequency-set -g performance",
     )
 
@@ -172,7 +172,7 @@ def _target_runtime(target: Target) -> Finding:
     return Finding(
         name=name,
         status="missing",
-        detail=f"this machine can make {files} for it, and cannot run or measure it: {ability.reason}",
+        detail=f"this machine can make {files} for it, but cannot run or measure it: {ability.reason}",
         remedy=ability.reason.rpartition("; ")[2]
         if ability.is_the_device
         else f"on the device itself: deploypipe doctor {target.name or 'TARGET'}",

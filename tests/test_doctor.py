@@ -36,7 +36,7 @@ def test_a_target_this_machine_can_only_export_for() -> None:
     orin = Target(runtime="tensorrt", name="orin", board="Orin Nano", num_threads=4_096)
     findings = by_name(examine(orin))
     assert findings["target orin"].status == "missing"
-    assert "can make an ONNX file for it, and cannot run" in findings["target orin"].detail
+    assert "can make an ONNX file for it, but cannot run" in findings["target orin"].detail
     assert findings["target orin"].remedy == "on the device itself: deploypipe doctor orin"
     assert findings["target threads"].status == "limited"
     here = by_name(examine(Target(runtime="onnxruntime", name="here")))

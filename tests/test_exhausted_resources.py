@@ -84,7 +84,7 @@ def test_a_run_goes_on_after_all_that_a_machine_can_run_out_of(disk: Path) -> No
     folder = disk / "run"
     num_open = len(os.listdir("/proc/self/fd"))
     faults: list[tuple[str, Any, str]] = [
-        ("score", lambda: full(disk), "no room is left on the disk; make room on it"),
+        ("score", lambda: full(disk), "the disk is full; free some space"),
         (
             "search",
             lambda: limited(resource.RLIMIT_NOFILE, num_open),
@@ -93,7 +93,7 @@ def test_a_run_goes_on_after_all_that_a_machine_can_run_out_of(disk: Path) -> No
         (
             "finetune",
             lambda: limited(resource.RLIMIT_FSIZE, 1000),
-            "a file would be larger than this system lets it be",
+            "a file would be larger than this system allows",
         ),
     ]
     done: set[str] = set()
@@ -135,7 +135,7 @@ class Greedy(nn.Module):
 
 @pytest.mark.parametrize("most", [0, 2, 64])  # at the first look, while tracing, on val
 def test_memory_that_is_used_up_is_nobodys_fault(most: int, tmp_path: Path) -> None:
-    with pytest.raises(ExhaustedError, match="memory is used up; end other programs"):
+    with pytest.raises(ExhaustedError, match="out of memory; end other programs"):
         run(tmp_path / "run", model=Greedy(most).eval())
 
 
@@ -181,7 +181,7 @@ def test_what_libraries_make_of_used_up_memory_is_known(fail: Callable[[], objec
     with pytest.raises(Exception) as raised:
         fail()
     found = find_exhaustion(raised.value)
-    assert found and "memory is used up" in found[0]
+    assert found and "out of memory" in found[0]
     assert find_exhaustion(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
 
 
@@ -199,7 +199,7 @@ def test_what_libraries_make_of_a_full_disk_is_known(write: Callable[[Path], obj
     with full(disk), pytest.raises(Exception) as raised:
         write(disk / "x.npz")
     found = find_exhaustion(raised.value)
-    assert found and "no room is left on the disk" in found[0], raised.value
+    assert found and "the disk is full" in found[0], raised.value
 
 
 def test_a_command_says_it_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,11 +210,11 @@ def test_a_command_says_it_in_one_line(tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "cpu.toml").write_text('runtime = "onnxruntime"\n')
     done = CliRunner().invoke(app, ["run", "./pipe.py", "./cpu.toml"])
     assert done.exit_code == 2
-    assert done.output.splitlines()[-1] == "error: cache.bin: no room is left on the disk; make room on it"
+    assert done.output.splitlines()[-1] == "error: cache.bin: the disk is full; free some space"
     program = [sys.executable, "-m", "deploypipe"]
     with Path("/dev/full").open("wb") as out:
         told = subprocess.run([*program, "targets"], stdout=out, stderr=subprocess.PIPE, text=True)
-    assert told.returncode == 2 and told.stderr.startswith("error: no room is left on the disk; make room on it")
+    assert told.returncode == 2 and told.stderr.startswith("error: the disk is full; free some space")
     assert "Traceback" not in told.stderr
     piped = subprocess.run(f"{shlex.join(program)} targets | head -n 1", shell=True, capture_output=True, text=True)
     assert piped.stderr == ""
@@ -228,7 +228,7 @@ def test_a_machine_too_small_for_torch() -> None:
         [sys.executable, "-m", "deploypipe", "doctor"], preexec_fn=lower, capture_output=True, text=True
     )
     assert told.returncode == 2 and told.stderr.splitlines()[-1].startswith("error: ")
-    assert "memory is used up" in told.stderr and "Traceback" not in told.stderr
+    assert "out of memory" in told.stderr and "Traceback" not in told.stderr
 
 
 def test_nothing_half_written_is_left(tmp_path: Path) -> None:

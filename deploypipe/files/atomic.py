@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Write files that appear whole or not at all."""
 
 import os
 import shutil
@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 
 def place_file(source: Path, path: Path) -> None:
-    """A second, stable name for a file: a hard link where the file system has them, else a copy; atomic."""
+    """Give a file a second, stable name, atomically: a hard link if the file system has them, else a copy."""
     part = path.with_name(f".{path.name}.part")
     part.unlink(missing_ok=True)
     try:
@@ -17,18 +17,18 @@ def place_file(source: Path, path: Path) -> None:
     except OSError:
         shutil.copyfile(source, part)
     part.replace(path)
-    part.unlink(missing_ok=True)  # two names of one file are not renamed to each other
+    part.unlink(missing_ok=True)  # replace() does nothing if both names are of one file
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write and flush beside `path`, then rename over it: readers see the old content or the new, never a part.
+    """Write and flush a file next to `path`, then rename it: readers see the old content or the new, never a part.
 
-    A device or a shell's name of a stream (/dev/stdout) is written to and stays what it is.
+    A device or stream (/dev/stdout) is written to directly.
     """
     if _is_stream(path):
         path.write_bytes(content)
         return
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # others may be at the same file
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # other processes may write the same file
     try:
         with part.open("wb") as stream:
             stream.write(content)

@@ -1,6 +1,6 @@
-"""What a machine has run out of, told from a program's mistake: disk, memory, files, or the folder itself.
+"""Recognise errors of a machine that has run out of disk, memory, open files or threads, as opposed to bugs.
 
-Libraries wrap what the system says in errors of their own; it is known again by its number, or by its words.
+Libraries wrap the system's errors in their own, so they are recognised by error number or by text.
 """
 
 import errno
@@ -8,15 +8,15 @@ from collections.abc import Iterator
 
 from deploypipe.errors import DeploypipeError, ExhaustedError
 
-_MEMORY = ("memory is used up", "end other programs, or use smaller batches or a machine with more memory")
-_ROOM = ("no room is left on the disk", "make room on it")
+_MEMORY = ("out of memory", "end other programs, use smaller batches, or use a machine with more memory")
+_ROOM = ("the disk is full", "free some space")
 _FILES = ("too many files are open", "allow more with `ulimit -n 65536`")
 _LARGE = (
-    "a file would be larger than this system lets it be",
+    "a file would be larger than this system allows",
     "allow it with `ulimit -f unlimited`",
 )
-_WRITE = ("the disk can only be read", "make it writable")
-_DEVICE = ("the disk fails", "check it with the system's tools, or use another one")
+_WRITE = ("the disk is read-only", "make it writable")
+_DEVICE = ("the disk reports an error", "check it with the system's tools, or use another one")
 _THREADS = ("no more threads or processes can be started", "allow more with `ulimit -u unlimited`")
 _BY_NUMBER = {
     errno.ENOSPC: _ROOM,
@@ -54,22 +54,22 @@ _MAX_CAUSES = 8
 
 
 def find_exhaustion(error: BaseException) -> tuple[str, str] | None:
-    """(what has run out, what to do) where the error, or one that led to it, says so."""
+    """(problem, remedy) if the error, or a cause of it, says that the machine has run out of something."""
     for cause in _causes(error):
         if isinstance(cause, MemoryError):
             return _MEMORY
         if isinstance(cause, OSError) and cause.errno in _BY_NUMBER:
             problem, remedy = _BY_NUMBER[cause.errno]
             return (f"{cause.filename}: {problem}" if cause.filename else problem), remedy
-        said = "" if isinstance(cause, DeploypipeError) else str(cause)
-        for words, told in _BY_WORDS:
-            if words in said:
-                return told
+        text = "" if isinstance(cause, DeploypipeError) else str(cause)
+        for words, found in _BY_WORDS:
+            if words in text:
+                return found
     return None
 
 
 def raise_if_exhausted(error: BaseException) -> None:
-    """Raise ExhaustedError where the error is the machine's: for handlers that take any other error for an answer."""
+    """Raise ExhaustedError if the machine has run out of something. For handlers that treat errors as results."""
     if isinstance(error, ExhaustedError):
         raise error
     if found := find_exhaustion(error):
@@ -77,7 +77,7 @@ def raise_if_exhausted(error: BaseException) -> None:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The error, and those that it was raised for or in place of."""
+    """The error and its causes, at most 8."""
     cause: BaseException | None = error
     for _ in range(_MAX_CAUSES):
         if cause is None:

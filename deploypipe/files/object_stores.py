@@ -1,4 +1,4 @@
-"""Folders and object stores by their address, through fsspec."""
+"""Open folders and object stores by address, through fsspec."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,9 +13,9 @@ from deploypipe.text.masked_addresses import masked, without_secrets
 
 @contextmanager
 def open_store(address: str, refusal: type[DeploypipeError]) -> Iterator[tuple[Any, str]]:
-    """The file system of an address, what it was a moment ago forgotten, and the path in it.
+    """The file system of an address, with an empty cache, and the path in it.
 
-    DeploypipeError where the package for it is absent, `refusal` for whatever the store refuses inside the block.
+    DeploypipeError if the package for it is missing; `refusal` for errors of the store inside the block.
     """
     try:
         store, path = fsspec.url_to_fs(address)
@@ -27,5 +27,5 @@ def open_store(address: str, refusal: type[DeploypipeError]) -> Iterator[tuple[A
         raise DeploypipeError(f"{masked(address)}: {without_secrets(str(error), address)}") from None
     except Exception as error:  # each store's library raises its own
         raise_if_exhausted(error)
-        told = without_secrets(str(error), address) or type(error).__name__
-        raise refusal(f"{masked(address)}: the store refuses ({told}); see that it can be reached") from None
+        message = without_secrets(str(error), address) or type(error).__name__
+        raise refusal(f"{masked(address)}: the store refuses ({message}); check that it can be reached") from None

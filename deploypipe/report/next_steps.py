@@ -1,4 +1,4 @@
-"""What to do about a run on HOLD: for each check that holds it, a sentence that ends with the command to run next."""
+"""What to do about a run on HOLD: one sentence for each failed check, ending with the command to run next."""
 
 from deploypipe.budgets import BUDGETS
 from deploypipe.records import Check, Status, Verdict
@@ -10,7 +10,7 @@ _COMPARED = ("latency_against_baseline", "accuracy_against_baseline")
 
 
 def next_steps(result: RunResult) -> tuple[str, ...]:
-    """None for SHIP. Checks with the same remedy share a sentence."""
+    """The sentences; none for SHIP. Checks with the same remedy share one."""
     if result.decision.verdict is Verdict.SHIP:
         return ()
     names: dict[str, list[str]] = {}
@@ -26,10 +26,10 @@ def _for_failed(result: RunResult, check: Check) -> str:
     if check.name == "age":
         return f"measure again: {_command(result, _AGAIN)}"
     if check.name == "parity":
-        return f"take another precision, or raise export.max_abs_error: {_command(result, 'target.precisions', 'fp32')}"
+        return f"use another precision, or raise export.max_abs_error: {_command(result, 'target.precisions', 'fp32')}"
     is_figure = check.name in BUDGETS or check.name == "latency_against_baseline"
     if is_figure and check.interval and check.limit is not None and check.interval.low <= check.limit:
-        return f"the limit lies in its interval; measure again, or relax {budget}: {_command(result, _AGAIN)}"
+        return f"the limit lies within its interval; measure again, or relax {budget}: {_command(result, _AGAIN)}"
     if is_figure and result.search:
         num_trials = 2 * result.recipe.search.num_trials
         return f"search longer, or relax {budget}: {_command(result, 'search.num_trials', num_trials)}"
@@ -42,16 +42,16 @@ def _for_failed(result: RunResult, check: Check) -> str:
 def _for_unknown(result: RunResult, check: Check) -> str:
     is_shaky = bool(result.benchmark.doubts) and check.measured is not None
     if check.name in _COMPARED:
-        return "once both can be compared on a quiet machine, run the same `deploypipe gate` command again"
+        return "run the same `deploypipe gate` command again when the machine is quiet and both can be compared"
     if check.name in BUDGETS and BUDGETS[check.name].source == "timed" and is_shaky:
-        return f"it was measured, but the machine was not steady; once it is quiet, measure again: {_command(result)}"
+        return f"the machine was not steady during the measurement; measure again when it is quiet: {_command(result)}"
     if result.benchmark.compressed.latency is None:
         target = result.target.name or result.target.runtime
-        told = "this machine cannot run the target (`deploypipe doctor TARGET` says why)"
-        return f"{told}; on the device, {target}: {_command(result)}"
+        problem = "this machine cannot run the target (`deploypipe doctor TARGET` gives the reason)"
+        return f"{problem}; on the device, {target}: {_command(result)}"
     if check.name == "slice_drop":
-        return f"give every slice two test samples or more, then: {_command(result)}"
-    return f"see its reason; where it can be measured, or without its limit: {_command(result, _AGAIN)}"
+        return f"give every slice at least two test samples, then: {_command(result)}"
+    return f"see the reason; run on a machine that can measure it, or without its limit: {_command(result, _AGAIN)}"
 
 
 def _command(result: RunResult, option: str = "", value: object = None) -> str:

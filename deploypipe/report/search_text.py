@@ -1,4 +1,4 @@
-"""What a search found, and what held it back, as sentences and rows: only what its records say."""
+"""The result of a search and what limited it, as sentences and table rows, from its records alone."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -12,26 +12,26 @@ from deploypipe.report.width_tables import Stage
 from deploypipe.runs.result import RunResult
 from deploypipe.target import Target
 
-REACH_HEADER = ("budget", "least in reach", "asked for", "held to in the search", "chosen")
+REACH_HEADER = ("budget", "lowest reachable", "asked for", "limit in the search", "chosen")
 STAGE_HEADER = ("stage", "units left", "layers made narrower", "blocks removed")
 _BINDING = 0.97  # of what the search allows
 
-# What the least reachable share is about, by how it was found.
+# How the lowest reachable share was found.
 _LEAST_REMARKS: dict[Predictor | None, str] = {"latency_model": ", measured", "params_in_file": " of its weights"}
 _KNOBS = {
-    "fill": "which part of the budgets the plan was to fill",
-    "exponent": "below 1 small losses count more",
-    "block_weight": "how much the losses of blocks count",
-    "late": "above 0 losses near the output count more",
-    "by_importance": "1 for blocks in the order of their similarity (CKA), 0 for that of their losses",
-    "magnitude": "how much of magnitude's ranking is mixed into that of the recipe's scorer",
-    "control": "0 for widths by measured losses, 1 for uniform ones, 2 for those that magnitude alone leaves",
+    "fill": "the share of the budgets that the plan aims to use",
+    "exponent": "below 1, small losses count more",
+    "block_weight": "the weight of the losses of blocks",
+    "late": "above 0, losses near the output count more",
+    "by_importance": "1: remove blocks by similarity (CKA), 0: by their losses",
+    "magnitude": "the share of the magnitude ranking mixed into the ranking of the recipe's scorer",
+    "control": "0: widths by measured losses, 1: uniform widths, 2: widths by magnitude alone",
 }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Held:
-    """One budget as the search judged its winner by it, in shares of the dense network's figure."""
+    """A budget's limit in the search and the winner's figure, as shares of the dense network's figure."""
 
     name: str
     limit: float
@@ -39,7 +39,7 @@ class Held:
 
 
 def held_budgets(search: SearchResult) -> list[Held]:
-    """The limits that trials were held to: a latency budget's is a little lower, for the gate's interval."""
+    """The limits in the search. That of a latency budget is slightly lower, to leave room for the gate's interval."""
     best = search.trials[search.best]
     held = []
     for name, excess in best.violations.items():
@@ -50,7 +50,7 @@ def held_budgets(search: SearchResult) -> list[Held]:
 
 
 def reach_rows(search: SearchResult, target: Target) -> list[tuple[str, ...]]:
-    """What each budget could come to, is to come to, and came to."""
+    """For each budget: the lowest reachable share, the limit asked for, the limit in the search, the chosen one."""
     least = search.feasibility.least if search.feasibility else {}
     held = {budget.name: budget for budget in held_budgets(search)}
     rows: list[tuple[str, ...]] = []
@@ -60,7 +60,7 @@ def reach_rows(search: SearchResult, target: Target) -> list[tuple[str, ...]]:
             (
                 BUDGETS[name].label,
                 _least(name, least[name]) if name in least else "not predicted",
-                asked or ("nothing; stands in for what cannot be measured here" if name in held else "nothing"),
+                asked or ("nothing; replaces a budget that cannot be measured here" if name in held else "nothing"),
                 _times(held[name].limit) if name in held else "-",
                 _times(held[name].chosen) if name in held else "-",
             )
@@ -69,7 +69,7 @@ def reach_rows(search: SearchResult, target: Target) -> list[tuple[str, ...]]:
 
 
 def limit_sentences(result: RunResult, search: SearchResult, stages: tuple[Stage, ...]) -> list[str]:
-    """What limited the result."""
+    """Sentences about what limited the result."""
     return [
         _trials_sentence(search),
         *_workers_sentence(search),
@@ -102,33 +102,36 @@ def stage_rows(stages: tuple[Stage, ...]) -> list[tuple[str, ...]]:
 
 
 def importance_note(search: SearchResult) -> str:
-    """What the knobs are, or why nothing is said of them."""
+    """The meaning of the knobs, or why they have no importances."""
     if search.importances:
-        told = "; ".join(f"{name}: {_KNOBS[name]}" for name in search.importances if name in _KNOBS)
-        return f"Share of what decided whether a trial within the budget was among the most accurate quarter. {told}."
+        knobs = "; ".join(f"{name}: {_KNOBS[name]}" for name in search.importances if name in _KNOBS)
+        return (
+            f"How much each knob decides whether a trial within the budget is among the most accurate quarter. {knobs}."
+        )
     num_feasible = sum(trial.feasible for trial in search.trials)
     if num_feasible < MIN_TRIALS_FOR_IMPORTANCES:
         return (
-            f"Not told: {num_feasible} trials lie within the budget, and it takes {MIN_TRIALS_FOR_IMPORTANCES} to tell."
+            f"Not available: {num_feasible} trials lie within the budget, and at least {MIN_TRIALS_FOR_IMPORTANCES} "
+            "are needed."
         )
-    return "Not told: the search did not note it."
+    return "Not available: the search did not record it."
 
 
 def fit_sentence(fit: LatencyFit) -> str:
-    """How far the latency model was off, and how well it ranked."""
+    """The error of the latency model, and how well it ranked networks."""
     errors = [abs(a - b) for a, b in zip(fit.predicted, fit.measured, strict=True)]
-    told = f"mean absolute error {100 * sum(errors) / len(errors):.1f} % of the dense network's latency"
+    text = f"mean absolute error {100 * sum(errors) / len(errors):.1f} % of the dense network's latency"
     can_rank = min(len(set(fit.predicted)), len(set(fit.measured))) > 1
     rank = float(spearmanr(fit.predicted, fit.measured).statistic) if can_rank else float("nan")
-    told += "" if isnan(rank) else f", Spearman correlation {rank:.2f}"
-    return f"{len(errors)} networks, each predicted without its own measurement: {told}."
+    text += "" if isnan(rank) else f", Spearman correlation {rank:.2f}"
+    return f"{len(errors)} networks, each predicted without its own measurement: {text}."
 
 
 def _trials_sentence(search: SearchResult) -> str:
     feasible = [trial for trial in search.trials if trial.feasible]
     stopped = sum(trial.is_stopped for trial in feasible)
-    told = f"{len(feasible)} of {len(search.trials)} trials lie within the budget"
-    return f"{told}; {stopped} of them were stopped early, as certainly less accurate." if stopped else f"{told}."
+    text = f"{len(feasible)} of {len(search.trials)} trials lie within the budget"
+    return f"{text}; {stopped} of them were stopped early, because they were less accurate." if stopped else f"{text}."
 
 
 def _workers_sentence(search: SearchResult) -> list[str]:
@@ -138,8 +141,8 @@ def _workers_sentence(search: SearchResult) -> list[str]:
     best = search.trials[search.best]
     each = ", ".join(f"{worker} ({count})" for worker, count in counts.most_common())
     taken = best.candidate.measured_by
-    measured = f"; the latency of trial {best.number} was taken by {taken}" if taken else ""
-    return [f"Trials were done by {each}{measured}."]
+    measured = f"; the latency of trial {best.number} was measured by {taken}" if taken else ""
+    return [f"Trials were run by {each}{measured}."]
 
 
 def _narrowed_sentence(search: SearchResult) -> list[str]:
@@ -147,13 +150,13 @@ def _narrowed_sentence(search: SearchResult) -> list[str]:
     if not narrowed:
         return []
     made = ", ".join(f"{trial.number} from {trial.narrowed_from}" for trial in narrowed)
-    return [f"The best trials did not hold their latency when they were timed again; faster ones were made: {made}."]
+    return [f"The best trials exceeded the latency budget when timed again; faster versions were made: {made}."]
 
 
 def _too_slow_sentence(result: RunResult) -> list[str]:
     if not result.too_slow:
         return []
-    return [f"Trained before this network, and measured too slow at last: {'; '.join(result.too_slow)}."]
+    return [f"Fine-tuned before this network, but too slow in the final benchmark: {'; '.join(result.too_slow)}."]
 
 
 def _finalists_sentence(search: SearchResult) -> list[str]:
@@ -163,29 +166,29 @@ def _finalists_sentence(search: SearchResult) -> list[str]:
         f"{100 * search.trials[int(number)].candidate.accuracy:.2f} -> {100 * accuracy:.2f} % (trial {number})"
         for number, accuracy in search.tuned.items()
     ]
-    return [f"The best were trained for a short while, on val: {', '.join(each)}; trial {search.best} went on."]
+    return [f"The best trials were fine-tuned briefly; accuracy on val: {', '.join(each)}; trial {search.best} won."]
 
 
 def _budget_sentences(search: SearchResult) -> list[str]:
-    told = []
+    sentences = []
     for budget in held_budgets(search):
         fill = budget.chosen / budget.limit
         verdict = "this budget was binding" if fill > _BINDING else "this budget left room"
         label, fill_asked = BUDGETS[budget.name].label, search.trials[search.best].knobs.get("fill")
         is_predicted = BUDGETS[budget.name].predictor == "latency_model" and search.latency_fit is not None
         aim = f", its plan aimed at {100 * fill_asked:.1f} %" if is_predicted and fill_asked is not None else ""
-        told.append(
-            f"{label[0].upper()}{label[1:]}: the chosen network fills {100 * fill:.1f} % of what the search allowed "
+        sentences.append(
+            f"{label[0].upper()}{label[1:]}: the chosen network uses {100 * fill:.1f} % of the limit in the search "
             f"({_times(budget.limit)} the dense network's){aim}; {verdict}."
         )
-    return told
+    return sentences
 
 
 def _accuracy_sentence(search: SearchResult, target: Target) -> str:
     drop_pp = 100 * (search.dense.accuracy - search.trials[search.best].candidate.accuracy)
     side = f"{drop_pp:.2f} pp below" if drop_pp > 0 else f"{-drop_pp:.2f} pp above"
     if round(drop_pp, 2) == 0:
-        side = "level with"
+        side = "equal to"
     allowed = f"{target.budget.accuracy_drop_pp:g} pp"
     return (
         f"Before fine-tuning it was {side} the dense network on val; the budget allows a drop of {allowed} at the end."
@@ -198,8 +201,8 @@ def _narrowest_sentence(stages: tuple[Stage, ...], structures: Structures, chann
     narrowest = [layer for layer in stayed if layer.kept == least[layer.name]]
     if not stayed:
         return []
-    told = f"{len(narrowest)} of the {len(stayed)} layers that stay are at the narrowest width allowed"
-    return [f"{told} (widths are multiples of {channel_multiple})." if channel_multiple > 1 else f"{told}."]
+    text = f"{len(narrowest)} of the {len(stayed)} remaining layers have the narrowest width allowed"
+    return [f"{text} (widths are multiples of {channel_multiple})." if channel_multiple > 1 else f"{text}."]
 
 
 def _blocks_sentence(result: RunResult, search: SearchResult) -> list[str]:
@@ -207,11 +210,11 @@ def _blocks_sentence(result: RunResult, search: SearchResult) -> list[str]:
     if not blocks:
         return []
     if not result.recipe.search.prune_blocks:
-        return ["No block could go: the recipe keeps them (search.prune_blocks)."]
+        return ["No block could be removed: the recipe keeps them (search.prune_blocks)."]
     num_left = len(blocks) - len(search.trials[search.best].plan.blocks)
     if num_left == 0:
-        return ["Every block that could go is gone."]
-    return [f"No further block could go: {num_left} of {len(blocks)} have to stay."] if num_left == least else []
+        return ["Every removable block was removed."]
+    return [f"No further block could be removed: {num_left} of {len(blocks)} must stay."] if num_left == least else []
 
 
 def _stages_sentence(stages: tuple[Stage, ...]) -> list[str]:
@@ -221,7 +224,7 @@ def _stages_sentence(stages: tuple[Stage, ...]) -> list[str]:
     (low, shrunk), (high, kept) = min(shares, key=lambda s: s[0]), max(shares, key=lambda s: s[0])
     if low == high:
         return [f"Every stage keeps {_percent(low)} of its units."] if len(shares) > 1 else []
-    return [f"{shrunk.name} shrank most: {_stage(shrunk, low)}. {kept.name} was kept most: {_stage(kept, high)}."]
+    return [f"{shrunk.name} shrank most: {_stage(shrunk, low)}. {kept.name} shrank least: {_stage(kept, high)}."]
 
 
 def _stage(stage: Stage, share: float) -> str:

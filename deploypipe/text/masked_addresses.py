@@ -1,7 +1,7 @@
-"""Addresses of servers and stores, as they may be shown: never with a user, a password, a token or a query.
+"""Mask addresses of servers and stores before they are shown: no user, password, token or query.
 
-What users write is often not a valid address (a password with '/', '#', '?' or '[' that is not encoded), and libraries
-disagree about what it means. So nothing is parsed here: what could be secret under any reading is left out.
+Users often write addresses that are not valid (a password with '/', '#', '?' or '[' that is not encoded), and libraries
+disagree about their meaning. So nothing is parsed here: whatever could be secret under any reading is left out.
 """
 
 import re
@@ -14,7 +14,7 @@ _MIN_PIECE = 3  # characters of a part of a secret that is looked for in a text
 
 
 def masked(address: str) -> str:
-    """Scheme, host and path; "***" for what may hold a secret. A plain path is left as it is."""
+    """Scheme, host and path of an address, with "***" for parts that may hold a secret. A plain path is unchanged."""
     scheme, is_address, rest = address.partition("://")
     if not is_address:
         is_secret = _has_password(address.removeprefix("models:")) or _SECRET_KEYS.search(address)
@@ -32,15 +32,17 @@ def masked(address: str) -> str:
 
 
 def masked_reference(reference: str) -> str:
-    """The same of REGISTRY/NAME@ALIAS, with its alias."""
+    """Mask REGISTRY/NAME@ALIAS, but keep its alias."""
     path, at, alias = reference.rpartition("@")
     is_alias = at and "/" not in alias and "/" in path.partition(":")[2].removeprefix("//")
     return f"{masked(path)}@{alias}" if is_alias else masked(reference)
 
 
 def without_secrets(text: str, address: str) -> str:
-    """The words of an error about an address, without what `masked` leaves out of the address, whole or in parts: a
-    driver that reads a password as part of the host says so."""
+    """The text of an error about an address, without the parts that `masked` hides.
+
+    Pieces of a secret are removed as well: a driver that reads a password as part of the host quotes only that part.
+    """
     shown = masked(address)
     if shown == address:
         return text
@@ -57,7 +59,7 @@ def without_secrets(text: str, address: str) -> str:
 
 
 def _is_of_a_file(scheme: str, rest: str) -> bool:
-    """Whether a path follows the scheme, in which an '@' is a character like others."""
+    """Whether a path follows the scheme; an '@' in a path is an ordinary character."""
     return scheme.partition("+")[0] in _OF_A_FILE and (rest.startswith("/") or not _has_password(rest))
 
 

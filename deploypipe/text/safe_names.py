@@ -1,6 +1,6 @@
-"""One rule for every name that becomes a folder, a file, a tag or a model: applied where the name comes in.
+"""Check names that become a folder, a file, a tag or a model. The check is made where a name comes in.
 
-Standard library only, so that `deploypipe.verify` can ask on the device.
+Standard library only, so that `deploypipe.verify` can use it on the device.
 """
 
 import unicodedata
@@ -13,10 +13,10 @@ _REMEDY = f"use letters, digits and any of {' '.join(_MARKS)}, with a letter or 
 
 
 def name_problem(name: str, *, max_bytes: int = MAX_NAME_BYTES) -> str:
-    """What is wrong with a name, and the remedy, as "'../x' holds '/'; use ..."; empty where it may be used.
+    """The problem with a name and the remedy, like "'../x' holds '/'; use ..."; empty if the name is fine.
 
-    Letters and digits may be of any script, in the form NFKC: no invisible, combining or reversing characters, and no
-    two spellings of one name.
+    Letters and digits of any script are allowed, in the form NFKC. Invisible, combining and direction-changing
+    characters are not, so that a name has only one spelling.
     """
     problem = _problem(name, max_bytes)
     shown = repr(name if len(name) <= _MAX_SHOWN else f"{name[:_MAX_SHOWN]}...")

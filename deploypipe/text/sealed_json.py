@@ -1,6 +1,6 @@
-"""JSON objects that show whether they were changed: their last key is the sha256 of the text before it.
+"""JSON objects with a checksum: their last key is the sha256 of the text before it.
 
-The hash covers bytes, so that one flipped bit is found wherever it is. It is no signature: an attacker can seal again.
+The hash covers the bytes, so any flipped bit is detected. It is not a signature: an attacker can compute a new one.
 """
 
 import hashlib
@@ -16,13 +16,13 @@ def seal(text: str) -> bytes:
 
 
 def unseal(content: bytes) -> bytes:
-    """Return what was sealed; ValueError where it was changed, or never sealed."""
+    """Return the text without its hash; ValueError if it was changed, or has no hash."""
     end = _END.search(content)
     if end is None:
         raise ValueError(f"does not end with its {_SEAL}")
     text = content[: end.start()] + b"}"
     if _sha256(text) != end[1].decode():
-        raise ValueError(f"was changed: its {_SEAL} is another one")
+        raise ValueError(f"was changed: its {_SEAL} does not match")
     return text
 
 

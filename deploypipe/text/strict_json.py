@@ -1,6 +1,6 @@
-"""JSON as RFC 8259 has it, and nothing else: parsed within bounds, written without NaN. Standard library only.
+"""Strict JSON (RFC 8259): parsed within bounds, written without NaN. Standard library only.
 
-A number that is not finite is written as `{"not_finite": "nan"}` (or "inf", "-inf"), since JSON has no word for it.
+A number that is not finite is written as `{"not_finite": "nan"}` (or "inf", "-inf"), because JSON cannot express it.
 """
 
 import json
@@ -14,23 +14,23 @@ _WORDS = ("nan", "inf", "-inf")
 
 
 def loads(text: str | bytes) -> Any:
-    """Parse one JSON value; ValueError, in one line, for whatever is not strict JSON.
+    """Parse one JSON value; ValueError, in one line, if it is not strict JSON.
 
-    Refused beside syntax errors: NaN and Infinity, numbers beyond a float, whole numbers of thousands of digits, a key
-    given twice, nesting deeper than MAX_DEPTH, half a surrogate pair, a byte order mark, bytes that are not UTF-8.
+    Also an error: NaN and Infinity, numbers beyond a float, whole numbers of thousands of digits, a repeated key,
+    nesting deeper than MAX_DEPTH, half a surrogate pair, a byte order mark, bytes that are not UTF-8.
     """
     return _loads(text, _object)
 
 
 def loads_any_float(text: str | bytes) -> Any:
-    """Like `loads`, with the numbers that `dumps` wrote as objects: for files of our own."""
+    """Like `loads`, but reads the non-finite numbers that `dumps` writes. For our own files."""
     return _loads(text, _object_or_float)
 
 
 def dumps(
     value: Any, *, indent: int | None = None, separators: tuple[str, str] | None = None, sort_keys: bool = True
 ) -> str:
-    """Write JSON in ASCII; what is not finite as an object that `loads_any_float` reads."""
+    """Write JSON in ASCII. Non-finite numbers become objects that `loads_any_float` reads."""
     options: dict[str, Any] = {"sort_keys": sort_keys, "indent": indent, "separators": separators, "allow_nan": False}
     try:
         return json.dumps(value, **options)
@@ -39,12 +39,12 @@ def dumps(
 
 
 def find_not_finite(value: Any) -> str | None:
-    """The key ("budget.accuracy_drop_pp") of the first number that is NaN or infinite; None where there is none."""
+    """The key ("budget.accuracy_drop_pp") of the first number that is NaN or infinite; None if there is none."""
     return next((key for key, leaf, _ in _leaves(value) if isinstance(leaf, float) and not math.isfinite(leaf)), None)
 
 
 def is_too_deep(value: Any) -> bool:
-    """Whether lists and objects lie in each other more than MAX_DEPTH deep."""
+    """Whether lists and objects are nested more than MAX_DEPTH deep."""
     return any(depth > MAX_DEPTH for _, _, depth in _leaves(value))
 
 

@@ -1,7 +1,7 @@
-"""Processes that open files from elsewhere: limited in time and, on Linux, in memory. Standard library only.
+"""Run processes that open untrusted files, limited in time and, on Linux, in memory. Standard library only.
 
-A graph can ask for more rounds than the sun has years, or for terabytes, and no inspection tells: so it is tried in a
-process that the system ends.
+A graph can loop forever or need terabytes, and no inspection detects that. So it is tried in a process that can be
+killed.
 """
 
 import os
@@ -20,26 +20,28 @@ _MEMORY_SIGNS = ("bad_alloc", "MemoryError", "allocate memory", "bad allocation"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProcessLimits:
-    """What one process may take to load a file and run it."""
+    """Limits of one process that loads a file and runs it."""
 
-    seconds: float = 120.0  # by the clock
-    memory_mib: int | None = None  # beside what the runtime itself takes; None: three quarters of what is free
+    seconds: float = 120.0  # of wall-clock time
+    memory_mib: int | None = None  # in addition to the runtime's own; None: three quarters of the free memory
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """What a process wrote, and why it did not end well ("": it did)."""
+    """The output of a process, and why it failed ("": it succeeded)."""
 
     written: str
     problem: str
 
 
 def run_limited(command: Sequence[str], limits: ProcessLimits) -> Outcome:
-    """Run Python with these arguments, and end it after `limits.seconds`. Memory is for the process itself to limit,
-    by `limit_memory`, once it has loaded its libraries."""
+    """Run Python with these arguments, and kill it after `limits.seconds`.
+
+    The process itself must limit its memory, with `limit_memory`, after it has loaded its libraries.
+    """
     root = str(Path(__file__).parents[2])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
-    # -P: the folder of a script, which holds modules with everyday names, stays out of the import path.
+    # -P: keep the script's folder, with its common module names, out of the import path.
     process = subprocess.Popen(
         [sys.executable, "-P", *command],
         stdin=subprocess.DEVNULL,
@@ -54,7 +56,7 @@ def run_limited(command: Sequence[str], limits: ProcessLimits) -> Outcome:
     except subprocess.TimeoutExpired:
         process.kill()
         written, _ = process.communicate()
-        return Outcome(written=written, problem=f"took over {limits.seconds:g} s to load and run, and was ended")
+        return Outcome(written=written, problem=f"took over {limits.seconds:g} s to load and run, and was killed")
     except BaseException:
         process.kill()
         process.wait()
@@ -68,15 +70,15 @@ def _problem(code: int, said: str, limits: ProcessLimits) -> str:
     lines = [line for line in said.strip().splitlines() if line.strip()]
     reason = lines[-1].strip() if lines else f"it ended with status {code}"
     if code < 0:
-        reason = f"it was ended by {signal.Signals(-code).name}{f' ({reason})' if lines else ''}"
+        reason = f"it was killed by {signal.Signals(-code).name}{f' ({reason})' if lines else ''}"
     if any(sign in said for sign in _MEMORY_SIGNS):
-        asked = f"the limit of {limits.memory_mib:,} MiB" if limits.memory_mib else "three quarters of what is free"
-        return f"asks for more memory than {asked} ({reason})"
+        limit = f"the limit of {limits.memory_mib:,} MiB" if limits.memory_mib else "three quarters of the free memory"
+        return f"needs more memory than {limit} ({reason})"
     return reason
 
 
 def end_with_parent() -> None:
-    """Let Linux end this process when the one that started it is gone, which alone watches the time."""
+    """Let Linux kill this process when its parent ends, because only the parent watches the time."""
     if sys.platform.startswith("linux"):
         import ctypes
 
@@ -84,9 +86,9 @@ def end_with_parent() -> None:
 
 
 def limit_memory(mib: int | None) -> None:
-    """Let this process take `mib` more than it has (None: three quarters of what is free), and no more.
+    """Limit this process to `mib` more memory than it has now (None: three quarters of the free memory).
 
-    On Linux only: other systems do not enforce such a limit, and there this does nothing.
+    Works on Linux only; other systems do not enforce such a limit, and there this does nothing.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -100,7 +102,7 @@ def limit_memory(mib: int | None) -> None:
 
 
 def free_memory() -> int:
-    """Bytes that this machine, or the container that this process is in, can still give. Linux only."""
+    """Free bytes of this machine, or of the container that this process is in. Linux only."""
     free = _kib("/proc/meminfo", "MemAvailable") * 1024
     try:
         limit, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))

@@ -1,8 +1,8 @@
-"""Whether an ONNX file from elsewhere may be opened: its bytes are read before any other parser sees them.
+"""Check the bytes of an untrusted ONNX file before any other parser reads it.
 
-A file can be cut off, declare tensors far larger than itself, nest without end, or point at files outside its folder.
-Standard library only, so that a device can ask too. What a graph computes is not judged: one that builds a huge tensor
-or never ends is stopped by the limits of the process that tries it (`limited_process`), not here.
+A file can be cut off, declare tensors far larger than itself, nest without end, or point to files outside its folder.
+Standard library only, so that it works on a device. What a graph computes is not checked here: the limits of the
+process that runs it (`limited_process`) stop a graph that builds a huge tensor or never ends.
 """
 
 import mmap
@@ -37,7 +37,7 @@ class CheckedFile:
 
     opset: int
     num_nodes: int
-    data: tuple[str, ...]  # names of the files beside it that hold weights
+    data: tuple[str, ...]  # names of the files next to it that hold weights
 
 
 @dataclass(slots=True)
@@ -51,19 +51,19 @@ _Check: TypeAlias = Callable[[memoryview, _State, int], None]
 
 
 def check_onnx_file(path: Path) -> CheckedFile:
-    """Raises ModelError where `path` is absent, cut off, no ONNX, inconsistent, or reads files outside its folder."""
+    """Raise ModelError if `path` is missing, cut off, not ONNX, inconsistent, or reads files outside its folder."""
     try:
         if not path.is_file():
-            raise Refused("is no file" if path.exists() else "is absent")
+            raise Refused("is not a file" if path.exists() else "is missing")
         size = path.stat().st_size
         if not 0 < size < _MAX_BYTES:
-            raise Refused(f"has {size} bytes, which is no ONNX file")
+            raise Refused(f"has {size} bytes, which is not an ONNX file")
         with path.open("rb") as stream:
             content = memoryview(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ))
         state = _State(path.parent)
         opset = _check_model(content, state)
     except Refused as error:
-        raise ModelError(f"{path}: {error}; get the file again from where it was made") from None
+        raise ModelError(f"{path}: {error}; get the file again from its source") from None
     return CheckedFile(opset=opset, num_nodes=state.num_nodes, data=tuple(sorted(state.data)))
 
 
@@ -86,7 +86,7 @@ def _check_model(content: memoryview, state: _State) -> int:
         elif number == 25:
             _check_function(protobuf_reader.content(value), state)
     if graph is None or ir_version < 1 or not opsets:
-        raise Refused("is cut off, or no ONNX file")
+        raise Refused("is cut off, or not an ONNX file")
     _check_graph(protobuf_reader.content(graph), state, 0)
     return opsets.get(b"", 0)
 
@@ -99,7 +99,7 @@ def _opset(content: memoryview) -> tuple[bytes, int]:
         elif number == 2:
             version = protobuf_reader.number(value)
     if not 1 <= version <= _MAX_OPSET:
-        raise Refused(f"asks for version {version} of the operators {domain[:40].decode(errors='replace')!r}")
+        raise Refused(f"needs version {version} of the operators {domain[:40].decode(errors='replace')!r}")
     return (b"" if domain == b"ai.onnx" else domain), version
 
 
@@ -137,7 +137,7 @@ def _check_node(content: memoryview, state: _State, depth: int) -> None:
 def _check_attribute(content: memoryview, state: _State, depth: int) -> None:
     seen = set()
     for number, value in protobuf_reader.fields(content):
-        if number in (5, 6, 22) and number in seen:  # a parser would merge them: what it sees is not what is checked
+        if number in (5, 6, 22) and number in seen:  # a parser would merge them and see something unchecked
             raise Refused("holds an attribute with two values")
         seen.add(number)
         if number in (5, 10):
@@ -149,7 +149,7 @@ def _check_attribute(content: memoryview, state: _State, depth: int) -> None:
 
 
 def _check_sparse(content: memoryview, state: _State, depth: int) -> None:
-    """Runtimes make a dense tensor of it, so the dense size is what counts."""
+    """Check a sparse tensor by its dense size, because runtimes make it dense."""
     dims: list[int] = []
     kinds = set()
     for number, value in protobuf_reader.fields(content):
@@ -209,7 +209,7 @@ def _check_tensor(content: memoryview, state: _State, depth: int) -> None:
     expected = -(-count * ELEMENT_BITS[tensor.data_type] // 8)
     if tensor.is_external or tensor.place:
         if not tensor.is_external:
-            raise Refused(f"{what} lies in a file of its own and does not say so")
+            raise Refused(f"{what} is stored in a file of its own but is not marked as external")
         _check_external(tensor, expected, state)
     elif tensor.raw_bytes is not None:
         if tensor.raw_bytes != expected:
@@ -252,23 +252,23 @@ def _check_external(tensor: _Tensor, expected: int, state: _State) -> None:
     location = tensor.place.get("location", "")
     parts = PurePosixPath(location).parts
     if _IN_MEMORY in location:
-        raise Refused(f"tensor {tensor.name!r} lies at an address in memory")
+        raise Refused(f"tensor {tensor.name!r} is stored at an address in memory")
     is_inside = parts and not PurePosixPath(location).is_absolute() and ".." not in parts and "\\" not in location
     if not is_inside or "\0" in location or PureWindowsPath(location).drive:
-        raise Refused(f"tensor {tensor.name!r} lies at {location!r}, which is not a file beside the model")
+        raise Refused(f"tensor {tensor.name!r} is stored at {location!r}, which is not a file next to the model")
     path = state.folder
     for part in parts:
         path = path / part
         mode = path.lstat().st_mode if path.exists() or path.is_symlink() else 0
         if stat.S_ISLNK(mode):
-            raise Refused(f"{location!r}, which holds weights, is a link; put the file itself beside the model")
+            raise Refused(f"{location!r}, which holds weights, is a link; put the file itself next to the model")
     if not path.is_file():
-        raise Refused(f"{location!r}, which holds weights, is absent or no file")
+        raise Refused(f"{location!r}, which holds weights, is missing or not a file")
     offset, length = _place_number(tensor.place, "offset"), _place_number(tensor.place, "length", expected)
     if length != expected or offset + length > path.stat().st_size:
         raise Refused(
-            f"tensor {tensor.name!r} of shape {tensor.dims} needs {expected} bytes, and {length} from byte {offset} of "
-            f"{location!r} are not that"
+            f"tensor {tensor.name!r} of shape {tensor.dims} needs {expected} bytes, but {location!r} does not have "
+            f"{length} from byte {offset} for it"
         )
     state.data.add(str(PurePosixPath(location)))
 
@@ -282,5 +282,5 @@ def _place_number(place: dict[str, str], key: str, default: int = 0) -> int:
 
 def _count(dims: list[int], what: str) -> int:
     if len(dims) > MAX_RANK or any(dim < 0 or dim >= 2**63 for dim in dims):
-        raise Refused(f"{what} is of the shape {dims[:MAX_RANK]}")
+        raise Refused(f"{what} has the shape {dims[:MAX_RANK]}")
     return prod(dims)

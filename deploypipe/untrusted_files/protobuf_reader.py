@@ -1,4 +1,4 @@
-"""Protobuf's encoding, read without a schema: just enough to look into a file before a real parser does."""
+"""Read protobuf's encoding without a schema: just enough to check a file before a real parser reads it."""
 
 from collections.abc import Iterator
 from typing import TypeAlias
@@ -11,11 +11,11 @@ _MAX_NUMBERS = 32  # in one list: the axes of a tensor
 
 
 class Refused(ValueError):
-    """What is wrong with the bytes."""
+    """The bytes are not valid; the message says why."""
 
 
 def fields(message: memoryview) -> Fields:
-    """Number and value of each field of a message; strings, messages and packed lists as their bytes."""
+    """The number and value of each field of a message. Strings, messages and packed lists stay bytes."""
     position, end = 0, len(message)
     while position < end:
         key, position = _varint(message, position)
@@ -29,13 +29,13 @@ def fields(message: memoryview) -> Fields:
         else:
             length = {_FIXED64: 8, _FIXED32: 4}.get(wire_type, end + 1)
         if key >> 3 == 0 or length > end - position:
-            raise Refused("is cut off, or no ONNX file")
+            raise Refused("is cut off, or not an ONNX file")
         yield key >> 3, message[position : position + length]
         position += length
 
 
 def _varint(message: memoryview, position: int) -> tuple[int, int]:
-    """A number from 0 to 2**64 - 1, and where the next byte lies."""
+    """A number from 0 to 2**64 - 1, and the position of the next byte."""
     value = shift = 0
     while position < len(message) and shift < 70:
         byte = message[position]
@@ -44,18 +44,18 @@ def _varint(message: memoryview, position: int) -> tuple[int, int]:
         if byte < 0x80:
             return value & (2**64 - 1), position
         shift += 7
-    raise Refused("is cut off, or no ONNX file")
+    raise Refused("is cut off, or not an ONNX file")
 
 
 def number(value: Value) -> int:
-    """As a signed number of 64 bits."""
+    """The value as a signed number of 64 bits."""
     if not isinstance(value, int):
-        raise Refused("is no ONNX file: a number is written as bytes")
+        raise Refused("is not an ONNX file: a number is written as bytes")
     return value - 2**64 if value >= 2**63 else value
 
 
 def numbers(value: Value) -> list[int]:
-    """A repeated number, packed or not."""
+    """The values of a repeated number, packed or not."""
     if isinstance(value, int):
         return [number(value)]
     found, position = [], 0
@@ -68,9 +68,9 @@ def numbers(value: Value) -> list[int]:
 
 
 def content(value: Value) -> memoryview:
-    """Of a string or a message."""
+    """The bytes of a string or a message."""
     if isinstance(value, int):
-        raise Refused("is no ONNX file: bytes are written as a number")
+        raise Refused("is not an ONNX file: bytes are written as a number")
     return value
 
 

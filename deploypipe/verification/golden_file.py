@@ -1,7 +1,7 @@
-"""golden.json: which model files a folder holds, with the hash of each file and how far answers may differ.
+"""golden.json: the model files of a folder, the hash of each file, and how far outputs may differ.
 
-Standard library only, like all that `deploypipe.verify` needs beside numpy and onnxruntime. A file that lists nothing,
-says something twice, or allows more than the product allows, is refused: it would let a check pass that checks nothing.
+Standard library only: `deploypipe.verify` needs nothing else but numpy and onnxruntime. A file that lists nothing,
+lists something twice, or has larger tolerances than the product is an error: a check that checks nothing would pass.
 """
 
 import json
@@ -16,8 +16,8 @@ from deploypipe.records import FileEntry
 
 GOLDEN, TENSORS = "golden.json", "golden.safetensors"
 FORMAT = "deploypipe-golden-1"
-# How far one file's answers on one machine may be from those on another: other kernels, other orders of summation, and
-# in int8 another rounding at each layer. Relative to an output's largest magnitude.
+# How far a file's outputs may differ between machines, which have other kernels, other orders of summation and, in
+# int8, another rounding at each layer. Relative to an output's largest magnitude.
 TOLERANCES = {"fp32": 1e-3, "fp16": 1e-2, "int8": 5e-2}
 
 _MAX_BYTES = 2**24
@@ -27,7 +27,7 @@ _HEX = frozenset("0123456789abcdef")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GoldenModel:
-    """One model file, and how far its answers may be from those stored."""
+    """One model file, and how far its outputs may be from the stored ones."""
 
     file: str
     precision: str
@@ -36,7 +36,7 @@ class GoldenModel:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GoldenContent:
-    """What golden.json says."""
+    """The contents of golden.json."""
 
     files: tuple[FileEntry, ...]
     models: tuple[GoldenModel, ...]
@@ -44,18 +44,18 @@ class GoldenContent:
 
 
 def read_golden(folder: Path) -> GoldenContent:
-    """Read `folder`'s golden.json; ModelError where it is absent, or says too little, too much or nothing sensible."""
+    """Read `folder`'s golden.json; ModelError if it is missing or not valid."""
     path = folder / GOLDEN
     try:
-        if path.is_symlink() or (path.exists() and not path.is_file()):  # a pipe would be waited for
-            raise ValueError("it is no plain file")
+        if path.is_symlink() or (path.exists() and not path.is_file()):  # reading a pipe would wait
+            raise ValueError("it is not a plain file")
         with path.open("rb") as stream:
             content = stream.read(_MAX_BYTES + 1)
         if len(content) > _MAX_BYTES:
-            raise ValueError(f"more than {_MAX_BYTES} bytes are too many")
+            raise ValueError(f"it has more than {_MAX_BYTES} bytes")
         return _parse(json.loads(content, parse_constant=_no_number, object_pairs_hook=_without_repeats))
     except FileNotFoundError:
-        raise ModelError(f"{folder}: holds no {GOLDEN}; give the folder that `deploypipe run` filled") from None
+        raise ModelError(f"{folder}: has no {GOLDEN}; give the folder that `deploypipe run` wrote") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ModelError(f"{path}: not understood ({type(error).__name__}: {error}); copy the folder again") from None
 
@@ -69,25 +69,25 @@ def shown(names: Sequence[str]) -> str:
 def _parse(content: Any) -> GoldenContent:
     if content["format"] != FORMAT:
         raise ValueError(f"format {content['format']!r} is not {FORMAT!r}")
-    told = _typed(content, format=str, files=list, models=list, num_cases=int)
-    files = tuple(FileEntry(**_typed(entry, name=str, sha256=str, size_bytes=int)) for entry in told["files"])
+    golden = _typed(content, format=str, files=list, models=list, num_cases=int)
+    files = tuple(FileEntry(**_typed(entry, name=str, sha256=str, size_bytes=int)) for entry in golden["files"])
     models = tuple(
-        GoldenModel(**_typed(entry, file=str, precision=str, max_abs_error=float)) for entry in told["models"]
+        GoldenModel(**_typed(entry, file=str, precision=str, max_abs_error=float)) for entry in golden["models"]
     )
     _require_distinct("files", [file.name for file in files])
     _require_distinct("models", [model.file for model in models])
-    if told["num_cases"] < 1:
-        raise ValueError(f"num_cases must be >= 1, got {told['num_cases']}")
+    if golden["num_cases"] < 1:
+        raise ValueError(f"num_cases must be >= 1, got {golden['num_cases']}")
     for file in files:
         if len(file.sha256) != 64 or not _HEX.issuperset(file.sha256) or file.size_bytes < 0:
-            raise ValueError(f"{file.name}: {file.sha256!r} with {file.size_bytes} bytes is no sha256 of a file")
+            raise ValueError(f"{file.name}: {file.sha256!r} with {file.size_bytes} bytes is not the sha256 of a file")
     for model in models:
         _require_tolerance(model)
-    return GoldenContent(files=files, models=models, num_cases=told["num_cases"])
+    return GoldenContent(files=files, models=models, num_cases=golden["num_cases"])
 
 
 def _typed(content: dict[str, Any], **types: type) -> dict[str, Any]:
-    """The values of a JSON object that has these keys, of these types, and no others."""
+    """The values of a JSON object that must have exactly these keys with these types."""
     for name, wanted in types.items():
         if type(content[name]) is not wanted:
             raise ValueError(f"{name} is {content[name]!r}")
@@ -98,28 +98,28 @@ def _typed(content: dict[str, Any], **types: type) -> dict[str, Any]:
 
 def _require_distinct(key: str, names: list[str]) -> None:
     if not names:
-        raise ValueError(f"{key} is empty, so that nothing would be checked")
+        raise ValueError(f"{key} is empty, so nothing would be checked")
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"{key} lists {shown(repeated)} more than once")
 
 
 def _require_tolerance(model: GoldenModel) -> None:
-    most = TOLERANCES.get(model.precision)
-    if most is None:
-        raise ValueError(f"{model.file}: precision {model.precision!r} is none of {', '.join(TOLERANCES)}")
-    if not (math.isfinite(model.max_abs_error) and 0 <= model.max_abs_error <= most):
+    largest = TOLERANCES.get(model.precision)
+    if largest is None:
+        raise ValueError(f"{model.file}: precision must be one of {', '.join(TOLERANCES)}, got {model.precision!r}")
+    if not (math.isfinite(model.max_abs_error) and 0 <= model.max_abs_error <= largest):
         raise ValueError(
-            f"{model.file}: max_abs_error must be between 0 and {most} in {model.precision}, got {model.max_abs_error}"
+            f"{model.file}: max_abs_error must be from 0 to {largest} in {model.precision}, got {model.max_abs_error}"
         )
 
 
 def _no_number(text: str) -> float:
-    raise ValueError(f"{text} is no number")
+    raise ValueError(f"{text} is not a number")
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} is given more than once")
+        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} occurs more than once")
     return content

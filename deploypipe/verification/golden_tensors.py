@@ -1,4 +1,4 @@
-"""The golden samples' tensors in a safetensors file, read with numpy alone."""
+"""Read the golden samples' tensors from a safetensors file with numpy alone."""
 
 import json
 from math import prod
@@ -17,12 +17,12 @@ _DTYPES |= {"U64": "u8", "U32": "u4", "U16": "u2", "U8": "u1"}
 
 
 def tensor_name(case: int, model: str, name: str) -> str:
-    """Of an input (`model` empty) or of a model's output, in golden.safetensors."""
+    """The name of an input (`model` empty) or of a model's output in golden.safetensors."""
     return f"{model or 'input'}/{case}/{name}"
 
 
 def read_tensors(path: Path) -> dict[str, Array]:
-    """A safetensors file; ModelError for what is none, or larger than golden samples are."""
+    """Read a safetensors file; ModelError if it is not one, or larger than golden samples are."""
     try:
         size = path.stat().st_size
         with path.open("rb") as stream:
@@ -34,7 +34,9 @@ def read_tensors(path: Path) -> dict[str, Array]:
             content = memoryview(stream.read(_MAX_TENSOR_BYTES))
         return {name: _read_tensor(content, entry) for name, entry in header.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(f"{path}: no safetensors file ({type(error).__name__}: {error}); copy it again") from None
+        raise ModelError(
+            f"{path}: is not a safetensors file ({type(error).__name__}: {error}); copy it again"
+        ) from None
 
 
 def _read_tensor(content: memoryview, entry: dict[str, Any]) -> Array:

@@ -1,9 +1,9 @@
 """Run golden samples through one model file, started by `verify` as
 `python -m deploypipe.verification.replay DIR FILE PRECISION NUM_CASES MEMORY_MIB`.
 
-Started by `verify`, with a limit on time; limits its own memory. Writes one line of JSON: what keeps the file from
-running (`problem`), or how far its answers are from those stored (`parity`; null where their shapes are others). The
-hashes of all files were checked before.
+`verify` limits its time; it limits its own memory. Writes one line of JSON: why the file does not run (`problem`), or
+how far its outputs are from the stored ones (`parity`; null if their shapes differ). The hashes of all files were
+checked before.
 """
 
 import json
@@ -23,7 +23,7 @@ from deploypipe.verification.golden_tensors import Array, read_tensors, tensor_n
 
 
 def main(folder: Path, file: str, precision: str, num_cases: int, memory_mib: int | None) -> dict[str, Any]:
-    """{"problem": text, "parity": the fields of a `Parity` or None, "used": the names of the tensors it takes}."""
+    """{"problem": text, "parity": the fields of a `Parity` or None, "used": the names of the tensors it uses}."""
     onnxruntime = load_onnxruntime()
     tensors = read_tensors(folder / TENSORS)
     options = onnxruntime.SessionOptions()
@@ -44,7 +44,7 @@ def main(folder: Path, file: str, precision: str, num_cases: int, memory_mib: in
             used.update(tensor_name(case, file, name) for name in outputs)
             seen.append(session.run(outputs, feed))
     except KeyError as error:
-        return {"problem": f"{TENSORS} holds no {error} for it; copy the folder again"}
+        return {"problem": f"{TENSORS} has no {error} for it; copy the folder again"}
     except Exception as error:  # onnxruntime raises many classes
         line = str(error).partition("\n")[0] or type(error).__name__
         return {"problem": f"onnxruntime {onnxruntime.__version__} cannot run it here ({line})"}
@@ -60,12 +60,12 @@ def main(folder: Path, file: str, precision: str, num_cases: int, memory_mib: in
 
 
 def _problem_of(expected: list[list[Array]]) -> str:
-    """What is stored has to be something that can be compared with; empty where it is."""
+    """Why the stored outputs cannot be compared with; empty if they can."""
     arrays = [array for outputs in expected for array in outputs]
     if not any(array.size for array in arrays):
-        return f"{TENSORS} holds no value of an answer of it; copy the folder again"
+        return f"{TENSORS} has no output values for it; copy the folder again"
     if not all(np.isfinite(array).all() for array in arrays):
-        return f"its answers in {TENSORS} hold NaN or infinity; copy the folder again"
+        return f"its outputs in {TENSORS} hold NaN or infinity; copy the folder again"
     return ""
 
 
@@ -73,7 +73,7 @@ if __name__ == "__main__":
     end_with_parent()
     _folder, _file, _precision, _num_cases, _memory = sys.argv[1:]
     try:
-        answer = main(Path(_folder), _file, _precision, int(_num_cases), int(_memory) if _memory else None)
+        result = main(Path(_folder), _file, _precision, int(_num_cases), int(_memory) if _memory else None)
     except DeploypipeError as error:
         sys.exit(f"{error}")
-    sys.stdout.write(json.dumps(answer) + "\n")
+    sys.stdout.write(json.dumps(result) + "\n")

@@ -91,24 +91,24 @@ HOSTILE: dict[str, tuple[onnx.TensorProto, str]] = {
     "no data": (tensor([1 << 40], raw=None), "holds 0 values"),
     "overflow": (tensor([2**62, 2**62, 4], raw=bytes(4)), "needs"),
     "overflow to zero": (tensor([2**32, 2**32], raw=b""), "needs"),
-    "negative": (tensor([-1, 4], raw=b""), "is of the shape"),
-    "two negatives": (tensor([-2, -2], raw=bytes(16)), "is of the shape"),
-    "many axes": (tensor([1] * 1000, raw=bytes(4)), "is of the shape"),
+    "negative": (tensor([-1, 4], raw=b""), "has the shape"),
+    "two negatives": (tensor([-2, -2], raw=bytes(16)), "has the shape"),
+    "many axes": (tensor([1] * 1000, raw=bytes(4)), "has the shape"),
     "type": (tensor([1], data_type=99, raw=bytes(4)), "unknown type 99"),
-    "absolute": (outside("/etc/passwd"), "not a file beside the model"),
-    "parent": (outside("../secret.bin"), "not a file beside the model"),
-    "parent inside": (outside("a/../../secret.bin"), "not a file beside the model"),
-    "windows": (outside("..\\secret.bin"), "not a file beside the model"),
-    "drive": (outside("C:secret.bin"), "not a file beside the model"),
-    "nothing": (outside(""), "not a file beside the model"),
-    "zero byte": (outside("w.bin\0.txt"), "not a file beside the model"),
+    "absolute": (outside("/etc/passwd"), "not a file next to the model"),
+    "parent": (outside("../secret.bin"), "not a file next to the model"),
+    "parent inside": (outside("a/../../secret.bin"), "not a file next to the model"),
+    "windows": (outside("..\\secret.bin"), "not a file next to the model"),
+    "drive": (outside("C:secret.bin"), "not a file next to the model"),
+    "nothing": (outside(""), "not a file next to the model"),
+    "zero byte": (outside("w.bin\0.txt"), "not a file next to the model"),
     "memory address": (outside("*/_ORT_MEM_ADDR_/*", offset="4096", length="16"), "an address in memory"),
-    "absent": (outside("absent.bin"), "absent"),
-    "folder": (outside("folder"), "no file"),
+    "absent": (outside("absent.bin"), "missing"),
+    "folder": (outside("folder"), "not a file"),
     "link": (outside("link.bin"), "is a link"),
     "linked folder": (outside("linked/secret.bin"), "is a link"),
-    "beyond the end": (outside("w.bin", offset="8", length="16"), "are not that"),
-    "short": (outside("w.bin", length="8"), "are not that"),
+    "beyond the end": (outside("w.bin", offset="8", length="16"), "does not have"),
+    "short": (outside("w.bin", length="8"), "does not have"),
     "offset": (outside("w.bin", offset="-8"), "offset of a tensor's data is '-8'"),
     "huge offset": (outside("w.bin", offset="9" * 5000), "offset of a tensor's data"),
 }
@@ -154,7 +154,7 @@ def test_packed_dims(dims: list[int], tmp_path: Path) -> None:
     if dims == [1]:
         check_onnx_file(path)
     else:
-        with pytest.raises(ModelError, match=r"needs|of the shape|axes"):
+        with pytest.raises(ModelError, match=r"needs|has the shape|axes"):
             check_onnx_file(path)
 
 
@@ -235,10 +235,10 @@ def test_what_a_parser_would_merge(tmp_path: Path) -> None:
 def test_other_files(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
     path.write_bytes(content)
-    with pytest.raises(ModelError, match="no ONNX file"):
+    with pytest.raises(ModelError, match="not an ONNX file"):
         check_onnx_file(path)
     for absent in (tmp_path, tmp_path / "absent.onnx"):
-        with pytest.raises(ModelError, match=r"is no file|is absent"):
+        with pytest.raises(ModelError, match=r"is not a file|is missing"):
             check_onnx_file(absent)
 
 

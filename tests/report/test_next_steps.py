@@ -35,13 +35,13 @@ EASY = Budget(accuracy_drop_pp=50.0)
 @pytest.mark.parametrize(
     ("report", "budget", "starts", "ends"),
     [
-        (NOISY, replace(EASY, latency_p50="0.9x"), "latency p50: it was measured, but", f": {COMMAND}"),
+        (NOISY, replace(EASY, latency_p50="0.9x"), "latency p50: the machine was not steady", f": {COMMAND}"),
         (REPORT, replace(EASY, latency_p50="0.1x"), "latency p50: search longer", "--set search.num_trials=48"),
-        (REPORT, replace(EASY, latency_p50="0.5x"), "latency p50: the limit lies in", f"{COMMAND} --remeasure"),
+        (REPORT, replace(EASY, latency_p50="0.5x"), "latency p50: the limit lies within", f"{COMMAND} --remeasure"),
         (REPORT, Budget(accuracy_drop_pp=0.0), "accuracy drop: train longer", "--set finetune.num_epochs="),
-        (REPORT, replace(EASY, max_age_days=1.0), "age: see its reason", f"{COMMAND} --remeasure"),
-        (UNPAIRED, replace(EASY, peak_memory="0.9x"), "peak memory: see its reason", f"{COMMAND} --remeasure"),
-        (APART, EASY, "parity: take another precision", f"{COMMAND} --set target.precisions=fp32"),
+        (REPORT, replace(EASY, max_age_days=1.0), "age: see the reason", f"{COMMAND} --remeasure"),
+        (UNPAIRED, replace(EASY, peak_memory="0.9x"), "peak memory: see the reason", f"{COMMAND} --remeasure"),
+        (APART, EASY, "parity: use another precision", f"{COMMAND} --set target.precisions=fp32"),
         (REPORT, replace(EASY, slice_drop_pp=1.0), "slice drop: give every slice", f": {COMMAND}"),
     ],
 )

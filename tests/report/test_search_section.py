@@ -51,13 +51,13 @@ def plan(*blocks: str) -> r.PruningPlan:
 
 
 def test_it_says_who_did_the_trials_where_there_were_several() -> None:
-    assert "Trials were done by" not in sentences(searched())
+    assert "Trials were run by" not in sentences(searched())
     one = replace(trial(0, 0.12, True), judged_by="board 17")
     one = replace(one, candidate=replace(one.candidate, measured_by="board, 2026-11-20T12:00:00+00:00, load 0.2"))
     others = tuple(replace(trial(n, 0.2, False), judged_by="desk 4") for n in (1, 2))
     told = sentences(searched(trials=(one, *others), best=0))
-    assert "Trials were done by desk 4 (2), board 17 (1)" in told
-    assert "the latency of trial 0 was taken by board, 2026-11-20T12:00:00+00:00, load 0.2" in told
+    assert "Trials were run by desk 4 (2), board 17 (1)" in told
+    assert "the latency of trial 0 was measured by board, 2026-11-20T12:00:00+00:00, load 0.2" in told
 
 
 def test_trials_stand_apart_by_symbol_where_their_records_say() -> None:
@@ -96,19 +96,19 @@ def test_trials_that_were_not_timed_stand_over_their_macs() -> None:
     rows = {row[0]: row for row in reach_rows(result.search, result.target)}
     assert rows["MACs"][1:] == (
         "not predicted",
-        "nothing; stands in for what cannot be measured here",
+        "nothing; replaces a budget that cannot be measured here",
         "0.5x",
         "0.375x",
     )
     assert rows["latency p50"][1:] == ("not predicted", "0.7x", "-", "-")
-    assert "MACs: the chosen network fills 75.0 %" in sentences(result)
+    assert "MACs: the chosen network uses 75.0 %" in sentences(result)
     assert "Latency" not in sentences(result)
 
 
 @pytest.mark.parametrize(("latency", "verdict"), [(0.139, "was binding"), (0.135, "left room")])
 def test_a_budget_binds_from_97_percent_of_what_the_search_allowed(latency: float, verdict: str) -> None:
     told = sentences(searched(trials=(replace(trial(0, latency, True), knobs={"fill": 0.95}),), latency_fit=FIT))
-    assert f"fills {100 * latency / 0.14:.1f} % of what the search allowed (0.7x the dense network's)" in told
+    assert f"uses {100 * latency / 0.14:.1f} % of the limit in the search (0.7x the dense network's)" in told
     assert "its plan aimed at 95.0 %" in told and f"this budget {verdict}" in told
 
 
@@ -116,13 +116,13 @@ def test_sentences_count_what_the_records_hold() -> None:
     result = finished_run()
     told = sentences(result)
     assert "2 of 3 trials lie within the budget." in told
-    assert "level with the dense network on val; the budget allows a drop of 2 pp" in told
-    assert "0 of the 2 layers that stay are at the narrowest width" in told
-    assert "Every block that could go is gone." in told
+    assert "equal to the dense network on val; the budget allows a drop of 2 pp" in told
+    assert "0 of the 2 remaining layers have the narrowest width" in told
+    assert "Every removable block was removed." in told
     assert "layer1 shrank most: 25 % of its units left, 1 of 1 blocks removed." in told
-    assert "layer2 was kept most: 100 % of its units left." in told
+    assert "layer2 shrank least: 100 % of its units left." in told
     tight = replace(result, target=replace(result.target, channel_multiple=16))
-    assert "1 of the 2 layers that stay are at the narrowest width allowed (widths are multiples of 16)" in sentences(
+    assert "1 of the 2 remaining layers have the narrowest width allowed (widths are multiples of 16)" in sentences(
         tight
     )
 
@@ -190,11 +190,11 @@ def test_importances_are_drawn_or_their_absence_is_told() -> None:
     assert result.search
     bars = traces(search_plots.importances(result.search.importances))[""]
     assert bars["y"] == ["fill", "late"] and bars["x"] == [25, 75]
-    assert "above 0 losses near the output count more" in importance_note(result.search)
+    assert "above 0, losses near the output count more" in importance_note(result.search)
     few = searched().search
-    assert few and "2 trials lie within the budget, and it takes 20" in importance_note(few)
+    assert few and "2 trials lie within the budget, and at least 20" in importance_note(few)
     old = searched(trials=tuple(trial(number, 0.12, True) for number in range(20))).search
-    assert old and "did not note it" in importance_note(old)
+    assert old and "did not record it" in importance_note(old)
 
 
 def test_a_full_search_and_a_bare_one_both_give_a_page() -> None:

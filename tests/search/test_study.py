@@ -272,7 +272,10 @@ def pragma(statement: str) -> Iterator[None]:
 
 @pytest.mark.parametrize(
     ("statement", "seen"),
-    [("max_page_count = 1", "database or disk is full.*make room"), ("query_only = 1", "readonly.*make it writable")],
+    [
+        ("max_page_count = 1", "database or disk is full.*free some space"),
+        ("query_only = 1", "readonly.*make it writable"),
+    ],
 )
 def test_a_full_disk_ends_the_search_and_the_next_one_continues(statement: str, seen: str, tmp_path: Path) -> None:
     settings = Search(num_trials=9)
@@ -311,7 +314,7 @@ def test_a_file_that_cannot_grow_is_named(tmp_path: Path) -> None:
 
 
 def test_a_study_that_cannot_be_created_or_is_not_a_database(tmp_path: Path) -> None:
-    with pragma("max_page_count = 1"), pytest.raises(RunFolderError, match="make room"):
+    with pragma("max_page_count = 1"), pytest.raises(RunFolderError, match="free some space"):
         run(Evaluator(), tmp_path / "study.db")
     assert len(run(Evaluator(), tmp_path / "study.db").trials) == 10
     (tmp_path / "study.db").write_bytes(b"no database" * 1000)
