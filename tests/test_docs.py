@@ -1,4 +1,7 @@
-"""What the pages name exists: files, modules, targets, links, and the rooms in the order that import-linter keeps."""
+"""What the pages name exists: files, folders and links; tables of rooms and budgets are those of the code.
+
+`test_readme.py` tries their Python and their commands.
+"""
 
 import re
 import tomllib
@@ -6,9 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-import typer
 
-from deploypipe.cli import app
 from deploypipe.target import Budget
 
 ROOT = Path(__file__).parents[1]
@@ -44,34 +45,6 @@ def test_named_files_exist(page: Path) -> None:
     for name in re.findall(r"`([\w.]+(?:/[\w.]+)*(?:/|\.py|\.toml|\.sh|\.md))`", prose(page)):
         if not MADE.search(name):
             assert any((base / name).exists() for base in (ROOT, ROOT / "deploypipe", page.parent)), name
-
-
-@EVERY
-def test_python_is_python(page: Path) -> None:
-    for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S):
-        compile(block, page.name, "exec")
-
-
-def parsed_commands(text: str) -> list[tuple[str, ...]]:
-    """The words of each `deploypipe ...` in a page's shell blocks and between backquotes, without comments."""
-    shell = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.S))
-    inline = re.findall(r"`(deploypipe [^`]+)`", text)
-    called = re.findall(r"(?:^|&& |-m )(deploypipe [^#&\n]+)", shell, re.M)
-    return [tuple(command.replace("\n", " ").split()[1:]) for command in (*called, *inline)]
-
-
-@EVERY
-def test_commands_and_their_options_exist(page: Path) -> None:
-    known = typer.main.get_command(app).commands
-    for first, *words in parsed_commands(page.read_text(encoding="utf-8")):
-        if first.startswith("-") or first == "COMMAND":
-            continue
-        assert first in known, first
-        command, rest = known[first], words
-        if hasattr(command, "commands"):
-            command, rest = command.commands[words[0]], words[1:]
-        taken = {option for parameter in command.params for option in parameter.opts}
-        assert {word.partition("=")[0] for word in rest if word.startswith("--")} - {"--help"} <= taken, (first, rest)
 
 
 def test_the_architecture_page_has_the_rooms_in_the_order_of_the_linter() -> None:
