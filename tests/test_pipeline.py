@@ -1,6 +1,5 @@
 """`compress` from end to end, on a network that takes seconds."""
 
-import fcntl
 import importlib
 import json
 import math
@@ -31,7 +30,8 @@ from deploypipe.files.hashing import digest, file_sha256
 from deploypipe.files.json_records import to_json
 from deploypipe.pipeline import compress
 from deploypipe.recipe import Constraints
-from deploypipe.records import Cached, Event, Finished, Note, Progress, Started, Status, Verdict, Warned
+from deploypipe.records import Cached, Event, Progress, Started, Status, Verdict, Warned
+from deploypipe.records.stages import STAGES
 from deploypipe.runs.load_network import load_pruned
 from deploypipe.runs.result import RunResult, load_result
 from deploypipe.runtimes import RUNTIMES, Session, device_ability
@@ -125,6 +125,9 @@ def test_a_run_ends_in_a_decision(first: tuple[Path, RunResult, bool]) -> None:
     report = result.benchmark
     assert report.compressed.num_macs <= 0.5 * report.dense.num_macs
     assert to_json(load_result(folder)) == to_json(result)
+    order = [stage.name for stage in STAGES]
+    first_times = [order.index(name) for name in dict.fromkeys(stage.stage for stage in result.stages)]
+    assert first_times == sorted(first_times)  # the table of titles holds every stage, in the order of the run
     assert file_sha256(folder / "model.onnx") == report.compressed.file.sha256
     assert (folder / "report.html").stat().st_size > 100_000
     assert verify(folder).is_same and result.golden and result.golden.models == ("model.onnx",)
@@ -231,37 +234,6 @@ def test_runs_for_several_targets_share_what_does_not_depend_on_them(
     assert plans(timed_otherwise) == plans(same)
     for name in ("same", "other"):
         assert verify(tmp_path / name).is_same
-
-
-def test_while_another_run_exports_the_dense_network_this_one_scores_it(
-    dense: nn.Module, first: tuple[Path, RunResult, bool], tmp_path: Path
-) -> None:
-    (exported,) = first[0].glob("*-dense_export-*.json")
-    done: list[str] = []
-    shared = tmp_path / "shared"
-    shared.mkdir()
-    with (shared / f"{exported.stem[3:]}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-
-        def tell(event: Event) -> None:
-            if isinstance(event, Finished):
-                done.append(event.stage)
-            elif isinstance(event, Note) and event.text.startswith("waits for another run"):
-                fcntl.flock(lock, fcntl.LOCK_UN)
-
-        beside = compress(
-            dense,
-            tiny.load_data(),
-            tiny.task(),
-            tiny.recipe(),
-            TARGET,
-            tmp_path / "beside",
-            source="tiny",
-            shared=shared,
-            notify=tell,
-        )
-    assert done.index("curves") < done.index("dense_export") < done.index("baseline")
-    assert plans(beside) == plans(first[1])
 
 
 def test_same_seed_same_plan_in_another_folder(
