@@ -1,6 +1,7 @@
 """What a user of the library sees: names, records that print, and how to get a module back."""
 
 import importlib
+import inspect
 import pkgutil
 import subprocess
 import sys
@@ -26,6 +27,15 @@ def test_every_public_name_can_be_imported_and_is_listed() -> None:
 def test_no_public_name_is_that_of_a_module() -> None:
     """Or importing the module would put it in the function's place."""
     assert not {*deploypipe.__all__} & {module.name for module in pkgutil.iter_modules(deploypipe.__path__)}
+
+
+def test_paths_may_be_text() -> None:
+    """Every argument of a public function that takes a path takes a str, too."""
+    for name in deploypipe.__all__:
+        for parameter in inspect.signature(getattr(deploypipe, name)).parameters.values():
+            annotation = inspect.formatannotation(parameter.annotation)
+            if "Path" in annotation and "Callable" not in annotation:
+                assert "str" in annotation, f"{name}({parameter.name}: {annotation})"
 
 
 def test_to_import_the_package_does_not_import_torch() -> None:

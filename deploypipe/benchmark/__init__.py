@@ -31,7 +31,7 @@ def compare_files(
     dense: ModelFile,
     compressed: ModelFile,
     *,
-    folder: Path,
+    folder: Path | str,
     test_batches: Iterable[Batch],
     task: Task,
     target: Target,
@@ -59,7 +59,7 @@ def compare_files(
         )
     measured, timings, notes = _measure_all(
         files,
-        folder=folder,
+        folder=Path(folder),
         batches=test_batches,
         task=task,
         target=target,

@@ -18,12 +18,13 @@ from deploypipe.untrusted_files.limited_process import ProcessLimits
 from deploypipe.verify import golden_inputs
 
 
-def compare_with_baseline(run: Path, result: RunResult, bundle: Path) -> BaselineComparison:
+def compare_with_baseline(run: Path | str, result: RunResult, bundle: Path | str) -> BaselineComparison:
     """Compare latency by a new interleaved run on one golden sample, and accuracy by the recorded paired results on the
     same test samples. A figure that cannot be compared is None, and a note gives the reason.
 
     Raises BundleError if the bundle was changed, or if the run's files are not those that it measured.
     """
+    run, bundle = Path(run), Path(bundle)
     check_run(run)
     before = load_bundle(bundle)
     drop, why_no_drop = _accuracy_drop(before, result)

@@ -29,7 +29,7 @@ MODEL, ENGINE = "model.onnx", "model.engine"
 
 
 def make_bundle(
-    run: Path, out: Path, *, sign: Callable[[Path], None] | None = None, now: datetime | None = None
+    run: Path | str, out: Path | str, *, sign: Callable[[Path], None] | None = None, now: datetime | None = None
 ) -> Path:
     """Write the bundle of a finished run into `out`, and return its folder.
 
@@ -38,6 +38,7 @@ def make_bundle(
     or not at all; a folder that exists is checked and kept. Raises BundleError if the gate holds the run as of `now`,
     or if a file was changed after the run.
     """
+    run, out = Path(run), Path(out)
     result = load_result(run)
     decision = decide_today(run, result, now or datetime.now(UTC))
     if decision.verdict is not Verdict.SHIP:

@@ -58,8 +58,8 @@ def finetune(
     task: Task,
     settings: Finetune,
     *,
-    checkpoint: Path | None = None,
-    teacher_outputs: Path | None = None,
+    checkpoint: Path | str | None = None,
+    teacher_outputs: Path | str | None = None,
     seed: int = 0,
     notify: Notify = silent,
     ranks: Ranks = ALONE,
@@ -95,7 +95,8 @@ def finetune(
     if settings.num_epochs == 0:
         log = TrainLog(epochs=(), chosen_epoch=0, reason="no epochs asked for", precision=settings.precision)
         return copied(pruned), log
-    lesson = _prepare(pruned, dense, splits, task, settings, steps, ranks, teacher_outputs)
+    checkpoint, outputs = (Path(folder) if folder else None for folder in (checkpoint, teacher_outputs))
+    lesson = _prepare(pruned, dense, splits, task, settings, steps, ranks, outputs)
     state = _State(best=_weights(lesson.student), average=_weights(lesson.student))
     stored, damage = ranks.tell(load_checkpoint(checkpoint) if checkpoint is not None else (None, ""))
     if stored:

@@ -55,12 +55,12 @@ _PRECISION = "fp32"
 def export_onnx(
     model: nn.Module,
     batches: Sequence[Batch],
-    path: Path,
+    path: Path | str,
     settings: Export,
     *,
     origin: Mapping[str, str] | None = None,
     class_names: Sequence[str] = (),
-    template: Path | None = None,
+    template: Path | str | None = None,
     other_inputs: Sequence[Any] | None = None,
 ) -> ModelFile:
     """Write `model` to `path` and return what was written; `ModelFile.path` is the file's name alone.
@@ -82,7 +82,7 @@ def export_onnx(
     axes or an opset that are not possible; ParityError, which names the first module that differs, if the file computes
     something else. After any error, nothing is left at `path` that was not there before.
     """
-    model = unwrapped(model)
+    model, path = unwrapped(model), Path(path)
     if not batches:
         raise DataError("export needs at least one batch to compare the file with the network; none was given")
     network = _copy_for_export(model)
@@ -101,7 +101,7 @@ def export_onnx(
         program = _export(network, inputs[0], names, output_names, axes, settings)
         if template is not None and is_single:
             with _quiet():
-                write_template(program.model_proto, program, output_names, template)
+                write_template(program.model_proto, program, output_names, Path(template))
         with _quiet():
             program.optimize()
         points = module_outputs(program.exported_program, network, output_names)

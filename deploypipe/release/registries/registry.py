@@ -26,7 +26,7 @@ _ALIASES, _LOCK = "aliases.json", ".lock"
 _MAX_BYTES = 2**20  # of the aliases
 
 
-def promote(bundle: Path, registry: str, alias: str) -> int:
+def promote(bundle: Path | str, registry: Path | str, alias: str) -> int:
     """Copy the bundle in, unless it is there, point `alias` to it, and return the number of its version.
 
     The same call again changes nothing. Raises BundleError if a file differs from the bundle's manifest, or if the
@@ -34,8 +34,8 @@ def promote(bundle: Path, registry: str, alias: str) -> int:
     """
     if problem := name_problem(alias):
         raise BundleError(f"the alias {problem}")
+    bundle, registry = Path(bundle), str(registry).removeprefix(_FOLDER)
     manifest = check_manifest(bundle)
-    registry = registry.removeprefix(_FOLDER)
     if registry.rstrip("/") == _MLFLOW:
         from deploypipe.release.registries import mlflow_registry
 
