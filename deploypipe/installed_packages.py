@@ -1,6 +1,6 @@
-"""Installed packages: name and version of what is imported, whichever distribution brought it.
+"""Installed packages: the name and version of the distribution behind an import.
 
-Needs the standard library only, so that a device with numpy and onnxruntime can use it.
+Standard library only, so that it works on a device with only numpy and onnxruntime.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class Package:
 
 
 def find_package(module: str) -> Package:
-    """The distribution that `import module` loads; RuntimeUnavailableError where onnxruntime is asked for and absent.
+    """The distribution that `import module` loads; RuntimeUnavailableError if it is onnxruntime and missing.
 
     Several distributions bring a module called onnxruntime, so that one says itself what it is. The others are looked
     up under their own name, which is fast; where that fails (a source tree, a renamed build) the module is asked.

@@ -1,4 +1,4 @@
-"""The memory order of images: channels last where a network runs in it, and one convolution that must not meet it."""
+"""The memory order of images: channels last if a network runs in it, with a workaround for one unsafe convolution."""
 
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -14,7 +14,7 @@ Arrange: TypeAlias = Callable[[Any], Any]  # a batch of inputs -> the same batch
 
 
 def as_given(inputs: Any) -> Any:
-    """A batch of inputs in the memory order it came in."""
+    """Keep a batch of inputs in its memory order."""
     return inputs
 
 
@@ -36,7 +36,7 @@ def find_order(model: nn.Module, inputs: Any) -> Arrange:
 
 
 def find_order_(model: nn.Module, inputs: Any) -> Arrange:
-    """As `find_order`, with the weights of the model in the same order: faster for many passes."""
+    """Like `find_order`, and put the weights of the model in the same order: faster for many passes."""
     if channels_last(inputs) is inputs:
         return as_given
     _order_weights_(model, torch.channels_last)

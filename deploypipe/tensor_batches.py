@@ -1,7 +1,7 @@
-"""Batches held in memory: the quickest way to give a pipeline its splits.
+"""Batches held in memory: the simplest splits for a pipeline.
 
-Order and augmentation depend on (seed, epoch) alone and never on a global generator, so that a run that was interrupted
-and continued sees what an uninterrupted one sees.
+Order and augmentation depend only on (seed, epoch), never on a global generator, so that a resumed run sees the same
+batches as an uninterrupted one.
 """
 
 import hashlib
@@ -22,9 +22,9 @@ Augment: TypeAlias = Callable[[Tensor, torch.Generator], Tensor]
 
 
 class TensorBatches:
-    """Two tensors of equal length, in batches, as often as one likes.
+    """Two tensors of equal length in batches; can be iterated many times.
 
-    Without `shuffle` and `augment` every pass is the same. With them a pass follows from (seed, epoch): say
+    Without `shuffle` and `augment`, every pass is the same. With them, a pass depends on (seed, epoch): call
     `set_epoch(epoch)` before it.
     """
 
@@ -39,9 +39,9 @@ class TensorBatches:
         seed: int = 0,
     ) -> None:
         if len(inputs) != len(targets):
-            raise DataError(f"{len(inputs)} inputs against {len(targets)} targets; give one target for each input")
+            raise DataError(f"{len(inputs)} inputs but {len(targets)} targets; give one target for each input")
         if batch_size < 1:
-            raise DataError(f"batch_size = {batch_size} makes no batches; write 1 or more")
+            raise DataError(f"batch_size must be >= 1, got {batch_size}; write 1 or more")
         self.inputs, self.targets, self.batch_size = inputs, targets, batch_size
         self.shuffle, self.augment, self.seed = shuffle, augment, seed
         self.epoch = 0
@@ -88,11 +88,10 @@ def random_crop_flip(padding: int, *, flip: bool = True) -> Augment:
 
 
 def fingerprints(splits: Splits, see: Callable[[Any], object] = lambda _: None) -> dict[str, str]:
-    """A hash of each split: of all of calib and val, of the first batch of test, and of all lengths; the global
-    generator rests.
+    """A hash of each split: all of calib and val, the first batch of test, and all lengths.
 
-    The training split is named by its length only: its batches may differ from pass to pass. see: is called with the
-    inputs of every batch of calib and val.
+    Of train only the length counts, because its batches may differ between passes. The global generator does not
+    change. see: called with the inputs of every batch of calib and val.
     """
     found = {}
     with torch.random.fork_rng(devices=[]):
@@ -114,7 +113,7 @@ def fingerprint(splits: Splits) -> str:
 
 
 def fingerprint_of(split: Iterable[Batch]) -> str:
-    """A hash of all that a split gives."""
+    """A hash of all batches of a split."""
     sha = hashlib.sha256()
     for inputs, target in split:
         _hash_into(sha, inputs)

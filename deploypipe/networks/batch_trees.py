@@ -1,6 +1,6 @@
-"""Batches, inputs and outputs as trees: containers that may be nested, with tensors and other values as leaves.
+"""Batches, inputs and outputs as trees: nested containers with tensors and other values as leaves.
 
-A container is a tuple, a NamedTuple, a list, a mapping or a dataclass; its class is kept where a tree is rebuilt.
+A container is a tuple, a NamedTuple, a list, a mapping or a dataclass. A rebuilt tree keeps its classes.
 """
 
 import copy
@@ -21,7 +21,7 @@ class Leaf:
 
 
 def leaves(tree: Any, name: str = "inputs") -> Iterator[Leaf]:
-    """The leaves in order; `name` is what the tree itself is called."""
+    """The leaves in order. name: the name of the tree itself in their places."""
     keys = _keys(tree)
     if keys is None:
         yield Leaf(place=name, value=tree)
@@ -31,7 +31,7 @@ def leaves(tree: Any, name: str = "inputs") -> Iterator[Leaf]:
 
 
 def path_leaves(name: str, tree: Any) -> Iterator[Leaf]:
-    """The leaves with places that files use: `cond.text`, `extra.0`."""
+    """The leaves, with places in the form used in files: `cond.text`, `extra.0`."""
     for leaf in leaves(tree, ""):
         yield Leaf(place=name + re.sub(r"""\["?(.*?)"?\]""", r".\1", leaf.place), value=leaf.value)
 
@@ -56,8 +56,8 @@ def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
 
 
 def constants_in_lists(tree: Any) -> Any:
-    """The same tree with a list for every tuple that holds no tensor: torch's ONNX exporter takes a tuple of None in
-    its dynamic shapes for axes, and makes a list of it."""
+    """The same tree with a list for every tuple without tensors: torch's ONNX exporter treats a tuple of None in its
+    dynamic shapes as axes, and makes it a list."""
     if isinstance(tree, Tensor) or _keys(tree) is None:
         return tree
     parts = [constants_in_lists(part) for part in _parts(tree)]
@@ -65,7 +65,7 @@ def constants_in_lists(tree: Any) -> Any:
 
 
 def as_plain(tree: Any) -> Any:
-    """The same tree of tuples, lists and dicts alone; fields of dataclasses that are None are left out."""
+    """The same tree made of tuples, lists and dicts only, without fields of dataclasses that are None."""
     if isinstance(tree, Tensor) or _keys(tree) is None:
         return tree
     parts = [as_plain(part) for part in _parts(tree)]
@@ -78,12 +78,12 @@ def as_plain(tree: Any) -> Any:
 
 
 def structure(tree: Any) -> tuple[str, ...]:
-    """The places of the leaves: equal for two trees that are built alike."""
+    """The places of the leaves: equal for two trees of the same structure."""
     return tuple(leaf.place for leaf in leaves(tree))
 
 
 def same_value(one: Any, other: Any) -> bool:
-    """Whether two leaves that are no tensors are equal; of classes that are unknown, only an object equals itself."""
+    """Whether two leaves other than tensors are equal. An object of an unknown class equals only itself."""
     if type(one) is not type(other):
         return False
     if one is None or isinstance(one, (bool, int, float, complex, str, bytes)):
@@ -92,7 +92,7 @@ def same_value(one: Any, other: Any) -> bool:
 
 
 def _keys(tree: Any) -> list[str] | None:
-    """How each part is reached from its container; None for a leaf."""
+    """The key of each part of a container, as Python code; None for a leaf."""
     if isinstance(tree, Tensor):
         return None
     if isinstance(tree, (tuple, list)):

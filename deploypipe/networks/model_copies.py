@@ -1,4 +1,4 @@
-"""Copies of networks, whatever their modules keep in attributes."""
+"""Copy networks, with any objects that their modules keep in attributes."""
 
 from collections.abc import Iterator
 from copy import deepcopy
@@ -14,8 +14,8 @@ from deploypipe.files.exhausted_resources import raise_if_exhausted
 def copied(model: nn.Module, known: dict[int, Any] | None = None) -> nn.Module:
     """A deep copy. Tensors that a forward pass left in attributes are copied without their history.
 
-    known: id -> what stands for that object in the copy, as the memo of `copy.deepcopy`. Raises ModelError, which names
-    the attribute, where something in the network cannot be copied (an open file, a lock).
+    known: object id -> its replacement in the copy, the memo of `copy.deepcopy`. Raises ModelError, which names the
+    attribute, if something in the network cannot be copied (an open file, a lock).
     """
     known = {} if known is None else known
     for held in _tensors_and_packages(model):
@@ -36,7 +36,7 @@ def copied(model: nn.Module, known: dict[int, Any] | None = None) -> nn.Module:
 
 
 def _tensors_and_packages(model: nn.Module) -> Iterator[Any]:
-    """Those in attributes of modules and of other objects, also inside of containers."""
+    """All tensors and packages in attributes of modules and other objects, also inside containers."""
     todo: list[Any] = [model]
     seen: dict[int, Any] = {}
     while todo:
@@ -51,7 +51,7 @@ def _tensors_and_packages(model: nn.Module) -> Iterator[Any]:
 
 
 def _contents(value: Any) -> list[Any]:
-    """Read without any code of the object's own class."""
+    """The parts of an object, read without running code of its class."""
     kind = type(value)
     if issubclass(kind, type):
         return []

@@ -1,7 +1,7 @@
-"""Networks inside of wrappers, such as those of several devices and of torch.compile; and what cannot be pruned.
+"""Remove wrappers around networks, such as DataParallel and torch.compile, and reject networks that cannot be pruned.
 
 A wrapper adds a prefix to every name of the state dict, hides the layers from hooks, or runs code that was compiled for
-the sizes before. Every function that is given a network calls `unwrapped` first.
+the earlier sizes. Every function that accepts a network calls `unwrapped` first.
 """
 
 from functools import cache
@@ -30,8 +30,8 @@ _STUBS = "torch.ao.quantization.stubs"  # mark where a float network will be qua
 def unwrapped(model: nn.Module) -> nn.Module:
     """The network without nn.DataParallel, DistributedDataParallel, AveragedModel and torch.compile, wherever they are.
 
-    It has the same parameters and buffers as `model`, which is left as it was. ModelError, which names the part and the
-    remedy, for what is not a network, and for TorchScript, exported, quantised and sharded networks.
+    It shares parameters and buffers with `model`, which does not change. ModelError, with the part and the remedy, if
+    it is not a network, or is a TorchScript, exported, quantised or sharded one.
     """
     if isinstance(model, torch.export.ExportedProgram):
         raise ModelError("the network is a torch.export program; give the torch.nn.Module that it was exported from")
@@ -49,7 +49,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _without_wrappers(model: nn.Module) -> nn.Module:
-    """A copy of the modules, not of their tensors. Copies leave out what `module.compile()` compiled."""
+    """Copy the modules, but not their tensors. Copies do not have the code compiled by `module.compile()`."""
     known: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
     for _, module in sorted(model.named_modules(), key=lambda item: -item[0].count(".")):  # innermost first
         inner = _inside(module)
@@ -59,7 +59,7 @@ def _without_wrappers(model: nn.Module) -> nn.Module:
 
 
 def _inside(module: nn.Module) -> nn.Module | None:
-    """What a wrapper holds; None for everything else."""
+    """The network inside a wrapper; None for any other module."""
     if isinstance(module, DataParallel | DistributedDataParallel | torch.optim.swa_utils.AveragedModel):
         inner: nn.Module = module.module
         return inner
@@ -73,7 +73,7 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def _refusal(module: nn.Module) -> str:
-    """Why no network with this part can be pruned; "" where it can."""
+    """Why a network with this part cannot be pruned; "" if it can."""
     kind = type(module).__name__
     if isinstance(module, torch.jit.ScriptModule):
         return "a TorchScript module (torch.jit.script or trace); give the Python network that it was made from"
@@ -103,5 +103,5 @@ def _comes_from(kind: type, packages: tuple[str, ...]) -> bool:
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
-    """Weights of torchao or of DTensor are subclasses that compute in their own way."""
+    """Whether a tensor is not quantised and not of a subclass that computes in its own way (torchao, DTensor)."""
     return not tensor.is_quantized and type(tensor.data) is torch.Tensor

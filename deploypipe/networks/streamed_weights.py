@@ -1,4 +1,4 @@
-"""Weights that stay in their file until they are read: networks that do not fit into memory twice."""
+"""Read weights from their file only when needed, for networks that do not fit into memory twice."""
 
 import json
 import warnings
@@ -20,7 +20,7 @@ class WeightFiles:
     """The tensors of `.safetensors` files, or of those that an index (`*.safetensors.index.json`) names, by name."""
 
     def __init__(self, *paths: Path) -> None:
-        """Raises ModelError where a file is absent or is not what its name says."""
+        """Raises ModelError if a file is missing or not of the kind that its name says."""
         self.path = paths[0] if len(paths) == 1 else paths[0].parent
         self._files: dict[str, Path] = {}
         for path in paths:
@@ -31,9 +31,9 @@ class WeightFiles:
         return tuple(self._files)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Views of the files: memory is taken when a tensor is looked at, and given back with the last of them.
+        """Views of the files: memory is used when a tensor is read, and freed with the last view.
 
-        Raises ModelError naming the first tensor that there is not.
+        Raises ModelError with the name of the first missing tensor.
         """
         found: dict[str, Tensor] = {}
         wanted = list(names)
@@ -60,7 +60,7 @@ class WeightFiles:
                 _set_(module, other, module.get_parameter(name))
 
     def read_of(self, module: nn.Module, names: Iterable[str], prefix: str = "") -> dict[str, Tensor]:
-        """Those of the state dict of `module`, by their names in it."""
+        """The tensors for the state dict of `module`, by their names in it."""
         known = {name: self._known_as(module, name, prefix) for name in names}
         found = self.read(dict.fromkeys(known.values()))
         return {name: found[stored] for name, stored in known.items()}
@@ -101,7 +101,7 @@ def without_weights() -> Iterator[None]:
 
 @contextmanager
 def streamed(model: nn.Module, files: WeightFiles, blocks: Sequence[str]) -> Iterator[None]:
-    """A network made `without_weights` can be called meanwhile: its blocks have theirs only while they run."""
+    """Inside, a network made `without_weights` can be called: each block has its weights only while it runs."""
     state, hooks = model.state_dict(), []
     outside = [name for name in state if not any(name.startswith(f"{block}.") for block in blocks)]
     try:
@@ -125,7 +125,7 @@ def _drop_after(block: nn.Module, *_: Any) -> None:
 
 
 def _drop_weights_(module: nn.Module) -> None:
-    """Give the memory of all parameters back; their shapes stay."""
+    """Free the memory of all parameters; their shapes stay."""
     tied = _tied(module)
     for name, parameter in list(module.named_parameters()):
         _set_(module, name, nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad))

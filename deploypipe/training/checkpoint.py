@@ -1,4 +1,4 @@
-"""Checkpoints of a training: one file per epoch, written whole or not at all, with a hash of all that it holds."""
+"""Checkpoints of a training: one file per epoch, written whole or not at all, with a hash of its contents."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +19,7 @@ _LOG, _DIGEST = "log", "digest"
 
 
 def store_checkpoint(folder: Path, log: TrainLog, tensors: Mapping[str, Tensor]) -> None:
-    """Write the state after the last epoch of `log`; the older files go."""
+    """Write the state after the last epoch of `log`, and delete older checkpoints."""
     epoch, text = len(log.epochs) - 1, to_json(log)
     part = folder / f".epoch-{epoch}.part"
     contents = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
@@ -31,16 +31,16 @@ def store_checkpoint(folder: Path, log: TrainLog, tensors: Mapping[str, Tensor])
 
 
 def load_checkpoint(folder: Path) -> tuple[Checkpoint | None, str]:
-    """The newest checkpoint in `folder`; None where there is none, or where it is damaged, which the text then says."""
+    """The newest checkpoint in `folder`; None if there is none, or if it is damaged, which the text then reports."""
     files = sorted(folder.glob("epoch-*.safetensors"), key=lambda path: int(path.stem.removeprefix("epoch-")))
     if not files:
         return None, ""
     try:
         with safe_open(files[-1], framework="pt") as stored:
-            told = stored.metadata() or {}
+            metadata = stored.metadata() or {}
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (a file, not a mapping)
-        if told[_DIGEST] == _digest(told[_LOG], tensors):
-            return (from_json(TrainLog, told[_LOG], str(files[-1])), tensors), ""
+        if metadata[_DIGEST] == _digest(metadata[_LOG], tensors):
+            return (from_json(TrainLog, metadata[_LOG], str(files[-1])), tensors), ""
     except (OSError, SafetensorError, KeyError, ConfigError):
         pass
     return None, f"the checkpoint {files[-1].name} was damaged, so the training began again"

@@ -176,7 +176,7 @@ def _prepare(
 def _train_epoch(
     lesson: "_Lesson", state: "_State", batches: Iterable[Batch], epoch: int, notify: Notify
 ) -> tuple[float, list[Tensor]]:
-    """A step for each batch; the last learning rate, and the losses of this rank."""
+    """Train one step for each batch; return the last learning rate and the losses of this rank."""
     settings, optimizer, total = lesson.settings, lesson.optimizer, lesson.settings.num_epochs * lesson.steps
     rate, losses = 0.0, []
     lesson.model.train()
@@ -236,7 +236,7 @@ def learning_rate(settings: Finetune, step: int, num_steps: int) -> float:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Lesson:
-    """What stays the same from step to step."""
+    """The parts of a training that do not change between steps."""
 
     fabric: Fabric
     ranks: Ranks
@@ -252,7 +252,7 @@ class _Lesson:
 
 
 def _backward(lesson: _Lesson, batch: Batch, step: int) -> Tensor:
-    """Leave the gradients of the batch's loss in the model. The mean over the ranks of what it returns is that loss."""
+    """Leave the gradients of the batch's loss in the model. The mean of the returned value over ranks is that loss."""
     if lesson.ranks.count == 1:
         batch = lesson.fabric.to_device(batch)  # once, not again for the samples that are mixed in
     share = _draw_share(batch[0], lesson.settings.mix_share)
@@ -291,13 +291,13 @@ def _distilled_loss(lesson: _Lesson, batch: Batch, part: Part, share: float) -> 
     if weight == 0:
         return loss
     with torch.no_grad(), lesson.fabric.autocast():
-        taught = lesson.teacher(inputs)
+        expected = lesson.teacher(inputs)
     assert task.distillation_loss is not None
-    return (1 - weight) * loss + weight * task.distillation_loss(outputs, taught, temperature)
+    return (1 - weight) * loss + weight * task.distillation_loss(outputs, expected, temperature)
 
 
 def _require_finite(lesson: _Lesson, batch: Batch, step: Step, loss: float, norm: Any) -> None:
-    """DataError where the step's loss or its gradients are not finite; on all ranks, which share the gradients."""
+    """Raise DataError if the step's loss or gradients are not finite; on all ranks, which share the gradients."""
     if math.isfinite(loss) and math.isfinite(float(norm)):
         return
     to_device = lesson.fabric.to_device
@@ -320,10 +320,10 @@ def _with_distillation_loss(fabric: Fabric, teacher: Teacher, splits: Splits, ta
 
 
 def _draw_share(inputs: Any, largest: float) -> float:
-    """How much of another sample is mixed into each of a batch (mixup, arXiv:1710.09412).
+    """The share of another sample to mix into each sample of a batch (mixup, arXiv:1710.09412).
 
-    The dense network remembers the training samples and says little more about them than their labels; about mixed ones
-    it has to say what it sees (arXiv:2106.05237).
+    The dense network has memorised the training samples, and its outputs for them say little more than their labels.
+    Its outputs for mixed samples say more (arXiv:2106.05237).
     """
     size = num_samples(inputs)
     if not largest or not all(t.is_floating_point() for t in tensors(inputs) if has_batch_axis(t, size)):
@@ -333,7 +333,7 @@ def _draw_share(inputs: Any, largest: float) -> float:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Shuffling and dropout inside depend on the seed alone; the caller's generator is given back."""
+    """Inside, shuffling and dropout depend on the seed alone; afterwards the caller's random state is restored."""
     gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=gpus):
         torch.manual_seed(seed)
@@ -341,12 +341,12 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def _own_dropout(ranks: Ranks, step: int) -> AbstractContextManager[None]:
-    """What a network draws inside is its rank's own: order and mixing depend neither on the rank nor on the network."""
+    """Give each rank random numbers of its own, so that order and mixing do not depend on the rank or the network."""
     return _seeded(torch.initial_seed() + 1 + step * ranks.count + ranks.rank)
 
 
 def _in_one_order(ranks: Ranks, batches: Iterable[Batch], epoch: int) -> Iterator[Batch]:
-    """The batches of an epoch; RanksError where another rank begins with another one."""
+    """The batches of an epoch; RanksError if ranks start with different batches."""
     for number, (inputs, target) in enumerate(batches):
         if number == 0 and ranks.count > 1:
             ranks.check_equal(
@@ -361,10 +361,10 @@ def _mean(ranks: Ranks, losses: list[Tensor]) -> float:
 
 
 def _validate(lesson: _Lesson, splits: Splits) -> NDArray[np.float64]:
-    """(samples,) metric on val; whole batches are shared out to the ranks."""
+    """The metric of each val sample, (samples,). Whole batches are distributed over the ranks."""
     ranks, to_device = lesson.ranks, lesson.fabric.to_device
     lesson.model.eval()
-    # Compiling once more, for this, would not pay.
+    # Compiling again for validation would take longer than it saves.
     eager = torch.compiler.set_stance("force_eager") if lesson.settings.compile else nullcontext()
     with torch.no_grad(), eager:
         own = {
@@ -377,7 +377,7 @@ def _validate(lesson: _Lesson, splits: Splits) -> NDArray[np.float64]:
 
 
 def _is_worse(results: NDArray[np.float64], top: NDArray[np.float64]) -> bool:
-    """Whether val tells that an epoch is worse than another, both (samples,)."""
+    """Whether an epoch's val results are worse than another's, both (samples,)."""
     if not np.isfinite(results).all():
         return True
     if _mean_or_least(results) >= _mean_or_least(top):
@@ -394,7 +394,7 @@ def _mean_or_least(results: NDArray[np.float64]) -> float:
 
 @dataclass(slots=True)
 class _State:
-    """What a resumed training needs beside the model and the optimizer."""
+    """The state of a training, apart from the model and the optimizer, that a resumed one needs."""
 
     best: dict[str, Tensor]
     average: dict[str, Tensor]
@@ -422,7 +422,7 @@ def _average_(average: dict[str, Tensor], model: nn.Module, decay: float) -> Non
 
 
 def _agree_(average: dict[str, Tensor], ranks: Ranks) -> None:
-    """All ranks take the first one's: batch norms on processors saw other samples elsewhere."""
+    """Copy rank 0's average to all ranks: on CPUs, batch norms of other ranks saw other samples."""
     if ranks.count > 1:
         for name, tensor in ranks.tell({n: t.cpu() for n, t in average.items()}).items():
             average[name].copy_(tensor)
@@ -430,7 +430,7 @@ def _agree_(average: dict[str, Tensor], ranks: Ranks) -> None:
 
 @contextmanager
 def _holding(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
-    """The model with other weights, for as long as the block lasts."""
+    """Give the model other weights inside the block."""
     own = _weights(model)
     model.load_state_dict(weights)
     try:
@@ -450,7 +450,7 @@ def _store(state: _State, model: nn.Module, optimizer: Any, folder: Path) -> Non
 
 
 def _restore_(state: _State, model: nn.Module, optimizer: Any, stored: Checkpoint) -> None:
-    """Go on from a checkpoint."""
+    """Restore the state of a checkpoint."""
     log, flat = stored
 
     def part(prefix: str) -> dict[str, Tensor]:
@@ -481,7 +481,7 @@ def _count_batches(ranks: Ranks, splits: Splits) -> int:
 
 
 def least_samples(model: nn.Module, inputs: Any) -> int:
-    """How many samples a batch needs: two where the network cannot be trained on one, as batch norms of vectors."""
+    """The number of samples that a batch needs: 2 if one sample fails, like batch norms of vectors; otherwise 1."""
     probe = copied(model).train()
     try:
         with torch.no_grad(), _seeded(0):
@@ -492,7 +492,7 @@ def least_samples(model: nn.Module, inputs: Any) -> int:
 
 
 def _tell_epoch(batches: Any, epoch: int) -> None:
-    """Loaders with `set_epoch` (ours, DistributedSampler's) draw an order that depends on the epoch alone."""
+    """Call `set_epoch`: loaders with it (ours, DistributedSampler) draw an order that depends on the epoch alone."""
     batches.set_epoch(epoch)
 
 
@@ -502,7 +502,7 @@ def _compiled(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def _compiling(settings: Finetune) -> Iterator[None]:
-    """ModelError where the network should be compiled, and cannot be."""
+    """Raise ModelError if torch.compile fails on the network."""
     if not settings.compile:
         yield
         return

@@ -1,4 +1,4 @@
-"""Fine-tuning on all ranks of a job: rank 0 says what to train, the others replay the plan and train along."""
+"""Fine-tune on all ranks: rank 0 sends the plan and weights, the others replay the plan and train along."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from deploypipe.training.ranks import ALONE, Ranks
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Job:
-    """One fine-tuning, as rank 0 hands it out."""
+    """One fine-tuning that rank 0 sends to the others."""
 
     plan: PruningPlan
     weights: dict[str, Tensor]  # of the repaired network
@@ -32,7 +32,7 @@ class _Job:
 
 
 def agree(ranks: Ranks, model: nn.Module, splits: Splits, source: str) -> None:
-    """RanksError on all ranks unless they have the same pipeline, network and data, and a batch enough for all."""
+    """Raise RanksError on all ranks unless pipeline, network and data are the same, and batches large enough."""
     if ranks.count == 1:
         return
     ranks.check_equal(
@@ -62,9 +62,9 @@ def finetune_together(
     notify: Notify = silent,
     ranks: Ranks = ALONE,
 ) -> tuple[nn.Module, TrainLog]:
-    """`finetune` on all ranks, called on rank 0 while the others are at `serve`. `plan` made `pruned` of `dense`.
+    """Run `finetune` on all ranks. Called on rank 0 while the others run `serve`. `plan` turned `dense` into `pruned`.
 
-    RanksError on all of them where the plan gives another network elsewhere, or where a rank has ended.
+    RanksError on all ranks if the plan gives another network on one of them, or if one has ended.
     """
     if ranks.count > 1:
         ranks.tell(_Job(plan=plan, weights=own_weights(pruned), settings=settings, seed=seed))
@@ -85,7 +85,7 @@ def finetune_together(
 
 
 def serve(ranks: Ranks, model: nn.Module, splits: Splits, task: Task) -> None:
-    """The work of a rank that is not the first: train what rank 0 hands out, until it dismisses them or has ended.
+    """The work of a rank other than 0: train what rank 0 sends, until rank 0 dismisses it or ends.
 
     RanksError as in `finetune_together`.
     """
@@ -99,7 +99,7 @@ def serve(ranks: Ranks, model: nn.Module, splits: Splits, task: Task) -> None:
 
 
 def dismiss(ranks: Ranks) -> None:
-    """Rank 0 has nothing more to train."""
+    """End `serve` on the other ranks: rank 0 has nothing more to train."""
     ranks.tell(None)
 
 

@@ -1,4 +1,4 @@
-"""A training that cannot go on: where numbers that are not finite came from, and what to do."""
+"""Explain NaN or infinity in a training: where it came from, and what to do."""
 
 import math
 from collections.abc import Callable
@@ -19,7 +19,7 @@ _MAX_NAMED = 5  # samples
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
-    """One step of a training, as an error names it."""
+    """The step of a training that an error names."""
 
     number: int  # of the whole training, from 1
     epoch: int
@@ -28,7 +28,7 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Suspects:
-    """What may have made a loss or a gradient that is not finite."""
+    """The possible causes of a loss or gradient that is not finite."""
 
     student: nn.Module
     run_student: Callable[[Any], Any]
@@ -38,7 +38,7 @@ class Suspects:
 
 
 def lost(suspects: Suspects, batch: Batch, step: Step, loss: float, norm: float) -> DataError:
-    """The error for a step whose loss or gradients are not finite: where, and the first cause that is found."""
+    """The error for a step whose loss or gradients are not finite: the step, and the first cause found."""
     seen = f"the norm of the gradients is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
     place = f"epoch {step.epoch}, step {step.number} (batch {step.batch} of the epoch)"
     return DataError(f"fine-tuning: {seen} in {place}: {_cause(suspects, batch)}")

@@ -1,6 +1,6 @@
-"""The processes that torchrun starts, one on each GPU: who is who, and what they tell each other.
+"""The processes (ranks) that torchrun starts, one on each GPU, and their communication.
 
-Rank 0 leads: it runs the pipeline, writes and prints. The only module that knows torch.distributed.
+Rank 0 leads: it runs the pipeline, writes and prints. The only module that uses torch.distributed.
 """
 
 import atexit
@@ -34,7 +34,7 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Part:
-    """Samples of a batch that are passed at once, and what their mean loss counts in that of the whole batch."""
+    """Samples of a batch that are passed at once, and the weight of their mean loss in that of the whole batch."""
 
     start: int
     end: int  # one past the last
@@ -43,7 +43,7 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ranks:
-    """The processes of one job. `rank` is the number of this one, from 0 to before `count`."""
+    """The processes that torchrun started together. `rank` is this one's number, from 0 to count - 1."""
 
     rank: int = 0
     count: int = 1
@@ -56,10 +56,10 @@ class Ranks:
         """Rank 0's value, on every rank."""
         if self.count == 1:
             return value
-        told = [value]
+        values = [value]
         with self.watched():
-            dist.broadcast_object_list(told, src=0)
-        return told[0]
+            dist.broadcast_object_list(values, src=0)
+        return values[0]
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value in the order of the ranks, on every rank."""
@@ -71,7 +71,7 @@ class Ranks:
         return values
 
     def check_equal(self, facts: Mapping[str, str], remedy: str) -> None:
-        """RanksError, on every rank, that names what differs: `facts` are hashes or numbers by the things' names."""
+        """Raise RanksError, on every rank, naming what differs. facts: a hash or number for each name."""
         expected, *others = self.gather(dict(facts))
         for rank, seen in enumerate(others, start=1):
             differing = [f"{name} ({seen[name]}, not {fact})" for name, fact in expected.items() if seen[name] != fact]
@@ -80,7 +80,7 @@ class Ranks:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """What torch raises where another rank has ended becomes a RanksError."""
+        """Turn torch's error for a rank that has ended into a RanksError."""
         try:
             yield
         except RuntimeError as error:
@@ -92,8 +92,8 @@ class Ranks:
 
     @contextmanager
     def in_turn(self) -> Iterator[None]:
-        """Rank 0 goes through the block before the others: they find what it downloads or trains, and it says alone
-        what is wrong."""
+        """Rank 0 runs the block before the others, so that they find what it downloads or trains, and only it reports
+        an error."""
         if not self.is_first:
             self.gather("rank 0 is through")
         yield
@@ -101,10 +101,10 @@ class Ranks:
             self.gather("rank 0 is through")
 
     def parts(self, num_samples: int, num_parts: int, least: int = 1) -> list[Part]:
-        """This rank's samples of a batch, in `num_parts` parts or fewer, each of `least` samples or more.
+        """This rank's samples of a batch, in at most `num_parts` parts, each of at least `least` samples.
 
-        The mean over the ranks of the sum of weight * (mean loss of a part) is the mean loss of the batch. Of a batch
-        with too few samples for all ranks every rank passes all.
+        The mean over the ranks of the sum of weight * (mean loss of a part) is the mean loss of the batch. If a batch
+        has too few samples for all ranks, every rank passes all of it.
         """
         sharing = self.count if num_samples >= self.count * least else 1
         rank = self.rank % sharing
@@ -137,7 +137,7 @@ class Ranks:
     def with_shared_norms(self, model: nn.Module) -> nn.Module:
         """The model with batch norms that see the whole batch; on CPUs, for which torch has none, each sees its part.
 
-        Works in place. Subclasses of torch's batch norms stay as they are: what they do besides would be lost.
+        Works in place. Subclasses of torch's batch norms are kept, because their own behaviour would be lost.
         """
         if self.count > 1 and torch.cuda.is_available():
             share_norms_(model)
@@ -155,9 +155,9 @@ def share_norms_(model: nn.Module) -> None:
 
 
 def join() -> Ranks:
-    """The ranks of the job that this process belongs to until it ends; `ALONE` where torchrun started no others.
+    """Join the processes that torchrun started, until this one ends; `ALONE` if there are no others.
 
-    ConfigError where a machine has more ranks than GPUs.
+    ConfigError if a machine has more ranks than GPUs.
     """
     if not dist.is_available() or not dist.is_torchelastic_launched() or os.environ["WORLD_SIZE"] == "1":
         return ALONE

@@ -1,4 +1,4 @@
-"""The dense network as a teacher, and what it answered: other plans, also for other targets, learn from the same."""
+"""The dense network as a teacher. Its outputs are stored, so that trainings of other plans and targets reuse them."""
 
 import hashlib
 import os
@@ -19,12 +19,11 @@ _MAX_BYTES = 2**30  # in a folder
 
 
 class Teacher:
-    """Calls `dense` for a batch's outputs, unless they are in its folder.
+    """Reads a batch's outputs from its folder, or computes them with `dense`.
 
-    A folder belongs to one dense network and precision of its arithmetic. It holds a file for each epoch: the outputs
-    of its batches, by what was in them. The first training writes it at the epoch's end, those after it read it, and
-    what a file does not hold is computed. Where the outputs of all epochs take more than 1 GiB, or are several
-    tensors, the rest is not kept.
+    A folder belongs to one dense network and one arithmetic precision. It holds a file for each epoch with the outputs
+    of its batches, by a hash of their inputs. The first training writes the file at the end of the epoch, and later
+    ones read it; missing outputs are computed. Outputs beyond 1 GiB in all, or in several tensors, are not kept.
     """
 
     def __init__(self, dense: nn.Module, folder: Path | None = None) -> None:
@@ -35,7 +34,7 @@ class Teacher:
 
     @contextmanager
     def epoch(self, number: int) -> Iterator[None]:
-        """Around the batches of an epoch. What it learned is kept only if the block ends without an error."""
+        """Around the batches of an epoch. New outputs are stored only if the block ends without an error."""
         if self.folder is None:
             yield
             return
@@ -65,12 +64,12 @@ class Teacher:
         if not isinstance(outputs, Tensor) or outputs.nbytes > self._room:
             self._new = None  # for the rest of the epoch
             return
-        new[name] = outputs.contiguous().clone()  # it may lie in a tensor that all answers share
+        new[name] = outputs.contiguous().clone()  # outputs may share one tensor
         self._room -= outputs.nbytes
 
 
 def digest_of(value: Any) -> str:
-    """A hash of the tensors of a batch, or of any tree, with their shapes and types, and of all that is no tensor."""
+    """A hash of a batch or any tree: its tensors with their shapes and types, and all other values."""
     digest = hashlib.blake2b(digest_size=16)
     for leaf in leaves(value):
         if isinstance(tensor := leaf.value, Tensor):
@@ -82,7 +81,7 @@ def digest_of(value: Any) -> str:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    """Nothing where there is no file, or a damaged one."""
+    """The stored outputs; empty if the file is missing or damaged."""
     try:
         with safe_open(path, framework="pt") as stored:
             outputs = {name: stored.get_tensor(name) for name in sorted(stored.keys())}

@@ -1,4 +1,4 @@
-"""The arithmetic of a training: bf16 only where the processor or GPU computes in it; emulated it is far slower."""
+"""The arithmetic of a training: bf16 only if the processor or GPU computes in it, because emulation is far slower."""
 
 from dataclasses import replace
 from typing import Literal, TypeAlias
@@ -14,7 +14,7 @@ _X86, _ARM = ("avx512_bf16", "amx_bf16"), ("bf16",)
 
 
 def native_precision() -> tuple[Precision, str]:
-    """What "auto" means on this machine, and why."""
+    """The precision that "auto" means on this machine, and the reason."""
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
         has_it = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -31,5 +31,5 @@ def native_precision() -> tuple[Precision, str]:
 
 
 def with_precision(settings: Finetune) -> Finetune:
-    """The settings with "auto" replaced by what it means on this machine."""
+    """The settings with "auto" replaced by this machine's precision."""
     return replace(settings, precision=native_precision()[0]) if settings.precision == "auto" else settings
