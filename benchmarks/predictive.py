@@ -19,7 +19,7 @@ from deploypipe.observe.calibration_pass import hooked
 from deploypipe.observe.layer_regressions import columns, num_taps, sample_inputs, sample_positions, weight_matrix
 from deploypipe.recipe import Mipp
 from deploypipe.scoring.mutual_information.mipp_predictive import score_mipp_predictive
-from deploypipe.scoring.mutual_information.top_down_mi import cumulative, remove_one_by_one
+from deploypipe.scoring.mutual_information.top_down_mi import cumulative, remove_greedily
 from deploypipe.task import Batch, forward, take_calib
 from deploypipe.user_pipeline import load_pipeline
 
@@ -46,7 +46,7 @@ def main() -> None:
         started = time.perf_counter()
         covariance, weights = torch.cov(x.T.double(), correction=0), weight_matrix(layer).detach().double().T
         problem = SequentialRemoval(covariance, weights, units, noise=Mipp().noise)
-        closed = cumulative(*remove_one_by_one([problem], len(units)))
+        closed = cumulative(*remove_greedily([problem], len(units)))
         middle = time.perf_counter()
         first, second = (score_mipp_predictive(x, y, units, seed=seed)[0] for seed in (0, 1))
         seconds = (time.perf_counter() - middle) / 2

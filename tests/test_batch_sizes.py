@@ -16,7 +16,7 @@ from deploypipe.observe.calibration_pass import observe_activations
 from deploypipe.pruning.repair import least_squares_repair as repairing
 from deploypipe.pruning.repair.affine_paths import find_paths
 from deploypipe.pruning.repair.least_squares_repair import repair
-from deploypipe.pruning.repair.lockstep_forwards import run_in_step
+from deploypipe.pruning.repair.lockstep_forwards import run_in_lockstep
 from deploypipe.pruning.surgery.apply_plan import apply_plan
 from deploypipe.pruning.surgery.plan import make_plan
 from deploypipe.pruning.tracing.structures import list_structures
@@ -178,5 +178,5 @@ def test_a_pass_that_cannot_go_in_step_ends_all_of_them(length: int, error: type
     model, first = Choosy(), torch.randn(2, 6, 4)
     paths = find_paths(model, first)
     with pytest.raises(error, match=r"run through other layers|no sentences of seven"):
-        run_in_step(model, paths, lambda ends: [end.value for end in ends], [first, torch.randn(2, length, 4)])
+        run_in_lockstep(model, paths, lambda ends: [end.value for end in ends], [first, torch.randn(2, length, 4)])
     assert threading.active_count() == num_threads

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from deploypipe.blockwise.block_inputs import find_calls, stream_of
 from deploypipe.blockwise.prune_block import PrunedBlock, Pruner, summary
-from deploypipe.blockwise.work_folder import Work
+from deploypipe.blockwise.work_folder import WorkFolder
 from deploypipe.errors import ConfigError, ModelError
 from deploypipe.files.hashing import digest
 from deploypipe.networks.fingerprints import state_fingerprint
@@ -77,7 +77,7 @@ def prune_blockwise(
         raise ModelError(f"the network has no module {name!r} (blocks=...); see named_modules()")
     fingerprint = state_fingerprint(files.tensors_of(model))
     settings = [names, kept, channel_multiple, recipe.score, recipe.observe, recipe.repair, recipe.seed]
-    work = Work(folder, {"model": fingerprint, "data": fingerprint_of(batches), "settings": digest(settings)})
+    work = WorkFolder(folder, {"model": fingerprint, "data": fingerprint_of(batches), "settings": digest(settings)})
     with streamed(model, files, names):
         calls = find_calls(model, names, batches)
     pruner = Pruner(calls, recipe, kept, channel_multiple)
@@ -118,7 +118,9 @@ def find_blocks_in_a_row(model: nn.Module) -> tuple[str, ...]:
     return longest
 
 
-def _prune(number: int, name: str, model: nn.Module, files: WeightFiles, pruner: Pruner, work: Work) -> PrunedBlock:
+def _prune(
+    number: int, name: str, model: nn.Module, files: WeightFiles, pruner: Pruner, work: WorkFolder
+) -> PrunedBlock:
     """Read, prune and write one block. Nothing of it stays in memory."""
     block = copied(model.get_submodule(name))
     files.load_(block, f"{name}.")

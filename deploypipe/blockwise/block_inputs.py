@@ -16,14 +16,14 @@ from deploypipe.task import Batch, forward, take
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Form:
+class CallForm:
     """How a block is called: the arguments that all samples share, and the places of the others."""
 
     leaves: list[Any]  # of args and kwargs; None at the places of arguments that differ
     places: tuple[int, ...]  # of the stream, and of other arguments that differ between samples
     spec: pytree.TreeSpec
 
-    def __deepcopy__(self, _: Any) -> "Form":
+    def __deepcopy__(self, _: Any) -> "CallForm":
         return self  # it never changes, so copies of a block can share it
 
     def call(self, block: nn.Module, values: Sequence[Tensor]) -> Any:
@@ -35,10 +35,10 @@ class Form:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Kind:
+class CallKind:
     """Blocks that are called in the same way."""
 
-    form: Form
+    form: CallForm
     varying: list[tuple[Tensor, ...]]  # per batch: the arguments other than the stream with a row per sample
 
 
@@ -48,10 +48,10 @@ class Calls:
 
     stream: list[Tensor]  # (samples, ...) of each batch, at the first block
     targets: list[Any]
-    kinds: Mapping[str, Kind]  # by the name of a block
+    kinds: Mapping[str, CallKind]  # by the name of a block
 
-    def alone(self, name: str, block: nn.Module) -> "Alone":
-        return Alone(block, self.kinds[name].form)
+    def standalone(self, name: str, block: nn.Module) -> "StandaloneBlock":
+        return StandaloneBlock(block, self.kinds[name].form)
 
     def batches(self, name: str, stream: Sequence[Tensor]) -> list[Batch]:
         """The block's inputs in each batch, if it is a network of its own and reads this stream."""
@@ -60,10 +60,10 @@ class Calls:
         return list(zip(inputs, self.targets, strict=True))
 
 
-class Alone(nn.Module):
+class StandaloneBlock(nn.Module):
     """A block as a network of its own. Its inputs are the stream and other arguments that differ between samples."""
 
-    def __init__(self, block: nn.Module, form: Form) -> None:
+    def __init__(self, block: nn.Module, form: CallForm) -> None:
         super().__init__()
         self.block, self.form = block, form
 
@@ -183,7 +183,7 @@ def _call_of(model: nn.Module, name: str, inputs: Any) -> tuple[Leaves, pytree.T
     return leaves, spec
 
 
-def _kind(name: str, calls: Sequence[tuple[Leaves, pytree.TreeSpec]]) -> Kind:
+def _kind(name: str, calls: Sequence[tuple[Leaves, pytree.TreeSpec]]) -> CallKind:
     leaves, spec = calls[0]
     stream_at = _stream_at(leaves)
     count = len(leaves[stream_at])
@@ -201,7 +201,7 @@ def _kind(name: str, calls: Sequence[tuple[Leaves, pytree.TreeSpec]]) -> Kind:
                 f"caches off (use_cache=False)"
             )
     varying = [tuple(own[at] for at in varying_at) for own, _ in calls]
-    return Kind(form=Form(leaves=fixed, places=places, spec=spec), varying=varying)
+    return CallKind(form=CallForm(leaves=fixed, places=places, spec=spec), varying=varying)
 
 
 def _stream_at(leaves: Leaves) -> int:

@@ -23,7 +23,7 @@ from deploypipe.search.allocation.solver import uniform
 from deploypipe.task import Batch, forward
 
 Streams: TypeAlias = tuple[list[Tensor], list[Tensor]]  # of the dense and of the pruned network, batch by batch
-_BLOCK = "block"  # the name of a block in `Alone`
+_BLOCK = "block"  # the name of a block in `StandaloneBlock`
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,7 +52,7 @@ class Pruner:
         began, recipe = time.perf_counter(), self.recipe
         first = self.calls.stream
         dense, arriving = (self.calls.batches(name, stream) for stream in streams or (first, first))
-        alone = self.calls.alone(name, block)
+        alone = self.calls.standalone(name, block)
         plan = self._plan(alone, dense)
         pruned = apply_plan(alone, plan)
         repaired, report = repair(alone, pruned, plan, dense, recipe.repair, arriving=arriving, seed=recipe.seed)

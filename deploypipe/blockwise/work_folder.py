@@ -17,7 +17,7 @@ _WORK, _ABOUT = ".work", "about.json"  # in the folder until the network is comp
 _KINDS = ("dense", "pruned")
 
 
-class Work:
+class WorkFolder:
     """The pruned blocks, and the state from which an interrupted run resumes."""
 
     def __init__(self, folder: Path, about: Mapping[str, str]) -> None:

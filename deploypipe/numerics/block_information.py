@@ -40,8 +40,8 @@ def redundancy(x: Tensor, y: Tensor, noise: float) -> float:
     if floor <= 0:
         return 0.0
     ridge = _RIDGE * float(variances[:num_x].mean())
-    most = 0.5 * _logdet(covariance[num_x:, num_x:] / floor, 1.0)
-    return gaussian_information(covariance, num_x, floor=floor, ridge=ridge) / most
+    maximum = 0.5 * _logdet(covariance[num_x:, num_x:] / floor, 1.0)
+    return gaussian_information(covariance, num_x, floor=floor, ridge=ridge) / maximum
 
 
 def principal_rows(rows: Tensor) -> Tensor:

@@ -165,8 +165,8 @@ def seems_worse(results: NDArray[np.float64], reference: NDArray[np.float64]) ->
     if len(results) < 2 or (_is_binary(results) and _is_binary(reference)):
         return len(results) < 2 or interval_of_drop_pp(reference, results).low > 0
     deficit = reference - results
-    least = _t(len(deficit) - 1, 0.95) * float(deficit.std(ddof=1)) / math.sqrt(len(deficit))
-    return float(deficit.mean()) > least
+    margin = _t(len(deficit) - 1, 0.95) * float(deficit.std(ddof=1)) / math.sqrt(len(deficit))
+    return float(deficit.mean()) > margin
 
 
 def _tango_upper(n: int, b: int, c: int, z: float) -> float:

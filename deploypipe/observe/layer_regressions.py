@@ -89,7 +89,7 @@ def _kind(module: LinearLike) -> Kind:
     return kind
 
 
-def is_mixer(module: nn.Module) -> bool:
+def is_linear_like(module: nn.Module) -> bool:
     """Whether the module's output is linear in its weights, so that they are a regression on its inputs."""
     return kind_of(module) is not None
 

@@ -16,7 +16,7 @@ from deploypipe.scoring.mutual_information.top_down_mi import (
     Reader,
     cumulative,
     rankings_of,
-    remove_one_by_one,
+    remove_greedily,
     score_top_down,
 )
 
@@ -62,6 +62,6 @@ def score_output_error(
             )
             for r, w in zip(readers, weights, strict=True)
         ]
-        return rankings_of(cumulative(*remove_one_by_one(problems, len(readers[0].regressors))))
+        return rankings_of(cumulative(*remove_greedily(problems, len(readers[0].regressors))))
 
     return score_top_down(model, structures, moments, rank, scorer=config.kind, is_cumulative=True)

@@ -13,7 +13,7 @@ from deploypipe.observe.layer_regressions import (
     blocks_of_matrix,
     columns,
     from_blocks,
-    is_mixer,
+    is_linear_like,
     num_inputs,
     reads,
     sample_inputs,
@@ -136,7 +136,7 @@ def test_layers_that_are_no_regression_are_told_apart() -> None:
         nn.LSTM(2, 2),
         nn.MultiheadAttention(2, 1),
     ):
-        assert not is_mixer(other)
+        assert not is_linear_like(other)
 
 
 @pytest.mark.parametrize("count", [2, 5, 100])

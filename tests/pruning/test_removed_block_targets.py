@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from deploypipe.pruning.repair.affine_paths import find_paths
 from deploypipe.pruning.repair.least_squares_repair import repair
-from deploypipe.pruning.repair.removed_block_targets import layers_ahead
+from deploypipe.pruning.repair.removed_block_targets import layers_before_removed_blocks
 from deploypipe.pruning.surgery.apply_plan import apply_plan
 from deploypipe.pruning.surgery.plan import make_plan
 from deploypipe.pruning.tracing.structures import list_structures
@@ -39,9 +39,9 @@ def test_the_layer_before_a_run_is_paired_with_the_runs_last(relu_behind: bool) 
     model = network(relu_behind)
     inputs = torch.randn(4, 6)
     paths = find_paths(model, inputs)
-    assert layers_ahead(model, paths, ["1"], inputs) == {"0.0": "1.outer"}
-    assert layers_ahead(model, paths, ["2", "3"], inputs) == {"1.outer": "3.outer"}
-    assert layers_ahead(model, paths, ["1", "3", "5"], inputs) == {
+    assert layers_before_removed_blocks(model, paths, ["1"], inputs) == {"0.0": "1.outer"}
+    assert layers_before_removed_blocks(model, paths, ["2", "3"], inputs) == {"1.outer": "3.outer"}
+    assert layers_before_removed_blocks(model, paths, ["1", "3", "5"], inputs) == {
         "0.0": "1.outer",
         "2.outer": "3.outer",
         "4.outer": "5.outer",
@@ -52,7 +52,7 @@ def test_norms_with_weights_of_their_own_stand_between() -> None:
     model = network(False, norm=True)
     nn.init.normal_(model[1].norm.weight)
     inputs = torch.randn(4, 6)
-    assert layers_ahead(model, find_paths(model, inputs), ["2"], inputs) == {}
+    assert layers_before_removed_blocks(model, find_paths(model, inputs), ["2"], inputs) == {}
 
 
 def test_what_a_block_adds_linearly_is_all_taken_over() -> None:

@@ -37,11 +37,11 @@ def test_it_removes_dead_units_and_one_of_two_duplicates(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(2))
 def test_it_agrees_with_the_closed_form(seed: int) -> None:
     from deploypipe.numerics.gaussian_mi import SequentialRemoval
-    from deploypipe.scoring.mutual_information.top_down_mi import cumulative, remove_one_by_one
+    from deploypipe.scoring.mutual_information.top_down_mi import cumulative, remove_greedily
 
     x, y, weights = planted(seed)
     covariance = torch.cov(x.T.double(), correction=0)
-    closed = cumulative(*remove_one_by_one([SequentialRemoval(covariance, weights.double(), UNITS, noise=1.0)], 10))
+    closed = cumulative(*remove_greedily([SequentialRemoval(covariance, weights.double(), UNITS, noise=1.0)], 10))
     scores, _ = score_mipp_predictive(x, y, UNITS, seed=seed)
     first, second = (tuple(sorted(row[unit] for unit in DUPLICATES)) for row in (closed, scores))
     others = [unit for unit in range(10) if unit not in DUPLICATES]  # which of two duplicates goes first is chance

@@ -1,4 +1,4 @@
-"""What every scorer promises, and what the information-preserving one finds."""
+"""The contract of every scorer, and what the information-preserving one finds."""
 
 import math
 from itertools import pairwise
@@ -16,7 +16,7 @@ from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.recipe import LayerwiseMi, Magnitude, Mipp, Observe, OutputError, Random
 from deploypipe.records import ChannelGroup, Structures
 from deploypipe.scoring import SCORERS, score
-from deploypipe.scoring.mutual_information.top_down_mi import cumulative, remove_one_by_one
+from deploypipe.scoring.mutual_information.top_down_mi import cumulative, remove_greedily
 
 VARIANTS = (Magnitude(power=1), Mipp(keep=0.5, confidence=0.9), LayerwiseMi(joint=False), OutputError(fisher=True))
 EVERY_SCORER = pytest.mark.parametrize("scorer", [*(kind() for kind in SCORERS), *VARIANTS], ids=str)
@@ -56,8 +56,8 @@ def test_random_depends_on_the_seed() -> None:
 
 
 @pytest.mark.parametrize("name", ["pad_resnet", "resnext", "upsampled", "separable", "encoder"])
-def test_magnitude_is_the_energy_that_goes_with_a_unit(name: str) -> None:
-    """Scaling a unit's weights in its first producer by 3 adds 8 times their energy, and to no other unit anything."""
+def test_magnitude_is_the_energy_of_a_units_weights(name: str) -> None:
+    """Scaling a unit's weights in its first producer by 3 adds 8 times their energy, and changes no other unit."""
     model, structures, moments = prepared(name)
     group = structures.groups[0]
     producer = next(m for m in group.members if m.side == "out" and model.get_submodule(m.module).weight.dim() > 1)
@@ -147,14 +147,14 @@ def greedy_order(full: SequentialRemoval, num_units: int) -> list[int]:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_narrow_groups_go_in_exactly_greedy_order(seed: int) -> None:
-    scores = cumulative(*remove_one_by_one([problem(24, 5, seed)], 24))
+def test_narrow_groups_are_removed_in_exactly_greedy_order(seed: int) -> None:
+    scores = cumulative(*remove_greedily([problem(24, 5, seed)], 24))
     assert all(a < b for a, b in pairwise(sorted(scores)))  # no ties: an order
     assert sorted(range(24), key=lambda unit: scores[unit]) == greedy_order(problem(24, 5, seed), 24)
 
 
 def test_wide_groups_lose_hardly_more_than_in_greedy_order() -> None:
-    lost = sorted(cumulative(*remove_one_by_one([problem(160, 60, 0)], 160)))[80]
+    lost = sorted(cumulative(*remove_greedily([problem(160, 60, 0)], 160)))[80]
     full, exact = problem(160, 60, 0), 0.0
     for unit in greedy_order(problem(160, 60, 0), 160)[:81]:
         exact += float(full.losses([unit]))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from deploypipe.errors import DataError
 from deploypipe.numerics.least_squares import CrossMoments
 from deploypipe.observe.calibration_pass import observe_activations
-from deploypipe.observe.layer_regressions import is_mixer
+from deploypipe.observe.layer_regressions import is_linear_like
 from deploypipe.observe.moments import Moments
 from deploypipe.pruning.surgery.apply_plan import apply_plan
 from deploypipe.pruning.surgery.plan import make_plan
@@ -73,7 +73,7 @@ def test_repaired_points_are_the_pruned_networks_with_that_layer_solved(name: st
     curves = measure_curves(model, structures, scores, moments, batches, Search(num_levels=2))
     for group in structures.groups:
         readers = [m for m in group.members if m.side == "in"]
-        if len(readers) != 1 or not is_mixer(model.get_submodule(readers[0].module)):
+        if len(readers) != 1 or not is_linear_like(model.get_submodule(readers[0].module)):
             continue
         curve = next(c for c in curves.curves if c.name == group.name)
         pruned = apply_plan(model, make_plan(structures, scores, {group.name: curve.kept[0]}))

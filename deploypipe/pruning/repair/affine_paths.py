@@ -18,7 +18,7 @@ from deploypipe.observe.collectors import BY_KEYWORD
 from deploypipe.observe.layer_regressions import (
     LinearLike,
     has_channels_last,
-    is_mixer,
+    is_linear_like,
     num_groups,
     sample_inputs,
     sample_outputs,
@@ -45,7 +45,7 @@ class SignalPath:
 
 
 @dataclass(frozen=True, slots=True)
-class End:
+class PathEnd:
     """The values at the end of a path."""
 
     path: SignalPath
@@ -54,13 +54,15 @@ class End:
     other: Tensor | None = None  # the addition's other operand
 
 
-Finish = Callable[[End], Tensor]  # returns the value to continue with
+Finish = Callable[[PathEnd], Tensor]  # returns the value to continue with
 
 
 def find_paths(model: nn.Module, inputs: Any) -> dict[str, SignalPath]:
     """Layer name -> path, for every linear-like layer, from one small forward pass."""
     owners = Counter(id(p) for m in model.modules() for p in m._parameters.values())
-    paths = {name: SignalPath(name, why_not=_why_not(m, owners)) for name, m in model.named_modules() if is_mixer(m)}
+    paths = {
+        name: SignalPath(name, why_not=_why_not(m, owners)) for name, m in model.named_modules() if is_linear_like(m)
+    }
     norm_calls: Counter[str] = Counter()
     trace = _FindAdditions(list(paths))
 
@@ -114,7 +116,7 @@ def common_paths(paths: Mapping[str, SignalPath], others: Mapping[str, SignalPat
     return dict(paths)
 
 
-def without_path(model: nn.Module) -> dict[str, str]:
+def layers_without_path(model: nn.Module) -> dict[str, str]:
     """Modules with weight matrices that are not linear-like layers, and why they are not solved.
 
     Embedding tables read no activations, so what is left of them needs no repair.
@@ -122,7 +124,7 @@ def without_path(model: nn.Module) -> dict[str, str]:
     found = {}
     for name, module in model.named_modules():
         matrices = [n for n, p in module.named_parameters(recurse=False) if sum(size > 1 for size in p.shape) > 1]
-        if matrices and not is_mixer(module) and not isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        if matrices and not is_linear_like(module) and not isinstance(module, nn.Embedding | nn.EmbeddingBag):
             kind = type(module).__name__
             found[name or kind] = f"only the code of {kind} knows what it computes with {', '.join(matrices)}"
     return found
@@ -215,11 +217,11 @@ def _norm_hooks(model: nn.Module, hook: Callable[[str], Callable[..., Any]]) -> 
 
 
 @contextmanager
-def watching(model: nn.Module, paths: Mapping[str, SignalPath], finish: Finish) -> Iterator[None]:
+def hook_path_ends(model: nn.Module, paths: Mapping[str, SignalPath], finish: Finish) -> Iterator[None]:
     """Within the `with` block, call `finish` at the end of each path and continue with the value it returns."""
-    carried: dict[int, End] = {}
+    carried: dict[int, PathEnd] = {}
 
-    def end_or_carry(end: End, is_end: bool) -> Tensor:
+    def end_or_carry(end: PathEnd, is_end: bool) -> Tensor:
         if is_end:
             return finish(end)
         carried[id(end.value)] = end
@@ -227,7 +229,7 @@ def watching(model: nn.Module, paths: Mapping[str, SignalPath], finish: Finish) 
 
     def layer_hook(path: SignalPath) -> Callable[..., Tensor]:
         def hook(_m: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            return end_or_carry(End(path, args, output), path.norm is None and not path.is_added)
+            return end_or_carry(PathEnd(path, args, output), path.norm is None and not path.is_added)
 
         return hook
 
@@ -249,7 +251,7 @@ def watching(model: nn.Module, paths: Mapping[str, SignalPath], finish: Finish) 
 class _AtAdditions(TorchFunctionMode):
     """End the paths whose output is added to another tensor."""
 
-    def __init__(self, carried: dict[int, End], finish: Finish) -> None:
+    def __init__(self, carried: dict[int, PathEnd], finish: Finish) -> None:
         super().__init__()
         self.carried, self.finish = carried, finish
 

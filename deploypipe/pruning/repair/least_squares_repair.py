@@ -31,9 +31,16 @@ from deploypipe.observe.layer_regressions import (
     weight_blocks,
     writes,
 )
-from deploypipe.pruning.repair.affine_paths import End, SignalPath, common_paths, find_paths, watching, without_path
-from deploypipe.pruning.repair.lockstep_forwards import run_in_step
-from deploypipe.pruning.repair.removed_block_targets import layers_ahead
+from deploypipe.pruning.repair.affine_paths import (
+    PathEnd,
+    SignalPath,
+    common_paths,
+    find_paths,
+    hook_path_ends,
+    layers_without_path,
+)
+from deploypipe.pruning.repair.lockstep_forwards import run_in_lockstep
+from deploypipe.pruning.repair.removed_block_targets import layers_before_removed_blocks
 from deploypipe.recipe import Repair
 from deploypipe.records import Notify, Progress, PruningPlan, RepairReport, RepairRow, silent
 from deploypipe.task import (
@@ -85,20 +92,20 @@ def repair(
     own = find_paths(teacher, few)
     found = common_paths(find_paths(repaired, few), own)
     paths = {name: path for name, path in found.items() if not path.why_not}
-    reasons = {name: path.why_not for name, path in found.items() if path.why_not} | without_path(repaired)
+    reasons = {name: path.why_not for name, path in found.items() if path.why_not} | layers_without_path(repaired)
     rows = [RepairRow(module=name, reason=reason) for name, reason in reasons.items()]
     real = [find_real_tokens(group, real_tokens) for group in groups]
     sampler = _Sampler(settings.positions_per_sample, seed, teacher, real)
     solvable = {name: path for name, path in own.items() if not path.why_not} | paths
-    ahead = layers_ahead(teacher, solvable, plan.blocks, few) if plan.blocks else {}
-    layers_at = {name: name for name in paths if name not in ahead}
-    layers_at |= {last: layer for layer, last in ahead.items() if layer in paths}
+    next_layers = layers_before_removed_blocks(teacher, solvable, plan.blocks, few) if plan.blocks else {}
+    layers_at = {name: name for name in paths if name not in next_layers}
+    layers_at |= {last: layer for layer, last in next_layers.items() if layer in paths}
     arrange = find_order(teacher, few)
     ends_of = {name: solvable[name] for name in layers_at}
     targets = _dense_targets(teacher, ends_of, layers_at, sampler, plan, list(map(arrange, groups)))
     modules = dict(repaired.named_modules())
 
-    def solve(ends: Sequence[End]) -> list[Tensor]:
+    def solve(ends: Sequence[PathEnd]) -> list[Tensor]:
         path = ends[0].path
         layer, norm = modules[path.layer], modules[path.norm] if path.norm else None
         places = [sampler.positions(path.layer, layer, end.value, number) for number, end in enumerate(ends)]
@@ -114,7 +121,7 @@ def repair(
 
     if arriving is not None:
         groups = stack_alike([batch for batch, _ in take_calib(arriving, settings.num_samples)])
-    run_in_step(repaired, paths, solve, list(map(arrange, groups)))
+    run_in_lockstep(repaired, paths, solve, list(map(arrange, groups)))
     return _as_before(repaired, pruned), RepairReport(rows=tuple(rows), num_samples=num_taken)
 
 
@@ -157,7 +164,7 @@ def _dense_targets(
         if edit.module in modules and writes(modules[edit.module], edit.side):
             removed.setdefault(edit.module, set()).update(edit.removed)
 
-    def record(end: End) -> Tensor:
+    def record(end: PathEnd) -> Tensor:
         name = layers_at[end.path.layer]
         layer = modules[name]
         seen = targets.setdefault(name, [])
@@ -167,14 +174,14 @@ def _dense_targets(
         seen.append(rows[:, kept])
         return end.value
 
-    with torch.no_grad(), watching(teacher, paths, record):
+    with torch.no_grad(), hook_path_ends(teacher, paths, record):
         for inputs in groups:
             forward(teacher, inputs)
     return targets
 
 
 def _solve_layer_(
-    ends: Sequence[End], layer: LinearLike, norm: Any, places: Sequence[Tensor], target: Tensor, ridge: float
+    ends: Sequence[PathEnd], layer: LinearLike, norm: Any, places: Sequence[Tensor], target: Tensor, ridge: float
 ) -> tuple[RepairRow, list[Tensor]]:
     """Regress `target` (rows, outputs) on what the layer reads, write the solution, and keep it if it is better.
 
@@ -226,7 +233,7 @@ class _Solution:
 
 
 def _regress(
-    ends: Sequence[End], layer: LinearLike, norm: Any, places: Sequence[Tensor], target: Tensor, ridge: float
+    ends: Sequence[PathEnd], layer: LinearLike, norm: Any, places: Sequence[Tensor], target: Tensor, ridge: float
 ) -> _Solution:
     """One regression per group of a convolution, shrunk towards the current weights."""
     blocks, groups = weight_blocks(layer).double(), num_groups(layer)  # (groups, outputs, inputs * taps)

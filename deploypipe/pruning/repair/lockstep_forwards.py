@@ -13,26 +13,26 @@ from torch import Tensor, nn
 
 from deploypipe.errors import ModelError
 from deploypipe.networks.model_copies import copied
-from deploypipe.pruning.repair.affine_paths import End, SignalPath, watching
+from deploypipe.pruning.repair.affine_paths import PathEnd, SignalPath, hook_path_ends
 from deploypipe.task import forward
 
-Solve = Callable[[Sequence[End]], list[Tensor]]  # gets one end per batch; returns the values to continue with
+Solve = Callable[[Sequence[PathEnd]], list[Tensor]]  # gets one end per batch; returns the values to continue with
 
 
-def run_in_step(model: nn.Module, paths: Mapping[str, SignalPath], solve: Solve, batches: Sequence[Any]) -> None:
+def run_in_lockstep(model: nn.Module, paths: Mapping[str, SignalPath], solve: Solve, batches: Sequence[Any]) -> None:
     """Run all batches without gradients; call `solve` at the end of each path with the ends of all batches.
 
     Raises ModelError if the layers run in another order for one batch than for another.
     """
     if len(batches) == 1:
-        with torch.no_grad(), watching(model, paths, lambda end: solve([end])[0]):
+        with torch.no_grad(), hook_path_ends(model, paths, lambda end: solve([end])[0]):
             forward(model, batches[0])
         return
     walkers = [_Walker(_sharing_weights(model), paths, inputs) for inputs in batches]
     try:
         values: Sequence[Tensor | None] = [None] * len(walkers)
         while True:
-            ends = [walker.go_on(value) for walker, value in zip(walkers, values, strict=True)]
+            ends = [walker.advance(value) for walker, value in zip(walkers, values, strict=True)]
             reached = [end for end in ends if end is not None]
             if not reached:
                 return
@@ -60,16 +60,16 @@ class _Stopped(Exception):
 
 
 class _Walker:
-    """One forward pass in its own thread, which runs only while `go_on` waits for it."""
+    """One forward pass in its own thread, which runs only while `advance` waits for it."""
 
     def __init__(self, model: nn.Module, paths: Mapping[str, SignalPath], inputs: Any) -> None:
         self._model, self._paths, self._inputs = model, paths, inputs
         self._given: SimpleQueue[Tensor | None] = SimpleQueue()
-        self._reached: SimpleQueue[End | BaseException | None] = SimpleQueue()
+        self._reached: SimpleQueue[PathEnd | BaseException | None] = SimpleQueue()
         self._is_over = False
         self._thread = threading.Thread(target=self._walk, daemon=True)
 
-    def go_on(self, value: Tensor | None) -> End | None:
+    def advance(self, value: Tensor | None) -> PathEnd | None:
         """Start, or continue with `value`, up to the next end. Returns None at the end of the pass.
 
         Raises what the network raises.
@@ -79,7 +79,7 @@ class _Walker:
         else:
             self._given.put(value)
         reached = self._reached.get()
-        self._is_over = not isinstance(reached, End)
+        self._is_over = not isinstance(reached, PathEnd)
         if isinstance(reached, BaseException):
             raise reached
         return reached
@@ -92,13 +92,13 @@ class _Walker:
 
     def _walk(self) -> None:
         try:
-            with torch.no_grad(), watching(self._model, self._paths, self._wait_at):
+            with torch.no_grad(), hook_path_ends(self._model, self._paths, self._wait_at):
                 forward(self._model, self._inputs)
             self._reached.put(None)
         except BaseException as error:  # passed to the waiting thread, which raises it
             self._reached.put(error)
 
-    def _wait_at(self, end: End) -> Tensor:
+    def _wait_at(self, end: PathEnd) -> Tensor:
         self._reached.put(end)
         value = self._given.get()
         if value is None:

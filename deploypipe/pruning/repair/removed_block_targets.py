@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from deploypipe.observe.calibration_pass import hooked
-from deploypipe.pruning.repair.affine_paths import End, SignalPath, watching
+from deploypipe.pruning.repair.affine_paths import PathEnd, SignalPath, hook_path_ends
 from deploypipe.task import forward
 
 # What may lie between the end of a path and a block; it must be the same before and after the block.
 _BETWEEN: tuple[Callable[[Tensor], Tensor], ...] = (lambda x: x, torch.relu)
 
 
-def layers_ahead(
+def layers_before_removed_blocks(
     model: nn.Module, paths: Mapping[str, SignalPath], removed: Sequence[str], inputs: Any
 ) -> dict[str, str]:
     """Layer whose path ends where removed blocks begin -> layer whose path ends where the last of them ends.
@@ -31,7 +31,7 @@ def layers_ahead(
     ends: dict[str, Tensor] = {}
     around: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def record(end: End) -> Tensor:
+    def record(end: PathEnd) -> Tensor:
         ends[end.path.layer] = (end.value if end.other is None else end.value + end.other).clone()
         return end.value
 
@@ -44,7 +44,7 @@ def layers_ahead(
         return hook
 
     hooks = [(name, enter(name)) for name in removed if name in modules]
-    with torch.no_grad(), watching(model, paths, record), hooked(model, hooks):
+    with torch.no_grad(), hook_path_ends(model, paths, record), hooked(model, hooks):
         forward(model, inputs)
     follows = {}
     for before, behind in around.values():

@@ -120,13 +120,13 @@ def tensor_cuts(
         local, _, number = side.rpartition(".")
         return [(getattr(module, local), int(number), gone)]
     if isinstance(module, nn.Linear | _ConvNd):
-        return _mixer_cuts(name, module, side, gone)
+        return _linear_cuts(name, module, side, gone)
     axis = 1 if isinstance(module, nn.Embedding) else 0
     tensors = [getattr(module, local, None) for local in ("weight", "bias", "running_mean", "running_var")]
     return [(tensor, axis, gone) for tensor in tensors if isinstance(tensor, Tensor)]
 
 
-def _mixer_cuts(
+def _linear_cuts(
     name: str, module: nn.Linear | _ConvNd, side: Side, gone: list[int]
 ) -> list[tuple[Tensor, int, list[int]]]:
     cuts = [(module.bias, 0, gone)] if module.bias is not None and side == "out" else []

@@ -111,7 +111,7 @@ class AxisTrace:
             self.axes[tensor] = tuple(fixed(size) for size in tensor.shape)
         return self.axes[tensor]  # type: ignore[no-any-return]
 
-    def made(self, shape: Sequence[int]) -> Axes:
+    def created(self, shape: Sequence[int]) -> Axes:
         """Axes of a tensor that the code creates with sizes of its own."""
         given: list[Any] = self.calls.numbers[: len(shape)]
         if len(given) < len(shape) or any(g is not None and g != n for g, n in zip(given, shape, strict=True)):
@@ -133,7 +133,7 @@ class AxisTrace:
         self.partial.note(result, whole, whole[places])
         return self.indices.pick(axis, places)
 
-    def give_up(
+    def freeze_operands(
         self,
         name: str,
         operands: Sequence[Tensor],
@@ -152,14 +152,14 @@ class AxisTrace:
     def equate(self, a: Axis, b: Axis, what: str = "an axis of fixed size") -> Axis:
         return self.indices.equate(a, b, f"meets {what} in {self.running[-1]!r}")
 
-    def fit(self, a: Axis, b: Axis) -> Axis:
+    def broadcast(self, a: Axis, b: Axis) -> Axis:
         """`equate` for axes of which the code may have made one to fit the other, with a size from an attribute."""
         for one, other in ((a, b), (b, a)):
             if one and not has_atoms(one) and all(factor.is_free for factor in one):
-                self.count((other,))
+                self.match_size_attributes((other,))
         return self.equate(a, b)
 
-    def mix(self, operand: Tensor, dim: int, name: str) -> None:
+    def reduce_over(self, operand: Tensor, dim: int, name: str) -> None:
         """An operation reduces a whole axis to one number; with fewer indices it gives another number.
 
         If the order does not matter and the code itself calls the operation, it is taken over the indices that stay, as
@@ -178,10 +178,10 @@ class AxisTrace:
 
     def normalise_locally(self, operand: Tensor, result: Tensor) -> None:
         """Normalization over neighbouring channels: after removal, the neighbours among those that stay."""
-        self.mix(operand, 1, "norm")
+        self.reduce_over(operand, 1, "norm")
         self.axes[result] = self.of(operand)
 
-    def count(self, axes: Axes) -> None:
+    def match_size_attributes(self, axes: Axes) -> None:
         """Find attributes of the running module that hold the size of one of these axes: they shrink with it."""
         shrinking = [i for i, axis in enumerate(axes) if has_atoms(axis)]
         for i in shrinking:
@@ -189,11 +189,11 @@ class AxisTrace:
             is_joint = len([f for f in axes[i] if f.atoms is not None]) > 1
             for factor in axes[i]:
                 if factor.atoms is not None and not is_joint:
-                    self.count_factor(factor, is_outer, len(shrinking) > 1)
+                    self.match_factor(factor, is_outer, len(shrinking) > 1)
             if len(axes[i]) > 1:
-                self.count_factor(self.indices.joined(axes[i]), is_outer, True)
+                self.match_factor(self.indices.joined(axes[i]), is_outer, True)
 
-    def widen(self, axes: Axes) -> None:
+    def match_input_width(self, axes: Axes) -> None:
         """Equate neighbouring factors of a view with the input width of the running module, if their product is it."""
         read = self.read.get(self.running[-1], ())
         factors = [factor for axis in axes for factor in axis]
@@ -203,7 +203,7 @@ class AxisTrace:
                 if has_atoms(read) and all(f.atoms is not None for f in part) and size_of(part) == size_of(read):
                     self.equate(part, read)
 
-    def count_factor(self, factor: Factor, is_outer: bool, is_certain: bool) -> None:
+    def match_factor(self, factor: Factor, is_outer: bool, is_certain: bool) -> None:
         where = self.running[-1]
         if isinstance(self.modules[where], RECURRENT):  # their size attributes are known
             return
@@ -216,7 +216,7 @@ class AxisTrace:
             if is_size and factor.atoms is not None and (not is_certain or _names_a_count(name) == is_outer):
                 self.sized.setdefault((where, name), []).append(factor.atoms)
 
-    def count_pieces(self, sizes: Sequence[int], pieces: Sequence[Axis]) -> None:
+    def match_split_sizes(self, sizes: Sequence[int], pieces: Sequence[Axis]) -> None:
         """Find lists of the running module that hold the sizes of a split: they shrink with its parts."""
         where = self.running[-1]
         for name, value in lists_of_whole_numbers(self.modules[where]).items():
@@ -225,14 +225,14 @@ class AxisTrace:
                     if len(piece) == 1 and piece[0].atoms is not None:
                         self.sized.setdefault((where, f"{name}.{number}"), []).append(piece[0].atoms)
 
-    def count_shape(self, axes: Axes) -> None:
+    def match_view_sizes(self, axes: Axes) -> None:
         """Find lists of the running module that hold the last sizes of a view: they shrink with its axes."""
         where = self.running[-1]
         for value in lists_of_whole_numbers(self.modules[where]).values():
             if 1 < len(value) <= len(axes):
                 last = axes[len(axes) - len(value) :]
                 if value == [size_of(axis) for axis in last]:
-                    self.count_pieces(value, last)
+                    self.match_split_sizes(value, last)
 
     def note_attention(self, batch: Sequence[Axis], inner: Axis) -> None:
         """Note a product of two activations: it runs over heads and sums over the dimensions of each head."""

@@ -57,7 +57,7 @@ def write_reproduction(model: nn.Module, inputs: Any, name: str, folder: Path) -
     model = unwrapped(model)
     row = _frozen(model, inputs, name)
     for part, values in _parts(model, two_samples(model, inputs), row.name.partition(":")[0]):
-        module = _redrawn(model.get_submodule(part))
+        module = _with_random_weights(model.get_submodule(part))
         local = row.name[len(part) :].lstrip(".")
         if not local and row.kind == "weights":
             local = type(module).__name__
@@ -88,7 +88,7 @@ def _reproduced(folder: Path, module: nn.Module | None = None, *, trust_program:
             f"{folder / INPUTS}: cannot be read as safetensors ({error}); ask the sender for the file again"
         ) from None
     if module is not None:
-        return find_structures(_redrawn(module), values).frozen
+        return find_structures(_with_random_weights(module), values).frozen
     program = load_program(folder / PROGRAM, is_trusted=trust_program, remedy=_SAFE_WAY)
     return find_structures(_with_layers(program.module()), values).frozen
 
@@ -110,10 +110,10 @@ def _line(row: Frozen) -> str:
 
 
 def _is_same(a: Frozen, b: Frozen) -> bool:
-    return (a.kind, a.name, _gist(a.reason)) == (b.kind, b.name, _gist(b.reason))
+    return (a.kind, a.name, _without_details(a.reason)) == (b.kind, b.name, _without_details(b.reason))
 
 
-def _gist(reason: str) -> str:
+def _without_details(reason: str) -> str:
     """The reason without names of modules and numbers, which differ in a part of the network."""
     return re.sub(r"[\d.e+-]*\d", "#", re.sub(r"'[^']*'", "''", re.sub(r" \(in '[^']*'\)", "", reason)))
 
@@ -142,7 +142,7 @@ def _parts(model: nn.Module, inputs: Any, name: str) -> Iterator[tuple[str, Any]
     for name in names:
         values = given.get(name)
         if values:
-            yield name, _redrawn_inputs(values)
+            yield name, _random_inputs(values)
 
 
 def _tensors_given(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor] | None:
@@ -158,7 +158,7 @@ def _tensors_given(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     return tensors if tensors and is_usual else None
 
 
-def _redrawn_inputs(values: Any) -> Any:
+def _random_inputs(values: Any) -> Any:
     """Random inputs of the same shapes and dtypes, and for whole numbers the same range."""
     generator = torch.Generator().manual_seed(1)
 
@@ -173,7 +173,7 @@ def _redrawn_inputs(values: Any) -> Any:
     return map_tensors(draw, values)
 
 
-def _redrawn(module: nn.Module) -> nn.Module:
+def _with_random_weights(module: nn.Module) -> nn.Module:
     """A copy with random, trainable weights; buffers of whole numbers stay."""
     copy = deepcopy(module).eval().requires_grad_(True)
     generator = torch.Generator().manual_seed(0)

@@ -47,7 +47,7 @@ def trace_groups(
     last = UnitFinder(classes, places, trace.modules, order, take_last=True)
     couplings, others = first.couplings(), last.couplings()
     known = {c.members for c in couplings}
-    losing = {name for c in couplings for name in losers(c, trace.modules)}
+    losing = {name for c in couplings for name in shrinking_modules(c, trace.modules)}
     frozen = [
         _row(name, module, first.why_not(name))
         for name, module in with_weights(trace.modules).items()
@@ -65,7 +65,7 @@ def with_weights(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     }
 
 
-def losers(coupling: Coupling, modules: Mapping[str, nn.Module]) -> list[str]:
+def shrinking_modules(coupling: Coupling, modules: Mapping[str, nn.Module]) -> list[str]:
     """Modules whose own channels get fewer. Layers with two sides count only if they write the channels."""
     return list(dict.fromkeys(m.module for m in coupling.members if is_written(modules[m.module], m.side)))
 
@@ -73,7 +73,7 @@ def losers(coupling: Coupling, modules: Mapping[str, nn.Module]) -> list[str]:
 def freeze(coupling: Coupling, reason: str, modules: Mapping[str, nn.Module]) -> list[Frozen]:
     """A row for every module that would lose weights by a coupling that must stay."""
     because = f"shares its channels with {coupling.name!r}, which cannot be removed"
-    names = [name for name in losers(coupling, modules) if name != coupling.name]
+    names = [name for name in shrinking_modules(coupling, modules) if name != coupling.name]
     rows = [_row(name, modules[name], because) for name in names]
     return [Frozen(name=coupling.name, kind=coupling.kind, reason=reason), *rows]
 

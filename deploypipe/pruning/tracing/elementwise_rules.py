@@ -21,7 +21,7 @@ def broadcast(t: AxisTrace, operands: Sequence[Tensor], rank: int, shape: Sequen
     for operand in operands:
         for back, axis in enumerate(reversed(t.of(operand)), start=1):
             if back <= rank:
-                axes[rank - back] = t.fit(axes[rank - back], axis)
+                axes[rank - back] = t.broadcast(axes[rank - back], axis)
     return tuple(axis if axis or size == 1 else fixed(size) for axis, size in zip(axes, shape, strict=True))
 
 
@@ -42,7 +42,7 @@ def reduce(name: str) -> Rule:
         axes = t.of(operand)
         gone = dims(a.get("dim"), len(axes))
         for d in gone:
-            t.mix(operand, d, name)
+            t.reduce_over(operand, d, name)
         left = tuple(() if d in gone else axis for d, axis in enumerate(axes))
         if not a.get("keepdim"):
             left = tuple(axis for d, axis in enumerate(left) if d not in gone)
@@ -57,7 +57,7 @@ def along(name: str) -> Rule:
     def rule(t: AxisTrace, a: Arguments, result: Any) -> Any:
         axes = t.of(a["self"])
         for d in dims(a.get("dim"), len(axes)):
-            t.mix(a["self"], d, name)
+            t.reduce_over(a["self"], d, name)
         return [axes for _ in all_tensors([result])]
 
     return rule

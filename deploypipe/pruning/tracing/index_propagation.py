@@ -48,15 +48,15 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **kwargs)
         results = all_tensors([result])
         if not operands or name in _FACTORIES:
-            axes = [self.trace.made(t.shape) for t in results]
+            axes = [self.trace.created(t.shape) for t in results]
         elif name == "set_":  # the code replaces a tensor's memory
             axes = [tuple(fixed(size) for size in t.shape) for t in results]
         elif rule is None or any(0 in t.shape for t in (*operands, *results)):
-            axes = self.trace.give_up(name, operands, results)
+            axes = self.trace.freeze_operands(name, operands, results)
         else:
             arguments = {a.name: a.default_value for a in func._schema.arguments if a.has_default_value()}
             arguments |= {a.name: v for a, v in zip(func._schema.arguments, args, strict=False)} | kwargs
-            axes = self.ruled(name, rule, arguments, result, operands)
+            axes = self.apply_rule(name, rule, arguments, result, operands)
         if name not in SLICING:
             self.trace.partial.consume(
                 (axis for t in operands for axis in self.trace.of(t)), (a for each in axes for a in each)
@@ -65,7 +65,9 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.trace.axes[tensor] = each
         return result
 
-    def ruled(self, name: str, rule: Rule, arguments: Arguments, result: Any, operands: Sequence[Tensor]) -> list[Axes]:
+    def apply_rule(
+        self, name: str, rule: Rule, arguments: Arguments, result: Any, operands: Sequence[Tensor]
+    ) -> list[Axes]:
         """Apply a rule. If it fails, the mistake is ours: the axes must stay, and the trace goes on."""
         results = all_tensors([result])
         try:
@@ -76,5 +78,7 @@ class Propagation(TorchDispatchMode):  # type: ignore[no-untyped-call]
         except Exception as error:  # whatever mistake a rule has
             raise_if_exhausted(error)
             message = f"{type(error).__name__}: {error}"
-            return self.trace.give_up(name, operands, results, f"for which deploypipe's own rule fails ({message})")
+            return self.trace.freeze_operands(
+                name, operands, results, f"for which deploypipe's own rule fails ({message})"
+            )
         return axes

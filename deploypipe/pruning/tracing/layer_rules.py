@@ -148,7 +148,7 @@ def einsum(t: AxisTrace, a: Arguments, result: Tensor) -> Axes:
     equation = a["equation"].replace(" ", "")
     left, _, right = equation.partition("->")
     if "->" not in equation or "." in equation:
-        return t.give_up("einsum", a["tensors"], [result])[0]
+        return t.freeze_operands("einsum", a["tensors"], [result])[0]
     found: dict[str, Axis] = {}
     terms = left.split(",")
     for term, operand in zip(terms, a["tensors"], strict=True):
@@ -183,7 +183,7 @@ def batch_norm(t: AxisTrace, a: Arguments, result: Tensor) -> Axes:
     axes = list(t.of(a["input"]))
     if a.get("training"):
         for d in (0, *range(2, len(axes))):
-            t.mix(a["input"], d, "batch_norm")
+            t.reduce_over(a["input"], d, "batch_norm")
     axes[1] = _with_weights(t, axes[1], [a.get(k) for k in ("weight", "bias", "running_mean", "running_var")])
     return tuple(axes)
 
@@ -204,9 +204,9 @@ def layer_norm(t: AxisTrace, a: Arguments, result: Tensor) -> Axes:
     for axis in lead[len(lead) + 1 - len(a["normalized_shape"]) :]:
         t.keep(axis, "is normalised together with other axes")
     if len(a["normalized_shape"]) == 1:
-        t.mix(a["input"], len(lead), "layer_norm")
+        t.reduce_over(a["input"], len(lead), "layer_norm")
         last = _with_weights(t, last, [a["weight"], a.get("bias")])
-        t.count_pieces(a["normalized_shape"], [last])
+        t.match_split_sizes(a["normalized_shape"], [last])
     return (*lead, last)
 
 

@@ -60,13 +60,13 @@ def _block(model: nn.Module, name: str, calls: Mapping[str, Call], macs: Macs) -
 
 
 def _has_weights(module: nn.Module) -> bool:
-    return any(_mixes(m) for m in module.modules() if m is not module)
+    return any(_is_linear_like(m) for m in module.modules() if m is not module)
 
 
-def _mixes(module: nn.Module) -> bool:
+def _is_linear_like(module: nn.Module) -> bool:
     """Whether a module is a convolution or linear layer, of torch or another library (`Conv1D` of GPT-2)."""
-    is_mixer = any(p.dim() > 1 and p.is_floating_point() for p in module.parameters(recurse=False))
-    return isinstance(module, nn.Linear | _ConvNd) or (is_mixer and not isinstance(module, nn.Embedding))
+    has_matrix = any(p.dim() > 1 and p.is_floating_point() for p in module.parameters(recurse=False))
+    return isinstance(module, nn.Linear | _ConvNd) or (has_matrix and not isinstance(module, nn.Embedding))
 
 
 def _why_not(call: Call) -> str:

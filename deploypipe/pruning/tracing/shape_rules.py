@@ -19,9 +19,9 @@ def reshape(t: AxisTrace, a: Arguments, result: Tensor) -> Axes:
 def view(t: AxisTrace, a: Arguments, result: Tensor) -> Axes:
     """A view with sizes that the code gave, perhaps from attributes."""
     axes = reshape(t, a, result)
-    t.count(axes)
-    t.count_shape(axes)
-    t.widen(axes)
+    t.match_size_attributes(axes)
+    t.match_view_sizes(axes)
+    t.match_input_width(axes)
     return axes
 
 
@@ -47,7 +47,7 @@ def movedim(t: AxisTrace, a: Arguments, result: Tensor) -> Axes:
 def expand(t: AxisTrace, a: Arguments, result: Tensor) -> Axes:
     axes = t.of(a["self"])
     axes = ((),) * (result.dim() - len(axes)) + axes
-    return tuple(axis or made for axis, made in zip(axes, t.made(result.shape), strict=True))
+    return tuple(axis or made for axis, made in zip(axes, t.created(result.shape), strict=True))
 
 
 def repeat(t: AxisTrace, a: Arguments, result: Tensor) -> Axes:
@@ -58,7 +58,7 @@ def repeat(t: AxisTrace, a: Arguments, result: Tensor) -> Axes:
 
 def repeat_interleave(t: AxisTrace, a: Arguments, result: Tensor) -> Axes:
     if not isinstance(a["repeats"], int) or a["dim"] is None:
-        return t.give_up("repeat_interleave", [a["self"]], [result])[0]
+        return t.freeze_operands("repeat_interleave", [a["self"]], [result])[0]
     axes = list(t.of(a["self"]))
     axes[a["dim"]] = (*axes[a["dim"]], *fixed(a["repeats"]))
     return tuple(axes)
@@ -90,10 +90,10 @@ def split(t: AxisTrace, a: Arguments, result: Any) -> list[Axes]:
         size = part.shape[dim]
         piece = t.pick(axes[dim], np.arange(start, start + size), part)
         found.append((*axes[:dim], piece, *axes[dim + 1 :]))
-        t.count((piece,))
+        t.match_size_attributes((piece,))
         start += size
     sizes, pieces = [part.shape[dim] for part in result], [each[dim] for each in found]
-    t.count_pieces(sizes, pieces)
+    t.match_split_sizes(sizes, pieces)
     if "chunks" in a or "sections" in a:  # the code gives the number of parts: all keep one size
         if len(set(sizes)) > 1:
             t.keep(axes[dim], "is cut into unequal parts")
@@ -147,7 +147,7 @@ def index_add(t: AxisTrace, a: Arguments, result: Tensor) -> Axes:
     """Rows of one tensor are added to some rows of another, or replace them."""
     axes, others, dim = t.of(a["self"]), t.of(a["source"]), a["dim"] % max(result.dim(), 1)
     if len(axes) != len(others):
-        return t.give_up("index_add", [a["self"], a["source"]], [result])[0]
+        return t.freeze_operands("index_add", [a["self"], a["source"]], [result])[0]
     for axis in (axes[dim], others[dim]):
         t.keep(axis, "is picked out by the code")
     pairs = enumerate(zip(axes, others, strict=True))

@@ -17,7 +17,7 @@ from deploypipe.pruning.modules.module_calls import one_thread_if_small, record_
 from deploypipe.pruning.modules.module_kinds import has_two_sides, is_stored
 from deploypipe.pruning.surgery.module_slicing import sizes_after
 from deploypipe.pruning.tracing.constraints import matching, resolve, tie
-from deploypipe.pruning.tracing.coupled_channels import freeze, losers, trace_groups
+from deploypipe.pruning.tracing.coupled_channels import freeze, shrinking_modules, trace_groups
 from deploypipe.pruning.tracing.removable_units import Coupling
 from deploypipe.pruning.tracing.removal_trials import RemovalTrials, first_half, first_unit
 from deploypipe.pruning.tracing.residual_blocks import find_blocks
@@ -73,32 +73,32 @@ def find_structures(
         place = {name: len(calls) + call.place for name, call in record_calls(model, other).items()} | place
     with one_thread_if_small(num_samples(inputs) * macs.total):
         blocks, frozen_blocks = find_blocks(copied(model), inputs, calls, macs)
-        probe = RemovalTrials(model, [inputs, *others])
-        found = _find_channels(model, place, keep, probe)
-        if found.stuck:
-            again = _find_channels(model, place, keep, probe, as_wide=found.stuck)
+        trials = RemovalTrials(model, [inputs, *others])
+        found = _find_channels(model, place, keep, trials)
+        if found.modules_with_failed_heads:
+            again = _find_channels(model, place, keep, trials, as_wide=found.modules_with_failed_heads)
             found = max(found, again, key=lambda f: len(f.covered))
         block_reasons = {b.name: _kept(_inside(model, b.name), keep) for b in blocks}
-        block_reasons |= probe.blocks([b for b in blocks if not block_reasons[b.name]])
+        block_reasons |= trials.blocks([b for b in blocks if not block_reasons[b.name]])
     chosen = sorted(
         found.chosen, key=lambda c: min(place.get(m.module, len(place)) for m in c.members if is_stored(m.side))
     )
     modules = dict(model.named_modules())
-    losing = {name for c in chosen for name in losers(c, modules)}
+    losing = {name for c in chosen for name in shrinking_modules(c, modules)}
     settled = losing | ({type(model).__name__} if "" in losing else set())  # the name of its row
     # If heads can be removed, it does not matter that dimensions inside them cannot, and vice versa.
     failed = [c for c in found.failed if not _overlaps(c, chosen)]
     rows = [row for c in failed for row in freeze(c, found.failed[c], modules)]
     rows = [row for row in (*found.frozen, *rows) if row.name not in settled]
     for block in blocks:
-        block_reasons[block.name] = block_reasons[block.name] or _joins(model, block, chosen)
+        block_reasons[block.name] = block_reasons[block.name] or _why_channels_need_block(model, block, chosen)
     rows += [*frozen_blocks, *(Frozen(name=n, kind="block", reason=r) for n, r in block_reasons.items() if r)]
     unique = {(row.name, row.kind): row for row in rows}
     frozen = sorted(unique.values(), key=lambda row: place.get(row.name.partition(":")[0], -1))
     removable = tuple(b for b in blocks if not block_reasons[b.name])
     # Ties are not tried again: the same units of all groups were already tried together.
     tied, homes = tie(chosen, constraints.tied, frozen)
-    groups = tuple(_priced(model, tied, macs, probe))
+    groups = tuple(_with_costs(model, tied, macs, trials))
     return Structures(
         model_fingerprint=model_fingerprint(model),
         groups=groups,
@@ -123,7 +123,7 @@ class _Channels:
         return set().union(*map(_touched, self.chosen))
 
     @property
-    def stuck(self) -> set[str]:
+    def modules_with_failed_heads(self) -> set[str]:
         """Modules whose heads could not be removed."""
         return {c.name.rpartition(":")[0] for c in self.failed if c.kind == "heads"}
 
@@ -132,16 +132,16 @@ def _find_channels(
     model: nn.Module,
     place: Mapping[str, int],
     keep: Sequence[str],
-    probe: RemovalTrials,
+    trials: RemovalTrials,
     as_wide: Collection[str] = (),
 ) -> _Channels:
-    couplings, others, frozen = trace_groups(model, probe.batches, place, as_wide)
+    couplings, others, frozen = trace_groups(model, trials.batches, place, as_wide)
     reasons = {c.name: _kept((m.module for m in c.members), keep) for c in couplings}
-    accepted, failures = probe.channels([c for c in couplings if not reasons[c.name]])
-    more, _ = probe.channels([c for c in others if not _overlaps(c, accepted) and not _is_kept(c, keep)], accepted)
+    accepted, failures = trials.channels([c for c in couplings if not reasons[c.name]])
+    more, _ = trials.channels([c for c in others if not _overlaps(c, accepted) and not _is_kept(c, keep)], accepted)
     chosen = [*accepted, *more]
     for pick in (first_unit, first_half):
-        chosen, odd = probe.channels(chosen, pick=pick)
+        chosen, odd = trials.channels(chosen, pick=pick)
         failures |= odd
     reasons |= failures
     return _Channels(chosen=chosen, failed={c: reasons[c.name] for c in couplings if reasons[c.name]}, frozen=frozen)
@@ -177,7 +177,7 @@ def _overlaps(coupling: Coupling, others: Sequence[Coupling]) -> bool:
     return any(mine & _touched(other) for other in others)
 
 
-def _joins(model: nn.Module, block: Block, couplings: Sequence[Coupling]) -> str:
+def _why_channels_need_block(model: nn.Module, block: Block, couplings: Sequence[Coupling]) -> str:
     """Why a block cannot be removed: without it, the channels it reads and writes would have to be the same."""
     for coupling in couplings:
         layers = {m.module: model.get_submodule(m.module) for m in coupling.members if m.side == "out"}
@@ -190,8 +190,8 @@ def _joins(model: nn.Module, block: Block, couplings: Sequence[Coupling]) -> str
     return ""
 
 
-def _priced(
-    model: nn.Module, couplings: Sequence[Coupling], macs: Macs, probe: RemovalTrials
+def _with_costs(
+    model: nn.Module, couplings: Sequence[Coupling], macs: Macs, trials: RemovalTrials
 ) -> Iterator[ChannelGroup]:
     """Each coupling as a group, with the parameters and MACs of its first unit in the dense network.
 
@@ -200,14 +200,14 @@ def _priced(
     """
     first = {c.name: [Edit(module=m.module, side=m.side, removed=m.units[0]) for m in c.members] for c in couplings}
     num_params = sum(p.numel() for p in model.parameters())
-    dense = probe.count([])  # with perturbed weights, because a router may choose other experts
+    dense = trials.count([])  # with perturbed weights, because a router may choose other experts
     edits = [edit for each in first.values() for edit in each]
-    counts_each = bool(couplings) and not _are_in_proportion(model, edits, dense, probe)
+    counts_each = bool(couplings) and not _are_in_proportion(model, edits, dense, trials)
     for coupling in couplings:
         params, shares = sizes_after(model, first[coupling.name])
         saved = sum((1 - share) * macs.by_parameter.get(name, 0) for name, share in shares.items())
         if counts_each:
-            saved = dense.total - probe.count(first[coupling.name]).total
+            saved = dense.total - trials.count(first[coupling.name]).total
         yield ChannelGroup(
             name=coupling.name,
             kind=coupling.kind,
@@ -218,9 +218,9 @@ def _priced(
         )
 
 
-def _are_in_proportion(model: nn.Module, edits: Sequence[Edit], macs: Macs, probe: RemovalTrials) -> bool:
+def _are_in_proportion(model: nn.Module, edits: Sequence[Edit], macs: Macs, trials: RemovalTrials) -> bool:
     """Whether after all edits each parameter costs what its share predicts, and nothing else costs less."""
-    shares, left = sizes_after(model, edits)[1], probe.count(edits)
+    shares, left = sizes_after(model, edits)[1], trials.count(edits)
     expected = {name: count * shares.get(name, 1) for name, count in macs.by_parameter.items()}
     return left.of_activations == macs.of_activations and all(
         abs(left.by_parameter.get(name, 0) - count) < 0.5 for name, count in expected.items()

@@ -13,7 +13,7 @@ from deploypipe.scoring.mutual_information.top_down_mi import (
     cumulative,
     rankings_of,
     score_top_down,
-    take_one_by_one,
+    take_greedily,
 )
 
 
@@ -36,7 +36,7 @@ def score_layerwise_mi(
                 problem.choose_(unit)
 
         if config.joint:
-            order, gains = take_one_by_one(lambda: _gains(problems), choose_, len(readers[0].regressors), greatest=True)
+            order, gains = take_greedily(lambda: _gains(problems), choose_, len(readers[0].regressors), greatest=True)
             return rankings_of(cumulative(order.flip(-1), gains.flip(-1)))
         return rankings_of(torch.stack(_gains(problems)).sum(0).nan_to_num(nan=0.0))
 

@@ -19,7 +19,7 @@ from deploypipe.scoring.mutual_information.top_down_mi import (
     Reader,
     cumulative,
     rankings_of,
-    remove_one_by_one,
+    remove_greedily,
     score_top_down,
 )
 
@@ -34,7 +34,7 @@ def score_mipp(model: nn.Module, structures: Structures, moments: Moments, confi
 
     def rank(readers: list[Reader]) -> list[Ranking]:
         problems = [SequentialRemoval(r.covariance, r.weights, r.regressors, noise=config.noise) for r in readers]
-        order, losses = remove_one_by_one(problems, len(readers[0].regressors))
+        order, losses = remove_greedily(problems, len(readers[0].regressors))
         rankings = rankings_of(cumulative(order, losses))
         if config.confidence is None:
             return rankings

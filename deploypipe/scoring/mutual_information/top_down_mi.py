@@ -75,8 +75,8 @@ def score_top_down(
     for run in _runs(structures, modules):
         observed = {group.name: _readers(group, modules, moments, unkept) for group in run}
         for names in _of_one_shape({name: readers for name, readers in observed.items() if readers}):
-            together = zip(*(observed[name] for name in names), strict=True)
-            rankings |= zip(names, rank([_side_by_side(readers) for readers in together]), strict=True)
+            stacks = zip(*(observed[name] for name in names), strict=True)
+            rankings |= zip(names, rank([_stacked(readers) for readers in stacks]), strict=True)
         for group in run:
             if not observed[group.name]:
                 reasons[group.name] = UNOBSERVED
@@ -116,7 +116,7 @@ def _of_one_shape(observed: dict[str, list[Reader]]) -> Iterator[list[str]]:
         yield from (names[start : start + size] for start in range(0, len(names), size))
 
 
-def _side_by_side(readers: Sequence[Reader]) -> Reader:
+def _stacked(readers: Sequence[Reader]) -> Reader:
     if len(readers) == 1:
         return readers[0]
     return Reader(
@@ -161,17 +161,17 @@ def _readers(
     return found
 
 
-def remove_one_by_one(problems: Sequence[Removal], num_units: int) -> tuple[Tensor, Tensor]:
+def remove_greedily(problems: Sequence[Removal], num_units: int) -> tuple[Tensor, Tensor]:
     """Repeatedly remove the unit with the smallest loss, summed over all problems: (order, losses on removal)."""
 
     def remove_(unit: Tensor) -> None:
         for problem in problems:
             problem.remove_(unit)
 
-    return take_one_by_one(lambda: [problem.losses() for problem in problems], remove_, num_units)
+    return take_greedily(lambda: [problem.losses() for problem in problems], remove_, num_units)
 
 
-def take_one_by_one(
+def take_greedily(
     amounts: Callable[[], list[Tensor]], take_: Callable[[Tensor], None], num_units: int, *, greatest: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Repeatedly take the unit of smallest (or greatest) summed amount: (order, amounts when taken).
