@@ -104,7 +104,7 @@ def test_the_slurm_script_runs_a_search_with_a_worker(tmp_path: Path) -> None:
     assert tasks[0].returncode in (0, 1) and "Gate" in told[0], told[0]
     assert tasks[1].returncode == 0 and "trials are done" in told[1], told[1]
     result = load_result(tmp_path / "runs" / "small-cpu-17")
-    assert result.search and {trial.judged_by for trial in result.search.trials} != {""}
+    assert result.search and {trial.evaluated_by for trial in result.search.trials} != {""}
 
 
 @pytest.mark.slow

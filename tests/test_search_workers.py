@@ -84,7 +84,7 @@ def test_a_worker_goes_on_with_the_search_of_a_run(stages: str, alone: RunResult
     assert told == list(range(1, NUM_TRIALS + 1)) and len(found.trials) == NUM_TRIALS
     result = compress(model, data, task, RECIPE, TARGET, tmp_path / "run", storage=storage)
     assert choice(result) == choice(alone)
-    assert result.search and all(trial.judged_by for trial in result.search.trials)
+    assert result.search and all(trial.evaluated_by for trial in result.search.trials)
 
 
 def test_run_and_workers_of_one_database_are_side_by_side(tmp_path: Path) -> None:

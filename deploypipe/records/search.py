@@ -9,7 +9,7 @@ from deploypipe.records.structures import Names
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossCurve:
-    """Measured harm of cutting one structure alone: `losses[i]` when `kept[i]` units stay, after repair."""
+    """The measured loss of cutting one structure alone: `losses[i]` if `kept[i]` units stay, after repair."""
 
     name: str
     kind: Literal["channels", "block"]
@@ -19,6 +19,8 @@ class LossCurve:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Curves:
+    """The loss curves of all groups and blocks."""
+
     curves: tuple[LossCurve, ...]
     num_samples: int
     block_importance: dict[str, float] = field(default_factory=dict)  # by another measure than the loss; higher = keep
@@ -39,7 +41,7 @@ def _ends_of(ranked: list[LossCurve]) -> list[tuple[str, LossCurve]]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cut:
-    """How many units of which groups, and which blocks, a network lacks: all that decides its latency."""
+    """What was cut from a network: the number of units by group, and blocks. Only this decides its latency."""
 
     removed: dict[str, int]  # by group
     blocks: Names
@@ -55,19 +57,18 @@ class TimedCut:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TimedNetworks:
-    """What the latency model learns from: networks timed on the target before the search."""
+    """Networks timed on the target before the search, for the latency model to learn from."""
 
     rows: tuple[TimedCut, ...]
     precision: str  # of their files
     seconds: float
-    exported: dict[str, int] = field(
-        default_factory=dict
-    )  # why files could not be cut out of the dense one -> of how many
+    # Why files were exported, and not cut from the template -> the number of files.
+    exported: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LatencyFit:
-    """What the latency model said of the networks that were timed, each before it knew that one's time."""
+    """The latency model's prediction of each timed network, fitted without that network's time."""
 
     predicted: tuple[float, ...]  # shares of the dense fp32 file's latency
     measured: tuple[float, ...]
@@ -75,7 +76,7 @@ class LatencyFit:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Feasibility:
-    """What a search can come to, found before its first trial."""
+    """The lowest reachable value of every budget, found before the search's first trial."""
 
     least: dict[str, float]  # by budget: the smallest share of the dense network's figure
     log10_choices: float  # of widths and blocks
@@ -83,46 +84,50 @@ class Feasibility:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Candidate:
-    """What one plan turned out to be, judged after repair and before fine-tuning."""
+    """The figures of one plan's network, after repair and before fine-tuning."""
 
     accuracy: float
     latency_p50_ms: float | None  # None: the target cannot be measured on the machine that searched
-    peak_memory_mib: float | None  # None: no budget asks for it
+    peak_memory_mib: float | None  # None: neither a budget nor an objective asks for it
     file_size_mib: float
     num_params: int
     num_macs: int
-    measured_by: str = ""  # of many workers: who took the latency, when and in what state of the machine
+    measured_by: str = ""  # with several workers: who measured the latency, when and in what state of the machine
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trial:
+    """One candidate of a search: its knobs, plan and figures."""
+
     number: int
     knobs: dict[str, float]
     candidate: Candidate
     violations: dict[str, float]  # budget name -> relative excess; <= 0 meets the budget
     feasible: bool
     plan: PruningPlan
-    num_val_samples: int = 0  # that its accuracy is the mean of; 0: judged when searches did not note it
-    is_stopped: bool = False  # before all of val: over budget, or certainly worse than a trial before it
-    judged_by: str = ""  # of many workers: host and process
+    num_val_samples: int = 0  # whose mean is its accuracy
+    is_stopped: bool = False  # before all of val: over budget, or certainly worse than an earlier trial
+    evaluated_by: str = ""  # with several workers: host and process
     narrowed_from: int | None = None  # number of the trial that this one is a faster version of
 
 
-MIN_TRIALS_FOR_IMPORTANCES = 20  # trials within the budget: the best quarter, which knobs are told from, is five
+MIN_TRIALS_FOR_IMPORTANCES = 20  # trials within the budget: importances compare the best quarter, five, with the rest
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SearchResult:
-    dense: Candidate  # what the trials are compared with, judged on the same split
+    """All trials of a search, and its winner."""
+
+    dense: Candidate  # the dense network, evaluated on the same split
     trials: tuple[Trial, ...]
     best: int  # index into `trials`
-    front: tuple[int, ...] = ()  # numbers of the feasible trials that none beats in accuracy and in cost at once
-    importances: dict[str, float] = field(default_factory=dict)  # knob -> share; empty where trials are too few
+    pareto_front: tuple[int, ...] = ()  # numbers of the feasible trials that no other beats in accuracy and costs
+    importances: dict[str, float] = field(default_factory=dict)  # knob -> share; empty if trials are too few
     timed_again: dict[str, float] = field(default_factory=dict)  # number of a trial -> share of the dense latency
     finalists: tuple[int, ...] = ()  # numbers of trials, the most accurate first
-    tuned: dict[str, float] = field(default_factory=dict)  # number of a finalist -> on val after a short training
+    tuned: dict[str, float] = field(default_factory=dict)  # number of a finalist -> accuracy on val after a training
     feasibility: Feasibility | None = None
-    latency_fit: LatencyFit | None = None  # None where nothing was timed
+    latency_fit: LatencyFit | None = None  # None if nothing was timed
 
     def __repr__(self) -> str:
         within = sum(trial.feasible for trial in self.trials)

@@ -179,7 +179,7 @@ def _about(trial: Trial) -> str:
 
 def _add_front(figure: Any, search: SearchResult, *, is_line: bool) -> None:
     """A line only where the two axes are what the front weighs."""
-    front = sorted((search.trials[number].candidate for number in search.front), key=_cost)
+    front = sorted((search.trials[number].candidate for number in search.pareto_front), key=_cost)
     if front:
         figure.add_scatter(
             x=[_cost(candidate) for candidate in front],

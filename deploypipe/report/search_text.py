@@ -135,7 +135,7 @@ def _trials_sentence(search: SearchResult) -> str:
 
 
 def _workers_sentence(search: SearchResult) -> list[str]:
-    counts = Counter(trial.judged_by for trial in search.trials if trial.judged_by)
+    counts = Counter(trial.evaluated_by for trial in search.trials if trial.evaluated_by)
     if not counts:
         return []
     best = search.trials[search.best]

@@ -1,4 +1,4 @@
-"""What a search is given by the stages before it."""
+"""The inputs of a search, from the stages before it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from deploypipe.target import Limit
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SearchGoal:
-    """What candidates are cut from, compared with and held to. Known before the network is observed."""
+    """What candidates are cut from, compared with and limited by. Known before calibration."""
 
     structures: Structures
     dense: StageResult[Measurement]

@@ -1,4 +1,4 @@
-"""The search: trial after trial is proposed, judged repaired and measured, and remembered, by one process or many."""
+"""The search: propose, evaluate and store one trial after another, in one process or many."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -26,7 +26,7 @@ from deploypipe.search.pareto import costs, pareto_front
 from deploypipe.search.sampling import Seen, Space, importances, knobs, next_knobs, warm_starts
 from deploypipe.target import Limit
 
-_POLL_S, _LONGEST_POLL_S = 0.5, 5.0  # where a trial has to wait for those of other workers
+_POLL_S, _MAX_POLL_S = 0.5, 5.0  # while a trial waits for those of other workers
 
 
 def search(
@@ -43,69 +43,70 @@ def search(
     seed: int = 0,
     notify: Notify = silent,
 ) -> SearchResult:
-    """Run, go on with or help with the study in `storage`, and return all its trials and the best feasible one.
+    """Run, continue or help with the study in `storage`. Return all its trials and the best feasible one.
 
-    A trial depends on the seed and on the trials that are `settings.num_parallel` numbers or more before it, on nothing
-    else: a study that was killed goes on as if it had not been, and many workers end with the trials of one. Raises
-    BudgetError naming the nearest miss when no trial meets every limit, and RunFolderError or StorageError where the
-    storage cannot be used, or holds the study of another `origin`: model, data, device.
+    A trial depends only on the seed and on the trials that are at least `settings.num_parallel` numbers before it. So a
+    killed study continues as if never interrupted, and many workers end with the same trials as one.
+
+    Raises BudgetError, which names the nearest miss, if no trial meets every limit; RunFolderError or StorageError if
+    the storage cannot be used, or holds the study of another `origin` (model, data, device).
     """
-    costs(dense, settings.objectives)  # what cannot be measured is refused before the first trial
+    costs(dense, settings.objectives)  # refuses an objective that cannot be measured before the first trial
     space, warm = knobs(fill, magnitude), warm_starts(fill)
     excess_of = partial(violations, dense=dense, limits=limits)
-    about = {name: _told(value) for name, value in {**origin, "search": rules(settings), "seed": seed}.items()}
+    about = {name: _described(value) for name, value in {**origin, "search": rules(settings), "seed": seed}.items()}
 
-    def turned(number: int, seen: Seen) -> tuple[dict[str, Any], dict[str, Any]]:
+    def choose_knobs(number: int, seen: Seen) -> tuple[dict[str, Any], dict[str, Any]]:
         return next_knobs(number, seen, space, warm, settings, seed)
 
-    def do(queue: TrialQueue, claim: Claim) -> None:
+    def run_trial(queue: TrialQueue, claim: Claim) -> None:
         history = _history(queue.done(), claim.number - settings.num_parallel)
         chosen = {"control": 0.0, **claim.knobs}
         plan = propose(chosen, history.trials)
         twin = _find_twin(queue, claim, plan)
-        if twin is not None:  # other knobs, the same network: nothing new to measure
+        if twin is not None:  # other knobs, the same network: nothing to measure
             trial, results = replace(twin, number=claim.number, knobs=chosen), None
         else:
             number, objectives = claim.number, settings.objectives
             trial, results = evaluate_plan(number, chosen, plan, evaluate, excess_of, objectives, history)
-        trial = replace(trial, judged_by=queue.worker)
-        # A stopped trial is told its estimate: "pruned" ones only TPE would look at, and with one objective only.
+        trial = replace(trial, evaluated_by=queue.worker)
+        # A stopped trial reports its estimate. As a "pruned" one, only TPE would use it, with one objective only.
         queue.finish(claim, trial, results, [trial.candidate.accuracy, *costs(trial.candidate, settings.objectives)])
 
     with open_trial_queue(storage, space, settings.objectives, about) as queue:
-        told: set[int] = set()
+        reported: set[int] = set()
         wait_s = _POLL_S
         while True:
             done = {number: known for number, known in queue.done().items() if number < settings.num_trials}
-            for number in sorted(done.keys() - told):
-                told.add(number)
+            for number in sorted(done.keys() - reported):
+                reported.add(number)
                 message = _summary(done[number][0])
-                notify(Progress(stage="search", done=len(told), total=settings.num_trials, message=message))
+                notify(Progress(stage="search", done=len(reported), total=settings.num_trials, message=message))
             if len(done) == settings.num_trials:
                 break
             yield_to_measurements()
-            claim = queue.claim(settings.num_trials, settings.num_parallel, turned)
+            claim = queue.claim(settings.num_trials, settings.num_parallel, choose_knobs)
             if claim is None:
                 sleep_without_blocking(wait_s)
-                wait_s = min(1.5 * wait_s, _LONGEST_POLL_S)
+                wait_s = min(1.5 * wait_s, _MAX_POLL_S)
                 continue
             wait_s = _POLL_S
-            with suppress(_NobodyBelowError), queue.at_work(claim):
-                do(queue, claim)
+            with suppress(_LowerTrialIsFreeError), queue.at_work(claim):
+                run_trial(queue, claim)
     return _conclude([trial for trial, _ in done.values()], dense, settings.objectives, space)
 
 
 def rules(settings: Search) -> Search:
-    """What decides about a trial: not how many there are to be, and what becomes of the best."""
+    """The settings that a trial depends on, without the number of trials and the treatment of the best."""
     return replace(settings, num_trials=1, num_finalists=1, finalist_epochs=1, num_attempts=1)
 
 
-class _NobodyBelowError(Exception):
+class _LowerTrialIsFreeError(Exception):
     """A trial with a lower number is free again, and goes first."""
 
 
 def _history(done: Done, last: int) -> History:
-    """What a trial looks at: the finished ones up to number `last`."""
+    """The finished trials up to number `last`, which a new trial depends on."""
     before = {number: known for number, known in done.items() if number <= last}
     return History(
         trials=[trial for trial, _ in before.values()],
@@ -114,7 +115,7 @@ def _history(done: Done, last: int) -> History:
 
 
 def _find_twin(queue: TrialQueue, claim: Claim, plan: PruningPlan) -> Trial | None:
-    """The trial with a lower number that makes the same network, waited for where another worker is at it."""
+    """The trial with a lower number that makes the same network; waits for it if another worker evaluates it."""
     own = network_key(plan)
     queue.note_plan(claim, own)
     while True:
@@ -125,11 +126,11 @@ def _find_twin(queue: TrialQueue, claim: Claim, plan: PruningPlan) -> Trial | No
         if not same and len(below) == claim.number and None not in {known for known, _ in below.values()}:
             return None
         if len(below) < claim.number:
-            raise _NobodyBelowError
+            raise _LowerTrialIsFreeError
         sleep_without_blocking(_POLL_S)
 
 
-def _told(value: object) -> str:
+def _described(value: object) -> str:
     return str(value) if isinstance(value, str | int) else digest(value)
 
 
@@ -144,14 +145,14 @@ def _conclude(
         name = max(nearest.violations, key=lambda n: nearest.violations[n])
         raise BudgetError(
             f"none of {len(trials)} candidates meets the budget; the nearest (trial {nearest.number}) is "
-            f"{nearest.violations[name]:+.1%} over {name} at {nearest.candidate.accuracy:.2%} accuracy on val: "
+            f"{nearest.violations[name]:+.1%} over {name} at {nearest.candidate.accuracy:.2%} accuracy on val; "
             f"relax budget.{name} in the target, or raise search.num_trials"
         )
     return SearchResult(
         dense=dense,
         trials=tuple(trials),
         best=most_accurate([t for t in trials if t.feasible and not t.is_stopped]).number,
-        front=pareto_front(trials, objectives),
+        pareto_front=pareto_front(trials, objectives),
         importances=importances(trials, space),
     )
 
@@ -160,6 +161,6 @@ def _summary(trial: Trial) -> str:
     c = trial.candidate
     fits = "fits" if trial.feasible else "over budget"
     fits += f", stopped after {trial.num_val_samples:,} samples" if trial.is_stopped else ""
-    told = f"{c.num_macs:,} MACs" if c.latency_p50_ms is None else f"{c.latency_p50_ms:.3f} ms"
-    by = f" ({trial.judged_by})" if trial.judged_by else ""
-    return f"trial {trial.number}: {c.accuracy:.2%} on val, {told}, {fits}{by}"
+    cost = f"{c.num_macs:,} MACs" if c.latency_p50_ms is None else f"{c.latency_p50_ms:.3f} ms"
+    by = f" ({trial.evaluated_by})" if trial.evaluated_by else ""
+    return f"trial {trial.number}: {c.accuracy:.2%} on val, {cost}, {fits}{by}"

@@ -52,9 +52,9 @@ def plan(*blocks: str) -> r.PruningPlan:
 
 def test_it_says_who_did_the_trials_where_there_were_several() -> None:
     assert "Trials were run by" not in sentences(searched())
-    one = replace(trial(0, 0.12, True), judged_by="board 17")
+    one = replace(trial(0, 0.12, True), evaluated_by="board 17")
     one = replace(one, candidate=replace(one.candidate, measured_by="board, 2026-11-20T12:00:00+00:00, load 0.2"))
-    others = tuple(replace(trial(n, 0.2, False), judged_by="desk 4") for n in (1, 2))
+    others = tuple(replace(trial(n, 0.2, False), evaluated_by="desk 4") for n in (1, 2))
     told = sentences(searched(trials=(one, *others), best=0))
     assert "Trials were run by desk 4 (2), board 17 (1)" in told
     assert "the latency of trial 0 was measured by board, 2026-11-20T12:00:00+00:00, load 0.2" in told
@@ -62,7 +62,9 @@ def test_it_says_who_did_the_trials_where_there_were_several() -> None:
 
 def test_trials_stand_apart_by_symbol_where_their_records_say() -> None:
     stopped = replace(trial(3, 0.11, True), is_stopped=True, num_val_samples=625)
-    result = searched(trials=(trial(0, 0.12, True), trial(1, 0.18, False), trial(2, 0.1, True), stopped), front=(2, 0))
+    result = searched(
+        trials=(trial(0, 0.12, True), trial(1, 0.18, False), trial(2, 0.1, True), stopped), pareto_front=(2, 0)
+    )
     assert result.search
     html = search_plots.trials(result.search, result.target, ("accuracy",))
     drawn = traces(html)
@@ -198,10 +200,12 @@ def test_importances_are_drawn_or_their_absence_is_told() -> None:
 
 
 def test_a_full_search_and_a_bare_one_both_give_a_page() -> None:
-    full = render_report(searched(importances={"mix": 1.0}, latency_fit=FIT, front=(0,)))
+    full = render_report(searched(importances={"mix": 1.0}, latency_fit=FIT, pareto_front=(0,)))
     assert len(re.findall(r'class="plotly-graph-div"', full)) == 11
     nothing = structures()
-    bare = render_report(replace(searched(front=(), importances={}), structures=nothing, prune=None, repair=None))
+    bare = render_report(
+        replace(searched(pareto_front=(), importances={}), structures=nothing, prune=None, repair=None)
+    )
     assert "Latency model" not in bare and "<h2>Widths" not in bare
     untouched = render_report(untouched_run())
     assert "What limited the result" not in untouched and "Which knobs mattered" not in untouched

@@ -111,9 +111,9 @@ def test_with_two_objectives_only_dominated_trials_are_stopped(tmp_path: Path) -
     hasty = run(Evaluator(steepness=0.02), tmp_path / "hasty.db", settings=settings)
     patient = run(Evaluator(steepness=0.02, is_patient=True), tmp_path / "patient.db", settings=settings)
     evaluated = [replace(t, is_stopped=False) for t in patient.trials]
-    assert hasty.front == pareto_front(evaluated, settings.objectives)
+    assert hasty.pareto_front == pareto_front(evaluated, settings.objectives)
     assert any(t.is_stopped and t.feasible for t in hasty.trials)
-    assert len(hasty.front) > 2
+    assert len(hasty.pareto_front) > 2
 
 
 def test_seed_decides_what_is_tried(tmp_path: Path) -> None:

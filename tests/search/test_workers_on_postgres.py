@@ -67,7 +67,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def told(result: SearchResult) -> str:
     """All of it but who did what."""
-    return to_json(replace(result, trials=tuple(replace(trial, judged_by="") for trial in result.trials)))
+    return to_json(replace(result, trials=tuple(replace(trial, evaluated_by="") for trial in result.trials)))
 
 
 class Worker:

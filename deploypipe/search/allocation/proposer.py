@@ -29,7 +29,7 @@ from deploypipe.search.cost_models.layer_widths import LayerWidths
 
 NUM_TIMED = 5  # networks timed for one trial, at most
 UNIFORM, GREEDY = 1.0, 2.0  # values of the knob "control"
-_FILLED = 0.97  # of the latency limit: closer to it, times cannot be told apart
+_FILLED = 0.97  # of the latency limit: closer to it, times cannot be distinguished
 
 
 def cut_of(plan: PruningPlan) -> Cut:
@@ -47,7 +47,7 @@ class Proposer:
     magnitudes: ScoreTable
     curves: Curves
     channel_multiple: int
-    shares: Mapping[str, float]  # of the dense network's figures: the most by budget, those of `BOUNDED` at least one
+    shares: Mapping[str, float]  # by budget: the limit, as a share of the dense network's figure
     reference: Candidate  # the dense network
     layers: Sequence[LayerWidths]
     timed: Sequence[TimedCut]  # empty if no latency is bounded

@@ -17,7 +17,7 @@ from deploypipe.search.cost_models.additive_costs import STAYS, Costs, home_bloc
 _GAP = 1e-4
 _MAX_NODES = 2000  # of the branch and bound: unlike a time limit, the same on every run
 _NUM_CORRECTIONS = 8
-_FAMILY_STEPS = 64  # shares of what is kept that are tried
+_FAMILY_STEPS = 64  # shares of kept units that are tried
 _NOTHING = -1e9  # no choice costs so little
 _OUT_OF_REACH = 2  # of scipy's milp: no choice meets the bounds
 
