@@ -1,4 +1,4 @@
-"""Blocks pruned one at a time from their file are those of the whole network, pruned at once."""
+"""Blocks pruned one at a time from their file equal those of the whole network pruned at once."""
 
 import json
 import weakref
@@ -29,7 +29,7 @@ WIDTH, LENGTH, VOCABULARY = 24, 6, 31
 
 
 class Block(nn.Module):
-    """A feed-forward block that is also given a mask with a row for each sample, and gives a tuple."""
+    """A feed-forward block that also gets a mask with a row per sample, and returns a tuple."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ def build(request: pytest.FixtureRequest) -> Callable[[], nn.Module]:
 
 
 def saved(build: Callable[[], nn.Module], folder: Path) -> Path:
-    """The dense weights; what is shared is there once."""
+    """The dense weights; shared ones are stored once."""
     weights = own_weights(build())
     if build is not build_llama:
         weights.pop("head.weight")
@@ -108,7 +108,7 @@ def prune(build: Callable[[], nn.Module], at: Path, **changes: Any) -> Blockwise
     return prune_blockwise(build, weights, **given)
 
 
-def test_the_plan_is_one_of_the_whole_network(build: Callable[[], nn.Module], tmp_path: Path) -> None:
+def test_the_plan_fits_the_whole_network(build: Callable[[], nn.Module], tmp_path: Path) -> None:
     result, dense = prune(build, tmp_path), build().eval()
     assert result.plan.model_fingerprint == model_fingerprint(dense)
     pruned, tokens = apply_plan(dense, result.plan), batches(1)[0][0]
@@ -134,8 +134,8 @@ def error(network: nn.Module, dense: nn.Module, tokens: Tensor) -> float:
     return float((logits(network, tokens) - logits(dense, tokens)).square().mean())
 
 
-def test_repair_starts_from_what_the_pruned_blocks_give(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Errors that arrive are corrected: behind the last block there are fewer than where each is repaired alone."""
+def test_repair_starts_from_the_outputs_of_pruned_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Earlier errors are corrected: after the last block the error is smaller than if each block is repaired alone."""
     both = prune(build_llama, tmp_path).blocks[-1].error
     real = prune_block.repair
     monkeypatch.setattr(prune_block, "repair", lambda *args, arriving, **given: real(*args, **given))
@@ -143,13 +143,13 @@ def test_repair_starts_from_what_the_pruned_blocks_give(tmp_path: Path, monkeypa
     assert both < 0.7 * alone
 
 
-def test_one_block_at_a_time_has_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_one_block_at_a_time_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alive: dict[str, list[weakref.ref[Tensor]]] = {}
     load_ = WeightFiles.load_
 
     def noting(files: WeightFiles, module: nn.Module, prefix: str = "", names: Any = None) -> None:
         for other, references in alive.items():
-            assert all(reference() is None for reference in references), f"{other} is there beside {prefix}"
+            assert all(reference() is None for reference in references), f"{other} is in memory together with {prefix}"
         load_(files, module, prefix, names)
         if prefix:
             alive[prefix] = [weakref.ref(value) for value in module.parameters()]
@@ -159,7 +159,7 @@ def test_one_block_at_a_time_has_its_weights(tmp_path: Path, monkeypatch: pytest
     assert list(alive) == [f"blocks.{i}." for i in range(4)]
 
 
-def test_a_killed_run_goes_on(build: Callable[[], nn.Module], tmp_path: Path) -> None:
+def test_an_interrupted_run_resumes(build: Callable[[], nn.Module], tmp_path: Path) -> None:
     whole = prune(build, tmp_path, folder=tmp_path / "whole")
     for number in range(1, len(whole.blocks)):
 
@@ -182,7 +182,7 @@ def test_a_killed_run_goes_on(build: Callable[[], nn.Module], tmp_path: Path) ->
         prune(build, tmp_path)
 
 
-def test_a_block_that_was_not_finished_is_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unfinished_block_is_pruned_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = prune(build_network, tmp_path, folder=tmp_path / "whole")
     monkeypatch.setattr(work_folder, "write_atomically", fail_at("block-00001"))
     with pytest.raises(OSError, match="disk full"):
@@ -221,7 +221,7 @@ def in_two(weights: dict[str, Tensor], folder: Path) -> Path:
     return index
 
 
-def test_a_network_without_weights_can_be_called_block_by_block(tmp_path: Path) -> None:
+def test_a_network_without_weights_runs_block_by_block(tmp_path: Path) -> None:
     with without_weights():
         empty = build_network().eval()
     tokens, blocks = batches(1)[0][0], find_blocks_in_a_row(empty)
@@ -231,7 +231,7 @@ def test_a_network_without_weights_can_be_called_block_by_block(tmp_path: Path) 
     assert all(value.is_meta for value in empty.parameters())
 
 
-def test_without_weights_keeps_buffers_and_what_is_shared() -> None:
+def test_without_weights_keeps_buffers_and_shared_tensors() -> None:
     with without_weights():
         empty = build_network()
     assert isinstance(empty, Network) and empty.head.weight is empty.embed.weight and empty.embed.weight.is_meta
@@ -241,7 +241,7 @@ def test_without_weights_keeps_buffers_and_what_is_shared() -> None:
     assert not nn.Linear(2, 2).weight.is_meta
 
 
-def test_what_was_saved_in_parts_is_checked(tmp_path: Path) -> None:
+def test_a_network_saved_in_parts_is_checked(tmp_path: Path) -> None:
     prune(build_network, tmp_path)
     with pytest.raises(ModelError, match="load it with build_model"):
         load_saved(tmp_path / "out")
@@ -261,7 +261,7 @@ def of_two_lengths() -> list[Batch]:
 
 
 class Shuffled(Network):
-    """Its blocks run in another order than they are listed in."""
+    """Its blocks run in another order than in their list."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         x, mask = self.embed(tokens), (tokens > 2).float()
@@ -271,7 +271,7 @@ class Shuffled(Network):
 
 
 class Remembering(Network):
-    """Every block is given what the first one made, beside what the last one did."""
+    """Every block gets the output of the first block in addition to that of the one before."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         x, mask = self.embed(tokens), (tokens > 2).float()
@@ -283,7 +283,7 @@ class Remembering(Network):
 
 
 class Handing(Network):
-    """As in T5: what the first block gives beside its output, all others read."""
+    """As in T5: all other blocks read a second output of the first block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -303,7 +303,7 @@ class Giving(Block):
 
 
 class Hidden(Network):
-    """The second block gets what the first one made in a way that its call does not show."""
+    """The second block gets a result of the first one in a way that its call does not show."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         x, mask = self.embed(tokens), (tokens > 2).float()
@@ -314,7 +314,7 @@ class Hidden(Network):
 
 
 class Bare(Network):
-    """Blocks with nothing inside that could go."""
+    """Blocks with nothing inside that can be removed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -328,7 +328,7 @@ class Bare(Network):
 
 
 class Alternating(Network):
-    """As in Gemma and ModernBERT: every other block is called otherwise, here with a mask that each sample has."""
+    """As in Gemma and ModernBERT: every second block is called differently, here with a mask per sample."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embed(tokens)
@@ -343,7 +343,7 @@ def build_alternating() -> nn.Module:
     return Alternating()
 
 
-def test_blocks_may_be_called_otherwise(tmp_path: Path) -> None:
+def test_blocks_may_be_called_differently(tmp_path: Path) -> None:
     result, dense = prune(build_alternating, tmp_path), build_alternating().eval()
     loaded, tokens = load_saved(tmp_path / "out", build_alternating), batches(1)[0][0]
     assert error(loaded, dense, tokens) < 0.7 * error(apply_plan(dense, result.plan), dense, tokens)
@@ -377,7 +377,7 @@ def test_blocks_may_be_called_otherwise(tmp_path: Path) -> None:
         (lambda: Network(5), {}, ModelError, "holds no tensor 'blocks.4.norm.weight'"),
     ],
 )
-def test_what_cannot_be_pruned_so_is_refused_before_anything_is_written(
+def test_unsuitable_networks_are_errors_before_anything_is_written(
     build: Callable[[], nn.Module], changes: dict[str, Any], kind: type[DeploypipeError], told: str, tmp_path: Path
 ) -> None:
     weights = saved(build if build in (build_llama,) else build_network, tmp_path)
@@ -386,13 +386,13 @@ def test_what_cannot_be_pruned_so_is_refused_before_anything_is_written(
     assert not list((tmp_path / "out").glob("weights*"))
 
 
-def test_blocks_in_which_nothing_can_go_are_refused(tmp_path: Path) -> None:
+def test_blocks_with_nothing_to_remove_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"nothing inside 'blocks\.0' and the blocks after it can be removed"):
         prune(Bare, tmp_path, weights=saved(Bare, tmp_path))
 
 
-def test_blocks_that_do_not_fit_together_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What one pass over the dense network cannot show: together, the pruned ones give something else."""
+def test_blocks_that_do_not_fit_together_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One pass over the dense network cannot show it: the pruned blocks together give other outputs."""
     real = prune_block.Pruner.prune
 
     def doubled(self: Any, name: str, block: nn.Module, streams: Any) -> Any:
@@ -405,7 +405,7 @@ def test_blocks_that_do_not_fit_together_are_refused(tmp_path: Path, monkeypatch
     assert not (tmp_path / "out" / "hashes.json").exists()
 
 
-def test_files_that_are_not_sound_are_refused(tmp_path: Path) -> None:
+def test_damaged_files_are_errors(tmp_path: Path) -> None:
     weights = saved(build_network, tmp_path)
     short = tmp_path / "short.safetensors"
     short.write_bytes(weights.read_bytes()[:-10])
@@ -451,7 +451,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_the_command_is_the_function(home: Path) -> None:
+def test_the_command_calls_the_function(home: Path) -> None:
     done = CliRunner().invoke(
         app, ["blockwise", "./pipe.py", "w.safetensors", "--kept", "0.55", "--channel-multiple", "4"]
     )

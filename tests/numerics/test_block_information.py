@@ -1,4 +1,4 @@
-"""Information between blocks of columns: the definition, data processing, and what rows can tell at all."""
+"""Information between blocks of columns: definition, data processing inequality, and enough rows."""
 
 from itertools import combinations
 
@@ -28,8 +28,8 @@ def test_equals_the_definition(num_x: int, num_y: int, floor: float, seed: int) 
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_run_tells_no_more_than_any_member(seed: int) -> None:
-    """Data processing, on the exact covariance of a linear Gaussian chain of residual steps."""
+def test_a_run_has_no_more_information_than_any_member(seed: int) -> None:
+    """The data processing inequality, on the exact covariance of a linear Gaussian chain of residual steps."""
     generator = torch.Generator().manual_seed(seed)
     d, steps = 4, 4
     # The whole chain as a linear map of independent noises: state i is row block i.
@@ -51,7 +51,7 @@ def test_a_run_tells_no_more_than_any_member(seed: int) -> None:
             assert information(first, last) <= information(member, member + 1) + 1e-9
 
 
-def test_redundancy_is_one_for_linear_maps_and_nought_for_strangers() -> None:
+def test_redundancy_is_one_for_linear_maps_and_zero_for_independent_rows() -> None:
     generator = torch.Generator().manual_seed(0)
     x, other = (torch.randn(4000, 5, generator=generator) for _ in range(2))
     turned = x @ torch.randn(5, 5, generator=generator)
@@ -63,11 +63,11 @@ def test_redundancy_is_one_for_linear_maps_and_nought_for_strangers() -> None:
 
 
 @pytest.mark.parametrize("x", [torch.zeros(50, 3), torch.ones(1, 3)])
-def test_what_does_not_vary_tells_nothing(x: Tensor) -> None:
+def test_constants_have_no_information(x: Tensor) -> None:
     assert redundancy(x, x, 1e-3) == 0
 
 
-def test_strangers_stay_strangers_where_rows_are_few() -> None:
+def test_independent_rows_stay_independent_with_few_rows() -> None:
     """600 rows of 300 columns: uncompressed, chance alone would explain half of the variance."""
     generator = torch.Generator().manual_seed(0)
     x, y = (principal_rows(torch.randn(600, 300, generator=generator)) for _ in range(2))
@@ -76,7 +76,7 @@ def test_strangers_stay_strangers_where_rows_are_few() -> None:
     assert redundancy(x, x, 1e-3) > 0.99
 
 
-def test_principal_rows_hold_the_largest_variance() -> None:
+def test_principal_rows_keep_the_largest_variance() -> None:
     rows = torch.randn(200, 40, generator=torch.Generator().manual_seed(0)) * torch.arange(40)
     reduced = principal_rows(rows + 7)
     values = torch.linalg.eigvalsh(torch.cov(rows.double().T, correction=0)).flip(0)

@@ -1,4 +1,4 @@
-"""CKA equals the hand-computed unbiased HSIC, and is unbiased where the plain one is not."""
+"""CKA equals the hand-computed unbiased HSIC, and is unbiased, unlike plain CKA."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def cka_of(*representations: Tensor) -> Tensor:
     return cka(accumulator.total)
 
 
-def test_equals_hsic_by_hand_summed_over_batches() -> None:
+def test_cka_equals_hand_computed_hsic_summed_over_batches() -> None:
     x, y = normal(30, 5, seed=0), normal(30, 7, seed=1)
     y[:, 0] += x[:, 0]
     accumulator = HsicAccumulator(2)
@@ -49,7 +49,7 @@ def test_independent_wide_representations_are_unrelated_on_average() -> None:
     assert abs(sum(values) / len(values)) < 0.05  # the biased estimate is above 0.9
 
 
-def test_identical_gives_one_and_rotation_scale_and_shift_change_nothing() -> None:
+def test_cka_of_rotated_scaled_and_shifted_copies_is_one() -> None:
     x, y = normal(24, 6, seed=3), normal(24, 6, seed=4) + normal(24, 6, seed=3)
     rotation = torch.linalg.qr(normal(6, 6, seed=5)).Q
     result = cka_of(x, y, 3.0 * x @ rotation, y + 5.0)

@@ -1,4 +1,4 @@
-"""Sequential removal and selection equal what explicit covariances say, group by group."""
+"""Sequential removal and selection equal results from explicit covariances, group by group."""
 
 import pytest
 import torch
@@ -47,7 +47,7 @@ def test_losses_equal_explicit_conditional_covariances_after_every_removal(size:
         removal.remove_(left.pop(seed % len(left)))
 
 
-def test_arguments_are_left_as_they_were() -> None:
+def test_arguments_are_unchanged() -> None:
     covariance, weights = random_problem(6, 3, 0)
     before = covariance.clone(), weights.clone()
     removal = SequentialRemoval(covariance, weights, [[i] for i in range(6)], noise=NOISE)
@@ -56,7 +56,7 @@ def test_arguments_are_left_as_they_were() -> None:
     assert torch.equal(weights, before[1])
 
 
-def test_one_of_two_duplicates_is_free_and_then_the_other_is_not() -> None:
+def test_one_of_two_duplicates_costs_nothing_until_the_other_is_removed() -> None:
     covariance, weights = random_problem(6, 4, 4)
     twice = [0, 1, 2, 3, 4, 5, 2]
     removal = SequentialRemoval(covariance[twice][:, twice], weights[twice], [[i] for i in range(7)], noise=NOISE)
@@ -68,7 +68,7 @@ def test_one_of_two_duplicates_is_free_and_then_the_other_is_not() -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 1, 4])
-def test_singular_covariances_give_finite_losses_that_are_not_negative(rank: int) -> None:
+def test_singular_covariances_give_finite_nonnegative_losses(rank: int) -> None:
     root = torch.randn(10, rank, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     weights = torch.randn(10, 3, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
     removal = SequentialRemoval(root @ root.T, weights, [[i, i + 1] for i in range(0, 10, 2)], noise=NOISE)
@@ -95,7 +95,7 @@ def information(covariance: Tensor, weights: Tensor, chosen: list[int]) -> float
 
 @pytest.mark.parametrize(("size", "m", "seed"), [(1, 5, 0), (1, 20, 1), (3, 4, 2), (4, 1, 3)])
 def test_gains_equal_explicit_joint_covariances_after_every_choice(size: int, m: int, seed: int) -> None:
-    """Also where a regressor belongs to no group: it is then part of the unknown."""
+    """Also if a regressor belongs to no group; it then counts as unknown."""
     covariance, weights = random_problem(13, m, seed)
     shuffled = torch.randperm(13, generator=torch.Generator().manual_seed(seed)).tolist()
     groups = [shuffled[i : i + size] for i in range(0, 12, size)]
@@ -149,7 +149,7 @@ def test_of_two_duplicates_one_is_chosen_early_and_the_other_last() -> None:
 
 @pytest.mark.parametrize("rank", [0, 1, 4])
 @pytest.mark.parametrize("noise", [0.0, 1e-3])
-def test_singular_covariances_give_finite_gains_that_are_not_negative(rank: int, noise: float) -> None:
+def test_singular_covariances_give_finite_nonnegative_gains(rank: int, noise: float) -> None:
     root = torch.randn(10, rank, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     weights = torch.randn(10, 3, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
     selection = SequentialSelection(root @ root.T, weights, [[i, i + 1] for i in range(0, 10, 2)], noise=noise)
@@ -161,8 +161,8 @@ def test_singular_covariances_give_finite_gains_that_are_not_negative(rank: int,
 
 
 @pytest.mark.parametrize(("number", "size"), [(150, 1), (30, 3)])
-def test_problems_side_by_side_are_each_as_if_alone(number: int, size: int) -> None:
-    """Each loses groups in an order of its own, over more than one panel; one of them is singular."""
+def test_stacked_problems_are_solved_independently(number: int, size: int) -> None:
+    """Each problem removes groups in its own order, over more than one panel; one is singular."""
     p = number * size + 2
     problems = [random_problem(p, 5, seed) for seed in range(3)]
     problems[1][0][0] = problems[1][0][:, 0] = 0.0

@@ -1,4 +1,4 @@
-"""Intervals cover what they claim to cover, also where textbook formulas collapse."""
+"""Intervals have the coverage they claim, also where textbook formulas fail."""
 
 from itertools import product
 
@@ -44,13 +44,13 @@ def test_blocks_keep_the_coverage_of_slowly_drifting_timings() -> None:
     assert hits / 150 >= 0.93
 
 
-def test_no_interval_of_times_reaches_below_zero() -> None:
+def test_intervals_of_times_are_never_negative() -> None:
     ramp = np.linspace(0.01, 1.0, 400)  # a machine that becomes a hundred times slower
     interval = interval_of_quantile(ramp, 0.5, block=20)
     assert interval.low == 0.0 and interval.value < interval.high
 
 
-def test_ratio_interval_cancels_what_both_files_suffered() -> None:
+def test_the_ratio_interval_cancels_common_slowdowns() -> None:
     generator = np.random.default_rng(2)
     hits, widths = 0, []
     for _ in range(150):
@@ -65,7 +65,7 @@ def test_ratio_interval_cancels_what_both_files_suffered() -> None:
 
 
 def timeline(generator: np.random.Generator, length: int, mood: str) -> np.ndarray:
-    """Log slowness of the machine, run by run."""
+    """Log slowdown of the machine, run by run."""
     if mood == "quiet":
         return generator.normal(scale=0.01, size=length)
     if mood == "wandering":  # AR(1), remembered for some fifty runs
@@ -92,13 +92,13 @@ def timed(generator: np.random.Generator, ratio: float, mood: str, openings: int
 
 
 @pytest.mark.parametrize("mood", ["quiet", "wandering", "bursty"])
-def test_a_file_against_itself_is_no_difference_whatever_the_machine_does(mood: str) -> None:
+def test_a_file_against_itself_shows_no_difference_on_any_machine(mood: str) -> None:
     generator = np.random.default_rng(4)
     intervals = [interval_of_median_ratio(*timed(generator, 1.0, mood), block=20) for _ in range(400)]
     assert np.mean([i.low <= 1 <= i.high for i in intervals]) >= 0.95
 
 
-def test_a_difference_of_three_percent_is_found() -> None:
+def test_a_difference_of_three_percent_is_detected() -> None:
     generator = np.random.default_rng(5)
     for mood, least in (("quiet", 1.0), ("wandering", 0.6)):
         intervals = [interval_of_median_ratio(*timed(generator, 1.03, mood), block=20) for _ in range(100)]
@@ -106,7 +106,7 @@ def test_a_difference_of_three_percent_is_found() -> None:
         assert np.mean([i.low <= 1.03 <= i.high for i in intervals]) >= 0.94
 
 
-def test_what_openings_do_is_lost_where_blocks_are_smaller() -> None:
+def test_effects_of_opening_files_are_missed_with_smaller_blocks() -> None:
     generator = np.random.default_rng(6)
     pairs = [timed(generator, 1.0, "quiet", openings=8) for _ in range(200)]
     covered = {
@@ -122,7 +122,7 @@ def test_signed_rank_interval_equals_published_critical_values() -> None:
     assert _signed_rank(61, 0.95) - _signed_rank(60, 0.95) in (20, 21, 22, 23)  # exact, then normal: no jump
 
 
-def test_few_blocks_leave_student_alone() -> None:
+def test_few_blocks_use_students_t() -> None:
     interval = interval_of_median_ratio(np.exp([0.1, 0.2, 0.3]), np.ones(3))
     half = 6.964557 * 0.1 / np.sqrt(3)  # Student's t, two degrees, 98 %
     assert (np.log(interval.low), np.log(interval.high)) == pytest.approx((0.2 - half, 0.2 + half), rel=1e-6)
@@ -164,16 +164,16 @@ def test_mean_of_a_continuous_metric_covers() -> None:
 @pytest.mark.parametrize("num_samples", [50, 200])
 @pytest.mark.parametrize("is_fraction", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_loss_of_exactly_the_limit_hardly_ever_ships(shape: str, is_fraction: bool, num_samples: int) -> None:
+def test_a_loss_exactly_at_the_limit_rarely_passes(shape: str, is_fraction: bool, num_samples: int) -> None:
     found = rates(shape, num_samples, 100, is_fraction=is_fraction)
     assert found.shipped <= 0.05
 
 
-def test_rare_total_losses_are_what_t_would_ship() -> None:
+def test_rare_total_losses_pass_students_t_but_not_the_bounds() -> None:
     assert rates("1 % lose 100", 50, 100, is_fraction=True).shipped_by_t > 0.4  # so the test above can fail
 
 
-def test_a_choice_sees_what_a_release_cannot_exclude() -> None:
+def test_a_choice_detects_losses_that_a_release_cannot_exclude() -> None:
     random = np.random.default_rng(3)
     top = random.normal(20, 5, size=200)
     worse = top - random.normal(0.2, 0.5, size=200)
@@ -184,7 +184,7 @@ def test_a_choice_sees_what_a_release_cannot_exclude() -> None:
 
 
 @pytest.mark.parametrize("level", [0.5, 7.0, -3.0])
-def test_equal_differences_are_no_point(level: float) -> None:
+def test_equal_differences_still_have_an_interval(level: float) -> None:
     dense = np.full(50, level)
     for compressed in (dense, dense - 0.01):
         interval = interval_of_drop_pp(dense, compressed)
@@ -194,7 +194,7 @@ def test_equal_differences_are_no_point(level: float) -> None:
 
 
 @pytest.mark.parametrize(("n", "k"), [(1, 0), (2, 0), (50, 0), (50, 1), (50, 49), (1000, 3), (1000, 500)])
-def test_bound_of_zeros_and_ones_is_that_of_clopper_and_pearson(n: int, k: int) -> None:
+def test_the_bound_of_zeros_and_ones_equals_clopper_pearson(n: int, k: int) -> None:
     values = np.concatenate([np.ones(k), np.zeros(n - k)])
     expected = beta.ppf(0.975, k + 1, n - k)
     assert upper_bound(values, 1.0, 0.025) == pytest.approx(expected, rel=0.01)

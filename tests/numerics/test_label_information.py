@@ -71,7 +71,7 @@ def test_tied_values_share_a_bin_that_no_other_value_falls_into() -> None:
     assert quantile_bins(torch.full((9, 2), 3.0), 4).unique().numel() == 1
 
 
-def test_a_constant_knows_nothing_and_the_label_itself_all() -> None:
+def test_a_constant_has_no_information_and_the_label_has_all() -> None:
     y = torch.arange(64) % 4
     counts = joint_counts(quantile_bins(torch.stack([torch.ones(64), y.float()], dim=1), 8), y, 8, 4)
     torch.testing.assert_close(
@@ -81,7 +81,7 @@ def test_a_constant_knows_nothing_and_the_label_itself_all() -> None:
 
 
 @pytest.mark.parametrize(("per_cell", "left"), [(1, 0.3), (2, 0.1), (5, 0.01)])
-def test_the_correction_leaves_the_bias_that_is_promised(per_cell: int, left: float) -> None:
+def test_the_bias_after_correction_is_as_documented(per_cell: int, left: float) -> None:
     n = per_cell * 8 * 10
     generator = torch.Generator().manual_seed(0)
     y = torch.randint(10, (n,), generator=generator)
@@ -111,7 +111,7 @@ def test_forward_selection_equals_explicit_determinants(n: int, p: int) -> None:
     assert sorted(order) == list(range(p))
 
 
-def test_one_unit_alone_knows_what_its_fisher_ratio_says_whatever_the_shrinkage() -> None:
+def test_information_of_one_unit_follows_its_fisher_ratio_at_any_shrinkage() -> None:
     x, y = labelled(40, 30, 2, seed=0)
     _, _, shrinkage = class_covariances(x, y)
     assert shrinkage > 0.1
@@ -121,7 +121,7 @@ def test_one_unit_alone_knows_what_its_fisher_ratio_says_whatever_the_shrinkage(
     assert float(forward_selection(x, y)[1][0]) == pytest.approx(float(expected), rel=1e-4)
 
 
-def test_shrinkage_falls_with_samples_and_is_whole_where_nothing_is_shared() -> None:
+def test_shrinkage_falls_with_samples_and_is_one_for_independent_units() -> None:
     few, many = (class_covariances(*labelled(n, 20, 2, seed=1))[2] for n in (25, 2500))
     assert many < 0.1 < few
     rows = torch.randn(50, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -149,8 +149,8 @@ def test_a_unit_that_is_the_label_is_first_and_finite() -> None:
     assert math.isfinite(float(gains[0]))
 
 
-def test_only_the_units_together_know_what_a_suppressor_reveals() -> None:
-    """Noise that hides the label in unit 0 knows nothing by itself, and is chosen second: it takes the noise away."""
+def test_a_suppressor_is_informative_only_together_with_its_unit() -> None:
+    """The noise that hides the label in unit 0 has no information alone, but is chosen second."""
     generator = torch.Generator().manual_seed(4)
     y = torch.arange(500) % 2
     noise = torch.randn(500, generator=generator)
@@ -161,7 +161,7 @@ def test_only_the_units_together_know_what_a_suppressor_reveals() -> None:
     assert gains[1] > 5 * gains[0]
 
 
-def test_scree_cuts_where_the_slope_drops_most() -> None:
+def test_scree_width_is_at_the_largest_drop() -> None:
     gains = torch.tensor([0.9, 0.8, 0.7, 0.02, 0.015, 1e-9, 1e-15])
     assert scree_width(gains, floor=0.01) == 3
     assert scree_width(torch.full((5,), 1e-4), floor=0.01) == 1

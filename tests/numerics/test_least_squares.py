@@ -33,7 +33,7 @@ def test_ridge_equals_its_closed_form() -> None:
     np.testing.assert_allclose(solve_towards(gram, cross, prior, 0.1).numpy(), expected, atol=1e-10)
 
 
-def test_prior_is_kept_where_the_data_says_nothing() -> None:
+def test_the_prior_stays_where_data_has_no_information() -> None:
     prior = torch.randn(4, 2, dtype=torch.float64)
     zeros = torch.zeros(4, 4, dtype=torch.float64)
     assert torch.equal(solve_towards(zeros, torch.zeros(4, 2, dtype=torch.float64), prior, 1e-3), prior)
@@ -47,7 +47,7 @@ def test_prior_is_kept_where_the_data_says_nothing() -> None:
 
 
 @pytest.mark.parametrize("has_intercept", [True, False])
-def test_fit_equals_lstsq_and_tells_what_it_gives(has_intercept: bool) -> None:
+def test_fit_equals_lstsq_and_reports_its_product_moments(has_intercept: bool) -> None:
     x, y = data()
     prior = torch.zeros(5, 3, dtype=torch.float64)
     fit = CrossMoments.of(x, y).fit(prior, 1e-12, has_intercept=has_intercept)
@@ -62,7 +62,7 @@ def test_fit_equals_lstsq_and_tells_what_it_gives(has_intercept: bool) -> None:
 
 @pytest.mark.parametrize("has_intercept", [True, False])
 @pytest.mark.parametrize("ridge", [1e-9, 1e-2, 10.0])
-def test_problems_side_by_side_are_solved_as_alone(ridge: float, has_intercept: bool) -> None:
+def test_stacked_problems_are_solved_independently(ridge: float, has_intercept: bool) -> None:
     x, y = data(1)
     prior = torch.ones(5, 3, dtype=torch.float64)
     fit = CrossMoments.of(x, y).fit(prior, ridge, has_intercept=has_intercept)
@@ -80,7 +80,7 @@ def test_chunked_products_in_float32_are_close_to_float64() -> None:
     torch.testing.assert_close(sum_of_products(x, y), expected, atol=1e-2, rtol=1e-5)
 
 
-def test_moments_less_than_singular_are_solved_and_nan_is_not() -> None:
+def test_indefinite_moments_are_solved_and_nan_is_an_error() -> None:
     gram = torch.diag(torch.tensor([1.0, 0.0, -1e-6], dtype=torch.float64))
     factor = regular_cholesky(gram, 1e-9)
     torch.testing.assert_close(factor @ factor.T, gram, atol=1e-4, rtol=0)

@@ -1,4 +1,4 @@
-"""The error of sequential removal equals that of least squares, solved anew for every set of regressors."""
+"""The error of sequential removal equals that of least squares, solved again for every set of regressors."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def refitted_error(rows: Tensor, weights: Tensor, output_weights: Tensor, kept: 
 
 @pytest.mark.parametrize(("number", "size", "m", "seed"), [(12, 1, 5, 0), (12, 1, 20, 1), (4, 3, 4, 2), (80, 1, 3, 3)])
 def test_losses_equal_refitted_least_squares_after_every_removal(number: int, size: int, m: int, seed: int) -> None:
-    """Also over more removals than one panel holds, and beside a regressor that belongs to no group."""
+    """Also over more removals than one panel holds, and with a regressor that belongs to no group."""
     p = number * size + 1
     rows, weights, output_weights = random_rows(4 * p, p, m, seed)
     groups = [list(range(i, i + size)) for i in range(1, p, size)]
@@ -42,7 +42,7 @@ def test_losses_equal_refitted_least_squares_after_every_removal(number: int, si
         removal.remove_(left.pop(seed % len(left)))
 
 
-def test_one_of_two_duplicates_is_free_and_then_the_other_is_not() -> None:
+def test_one_of_two_duplicates_costs_nothing_until_the_other_is_removed() -> None:
     rows, weights, output_weights = random_rows(50, 6, 4, 4)
     rows, weights = rows[:, [0, 1, 2, 3, 4, 5, 2]], weights[[0, 1, 2, 3, 4, 5, 2]]
     covariance = rows.T @ rows / len(rows)
@@ -54,7 +54,7 @@ def test_one_of_two_duplicates_is_free_and_then_the_other_is_not() -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 1, 4])
-def test_singular_covariances_give_finite_losses_that_are_not_negative(rank: int) -> None:
+def test_singular_covariances_give_finite_nonnegative_losses(rank: int) -> None:
     _, weights, output_weights = random_rows(20, 10, 3, 5)
     root = torch.randn(10, rank, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     covariance = root @ root.T
@@ -67,8 +67,8 @@ def test_singular_covariances_give_finite_losses_that_are_not_negative(rank: int
         removal.remove_(group)
 
 
-def test_it_is_the_limit_of_information_under_loud_noise() -> None:
-    """1/2 logdet(s^2 I + E) grows by tr(dE) / 2 s^2: the two scores rank alike where the noise floor is large."""
+def test_it_is_the_limit_of_information_for_a_large_noise_floor() -> None:
+    """1/2 logdet(s^2 I + E) grows by tr(dE) / 2 s^2: the two scores rank alike if the noise floor is large."""
     rows, weights, _ = random_rows(40, 8, 3, 6)
     covariance = rows.T @ rows / len(rows)
     groups = [[i] for i in range(8)]
@@ -82,7 +82,7 @@ def test_it_is_the_limit_of_information_under_loud_noise() -> None:
         nats.remove_(group)
 
 
-def test_problems_side_by_side_are_each_as_if_alone() -> None:
+def test_stacked_problems_are_solved_independently() -> None:
     parts = [random_rows(300, 90, 4, seed) for seed in range(3)]
     covariances = [rows.T @ rows / len(rows) for rows, _, _ in parts]
     groups = [[i] for i in range(90)]

@@ -64,7 +64,7 @@ def require_regression(layer: Any, inputs: Tensor, count: int = EVERY) -> None:
 
 @st.composite
 def convolutions(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
-    """A convolution of any kind and an input it takes."""
+    """A convolution of any kind, and an input for it."""
     torch.manual_seed(draw(st.integers(0, 1000)))
     rank, is_transposed = draw(st.integers(1, 3)), draw(st.booleans())
     groups = draw(st.integers(1, 3))
@@ -109,14 +109,14 @@ def test_rows_of_a_convolution_are_its_unfolded_input() -> None:
     assert torch.equal(rows, unfolded.movedim(1, -1).flatten(0, 1))
 
 
-def test_conv1d_of_transformers_is_known() -> None:
+def test_conv1d_of_transformers_is_linear_like() -> None:
     module = pytest.importorskip("transformers.pytorch_utils").Conv1D(4, 5)
     require_regression(module, torch.randn(2, 7, 5))
     assert reads(module, "weight.0") and writes(module, "weight.1")
     assert not reads(module, "weight.1") and not writes(module, "weight.0")
 
 
-def test_columns_of_a_channel_hold_its_weights() -> None:
+def test_columns_of_a_channel_contain_its_weights() -> None:
     layer = nn.Conv2d(5, 4, 3)
     assert torch.equal(weight_matrix(layer)[:, columns([1, 3], 9)], layer.weight[:, [1, 3]].flatten(1))
 
@@ -128,7 +128,7 @@ def test_products_of_two_groups_are_zero() -> None:
     assert torch.equal(inputs_by_outputs, torch.block_diag(torch.ones(4, 3), torch.ones(4, 3)))
 
 
-def test_layers_that_are_no_regression_are_told_apart() -> None:
+def test_layers_that_are_not_regressions_are_detected() -> None:
     for other in (
         nn.BatchNorm2d(2),
         nn.Embedding(3, 2),

@@ -1,4 +1,4 @@
-"""Moments equal numpy's; the observed network does not notice."""
+"""Moments equal numpy's, and the observed network is unchanged."""
 
 from copy import deepcopy
 from pathlib import Path
@@ -28,7 +28,7 @@ def prepared(name: str, num_batches: int = 3) -> tuple[nn.Module, Structures, li
     return model, list_structures(model, inputs), [(make(), torch.zeros(4)) for _ in range(num_batches)]
 
 
-def test_equal_numpy_when_all_positions_are_taken() -> None:
+def test_moments_equal_numpy_if_all_positions_are_taken() -> None:
     model, structures, batches = prepared("pad_resnet")
     batches = [(inputs + 50, target) for inputs, target in batches]  # a mean far above the deviation
     moments = observe_activations(model, structures, batches, EVERYWHERE)
@@ -60,7 +60,7 @@ def test_equal_numpy_when_all_positions_are_taken() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(networks.NETWORKS))
-def test_network_does_not_notice(name: str) -> None:
+def test_the_network_is_unchanged(name: str) -> None:
     model, structures, batches = prepared(name)
     model.train()
     next(model.children()).eval()
@@ -75,7 +75,7 @@ def test_network_does_not_notice(name: str) -> None:
     assert not any(m._forward_hooks for m in model.modules())
 
 
-def test_same_seed_same_moments_and_another_seed_others() -> None:
+def test_moments_depend_only_on_the_seed() -> None:
     model, structures, batches = prepared("pad_resnet")
     first, again, other = (observe_activations(model, structures, batches, Observe(), seed=s) for s in (0, 0, 1))
     for name, seen in first.inputs.items():
@@ -124,7 +124,7 @@ def test_saved_and_loaded_are_the_same(name: str, tmp_path: Path) -> None:
         assert loaded.inputs[key].num_rows == seen.num_rows
 
 
-def test_work_in_place_after_a_block_does_not_reach_its_similarity() -> None:
+def test_in_place_changes_after_a_block_do_not_change_its_similarity() -> None:
     class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -157,7 +157,7 @@ def with_labels(batches: list[Batch], classes: int) -> list[Batch]:
     return [(inputs, torch.randint(classes, (len(inputs),), generator=generator)) for inputs, _ in batches]
 
 
-def test_one_pass_in_two_halves_is_one_pass() -> None:
+def test_merged_halves_equal_one_pass() -> None:
     model, structures, batches = prepared("pad_resnet", num_batches=5)
     batches = with_labels(batches, 10)
     loss = F.cross_entropy
@@ -178,7 +178,7 @@ def test_one_pass_in_two_halves_is_one_pass() -> None:
     torch.testing.assert_close(merged.block_hsic, whole.block_hsic, rtol=1e-4, atol=1e-5)
 
 
-def test_lone_batch_is_cut_in_two_and_a_lone_sample_refused() -> None:
+def test_a_single_batch_is_split_and_a_single_sample_is_an_error() -> None:
     model, structures, batches = prepared("mlp", num_batches=1)
     odd, even = observe_halves(model, structures, batches, EVERYWHERE)
     assert (odd.num_samples, even.num_samples) == (2, 2)
@@ -206,7 +206,7 @@ def test_gates_are_derivatives_of_a_factor_on_each_unit() -> None:
     torch.testing.assert_close(gates[group.name], total / sum(len(t) for _, t in batches), rtol=1e-4, atol=1e-10)
 
 
-def test_derivatives_leave_no_trace() -> None:
+def test_gradients_and_flags_are_restored() -> None:
     model, structures, batches = prepared("pad_resnet")
     frozen = next(model.parameters()).requires_grad_(False)
     kept = list(model.parameters())[-1]
@@ -229,7 +229,7 @@ def test_rows_are_kept_up_to_a_bound() -> None:
 
 
 class Padded(nn.Module):
-    """Embedded tokens, those of number 0 are padding; a hidden layer and a block."""
+    """Embedded tokens (number 0 is padding), a hidden layer and a block."""
 
     class Block(nn.Module):
         def __init__(self) -> None:
@@ -256,8 +256,8 @@ def padded() -> tuple[nn.Module, Tensor]:
 
 
 @pytest.mark.parametrize("count", [3, 100])
-def test_padding_counts_for_nothing(count: int) -> None:
-    """Whatever stands in the padding, and one length of text by itself has the moments of its texts without it."""
+def test_padding_is_ignored(count: int) -> None:
+    """Moments do not depend on padding values, and texts of one length have the moments of unpadded texts."""
     model, ids = padded()
     structures = list_structures(model, ids)
     other = deepcopy(model)
@@ -294,7 +294,7 @@ def test_mask_of_another_shape_is_refused() -> None:
         )
 
 
-def test_inputs_of_two_groups_are_never_together() -> None:
+def test_moments_between_two_groups_are_zero() -> None:
     model, structures, batches = prepared("resnext")
     moments = observe_activations(model, structures, batches, EVERYWHERE, shuffled=True)
     grouped = [name for name in moments.inputs if getattr(model.get_submodule(name), "groups", 1) == 2]

@@ -1,4 +1,4 @@
-"""An independent check of the coupling: torch_pruning's dependency graph finds the same channels, by another way."""
+"""Independent check of coupled channels: torch_pruning's dependency graph finds the same ones."""
 
 import networks
 import pytest
@@ -32,7 +32,7 @@ def ours(model: nn.Module, group: ChannelGroup, unit: int) -> set[tuple[str, str
 
 
 def theirs(graph: object, model: nn.Module, root: str, indices: tuple[int, ...]) -> set[tuple[str, str, int]]:
-    """What torch_pruning removes with these output channels; where both sides are one, as in a norm, that is "out"."""
+    """What torch_pruning removes with these output channels; "out" if both sides are the same, as in a norm."""
     names = {module: name for name, module in model.named_modules()}
     layer = model.get_submodule(root)
     found = set()

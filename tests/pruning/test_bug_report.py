@@ -1,4 +1,4 @@
-"""A folder for a bug report: following its README gives the reason again, and nothing of the owner's is in it."""
+"""Bug reports: following the README reproduces the reason, and the folder has no data of the owner."""
 
 import re
 from collections.abc import Callable
@@ -21,7 +21,7 @@ Function = Callable[[Tensor], Tensor]
 
 
 class Odd(nn.Module):
-    """A hidden layer that is read in a way given to it."""
+    """A hidden layer that is read by a given function."""
 
     def __init__(self, read: Function) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Network(nn.Module):
 def followed(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fresh: nn.Module
 ) -> str:
-    """What the README's program prints; `fresh` is the module that it asks for, where it does."""
+    """What the README's program prints; `fresh` is the module that it asks for, if it does."""
     text = (folder / "README.md").read_text(encoding="utf-8")
     program = re.search(r"```python\n(.*?)```", text, re.DOTALL)
     assert program is not None
@@ -70,7 +70,7 @@ def followed(
     ],
     ids=["cumsum", "softmax", "constant-view", "data-dependent"],
 )
-def test_following_the_readme_gives_the_reason_again(
+def test_following_the_readme_reproduces_the_reason(
     read: Function,
     needs_class: bool | None,
     tmp_path: Path,
@@ -94,7 +94,7 @@ def test_following_the_readme_gives_the_reason_again(
     assert torch.__version__ in readme
 
 
-def test_no_weight_and_no_input_leaves_the_house(tmp_path: Path) -> None:
+def test_the_report_contains_no_weights_and_no_inputs(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, inputs = Network(lambda h: torch.cumsum(h, dim=1)), torch.randn(4, 4)
     write_reproduction(model, inputs, "layers.1.first", tmp_path)
@@ -111,7 +111,7 @@ def test_no_weight_and_no_input_leaves_the_house(tmp_path: Path) -> None:
     assert str(Path(__file__)).encode() not in (tmp_path / "module.pt2").read_bytes()
 
 
-def test_what_is_not_frozen_is_refused_with_what_is(tmp_path: Path) -> None:
+def test_a_name_that_is_not_frozen_is_an_error_listing_frozen_names(tmp_path: Path) -> None:
     torch.manual_seed(0)
     with pytest.raises(ModelError, match=r"'stem' is not frozen .* frozen structures: layers\.1\.first, head"):
         write_reproduction(Network(lambda h: torch.cumsum(h, dim=1)), torch.randn(4, 4), "stem", tmp_path)

@@ -1,4 +1,4 @@
-"""What a recipe asks of widths and blocks holds in every plan, or is refused by name."""
+"""Constraints of a recipe on widths and blocks hold in every plan, or are errors with names."""
 
 from dataclasses import replace
 
@@ -30,7 +30,7 @@ def flat_scores(structures: Structures) -> ScoreTable:
     return ScoreTable(scorer="flat", channels={g.name: tuple(range(g.num_units)) for g in structures.groups})
 
 
-def test_patterns_become_names() -> None:
+def test_patterns_resolve_to_group_names() -> None:
     structures = structures_of(
         "pad_resnet",
         least={"stages.0.*": 0.3, "stages.0.1.conv1": 5, "stages.2.*": 1.0, "conv1": 1, "fc": 3},
@@ -72,12 +72,12 @@ def test_patterns_become_names() -> None:
         ({"least_blocks": 5}, r"least_blocks: 5 blocks must stay, but only 4 can be removed at all; write 4 or less"),
     ],
 )
-def test_what_cannot_be_is_one_clear_error(constraints: dict[str, object], said: str) -> None:
+def test_impossible_constraints_are_clear_errors(constraints: dict[str, object], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         structures_of("pad_resnet", **constraints)
 
 
-def test_heads_and_channels_are_not_alike() -> None:
+def test_heads_and_channels_cannot_be_tied() -> None:
     with pytest.raises(ConfigError, match=r"layers\.0\.self_attn:heads: 2 heads"):
         structures_of("encoder", uniform=("layers.0.*",))
 
@@ -94,7 +94,7 @@ def test_keep_without_a_match_is_refused() -> None:
     asked=st.integers(1, 45),
 )
 @settings(max_examples=200, deadline=None)
-def test_least_holds_after_rounding_and_is_given_as_the_reason(
+def test_the_minimum_width_holds_after_rounding_and_is_the_reason(
     dense: int, multiple: int, least: int, asked: int
 ) -> None:
     least = min(least, dense)
@@ -180,7 +180,7 @@ def test_every_scorer_scores_tied_groups(scorer: type, network: str, tie: tuple[
         assert len(values) == group.num_units and values.isfinite().all()
 
 
-def test_names_of_tied_groups_still_name_them_in_other_constraints() -> None:
+def test_names_of_tied_groups_work_in_other_constraints() -> None:
     structures = structures_of(
         "encoder", tied=(("layers.*.linear1",),), least={"layers.1.linear1": 6}, uniform=("layers.*.linear1",)
     )

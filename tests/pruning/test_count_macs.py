@@ -1,4 +1,4 @@
-"""Multiply-accumulates by operator: the definition, and what structures promise against what is left."""
+"""MACs by operator: against the definition, and reported savings against real ones."""
 
 from collections.abc import Callable
 from typing import Any
@@ -64,7 +64,7 @@ CASES: dict[str, tuple[nn.Module, tuple[tuple[int, ...], ...], int]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_operators_cost_what_their_definition_says(name: str) -> None:
+def test_macs_of_operators_equal_their_definition(name: str) -> None:
     model, shapes, expected = CASES[name]
     inputs = tuple(torch.randn(shape) for shape in shapes)
     assert count_macs(model, inputs)[1] == expected
@@ -75,7 +75,7 @@ def test_operators_cost_what_their_definition_says(name: str) -> None:
 
 
 class Attending(nn.Module):
-    """Everything whose cost is no module's: attention over a stream, a weight that is computed, a position table."""
+    """Costs outside modules: attention over a stream, a computed weight, a position table."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class Attending(nn.Module):
 
 
 class Mixing(nn.Module):
-    """A layer along the places, which does less where there are fewer channels and loses no weights."""
+    """A layer along positions: with fewer channels it costs less, but loses no weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class Mixing(nn.Module):
 
 
 class Routed(nn.Module):
-    """Sends each row to one of two experts, and adds what they give to rows of zeros."""
+    """Sends each row to one of two experts, and adds their outputs to rows of zeros."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -149,7 +149,7 @@ class Last(nn.Module):
 @pytest.mark.parametrize(
     "name", ["attending", "mixing", "routed", "gru", "encoder", "resnext", "separable", "gated", "squeeze_excite"]
 )
-def test_a_unit_and_a_block_cost_what_goes_with_them(name: str) -> None:
+def test_macs_of_a_unit_and_a_block_equal_what_their_removal_saves(name: str) -> None:
     model, inputs = _network(name)
     structures = list_structures(model, inputs)
     params, macs = count_macs(model, inputs)

@@ -1,4 +1,4 @@
-"""What is coupled with what, in the ways that modern networks write it down; cutting must equal masking in each."""
+"""Coupled channels in the notations of modern networks; cutting must equal masking in each."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +17,7 @@ WIDTH, HEADS, DIM = 24, 3, 8
 
 
 class Attention(nn.Module):
-    """Heads by one of several spellings; a fused projection unless keys have fewer heads."""
+    """Attention heads in one of several notations; a fused projection unless keys have fewer heads."""
 
     def __init__(self, spelling: str, kv_heads: int = HEADS) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ def group_of(structures: Structures, name: str) -> ChannelGroup:
 
 
 def cut(model: nn.Module, structures: Structures, inputs: Any, group: str, width: int) -> nn.Module:
-    """Without the first units of one group; checked against the masked network."""
+    """Remove the first units of one group, and check against the masked network."""
     count = group_of(structures, group).num_units
     scores = ScoreTable(scorer="index", channels={group: tuple(map(float, range(count)))})
     plan = make_plan(structures, scores, {group: width})
@@ -87,7 +87,7 @@ def test_heads_of_a_fused_projection(spelling: str) -> None:
     assert (pruned[1].num_heads, pruned[1].head_dim, pruned[1].qkv.out_features) == (1, DIM, 3 * DIM)
 
 
-def test_a_key_head_goes_with_all_queries_it_serves() -> None:
+def test_a_key_head_is_removed_with_all_its_query_heads() -> None:
     middle = Attention("grouped", kv_heads=1)
     middle.num_heads, middle.num_kv_heads = 6, 2
     middle.q, middle.kv, middle.out = nn.Linear(WIDTH, 48), nn.Linear(WIDTH, 32), nn.Linear(48, WIDTH)
@@ -119,7 +119,7 @@ class Gated(nn.Module):
     ],
     ids=["chunk", "size in an attribute", "slices", "view"],
 )
-def test_both_halves_of_a_gated_layer_go(split: Callable[[Gated, Tensor], tuple[Tensor, Tensor]]) -> None:
+def test_both_halves_of_a_gated_layer_shrink(split: Callable[[Gated, Tensor], tuple[Tensor, Tensor]]) -> None:
     model, inputs = network(Gated(split)), torch.randn(2, 7, 5)
     structures = list_structures(model, inputs)
     up = next(m for m in group_of(structures, "1.up").members if (m.module, m.side) == ("1.up", "out"))
@@ -152,7 +152,7 @@ class Embedded(nn.Module):
         return self.head(self.norm(x + self.scale * self.mix(x))[:, 0])
 
 
-def test_the_width_of_a_stream_takes_bare_parameters_and_norms_with_it() -> None:
+def test_bare_parameters_and_norms_shrink_with_the_stream() -> None:
     torch.manual_seed(0)
     model, inputs = Embedded(), torch.randn(2, 3, 8, 8)
     structures = list_structures(model, inputs)
@@ -164,7 +164,7 @@ def test_the_width_of_a_stream_takes_bare_parameters_and_norms_with_it() -> None
 @pytest.mark.parametrize(
     "norm", [nn.LayerNorm(WIDTH, elementwise_affine=False), nn.RMSNorm(WIDTH), nn.GroupNorm(1, WIDTH)]
 )
-def test_a_norm_over_channels_looks_at_those_that_stay(norm: nn.Module) -> None:
+def test_a_norm_over_channels_reads_only_those_that_stay(norm: nn.Module) -> None:
     torch.manual_seed(0)
     model, inputs = nn.Sequential(nn.Linear(5, WIDTH), norm, nn.Linear(WIDTH, 4)), torch.randn(6, 5)
     cut(model, list_structures(model, inputs), inputs, "0", 10)
@@ -192,7 +192,7 @@ def test_channels_are_followed_through(layers: tuple[nn.Module, ...], units: lis
     cut(model, structures, inputs, "0", writer.units.index(writer.units[-1]))
 
 
-def test_unpooling_at_the_places_of_another_pooling_ties_their_channels() -> None:
+def test_unpooling_with_indices_of_a_pooling_ties_their_channels() -> None:
     class Unpooling(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -209,7 +209,7 @@ def test_unpooling_at_the_places_of_another_pooling_ties_their_channels() -> Non
     assert cut(model, structures, inputs, "down", 2).middle.weight.shape[:2] == (2, 2)
 
 
-def test_a_shape_that_is_asked_for_by_a_selection_keeps_nothing() -> None:
+def test_selecting_only_to_read_a_shape_freezes_nothing() -> None:
     class Asking(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -222,7 +222,7 @@ def test_a_shape_that_is_asked_for_by_a_selection_keeps_nothing() -> None:
     assert [g.name for g in list_structures(Asking(), torch.randn(2, 7, 5)).groups] == ["first"]
 
 
-def test_a_size_that_enters_as_a_number_is_found_out_by_trying() -> None:
+def test_a_size_used_as_a_number_is_detected_by_trying() -> None:
     class Scaled(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -238,7 +238,7 @@ def test_a_size_that_enters_as_a_number_is_found_out_by_trying() -> None:
     assert "cutting differs from masking" in next(row.reason for row in structures.frozen if row.name == "first")
 
 
-def test_what_a_network_remembers_for_evaluation_does_not_outlive_the_cut() -> None:
+def test_values_cached_for_evaluation_are_dropped_by_the_cut() -> None:
     class Caching(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -262,7 +262,7 @@ def test_what_a_network_remembers_for_evaluation_does_not_outlive_the_cut() -> N
 
 
 class Output(nn.Module):
-    """Adds what a layer read, where it is told, to what the layer made of it, as BERT's does."""
+    """Adds a layer's input to its output if told to, as in BERT."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -295,7 +295,7 @@ class Stack(nn.Module):
         return self.head(x)
 
 
-def test_layers_of_a_list_are_blocks_where_they_write_the_channels_they_read() -> None:
+def test_layers_of_a_list_are_blocks_if_they_write_the_channels_they_read() -> None:
     torch.manual_seed(0)
     model, inputs = Stack(adds=True), torch.randn(4, 5)
     structures = list_structures(model, inputs)
@@ -310,7 +310,7 @@ def test_layers_of_a_list_are_blocks_where_they_write_the_channels_they_read() -
 
 
 class AsWide(nn.Module):
-    """Takes the width of its attention from what it reads, as the first vision transformers do."""
+    """Takes the width of its attention from its input, as the first vision transformers do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -325,7 +325,7 @@ class AsWide(nn.Module):
         return self.norm(x + self.proj(heads.transpose(1, 2).reshape(n, t, width)))
 
 
-def test_heads_and_stream_go_together_where_one_gives_the_other_its_size() -> None:
+def test_heads_and_stream_shrink_together_if_one_sets_the_size_of_the_other() -> None:
     model, inputs = network(nn.Sequential(AsWide(), AsWide())), torch.randn(2, 7, 5)
     structures = list_structures(model, inputs)
     heads = group_of(structures, "1.0:heads")
@@ -341,7 +341,7 @@ def test_heads_and_stream_go_together_where_one_gives_the_other_its_size() -> No
 
 
 class Recurrent(nn.Module):
-    """Makes a constant of a size it keeps in an attribute, and views with sizes it keeps in a list."""
+    """Creates a constant with a size from an attribute, and views with sizes from a list."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -353,7 +353,7 @@ class Recurrent(nn.Module):
         return self.last((self.first(x) + state).view(len(x), *self.view_shape))
 
 
-def test_sizes_of_constants_and_views_that_attributes_hold() -> None:
+def test_sizes_in_attributes_of_constants_and_views_shrink() -> None:
     torch.manual_seed(0)
     model, inputs = Recurrent(), torch.randn(2, 7, 5)
     pruned = cut(model, list_structures(model, inputs), inputs, "first", 3)
@@ -361,7 +361,7 @@ def test_sizes_of_constants_and_views_that_attributes_hold() -> None:
 
 
 class MaskedWeight(nn.Linear):
-    """Computes with a part of its weight only."""
+    """Computes with only a part of its weight."""
 
     def __init__(self, num_in: int, num_out: int) -> None:
         super().__init__(num_in, num_out)
@@ -379,7 +379,7 @@ def test_a_weight_with_a_mask_is_cut_with_it() -> None:
 
 
 class Statistic(nn.Module):
-    """Reads its channels together, by a function."""
+    """Reads all its channels in one function."""
 
     def __init__(self, read: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -404,7 +404,7 @@ class Statistic(nn.Module):
     ],
     ids=["mean", "centre", "normalize", "layer norm", "local response norm"],
 )
-def test_a_statistic_over_channels_is_taken_over_those_that_stay(read: Callable[[Tensor], Tensor]) -> None:
+def test_a_statistic_over_channels_uses_only_those_that_stay(read: Callable[[Tensor], Tensor]) -> None:
     torch.manual_seed(0)
     model, inputs = Statistic(read), torch.randn(2, 3, 6, 6)
     structures = list_structures(model, inputs)
@@ -412,7 +412,7 @@ def test_a_statistic_over_channels_is_taken_over_those_that_stay(read: Callable[
 
 
 class Standardised(nn.Conv2d):
-    """Weights standardised over all that one output reads."""
+    """Weights standardised over all inputs of an output."""
 
     def forward(self, x: Tensor) -> Tensor:
         flat = self.weight.reshape(1, self.out_channels, -1)
@@ -420,14 +420,14 @@ class Standardised(nn.Conv2d):
         return F.conv2d(x, weight, self.bias)
 
 
-def test_standardised_weights_are_standardised_over_the_inputs_that_stay() -> None:
+def test_weight_standardisation_uses_only_inputs_that_stay() -> None:
     torch.manual_seed(0)
     model, inputs = nn.Sequential(Standardised(3, 8, 3), nn.ReLU(), Standardised(8, 4, 3)), torch.randn(2, 3, 6, 6)
     assert cut(model, list_structures(model, inputs), inputs, "0", 3)[2].weight.shape == (4, 3, 3, 3)
 
 
 class Interleaved(nn.Module):
-    """Grouped convolutions around a shuffle of channels, with different views of what are the same channels."""
+    """Grouped convolutions around a channel shuffle, with different views of the same channels."""
 
     def __init__(self) -> None:
         super().__init__()

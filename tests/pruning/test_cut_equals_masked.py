@@ -1,4 +1,4 @@
-"""What must hold for every network and every plan: cutting equals masking, and nothing else changes."""
+"""Invariants of every network and plan: cutting equals masking, and nothing else changes."""
 
 import importlib.util
 import random
@@ -58,7 +58,7 @@ def test_pruned_equals_masked_dense(name: str, seed: int) -> None:
 
 
 @EVERY
-def test_dense_network_is_left_as_it_was(name: str) -> None:
+def test_the_dense_network_is_unchanged(name: str) -> None:
     model, inputs = networks.build(name)
     model.train()
     next(model.children()).eval()
@@ -75,7 +75,7 @@ def test_dense_network_is_left_as_it_was(name: str) -> None:
 
 
 @EVERY
-def test_plan_replays_bit_for_bit_from_its_text(name: str) -> None:
+def test_a_plan_loaded_from_text_gives_identical_bits(name: str) -> None:
     model, _, structures = prepared(name)
     plan = random_plan(structures, 2)
     again = from_json(PruningPlan, to_json(plan), "plan.json")
@@ -87,7 +87,7 @@ def test_plan_replays_bit_for_bit_from_its_text(name: str) -> None:
 
 
 @EVERY
-def test_one_unit_saves_what_its_group_says(name: str) -> None:
+def test_removing_one_unit_saves_the_reported_cost(name: str) -> None:
     model, inputs, structures = prepared(name)
     for group in structures.groups:
         scores = ScoreTable(scorer="flat", channels={group.name: (0.0,) * group.num_units})
@@ -98,7 +98,7 @@ def test_one_unit_saves_what_its_group_says(name: str) -> None:
 
 
 @EVERY
-def test_blocks_save_what_they_say(name: str) -> None:
+def test_removing_a_block_saves_the_reported_cost(name: str) -> None:
     model, inputs, structures = prepared(name)
     for block in structures.blocks:
         plan = make_plan(structures, ScoreTable(scorer="none", channels={}), {}, [block.name])

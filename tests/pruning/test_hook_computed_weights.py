@@ -1,4 +1,4 @@
-"""Weights that hooks and parametrizations compute: what they come to is cut, saved and counted as plain weights."""
+"""Weights computed by hooks and parametrizations are cut, saved and counted as plain weights."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -55,7 +55,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
 @pytest.mark.parametrize("name", NETWORKS)
-def test_computed_weights_are_cut_and_saved_as_what_they_come_to(name: str, tmp_path: Path) -> None:
+def test_computed_weights_are_cut_and_saved_as_their_values(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, inputs = NETWORKS[name](), torch.randn(4, 5, 6)
     model(inputs).sum().backward()  # what PyTorch computed for the last call has a history, and cannot be copied

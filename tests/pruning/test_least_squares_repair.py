@@ -1,4 +1,4 @@
-"""Repair restores what surgery took, where it can be restored, and never does harm."""
+"""Repair restores the outputs where that is possible, and never makes them worse."""
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
@@ -54,7 +54,7 @@ def repaired(
 
 
 def make_redundant_(dense: nn.Module, structures: Structures) -> None:
-    """Of every group the second half of the units repeats the first, or is dead; nothing is lost without it."""
+    """In every group the second half of the units repeats the first or is dead, so removing it loses nothing."""
     modules = dict(dense.named_modules())
     with torch.no_grad():
         for group in structures.groups:
@@ -67,7 +67,7 @@ def make_redundant_(dense: nn.Module, structures: Structures) -> None:
 
 
 def written(module: nn.Module, side: str) -> list[tuple[Tensor, int]]:
-    """The tensors that make a module's outputs, and their axis."""
+    """The tensors that produce a module's outputs, and their axis."""
     if side not in ("in", "out"):
         name, _, axis = side.rpartition(".")
         return [(getattr(module, name), int(axis))] if side in ("weight.1", "bias.0") else []
@@ -79,7 +79,7 @@ def written(module: nn.Module, side: str) -> list[tuple[Tensor, int]]:
 
 
 @pytest.mark.parametrize("name", ["mlp", "pad_resnet", "bottleneck", "flattened", "encoder", "separable"])
-def test_network_without_its_duplicates_gives_the_dense_outputs_again(name: str) -> None:
+def test_removing_duplicates_restores_the_dense_outputs(name: str) -> None:
     dense, inputs = networks.build(name)
     keep = (
         ("embed", "*.self_attn") if name == "encoder" else ()
@@ -109,7 +109,7 @@ def chain(has_bias: bool) -> nn.Module:
 
 
 @pytest.mark.parametrize("has_bias", [True, False])
-def test_chain_without_dead_channels_gives_the_dense_outputs_again(has_bias: bool) -> None:
+def test_removing_dead_channels_restores_the_dense_outputs(has_bias: bool) -> None:
     dense, inputs = chain(has_bias), calibration("pad_resnet")
     with torch.no_grad():
         dense[0].weight[4:] = dense[0].weight[:4]
@@ -124,7 +124,7 @@ def test_chain_without_dead_channels_gives_the_dense_outputs_again(has_bias: boo
 
 
 @pytest.mark.parametrize("name", sorted(networks.NETWORKS))
-def test_errors_never_rise_and_the_arguments_stay(name: str) -> None:
+def test_errors_never_rise_and_arguments_are_unchanged(name: str) -> None:
     dense, inputs = networks.build(name)
     structures = list_structures(dense, inputs)
     plan = plan_of(structures, 0.6, [b.name for b in structures.blocks[-1:]])
@@ -153,8 +153,8 @@ def test_errors_never_rise_and_the_arguments_stay(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["pad_resnet", "bottleneck", "mlp"])
-def test_what_rows_say_is_what_the_network_does(name: str) -> None:
-    """The last layer's row is the error of the outputs: the run that solves is the run of the repaired network."""
+def test_reported_errors_are_those_of_the_network(name: str) -> None:
+    """The last layer's row is the error of the repaired network's outputs."""
     dense, inputs = networks.build(name)
     structures = list_structures(dense, inputs)
     plan = plan_of(structures, 0.6, [b.name for b in structures.blocks[-1:]])
@@ -167,7 +167,7 @@ def test_what_rows_say_is_what_the_network_does(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["pad_resnet", "bottleneck", "mlp"])
-def test_batch_statistics_are_the_running_ones(name: str) -> None:
+def test_batch_statistics_equal_running_statistics(name: str) -> None:
     dense, inputs = networks.build(name)
     inputs = calibration(name)
     for module in dense.modules():
@@ -185,8 +185,8 @@ def test_batch_statistics_are_the_running_ones(name: str) -> None:
     assert float((before - run(pruned, inputs)).abs().max()) > 0.2 * scale
 
 
-def test_weights_behind_a_norm_keep_their_length() -> None:
-    """It is the size of a training step there: where it follows the solution, a fine-tune forgets the repair."""
+def test_weights_before_a_norm_keep_their_length() -> None:
+    """Their length sets the size of a training step: with the solution's length a fine-tune loses the repair."""
     dense, inputs = networks.build("pad_resnet")
     for norm in (m for m in dense.modules() if isinstance(m, nn.BatchNorm2d)):
         norm.weight.data.uniform_(0.05, 5)
@@ -201,7 +201,7 @@ def test_weights_behind_a_norm_keep_their_length() -> None:
 
 
 class PreActivation(nn.Module):
-    """The stem is read by a norm and by the shortcut; every sum by the next block's norm; sums are made in place."""
+    """A norm and the shortcut read the stem, the next block's norm every sum; sums are computed in place."""
 
     class Block(nn.Module):
         def __init__(self) -> None:
@@ -226,7 +226,7 @@ class PreActivation(nn.Module):
 
 
 class ReluBeforeSum(nn.Module):
-    """A ReLU in place keeps the object but not the values: the sum does not end the convolution's path."""
+    """A ReLU in place keeps the object but not the values, so the sum does not end the convolution's path."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -241,7 +241,7 @@ class ReluBeforeSum(nn.Module):
 
 @pytest.mark.parametrize("make", [PreActivation, ReluBeforeSum])
 @pytest.mark.parametrize("number_of_blocks", [0, 1, 2])
-def test_paths_that_look_alike_but_are_not(make: type[nn.Module], number_of_blocks: int) -> None:
+def test_similar_paths_are_distinguished(make: type[nn.Module], number_of_blocks: int) -> None:
     torch.manual_seed(0)
     dense, inputs = make(), calibration("pad_resnet")
     dense.train()(inputs)  # statistics that are not the initial ones
@@ -254,7 +254,7 @@ def test_paths_that_look_alike_but_are_not(make: type[nn.Module], number_of_bloc
     assert report.rows[-1].error_after == pytest.approx(measured, rel=1e-3)
 
 
-def test_nothing_cut_nothing_solved_and_no_data_is_refused() -> None:
+def test_an_empty_plan_solves_nothing_and_missing_data_is_an_error() -> None:
     dense, inputs = networks.build("pad_resnet")
     structures = list_structures(dense, inputs)
     _, model, report = repaired(dense, empty_plan(structures), inputs)
@@ -264,7 +264,7 @@ def test_nothing_cut_nothing_solved_and_no_data_is_refused() -> None:
         repair(dense, dense, empty_plan(structures), [], EXACT)
 
 
-def test_activations_that_are_not_finite_are_refused_by_name() -> None:
+def test_non_finite_activations_are_an_error_with_the_layer_name() -> None:
     dense, inputs = networks.build("flattened")
     plan = plan_of(list_structures(dense, inputs), 0.5)
     inputs[0, 0, 0, 0] = float("nan")
@@ -273,7 +273,7 @@ def test_activations_that_are_not_finite_are_refused_by_name() -> None:
 
 
 class Between(nn.Module):
-    """A layer of some kind between plain ones, which arrive wrong."""
+    """A layer of some kind between plain layers, with wrong inputs."""
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
@@ -285,7 +285,7 @@ class Between(nn.Module):
 
 
 class ConcatUNet(nn.Module):
-    """Down and up again; the decoder reads the concatenation with the encoder's channels."""
+    """An encoder and a decoder that reads the concatenation with the encoder's channels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -353,7 +353,7 @@ EACH_KIND: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", EACH_KIND)
-def test_each_kind_of_layer_is_solved_and_never_worse(name: str, seed: int) -> None:
+def test_each_kind_of_layer_is_solved_and_never_gets_worse(name: str, seed: int) -> None:
     torch.manual_seed(seed)
     make, batch = EACH_KIND[name]
     dense, inputs = make(), batch()
@@ -374,8 +374,8 @@ def test_each_kind_of_layer_is_solved_and_never_worse(name: str, seed: int) -> N
 
 
 @pytest.mark.parametrize("name", [*EACH_KIND, "resnext"])
-def test_each_kind_of_layer_holds_what_nothing_was_lost_for(name: str) -> None:
-    """The outputs of each layer are repeated or dead in the second half: solved from the first, all is there again."""
+def test_each_kind_of_layer_is_restored_exactly_if_nothing_was_lost(name: str) -> None:
+    """The second half of each layer's outputs is repeated or dead, so the first half restores everything."""
     torch.manual_seed(0)
     make, batch = EACH_KIND.get(name, (lambda: networks.BottleneckNet(groups=2), grid))
     dense, inputs = make(), batch()
@@ -391,7 +391,7 @@ def test_each_kind_of_layer_holds_what_nothing_was_lost_for(name: str) -> None:
 
 
 class Unsolvable(nn.Module):
-    """Layers that no regression may touch, and one that shares nothing with them."""
+    """Layers that a regression must not change, and one ordinary layer."""
 
     class Scaled(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
@@ -422,7 +422,7 @@ class Unsolvable(nn.Module):
         return self.fc(self.keyword(input=x))
 
 
-def test_what_cannot_be_solved_says_why_and_stays() -> None:
+def test_unsolvable_layers_are_unchanged_and_reported_with_a_reason() -> None:
     torch.manual_seed(0)
     dense, inputs = Unsolvable(), torch.randn(256, 6)
     structures = list_structures(dense, inputs[:2])
@@ -444,8 +444,8 @@ def test_what_cannot_be_solved_says_why_and_stays() -> None:
     assert error(model, dense, inputs) <= error(pruned, dense, inputs)
 
 
-def test_padding_counts_for_nothing() -> None:
-    """Whatever stands in the padding, the repaired weights are the same; and better where it counts."""
+def test_padding_is_ignored() -> None:
+    """The repaired weights do not depend on padding values, and real positions get better."""
     torch.manual_seed(0)
     dense = Gpt()
     tokens = torch.randint(1, 30, (256, 7)).masked_fill(torch.arange(7) >= torch.randint(2, 8, (256, 1)), 0)

@@ -1,4 +1,4 @@
-"""The config of a pruned network describes it, proven with the stock class, or is that of the dense network."""
+"""The config of a pruned network describes it, proven with the stock class, or stays that of the dense network."""
 
 from typing import Any
 
@@ -55,7 +55,7 @@ FFN = (".intermediate.dense", ".fc1", ".gate_proj", ".c_fc", ".wi")
         ("ConvNextForImageClassification", (), 0.5, {"hidden_sizes": [8, 12, 20, 32]}),
     ],
 )
-def test_the_stock_class_takes_the_pruned_weights(
+def test_the_stock_class_loads_the_pruned_weights(
     name: str, endings: tuple[str, ...], share: float, expected: dict[str, Any]
 ) -> None:
     model, inputs, structures = built(name)
@@ -77,8 +77,8 @@ def test_the_stock_class_takes_the_pruned_weights(
     assert note.startswith("config describes the pruned network: ")
 
 
-def test_bert_of_half_the_size_in_every_way() -> None:
-    """The number of heads is in no tensor's shape: it is told from what forward() reads."""
+def test_bert_with_every_size_halved() -> None:
+    """The number of heads is in no tensor's shape; it follows from attributes that forward() reads."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 144, "num_hidden_layers": 2}
     config = transformers.BertConfig(**sizes, vocab_size=101, max_position_embeddings=31)
@@ -95,7 +95,7 @@ def test_bert_of_half_the_size_in_every_way() -> None:
     assert torch.equal(outputs(stock, inputs), outputs(pruned, inputs))
 
 
-def test_layers_at_the_end_can_be_told_by_their_number() -> None:
+def test_removed_last_layers_change_the_number_of_layers() -> None:
     model, inputs, structures = built("GPT2LMHeadModel")
     scores = ScoreTable(scorer="none", channels={})
     pruned = apply_plan(model, make_plan(structures, scores, {}, ["transformer.h.2"]))
@@ -115,7 +115,9 @@ def test_layers_at_the_end_can_be_told_by_their_number() -> None:
         ("GemmaForCausalLM", ("embed_tokens",), "'embed_scale' of 'model.embed_tokens' is another"),  # sqrt(hidden)
     ],
 )
-def test_what_no_config_describes_leaves_it_with_the_reason(name: str, endings: tuple[str, ...], reason: str) -> None:
+def test_a_network_no_config_describes_keeps_its_config_with_a_reason(
+    name: str, endings: tuple[str, ...], reason: str
+) -> None:
     model, inputs, structures = built(name)
     plan = halved(structures, *endings)
     pruned = apply_plan(model, plan)
@@ -126,7 +128,7 @@ def test_what_no_config_describes_leaves_it_with_the_reason(name: str, endings: 
 
 
 class Sizes:
-    """A config that nothing is built from alone."""
+    """A config that alone does not define the network."""
 
     def __init__(self) -> None:
         self.width = 8
@@ -161,7 +163,7 @@ class ScalesByConfig(NeedsMore):
     ],
     ids=["not built from it", "computes with it"],
 )
-def test_a_config_that_cannot_be_trusted_is_left(build: Any, reason: str) -> None:
+def test_an_unreliable_config_is_left_unchanged(build: Any, reason: str) -> None:
     torch.manual_seed(0)
     model, inputs = nn.Sequential(build(), nn.Identity()), torch.randn(4, 6)
     plan = halved(list_structures(model, inputs))

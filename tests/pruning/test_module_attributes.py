@@ -1,4 +1,4 @@
-"""Modules keep all sorts of objects in attributes. None of them may keep a channel from going."""
+"""Modules keep objects of any type in attributes. None of them may freeze a channel."""
 
 import math
 import os
@@ -20,7 +20,7 @@ from deploypipe.records import PruningPlan, ScoreTable, Structures
 
 
 class Hostile:
-    """Like lazy objects, proxies and frames: every question raises."""
+    """Like lazy objects, proxies and frames: every operation raises."""
 
     def _raise(self, *_: object) -> Any:
         raise RuntimeError("do not compare me")
@@ -36,7 +36,7 @@ class Hostile:
 
 
 class Keeper(nn.Module):
-    """Holds a value, and computes with views and splits by sizes that it holds too."""
+    """Has a value, and computes views and splits with sizes from attributes."""
 
     def __init__(self, value: object) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ def error_of_cutting(model: nn.Module, plan: PruningPlan, inputs: Tensor) -> flo
 
 
 @pytest.mark.parametrize("kind", VALUES)
-def test_no_attribute_of_an_unknown_type_keeps_channels(kind: str) -> None:
+def test_attributes_of_unknown_types_do_not_freeze_channels(kind: str) -> None:
     inputs = torch.randn(2, 3, 10, 10)
     model, plain = net(VALUES[kind]()), net(None)
     structures = list_structures(model, inputs)
@@ -96,7 +96,7 @@ def test_no_attribute_of_an_unknown_type_keeps_channels(kind: str) -> None:
 
 
 class Heads(nn.Module):
-    """As in detectors: anchors and strides are plain tensors, computed again when the shape of the input changes."""
+    """As in detectors: anchors and strides are plain tensors, computed again if the input shape changes."""
 
     def __init__(self, widths: tuple[int, ...]) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class Heads(nn.Module):
 
 
 class CrossStage(nn.Module):
-    """A block of which a split by a stored width goes on alone (C2f)."""
+    """A block that continues with one part of a split by a stored width (C2f)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ class Detector(nn.Module):
         return self.detect([x, self.second(self.down(x))])
 
 
-def test_a_detector_with_anchors_in_attributes_loses_channels_in_all_its_parts() -> None:
+def test_a_detector_with_anchors_in_attributes_can_shrink_everywhere() -> None:
     torch.manual_seed(0)
     model, inputs = Detector().eval(), torch.randn(2, 3, 32, 32)
     model(inputs[:, :, :16])  # it holds anchors of another size now
@@ -155,7 +155,7 @@ def test_a_detector_with_anchors_in_attributes_loses_channels_in_all_its_parts()
         assert error_of_cutting(model, plan, other) < 1e-4
 
 
-def test_a_rule_that_fails_is_named_and_keeps_only_what_reaches_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_rule_is_named_and_freezes_only_what_reaches_it(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> Any:
         raise ValueError("no such axis")
 
@@ -169,7 +169,7 @@ def test_a_rule_that_fails_is_named_and_keeps_only_what_reaches_it(monkeypatch: 
 
 
 class Remembering(nn.Module):
-    """Keeps what its last pass computed, as networks do that show their attention, and other things."""
+    """Stores results of its last pass, as networks do that expose their attention."""
 
     def __init__(self, other: object = None) -> None:
         super().__init__()
@@ -186,7 +186,7 @@ class Remembering(nn.Module):
         return self.last(x.relu())
 
 
-def test_a_network_that_keeps_what_a_pass_computed_loses_channels() -> None:
+def test_a_network_that_stores_results_of_a_pass_can_shrink() -> None:
     model, inputs = Remembering(other=math).eval(), torch.randn(4, 5)
     model(inputs)  # with gradients
     plan = halved(list_structures(model, inputs))
@@ -198,7 +198,7 @@ def test_a_network_that_keeps_what_a_pass_computed_loses_channels() -> None:
     assert error_of_cutting(model, plan, inputs) < 1e-5
 
 
-def test_an_attribute_that_cannot_be_copied_is_one_error_with_its_name() -> None:
+def test_an_attribute_that_cannot_be_copied_is_an_error_with_its_name() -> None:
     model = nn.Sequential(Remembering(other=[open(os.devnull)]), nn.Linear(3, 2))  # noqa: SIM115
     with pytest.raises(ModelError, match=r"cannot be copied: 0\.other is a list \(TypeError: cannot pickle '_io"):
         list_structures(model, torch.randn(4, 5))

@@ -1,4 +1,4 @@
-"""Plans are decided as asked, refuse what they were not made for, and survive a round trip to disk."""
+"""Plans follow the requested widths, reject other models, and survive a round trip to disk."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -42,7 +42,7 @@ def scores(*values: float) -> ScoreTable:
         (16, 20, 1, 16),
     ],
 )
-def test_widths_are_brought_to_multiples(dense: int, asked: int, multiple: int, realised: int) -> None:
+def test_widths_are_rounded_to_multiples(dense: int, asked: int, multiple: int, realised: int) -> None:
     plan = make_plan(one_group(dense), scores(*range(dense)), {"conv": asked}, channel_multiple=multiple)
     kept = dense - len(plan.cuts[0].removed) if plan.cuts else dense
     assert kept == realised
@@ -59,7 +59,7 @@ def test_best_scores_stay_and_ties_keep_the_lower_index() -> None:
     assert plan.edits == (Edit(module="conv", side="out", removed=(0, 3)),)
 
 
-def test_impossible_wishes_are_refused() -> None:
+def test_impossible_requests_are_errors() -> None:
     structures = one_group(3)
     with pytest.raises(PlanError, match="no such channel group"):
         make_plan(structures, scores(1, 2, 3), {"other": 1})
@@ -95,7 +95,7 @@ def test_groups_inside_removed_blocks_are_left_out() -> None:
     assert report.macs_after < report.macs_before
 
 
-def test_plan_of_another_model_is_refused_saying_what_differs() -> None:
+def test_a_plan_for_another_model_is_an_error_that_says_what_differs() -> None:
     model, inputs = networks.build("pad_resnet")
     plan = half_plan(model, inputs)
     with pytest.raises(PlanError, match="another structure"):
@@ -124,7 +124,7 @@ def test_edits_that_do_not_fit_are_refused(edit: Edit) -> None:
         apply_plan(model, plan)
 
 
-def test_saved_network_comes_back_with_and_without_its_class(tmp_path: Path) -> None:
+def test_a_saved_network_loads_with_and_without_its_class(tmp_path: Path) -> None:
     model, inputs = networks.build("pad_resnet")
     plan = half_plan(model, inputs)
     pruned = apply_plan(model, plan).eval()
@@ -167,7 +167,7 @@ def test_keyword_inputs_are_saved_too(tmp_path: Path) -> None:
     torch.testing.assert_close(load_saved(tmp_path, trust_program=True)(**inputs), model(**inputs))
 
 
-def test_a_network_in_channels_last_is_saved_as_it_is(tmp_path: Path) -> None:
+def test_a_channels_last_network_is_saved(tmp_path: Path) -> None:
     model, inputs = networks.build("pad_resnet")
     plan = empty_plan(list_structures(model, inputs))
     save_pruned(model.eval().to(memory_format=torch.channels_last), plan, inputs, tmp_path / "saved")

@@ -1,4 +1,4 @@
-"""A network that is pruned again has one plan that says it all."""
+"""Two plans applied one after the other compose into one plan."""
 
 import random
 
@@ -34,7 +34,7 @@ def attributes(model: nn.Module) -> list[dict[str, object]]:
 @pytest.mark.parametrize("name", sorted(networks.NETWORKS))
 @given(first=st.integers(0, 2**32), second=st.integers(0, 2**32))
 @settings(max_examples=12, deadline=None)
-def test_composed_plan_does_what_both_do(name: str, first: int, second: int) -> None:
+def test_the_composed_plan_does_what_both_plans_do(name: str, first: int, second: int) -> None:
     dense, inputs = networks.build(name)
     dense.eval()
     plan = random_plan(list_structures(dense, inputs), first)

@@ -1,4 +1,4 @@
-"""Recurrent layers: whatever states they are given, and wherever the sizes of these are kept."""
+"""Recurrent layers with all kinds of initial states, and sizes stored in different places."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ from deploypipe.records import PruningPlan, ScoreTable, Structures
 
 
 class Net(nn.Module):
-    """A layer before, the recurrent layer, its last output, and a layer after. start: the states it is given."""
+    """A layer before, the recurrent layer, its last output, and a layer after. start: the initial states."""
 
     def __init__(self, layer: nn.Module, width: int, start: Callable[["Net", Tensor], object] | None = None) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Net(nn.Module):
 
 
 class Steps(nn.Module):
-    """A cell, step by step, with states made by hand in the size that `make` says."""
+    """A cell, step by step, with initial states created in the size that `make` gives."""
 
     def __init__(self, cell: nn.RNNCellBase, make: Callable[["Steps", Tensor], Tensor]) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Steps(nn.Module):
 
 
 class Sorted(nn.Module):
-    """Sequences of several lengths, packed; both final states go on."""
+    """Packed sequences of several lengths; both final states are used."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ def answer(model: nn.Module, inputs: object) -> Tensor:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_states_and_what_comes_before_a_recurrent_layer_can_go(name: str) -> None:
+def test_states_and_inputs_of_a_recurrent_layer_can_shrink(name: str) -> None:
     model, inputs = build(name)
     structures = list_structures(model, inputs)
     if name == "from the input's state":  # the state is what the input is: they go together
@@ -136,7 +136,7 @@ def test_states_and_what_comes_before_a_recurrent_layer_can_go(name: str) -> Non
 
 
 class Cell(nn.Module):
-    """A recurrent layer of convolutions, with states that it makes in a size that it keeps."""
+    """A recurrent layer of convolutions that creates its states with a size from an attribute."""
 
     def __init__(self, width_in: int, width: int) -> None:
         super().__init__()
@@ -168,7 +168,7 @@ class Video(nn.Module):
         return self.last(two[0])
 
 
-def test_states_that_are_concatenated_with_what_comes_in_shrink_with_the_layer() -> None:
+def test_states_concatenated_with_inputs_shrink_with_the_layer() -> None:
     model, inputs = Video().eval(), torch.randn(2, 3, 3, 6, 6)
     structures = list_structures(model, inputs)
     assert {"stem": 6, "first.gates": 8, "second.gates": 10}.items() <= {
@@ -183,7 +183,7 @@ def test_states_that_are_concatenated_with_what_comes_in_shrink_with_the_layer()
             torch.testing.assert_close(pruned(other), masked_dense(model, plan)(other), atol=1e-5, rtol=1e-4)
 
 
-def test_a_layer_that_only_reads_fewer_channels_is_listed_with_the_reason() -> None:
+def test_a_layer_that_only_reads_fewer_channels_is_frozen_with_a_reason() -> None:
     class Fixed(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -1,4 +1,4 @@
-"""Where a run of blocks goes, the layer before it is repaired to give what the run gave."""
+"""The layer before removed blocks is repaired to give their output."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from deploypipe.records import ScoreTable
 
 
 class Block(nn.Module):
-    """A residual block; its ReLU stands behind the sum, or nowhere."""
+    """A residual block, with a ReLU after the sum or without."""
 
     def __init__(self, relu_behind: bool, norm: bool = False) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ def network(relu_behind: bool, norm: bool = False) -> nn.Module:
 
 
 @pytest.mark.parametrize("relu_behind", [True, False])
-def test_the_layer_before_a_run_is_paired_with_the_runs_last(relu_behind: bool) -> None:
+def test_the_layer_before_removed_blocks_is_paired_with_their_last_layer(relu_behind: bool) -> None:
     model = network(relu_behind)
     inputs = torch.randn(4, 6)
     paths = find_paths(model, inputs)
@@ -48,14 +48,14 @@ def test_the_layer_before_a_run_is_paired_with_the_runs_last(relu_behind: bool) 
     }
 
 
-def test_norms_with_weights_of_their_own_stand_between() -> None:
+def test_norms_with_weights_prevent_a_pair() -> None:
     model = network(False, norm=True)
     nn.init.normal_(model[1].norm.weight)
     inputs = torch.randn(4, 6)
     assert layers_before_removed_blocks(model, find_paths(model, inputs), ["2"], inputs) == {}
 
 
-def test_what_a_block_adds_linearly_is_all_taken_over() -> None:
+def test_a_linear_block_is_compensated_exactly() -> None:
     model = network(False)
     with torch.no_grad():
         model[1].inner.bias.fill_(50.0)  # its ReLU lets all through

@@ -1,4 +1,4 @@
-"""Blocks of any calling convention: what they return beside the hidden state, and caches that know them by number."""
+"""Blocks of any calling convention: other outputs than the hidden state, and caches that use layer numbers."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ NO_SCORES = ScoreTable(scorer="none", channels={})
 
 
 class Layer(nn.Module):
-    """Gives (hidden, the bias it was given, how strongly it attends), as T5's layers do."""
+    """Returns (hidden, its bias argument, attention weights), as T5's layers do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Layer(nn.Module):
 
 
 class Layers(nn.Module):
-    """Hands on what its layers return; the last two are needed where `reads_all`."""
+    """Passes on what its layers return; the last two are read if `reads_all`."""
 
     def __init__(self, reads_all: bool = False) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ def removed(structures: Structures, *names: str) -> PruningPlan:
     return from_json(PruningPlan, to_json(make_plan(structures, NO_SCORES, {}, names)), "the plan")
 
 
-def test_a_block_in_a_tuple_hands_on_what_it_was_given_and_is_saved(tmp_path: Path) -> None:
+def test_a_removed_block_that_returned_a_tuple_returns_its_arguments_and_is_saved(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, inputs = Layers().eval(), torch.randn(4, 6)
     structures = list_structures(model, inputs)
@@ -65,7 +65,7 @@ def test_a_block_in_a_tuple_hands_on_what_it_was_given_and_is_saved(tmp_path: Pa
         torch.testing.assert_close(loaded(inputs), pruned(inputs))
 
 
-def test_a_block_whose_other_results_are_read_is_frozen_with_the_reason() -> None:
+def test_a_block_whose_other_outputs_are_read_is_frozen_with_a_reason() -> None:
     torch.manual_seed(0)
     structures = list_structures(Layers(reads_all=True), torch.randn(4, 6))
     assert [b.name for b in structures.blocks] == ["layers.0", "layers.2"]
@@ -81,7 +81,7 @@ def test_a_block_whose_other_results_are_read_is_frozen_with_the_reason() -> Non
         ("DebertaForSequenceClassification", "deberta.encoder.layer.1", ("",)),
     ],
 )
-def test_layers_of_transformers_that_return_tuples_can_go(name: str, block: str, returns: tuple[str, ...]) -> None:
+def test_transformers_layers_that_return_tuples_can_be_removed(name: str, block: str, returns: tuple[str, ...]) -> None:
     pytest.importorskip("transformers")
     torch.manual_seed(0)
     model, inputs = NETWORKS[name].build()
@@ -93,8 +93,8 @@ def test_layers_of_transformers_that_return_tuples_can_go(name: str, block: str,
 
 @pytest.mark.parametrize("name", ["GPT2LMHeadModel", "LlamaForCausalLM", "T5ForConditionalGeneration"])
 @pytest.mark.parametrize("place", [slice(1), slice(1, 2), slice(2)], ids=["first", "second", "first two"])
-def test_a_decoder_without_layers_generates_with_a_cache_as_without(name: str, place: slice) -> None:
-    """Position and mask of the next token come from the first layer's cache: another layer takes that place."""
+def test_a_decoder_with_removed_layers_generates_the_same_with_and_without_cache(name: str, place: slice) -> None:
+    """Position and mask of the next token come from the first layer's cache, so another layer takes its place."""
     pytest.importorskip("transformers")
     torch.manual_seed(0)
     model, inputs = NETWORKS[name].build()

@@ -1,4 +1,4 @@
-"""Attention that can lose heads computes what PyTorch's own does."""
+"""SlimAttention computes what PyTorch's attention does."""
 
 from collections.abc import Callable
 
@@ -23,7 +23,7 @@ PADDING = torch.tensor([[False] * 7, [False] * 4 + [True] * 3])
     [{}, {"attn_mask": CAUSAL}, {"key_padding_mask": PADDING}, {"attn_mask": CAUSAL, "key_padding_mask": PADDING}],
     ids=["plain", "causal", "padding", "both"],
 )
-def test_same_as_pytorch(batch_first: bool, bias: bool, need_weights: bool, masks: dict[str, Tensor]) -> None:
+def test_equals_pytorch_attention(batch_first: bool, bias: bool, need_weights: bool, masks: dict[str, Tensor]) -> None:
     torch.manual_seed(0)
     dense = nn.MultiheadAttention(12, 3, bias=bias, batch_first=batch_first).eval()
     x = torch.randn(2, 7, 12) if batch_first else torch.randn(7, 2, 12)
@@ -53,7 +53,7 @@ def test_a_whole_network_keeps_its_fingerprint_and_its_outputs() -> None:
 
 
 @pytest.mark.parametrize("make", [lambda: {"add_bias_kv": True}, lambda: {"add_zero_attn": True}])
-def test_attention_with_extra_keys_is_left_alone(make: Callable[[], dict[str, bool]]) -> None:
+def test_attention_with_extra_keys_is_left_unchanged(make: Callable[[], dict[str, bool]]) -> None:
     dense = nn.MultiheadAttention(8, 2, **make())
     with pytest.raises(PlanError, match=r"recipe\.keep"):
         SlimAttention.of(dense)

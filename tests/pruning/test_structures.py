@@ -1,4 +1,4 @@
-"""What is offered for removal, what is not, and what the user is told."""
+"""Structures: what can be removed, what cannot, and the reasons reported."""
 
 import copy
 from collections.abc import Callable
@@ -27,7 +27,7 @@ def reason(structures: Structures, name: str) -> str:
     return next(row.reason for row in structures.frozen if row.name == name)
 
 
-def test_option_a_resnet_offers_inner_channels_the_unpadded_stream_and_identity_blocks() -> None:
+def test_option_a_resnet_offers_inner_channels_unpadded_stream_and_identity_blocks() -> None:
     structures = list_structures(*networks.build("pad_resnet"))
     assert names(structures) == ["conv1", *(f"stages.{s}.{b}.conv1" for s in range(3) for b in range(2))]
     stream = structures.groups[0]  # the padding's own channels stay, those of the first stage can go in all of them
@@ -55,7 +55,7 @@ def test_units_follow_gates_groups_flattens_and_concatenations() -> None:
     assert units("dense", "layers.1", "fc", "in") == ((10,), (11,), (12,), (13,))
 
 
-def test_channels_that_share_statistics_go_together() -> None:
+def test_channels_with_common_statistics_are_removed_together() -> None:
     structures = list_structures(*networks.build("normalised"))
     assert [(g.name, g.num_units) for g in structures.groups] == [("conv1", 2), ("conv2", 8)]
     assert structures.groups[0].members[0].units == ((0, 1, 2, 3), (4, 5, 6, 7))
@@ -68,19 +68,19 @@ def test_keep_freezes_every_structure_with_a_match() -> None:
     assert reason(structures, "stages.1.1.conv1") == "kept by recipe.keep (stages.1.1.bn1)"
 
 
-def test_frozen_network_is_refused_with_the_remedy() -> None:
+def test_a_frozen_network_is_an_error_with_a_remedy() -> None:
     model, inputs = networks.build("mlp")
     with pytest.raises(ModelError, match=r"requires_grad_\(True\)"):
         list_structures(model.requires_grad_(False), inputs)
 
 
-def test_network_without_anything_to_remove_is_refused_with_reasons() -> None:
+def test_a_network_with_nothing_to_remove_is_an_error_with_reasons() -> None:
     with pytest.raises(ModelError, match=r"channels '0': its channels are the network's output"):
         list_structures(nn.Sequential(nn.Linear(3, 4)), torch.randn(2, 3))
 
 
 class Odd(nn.Module):
-    """A hidden layer whose reading is given as a function of (network, hidden)."""
+    """A hidden layer that is read by a given function of (network, hidden)."""
 
     def __init__(self, read: Callable[[nn.Module, Tensor], Tensor]) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class Odd(nn.Module):
     ],
     ids=["softmax", "constant-view", "constant-add", "cumsum"],
 )
-def test_functions_that_mix_channels_are_found_out(read: Callable[[nn.Module, Tensor], Tensor]) -> None:
+def test_functions_that_mix_channels_freeze_them(read: Callable[[nn.Module, Tensor], Tensor]) -> None:
     torch.manual_seed(0)
     structures = list_structures(Odd(read), torch.randn(4, 6))
     assert names(structures) == ["second"]
@@ -162,7 +162,7 @@ def test_tied_weights_are_cut_once_and_stay_tied() -> None:
     torch.testing.assert_close(pruned(tokens), masked_dense(model, plan)(tokens))
 
 
-def test_a_weight_tied_to_the_input_stays() -> None:
+def test_a_weight_tied_to_the_input_is_frozen() -> None:
     tied = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 3))
     tied[2].weight = tied[0].weight
     structures = list_structures(tied, torch.randn(2, 8))
@@ -170,7 +170,7 @@ def test_a_weight_tied_to_the_input_stays() -> None:
     assert "inputs of fixed size" in reason(structures, "0")
 
 
-def test_computed_weights_become_plain_ones_where_they_are_cut() -> None:
+def test_computed_weights_become_plain_when_cut() -> None:
     computed = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3))
     nn.utils.parametrizations.weight_norm(computed[0])
     inputs = torch.randn(2, 6)
@@ -184,7 +184,7 @@ def test_computed_weights_become_plain_ones_where_they_are_cut() -> None:
 
 
 @pytest.mark.parametrize("pack", ["tuple", "dict", "one sample"])
-def test_inputs_in_any_packing(pack: str) -> None:
+def test_inputs_as_tensor_tuple_or_dict(pack: str) -> None:
     class Two(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -200,7 +200,7 @@ def test_inputs_in_any_packing(pack: str) -> None:
     assert structures.num_macs == 4 * 8 + 5 * 8 + 8 * 2
 
 
-def test_an_unknown_operation_keeps_its_channels_and_says_so() -> None:
+def test_an_unknown_operation_freezes_its_channels_with_a_reason() -> None:
     torch.manual_seed(0)
     structures = list_structures(Odd(lambda net, h: torch.fft.fft(h).real), torch.randn(4, 6))
     assert names(structures) == ["second"]
@@ -221,14 +221,14 @@ def test_a_network_that_cannot_be_traced_keeps_its_blocks() -> None:
     assert reason(structures, "conv1").startswith("could not be traced: RuntimeError")
 
 
-def test_counts_are_those_of_the_definition() -> None:
+def test_parameters_and_macs_equal_their_definition() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, groups=8), nn.ConvTranspose2d(8, 4, 2, 2))
     params, macs = count_macs(model, torch.randn(5, 3, 6, 6))
     assert params == (27 * 8 + 8) + (9 * 8 + 8) + (8 * 4 * 4 + 4)
     assert macs == 27 * 8 * 36 + 9 * 8 * 16 + 8 * 16 * 4 * 4
 
 
-def test_fingerprint_tells_structure_from_weights() -> None:
+def test_the_fingerprint_separates_structure_and_weights() -> None:
     def parts(model: nn.Module) -> tuple[str, ...]:
         return tuple(model_fingerprint(model).split("-"))
 
@@ -249,7 +249,7 @@ def test_transformer_layers_called_with_masks_are_blocks() -> None:
     assert names(structures) == [f"0.layers.{i}.{n}" for i in (0, 1) for n in ("self_attn:heads", "linear1")]
 
 
-def test_stem_is_cut_with_the_convolution_that_reads_it() -> None:
+def test_the_stem_is_cut_with_its_reader() -> None:
     model, inputs = networks.build("bottleneck")
     structures = list_structures(model, inputs)
     scores = {"stem": tuple(float(i) for i in range(8))}
@@ -259,7 +259,7 @@ def test_stem_is_cut_with_the_convolution_that_reads_it() -> None:
     assert (row.name, row.width_before, row.asked, row.realised) == ("stem", 8, 3, 3)
 
 
-def test_sizes_of_weights_that_are_computed_are_those_of_the_plain_ones() -> None:
+def test_sizes_of_computed_weights_equal_those_of_plain_ones() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(5, 8)), nn.ReLU(), nn.Linear(8, 4))
     (group,) = list_structures(model, torch.randn(2, 5)).groups
@@ -270,7 +270,7 @@ def test_sizes_of_weights_that_are_computed_are_those_of_the_plain_ones() -> Non
     assert sizes_after(model, edits) == (sum(p.numel() for p in pruned.parameters()), left)
 
 
-def test_every_module_with_weights_loses_some_or_is_listed_with_the_reason() -> None:
+def test_every_module_with_weights_can_shrink_or_is_frozen_with_a_reason() -> None:
     class Mixed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -304,7 +304,7 @@ def test_every_module_with_weights_loses_some_or_is_listed_with_the_reason() -> 
 
 
 class Fussy(nn.Module):
-    """Takes widths that are multiples of four only."""
+    """Accepts only widths that are multiples of four."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -319,7 +319,7 @@ class Fussy(nn.Module):
 
 
 @pytest.mark.parametrize("name", ["a", "b", "c", "d", "e"])
-def test_a_width_that_only_some_numbers_of_units_give_is_frozen_whatever_its_name(name: str) -> None:
+def test_a_group_restricted_to_some_widths_is_frozen(name: str) -> None:
     found = find_structures(Fussy(name), torch.randn(2, 6))
     assert not found.groups
     assert [row.reason[:38] for row in found.frozen if row.name == f"layers.{name}"] == [

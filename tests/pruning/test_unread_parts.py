@@ -1,4 +1,4 @@
-"""One example never shows what an input of another size would read: what it leaves unread stays."""
+"""One example never shows what an input of another size would read, so unread parts are kept."""
 
 from collections import OrderedDict
 from collections.abc import Callable
@@ -23,7 +23,7 @@ def halved(structures: Structures) -> PruningPlan:
 
 
 class Tagger(nn.Module):
-    """Embeds tokens, adds what `read` makes of a table with a row for each position, and gives each token 5 scores."""
+    """Embeds tokens, adds `read` of a table with a row per position, and gives each token 5 scores."""
 
     def __init__(self, read: Callable[["Tagger", int], Tensor]) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ READS: dict[str, Callable[[Tagger, int], Tensor]] = {
 
 
 @pytest.mark.parametrize("read", READS)
-def test_what_a_short_input_leaves_unread_is_there_for_a_long_one(read: str) -> None:
+def test_parts_unread_by_a_short_input_are_kept_for_a_long_one(read: str) -> None:
     model = Tagger(READS[read]).eval()
     short, long = torch.randint(0, 30, (2, 4)), torch.randint(0, 30, (2, ROWS))
     structures = list_structures(model, short)
@@ -91,7 +91,7 @@ def test_what_a_short_input_leaves_unread_is_there_for_a_long_one(read: str) -> 
 
 
 class Parts(nn.Module):
-    """Two halves of one projection, both used or only one."""
+    """Two halves of one projection, of which both or only one is used."""
 
     def __init__(self, both: bool) -> None:
         super().__init__()
@@ -105,19 +105,19 @@ class Parts(nn.Module):
         return self.last(kept * gate if self.both else kept)
 
 
-def test_a_split_of_which_all_parts_are_used_loses_channels() -> None:
+def test_a_split_with_all_parts_used_can_shrink() -> None:
     model, inputs = Parts(both=True).eval(), torch.randn(4, 6)
     plan = halved(list_structures(model, inputs))
     assert apply_plan(model, plan).last.in_features == 8
 
 
-def test_channels_that_nothing_reads_stay_and_the_reason_is_plain() -> None:
+def test_unread_channels_are_frozen_with_a_plain_reason() -> None:
     found = find_structures(Parts(both=False).eval(), torch.randn(4, 6))
     removable = {i for g in found.groups for m in g.members if m.module == "first" for unit in m.units for i in unit}
     assert removable.isdisjoint(range(16, 32))
 
 
-def test_a_branch_that_only_a_long_input_takes_is_followed_where_one_is_given() -> None:
+def test_a_branch_for_long_inputs_is_followed_if_one_is_given() -> None:
     model = Tagger(lambda m, n: m.move(m.table.sum(1, keepdim=True)) if n > 6 else m.level[:1]).eval()
     short, long = torch.randint(0, 30, (2, 4)), torch.randint(0, 30, (2, ROWS))
     plan = halved(list_structures(model, short, other_inputs=[long]))
@@ -148,14 +148,14 @@ def test_a_group_that_fails_at_another_size_is_frozen() -> None:
     assert row.reason
 
 
-def test_a_table_that_only_a_part_is_read_of_is_frozen_by_name() -> None:
+def test_a_partly_read_table_is_frozen_by_name() -> None:
     model = Tagger(READS["mean"]).eval()
     found = find_structures(model, torch.randint(0, 30, (2, 4)))
     assert not any(member.side == "table.1" for group in found.groups for member in group.members)
 
 
 class Shifted(nn.Module):
-    """Moves a share of the channels by one place, as networks for video do."""
+    """Shifts a share of the channels by one position, as networks for video do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -172,7 +172,7 @@ class Shifted(nn.Module):
 
 
 @pytest.mark.parametrize("name", ["a", "b", "c", "d", "e"])
-def test_channels_of_which_a_share_goes_another_way_stay_whatever_their_name(name: str) -> None:
+def test_channels_with_a_share_on_another_path_are_frozen(name: str) -> None:
     found = find_structures(nn.Sequential(OrderedDict({name: Shifted()})).eval(), torch.randn(2, 3, 8))
     assert not found.groups
     assert ["cutting differs from masking" in row.reason for row in found.frozen if row.name == f"{name}.first"] == [

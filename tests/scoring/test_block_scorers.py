@@ -1,4 +1,4 @@
-"""Which blocks may go: what every ranking promises, what each finds, and the loop that accuracy guards."""
+"""Block scorers: the contract of every ranking, what each one finds, and the loop with an accuracy limit."""
 
 import math
 from collections.abc import Mapping
@@ -61,7 +61,7 @@ def test_contract(name: str, scorer: Any) -> None:
 
 
 def test_clusters_by_hand() -> None:
-    """3 is like 2 but not like the anchor 0, so it begins anew; 5 is like 0 but 3 and 4 lie between."""
+    """3 is like 2 but not like the anchor 0, so it starts a new cluster; 5 is like 0, but 3 and 4 lie between."""
     cka = torch.eye(6)
     for a, b in [(0, 1), (0, 2), (2, 3), (3, 4), (0, 5)]:
         cka[a, b] = cka[b, a] = 0.98
@@ -112,15 +112,15 @@ class EncoderDecoder(nn.Module):
         return self.head(x)
 
 
-def test_encoder_and_decoder_are_apart() -> None:
+def test_encoder_and_decoder_are_different_families() -> None:
     torch.manual_seed(0)
     structures, moments = seen(EncoderDecoder(), [(torch.randn(64, 8), torch.zeros(64))])
     found = cluster_blocks(structures, moments, 0.5)
     assert found == (("encoder.0", "encoder.1", "encoder.2"), ("decoder.0", "decoder.1", "decoder.2"))
 
 
-def test_stages_are_apart() -> None:
-    """Whether the next stage is wider or, at the same width, smaller; whatever the CKA of their outputs."""
+def test_stages_are_different_families() -> None:
+    """The next stage is wider or, at the same width, smaller; the CKA of their outputs does not matter."""
     model = networks.PadResNet(blocks=3)
     structures, moments = seen(model, [(torch.randn(16, 3, 8, 8), torch.zeros(16))])
     by_stage = [tuple(f"stages.{stage}.{i}" for i in range(stage > 0, 3)) for stage in range(3)]
@@ -137,7 +137,7 @@ def test_stages_are_apart() -> None:
 
 
 class Deeper(nn.Module):
-    """The trained tiny network with blocks of its own kind put in after its first, that change hardly anything."""
+    """The trained tiny network with inserted blocks of its own kind that change hardly anything."""
 
     def __init__(self, num_planted: int) -> None:
         super().__init__()
@@ -160,7 +160,7 @@ def splits() -> Splits:
 
 
 @EVERY_SCORER
-def test_planted_block_is_found(scorer: Any, splits: Splits) -> None:
+def test_a_redundant_block_is_detected(scorer: Any, splits: Splits) -> None:
     model = Deeper(1)
     structures, moments = seen(model, list(splits.calib))
     importance = rank_blocks(model, structures, moments, splits.calib, scorer).importance
@@ -172,7 +172,7 @@ def test_planted_block_is_found(scorer: Any, splits: Splits) -> None:
 
 
 class RareDirection(nn.Module):
-    """The answer hangs on one small direction, which the second block alone writes; the third moves all others."""
+    """The output depends on one small direction, which only the second block writes; the third changes all others."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -194,7 +194,7 @@ class RareDirection(nn.Module):
         return self.head(x)
 
 
-def test_similar_block_that_matters_is_caught_by_the_answers_alone() -> None:
+def test_a_similar_but_important_block_is_detected_only_by_outputs() -> None:
     torch.manual_seed(0)
     model, batches = RareDirection(), [(torch.randn(256, 8), torch.zeros(256))]
     structures, moments = seen(model, batches)
@@ -217,7 +217,7 @@ def test_divergence_by_hand_and_batch_by_batch() -> None:
     assert divergence(dense, dense, batches) == 0
 
 
-def test_divergence_refuses_what_it_cannot_compare() -> None:
+def test_divergence_of_outputs_it_cannot_compare_is_an_error() -> None:
     batches = [(torch.full((2, 4), float("inf")), None)]
     with pytest.raises(DataError, match="not finite"):
         divergence(nn.Linear(4, 3), nn.Linear(4, 3), batches)
@@ -233,7 +233,7 @@ def test_divergence_refuses_what_it_cannot_compare() -> None:
 
 
 def table_of(parts: tuple[Names, ...], seed: int) -> dict[Names, float]:
-    """A loss for every run: no less than its worst member's, as data processing wants, and otherwise by chance."""
+    """A loss for every run: random, but at least its worst member's (data processing inequality)."""
     generator = torch.Generator().manual_seed(seed)
     single = {name: float(torch.rand((), generator=generator)) for names in parts for name in names}
     lost: dict[Names, float] = {}
@@ -269,7 +269,7 @@ def test_a_run_that_loses_much_is_exchanged_for_one_that_does_not() -> None:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_selection_lies_between_the_least_singles_and_the_best_of_all(seed: int) -> None:
+def test_selection_lies_between_the_best_singles_and_the_optimum(seed: int) -> None:
     parts = (tuple("abcde"), tuple("xyz"))
     everyone = sum(parts, ())
     lost = table_of(parts, seed)
@@ -289,7 +289,7 @@ def test_selection_of_none_of_all_and_from_nothing() -> None:
     assert fast_block_select((), lost.__getitem__, 2, 8) == ()
 
 
-def test_planted_run_is_chosen(splits: Splits) -> None:
+def test_a_redundant_run_is_chosen(splits: Splits) -> None:
     structures, moments = seen(Deeper(2), list(splits.calib))
     assert choose_blocks(structures, moments, BlockMi(), 2) == ("blocks.1", "blocks.2")
 
@@ -300,7 +300,7 @@ ALL = ("a", "b", "c", "d")
 
 
 def run_loop(accuracy: Mapping[str, float], **settings: Any) -> tuple[Names, DepthLog]:
-    """The loop over a network that is its blocks' names, all alike; removing keeps the rest."""
+    """The loop on a network that is just the names of its blocks, all alike."""
     return mpruner(
         ALL,
         Mpruner(**settings),
@@ -320,7 +320,7 @@ def test_loop_accepts_and_ends() -> None:
 
 
 def test_loop_rolls_back_and_removes_less() -> None:
-    """Stride 1 is refused, 2 accepted; from there stride 2 would remove c, refused; stride 3 would, too: not tried."""
+    """Stride 1 fails and 2 passes. Then stride 2 would remove c and fails; stride 3 would too, so it is not tried."""
     best, log = run_loop({"abcd": 0.90, "a": 0.70, "ac": 0.88})
     assert [(row.stride, row.removed, row.accuracy, row.accepted) for row in log.rows] == [
         (1, ("b", "c", "d"), 0.70, False),
@@ -334,15 +334,15 @@ def test_loop_rolls_back_and_removes_less() -> None:
     assert log.reason == "refused at stride 3"
 
 
-def test_loop_gives_back_the_start_where_nothing_holds() -> None:
+def test_loop_returns_the_start_if_nothing_holds() -> None:
     best, log = run_loop({"abcd": 0.90, "a": 0.1, "ac": 0.1, "acd": 0.1, "ad": 0.1})
     assert best == ALL
     assert (log.accuracy, log.removed) == (0.90, ())
     assert not any(row.accepted for row in log.rows)
 
 
-def test_the_guard_is_inclusive_and_looks_at_the_dense_network() -> None:
-    """Each step may lose little; together they may not lose more than is allowed."""
+def test_the_accuracy_limit_is_inclusive_and_relative_to_the_dense_network() -> None:
+    """Each step may lose a little, but all together at most the limit."""
     accuracy = {"abcd": 0.90, "ac": 0.87, "a": 0.85}
     assert run_loop(accuracy, stride=2)[0] == ("a", "c")
     assert run_loop(accuracy, stride=2, max_drop_pp=5.0)[0] == ("a",)
@@ -370,7 +370,7 @@ def run_depth(model: nn.Module, splits: Splits, settings: Mpruner, train: Any = 
     return prune_depth(model, structures, splits, classification(), settings, small_recipe(), train=train)
 
 
-def test_depth_removes_planted_blocks(splits: Splits) -> None:
+def test_depth_removes_redundant_blocks(splits: Splits) -> None:
     dense = Deeper(2)
     before = {name: value.clone() for name, value in dense.state_dict().items()}
     events: list[str] = []
@@ -393,7 +393,7 @@ def test_depth_removes_planted_blocks(splits: Splits) -> None:
 
 
 def test_depth_escalates_and_rolls_back(splits: Splits) -> None:
-    """With everything in one cluster of four, three, then two blocks are too many; one is not."""
+    """With all four blocks in one cluster, removing three or two is too much; removing one is not."""
     settings = Mpruner(threshold=0.001, max_drop_pp=10.0)
     pruned, log = run_depth(Deeper(2), splits, settings, spoiled_above(1))
     assert [(row.stride, len(row.removed), row.accepted) for row in log.rows] == [
@@ -406,7 +406,7 @@ def test_depth_escalates_and_rolls_back(splits: Splits) -> None:
     assert log.accuracy >= log.dense_accuracy - 0.1
 
 
-def test_depth_leaves_as_many_blocks_as_the_recipe_asks(splits: Splits) -> None:
+def test_depth_keeps_as_many_blocks_as_the_recipe_requires(splits: Splits) -> None:
     dense, settings = Deeper(2), Mpruner(threshold=0.001, max_drop_pp=100.0)
     structures = list_structures(dense, next(iter(splits.calib))[0], constraints=Constraints(least_blocks=3))
     pruned, log = prune_depth(dense, structures, splits, classification(), settings, small_recipe())
@@ -414,7 +414,7 @@ def test_depth_leaves_as_many_blocks_as_the_recipe_asks(splits: Splits) -> None:
     assert "least_blocks" in log.reason
 
 
-def test_depth_gives_back_the_dense_network_where_nothing_holds(splits: Splits) -> None:
+def test_depth_returns_the_dense_network_if_nothing_holds(splits: Splits) -> None:
     dense = Deeper(1)
     same, log = run_depth(dense, splits, Mpruner(), spoiled_above(0))
     assert log.rows

@@ -1,4 +1,4 @@
-"""What the scorers that ask for the kept outputs of a unit's readers find, in networks where the answer is known."""
+"""Scorers by kept outputs of a unit's readers, on networks with known results."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -52,7 +52,7 @@ def ascending(scores: tuple[float, ...]) -> list[int]:
 
 
 def planted() -> Seen:
-    """Channels 2 and 5 are one, 0 never fires and 7 never changes."""
+    """Channels 2 and 5 are duplicates, 0 never fires and 7 is constant."""
     torch.manual_seed(1)
     model = nn.Sequential(nn.Conv2d(3, 8, 3, 1, 1), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU(), nn.Flatten())
     model.append(nn.Linear(6 * 16, 3))
@@ -75,7 +75,7 @@ def test_dead_and_constant_channels_go_first_then_exactly_one_of_two_duplicates(
     assert all(a < b for a, b in pairwise(scores[unit] for unit in order))  # no ties: an order
 
 
-def test_each_unit_by_itself_keeps_both_duplicates() -> None:
+def test_scoring_units_separately_keeps_both_duplicates() -> None:
     scores = table(planted(), LayerwiseMi(joint=False)).channels["0"]
     assert scores[2] == pytest.approx(scores[5])
     assert {*ascending(scores)[:2]} == {0, 7}
@@ -108,7 +108,7 @@ def test_a_channel_that_one_of_two_readers_needs_is_kept_for_it(config: Any) -> 
 
 
 def chain() -> Seen:
-    """The first layer's units 0 to 3 are read by hidden units 0 to 3 only, which say nearly nothing to the last."""
+    """Units 0 to 3 of the first layer are read only by hidden units 0 to 3, which hardly affect the last layer."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4))
     with torch.no_grad():
@@ -169,7 +169,7 @@ def test_groups_without_an_observed_reader_are_scored_by_magnitude(name: str, co
     assert bool(found.reasons) == (name == "encoder")  # fused attention
 
 
-def test_output_error_is_the_share_of_variance_that_least_squares_cannot_bring_back() -> None:
+def test_output_error_is_the_variance_share_that_least_squares_cannot_restore() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 6, 3, 1, 1), nn.ReLU(), nn.Conv2d(6, 9, 1), nn.Flatten(), nn.Linear(9 * 16, 3))
     with torch.no_grad():
@@ -198,7 +198,7 @@ def test_fisher_counts_only_outputs_that_the_loss_needs() -> None:
 
 
 @EVERY_CONFIG
-def test_groups_ranked_side_by_side_are_each_as_if_alone(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_groups_ranked_together_are_ranked_independently(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(*(networks.PadBlock(8, 8, 1) for _ in range(4)), nn.Flatten(), nn.Linear(8 * 16, 3))
     seen = watched(model, torch.randn(64, 8, 4, 4))

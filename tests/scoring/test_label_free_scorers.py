@@ -1,4 +1,4 @@
-"""The controls that need no labels: weights, gains and distances, against arithmetic by hand."""
+"""Scorers without labels (weights, gains, distances) against arithmetic by hand."""
 
 import math
 from dataclasses import replace
@@ -69,7 +69,7 @@ def test_batch_norm_scale_sums_the_indices_of_a_coupled_unit() -> None:
     assert table.channels[group.name] == pytest.approx(expected)
 
 
-def test_groups_without_a_gain_are_scored_by_magnitude_and_say_so() -> None:
+def test_groups_without_a_gain_are_scored_by_magnitude_with_a_reason() -> None:
     model, structures, moments = prepared("mlp")
     model[3].affine, model[3].weight = False, None
     table = score_batch_norm_scale(model, structures, moments, BatchNormScale(), 0)
@@ -103,7 +103,7 @@ def test_fpgm_reads_transposed_convolutions_by_their_outputs() -> None:
     assert table.channels["up"] == pytest.approx(distances(rows), rel=1e-5)
 
 
-def test_fpgm_lets_the_middle_go_however_large_it_is() -> None:
+def test_fpgm_removes_the_median_unit_whatever_its_size() -> None:
     model, structures, moments = prepared("mlp")
     with torch.no_grad():
         model[0].weight.copy_(10 + torch.randn(12, 6, generator=torch.Generator().manual_seed(0)))

@@ -1,4 +1,4 @@
-"""The scores that need labels find what was planted, and say what they lack."""
+"""Scorers with labels find known informative units, and report missing labels."""
 
 import math
 from collections.abc import Callable
@@ -33,8 +33,8 @@ FROM_ROWS = pytest.mark.parametrize("kind", ["conditional_mi", "label_mi"])
 
 
 def planted() -> tuple[nn.Module, Structures, Moments]:
-    """Eight hidden units: 0 reads the label's own input, 5 repeats it, 3 a weaker one, 2 and 7 never fire, and 1, 4 and
-    6 are noise, which the head reads too, but less, for a trained head has learnt that it means nothing."""
+    """Eight hidden units: 0 reads the label's own input, 5 repeats it, 3 a weaker copy, 2 and 7 never fire; 1, 4 and
+    6 are noise, which the head also reads, but less, as a trained head ignores noise."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
     with torch.no_grad():
@@ -60,7 +60,7 @@ def order_of(table: ScoreTable, group: str = "0") -> list[int]:
 
 
 @EVERY_SCORER
-def test_the_unit_that_knows_the_label_is_first_and_dead_units_are_last(kind: str) -> None:
+def test_the_unit_with_the_label_is_first_and_dead_units_are_last(kind: str) -> None:
     scorer, config = BY_LABEL[kind]
     model, structures, moments = planted()
     table = scorer(model, structures, moments, config, 0)
@@ -82,7 +82,7 @@ def test_label_mi_keeps_both_duplicates_and_conditional_mi_one() -> None:
     assert table.channels["0"][order[second]] < 0.1 * table.channels["0"][order[0]]  # little was to be had by then
 
 
-def test_conditional_mi_suggests_the_units_that_know_something() -> None:
+def test_conditional_mi_suggests_the_informative_units() -> None:
     model, structures, moments = planted()
     table = score_conditional_mi(model, structures, moments, ConditionalMi(), 0)
     assert table.suggested == {"0": 2}
@@ -90,7 +90,7 @@ def test_conditional_mi_suggests_the_units_that_know_something() -> None:
     assert len(set(row)) == len(row)
 
 
-def test_taylor_is_the_gate_that_was_observed() -> None:
+def test_taylor_scores_are_the_observed_gates() -> None:
     model, structures, moments = planted()
     table = score_taylor(model, structures, moments, Taylor(), 0)
     assert table.channels["0"] == tuple(moments.gates["0"].tolist())
@@ -122,7 +122,7 @@ def test_contract_on_every_network(name: str, kind: str) -> None:
 
 
 @EVERY_SCORER
-def test_groups_without_observations_are_scored_by_magnitude_and_say_so(kind: str) -> None:
+def test_groups_without_observations_are_scored_by_magnitude_with_a_reason(kind: str) -> None:
     scorer, config = BY_LABEL[kind]
     model, structures, moments = observed("upsampled")
     seen = {kind: getattr(moments, kind).copy() for kind in ("units", "gates")}
@@ -150,18 +150,18 @@ def test_units_with_more_rows_than_labels_are_scored_by_magnitude(kind: str) -> 
     ("labels", "message"),
     [
         (None, "needs the class of every calibration sample"),
-        (torch.full((600,), 3), "are of one"),
+        (torch.full((600,), 3), "have the same"),
         (torch.arange(600), "needs .* labelled calibration samples .* 600 were kept"),
     ],
 )
-def test_labels_that_cannot_carry_a_score_are_refused(kind: str, labels: Tensor | None, message: str) -> None:
+def test_unusable_labels_are_errors(kind: str, labels: Tensor | None, message: str) -> None:
     scorer, config = BY_LABEL[kind]
     model, structures, moments = planted()
     with pytest.raises(DataError, match=f"{kind}.*{message}"):
         scorer(model, structures, replace(moments, labels=labels), config, 0)
 
 
-def test_too_few_samples_name_the_number_that_is_needed() -> None:
+def test_too_few_samples_is_an_error_with_the_number_needed() -> None:
     model, structures, moments = planted()
     labels = torch.arange(600) % 100
     with pytest.raises(DataError, match=r"needs 1600 labelled calibration samples \(16 for each of 100 classes\)"):
@@ -186,9 +186,9 @@ def test_units_that_are_not_finite_are_refused(kind: str) -> None:
         scorer(model, structures, broken, config, 0)
 
 
-def test_taylor_without_derivatives_says_what_to_give() -> None:
+def test_taylor_without_derivatives_is_an_error_with_a_remedy() -> None:
     model, structures, moments = planted()
-    with pytest.raises(DataError, match=r"taylor needs the derivatives .* observe\(..., loss=task.loss\)"):
+    with pytest.raises(DataError, match=r"taylor needs the derivatives .* observe_activations\(..., loss=task.loss\)"):
         score_taylor(model, structures, replace(moments, gates={}), Taylor(), 0)
     with pytest.raises(DataError, match="NaN or infinity"):
         score_taylor(model, structures, replace(moments, gates={"0": torch.full((8,), torch.nan)}), Taylor(), 0)

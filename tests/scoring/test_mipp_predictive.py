@@ -1,4 +1,4 @@
-"""The trained reference removes what is redundant, and orders units as the closed form does."""
+"""The trained reference removes redundant units, and orders units as the closed form does."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ DEAD, DUPLICATES = {4, 9}, {2, 6}
 
 
 def planted(seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(X, Y, B): ten regressors of growing weight, of which two are constant and two the same."""
+    """(X, Y, B): ten regressors of growing weight; two are constant and two are equal."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(400, 10, generator=generator)
     x[:, 4], x[:, 9], x[:, 6] = 0.7, 0.0, x[:, 2]
@@ -55,14 +55,14 @@ def test_a_unit_may_be_several_columns() -> None:
     assert kept == (1, 2)
 
 
-def test_the_seed_decides() -> None:
+def test_results_depend_only_on_the_seed() -> None:
     x, y, _ = planted(0)
     first, again, other = (score_mipp_predictive(x[:100], y[:100], UNITS, repeats=2, seed=s) for s in (0, 0, 1))
     assert first == again
     assert first != other
 
 
-def test_the_last_unit_stays_even_if_it_knows_nothing() -> None:
+def test_the_last_unit_stays_even_without_information() -> None:
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(80, 3, generator=generator), torch.randn(80, 2, generator=generator)
     _, kept = score_mipp_predictive(x, y, [[0], [1], [2]], confidence=1.0)

@@ -1,4 +1,4 @@
-"""Two rankings as one."""
+"""Mixing two rankings into one."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,7 +18,7 @@ def order(found: ScoreTable) -> list[int]:
 
 
 @given(SCORES, SCORES, st.floats(0, 1))
-def test_what_both_rank_higher_is_higher(first: list[float], second: list[float], weight: float) -> None:
+def test_units_both_rank_higher_rank_higher(first: list[float], second: list[float], weight: float) -> None:
     found = mixed(table(first), table(second), weight).channels["group"]
     for a in range(6):
         for b in range(6):
@@ -27,7 +27,7 @@ def test_what_both_rank_higher_is_higher(first: list[float], second: list[float]
 
 
 @given(SCORES, SCORES)
-def test_the_ends_are_the_two_rankings(first: list[float], second: list[float]) -> None:
+def test_weights_zero_and_one_give_the_two_rankings(first: list[float], second: list[float]) -> None:
     assert mixed(table(first), table(second), 0.0) == table(first)
     if len(set(second)) == 6:
         assert order(mixed(table(first), table(second), 1.0)) == order(table(second))

@@ -1,4 +1,4 @@
-"""What scores say when there is nothing to know."""
+"""Scores of shuffled data, which contain no information."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ def test_total_information_is_the_joint_log_determinant() -> None:
     assert total_information(x, cross, y, noise=0.1) == pytest.approx(float(expected), abs=1e-4)
 
 
-def test_independent_rows_tell_what_sampling_error_tells() -> None:
+def test_information_of_independent_rows_is_sampling_error() -> None:
     generator = torch.Generator().manual_seed(0)
     n, p, m = 4000, 20, 10
     x, y = (torch.randn(n, width, generator=generator, dtype=torch.float64) for width in (p, m))
@@ -34,7 +34,7 @@ def test_independent_rows_tell_what_sampling_error_tells() -> None:
 
 
 @pytest.mark.parametrize("scorer", [Mipp(), LayerwiseMi(), LabelMi(num_bins=4), ConditionalMi()], ids=lambda s: s.kind)
-def test_a_signal_is_told_from_chance_and_more_samples_tell_it_better(scorer: Any) -> None:
+def test_a_signal_is_separated_from_chance_better_with_more_samples(scorer: Any) -> None:
     model, inputs = networks.build("pad_resnet")
     structures = list_structures(model, inputs)
     shares = []
@@ -50,7 +50,7 @@ def test_a_signal_is_told_from_chance_and_more_samples_tell_it_better(scorer: An
     assert shares[1] < 0.3
 
 
-def test_what_is_no_information_has_no_null() -> None:
+def test_scores_that_are_not_information_have_no_baseline() -> None:
     model, inputs = networks.build("pad_resnet")
     structures = list_structures(model, inputs)
     moments = observe_activations(model, structures, [(inputs, torch.zeros(len(inputs)))], Observe(), shuffled=True)

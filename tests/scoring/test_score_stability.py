@@ -1,4 +1,4 @@
-"""Agreement of halves by hand; the samples it asks for give the agreement it promises; shuffled labels know nothing."""
+"""Agreement of halves by hand, recommended numbers of samples, and shuffled labels."""
 
 from dataclasses import replace
 
@@ -43,7 +43,7 @@ def test_recommended_samples_at_the_edges() -> None:
 
 
 def test_recommended_samples_give_the_stability_that_was_asked_for() -> None:
-    """Scores = truth + an error whose variance falls with the samples."""
+    """Scores = truth + an error with a variance that falls with the samples."""
     generator = torch.Generator().manual_seed(0)
     truth = torch.randn(4000, generator=generator)
 
@@ -66,7 +66,7 @@ def planted() -> tuple[nn.Module, Moments]:
 
 
 @pytest.mark.parametrize("scorer", [(score_label_mi, LabelMi()), (score_conditional_mi, ConditionalMi())])
-def test_shuffled_labels_score_next_to_nothing(scorer: tuple[object, object]) -> None:
+def test_scores_of_shuffled_labels_are_near_zero(scorer: tuple[object, object]) -> None:
     model, moments = planted()
     structures = list_structures(model, torch.randn(2, 4))
     function, config = scorer
@@ -81,13 +81,13 @@ def test_shuffled_labels_score_next_to_nothing(scorer: tuple[object, object]) ->
     assert null != shuffled_null(score, moments, seeds=range(4, 8))
 
 
-def test_groups_scored_by_another_method_have_no_null() -> None:
+def test_groups_scored_by_another_method_have_no_baseline() -> None:
     _, moments = planted()
     aside = ScoreTable(scorer="x", channels={"a": (1.0,), "b": (2.0,)}, reasons={"b": "unseen"})
     assert set(shuffled_null(lambda _: aside, moments, seeds=[0])) == {"a"}
 
 
-def test_nothing_can_be_shuffled_without_labels() -> None:
+def test_shuffling_without_labels_is_an_error() -> None:
     _, moments = planted()
     with pytest.raises(DataError, match="labels"):
         shuffled_null(lambda _: table(1.0), replace(moments, labels=None), seeds=[0])

@@ -1,4 +1,4 @@
-"""What a person is told of the scores."""
+"""The summary of scores for the user."""
 
 import networks
 import pytest
@@ -14,14 +14,14 @@ from deploypipe.scoring import score_halves
 from deploypipe.scoring.score_summary import kept_information, num_redundant, summarise
 
 
-def test_cumulative_scores_say_what_was_lost_and_others_are_summed() -> None:
+def test_cumulative_scores_are_losses_and_other_scores_are_summed() -> None:
     assert kept_information([4.0, 1.0, 3.0], is_cumulative=True) == (0.0, 0.25, 0.75, 1.0)
     assert kept_information([4.0, 1.0, 3.0], is_cumulative=False) == (0.0, 0.5, 0.875, 1.0)
     assert kept_information([0.0, 0.0], is_cumulative=True) == (1.0, 1.0, 1.0)
 
 
 @pytest.mark.parametrize(("share", "redundant"), [(1.0, 0), (0.9, 1), (0.75, 1), (0.2, 2), (0.0, 3)])
-def test_redundant_units_leave_the_share(share: float, redundant: int) -> None:
+def test_redundant_units_keep_the_share_of_information(share: float, redundant: int) -> None:
     assert num_redundant((0.0, 0.25, 0.9, 1.0), share) == redundant
 
 
@@ -43,7 +43,7 @@ def test_summary_of_a_network() -> None:
     assert sum(map(len, summary.clusters)) == len(structures.blocks)
 
 
-def test_half_of_just_enough_samples_costs_the_stability_and_not_the_scores() -> None:
+def test_too_few_samples_for_halves_lose_only_the_stability() -> None:
     model, inputs = networks.build("pad_resnet")
     structures = list_structures(model, inputs)
     batches = [(torch.randn(20, *inputs.shape[1:]), torch.arange(20) % 2) for _ in range(2)]
@@ -55,7 +55,7 @@ def test_half_of_just_enough_samples_costs_the_stability_and_not_the_scores() ->
         score_halves(model, structures, halves, halves[0], LabelMi())
 
 
-def test_unstable_rankings_are_named_with_the_samples_they_want() -> None:
+def test_unstable_rankings_are_named_with_the_samples_they_need() -> None:
     model, inputs = networks.build("pad_resnet")
     structures = list_structures(model, inputs)
     halves = observe_halves(model, structures, [(inputs, torch.zeros(len(inputs)))] * 2, Observe())
