@@ -225,7 +225,7 @@ def test_batch_norms_are_shared_but_not_those_that_do_more() -> None:
 
 @pytest.mark.parametrize("value", [0, 1.5, True])
 def test_a_number_of_parts_is_whole_and_positive(value: object) -> None:
-    with pytest.raises(ValueError, match="accumulate = "):
+    with pytest.raises(ValueError, match="accumulate must be "):
         Finetune(accumulate=value)  # type: ignore[arg-type]
 
 
@@ -251,7 +251,7 @@ def test_what_is_wrong_is_said_once(tmp_path: Path) -> None:
     write_pipeline(tmp_path, "")
     done = torchrun(tmp_path, *RUN, "--set", "finetune.num_epochs=-1")
     assert done.returncode != 0 and codes(done) == {2}
-    assert done.stderr.count("num_epochs = -1") == 1, done.stderr
+    assert done.stderr.count("num_epochs must be >= 0, got -1") == 1, done.stderr
 
 
 SEEN = """
