@@ -40,7 +40,7 @@ def test_order_follows_from_seed_and_epoch_alone() -> None:
 def test_unequal_lengths_and_no_batch_are_refused() -> None:
     with pytest.raises(DataError, match="3 inputs but 2 targets"):
         TensorBatches(torch.zeros(3), torch.zeros(2), 1)
-    with pytest.raises(DataError, match="batch_size = 0"):
+    with pytest.raises(DataError, match="batch_size must be >= 1, got 0"):
         TensorBatches(torch.zeros(3), torch.zeros(3), 0)
 
 

@@ -1,4 +1,4 @@
-"""Every value that crosses a stage boundary. Data only: no torch, no behaviour beyond arithmetic on own fields."""
+"""The records that stages exchange. Data only: no torch, and no behaviour except arithmetic on their own fields."""
 
 from deploypipe.records.events import Cached, Event, Finished, Note, Notify, Progress, Started, Warned, silent
 from deploypipe.records.interval import Interval

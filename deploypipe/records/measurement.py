@@ -1,4 +1,4 @@
-"""What was measured of a file, and on which machine."""
+"""Measurements of a file, and the machine and conditions they were taken in."""
 
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -11,12 +11,12 @@ from deploypipe.records.structures import Names
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Environment:
-    """The machine and the software that a figure was taken on."""
+    """The machine and software of a measurement."""
 
     cpu: str
     cpu_features: tuple[str, ...]
     num_cpus: int
-    governor: str  # "" where the platform does not tell
+    governor: str  # "" if the platform does not report it
     load_before: float  # one-minute load average
     memory_gib: float
     gpu: str
@@ -27,25 +27,25 @@ class Environment:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MachineState:
-    """What the machine did at one moment. None where the platform does not tell."""
+    """The state of the machine at one moment. None: the platform does not report it."""
 
     load: float  # one-minute load average
-    clock_mhz: float | None  # of the fastest processor: those that idle are slow by themselves
+    clock_mhz: float | None  # of the fastest processor, because idle ones are slow
     temperature_c: float | None  # of the hottest zone
-    num_throttled: int | None  # times that heat slowed a core or the package down, since boot
+    num_throttled: int | None  # times that heat slowed down a core or the package, since boot
     num_quota_throttled: int | None  # times that the control group's processor quota stopped this process
     busy_s: float | None  # processor seconds that were not idle, of all processors, since boot
     stolen_s: float | None  # processor seconds that the hypervisor gave to others
     own_s: float  # processor seconds of this process and its children
-    at_s: float  # clock, in seconds from anywhere
+    at_s: float  # a monotonic clock, in seconds
     gpu_clock_mhz: float | None = None
     gpu_temperature_c: float | None = None
-    gpu_slowdowns: Names = ()  # reasons in force that slow the GPU down
+    gpu_slowdowns: Names = ()  # active reasons that slow down the GPU
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Conditions:
-    """What the machine was like while something was measured."""
+    """The conditions on the machine during a measurement."""
 
     before: MachineState
     after: MachineState
@@ -69,7 +69,7 @@ class Latency:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measurement:
-    """One model file on one target. None is 'not measured', which no gate lets pass."""
+    """One model file on one target. None means 'not measured', which never passes the gate."""
 
     file: ModelFile
     num_params: int
@@ -82,14 +82,14 @@ class Measurement:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BenchmarkReport:
-    """Dense and compressed, timed interleaved in one process."""
+    """The dense and the compressed file, timed interleaved in one process."""
 
     dense: Measurement
     compressed: Measurement
     latency_ratio: Interval | None  # compressed / dense
     accuracy_drop_pp: Interval | None  # paired: same samples, both files
     environment: Environment
-    is_steady: bool  # nothing speaks against the timings; see `conditions` too
+    is_steady: bool  # nothing found against the timings; see `conditions` too
     notes: tuple[str, ...] = ()
     conditions: Conditions | None = None  # None: nothing was measured
     slices: dict[str, tuple[int, ...]] = field(default_factory=dict)  # numbers of test samples, by `Task.slices`
@@ -97,7 +97,7 @@ class BenchmarkReport:
     measured_at: str = ""  # ISO 8601, UTC
 
     def __post_init__(self) -> None:
-        """ValueError for what does not fit together: a result that was edited, since no run writes that."""
+        """Raise ValueError if the fields contradict each other, which happens only in an edited result."""
         counts = {len(m.per_sample_metric) for m in (self.dense, self.compressed) if m.per_sample_metric}
         if len(counts) > 1:
             raise ValueError(f"per_sample_metric has {min(counts)} and {max(counts)} values; measure both again")
@@ -107,14 +107,14 @@ class BenchmarkReport:
         try:
             _ = self.measured_at and datetime.fromisoformat(self.measured_at)
         except ValueError:
-            raise ValueError(f"measured_at = {self.measured_at[:40]!a} is no time; measure again") from None
+            raise ValueError(f"measured_at = {self.measured_at[:40]!a} is not a time; measure again") from None
 
     @property
     def doubts(self) -> str:
-        """Why no timing of this report decides anything; "" where nothing speaks against them."""
+        """Why the timings of this report cannot decide anything; "" if they can."""
         if self.conditions and self.conditions.verdict != "steady":
-            told = "; ".join(self.conditions.reasons) or "no reason was recorded"
-            return f"the timings were not steady: the machine was {self.conditions.verdict}: {told}"
+            reasons = "; ".join(self.conditions.reasons) or "no reason was recorded"
+            return f"the timings were not steady: the machine was {self.conditions.verdict}: {reasons}"
         if not self.is_steady:
             return f"the timings were not steady: {'; '.join(self.notes) or 'no reason was recorded'}"
         return ""
@@ -122,10 +122,10 @@ class BenchmarkReport:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BaselineComparison:
-    """A run's file against that of a bundle released before. None is 'not compared', which no gate lets pass."""
+    """A run's file compared with that of a released bundle. None means 'not compared', which never passes the gate."""
 
     name: str
     latency_ratio: Interval | None  # this run's file / the bundle's, timed interleaved
     accuracy_drop_pp: Interval | None  # paired: same test samples, both files
     notes: tuple[str, ...] = ()
-    latency_doubts: str = ""  # why the ratio decides nothing, though it was measured
+    latency_doubts: str = ""  # why the measured ratio cannot decide anything

@@ -9,7 +9,7 @@ from deploypipe.records.structures import Names
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FileEntry:
-    """One file, by what it must hold."""
+    """One file and its expected contents."""
 
     name: str  # without a folder
     sha256: str
@@ -18,10 +18,10 @@ class FileEntry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Parity:
-    """How far outputs are from those expected, over all samples; each figure that of the worst output."""
+    """How far outputs are from the expected ones, over all samples; each figure is that of the worst output."""
 
     max_abs_error: float  # relative to the largest magnitude of the same output
-    mean_abs_error: float  # likewise
+    mean_abs_error: float  # relative, too
     cosine: float  # of each output as one long vector; 1: same direction
     top1_agreement: float | None  # share of samples, for a first output (n, classes); else None
 
@@ -36,7 +36,7 @@ class ModelFile:
     max_abs_error: float  # against eager, on real batches
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
-    data: tuple[FileEntry, ...] = ()  # weights too large for one file, beside it; to be moved with it
+    data: tuple[FileEntry, ...] = ()  # files next to it with weights too large for one file; move them with it
     parity: Parity | None = None  # against eager, on real batches
     from_dense: Parity | None = None  # the network itself against the dense one, both in eager torch
     tested_sizes: dict[str, tuple[int, int]] = field(default_factory=dict)  # dynamic axis -> least, largest in `parity`
@@ -48,7 +48,7 @@ class CandidateFile:
 
     path: str  # relative to the folder it is in
     size_bytes: int
-    reason: str = ""  # why it had to be exported instead
+    reason: str = ""  # why it was exported instead; "" if it was not
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,19 +61,19 @@ class FloatLayer:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Calibration:
-    """What one way to choose ranges came to, with every layer in 8 bits, on samples that were not calibrated with."""
+    """The result of one way to choose ranges, with every layer in 8 bits, on samples not used to calibrate."""
 
     method: str
     mean_abs_error: float  # against the fp32 file, as in `Parity`
-    accuracy: float | None  # None where there was nobody to judge
+    accuracy: float | None  # None: it was not measured
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Converted:
-    """A file in another precision than fp32, and how it came about."""
+    """A file in another precision than fp32, and how it was made."""
 
     file: ModelFile  # its errors are against the fp32 file, on real samples
-    num_layers: int  # nodes that could be asked to change: all that compute (fp16); convolutions and products (int8)
+    num_layers: int  # nodes that can be converted: all that compute (fp16), or convolutions and products (int8)
     num_converted: int
     kept_float: tuple[FloatLayer, ...]
     runtime: str = ""  # whose recipe int8 followed
@@ -92,12 +92,12 @@ class Converted:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrecisionRow:
-    """One precision of the target: the file, or why there is none."""
+    """One precision of the target: its file, or the reason why there is none."""
 
     precision: str
     file: ModelFile | None
     conversion: Converted | None = None  # None for fp32
-    latency_ratio: Interval | None = None  # to fp32, interleaved; None where it was not timed
+    latency_ratio: Interval | None = None  # to fp32, interleaved; None if it was not timed
     reason: str = ""
 
 
@@ -111,27 +111,27 @@ class PrecisionChoice:
 
     @property
     def row(self) -> PrecisionRow:
-        """The one that ships."""
+        """The row of the precision that ships."""
         return next(row for row in self.rows if row.precision == self.chosen)
 
     @property
     def file(self) -> ModelFile:
-        """Its file, which it has."""
+        """The file that ships."""
         return next(row.file for row in self.rows if row.precision == self.chosen and row.file)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Golden:
-    """Real samples, and what the model files of a folder answer to them: for `deploypipe verify`."""
+    """Real samples and the outputs of a folder's model files for them, for `deploypipe verify`."""
 
-    files: tuple[FileEntry, ...]  # all that the folder has to hold, golden.json last
+    files: tuple[FileEntry, ...]  # all that the folder must hold, golden.json last
     models: tuple[str, ...]
     num_samples: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineKey:
-    """What an engine was built with and for; it runs where all of it fits."""
+    """What an engine was built with and for. It runs only on a machine where all of it fits."""
 
     library: str  # tensorrt, tensorrt-rtx
     version: str
@@ -142,7 +142,7 @@ class EngineKey:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineLayer:
-    """One step of an engine, and the ONNX nodes that went into it."""
+    """One layer of an engine, and the ONNX nodes that it computes."""
 
     name: str
     kind: str
@@ -152,9 +152,9 @@ class EngineLayer:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineFile:
-    """A TensorRT engine. Executable code: only what has this hash is loaded, and only where `key` fits."""
+    """A TensorRT engine. It is executable code: only a file with this hash is loaded, and only if `key` fits."""
 
-    path: str  # beside this record
+    path: str  # next to this record
     sha256: str
     size_bytes: int
     onnx_sha256: str  # of the file to rebuild it from

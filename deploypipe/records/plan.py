@@ -1,4 +1,4 @@
-"""What is removed, and what that did."""
+"""Pruning plans: what is removed, and the results of removing it."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -20,7 +20,7 @@ class GroupCut:
     """Units removed from one channel group."""
 
     group: str
-    asked: int  # units asked for, before widths were brought to the target's steps
+    asked: int  # units asked for, before rounding widths to the target's multiple
     removed: tuple[int, ...]
     num_units: int
     reason: str = ""  # why `asked` and `removed` differ
@@ -28,18 +28,18 @@ class GroupCut:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PruningPlan:
-    """All that is needed to turn the dense network into the pruned one again: pure data, no tracing, no weights."""
+    """Everything needed to turn the dense network into the pruned one again: pure data, no tracing, no weights."""
 
     model_fingerprint: str
     cuts: tuple[GroupCut, ...]
     edits: tuple[Edit, ...]
     blocks: tuple[str, ...]  # replaced by the identity
-    returns: dict[str, Names] = field(default_factory=dict)  # of blocks that give a tuple, as in `Block`
+    returns: dict[str, Names] = field(default_factory=dict)  # of blocks that return a tuple, as in `Block`
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PruneRow:
-    """Asked against realised for one structure."""
+    """The width asked for and the width realised, for one structure."""
 
     name: str
     kind: GroupKind | Literal["block"]
@@ -56,7 +56,7 @@ class PruneReport:
     params_after: int
     macs_before: int
     macs_after: int
-    notes: Names = ()  # what became of the network's own config, where it has one
+    notes: Names = ()  # changes to the network's own config, if it has one
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,9 +64,9 @@ class RepairRow:
     """One layer's relative squared error against the dense network, before and after its weights were solved."""
 
     module: str
-    error_before: float | None = None  # None where it was not measured
+    error_before: float | None = None  # None: not measured
     error_after: float | None = None
-    reason: str = ""  # why it was left as it was, when it was
+    reason: str = ""  # why it was not changed; "" if it was
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

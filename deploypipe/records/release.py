@@ -1,4 +1,4 @@
-"""The decision on a release, and what it is based on."""
+"""The decision on a release, and its basis."""
 
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -9,10 +9,10 @@ from deploypipe.records.interval import Interval
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Origin:
-    """What a run began with, by hashes of values."""
+    """The inputs of a run, as hashes of values."""
 
     model: str = ""
-    data: str = ""  # see `data.fingerprint`
+    data: str = ""  # see `tensor_batches.fingerprint`
     source: str = ""  # of the pipeline's file
     packages: dict[str, str] = field(default_factory=dict)  # name -> version
 
@@ -30,12 +30,12 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Waiver:
-    """Somebody's word that one check need not pass, for a time."""
+    """A person's decision that one check need not pass, for a limited time."""
 
     check: str  # name of a check
     reason: str
     by: str
-    granted: str  # ISO dates; counts from the first to the last, both included
+    granted: str  # ISO dates; in force from the first to the last day, both included
     expires: str
 
 
@@ -45,14 +45,14 @@ class Check:
     status: Status
     measured: float | None
     interval: Interval | None
-    limit: float | None  # in `unit`, relative budgets already turned absolute
+    limit: float | None  # in `unit`; relative budgets are converted to absolute ones
     unit: str
     reason: str
     waiver: Waiver | None = None  # in force: the check does not hold the release
 
     @property
     def is_settled(self) -> bool:
-        """Passed, or waived."""
+        """Whether it passed or is waived."""
         return self.status is Status.PASS or self.waiver is not None
 
 

@@ -1,4 +1,4 @@
-"""Importance of structures, and what the calibration pass left."""
+"""Scores of structures, and the log of the calibration pass."""
 
 from dataclasses import dataclass, field
 
@@ -11,9 +11,9 @@ class ScoreTable:
 
     scorer: str
     channels: dict[str, tuple[float, ...]]
-    suggested: dict[str, int] = field(default_factory=dict)  # widths that the method itself would leave, if it has any
-    reasons: dict[str, str] = field(default_factory=dict)  # groups that another method had to score, and why
-    is_cumulative: bool = False  # a score is all that was lost when its unit went, not the unit's own share
+    suggested: dict[str, int] = field(default_factory=dict)  # widths that the method itself suggests, if any
+    reasons: dict[str, str] = field(default_factory=dict)  # groups scored by another method -> why
+    is_cumulative: bool = False  # True: a score is the total loss after removing its unit, not the unit's own share
     stability: dict[str, float] = field(default_factory=dict)  # rank correlation between halves of the samples
 
     def __repr__(self) -> str:
@@ -29,7 +29,7 @@ class ScoreTable:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Observation:
-    """What `observe` saw, beside the moments it keeps as tensors."""
+    """The log of `observe`; the moments themselves are tensors."""
 
     num_samples: int
     skipped: dict[str, str]  # consumers without moments, and why
@@ -41,12 +41,12 @@ class BlockRanking:
 
     scorer: str
     importance: dict[str, float]
-    clusters: tuple[Names, ...] = ()  # blocks that do much the same, where the method says so
+    clusters: tuple[Names, ...] = ()  # similar blocks, if the method finds any
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GroupSummary:
-    """One group as its scores see it."""
+    """The redundancy of one group, by its scores."""
 
     name: str
     num_units: int
@@ -60,14 +60,14 @@ class GroupSummary:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoreSummary:
-    """How much of a network is redundant, by one scorer, and which of its blocks do alike."""
+    """How much of a network is redundant, by one scorer, and which of its blocks are similar."""
 
     scorer: str
     num_samples: int
     shares: tuple[float, ...]  # of the information
     groups: tuple[GroupSummary, ...]
     shaky: tuple[str, ...]  # groups whose ranking changes between halves of the samples
-    samples_wanted: int | None  # that would settle them; None where nothing is shaky
+    samples_wanted: int | None  # samples that would make them stable; None if none is shaky
     block_names: tuple[str, ...]
     block_cka: tuple[tuple[float, ...], ...]
     clusters: tuple[tuple[str, ...], ...]  # blocks whose outputs are alike, in order (arXiv:2408.13482)

@@ -1,4 +1,4 @@
-"""What can be removed from a network."""
+"""The structures of a network that can be removed."""
 
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
@@ -28,7 +28,7 @@ class Member:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChannelGroup:
-    """Channels that can only be removed together: producers, normalisations between, and all consumers."""
+    """Channels that must be removed together: producers, the normalisations between, and all consumers."""
 
     name: str  # the module that produces the channels, as in `named_modules()`; "MODULE:heads" for attention heads
     num_units: int
@@ -38,24 +38,24 @@ class ChannelGroup:
     kind: GroupKind = "channels"
 
     def step(self, channel_multiple: int) -> int:
-        """Units that widths come in multiples of: a target asks for multiples of channels, not of heads."""
+        """The multiple of units that widths are rounded to. The target's multiple applies to channels, not to heads."""
         return channel_multiple if self.kind == "channels" else 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Block:
-    """A module whose input and output agree, so that it can be replaced by the identity."""
+    """A module with input and output of the same shape, so that it can be replaced by the identity."""
 
     name: str
     params: int
     macs: int
-    # What it gives after its output, where that is a tuple: the parameter whose argument it hands on, or "".
+    # If it returns a tuple: for each item after the output, the parameter whose argument it passes on, or "".
     returns: Names | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Frozen:
-    """A structure that cannot be removed, and why."""
+    """A structure that cannot be removed, and the reason."""
 
     name: str
     kind: GroupKind | Literal["block", "weights"]  # "weights": those of a module with no outputs of its own (a norm)
@@ -64,7 +64,7 @@ class Frozen:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResolvedConstraints:
-    """What every choice of widths and blocks must hold to: the recipe's constraints with patterns made names."""
+    """Rules for every choice of widths and blocks: the recipe's constraints, with patterns resolved to names."""
 
     least: dict[str, int] = field(default_factory=dict)  # by group: units that stay
     uniform: tuple[tuple[str, ...], ...] = ()  # groups with one width; disjoint, of one dense width, kind and least
@@ -73,7 +73,7 @@ class ResolvedConstraints:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Structures:
-    """What can be removed from one network, and what cannot."""
+    """The structures of one network that can be removed, and those that cannot."""
 
     model_fingerprint: str
     groups: tuple[ChannelGroup, ...]  # in execution order
@@ -100,7 +100,7 @@ class Structures:
         return "\n".join(lines)
 
     def least_width(self, group: ChannelGroup, channel_multiple: int) -> int:
-        """The narrowest width that `group` may be brought to, in whole steps; its dense width at most."""
+        """The narrowest width allowed for `group`, in whole steps; at most its dense width."""
         step = group.step(channel_multiple)
         return min(-(-self.constraints.least.get(group.name, 1) // step) * step, group.num_units)
 

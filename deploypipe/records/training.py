@@ -7,12 +7,12 @@ from deploypipe.records.structures import Names
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DepthRow:
-    """One decision of the loop."""
+    """One decision of MPruner's loop."""
 
     iteration: int
     stride: int
     clusters: tuple[Names, ...]
-    removed: Names  # what was tried, from the best network so far
+    removed: Names  # tried to remove, from the best network so far
     accuracy: float | None  # None: not tried
     accepted: bool
     reason: str
@@ -39,7 +39,7 @@ class EpochLog:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainLog:
     epochs: tuple[EpochLog, ...]
-    chosen_epoch: int  # the last that is not worse on val than the best; 0 means the training was rolled back
+    chosen_epoch: int  # the last one that is not worse on val than the best; 0: the training was rolled back
     reason: str = ""
     precision: str = ""  # of the arithmetic: "bf16" or "fp32"
-    notes: tuple[str, ...] = ()  # what a reader should know of it, such as batches that were left out
+    notes: tuple[str, ...] = ()  # for readers, such as batches that were left out

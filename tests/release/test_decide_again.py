@@ -109,7 +109,7 @@ def test_a_file_that_computes_something_else_is_held(tmp_path: Path) -> None:
 
 
 EDITS: list[tuple[Callable[[Any], object], str]] = [
-    (lambda c: c["benchmark"].update(measured_at="yesterday"), "measured_at = 'yesterday' is no time"),
+    (lambda c: c["benchmark"].update(measured_at="yesterday"), "measured_at = 'yesterday' is not a time"),
     (lambda c: c["benchmark"]["compressed"].update(per_sample_metric=[1.0] * 400), "has 400 and 500 values"),
     (lambda c: c["benchmark"].update(slices={"a": [10**9]}), "'a' holds a number that no test sample has"),
     (lambda c: c["benchmark"].update(slices={"a": [-1, 1]}), "'a' holds a number that no test sample has"),
