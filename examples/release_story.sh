@@ -29,7 +29,7 @@ say "a key pair: the private key stays with the release job, the public one goes
 [ -f "$out/private.pem" ] || openssl ecparam -name prime256v1 -genkey -noout -out "$out/private.pem"
 openssl ec -in "$out/private.pem" -pubout -out "$out/public.pem" 2>/dev/null
 
-say "a waiver: this machine may be too busy to be timed on, and for a week somebody answers for that"
+say "a waiver: this machine may be too busy for timings, and for a week somebody takes responsibility for that"
 for check in latency_p50 latency_against_baseline; do
     printf '[[waiver]]\ncheck = "%s"\nreason = "shared machine: timings decide nothing here"\n' "$check"
     printf 'by = "release story"\ngranted = "%s"\nexpires = "%s"\n\n' "$(day 0)" "$(day 7)"
@@ -45,11 +45,11 @@ say "a change makes the model worse: its dense network was trained for one epoch
 compress worse pipeline.NUM_EPOCHS=1
 refuse 1 decide worse --baseline "$out/registry/digits-x86_cpu@production" \
     --markdown "$out/comment.md" --junit "$out/checks.xml"
-say "what the pull request is told"
+say "the comment on the pull request"
 cat "$out/comment.md"
 refuse 1 deploypipe release "$out/worse" --out "$out/bundles" --key "$out/private.pem"
 
-say "the change is mended: version 2"
+say "the change is corrected: version 2"
 compress v2 pipeline.NUM_EPOCHS=20
 decide v2 --baseline "$out/registry/digits-x86_cpu@production"
 bundle="$(deploypipe release "$out/v2" --out "$out/bundles" --key "$out/private.pem")"

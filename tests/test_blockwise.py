@@ -412,7 +412,7 @@ def test_damaged_files_are_errors(tmp_path: Path) -> None:
     index = in_two(load_file(weights), tmp_path / "parts")
     for text, why in (
         ("{", "is no index of weights"),
-        ('{"weight_map": {"embed.weight": "../dense.safetensors"}}', "which is not beside it; refused"),
+        ('{"weight_map": {"embed.weight": "../dense.safetensors"}}', "which is not next to it"),
         ('{"weight_map": []}', "is no index of weights"),
     ):
         index.write_text(text)

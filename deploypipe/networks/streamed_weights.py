@@ -155,7 +155,7 @@ def _read_index(path: Path) -> dict[str, Path]:
         raise ModelError(f"{path}: is no index of weights ({type(error).__name__}: {error})") from error
     for file in set(files.values()):
         if file.parent.resolve() != path.parent.resolve():
-            raise ModelError(f"{path}: names {file}, which is not beside it; refused")
+            raise ModelError(f"{path}: names {file}, which is not next to it; use files in one folder")
     return files
 
 

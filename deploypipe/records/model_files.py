@@ -165,4 +165,4 @@ class EngineFile:
     build_seconds: float
     layers: tuple[EngineLayer, ...]
     layers_source: str  # where the table comes from, or why it is empty
-    log: str  # name of the builder's log, beside this record
+    log: str  # name of the builder's log, next to this record

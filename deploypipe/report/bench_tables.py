@@ -1,4 +1,4 @@
-"""What `deploypipe bench` found, as text: rows for the terminal."""
+"""The results of `deploypipe bench` as rows for the terminal."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -78,7 +78,7 @@ def verdict_lines(result: BenchResult) -> list[str]:
 
 
 def missing_lines(result: BenchResult) -> list[str]:
-    """What was asked for and could not be had, and why."""
+    """The measurements that were asked for but not possible, and why."""
     files = [result.file, *([result.against] if result.against else [])]
     return sorted({f"{part}: {NOT_MEASURED}: {reason}" for file in files for part, reason in file.missing.items()})
 

@@ -121,7 +121,7 @@ def _render(template: str, figures: Callable[[], dict[str, str]], **values: Any)
 
 
 def _shown(value: Any) -> Any:
-    """What a template inserts: hidden characters as escapes, unless it is HTML of our own (`|safe`)."""
+    """Escape hidden characters in whatever a template inserts, unless it is HTML of our own (`|safe`)."""
     return printable_lines(value) if type(value) is str else value
 
 

@@ -43,7 +43,7 @@ def joint_front(networks: Sequence[Judged]) -> list[Judged]:
 
 
 def front_sentence(networks: Sequence[Judged]) -> str:
-    """How many were judged, and for which targets those of the front were made."""
+    """The number of networks compared, and the targets of those on the Pareto front."""
     front = joint_front(networks)
     each = ", ".join(f"{count} for {target}" for target, count in Counter(n.target for n in front).items())
     return f"{len(networks)} networks were judged for all targets; beaten by none: {each}."

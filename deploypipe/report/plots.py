@@ -24,7 +24,7 @@ _SHOWN_UP_TO = 3  # times the median latency
 
 
 def kept_information(summary: ScoreSummary) -> str:
-    """What share of its information each group keeps, by the share of its units that stay."""
+    """The share of its information that each group keeps, by the share of its units that stay."""
     figure = go.Figure()
     last = max(1, len(summary.groups) - 1)
     for number, group in enumerate(summary.groups):

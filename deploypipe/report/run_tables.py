@@ -162,7 +162,7 @@ def score_table(summary: ScoreSummary) -> tuple[tuple[str, ...], list[tuple[str,
 
 
 def score_notes(summary: ScoreSummary) -> list[str]:
-    """What a reader of the scores should be warned of."""
+    """Warnings for readers of the scores."""
     if not summary.shaky:
         return []
     lowest = min(group.stability for group in summary.groups if group.stability is not None)
@@ -192,7 +192,7 @@ PRECISION_HEADER = ("precision", "file", "largest error", "accuracy on val", "la
 
 
 def precision_rows(choice: PrecisionChoice) -> list[tuple[str, ...]]:
-    """What each precision of the target costs and gives; the accuracy is on val, the errors are against fp32."""
+    """Latency, size, accuracy (on val) and error (against fp32) of each precision of the target."""
     rows: list[tuple[str, ...]] = []
     for row in choice.rows:
         made, ratio = row.conversion, row.latency_ratio
