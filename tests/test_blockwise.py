@@ -252,7 +252,7 @@ def test_a_network_saved_in_parts_is_checked(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"weights-00002.*was changed after it was saved"):
         load_saved(tmp_path / "out", build_network)
     part.unlink()
-    with pytest.raises(ModelError, match=r"weights-00002.* is absent"):
+    with pytest.raises(ModelError, match=r"weights-00002.* is missing"):
         load_saved(tmp_path / "out", build_network)
 
 
@@ -472,7 +472,7 @@ def test_the_command_calls_the_function(home: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["w.safetensors", "--kept", "1.5"], ["kept", "1.5", "0 < kept < 1"]),
+        (["w.safetensors", "--kept", "1.5"], ["kept", "1.5", "must be > 0 and < 1"]),
         (["none.safetensors", "--kept", "0.5"], ["none.safetensors"]),
         (["w.safetensors", "--kept", "0.5", "--set", "score.kind=taylor"], ["score.kind", "whole network at once"]),
         (["w.safetensors", "--kept", "0.5", "--block", "blocks.9"], ["blocks.9"]),
