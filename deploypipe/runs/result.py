@@ -67,7 +67,7 @@ class RunResult:
     too_slow: tuple[str, ...] = ()  # of each network trained before this one: what the benchmark said of it
     command: str = ""  # that made the run, addresses without passwords; "" where the library was called
     weights: FileEntry | None = None  # of the compressed network in PyTorch, before it was converted to what ships
-    folder: str = ""  # that it was read from, or written to; no file holds it
+    folder: str = field(default="", compare=False)  # that it was read from, or written to; no file holds it
 
     def __repr__(self) -> str:
         ratio, drop = self.benchmark.latency_ratio, self.benchmark.accuracy_drop_pp
