@@ -360,7 +360,7 @@ def test_blocks_may_be_called_differently(tmp_path: Path) -> None:
             build_llama,
             {"batches": of_two_lengths()},
             ModelError,
-            "from batch to batch: take samples of one length",
+            "from batch to batch; use samples of one length",
         ),
         (
             Network,
@@ -372,7 +372,7 @@ def test_blocks_may_be_called_differently(tmp_path: Path) -> None:
         (Shuffled, {}, ModelError, "does not read the output of block"),
         (Remembering, {}, ModelError, "'blocks.2' reads more from block 'blocks.0'"),
         (Handing, {}, ModelError, "'blocks.1' reads more from block 'blocks.0'"),
-        (Hidden, {}, ModelError, "changes from batch to batch"),
+        (Hidden, {}, ModelError, "change from batch to batch"),
         (lambda: Network(1), {}, ModelError, "no list of blocks of one class"),
         (lambda: Network(5), {}, ModelError, "holds no tensor 'blocks.4.norm.weight'"),
     ],
