@@ -6,9 +6,12 @@ A target may come from somebody else, so that what is not known to be harmless i
 """
 
 import os
+from typing import TYPE_CHECKING
 
 from deploypipe.errors import ConfigError
-from deploypipe.target import Target
+
+if TYPE_CHECKING:
+    from deploypipe.target import Target  # the command line reads this module's constants before it needs any target
 
 ALLOWED_BY = "DEPLOYPIPE_ALLOW_PROVIDER_LIBRARIES"  # set to 1 by --allow-provider-libraries; children inherit it
 OPTION = "--allow-provider-libraries"
@@ -49,7 +52,7 @@ _HARMLESS: dict[str, frozenset[str]] = {
 }
 
 
-def require_harmless_options(target: Target) -> None:
+def require_harmless_options(target: "Target") -> None:
     """ConfigError for the first provider option that may load a library or touch files, unless a person allowed it."""
     if os.environ.get(ALLOWED_BY) == "1":
         return

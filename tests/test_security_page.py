@@ -50,7 +50,7 @@ GUARDS = {
         "export/test_tensorrt_engine.py::test_for_another_gpu",
     ),
     "Saved networks": (
-        "pruning/test_plan_and_saved.py::test_saved_network_comes_back_with_and_without_its_class",
+        "pruning/test_plan_and_saved.py::test_a_saved_network_loads_with_and_without_its_class",
         "test_hostile_programs.py::test_only_who_says_so_loads_a_program",
     ),
     "A `.pt2` program": (

@@ -87,7 +87,7 @@ def test_interrupted_or_killed_it_leaves_nobody_behind_and_goes_on(folder: Path)
     _, errors = child.communicate(timeout=300)
     assert child.returncode == 130 and not at_work(folder)
     told = "interrupted; the same command resumes"
-    assert sorted(errors.splitlines()) == sorted([told, f"half   {told}", f"most   {told}"])
+    assert sorted(errors.splitlines()) == sorted([told, f"half   {told}", f"most   {told}"]), errors
     child = run(folder, "out", *long)
     wait_until_two_search(child)
     child.kill()

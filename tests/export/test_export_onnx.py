@@ -306,5 +306,5 @@ def test_a_pruned_recurrent_network_is_exported_as_it_computes(tmp_path: Path) -
 
 def test_an_lstm_with_a_projection_is_refused_with_a_remedy(tmp_path: Path) -> None:
     network = Recurrent(nn.LSTM(6, 10, proj_size=8, batch_first=True))
-    with pytest.raises(ModelError, match=r"lstm is an nn\.LSTM with proj_size=8.*put an nn\.Linear behind"):
+    with pytest.raises(ModelError, match=r"lstm is an nn\.LSTM with proj_size=8.*followed by an nn\.Linear"):
         export_onnx(network, [(torch.randn(2, 7, 3), None)], tmp_path / "model.onnx", Export())

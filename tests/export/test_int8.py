@@ -277,5 +277,5 @@ def test_refusals_leave_the_old_file(dense: Path, tmp_path: Path) -> None:
 def test_impossible_settings() -> None:
     with pytest.raises(ValueError, match="methods must not be empty"):
         Int8(methods=())
-    with pytest.raises(ValueError, match="num_calib_samples = 0"):
+    with pytest.raises(ValueError, match="num_calib_samples must be >= 1, got 0"):
         Int8(num_calib_samples=0)

@@ -182,7 +182,7 @@ def test_a_single_batch_is_split_and_a_single_sample_is_an_error() -> None:
     model, structures, batches = prepared("mlp", num_batches=1)
     odd, even = observe_halves(model, structures, batches, EVERYWHERE)
     assert (odd.num_samples, even.num_samples) == (2, 2)
-    with pytest.raises(DataError, match="two or more"):
+    with pytest.raises(DataError, match="at least two"):
         observe_halves(model, structures, [(batches[0][0][:1], batches[0][1][:1])], EVERYWHERE)
 
 

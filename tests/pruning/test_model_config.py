@@ -112,7 +112,7 @@ def test_removed_last_layers_change_the_number_of_layers() -> None:
     [
         ("BertForMaskedLM", ("layer.1.intermediate.dense",), "intermediate_size would be 144 for"),
         ("BertForMaskedLM", (":heads",), "hidden_size would be 80 for"),  # heads of 16 are not 80 / 2
-        ("GemmaForCausalLM", ("embed_tokens",), "'embed_scale' of 'model.embed_tokens' is another"),  # sqrt(hidden)
+        ("GemmaForCausalLM", ("embed_tokens",), "'embed_scale' of 'model.embed_tokens' differs"),  # sqrt(hidden)
     ],
 )
 def test_a_network_no_config_describes_keeps_its_config_with_a_reason(

@@ -273,7 +273,7 @@ def pragma(statement: str) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("statement", "seen"),
     [
-        ("max_page_count = 1", "database or disk is full.*free some space"),
+        ("max_page_count = 1", "database or disk is full.*free space"),
         ("query_only = 1", "readonly.*make it writable"),
     ],
 )
@@ -314,7 +314,7 @@ def test_a_file_that_cannot_grow_is_named(tmp_path: Path) -> None:
 
 
 def test_a_study_that_cannot_be_created_or_is_not_a_database(tmp_path: Path) -> None:
-    with pragma("max_page_count = 1"), pytest.raises(RunFolderError, match="free some space"):
+    with pragma("max_page_count = 1"), pytest.raises(RunFolderError, match="free space"):
         run(Evaluator(), tmp_path / "study.db")
     assert len(run(Evaluator(), tmp_path / "study.db").trials) == 10
     (tmp_path / "study.db").write_bytes(b"no database" * 1000)
