@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_PARENT = "DEPLOYPIPE_PARENT_PID"  # in the environment of a child
 _SHARE_OF_FREE = 0.75
 _CGROUP = Path("/sys/fs/cgroup")
 _MEMORY_SIGNS = ("bad_alloc", "MemoryError", "allocate memory", "bad allocation", "out of memory")
@@ -39,8 +40,6 @@ def run_limited(command: Sequence[str], limits: ProcessLimits) -> Outcome:
 
     The process itself must limit its memory, with `limit_memory`, after it has loaded its libraries.
     """
-    root = str(Path(__file__).parents[2])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
     # -P: keep the script's folder, with its common module names, out of the import path.
     process = subprocess.Popen(
         [sys.executable, "-P", *command],
@@ -49,7 +48,7 @@ def run_limited(command: Sequence[str], limits: ProcessLimits) -> Outcome:
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",
-        env=environment,
+        env=child_environment(),
     )
     try:
         written, said = process.communicate(timeout=limits.seconds)
@@ -77,12 +76,25 @@ def _problem(code: int, said: str, limits: ProcessLimits) -> str:
     return reason
 
 
-def end_with_parent() -> None:
-    """Let Linux kill this process when its parent ends, because only the parent watches the time."""
-    if sys.platform.startswith("linux"):
-        import ctypes
+def child_environment() -> dict[str, str]:
+    """The environment of a child process: it imports this package, and knows its parent for `end_with_parent`."""
+    root = str(Path(__file__).parents[2])
+    search_path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": search_path, _PARENT: str(os.getpid())}
 
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+def end_with_parent() -> None:
+    """Let Linux kill this process when its parent ends, because only the parent watches the time.
+
+    A parent that ended while this process was still importing is not noticed by Linux, so it is looked for here.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    import ctypes
+
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.environ.get(_PARENT, str(os.getppid())) != str(os.getppid()):
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def limit_memory(mib: int | None) -> None:

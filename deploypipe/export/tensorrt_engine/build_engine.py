@@ -5,7 +5,6 @@ The file decides the precision: half-precision weights, Q/DQ nodes. If the libra
 """
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -19,7 +18,6 @@ from typing import Any, TypeAlias
 import onnx
 from google.protobuf.message import DecodeError
 
-import deploypipe
 from deploypipe.errors import ConfigError, ModelError, RuntimeUnavailableError
 from deploypipe.files.atomic import place_file, write_atomically
 from deploypipe.files.cache_folder import cache_folder
@@ -30,6 +28,7 @@ from deploypipe.runtimes.engine_file import SUFFIX, load_record, platform_of, re
 from deploypipe.runtimes.tensorrt_libraries import Library, load_library
 from deploypipe.runtimes.this_machine import Machine, this_machine
 from deploypipe.target import Precision, Target
+from deploypipe.untrusted_files.limited_process import child_environment
 
 Shape: TypeAlias = tuple[int, ...]
 Profile: TypeAlias = dict[str, tuple[Shape, Shape, Shape]]
@@ -243,15 +242,15 @@ def _timing_cache(library: Library, machine: Machine) -> Path:
 
 def _run_child(job: _Job, log: Path) -> dict[str, Any]:
     """Run the child and return its answer. All output of the library goes to `log`."""
-    root = str(Path(deploypipe.__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
     given = Path(job.answer).with_name("job.json")
     given.write_text(to_json(job), encoding="utf-8")
     # -P: the folder of the script, which holds modules with everyday names, stays out of the child's import path.
     command = [sys.executable, "-P", str(_CHILD), str(given)]
     with log.open("wb") as stream:
         try:
-            done = subprocess.run(command, stdout=stream, stderr=stream, timeout=_SECONDS, env=environment, check=False)
+            done = subprocess.run(
+                command, stdout=stream, stderr=stream, timeout=_SECONDS, env=child_environment(), check=False
+            )
         except subprocess.TimeoutExpired:
             return {"error": f"the builder took over {_SECONDS:.0f} s"}
     if done.returncode == 0 and Path(job.answer).is_file():
