@@ -14,6 +14,8 @@ import sqlalchemy
 from hypothesis import given
 from hypothesis import strategies as st
 from made_up_searches import DENSE, HALF, NUM_VAL, ORIGIN, SETTINGS, Evaluator, propose, run
+from optuna.exceptions import StorageInternalError
+from sqlalchemy.exc import IntegrityError, PendingRollbackError
 
 from deploypipe.errors import BudgetError, ConfigError, RunFolderError
 from deploypipe.recipe import ObjectiveName, Search
@@ -320,6 +322,25 @@ def test_a_study_that_cannot_be_created_or_is_not_a_database(tmp_path: Path) -> 
     (tmp_path / "study.db").write_bytes(b"no database" * 1000)
     with pytest.raises(RunFolderError, match=r"not a database.*check its disk.*delete the file"):
         run(Evaluator(), tmp_path / "study.db")
+
+
+def test_a_connection_lost_inside_a_transaction_is_retried() -> None:
+    """So it is when the database restarts between two statements. An error in the data is not: it would come again."""
+    storage = Storage(url="postgresql:///nowhere", study="any", patience_s=60.0)
+    lost = StorageInternalError()
+    lost.__cause__ = PendingRollbackError()
+    outcomes: list[Exception | int] = [lost, PendingRollbackError(), 7]
+
+    def call() -> int:
+        outcome = outcomes.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    assert storage.retry_while_away(call) == 7
+    outcomes = [IntegrityError("", None, ValueError()), 7]
+    with pytest.raises(IntegrityError):
+        storage.retry_while_away(call)
 
 
 def test_the_clock_may_jump(tmp_path: Path) -> None:

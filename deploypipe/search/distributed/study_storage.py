@@ -17,6 +17,7 @@ from sqlalchemy.exc import (
     DBAPIError,
     IntegrityError,
     NoSuchModuleError,
+    PendingRollbackError,
     ProgrammingError,
     SQLAlchemyError,
 )
@@ -104,9 +105,10 @@ class Storage:
         while True:
             try:
                 return call()
-            except (DBAPIError, StorageInternalError) as error:
+            except (DBAPIError, PendingRollbackError, StorageInternalError) as error:
                 cause = error.__cause__ if isinstance(error, StorageInternalError) else error
-                is_away = isinstance(cause, DBAPIError) and not isinstance(cause, IntegrityError)
+                # The second: the connection was lost between two statements of one transaction.
+                is_away = isinstance(cause, DBAPIError | PendingRollbackError) and not isinstance(cause, IntegrityError)
                 if not is_away or time.monotonic() >= until:
                     raise
             sleep_without_blocking(_PAUSE_S)
