@@ -5,8 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 from child_program import start
 
+from deploypipe.cli.exit_codes import exit_codes
 from deploypipe.cli.terminal import shown_stages
 from deploypipe.records import Finished, Started
 
@@ -23,6 +25,16 @@ def test_control_c_says_how_to_go_on(tmp_path: Path) -> None:
     _, said = child.communicate(timeout=60)
     assert (child.returncode, said.strip()) == (130, "interrupted; the same command resumes")
     assert not (tmp_path / "out" / "result.json").exists()
+
+
+def test_an_error_that_a_library_raises_for_an_interrupt_ends_like_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as left, exit_codes():
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise RuntimeError("the session was closed in the middle of a flush")  # noqa: B904  # as libraries do
+    assert left.value.exit_code == 130
+    assert capsys.readouterr().err == "interrupted; the same command resumes\n"
 
 
 def test_what_init_writes_runs_as_it_is(tmp_path: Path) -> None:

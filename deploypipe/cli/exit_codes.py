@@ -16,6 +16,7 @@ from deploypipe.files.exhausted_resources import find_exhaustion
 from deploypipe.installed_packages import find_missing
 from deploypipe.text.printable_text import printable
 
+_INTERRUPTED = "interrupted; the same command resumes"
 EXIT_HOLD, EXIT_DIFFERENT, EXIT_ERROR, EXIT_INTERRUPTED = 1, 1, 2, 130
 
 
@@ -31,7 +32,7 @@ def exit_codes() -> Iterator[None]:
         with _terminated_like_interrupted():
             yield
     except KeyboardInterrupt:
-        say("interrupted; the same command resumes", file=sys.stderr)
+        say(_INTERRUPTED, file=sys.stderr)
         raise typer.Exit(EXIT_INTERRUPTED) from None
     except DeploypipeError as error:
         say(f"error: {error}", file=sys.stderr)
@@ -40,6 +41,9 @@ def exit_codes() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(EXIT_ERROR) from None
     except Exception as error:
+        if _comes_from_an_interrupt(error):
+            say(_INTERRUPTED, file=sys.stderr)
+            raise typer.Exit(EXIT_INTERRUPTED) from None
         if not (problem := _not_a_bug(error)):
             traceback.print_exc()
             problem = "this is a bug in deploypipe; please report it with the lines above"
@@ -67,6 +71,13 @@ def _terminated_like_interrupted() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _comes_from_an_interrupt(error: BaseException | None) -> bool:
+    """Whether a library met the interrupt in the middle of its work, and raised an error of its own for it."""
+    while error and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _not_a_bug(error: Exception) -> str:
