@@ -23,7 +23,7 @@ from deploypipe.search.allocation.proposer import cut_of
 from deploypipe.search.allocation.solver import Bound, allocate, allowed_widths, cost_of
 from deploypipe.search.cost_models.additive_costs import latency_costs
 from deploypipe.search.cost_models.latency_model import LatencyModel
-from deploypipe.search.cost_models.layer_widths import LayerWidths, find_layer_widths
+from deploypipe.search.cost_models.width_dependencies import LayerWidths, find_layer_widths
 
 SHARES = (0.7, 0.5, 0.35)
 NUM_TIMED = 40

@@ -19,7 +19,7 @@ from judging import test_hits
 from torch import nn
 
 from deploypipe.observe.calibration_pass import observe_activations
-from deploypipe.observe.moments import Moments
+from deploypipe.observe.pass_statistics import Moments
 from deploypipe.pruning.repair.least_squares_repair import repair
 from deploypipe.pruning.surgery.apply_plan import apply_plan
 from deploypipe.pruning.surgery.plan import empty_plan

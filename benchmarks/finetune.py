@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from judging import ENTRANTS, Subject, stage_name, with_spread
 
-from deploypipe.observe.moments import Moments
+from deploypipe.observe.pass_statistics import Moments
 from deploypipe.recipe import Finetune
 from deploypipe.records import Event, Progress, ScoreTable, TrainLog
 from deploypipe.runs.store import RunFolder, open_run

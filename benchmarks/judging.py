@@ -11,7 +11,7 @@ from torch import nn
 
 from deploypipe.benchmark.accuracy import evaluate_module
 from deploypipe.observe.calibration_pass import observe_activations
-from deploypipe.observe.moments import Moments
+from deploypipe.observe.pass_statistics import Moments
 from deploypipe.pruning.modules.count_macs import count_macs
 from deploypipe.pruning.repair.least_squares_repair import repair
 from deploypipe.pruning.surgery.apply_plan import apply_plan

@@ -29,7 +29,7 @@ from deploypipe.runtimes.int8_arithmetic import kernels_of
 from deploypipe.search.allocation.loss_curves import width_levels
 from deploypipe.search.allocation.solver import Allocation
 from deploypipe.search.cost_models.latency_model import LatencyModel
-from deploypipe.search.cost_models.layer_widths import find_layer_widths
+from deploypipe.search.cost_models.width_dependencies import find_layer_widths
 from deploypipe.search.evaluation.candidate_files import CandidateFiles
 from deploypipe.search.evaluation.time_networks import time_networks
 from deploypipe.target import Target

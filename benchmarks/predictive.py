@@ -14,12 +14,12 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from deploypipe.numerics.gaussian_mi import SequentialRemoval
+from deploypipe.numerics.grouped_gaussian_mi import SequentialRemoval
 from deploypipe.observe.calibration_pass import hooked
 from deploypipe.observe.layer_regressions import columns, num_taps, sample_inputs, sample_positions, weight_matrix
 from deploypipe.recipe import Mipp
-from deploypipe.scoring.mutual_information.mipp_predictive import score_mipp_predictive
-from deploypipe.scoring.mutual_information.top_down_mi import cumulative, remove_greedily
+from deploypipe.scoring.mutual_information.mipp_trained_network import score_mipp_predictive
+from deploypipe.scoring.top_down_ranking import cumulative, remove_greedily
 from deploypipe.task import Batch, forward, take_calib
 from deploypipe.user_pipeline import load_pipeline
 

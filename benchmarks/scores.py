@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from judging import ENTRANTS, Subject, stage_name, with_spread
 
-from deploypipe.observe.moments import Moments
+from deploypipe.observe.pass_statistics import Moments
 from deploypipe.recipe import Scorer
 from deploypipe.runs.store import RunFolder, open_run
 from deploypipe.scoring import score

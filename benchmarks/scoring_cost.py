@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from deploypipe.numerics.gaussian_mi import SequentialRemoval, SequentialSelection
+from deploypipe.numerics.grouped_gaussian_mi import SequentialRemoval, SequentialSelection
 from deploypipe.numerics.intervals import interval_of_median_ratio
 from deploypipe.numerics.label_information import forward_selection
 from deploypipe.numerics.output_error import SequentialErrorRemoval
 from deploypipe.observe.calibration_pass import observe_activations
-from deploypipe.observe.moments import Moments
+from deploypipe.observe.pass_statistics import Moments
 from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.recipe import ConditionalMi, LabelMi, LayerwiseMi, Mipp, Observe, OutputError, Scorer
 from deploypipe.records import Structures

@@ -60,7 +60,7 @@ from deploypipe.search.allocation.solver import uniform
 from deploypipe.search.evaluation.accuracy_cache import AccuracyCache
 from deploypipe.search.evaluation.early_stopping import draw_parts
 from deploypipe.search.evaluation.evaluator import Evaluator
-from deploypipe.search.evaluation.trial_loop import History, evaluate_plan, is_same_network, most_accurate
+from deploypipe.search.evaluation.run_trial import History, evaluate_plan, is_same_network, most_accurate
 from deploypipe.search.sample_results import Results, decode_results, encode_results
 from deploypipe.search.search_inputs import SearchInputs
 from deploypipe.stages import profile, search

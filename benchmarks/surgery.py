@@ -17,7 +17,7 @@ from pathlib import Path
 from judging import Subject
 from torch import nn
 
-from deploypipe.observe.moments import Moments
+from deploypipe.observe.pass_statistics import Moments
 from deploypipe.pruning.modules.module_kinds import has_two_sides
 from deploypipe.pruning.surgery.apply_plan import apply_plan
 from deploypipe.pruning.surgery.plan import make_plan

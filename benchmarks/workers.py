@@ -34,7 +34,7 @@ from deploypipe.recipe import Search
 from deploypipe.search.allocation.limits import violations
 from deploypipe.search.distributed.study_storage import Storage
 from deploypipe.search.distributed.trial_queue import open_trial_queue
-from deploypipe.search.evaluation.trial_loop import History, evaluate_plan
+from deploypipe.search.evaluation.run_trial import History, evaluate_plan
 from deploypipe.search.sampling import knobs, next_knobs, warm_starts
 
 FILL = (0.2, 0.8)

@@ -10,7 +10,7 @@ from deploypipe.benchmark.environment import describe_environment
 from deploypipe.installed_packages import ONNXRUNTIME, distributions_of, find_package
 from deploypipe.records import Environment
 from deploypipe.runtimes import RUNTIMES, is_installed
-from deploypipe.runtimes.device_ability import can
+from deploypipe.runtimes.ability_for_target import can
 from deploypipe.runtimes.int8_arithmetic import saturates_here
 from deploypipe.runtimes.onnxruntime import PROVIDERS, missing_provider
 from deploypipe.runtimes.this_machine import this_machine

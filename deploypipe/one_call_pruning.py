@@ -13,7 +13,7 @@ from deploypipe.networks.batch_trees import map_tensors
 from deploypipe.networks.model_copies import copied
 from deploypipe.networks.model_wrappers import unwrapped
 from deploypipe.observe.calibration_pass import observe_activations
-from deploypipe.observe.moments import Moments
+from deploypipe.observe.pass_statistics import Moments
 from deploypipe.pruning.modules.count_macs import count_macs
 from deploypipe.pruning.repair.least_squares_repair import repair
 from deploypipe.pruning.surgery.apply_plan import apply_plan

@@ -14,7 +14,7 @@ from deploypipe.files.atomic import place_file
 from deploypipe.files.hashing import file_sha256
 from deploypipe.networks.model_wrappers import unwrapped
 from deploypipe.observe.calibration_pass import observe_halves
-from deploypipe.observe.moments import merge
+from deploypipe.observe.pass_statistics import merge
 from deploypipe.preflight import check_inputs
 from deploypipe.pruning.modules.hook_computed_weights import describe_hooks
 from deploypipe.pruning.surgery.saved_network import WEIGHTS
@@ -58,7 +58,7 @@ from deploypipe.task import Splits, Task, take, take_calib
 from deploypipe.text.safe_names import name_problem
 from deploypipe.training.ranks import ALONE, Ranks
 from deploypipe.user_code_errors import wrap_forward_errors, wrap_splits, wrap_task
-from deploypipe.verification.golden_file import GOLDEN, TENSORS
+from deploypipe.verification.golden_json import GOLDEN, TENSORS
 
 ENGINE, REPORT = "model.engine", "report.html"
 

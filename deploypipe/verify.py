@@ -22,8 +22,8 @@ from deploypipe.text.printable_text import printable
 from deploypipe.text.safe_names import name_problem
 from deploypipe.untrusted_files.limited_process import ProcessLimits, run_limited
 from deploypipe.untrusted_files.onnx_file_check import check_onnx_file
-from deploypipe.verification.golden_file import GOLDEN, TENSORS, GoldenModel, read_golden, shown
-from deploypipe.verification.golden_tensors import Array, read_tensors, tensor_name
+from deploypipe.verification.golden_json import GOLDEN, TENSORS, GoldenModel, read_golden, shown
+from deploypipe.verification.read_safetensors import Array, read_tensors, tensor_name
 
 EXIT_SAME, EXIT_DIFFERENT, EXIT_UNUSABLE = 0, 1, 2
 HEADER = ("file", "precision", "max error", "allowed", "top-1", "verdict")

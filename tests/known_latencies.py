@@ -14,7 +14,7 @@ from deploypipe.search.allocation.latency_samples import sample_networks
 from deploypipe.search.allocation.proposer import cut_of
 from deploypipe.search.allocation.solver import Allocation
 from deploypipe.search.cost_models.additive_costs import Levels
-from deploypipe.search.cost_models.layer_widths import LayerWidths, find_layer_widths
+from deploypipe.search.cost_models.width_dependencies import LayerWidths, find_layer_widths
 
 
 @cache

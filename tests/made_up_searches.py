@@ -11,7 +11,7 @@ from deploypipe.recipe import Search
 from deploypipe.records import Candidate, Edit, PruningPlan, SearchResult, Trial
 from deploypipe.search.distributed.study_storage import Storage
 from deploypipe.search.evaluation.early_stopping import interim_sample_counts
-from deploypipe.search.evaluation.trial_loop import IsSettled
+from deploypipe.search.evaluation.run_trial import IsSettled
 from deploypipe.search.sample_results import Results
 from deploypipe.search.study import search
 from deploypipe.target import Limit

@@ -15,8 +15,8 @@ from deploypipe.errors import ModelError
 from deploypipe.observe.calibration_pass import observe_activations
 from deploypipe.pruning.repair import least_squares_repair as repairing
 from deploypipe.pruning.repair.affine_paths import find_paths
+from deploypipe.pruning.repair.batches_in_lockstep import run_in_lockstep
 from deploypipe.pruning.repair.least_squares_repair import repair
-from deploypipe.pruning.repair.lockstep_forwards import run_in_lockstep
 from deploypipe.pruning.surgery.apply_plan import apply_plan
 from deploypipe.pruning.surgery.plan import make_plan
 from deploypipe.pruning.tracing.structures import list_structures

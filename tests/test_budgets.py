@@ -14,7 +14,7 @@ from deploypipe.release.gate import decide
 from deploypipe.report.next_steps import next_steps
 from deploypipe.report.run_tables import before_after, comparison_rows, overview_header, overview_rows
 from deploypipe.report.search_text import held_budgets, reach_rows
-from deploypipe.runtimes.device_ability import Ability
+from deploypipe.runtimes.ability_for_target import Ability
 from deploypipe.search.allocation.limits import bounded_shares, is_over_budget, search_limits, violations, with_margin
 from deploypipe.target import Budget
 

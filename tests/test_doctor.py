@@ -4,7 +4,7 @@ import pytest
 
 from deploypipe import doctor
 from deploypipe.doctor import Finding, examine
-from deploypipe.runtimes.device_ability import Ability
+from deploypipe.runtimes.ability_for_target import Ability
 from deploypipe.target import Target
 
 

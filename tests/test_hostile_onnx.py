@@ -31,8 +31,8 @@ from deploypipe.release.bundle import MODEL, make_bundle
 from deploypipe.runs.result import load_result
 from deploypipe.target import Target
 from deploypipe.untrusted_files.limited_process import ProcessLimits
-from deploypipe.verification.golden_file import GOLDEN, TENSORS
-from deploypipe.verification.golden_tensors import read_tensors
+from deploypipe.verification.golden_json import GOLDEN, TENSORS
+from deploypipe.verification.read_safetensors import read_tensors
 from deploypipe.verify import verify
 
 RUNNER = CliRunner()

@@ -179,5 +179,5 @@ def test_a_pickle_in_place_of_tensors_is_an_error(dump: Callable[[Path], bytes],
 def test_programs_have_one_door_and_pickles_none() -> None:
     code = {path: path.read_text(encoding="utf-8") for path in Path("deploypipe").rglob("*.py")}
     doors = [path.name for path, text in code.items() if re.search(r"\b(export|jit)\.load\(|torch\.load\(", text)]
-    assert sorted(doors) == ["program_file.py"]
+    assert sorted(doors) == ["load_torch_program.py"]
     assert not [path for path, text in code.items() if re.search(r"import pickle|allow_pickle=True|joblib", text)]

@@ -55,7 +55,7 @@ from deploypipe.benchmark.environment import describe_environment
 from deploypipe.doctor import _onnxruntime
 from deploypipe.export.onnx_graphs.file_metadata import _versions
 from deploypipe.installed_packages import package_versions
-from deploypipe.runtimes.device_ability import can
+from deploypipe.runtimes.ability_for_target import can
 from deploypipe.runtimes.onnxruntime import PROVIDERS, missing_provider
 from deploypipe.stages.context import PACKAGES
 from deploypipe.target import Target

@@ -34,8 +34,8 @@ from deploypipe.records import Cached, Event, Progress, Started, Status, Verdict
 from deploypipe.records.stages import STAGES
 from deploypipe.runs.load_network import load_pruned
 from deploypipe.runs.result import RunResult, load_result
-from deploypipe.runtimes import RUNTIMES, Session, device_ability
-from deploypipe.runtimes.device_ability import can
+from deploypipe.runtimes import RUNTIMES, Session, ability_for_target
+from deploypipe.runtimes.ability_for_target import can
 from deploypipe.runtimes.engine_file import load_record
 from deploypipe.runtimes.onnxruntime import OnnxRuntime
 from deploypipe.runtimes.this_machine import Gpu, this_machine
@@ -468,7 +468,7 @@ def test_on_the_device_the_engines_are_measured(
                 yield session
 
     gpu = Gpu(name="NVIDIA GeForce RTX 4090", compute_capability="8.9")
-    monkeypatch.setattr(device_ability, "this_machine", lambda: replace(this_machine(), gpus=(gpu,), driver="1"))
+    monkeypatch.setattr(ability_for_target, "this_machine", lambda: replace(this_machine(), gpus=(gpu,), driver="1"))
     monkeypatch.setitem(RUNTIMES, "tensorrt-rtx", lambda *_: Stand())
     package = importlib.import_module("deploypipe.benchmark")
     monkeypatch.setattr(package, "measure_peak_memory", lambda *_, **__: (None, "it is the GPU's"))

@@ -7,7 +7,7 @@ import pytest
 
 from deploypipe.errors import ConfigError
 from deploypipe.files.json_records import from_plain
-from deploypipe.runtimes.device_ability import can
+from deploypipe.runtimes.ability_for_target import can
 from deploypipe.runtimes.this_machine import this_machine
 from deploypipe.target import Target
 from deploypipe.target_files import load_target

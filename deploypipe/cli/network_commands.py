@@ -259,7 +259,7 @@ def targets() -> None:
     """
     with exit_codes():
         from deploypipe.cli.terminal import show_table
-        from deploypipe.runtimes.device_ability import can
+        from deploypipe.runtimes.ability_for_target import can
         from deploypipe.target_files import load_target, named_targets
 
         rows = []

@@ -1,7 +1,7 @@
 """Squared error of linear outputs when groups of regressors are removed and the rest is fitted again.
 
 Legend: X (p,) regressors with covariance S; Y = X B, B (p, m); W = diag(output_weights). P = S^-1; C = B W B' (p, p).
-G: one group of regressors, R: all others. All float64. (*): several problems, as in `gaussian_mi`.
+G: one group of regressors, R: all others. All float64. (*): several problems, as in `grouped_gaussian_mi`.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from deploypipe.numerics.gaussian_mi import DelayedMatrix, between, divide, grouped_rows, pivot_rows, ridged_cholesky
+from deploypipe.numerics.grouped_gaussian_mi import (
+    DelayedMatrix,
+    between,
+    divide,
+    grouped_rows,
+    pivot_rows,
+    ridged_cholesky,
+)
 from deploypipe.numerics.least_squares import regular_cholesky
 
 

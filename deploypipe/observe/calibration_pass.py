@@ -12,7 +12,7 @@ from deploypipe.errors import DataError
 from deploypipe.memory_order import SafeConvolutions
 from deploypipe.networks.model_wrappers import unwrapped
 from deploypipe.observe.collectors import BlockCollector, GradientCollector, InputCollector, Tokens, UnitCollector
-from deploypipe.observe.moments import Moments
+from deploypipe.observe.pass_statistics import Moments
 from deploypipe.recipe import Observe
 from deploypipe.records import Event, Notify, Progress, Structures, silent
 from deploypipe.task import (

@@ -22,7 +22,7 @@ from deploypipe.observe.layer_regressions import (
     weight_matrix,
     within_groups,
 )
-from deploypipe.observe.moments import InputMoments
+from deploypipe.observe.pass_statistics import InputMoments
 from deploypipe.records import ChannelGroup, Structures
 
 Hook = tuple[str, Callable[..., None]]  # the module's name, and a hook that runs after its forward()

@@ -13,7 +13,7 @@ from deploypipe.preflight.trial_passes import run_network, try_export, try_extre
 from deploypipe.provider_options import require_harmless_options
 from deploypipe.pruning.tracing.structures import require_trainable
 from deploypipe.recipe import Recipe
-from deploypipe.runtimes.device_ability import can
+from deploypipe.runtimes.ability_for_target import can
 from deploypipe.scoring import needs_derivatives
 from deploypipe.target import Target
 from deploypipe.task import Splits, Task, take_batch

@@ -22,7 +22,7 @@ from deploypipe.preflight.split_checks import Survey, check_labels
 from deploypipe.pruning.surgery.slim_attention import with_slim_attention
 from deploypipe.recipe import Recipe
 from deploypipe.runtimes import make_runtime
-from deploypipe.runtimes.device_ability import can
+from deploypipe.runtimes.ability_for_target import can
 from deploypipe.runtimes.named_arrays import name_outputs
 from deploypipe.target import Target
 from deploypipe.task import (

@@ -20,7 +20,7 @@ from deploypipe.records import (
 from deploypipe.release.waivers import waived
 from deploypipe.report.run_tables import what_is_covered
 from deploypipe.target import Budget, Limit
-from deploypipe.verification.golden_file import shown
+from deploypipe.verification.golden_json import shown
 
 _MIN_OF_A_SLICE = 2  # samples; one says nothing about others like it
 _MAX_CLOCK_DIFFERENCE_DAYS = 0.05  # between two machines

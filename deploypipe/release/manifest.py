@@ -13,7 +13,7 @@ from deploypipe.files.hashing import file_sha256
 from deploypipe.files.json_records import from_json
 from deploypipe.records import FileEntry
 from deploypipe.text.safe_names import MAX_NAME_BYTES, name_problem
-from deploypipe.verification.golden_file import shown
+from deploypipe.verification.golden_json import shown
 
 MANIFEST, SIGNATURE = "manifest.json", "signature.json"
 FORMAT = "deploypipe-bundle-1"

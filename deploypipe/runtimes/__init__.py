@@ -13,10 +13,10 @@ import numpy as np
 
 from deploypipe.errors import RuntimeUnavailableError
 from deploypipe.provider_options import require_harmless_options
-from deploypipe.runtimes.device_ability import can
-from deploypipe.runtimes.eager import EagerRuntime
+from deploypipe.runtimes.ability_for_target import can
 from deploypipe.runtimes.onnxruntime import PROVIDERS, OnnxRuntime
 from deploypipe.runtimes.tensorrt import TensorRtRuntime
+from deploypipe.runtimes.torch_program import EagerRuntime
 from deploypipe.target import Target
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]

@@ -8,7 +8,7 @@ from torch import nn
 
 from deploypipe.errors import DataError
 from deploypipe.networks.model_wrappers import unwrapped
-from deploypipe.observe.moments import Moments
+from deploypipe.observe.pass_statistics import Moments
 from deploypipe.recipe import (
     BatchNormScale,
     ConditionalMi,

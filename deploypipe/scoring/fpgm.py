@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from deploypipe.observe.layer_regressions import writes
-from deploypipe.observe.moments import Moments
+from deploypipe.observe.pass_statistics import Moments
 from deploypipe.recipe import Fpgm
 from deploypipe.records import ChannelGroup, ScoreTable, Structures
 from deploypipe.scoring.magnitude import completed_by_magnitude, weight_rows

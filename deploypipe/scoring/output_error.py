@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from deploypipe.errors import DataError
 from deploypipe.numerics.output_error import SequentialErrorRemoval
-from deploypipe.observe.moments import Moments
+from deploypipe.observe.pass_statistics import Moments
 from deploypipe.recipe import OutputError
 from deploypipe.records import ScoreTable, Structures
-from deploypipe.scoring.mutual_information.top_down_mi import (
+from deploypipe.scoring.top_down_ranking import (
     Ranking,
     Reader,
     cumulative,

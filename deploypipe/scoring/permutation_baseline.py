@@ -4,9 +4,9 @@ from typing import Any
 
 from torch import nn
 
-from deploypipe.numerics.gaussian_mi import total_information
+from deploypipe.numerics.grouped_gaussian_mi import total_information
 from deploypipe.observe.layer_regressions import reads, weight_matrix
-from deploypipe.observe.moments import Moments
+from deploypipe.observe.pass_statistics import Moments
 from deploypipe.recipe import ConditionalMi, LabelMi, LayerwiseMi, Mipp, Scorer
 from deploypipe.records import ChannelGroup, ScoreTable, Structures
 from deploypipe.scoring.mutual_information.conditional_mi import score_conditional_mi

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from deploypipe.observe.moments import Moments
+from deploypipe.observe.pass_statistics import Moments
 from deploypipe.recipe import Random
 from deploypipe.records import ScoreTable, Structures
 

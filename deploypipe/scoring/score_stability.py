@@ -8,7 +8,7 @@ import torch
 from scipy.stats import spearmanr
 
 from deploypipe.errors import DataError
-from deploypipe.observe.moments import Moments
+from deploypipe.observe.pass_statistics import Moments
 from deploypipe.records import ScoreTable
 
 

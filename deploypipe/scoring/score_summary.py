@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 
-from deploypipe.observe.moments import Moments
+from deploypipe.observe.pass_statistics import Moments
 from deploypipe.records import ChannelGroup, GroupSummary, ScoreSummary, ScoreTable, Structures
 from deploypipe.scoring.blocks.mpruner import cluster_blocks
 from deploypipe.scoring.score_stability import recommended_samples

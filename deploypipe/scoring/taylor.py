@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from deploypipe.errors import DataError
-from deploypipe.observe.moments import Moments
+from deploypipe.observe.pass_statistics import Moments
 from deploypipe.recipe import Taylor
 from deploypipe.records import ScoreTable, Structures
 from deploypipe.scoring.magnitude import completed_by_magnitude

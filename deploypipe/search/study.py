@@ -14,7 +14,7 @@ from deploypipe.scheduling.exclusive_measurement import sleep_without_blocking, 
 from deploypipe.search.allocation.limits import Range, violations
 from deploypipe.search.distributed.study_storage import Storage
 from deploypipe.search.distributed.trial_queue import Claim, Done, TrialQueue, open_trial_queue
-from deploypipe.search.evaluation.trial_loop import (
+from deploypipe.search.evaluation.run_trial import (
     Evaluate,
     History,
     Propose,

@@ -19,7 +19,7 @@ from deploypipe.networks.model_copies import copied
 from deploypipe.recipe import Recipe
 from deploypipe.records import Note, Origin, Warned
 from deploypipe.runs.store import RunFolder
-from deploypipe.runtimes.device_ability import Ability, can
+from deploypipe.runtimes.ability_for_target import Ability, can
 from deploypipe.runtimes.this_machine import this_machine
 from deploypipe.search.distributed.study_storage import Storage
 from deploypipe.target import Target

@@ -10,7 +10,7 @@ from deploypipe.export.onnx_export.input_sizes import ends_of, shapes_of
 from deploypipe.export.tensorrt_engine.build_engine import as_model_file, build_engine
 from deploypipe.files.atomic import place_file
 from deploypipe.observe.calibration_pass import observe_halves
-from deploypipe.observe.moments import Moments, load_moments, merge, save_moments
+from deploypipe.observe.pass_statistics import Moments, load_moments, merge, save_moments
 from deploypipe.pruning.modules.count_macs import count_macs
 from deploypipe.pruning.modules.module_calls import one_thread_if_small
 from deploypipe.pruning.tracing.structures import list_structures

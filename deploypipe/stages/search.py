@@ -48,7 +48,7 @@ from deploypipe.search.allocation.limits import (
 from deploypipe.search.allocation.loss_curves import unmeasured_curves
 from deploypipe.search.allocation.proposer import Proposer
 from deploypipe.search.allocation.solver import Allocation, allowed_widths
-from deploypipe.search.cost_models.layer_widths import find_layer_widths
+from deploypipe.search.cost_models.width_dependencies import find_layer_widths
 from deploypipe.search.distributed.study_storage import Storage
 from deploypipe.search.duration import duration_text, predict_seconds
 from deploypipe.search.evaluation.accuracy_cache import AccuracyCache
@@ -56,8 +56,8 @@ from deploypipe.search.evaluation.candidate_files import CandidateFiles
 from deploypipe.search.evaluation.early_stopping import draw_parts
 from deploypipe.search.evaluation.evaluator import Evaluator
 from deploypipe.search.evaluation.latency_store import LocalLatencyStore, SharedLatencyStore
+from deploypipe.search.evaluation.run_trial import History, evaluate_plan
 from deploypipe.search.evaluation.time_networks import time_networks
-from deploypipe.search.evaluation.trial_loop import History, evaluate_plan
 from deploypipe.search.evaluation.winner import confirm_finalists, with_finalists, with_tuned
 from deploypipe.search.search_inputs import SearchGoal, SearchInputs
 from deploypipe.stages import compression, profile

@@ -18,8 +18,8 @@ from deploypipe.errors import DeploypipeError
 from deploypipe.installed_packages import load_onnxruntime
 from deploypipe.numerics.output_differences import difference
 from deploypipe.untrusted_files.limited_process import end_with_parent, limit_memory
-from deploypipe.verification.golden_file import TENSORS
-from deploypipe.verification.golden_tensors import Array, read_tensors, tensor_name
+from deploypipe.verification.golden_json import TENSORS
+from deploypipe.verification.read_safetensors import Array, read_tensors, tensor_name
 
 
 def main(folder: Path, file: str, precision: str, num_cases: int, memory_mib: int | None) -> dict[str, Any]:

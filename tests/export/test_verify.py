@@ -26,7 +26,7 @@ from deploypipe.export.onnx_export.export_onnx import export_onnx
 from deploypipe.export.onnx_export.golden_samples import write_golden
 from deploypipe.files.hashing import file_sha256
 from deploypipe.recipe import Export
-from deploypipe.verification.golden_file import GOLDEN, TENSORS
+from deploypipe.verification.golden_json import GOLDEN, TENSORS
 from deploypipe.verify import main, verify
 
 # Refuses every import that is neither the standard library nor numpy, onnxruntime or this package.

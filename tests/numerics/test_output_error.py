@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deploypipe.numerics.gaussian_mi import SequentialRemoval
+from deploypipe.numerics.grouped_gaussian_mi import SequentialRemoval
 from deploypipe.numerics.output_error import SequentialErrorRemoval
 
 

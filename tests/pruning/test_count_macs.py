@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deploypipe.pruning.modules.count_macs import count_macs
-from deploypipe.pruning.modules.recurrent_layers import without_fused_kernels
+from deploypipe.pruning.modules.recurrent_sizes import without_fused_kernels
 from deploypipe.pruning.surgery.apply_plan import apply_plan
 from deploypipe.pruning.surgery.plan import make_plan
 from deploypipe.pruning.tracing.structures import list_structures

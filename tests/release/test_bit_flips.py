@@ -13,7 +13,7 @@ from deploypipe.records import Interval
 from deploypipe.release.bundle import make_bundle
 from deploypipe.runs import result, store
 from deploypipe.runs.store import open_run
-from deploypipe.verification.golden_file import GOLDEN
+from deploypipe.verification.golden_json import GOLDEN
 
 pytest.importorskip("cyclonedx", reason="bills of materials need cyclonedx-python-lib")
 

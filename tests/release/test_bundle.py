@@ -26,7 +26,7 @@ from deploypipe.release.registries.registry import promote, resolve
 from deploypipe.release.signing import check_keyless, check_signature, sign, sign_keyless
 from deploypipe.runs.result import RunResult, save_result
 from deploypipe.target import Budget
-from deploypipe.verification.golden_file import GOLDEN
+from deploypipe.verification.golden_json import GOLDEN
 
 pytest.importorskip("cyclonedx", reason="bills of materials need cyclonedx-python-lib")
 RUNNER = CliRunner()

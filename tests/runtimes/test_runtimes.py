@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from deploypipe.errors import DataError, ModelError, RuntimeUnavailableError
 from deploypipe.runtimes import RUNTIMES, Runtime, find_runtime, make_runtime
-from deploypipe.runtimes.eager import EagerRuntime
 from deploypipe.runtimes.named_arrays import feed, name_outputs, repack
 from deploypipe.runtimes.onnxruntime import PROVIDERS, OnnxRuntime, Provider, missing_provider
+from deploypipe.runtimes.torch_program import EagerRuntime
 from deploypipe.target import Target
 
 OPENVINO = pytest.mark.skipif(bool(missing_provider(PROVIDERS["openvino"])), reason="needs onnxruntime-openvino")

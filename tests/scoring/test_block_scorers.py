@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from deploypipe.errors import DataError, PlanError
 from deploypipe.observe.calibration_pass import observe_activations
-from deploypipe.observe.moments import Moments
+from deploypipe.observe.pass_statistics import Moments
 from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.recipe import BlockMi, Constraints, Finetune, LogitDivergence, Mpruner, Observe, Repair
 from deploypipe.records import DepthLog, Names, Structures

@@ -11,18 +11,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deploypipe.errors import DataError
-from deploypipe.numerics.gaussian_mi import SequentialRemoval
+from deploypipe.numerics.grouped_gaussian_mi import SequentialRemoval
 from deploypipe.observe.calibration_pass import observe_activations
 from deploypipe.observe.layer_regressions import sample_inputs, weight_matrix
-from deploypipe.observe.moments import Moments
+from deploypipe.observe.pass_statistics import Moments
 from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.recipe import LayerwiseMi, Mipp, Observe, OutputError
 from deploypipe.records import ScoreTable, Structures
-from deploypipe.scoring.mutual_information import top_down_mi
+from deploypipe.scoring import top_down_ranking
 from deploypipe.scoring.mutual_information.layerwise_mi import score_layerwise_mi
 from deploypipe.scoring.mutual_information.mipp import score_mipp
-from deploypipe.scoring.mutual_information.top_down_mi import UNOBSERVED
 from deploypipe.scoring.output_error import score_output_error
+from deploypipe.scoring.top_down_ranking import UNOBSERVED
 
 FUNCTIONS: dict[type, Callable[..., ScoreTable]] = {
     Mipp: score_mipp,
@@ -202,10 +202,10 @@ def test_groups_ranked_together_are_ranked_independently(config: Any, monkeypatc
     torch.manual_seed(0)
     model = nn.Sequential(*(networks.PadBlock(8, 8, 1) for _ in range(4)), nn.Flatten(), nn.Linear(8 * 16, 3))
     seen = watched(model, torch.randn(64, 8, 4, 4))
-    runs = list(top_down_mi._runs(seen[1], dict(model.named_modules())))
+    runs = list(top_down_ranking._runs(seen[1], dict(model.named_modules())))
     assert max(map(len, runs)) >= 4  # else nothing is ranked together here
     together = table(seen, config)
-    monkeypatch.setattr(top_down_mi, "_MAX_VALUES", 1)
+    monkeypatch.setattr(top_down_ranking, "_MAX_VALUES", 1)
     alone = table(seen, config)
     assert together.suggested == alone.suggested
     for name, scores in alone.channels.items():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from deploypipe.observe.calibration_pass import observe_activations
-from deploypipe.observe.moments import Moments
+from deploypipe.observe.pass_statistics import Moments
 from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.recipe import BatchNormScale, Fpgm, Magnitude, Observe
 from deploypipe.records import ScoreTable, Structures

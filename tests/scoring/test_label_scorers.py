@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from deploypipe.errors import DataError
 from deploypipe.observe.calibration_pass import observe_activations
-from deploypipe.observe.moments import Moments
+from deploypipe.observe.pass_statistics import Moments
 from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.recipe import ConditionalMi, LabelMi, Magnitude, Observe, Taylor
 from deploypipe.records import ScoreTable, Structures

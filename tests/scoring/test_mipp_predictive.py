@@ -5,7 +5,7 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from deploypipe.scoring.mutual_information.mipp_predictive import score_mipp_predictive
+from deploypipe.scoring.mutual_information.mipp_trained_network import score_mipp_predictive
 
 UNITS = [[i] for i in range(10)]
 DEAD, DUPLICATES = {4, 9}, {2, 6}
@@ -36,8 +36,8 @@ def test_it_removes_dead_units_and_one_of_two_duplicates(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(2))
 def test_it_agrees_with_the_closed_form(seed: int) -> None:
-    from deploypipe.numerics.gaussian_mi import SequentialRemoval
-    from deploypipe.scoring.mutual_information.top_down_mi import cumulative, remove_greedily
+    from deploypipe.numerics.grouped_gaussian_mi import SequentialRemoval
+    from deploypipe.scoring.top_down_ranking import cumulative, remove_greedily
 
     x, y, weights = planted(seed)
     covariance = torch.cov(x.T.double(), correction=0)

@@ -6,7 +6,7 @@ import networks
 import pytest
 import torch
 
-from deploypipe.numerics.gaussian_mi import total_information
+from deploypipe.numerics.grouped_gaussian_mi import total_information
 from deploypipe.observe.calibration_pass import observe_activations
 from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.recipe import ConditionalMi, LabelMi, LayerwiseMi, Magnitude, Mipp, Observe

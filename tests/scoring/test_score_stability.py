@@ -9,7 +9,7 @@ from torch import nn
 
 from deploypipe.errors import DataError
 from deploypipe.observe.calibration_pass import observe_activations
-from deploypipe.observe.moments import Moments
+from deploypipe.observe.pass_statistics import Moments
 from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.recipe import ConditionalMi, LabelMi, Observe
 from deploypipe.records import ScoreTable

@@ -6,7 +6,7 @@ import torch
 
 from deploypipe.errors import DataError
 from deploypipe.observe.calibration_pass import observe_halves
-from deploypipe.observe.moments import merge
+from deploypipe.observe.pass_statistics import merge
 from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.recipe import LabelMi, Magnitude, Mipp, Observe, Random
 from deploypipe.records import ScoreTable

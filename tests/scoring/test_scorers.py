@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deploypipe.numerics.gaussian_mi import SequentialRemoval
+from deploypipe.numerics.grouped_gaussian_mi import SequentialRemoval
 from deploypipe.observe.calibration_pass import observe_activations
-from deploypipe.observe.moments import Moments
+from deploypipe.observe.pass_statistics import Moments
 from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.recipe import LayerwiseMi, Magnitude, Mipp, Observe, OutputError, Random
 from deploypipe.records import ChannelGroup, Structures
 from deploypipe.scoring import SCORERS, score
-from deploypipe.scoring.mutual_information.top_down_mi import cumulative, remove_greedily
+from deploypipe.scoring.top_down_ranking import cumulative, remove_greedily
 
 VARIANTS = (Magnitude(power=1), Mipp(keep=0.5, confidence=0.9), LayerwiseMi(joint=False), OutputError(fisher=True))
 EVERY_SCORER = pytest.mark.parametrize("scorer", [*(kind() for kind in SCORERS), *VARIANTS], ids=str)

@@ -14,7 +14,7 @@ from deploypipe.search.allocation.proposer import cut_of
 from deploypipe.search.allocation.solver import cost_of
 from deploypipe.search.cost_models.additive_costs import latency_costs
 from deploypipe.search.cost_models.latency_model import LatencyModel
-from deploypipe.search.cost_models.layer_widths import LayerWidths
+from deploypipe.search.cost_models.width_dependencies import LayerWidths
 
 NETWORKS = ("pad_resnet", "bottleneck", "separable", "dense", "flattened", "encoder", "upsampled")
 

@@ -4,7 +4,7 @@ import pytest
 
 from deploypipe.errors import BudgetError
 from deploypipe.records import Candidate
-from deploypipe.runtimes.device_ability import Ability
+from deploypipe.runtimes.ability_for_target import Ability
 from deploypipe.search.allocation.limits import bounded_shares, search_limits, with_margin
 from deploypipe.target import Budget, Limit
 

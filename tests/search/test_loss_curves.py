@@ -11,7 +11,7 @@ from deploypipe.errors import DataError
 from deploypipe.numerics.least_squares import CrossMoments
 from deploypipe.observe.calibration_pass import observe_activations
 from deploypipe.observe.layer_regressions import is_linear_like
-from deploypipe.observe.moments import Moments
+from deploypipe.observe.pass_statistics import Moments
 from deploypipe.pruning.surgery.apply_plan import apply_plan
 from deploypipe.pruning.surgery.plan import make_plan
 from deploypipe.pruning.tracing.structures import list_structures

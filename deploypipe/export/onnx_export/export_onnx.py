@@ -27,11 +27,11 @@ from deploypipe.export.onnx_export.dynamic_axes import (
     require_constants,
 )
 from deploypipe.export.onnx_export.export_template import write_template
-from deploypipe.export.onnx_export.graph_rewrites import protect_padding
+from deploypipe.export.onnx_export.forget_batch_sizes import forget_sizes_
 from deploypipe.export.onnx_export.input_sizes import extremes_of, other_sizes, tested_sizes
 from deploypipe.export.onnx_export.mismatch_bisection import Point, find_mismatch, module_outputs
 from deploypipe.export.onnx_export.parity import limit_of, measure_parity, require_parity
-from deploypipe.export.onnx_export.remembered_sizes import forget_sizes_
+from deploypipe.export.onnx_export.protect_padding import protect_padding
 from deploypipe.export.onnx_graphs.file_metadata import describe, forget_shapes, name_nodes, strip
 from deploypipe.export.onnx_graphs.fold_constants import folded
 from deploypipe.files.atomic import scratch_folder

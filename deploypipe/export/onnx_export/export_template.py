@@ -15,8 +15,8 @@ import torch
 from onnxscript import ir
 from torch import Tensor
 
-from deploypipe.export.onnx_export.graph_rewrites import protect_padding
 from deploypipe.export.onnx_export.mismatch_bisection import scopes_of
+from deploypipe.export.onnx_export.protect_padding import protect_padding
 from deploypipe.export.onnx_graphs.file_metadata import PREFIX, name_nodes, strip
 
 BLOCKS = f"{PREFIX}blocks"  # in a template's metadata: what each block reads and gives

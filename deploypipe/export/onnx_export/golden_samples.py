@@ -19,8 +19,8 @@ from deploypipe.runtimes.named_arrays import feed
 from deploypipe.runtimes.onnxruntime import OnnxRuntime
 from deploypipe.task import Batch, has_batch_axis, num_samples, take
 from deploypipe.text import strict_json
-from deploypipe.verification.golden_file import FORMAT, GOLDEN, TENSORS, TOLERANCES, GoldenModel
-from deploypipe.verification.golden_tensors import tensor_name
+from deploypipe.verification.golden_json import FORMAT, GOLDEN, TENSORS, TOLERANCES, GoldenModel
+from deploypipe.verification.read_safetensors import tensor_name
 
 NUM_SAMPLES = 4  # of each of the first batches that differ in shape
 _MAX_CASES = 3

@@ -13,7 +13,7 @@ import onnx
 from numpy.typing import NDArray
 
 from deploypipe.errors import DataError
-from deploypipe.export.quantization.conversion_tools import Feed, read_tensors
+from deploypipe.export.quantization.run_and_compare_graphs import Feed, read_tensors
 from deploypipe.numerics.int8_range import ClippingMethod, clip_range
 
 Range = tuple[float, float]

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from deploypipe.export.quantization.activation_ranges import Histogram
-from deploypipe.export.quantization.conversion_tools import copy_of
+from deploypipe.export.quantization.run_and_compare_graphs import copy_of
 
 _QUANTISED = "_quantized"  # what onnxruntime's quantiser appends to a weight's name
 

@@ -19,7 +19,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from deploypipe.errors import ParityError
-from deploypipe.export.quantization.conversion_tools import (
+from deploypipe.export.quantization.run_and_compare_graphs import (
     FLOAT,
     HALF,
     Feed,

@@ -16,7 +16,8 @@ import onnx
 from deploypipe.errors import ModelError, ParityError
 from deploypipe.export.quantization.activation_ranges import Histogram, observe_tensors, ranges_by
 from deploypipe.export.quantization.bias_correction import with_corrected_biases
-from deploypipe.export.quantization.conversion_tools import (
+from deploypipe.export.quantization.qdq import LAYERS, Recipe, channel_axes, find_recipe, quantise, why_not
+from deploypipe.export.quantization.run_and_compare_graphs import (
     Feed,
     Outputs,
     compare_file,
@@ -30,7 +31,6 @@ from deploypipe.export.quantization.conversion_tools import (
     take_feeds,
     write,
 )
-from deploypipe.export.quantization.qdq import LAYERS, Recipe, channel_axes, find_recipe, quantise, why_not
 from deploypipe.files.atomic import scratch_folder
 from deploypipe.numerics.int8_range import ClippingMethod
 from deploypipe.recipe import Export

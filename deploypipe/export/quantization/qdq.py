@@ -14,7 +14,7 @@ from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 from deploypipe.errors import ModelError
 from deploypipe.export.onnx_graphs.file_metadata import PREFIX
 from deploypipe.export.quantization.activation_ranges import Range
-from deploypipe.export.quantization.conversion_tools import FLOAT, copy_of, subgraphs, types_of
+from deploypipe.export.quantization.run_and_compare_graphs import FLOAT, copy_of, subgraphs, types_of
 from deploypipe.runtimes.int8_arithmetic import Int8Kernels
 
 LAYERS = ("Conv", "Gemm", "MatMul")

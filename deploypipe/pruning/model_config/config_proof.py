@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from deploypipe.pruning.model_config.config_probe import (
+from deploypipe.pruning.model_config.build_from_config import (
     Field,
     Misfit,
     build,

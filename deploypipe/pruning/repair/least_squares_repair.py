@@ -39,7 +39,7 @@ from deploypipe.pruning.repair.affine_paths import (
     hook_path_ends,
     layers_without_path,
 )
-from deploypipe.pruning.repair.lockstep_forwards import run_in_lockstep
+from deploypipe.pruning.repair.batches_in_lockstep import run_in_lockstep
 from deploypipe.pruning.repair.removed_block_targets import layers_before_removed_blocks
 from deploypipe.recipe import Repair
 from deploypipe.records import Notify, Progress, PruningPlan, RepairReport, RepairRow, silent

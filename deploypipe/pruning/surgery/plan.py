@@ -10,8 +10,8 @@ from deploypipe.errors import PlanError
 from deploypipe.networks.model_wrappers import unwrapped
 from deploypipe.pruning.modules.module_kinds import is_depthwise
 from deploypipe.pruning.surgery.apply_plan import apply_plan, check_fingerprint
+from deploypipe.pruning.surgery.check_constraints import require_constraints
 from deploypipe.pruning.surgery.module_slicing import edits_by_module
-from deploypipe.pruning.surgery.plan_constraints import require_constraints
 from deploypipe.records import ChannelGroup, Edit, GroupCut, Names, PruningPlan, ScoreTable, Side, Structures
 
 

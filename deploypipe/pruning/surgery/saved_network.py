@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from deploypipe.errors import ModelError, PlanError
-from deploypipe.export.onnx_export.remembered_sizes import forget_sizes_
+from deploypipe.export.onnx_export.forget_batch_sizes import forget_sizes_
 from deploypipe.files.atomic import write_atomically
 from deploypipe.files.exhausted_resources import raise_if_exhausted
 from deploypipe.files.hashing import file_sha256
@@ -27,7 +27,7 @@ from deploypipe.pruning.modules.hook_computed_weights import with_plain_weights
 from deploypipe.pruning.modules.module_calls import two_samples
 from deploypipe.pruning.surgery.apply_plan import check_fingerprint, cut_out
 from deploypipe.records import PruningPlan
-from deploypipe.runtimes.program_file import load_program
+from deploypipe.runtimes.load_torch_program import load_program
 from deploypipe.task import as_arguments, has_batch_axis, num_samples, repeat_samples, take
 from deploypipe.text import strict_json
 

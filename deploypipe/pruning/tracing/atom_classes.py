@@ -7,8 +7,8 @@ import numpy as np
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from deploypipe.pruning.tracing.axis_indices import Atoms, Grid, Indices
-from deploypipe.pruning.tracing.axis_trace import AxisTrace
+from deploypipe.pruning.tracing.index_algebra import Atoms, Grid, Indices
+from deploypipe.pruning.tracing.trace_record import AxisTrace
 
 
 class AtomClasses:

@@ -27,7 +27,7 @@ from deploypipe.pruning.modules.module_calls import evaluating, two_samples
 from deploypipe.pruning.surgery.saved_network import program_bytes
 from deploypipe.pruning.tracing.structures import find_structures
 from deploypipe.records import Frozen
-from deploypipe.runtimes.program_file import load_program
+from deploypipe.runtimes.load_torch_program import load_program
 from deploypipe.task import forward
 
 PROGRAM, INPUTS, README = "module.pt2", "inputs.safetensors", "README.md"

@@ -14,10 +14,10 @@ from deploypipe.pruning.modules.module_calls import evaluating, output_tensors
 from deploypipe.pruning.modules.module_kinds import has_two_sides, is_depthwise, out_tensor
 from deploypipe.pruning.surgery.module_slicing import forget_caches_
 from deploypipe.pruning.tracing.atom_classes import AtomClasses, components
-from deploypipe.pruning.tracing.axis_indices import Atoms
-from deploypipe.pruning.tracing.axis_trace import AxisTrace
+from deploypipe.pruning.tracing.index_algebra import Atoms
 from deploypipe.pruning.tracing.index_propagation import Propagation
 from deploypipe.pruning.tracing.removable_units import Coupling, Place, UnitFinder, is_written
+from deploypipe.pruning.tracing.trace_record import AxisTrace
 from deploypipe.records import Frozen, Side
 from deploypipe.task import forward
 

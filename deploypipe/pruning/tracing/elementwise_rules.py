@@ -6,8 +6,8 @@ from typing import Any
 from torch import Tensor
 
 from deploypipe.pruning.modules.axis_reductions import all_tensors
-from deploypipe.pruning.tracing.axis_indices import Axes, Axis, fixed
-from deploypipe.pruning.tracing.axis_trace import Arguments, AxisTrace, Rule
+from deploypipe.pruning.tracing.index_algebra import Axes, Axis, fixed
+from deploypipe.pruning.tracing.trace_record import Arguments, AxisTrace, Rule
 
 
 def pointwise(t: AxisTrace, a: Arguments, result: Any) -> Any:

@@ -15,11 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from deploypipe.files.exhausted_resources import raise_if_exhausted
 from deploypipe.pruning.modules.axis_reductions import all_tensors
-from deploypipe.pruning.modules.recurrent_layers import without_fused_kernels
-from deploypipe.pruning.tracing.axis_indices import Axes, fixed, size_of
-from deploypipe.pruning.tracing.axis_trace import Arguments, AxisTrace, Rule
+from deploypipe.pruning.modules.recurrent_sizes import without_fused_kernels
 from deploypipe.pruning.tracing.elementwise_rules import pointwise
+from deploypipe.pruning.tracing.index_algebra import Axes, fixed, size_of
 from deploypipe.pruning.tracing.operator_rules import RULES
+from deploypipe.pruning.tracing.trace_record import Arguments, AxisTrace, Rule
 from deploypipe.pruning.tracing.unread_parts import SLICING
 
 _FACTORIES = {"new_zeros", "new_ones", "new_full", "new_empty"}  # the result does not have the operand's axes

@@ -8,8 +8,8 @@ import numpy as np
 from torch import Tensor, nn
 
 from deploypipe.pruning.modules.axis_reductions import all_tensors
-from deploypipe.pruning.tracing.axis_indices import Axes, Axis, fixed, has_atoms
-from deploypipe.pruning.tracing.axis_trace import Arguments, AxisTrace
+from deploypipe.pruning.tracing.index_algebra import Axes, Axis, fixed, has_atoms
+from deploypipe.pruning.tracing.trace_record import Arguments, AxisTrace
 
 
 def embedding(t: AxisTrace, a: Arguments, result: Tensor) -> Axes:

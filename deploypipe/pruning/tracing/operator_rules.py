@@ -8,7 +8,7 @@ of the three modules imported here and one row in `RULES`.
 from collections.abc import Callable, Mapping
 
 from deploypipe.pruning.tracing import elementwise_rules, layer_rules, shape_rules
-from deploypipe.pruning.tracing.axis_trace import Rule
+from deploypipe.pruning.tracing.trace_record import Rule
 
 
 def _each(names: str, rule: Rule) -> dict[str, Rule]:

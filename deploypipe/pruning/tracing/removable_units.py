@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from deploypipe.pruning.modules.axis_reductions import is_statistic
 from deploypipe.pruning.modules.module_kinds import has_two_sides, is_stored
-from deploypipe.pruning.modules.recurrent_layers import RECURRENT, is_input_side
+from deploypipe.pruning.modules.recurrent_sizes import RECURRENT, is_input_side
 from deploypipe.pruning.tracing.atom_classes import AtomClasses, ClassGrid
 from deploypipe.records import GroupKind, Member, Side
 

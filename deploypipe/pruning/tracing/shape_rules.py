@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from deploypipe.pruning.modules.axis_reductions import all_tensors
-from deploypipe.pruning.tracing.axis_indices import Axes, Axis, fixed
-from deploypipe.pruning.tracing.axis_trace import Arguments, AxisTrace
 from deploypipe.pruning.tracing.elementwise_rules import broadcast, dims
+from deploypipe.pruning.tracing.index_algebra import Axes, Axis, fixed
+from deploypipe.pruning.tracing.trace_record import Arguments, AxisTrace
 
 
 def reshape(t: AxisTrace, a: Arguments, result: Tensor) -> Axes:

@@ -16,11 +16,11 @@ from deploypipe.pruning.modules.hook_computed_weights import with_plain_weights
 from deploypipe.pruning.modules.module_calls import one_thread_if_small, record_calls, two_samples
 from deploypipe.pruning.modules.module_kinds import has_two_sides, is_stored
 from deploypipe.pruning.surgery.module_slicing import sizes_after
-from deploypipe.pruning.tracing.constraints import matching, resolve, tie
 from deploypipe.pruning.tracing.coupled_channels import freeze, shrinking_modules, trace_groups
 from deploypipe.pruning.tracing.removable_units import Coupling
 from deploypipe.pruning.tracing.removal_trials import RemovalTrials, first_half, first_unit
 from deploypipe.pruning.tracing.residual_blocks import find_blocks
+from deploypipe.pruning.tracing.resolve_constraints import matching, resolve, tie
 from deploypipe.recipe import Constraints
 from deploypipe.records import Block, ChannelGroup, Edit, Frozen, Structures
 from deploypipe.task import num_samples

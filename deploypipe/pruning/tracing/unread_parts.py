@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from deploypipe.pruning.tracing.axis_indices import Atoms, Axis
+from deploypipe.pruning.tracing.index_algebra import Atoms, Axis
 
 SLICING = {"slice", "select", "unbind", "split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes"}
 SLICING |= {"chunk", "unsafe_chunk", "tensor_split", "narrow"}

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from deploypipe.networks.model_wrappers import unwrapped
-from deploypipe.observe.moments import Moments
+from deploypipe.observe.pass_statistics import Moments
 from deploypipe.recipe import BlockMi, BlockScorer, LogitDivergence, Mpruner
 from deploypipe.records import BlockRanking, Structures
 from deploypipe.scoring.blocks.block_mi import rank_by_information

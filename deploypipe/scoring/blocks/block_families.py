@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import torch
 
-from deploypipe.observe.moments import Moments
+from deploypipe.observe.pass_statistics import Moments
 from deploypipe.records import Names, Structures
 
 

@@ -13,8 +13,8 @@ from functools import cache
 
 from torch import nn
 
-from deploypipe.numerics.block_information import principal_rows, redundancy
-from deploypipe.observe.moments import Moments
+from deploypipe.numerics.gaussian_information import principal_rows, redundancy
+from deploypipe.observe.pass_statistics import Moments
 from deploypipe.recipe import BlockMi
 from deploypipe.records import BlockRanking, Names, Structures
 from deploypipe.scoring.blocks.block_families import families

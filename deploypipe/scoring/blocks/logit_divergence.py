@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from deploypipe.distillation_loss import kl_divergence_loss
 from deploypipe.errors import DataError
-from deploypipe.observe.moments import Moments
+from deploypipe.observe.pass_statistics import Moments
 from deploypipe.pruning.repair.least_squares_repair import repair
 from deploypipe.pruning.surgery.apply_plan import check_fingerprint, cut_out
 from deploypipe.pruning.surgery.plan import empty_plan

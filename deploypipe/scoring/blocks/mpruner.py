@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from deploypipe.observe.moments import Moments
+from deploypipe.observe.pass_statistics import Moments
 from deploypipe.recipe import Mpruner
 from deploypipe.records import BlockRanking, Names, Structures
 from deploypipe.scoring.blocks.block_families import families

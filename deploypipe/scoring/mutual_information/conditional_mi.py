@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from deploypipe.numerics.label_information import forward_selection, scree_width
-from deploypipe.observe.moments import Moments
+from deploypipe.observe.pass_statistics import Moments
 from deploypipe.recipe import ConditionalMi
 from deploypipe.records import ScoreTable, Structures
 from deploypipe.scoring.magnitude import completed_by_magnitude

@@ -11,7 +11,7 @@ from deploypipe.numerics.label_information import (
     quantile_bins,
 )
 from deploypipe.observe.collectors import MAX_ROWS
-from deploypipe.observe.moments import Moments
+from deploypipe.observe.pass_statistics import Moments
 from deploypipe.recipe import LabelMi
 from deploypipe.records import ScoreTable, Structures
 from deploypipe.scoring.magnitude import completed_by_magnitude

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor, nn
 
-from deploypipe.numerics.gaussian_mi import SequentialSelection
-from deploypipe.observe.moments import Moments
+from deploypipe.numerics.grouped_gaussian_mi import SequentialSelection
+from deploypipe.observe.pass_statistics import Moments
 from deploypipe.recipe import LayerwiseMi
 from deploypipe.records import ScoreTable, Structures
-from deploypipe.scoring.mutual_information.top_down_mi import (
+from deploypipe.scoring.top_down_ranking import (
     Ranking,
     Reader,
     cumulative,

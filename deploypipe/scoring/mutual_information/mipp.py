@@ -10,11 +10,11 @@ from dataclasses import replace
 from scipy.stats import chi2
 from torch import nn
 
-from deploypipe.numerics.gaussian_mi import SequentialRemoval
-from deploypipe.observe.moments import Moments
+from deploypipe.numerics.grouped_gaussian_mi import SequentialRemoval
+from deploypipe.observe.pass_statistics import Moments
 from deploypipe.recipe import Mipp
 from deploypipe.records import ScoreTable, Structures
-from deploypipe.scoring.mutual_information.top_down_mi import (
+from deploypipe.scoring.top_down_ranking import (
     Ranking,
     Reader,
     cumulative,

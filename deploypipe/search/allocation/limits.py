@@ -6,7 +6,7 @@ from dataclasses import replace
 from deploypipe.budgets import BUDGETS, LATENCY_P50, MACS, PEAK_MEMORY, Predictor
 from deploypipe.errors import BudgetError
 from deploypipe.records import Candidate, Check, Measurement, ModelFile, PrecisionRow, SearchResult
-from deploypipe.runtimes.device_ability import Ability
+from deploypipe.runtimes.ability_for_target import Ability
 from deploypipe.target import Limit
 
 _FINALISTS_MARGIN = 0.5  # part of the margin that finalists keep; the gate, which measures once more, needs the rest

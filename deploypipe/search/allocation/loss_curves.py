@@ -29,7 +29,7 @@ from deploypipe.observe.layer_regressions import (
     reads,
     weight_matrix,
 )
-from deploypipe.observe.moments import InputMoments, Moments
+from deploypipe.observe.pass_statistics import InputMoments, Moments
 from deploypipe.pruning.modules.bypass import Bypass
 from deploypipe.pruning.modules.module_kinds import normalizes_over_channels
 from deploypipe.pruning.surgery.module_masking import mask_

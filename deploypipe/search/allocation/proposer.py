@@ -25,7 +25,7 @@ from deploypipe.search.allocation.solver import (
 )
 from deploypipe.search.cost_models.additive_costs import Costs, latency_costs, mac_costs, param_costs
 from deploypipe.search.cost_models.latency_model import LatencyModel
-from deploypipe.search.cost_models.layer_widths import LayerWidths
+from deploypipe.search.cost_models.width_dependencies import LayerWidths
 
 NUM_TIMED = 5  # networks timed for one trial, at most
 UNIFORM, GREEDY = 1.0, 2.0  # values of the knob "control"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from deploypipe.records import ChannelGroup, Structures
 from deploypipe.search.cost_models.latency_model import LatencyModel
-from deploypipe.search.cost_models.layer_widths import LayerWidths
+from deploypipe.search.cost_models.width_dependencies import LayerWidths
 
 _TINY = 1e-7  # of the dense network's cost: smaller joint costs of two widths are left out
 STAYS = 1  # the "width" of a block that is not removed

@@ -14,7 +14,7 @@ from scipy.linalg import cho_factor, cho_solve
 from scipy.optimize import minimize
 
 from deploypipe.records import Cut, Interval, TimedCut
-from deploypipe.search.cost_models.layer_widths import LayerWidths
+from deploypipe.search.cost_models.width_dependencies import LayerWidths
 
 Floats = NDArray[np.float64]
 Widths = tuple[int, int]  # inputs, outputs of a layer

@@ -7,7 +7,7 @@ import numpy as np
 
 from deploypipe.files.atomic import write_atomically
 from deploypipe.records import PruningPlan
-from deploypipe.search.evaluation.trial_loop import network_key
+from deploypipe.search.evaluation.run_trial import network_key
 from deploypipe.search.sample_results import Results, decode_results, encode_results
 from deploypipe.text import strict_json
 from deploypipe.text.sealed_json import seal, unseal

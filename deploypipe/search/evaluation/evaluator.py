@@ -15,7 +15,7 @@ from deploypipe.records import Candidate, PruningPlan
 from deploypipe.search.evaluation.accuracy_cache import AccuracyCache
 from deploypipe.search.evaluation.candidate_files import NUM_LATENCY_SAMPLES, CandidateFiles
 from deploypipe.search.evaluation.early_stopping import evaluate_growing
-from deploypipe.search.evaluation.trial_loop import IsSettled
+from deploypipe.search.evaluation.run_trial import IsSettled
 from deploypipe.search.sample_results import Results
 from deploypipe.task import Batch, Task, take
 

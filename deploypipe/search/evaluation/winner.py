@@ -6,7 +6,7 @@ from typing import Protocol
 
 from deploypipe.records import PruningPlan, SearchResult, Trial
 from deploypipe.search.allocation.limits import timed_ms
-from deploypipe.search.evaluation.trial_loop import is_same_network, rank
+from deploypipe.search.evaluation.run_trial import is_same_network, rank
 
 MAX_TIMED_AGAIN = 5
 _MAX_NARROWED = 5

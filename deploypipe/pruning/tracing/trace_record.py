@@ -18,8 +18,8 @@ from deploypipe.networks.batch_trees import tensors
 from deploypipe.pruning.modules.axis_reductions import FunctionCalls, all_tensors, side_of
 from deploypipe.pruning.modules.module_attributes import lists_of_whole_numbers, whole_numbers
 from deploypipe.pruning.modules.module_kinds import normalizes_over_channels
-from deploypipe.pruning.modules.recurrent_layers import RECURRENT, sizes_of
-from deploypipe.pruning.tracing.axis_indices import Atoms, Axes, Axis, Factor, Indices, fixed, has_atoms, size_of
+from deploypipe.pruning.modules.recurrent_sizes import RECURRENT, sizes_of
+from deploypipe.pruning.tracing.index_algebra import Atoms, Axes, Axis, Factor, Indices, fixed, has_atoms, size_of
 from deploypipe.pruning.tracing.unread_parts import PartialReads
 
 Side = tuple[str, str]  # (module, side)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from deploypipe.errors import DataError, RuntimeUnavailableError
-from deploypipe.runtimes.program_file import load_program
+from deploypipe.runtimes.load_torch_program import load_program
 
 _REMEDY = "measure the ONNX file instead, or, if you trust whoever made it, allow it with `bench --trust-program`"
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from deploypipe.errors import RuntimeUnavailableError
-from deploypipe.runtimes import device_ability as module
-from deploypipe.runtimes.device_ability import can, find_misfits
+from deploypipe.runtimes import ability_for_target as module
+from deploypipe.runtimes.ability_for_target import can, find_misfits
 from deploypipe.runtimes.tensorrt_libraries import LIBRARIES
 from deploypipe.runtimes.this_machine import Gpu, Machine, _is_portable, this_machine
 from deploypipe.target import Target

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deploypipe.numerics.block_information import gaussian_information, principal_rows, redundancy
+from deploypipe.numerics.gaussian_information import gaussian_information, principal_rows, redundancy
 
 
 def covariance(size: int, seed: int) -> Tensor:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from deploypipe.errors import DataError
 from deploypipe.observe.calibration_pass import observe_activations, observe_halves
 from deploypipe.observe.collectors import MAX_ROWS
-from deploypipe.observe.moments import load_moments, merge, save_moments
+from deploypipe.observe.pass_statistics import load_moments, merge, save_moments
 from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.recipe import Observe
 from deploypipe.records import Structures

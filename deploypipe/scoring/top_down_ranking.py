@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from deploypipe.observe.layer_regressions import columns, num_taps, reads, weight_matrix, writes
-from deploypipe.observe.moments import Moments
+from deploypipe.observe.pass_statistics import Moments
 from deploypipe.recipe import Magnitude
 from deploypipe.records import ChannelGroup, ScoreTable, Structures
 from deploypipe.scoring.magnitude import score_magnitude

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from deploypipe.export.onnx_export.export_onnx import export_onnx
-from deploypipe.export.onnx_export.remembered_sizes import forget_sizes_
+from deploypipe.export.onnx_export.forget_batch_sizes import forget_sizes_
 from deploypipe.pruning.surgery.plan import empty_plan
 from deploypipe.pruning.surgery.saved_network import load_saved, save_pruned
 from deploypipe.pruning.tracing.structures import list_structures
