@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from deploypipe.records import BenchmarkReport, Candidate, Interval, Measurement
-from deploypipe.text.amounts import count, file_size
 
 # How a search knows a figure before the candidate's file exists.
 Predictor: TypeAlias = Literal["latency_model", "mac_count", "param_count", "params_in_file"]
@@ -29,7 +28,6 @@ class BudgetRow:
     label: str  # for people
     unit: str  # of the figure; "" for a count
     units: Mapping[str, float]  # that a target may use -> factor to the figure
-    text: Callable[[float], str]  # the figure for people, with its unit
     source: Literal["timed", "measured", "counted"]  # timed, measured: only where the target runs; counted: anywhere
     of_measurement: Callable[[Measurement], Interval | float | None]  # an interval: its upper end decides
     of_candidate: Callable[[Candidate], float | None]
@@ -50,7 +48,6 @@ _ROWS = (
         label="latency p50",
         unit="ms",
         units={"ms": 1.0, "us": 1e-3, "s": 1e3},
-        text=lambda ms: f"{ms:.4g} ms",
         source="timed",
         of_measurement=lambda m: m.latency.p50_ms if m.latency else None,
         of_candidate=lambda c: c.latency_p50_ms,
@@ -63,7 +60,6 @@ _ROWS = (
         label="peak memory",
         unit="MiB",
         units=_MIB_UNITS,
-        text=lambda mib: f"{mib:.1f} MiB",
         source="measured",
         of_measurement=lambda m: m.peak_memory_mib,
         of_candidate=lambda c: c.peak_memory_mib,
@@ -74,7 +70,6 @@ _ROWS = (
         label="file size",
         unit="MiB",
         units=_MIB_UNITS,
-        text=lambda mib: file_size(mib * 2**20),
         source="counted",
         of_measurement=lambda m: m.file.size_bytes / 2**20,
         of_candidate=lambda c: c.file_size_mib,
@@ -85,7 +80,6 @@ _ROWS = (
         label="parameters",
         unit="",
         units=_COUNT_UNITS,
-        text=count,
         source="counted",
         of_measurement=lambda m: m.num_params,
         of_candidate=lambda c: c.num_params,
@@ -97,7 +91,6 @@ _ROWS = (
         label="MACs",
         unit="",
         units=_COUNT_UNITS,
-        text=count,
         source="counted",
         of_measurement=lambda m: m.num_macs,
         of_candidate=lambda c: c.num_macs,

@@ -40,7 +40,6 @@ WEIGHT_MEMORY = BudgetRow(
     label="memory of weights",
     unit="MiB",
     units={"MiB": 1.0, "KiB": 1 / 1024},
-    text=lambda mib: f"{mib:.2f} MiB",
     source="measured",
     of_measurement=lambda m: 4 * m.num_params / 2**20,
     of_candidate=lambda c: 4 * c.num_params / 2**20,
@@ -110,11 +109,11 @@ def _the_search_is_held_to_it(budget: WiderBudget) -> None:
 def _the_tables_show_it(budget: WiderBudget) -> None:
     run = finished_run()
     row = next(row for row in before_after(run) if row.name == "memory of weights")
-    assert (row.dense, row.change) == ("3.05 MiB", "0.500x")
+    assert (row.dense, row.change) == ("3.052 MiB", "0.500x")
     assert "memory of weights" in overview_header()
     (cells,) = overview_rows({"x86_cpu": run})
     assert cells[overview_header().index("memory of weights")] == "0.500x"
-    assert ("memory of weights", "1.53 MiB", "1.53 MiB", "1.000x") in comparison_rows(run, run)
+    assert ("memory of weights", "1.526 MiB", "1.526 MiB", "1.000x") in comparison_rows(run, run)
     assert run.search
     trial = replace(run.search.trials[0], violations={"weight_memory": -0.5})
     found = SearchResult(dense=DENSE, trials=(trial,), best=0)

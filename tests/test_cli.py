@@ -17,7 +17,7 @@ from deploypipe.cli import app
 from deploypipe.errors import BudgetError
 from deploypipe.files.json_records import to_json
 from deploypipe.records import Cached, Edit, Finished, GroupCut, Progress, PruningPlan, Started, Warned
-from deploypipe.report.run_tables import ranges
+from deploypipe.report.plan_tables import ranges
 from deploypipe.runs.result import save_result
 
 TOY = """

@@ -37,7 +37,7 @@ def score(
         from deploypipe.cli.arguments import split_settings
         from deploypipe.cli.terminal import show_table, shown_stages
         from deploypipe.files.json_records import override
-        from deploypipe.report.run_tables import score_notes, score_table
+        from deploypipe.report.score_tables import score_notes, score_table
 
         settings = split_settings(set_ or [], targets=False)
         from deploypipe.pipeline import summarise_scores
@@ -83,7 +83,8 @@ def compare(
     """Compare the models that two runs ship, figure by figure, and what the two removed."""
     with exit_codes():
         from deploypipe.cli.terminal import show_table
-        from deploypipe.report.run_tables import COMPARISON_HEADER, comparison_rows, plan_differences
+        from deploypipe.report.plan_tables import plan_differences
+        from deploypipe.report.run_tables import COMPARISON_HEADER, comparison_rows
         from deploypipe.runs.result import load_plan, load_result
 
         results = load_result(first), load_result(second)
@@ -301,7 +302,7 @@ def plan_show(plan: Annotated[Path, typer.Argument(metavar="PLAN", help=PLAN_HEL
     """Show what PLAN removes: blocks, and each group's width before and after."""
     with exit_codes():
         from deploypipe.cli.terminal import show_table
-        from deploypipe.report.run_tables import plan_rows
+        from deploypipe.report.plan_tables import plan_rows
         from deploypipe.runs.result import load_plan
 
         loaded = load_plan(plan)
@@ -320,7 +321,7 @@ def plan_diff(
     """Show how FIRST and SECOND differ. Two plans are equal if they remove the same from the same model."""
     with exit_codes():
         from deploypipe.cli.terminal import show_table
-        from deploypipe.report.run_tables import plan_differences
+        from deploypipe.report.plan_tables import plan_differences
         from deploypipe.runs.result import load_plan
 
         rows = plan_differences(load_plan(first), load_plan(second))

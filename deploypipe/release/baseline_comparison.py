@@ -14,6 +14,7 @@ from deploypipe.release.gate import doubted
 from deploypipe.report.run_tables import what_is_covered
 from deploypipe.runs.result import RunResult
 from deploypipe.runtimes import find_runtime
+from deploypipe.text.amounts import amount
 from deploypipe.untrusted_files.limited_process import ProcessLimits
 from deploypipe.verify import golden_inputs
 
@@ -82,7 +83,7 @@ def check_approved_latency(bundle: Path) -> Check:
     try_file(file, inputs, target, ProcessLimits())
     timings = time_steadily([file], inputs, runtime, target)
     now = summarise(timings.samples[0], target, block=timings.block).p50_ms
-    reason = f"approved {before.p50_ms.value:.4g} ms, now {now.value:.4g} ms"
+    reason = f"approved {amount(before.p50_ms.value, 'ms')}, now {amount(now.value, 'ms')}"
     status = Status.PASS if now.high <= limit else Status.FAIL
     if now.low <= limit < now.high:
         status, reason = Status.UNKNOWN, f"{reason}: the limit lies within the interval; measure again"

@@ -19,7 +19,8 @@ from deploypipe.records import (
 )
 from deploypipe.release.waivers import waived
 from deploypipe.report.run_tables import what_is_covered
-from deploypipe.target import Budget, Limit
+from deploypipe.target import RELATIVE, Budget, Limit
+from deploypipe.text.amounts import amount, limit_text
 from deploypipe.verification.golden_json import shown
 
 _MIN_OF_A_SLICE = 2  # samples; one says nothing about others like it
@@ -37,9 +38,9 @@ def decide(
 ) -> GateDecision:
     """Check the accuracy and every limit that is set. The verdict is SHIP if each check passed or is waived.
 
-    A figure with an interval passes if the upper end does. A relative latency is decided by the ratio of the
-    interleaved run, an absolute one by the median's interval, the accuracy by the paired drop. A figure that was not
-    measured is UNKNOWN, and so is a time taken while the machine was throttled, noisy or unsteady.
+    A figure with an interval passes if the upper end does. A relative latency is decided by, and stated as, the ratio
+    of the interleaved run, an absolute one by the median's interval, the accuracy by the paired drop. A figure that was
+    not measured is UNKNOWN, and so is a time taken while the machine was throttled, noisy or unsteady.
 
     parity_limit: for the file's error against the network's outputs, relative to the largest output.
     baseline: the previous release, which the model must not be worse than.
@@ -68,17 +69,23 @@ def decide(
 
 
 def _reason(checks: Sequence[Check]) -> str:
-    blocking = [check for check in checks if not check.is_settled]
+    blocking: dict[tuple[Status, str], list[str]] = {}
+    for check in checks:
+        if not check.is_settled:
+            blocking.setdefault((check.status, check.reason), []).append(check.name)
     if blocking:
-        return "; ".join(f"{check.name} {_VERBS[check.status]} ({check.reason})" for check in blocking)
-    excused = [f"{check.name} {_VERBS[check.status]}" for check in checks if check.status is not Status.PASS]
+        return "; ".join(f"{_state(names, status)} ({reason})" for (status, reason), names in blocking.items())
+    excused = [_state([check.name], check.status) for check in checks if check.status is not Status.PASS]
     passed = len(checks) - len(excused)
     if excused:
         return f"{passed} of {len(checks)} checks passed, the rest is waived: {'; '.join(excused)}"
     return f"all {passed} checks passed" if passed > 1 else "the only check passed"
 
 
-_VERBS = {Status.FAIL: "failed", Status.UNKNOWN: "is unknown"}
+def _state(names: Sequence[str], status: Status) -> str:
+    if status is Status.FAIL:
+        return f"{', '.join(names)} failed"
+    return f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} unknown"
 
 
 def _check_budget(report: BenchmarkReport, row: BudgetRow, limit: Limit) -> Check:
@@ -88,9 +95,8 @@ def _check_budget(report: BenchmarkReport, row: BudgetRow, limit: Limit) -> Chec
     if figure is None or (limit.is_relative and (dense is None or (row.ratio and ratio is None))):
         return _not_comparable(row, report, limit)
     bound = limit.absolute(dense or 0.0)
-    if limit.is_relative and ratio and dense is not None:
-        interval = _scaled(ratio, dense)
-        check = _compare(row.name, row.unit, bound, interval.value, interval, is_met=ratio.high <= limit.value)
+    if limit.is_relative and ratio:
+        check = _compare(row.name, RELATIVE, limit.value, ratio.value, ratio, is_met=ratio.high <= limit.value)
     elif isinstance(figure, Interval):
         check = _compare(row.name, row.unit, bound, figure.value, figure, is_met=figure.high <= bound)
     else:
@@ -187,10 +193,9 @@ def _compare(name: str, unit: str, limit: float, measured: float, interval: Inte
     decisive = interval.high if interval else measured
     if not (math.isfinite(decisive) and math.isfinite(limit)):
         return _unknown(name, unit, None, "the measurement is not a finite number")
-    subject = _amount(decisive, unit)
-    if interval:
-        subject = f"the upper end of its interval, {subject},"
-    relation = "is within" if is_met else "is above"
+    upper_end, bound = amount(decisive, unit), limit_text(limit, unit)
+    subject = f"the upper end of its interval, {upper_end}," if interval else upper_end
+    relation = "is within" if is_met else "is just above" if limit_text(decisive, unit) == bound else "is above"
     return Check(
         name=name,
         status=Status.PASS if is_met else Status.FAIL,
@@ -198,7 +203,7 @@ def _compare(name: str, unit: str, limit: float, measured: float, interval: Inte
         interval=interval,
         limit=limit,
         unit=unit,
-        reason=f"{subject} {relation} the limit of {_amount(limit, unit)}",
+        reason=f"{subject} {relation} the limit of {bound}",
     )
 
 
@@ -212,21 +217,8 @@ def _not_measured(report: BenchmarkReport) -> str:
 
 def _not_comparable(row: BudgetRow, report: BenchmarkReport, limit: Limit) -> Check:
     """A figure that was not measured, or whose limit is a share of a dense figure that was not measured."""
-    bound, measured = None if limit.is_relative else limit.value, row.value(report.compressed)
+    measured = row.value(report.compressed)
     if measured is None:
-        return _unknown(row.name, row.unit, bound, _not_measured(report))
+        return _unknown(row.name, RELATIVE if limit.is_relative else row.unit, limit.value, _not_measured(report))
     why = "; ".join(("the dense network's figure was not measured, and the limit is relative to it", *report.notes))
-    return replace(_unknown(row.name, row.unit, bound, why), measured=measured)
-
-
-def _scaled(interval: Interval, factor: float) -> Interval:
-    return Interval(
-        value=interval.value * factor,
-        low=interval.low * factor,
-        high=interval.high * factor,
-        confidence=interval.confidence,
-    )
-
-
-def _amount(value: float, unit: str) -> str:
-    return f"{value:.4g} {unit}" if unit else f"{value:,.0f}"
+    return replace(_unknown(row.name, row.unit, None, why), measured=measured)

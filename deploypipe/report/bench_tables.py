@@ -6,7 +6,7 @@ from deploypipe.benchmark.bench_results import BenchResult, FileFigures, LayerTi
 from deploypipe.benchmark.latency import PERCENTILE_FLOORS
 from deploypipe.records import Conditions, Interval, MachineState
 from deploypipe.report.run_tables import NOT_MEASURED
-from deploypipe.text.amounts import file_size, number
+from deploypipe.text.amounts import amount, bounded, mebibytes
 
 Rows = list[tuple[str, ...]]
 _NUM_LAYERS = 10
@@ -17,7 +17,7 @@ def figure_rows(result: BenchResult) -> tuple[tuple[str, ...], Rows]:
     """Heads and one row a figure: of the file, and of the other one with the ratio of the two."""
     files = [result.file, result.against] if result.against else [result.file]
     rows: Rows = []
-    _add(rows, files, "file size", lambda f: (file_size(f.size_bytes), float(f.size_bytes)))
+    _add(rows, files, "file size", lambda f: (mebibytes(f.size_bytes), float(f.size_bytes)))
     if result.file.latency:
         _add_latency(rows, files, result)
     _add(rows, files, "peak memory", _memory)
@@ -70,8 +70,8 @@ def verdict_lines(result: BenchResult) -> list[str]:
         ratio = result.latency_ratio
         why = f", as the machine was {result.conditions.verdict}" if result.comparison == "unknown" else ""
         lines.append(
-            f"{result.comparison} at {ratio.confidence:.0%}{why}: {ratio.value:.3f}x the time "
-            f"({ratio.low:.3f} to {ratio.high:.3f})"
+            f"{result.comparison} at {ratio.confidence:.0%}{why}: the time is "
+            f"{bounded(ratio.value, ratio.low, ratio.high, 'x')}"
         )
     lines.append("; ".join((f"conditions: {result.conditions.verdict}", *result.conditions.reasons)))
     return lines
@@ -102,12 +102,12 @@ def _add(
         return
     texts = [cell[0] if cell else NOT_MEASURED for cell in cells]
     values = [cell[1] if cell else 0.0 for cell in cells]
-    rows.append((name, *texts, f"{values[0] / values[1]:.3f}x" if len(values) == 2 and all(values) else ""))
+    rows.append((name, *texts, amount(values[0] / values[1], "x") if len(values) == 2 and all(values) else ""))
 
 
 def _add_latency(rows: Rows, files: Sequence[FileFigures], result: BenchResult) -> None:
     ratio = result.latency_ratio
-    shown = f"{ratio.value:.3f}x ({ratio.low:.3f} to {ratio.high:.3f})" if ratio else ""
+    shown = bounded(ratio.value, ratio.low, ratio.high, "x") if ratio else ""
     latencies = [file.latency for file in files if file.latency]
     rows.append(("latency p50", *(_interval(latency.p50_ms) for latency in latencies), shown))
     for name, share in (("p90", 0.9), ("p99", 0.99)):
@@ -115,25 +115,25 @@ def _add_latency(rows: Rows, files: Sequence[FileFigures], result: BenchResult) 
         few = f"needs {PERCENTILE_FLOORS[share]} samples, has {len(latencies[0].samples_ms)}"
         rows.append((f"latency {name}", *(_interval(i) if i else few for i in intervals), ""))
     rows.append(("samples", *(str(len(latency.samples_ms)) for latency in latencies), ""))
-    rows.append(("throughput", *(f"{number(latency.throughput)} /s" for latency in latencies), ""))
+    rows.append(("throughput", *(amount(latency.throughput, "/s") for latency in latencies), ""))
 
 
 def _memory(file: FileFigures) -> tuple[str, float] | None:
-    return None if file.peak_memory_mib is None else (f"{file.peak_memory_mib:.1f} MiB", file.peak_memory_mib)
+    return None if file.peak_memory_mib is None else (amount(file.peak_memory_mib, "MiB"), file.peak_memory_mib)
 
 
 def _cold_start(file: FileFigures) -> tuple[str, float] | None:
     if file.cold_start is None:
         return None
     least, middle, most = file.cold_start.total_ms
-    return f"{middle:.4g} ms ({least:.4g} to {most:.4g} in {file.cold_start.repeats})", middle
+    return f"{bounded(middle, least, most, 'ms')} in {file.cold_start.repeats} starts", middle
 
 
 def _milliseconds(file: FileFigures, field: str) -> tuple[str, float] | None:
     if file.cold_start is None:
         return None
     value: float = getattr(file.cold_start, field)
-    return f"{value:.4g} ms", value
+    return amount(value, "ms"), value
 
 
 def _energy(file: FileFigures) -> tuple[str, float] | None:
@@ -144,10 +144,10 @@ def _energy(file: FileFigures) -> tuple[str, float] | None:
 
 
 def _interval(interval: Interval) -> str:
-    return f"{interval.value:.4g} ms ({interval.low:.4g} to {interval.high:.4g})"
+    return bounded(interval.value, interval.low, interval.high, "ms")
 
 
 def _sweep_cells(point: SweepPoint) -> tuple[str, str]:
     if point.p50_ms is None or point.throughput is None:
         return NOT_MEASURED, point.reason
-    return _interval(point.p50_ms), f"{number(point.throughput)} /s"
+    return _interval(point.p50_ms), amount(point.throughput, "/s")

@@ -18,11 +18,10 @@ from deploypipe.report.run_tables import (
     overview_rows,
     precision_rows,
     repair_remarks,
-    score_notes,
-    score_table,
     seconds,
     what_is_covered,
 )
+from deploypipe.report.score_tables import score_notes, score_table
 from deploypipe.report.search_text import (
     REACH_HEADER,
     STAGE_HEADER,

@@ -220,7 +220,7 @@ def test_a_comparison_on_a_machine_that_was_not_steady_is_unknown(
     assert compare(ratio, shaky) == "unknown"
     assert compare(ratio, replace(shaky, verdict="steady")) == "faster"
     shown = verdict_lines(replace(whole[0], latency_ratio=ratio, comparison="unknown", conditions=shaky))[0]
-    assert shown == f"unknown at 95%, as the machine was {verdict}: 0.500x the time (0.400 to 0.600)"
+    assert shown == f"unknown at 95%, as the machine was {verdict}: the time is 0.500x (0.400 to 0.600)"
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
