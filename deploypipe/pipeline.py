@@ -25,20 +25,20 @@ from deploypipe.records import (
     BenchmarkReport,
     EngineFile,
     FileEntry,
-    Finished,
     GateDecision,
     Golden,
     Measurement,
     Note,
     Notify,
+    Planned,
     PrecisionChoice,
     PruneOutcome,
     ScoreSummary,
     SearchResult,
-    Started,
     Status,
     TrainLog,
     Warned,
+    reported,
     silent,
 )
 from deploypipe.runs.result import RunResult, save_result, start_afresh
@@ -53,6 +53,7 @@ from deploypipe.search.search_inputs import SearchGoal, SearchInputs
 from deploypipe.stages import compression, deploy, profile, search
 from deploypipe.stages.context import RunContext, prepare_run
 from deploypipe.stages.deploy import MODEL, Shipped
+from deploypipe.stages.expected_stages import expected_delivery, expected_stages
 from deploypipe.target import Target
 from deploypipe.task import Splits, Task, take, take_calib
 from deploypipe.text.safe_names import name_problem
@@ -107,7 +108,8 @@ def compress(
     if problem := name_problem(name):
         raise ConfigError("compress", "name", *problem.split("; "))
     splits, task, notes = wrap_splits(splits), wrap_task(task), list[str]()
-    check_inputs(model, splits, task, recipe, target, notes)
+    with reported(notify, "check"):
+        check_inputs(model, splits, task, recipe, target, notes)
     for note in notes:
         notify(Note(stage="check", text=note))
     place = storage.place if storage else None
@@ -125,9 +127,10 @@ def compress(
 
 def _run_stages(ctx: RunContext, name: str, command: str) -> RunResult:
     """The line of stages, from the dense network to what ships."""
+    limits, stand_in = search_limits(ctx.target.budget.limits(), ctx.ability)
+    ctx.run.notify(Planned(stages=expected_stages(ctx, limits)))
     structures = profile.structures(ctx).record  # first: names in the recipe are looked up here
     dense = profile.baseline(ctx, profile.dense_export(ctx))
-    limits, stand_in = search_limits(ctx.target.budget.limits(), ctx.ability)
     choice = deploy.dense_precision(ctx, dense)
     row = deploy.candidate_precision(dense.record, choice)
     smaller: _Smaller | None = None
@@ -138,6 +141,7 @@ def _run_stages(ctx: RunContext, name: str, command: str) -> RunResult:
         smaller = _make_smaller(ctx, inputs, trials, stand_in)
         delivery = smaller.delivery
     else:
+        ctx.run.notify(Planned(stages=("benchmark", "gate", "golden")))
         shipped = deploy.shipped(dense.record.file, dense.files, choice)
         delivery = _deliver(ctx, dense, shipped, (dense.record.num_params, dense.record.num_macs), stand_in, choice)
     golden = deploy.golden(ctx, delivery.shipped)
@@ -237,6 +241,7 @@ def _make_smaller(ctx: RunContext, inputs: SearchInputs, trials: StageResult[Sea
         too_slow.append(told)
         again = f"a faster network is made, {number + 1} of {num_attempts}"
         ctx.run.notify(Note(stage="gate", text=f"{told}; {again}"))
+        ctx.run.notify(Planned(stages=(*expected_delivery(ctx, goal.limits), "golden")))
     return _Smaller(
         delivery=delivery,
         weights=tuned.files / WEIGHTS,
@@ -300,25 +305,23 @@ def summarise_scores(
     others = ends_of(extremes_of(inputs for inputs, _ in calib))
     structures = list_structures(model, take(calib[0][0], 2), recipe.keep, recipe.constraints, other_inputs=others)
     loss = task.loss if needs_derivatives(recipe.score) else None
-    notify(Started(stage="observe"))
     settings, seed = recipe.observe, recipe.seed
-    halves = observe_halves(
-        model,
-        structures,
-        calib,
-        settings,
-        loss=loss,
-        real_tokens=task.real_tokens,
-        shuffled=True,
-        seed=seed,
-        notify=notify,
-    )
-    notify(Finished(stage="observe"))
+    with reported(notify, "observe"):
+        halves = observe_halves(
+            model,
+            structures,
+            calib,
+            settings,
+            loss=loss,
+            real_tokens=task.real_tokens,
+            shuffled=True,
+            seed=seed,
+            notify=notify,
+        )
     moments = merge(*halves)
-    notify(Started(stage="score"))
-    table = score_halves(model, structures, halves, moments, recipe.score, seed=seed)
-    nulls = permutation_baseline_shares(model, structures, moments, recipe.score)
-    notify(Finished(stage="score"))
+    with reported(notify, "score"):
+        table = score_halves(model, structures, halves, moments, recipe.score, seed=seed)
+        nulls = permutation_baseline_shares(model, structures, moments, recipe.score)
     return summarise(structures, table, moments, nulls)
 
 

@@ -134,7 +134,8 @@ def test_several_targets_end_with_a_table_and_the_worst_exit_code(
 def test_several_at_a_time_are_not_for_torchrun(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = SimpleNamespace(count=2, is_first=True)
     monkeypatch.setattr("deploypipe.cli.terminal.joined_ranks", lambda: nullcontext(ranks))
-    done = invoke("run", "./toy.py", "cpu", "other", "--jobs", "2")  # before it looks at anything else
+    (home / "targets" / "other.toml").write_text(TARGET, encoding="utf-8")
+    done = invoke("run", "./toy.py", "cpu", "other", "--jobs", "2")
     assert done.exit_code == 2 and "--jobs: does not work with torchrun" in done.output
 
 
@@ -195,7 +196,7 @@ def test_bad_input_is_one_clear_line(
     before = sorted(path for path in home.rglob("*") if "__pycache__" not in path.parts)
     done = invoke(*arguments)
     assert done.exit_code == 2, done.output
-    (line,) = [line for line in done.output.splitlines() if line]
+    (line,) = [line for line in done.stderr.splitlines() if line]
     assert line.startswith("error: ") and all(text in line for text in said), line
     assert calls == []
     assert before == sorted(path for path in home.rglob("*") if "__pycache__" not in path.parts)

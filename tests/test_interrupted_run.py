@@ -9,7 +9,7 @@ import typer
 from child_program import start
 
 from deploypipe.cli.exit_codes import exit_codes
-from deploypipe.cli.terminal import shown_stages
+from deploypipe.cli.stage_display import shown_stages
 from deploypipe.records import Finished, Started
 
 TARGET = 'runtime = "onnxruntime"\nnum_latency_samples = 200\n[budget]\nmacs = "0.5x"\naccuracy_drop_pp = 10.0\n'
@@ -20,7 +20,9 @@ def test_control_c_says_how_to_go_on(tmp_path: Path) -> None:
     (tmp_path / "cpu.toml").write_text(TARGET, encoding="utf-8")
     long = ("--set", "search.num_trials=200", "--set", "finetune.num_epochs=200")  # not over before the signal comes
     child = start(tmp_path, "run", "./pipe.py", "./cpu.toml", "--out", "out", *long)
-    assert child.stdout and child.stdout.readline().startswith("structures")
+    assert child.stdout
+    while not (line := child.stdout.readline()).startswith("structures"):
+        assert line, "the run is over"
     child.send_signal(signal.SIGINT)
     _, said = child.communicate(timeout=60)
     assert (child.returncode, said.strip()) == (130, "interrupted; the same command resumes")

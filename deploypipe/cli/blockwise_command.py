@@ -38,7 +38,7 @@ def blockwise(
     """
     with exit_codes():
         from deploypipe.cli.arguments import split_settings
-        from deploypipe.cli.terminal import shown_stages
+        from deploypipe.cli.stage_display import shown_stages
         from deploypipe.files.json_records import override
         from deploypipe.records import Event, Finished, Note, Progress, Started
 
@@ -50,7 +50,7 @@ def blockwise(
         loaded = load_pipeline(pipeline, settings["pipeline"])
         recipe = override(loaded.recipe(), settings["recipe"])
         folder = out or Path("runs") / f"{loaded.name}-blockwise"
-        with shown_stages((_STAGE,)) as notify:
+        with shown_stages() as notify:
             notify(Started(stage=_STAGE))
 
             def tell(event: Event) -> None:

@@ -6,13 +6,15 @@ from typing import Any
 
 from deploypipe.cli.arguments import require_name
 from deploypipe.cli.exit_codes import say
-from deploypipe.cli.terminal import shown_stages
+from deploypipe.cli.loading import load_network_and_data
+from deploypipe.cli.stage_display import shown_stages
 from deploypipe.errors import StorageError
 from deploypipe.files.json_records import from_plain
 from deploypipe.pipeline import help_search
 from deploypipe.pipeline_sources import code_hashes
 from deploypipe.provider_options import require_harmless_options
 from deploypipe.recipe import Recipe
+from deploypipe.records import reported
 from deploypipe.search.distributed.study_storage import Storage
 from deploypipe.search.distributed.trial_queue import read_job
 from deploypipe.target import Target
@@ -39,10 +41,12 @@ def join_search(run: str, address: str, wait: float) -> None:
     shared = Storage(url=address, study=run)
     job = from_plain(SharedJob, _wait_for_job(shared, wait), f"{shared.shown}: {run}")
     _require_same_code(shared, job)
-    loaded, recipe, target = load_pipeline(job.pipeline, job.constants), job.recipe, job.target
+    recipe, target = job.recipe, job.target
     require_harmless_options(target)
-    model, splits = loaded.build_model(), loaded.load_data()
     with shown_stages() as notify:
+        with reported(notify, "load_pipeline"):
+            loaded = load_pipeline(job.pipeline, job.constants)
+        model, splits = load_network_and_data(loaded, notify)
         found = help_search(
             model,
             splits,

@@ -35,18 +35,21 @@ def score(
     """
     with exit_codes():
         from deploypipe.cli.arguments import split_settings
-        from deploypipe.cli.terminal import show_table, shown_stages
+        from deploypipe.cli.loading import load_libraries, load_network_and_data
+        from deploypipe.cli.stage_display import shown_stages
+        from deploypipe.cli.terminal import show_table
         from deploypipe.files.json_records import override
         from deploypipe.report.score_tables import score_notes, score_table
 
         settings = split_settings(set_ or [], targets=False)
+        load_libraries()
         from deploypipe.pipeline import summarise_scores
         from deploypipe.user_pipeline import load_pipeline
 
         loaded = load_pipeline(pipeline, settings["pipeline"])
         recipe = override(loaded.recipe(), settings["recipe"])
         with shown_stages() as notify:
-            summary = summarise_scores(loaded.build_model(), loaded.load_data(), loaded.task(), recipe, notify=notify)
+            summary = summarise_scores(*load_network_and_data(loaded, notify), loaded.task(), recipe, notify=notify)
         show_table(f"Redundant units in {loaded.name}, by {summary.scorer}", *score_table(summary))
         for cluster in summary.clusters:
             if len(cluster) > 1:
@@ -224,7 +227,8 @@ def bench(
     """
     with exit_codes():
         from deploypipe.cli.arguments import parse_shapes
-        from deploypipe.cli.terminal import show_bench, shown_stages
+        from deploypipe.cli.stage_display import shown_stages
+        from deploypipe.cli.terminal import show_bench
         from deploypipe.files.atomic import write_atomically
         from deploypipe.files.json_records import to_json
         from deploypipe.target_files import load_target
@@ -234,7 +238,7 @@ def bench(
         from deploypipe.benchmark.bench_file import PARTS, bench_file  # late: as in `run`
 
         chosen = PARTS if parts == "all" else tuple(part.strip() for part in parts.split(","))
-        with shown_stages(PARTS) as notify:
+        with shown_stages() as notify:
             result = bench_file(
                 file,
                 device,

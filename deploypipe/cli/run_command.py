@@ -62,10 +62,13 @@ def run(
     Fine-tuning on four GPUs: torchrun --nproc-per-node 4 -m deploypipe run PIPELINE TARGET.
     """
     with exit_codes():
+        from deploypipe.cli.loading import load_libraries
         from deploypipe.cli.run_targets import RunArguments, run_at_once, run_in_turn
         from deploypipe.cli.terminal import joined_ranks
 
         asked = RunArguments(pipeline, target, set_ or [], out, storage, name, stages, shared, remeasure)
+        asked.check_targets()
+        load_libraries()
         with joined_ranks() as ranks:
             code = run_at_once(asked, jobs, ranks) if jobs > 1 and len(target) > 1 else run_in_turn(asked, ranks)
     raise typer.Exit(code)

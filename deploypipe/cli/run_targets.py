@@ -3,6 +3,7 @@
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,12 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from deploypipe.cli.arguments import require_name, split_settings
 from deploypipe.cli.exit_codes import EXIT_ERROR, EXIT_HOLD, say
+from deploypipe.cli.loading import load_network_and_data
+from deploypipe.cli.stage_display import shown_stages
 from deploypipe.cli.target_processes import run_commands
-from deploypipe.cli.terminal import exit_code, show_result, show_table, shown_stages
+from deploypipe.cli.terminal import exit_code, show_result, show_table
 from deploypipe.errors import ConfigError, DeploypipeError
 from deploypipe.files.json_records import override, to_plain
 from deploypipe.provider_options import require_harmless_options
 from deploypipe.recipe import Recipe
+from deploypipe.records import reported, silent
 from deploypipe.report.run_tables import overview_header, overview_rows
 from deploypipe.runs.result import RunResult, load_result
 from deploypipe.target import Target
@@ -71,6 +75,10 @@ class RunArguments:
     @cached_property
     def recipe(self) -> Recipe:
         return override(self.loaded.recipe(), self.settings["recipe"])
+
+    def check_targets(self) -> None:
+        """Raise the first error of the targets, for which no network has to be loaded."""
+        _ = self.devices
 
     def check(self) -> None:
         """Raise the first error of targets, pipeline or recipe."""
@@ -142,10 +150,11 @@ def run_in_turn(asked: RunArguments, ranks: "Ranks") -> int:
     from deploypipe.pipeline import compress
     from deploypipe.training.multi_rank_finetune import agree, dismiss, serve
 
-    with ranks.in_turn():
-        devices, loaded, recipe = asked.devices, asked.loaded, asked.recipe
-        task = loaded.task()
-        model, splits = loaded.build_model(), loaded.load_data()
+    with ranks.in_turn(), shown_stages() if ranks.is_first else nullcontext(silent) as notify:
+        with reported(notify, "load_pipeline"):
+            devices, loaded, recipe = asked.devices, asked.loaded, asked.recipe
+            task = loaded.task()
+        model, splits = load_network_and_data(loaded, notify)
     agree(ranks, model, splits, loaded.source)
     if not ranks.is_first:
         serve(ranks, model, splits, task)
@@ -181,9 +190,9 @@ def run_in_turn(asked: RunArguments, ranks: "Ranks") -> int:
 def _run_for_all(compress_for: Callable[[Target], RunResult], asked: RunArguments) -> int:
     """Run all targets, also after one that fails."""
     results: dict[str, RunResult | str] = {}
-    for device in asked.devices:
+    for number, device in enumerate(asked.devices, start=1):
         say("")
-        say(device.name, flush=True)
+        say(f"{device.name} ({number} of {len(asked.devices)})", flush=True)
         try:
             results[device.name] = compress_for(device)
         except DeploypipeError as error:

@@ -1,6 +1,19 @@
 """The records that stages exchange. Data only: no torch, and no behaviour except arithmetic on their own fields."""
 
-from deploypipe.records.events import Cached, Event, Finished, Note, Notify, Progress, Started, Warned, silent
+from deploypipe.records.events import (
+    Cached,
+    Event,
+    Finished,
+    Note,
+    Notify,
+    Planned,
+    Progress,
+    Started,
+    Warned,
+    as_part_of,
+    reported,
+    silent,
+)
 from deploypipe.records.interval import Interval
 from deploypipe.records.measurement import (
     BaselineComparison,
@@ -113,6 +126,7 @@ __all__ = [
     "Observation",
     "Origin",
     "Parity",
+    "Planned",
     "PrecisionChoice",
     "PrecisionRow",
     "Progress",
@@ -138,5 +152,7 @@ __all__ = [
     "Verdict",
     "Waiver",
     "Warned",
+    "as_part_of",
+    "reported",
     "silent",
 ]

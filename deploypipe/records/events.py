@@ -1,8 +1,16 @@
 """What a run reports while it is at work, for whoever shows it."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import TypeAlias
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Planned:
+    """The stages that this run still expects, in order. A later plan replaces an earlier one."""
+
+    stages: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,9 +60,22 @@ class Warned:
     text: str
 
 
-Event: TypeAlias = Started | Progress | Finished | Cached | Note | Warned
+Event: TypeAlias = Planned | Started | Progress | Finished | Cached | Note | Warned
 Notify: TypeAlias = Callable[[Event], None]
 
 
 def silent(event: Event) -> None:
     """The default listener: shows nothing."""
+
+
+@contextmanager
+def reported(notify: Notify, stage: str) -> Iterator[None]:
+    """Report that `stage` starts with the block and is finished with it; an error leaves it unfinished."""
+    notify(Started(stage=stage))
+    yield
+    notify(Finished(stage=stage))
+
+
+def as_part_of(stage: str, notify: Notify) -> Notify:
+    """A listener for work inside `stage`, whose events count as those of the stage."""
+    return lambda event: notify(event if isinstance(event, Planned) else replace(event, stage=stage))

@@ -1,5 +1,5 @@
 """Every stage of a run, in the order of the run: its name in the run folder, its title on the terminal and in the
-report."""
+report. Before them come the steps that prepare a run, which are never stored."""
 
 from dataclasses import dataclass
 
@@ -8,8 +8,17 @@ from dataclasses import dataclass
 class Stage:
     name: str
     title: str
+    doing: str = ""  # shown while it is at work, if that says more than the title
 
 
+PREPARATION = (
+    Stage(name="libraries", title="libraries", doing="loading PyTorch"),
+    Stage(name="load_pipeline", title="pipeline", doing="reading the pipeline"),
+    Stage(name="build_model", title="network", doing="building the network"),
+    Stage(name="load_data", title="data", doing="reading data"),
+    Stage(name="check", title="check", doing="checking network and data"),
+    Stage(name="fingerprints", title="fingerprints", doing="hashing network and data"),
+)
 STAGES = (
     Stage(name="structures", title="structures"),
     Stage(name="dense_export", title="dense export"),
@@ -32,9 +41,14 @@ STAGES = (
     Stage(name="gate", title="gate"),
     Stage(name="golden", title="golden samples"),
 )
-_TITLES = {stage.name: stage.title for stage in STAGES}
+_KNOWN = {stage.name: stage for stage in (*PREPARATION, *STAGES)}
 
 
 def title_of(name: str) -> str:
     """The title of a stage; what is no stage of a run (a part of `bench`) is shown by its name."""
-    return _TITLES.get(name, name)
+    return _KNOWN[name].title if name in _KNOWN else name
+
+
+def doing_of(name: str) -> str:
+    """What is shown while the stage is at work."""
+    return (_KNOWN[name].doing if name in _KNOWN else "") or title_of(name)

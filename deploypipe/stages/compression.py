@@ -17,7 +17,7 @@ from deploypipe.pruning.repair.least_squares_repair import repair
 from deploypipe.pruning.surgery.apply_plan import apply_plan, describe
 from deploypipe.pruning.surgery.saved_network import own_weights, save_pruned
 from deploypipe.recipe import Finetune
-from deploypipe.records import ModelFile, Notify, PruneOutcome, PruningPlan, RepairReport, TrainLog
+from deploypipe.records import ModelFile, Notify, PruneOutcome, PruningPlan, RepairReport, TrainLog, as_part_of
 from deploypipe.runs.store import StageResult
 from deploypipe.stages.context import RunContext
 from deploypipe.task import num_samples
@@ -33,9 +33,7 @@ def prune(ctx: RunContext, plan: PruningPlan) -> StageResult[PruneOutcome]:
     def compute(work: Path) -> PruneOutcome:
         pruned = apply_plan(ctx.model, plan)
         report = describe(ctx.model, pruned, plan, ctx.inputs)
-        repaired, repairs = repair_network(
-            ctx, plan, pruned, lambda event: ctx.run.notify(replace(event, stage="prune"))
-        )
+        repaired, repairs = repair_network(ctx, plan, pruned, as_part_of("prune", ctx.run.notify))
         save_file(own_weights(repaired), work / _WEIGHTS)
         return PruneOutcome(prune=report, repair=repairs)
 

@@ -17,7 +17,7 @@ from deploypipe.installed_packages import find_package, package_versions
 from deploypipe.networks.fingerprints import model_fingerprint
 from deploypipe.networks.model_copies import copied
 from deploypipe.recipe import Recipe
-from deploypipe.records import Note, Origin, Warned
+from deploypipe.records import Note, Origin, Warned, reported
 from deploypipe.runs.store import RunFolder
 from deploypipe.runtimes.ability_for_target import Ability, can
 from deploypipe.runtimes.this_machine import this_machine
@@ -100,13 +100,14 @@ def prepare_run(
         run.notify(Warned(stage="check", text=f"{told}: {ability.reason}"))
     calib = take_calib(splits.calib, max(recipe.observe.num_samples, recipe.repair.num_samples))
     inputs, extremes = take(calib[0][0], 2), Extremes()
-    origin: dict[str, Any] = {
-        "model": model_fingerprint(model),
-        "data": _hash_data(splits, run, extremes),
-        "source": source,
-        "packages": package_versions(*PACKAGES),
-        "seed": recipe.seed,
-    }
+    with reported(run.notify, "fingerprints"):
+        origin: dict[str, Any] = {
+            "model": model_fingerprint(model),
+            "data": _hash_data(splits, run, extremes),
+            "source": source,
+            "packages": package_versions(*PACKAGES),
+            "seed": recipe.seed,
+        }
     return RunContext(
         model=dense,
         splits=splits,

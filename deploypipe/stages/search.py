@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from deploypipe.budgets import BUDGETS, LATENCY_P50, PEAK_MEMORY
+from deploypipe.budgets import LATENCY_P50, PEAK_MEMORY
 from deploypipe.files.hashing import digest
 from deploypipe.memory_order import find_order
 from deploypipe.pruning.surgery.apply_plan import apply_plan
@@ -28,6 +28,7 @@ from deploypipe.records import (
     TimedNetworks,
     TrainLog,
     Trial,
+    as_part_of,
     silent,
 )
 from deploypipe.runs.store import StageResult
@@ -62,6 +63,7 @@ from deploypipe.search.evaluation.winner import confirm_finalists, with_finalist
 from deploypipe.search.search_inputs import SearchGoal, SearchInputs
 from deploypipe.stages import compression, profile
 from deploypipe.stages.context import RunContext
+from deploypipe.stages.expected_stages import is_timed
 from deploypipe.target import Limit
 
 
@@ -106,9 +108,7 @@ def timed_networks(ctx: RunContext, goal: SearchGoal) -> StageResult[TimedNetwor
     None where nothing asks for latency, or it cannot be measured here. Which units go does not change the time of a
     network, so the plans need no scores of the observed network.
     """
-    is_bounded = any(BUDGETS[name].predictor == "latency_model" for name in goal.limits)
-    is_asked_for = is_bounded or "latency" in ctx.recipe.search.objectives
-    if ctx.ability.verdict != "run" or not is_asked_for:
+    if not is_timed(ctx, goal.limits):
         return None
     levels = allowed_widths(goal.structures, _choices(ctx, goal.structures))
     magnitudes = score_magnitudes(ctx.model, goal.structures)
@@ -238,6 +238,7 @@ def _tune_finalist(ctx: RunContext, found: SearchResult, number: int) -> float:
     """The accuracy on val that a short training brings a trial to."""
     plan = found.trials[number].plan
     short = replace(ctx.recipe.finetune, num_epochs=ctx.recipe.search.finalist_epochs)
+    finalist = as_part_of("finalist", ctx.run.notify)
     told = f"trial {number}, {found.finalists.index(number) + 1} of {len(found.finalists)}"
 
     def compute(work: Path) -> TrainLog:
@@ -246,10 +247,7 @@ def _tune_finalist(ctx: RunContext, found: SearchResult, number: int) -> float:
         checkpoint.mkdir(exist_ok=True)
 
         def notify(event: Event) -> None:
-            if isinstance(event, Progress):
-                ctx.run.notify(replace(event, stage="finalist", message=told))
-            else:
-                ctx.run.notify(replace(event, stage="finalist"))
+            finalist(replace(event, message=told) if isinstance(event, Progress) else event)
 
         _, log = compression.tune(ctx, plan, repaired, short, checkpoint, notify)
         shutil.rmtree(checkpoint)
