@@ -320,7 +320,10 @@ def test_targets_lists_own_and_shipped_ones(home: Path) -> None:
 
 
 def test_every_command_explains_itself() -> None:
-    assert "Exit codes" in invoke("--help").output
+    said = invoke("--help").output
+    groups = ("Compress", "Look and measure", "Release", "Large and distributed", "Help a developer")
+    places = [said.index(f"─ {group} ─") for group in groups]
+    assert "Exit codes" in said and places == sorted(places) and "─ Commands ─" not in said
     for command in ("run", "gate", "report", "doctor", "init"):
         assert "Example" in invoke(command, "--help").output
     for command in ("show", "diff"):

@@ -12,6 +12,10 @@ import typer
 from deploypipe.installed_packages import find_package
 from deploypipe.provider_options import ALLOWED_BY, OPTION
 
+# The groups of commands in `deploypipe --help`.
+COMPRESS, LOOK, RELEASE = "Compress", "Look and measure", "Release"
+LARGE, DEVELOPER = "Large and distributed", "Help a developer"
+
 app = typer.Typer(
     name="deploypipe",
     epilog="Exit codes: 0 SHIP, 1 HOLD, 2 error, 130 interrupted. Begin with: deploypipe run digits x86_cpu",
@@ -21,7 +25,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 plans = typer.Typer(help="Show a pruning plan, or compare two.", no_args_is_help=True)
-app.add_typer(plans, name="plan")
+app.add_typer(plans, name="plan", rich_help_panel=LOOK)
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")]
 PLAN_HELP = "A plan.json, or the folder of a finished run."
 PipelineArgument = Annotated[

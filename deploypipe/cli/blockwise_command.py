@@ -5,13 +5,15 @@ from typing import Annotated
 
 import typer
 
-from deploypipe.cli.app import PipelineArgument, SetOption, app
+from deploypipe.cli.app import LARGE, PipelineArgument, SetOption, app
 from deploypipe.cli.exit_codes import exit_codes, say
 
 _STAGE = "blocks"
 
 
-@app.command(epilog="Example: deploypipe blockwise my_llama model.safetensors.index.json --kept 0.75")
+@app.command(
+    rich_help_panel=LARGE, epilog="Example: deploypipe blockwise my_llama model.safetensors.index.json --kept 0.75"
+)
 def blockwise(
     pipeline: PipelineArgument,
     weights: Annotated[

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from deploypipe.cli.app import AllowOption, MemoryLimit, RunArgument, TimeLimit, app
+from deploypipe.cli.app import RELEASE, AllowOption, MemoryLimit, RunArgument, TimeLimit, app
 from deploypipe.cli.exit_codes import EXIT_DIFFERENT, EXIT_HOLD, exit_codes, say
 from deploypipe.errors import ConfigError, DeploypipeError, NoVersionError
 
@@ -21,7 +21,10 @@ _PUBLIC_KEY = "PEM file of the public key that must have signed the bundle."
 _REGISTRY = "Folder of bundles and aliases, s3://... (or another store), or `models:` for the MLflow server in use."
 
 
-@app.command(epilog="Example: deploypipe gate runs/digits-x86_cpu --baseline registry/digits-x86_cpu@production")
+@app.command(
+    rich_help_panel=RELEASE,
+    epilog="Example: deploypipe gate runs/digits-x86_cpu --baseline registry/digits-x86_cpu@production",
+)
 def gate(
     run: RunArgument,
     baseline: Annotated[
@@ -107,7 +110,9 @@ def _find_baseline(
     return found
 
 
-@app.command(epilog="Example: deploypipe release runs/digits-x86_cpu --out bundles --key private.pem")
+@app.command(
+    rich_help_panel=RELEASE, epilog="Example: deploypipe release runs/digits-x86_cpu --out bundles --key private.pem"
+)
 def release(
     run: RunArgument,
     out: Annotated[
@@ -154,7 +159,9 @@ def release(
     raise typer.Exit(EXIT_HOLD)
 
 
-@app.command(epilog="Example: deploypipe promote bundles/digits-x86_cpu-0123456789ab --alias production")
+@app.command(
+    rich_help_panel=RELEASE, epilog="Example: deploypipe promote bundles/digits-x86_cpu-0123456789ab --alias production"
+)
 def promote(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder that `deploypipe release` wrote.")],
     registry: Annotated[str, typer.Option(help=_REGISTRY)] = "registry",
@@ -180,7 +187,10 @@ class Layout(StrEnum):
     oci = "oci"
 
 
-@app.command(epilog="Example: deploypipe layout bundles/digits-x86_cpu-0123456789ab --as triton --out model_repository")
+@app.command(
+    rich_help_panel=RELEASE,
+    epilog="Example: deploypipe layout bundles/digits-x86_cpu-0123456789ab --as triton --out model_repository",
+)
 def layout(
     bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="A bundle's folder, or REGISTRY/NAME@ALIAS.")],
     form: Annotated[
@@ -206,7 +216,10 @@ def layout(
         say((write_triton if form is Layout.triton else write_oci)(folder, out))
 
 
-@app.command(epilog="Exit codes: 0 the same, 1 different, 2 unusable. Example: deploypipe verify runs/digits-x86_cpu")
+@app.command(
+    rich_help_panel=RELEASE,
+    epilog="Exit codes: 0 the same, 1 different, 2 unusable. Example: deploypipe verify runs/digits-x86_cpu",
+)
 def verify(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="A bundle, REGISTRY/NAME@ALIAS, or a finished run.")],
     key: Annotated[Path | None, typer.Option(help=_PUBLIC_KEY)] = None,

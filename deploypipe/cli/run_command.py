@@ -5,11 +5,14 @@ from typing import Annotated
 
 import typer
 
-from deploypipe.cli.app import AllowOption, PipelineArgument, SetOption, StorageOption, app
+from deploypipe.cli.app import COMPRESS, AllowOption, PipelineArgument, SetOption, StorageOption, app
 from deploypipe.cli.exit_codes import exit_codes
 
 
-@app.command(epilog="Example: deploypipe run digits x86_cpu --set search.num_trials=4 --set target.num_threads=2")
+@app.command(
+    rich_help_panel=COMPRESS,
+    epilog="Example: deploypipe run digits x86_cpu --set search.num_trials=4 --set target.num_threads=2",
+)
 def run(
     pipeline: PipelineArgument,
     target: Annotated[

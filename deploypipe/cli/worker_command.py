@@ -4,12 +4,15 @@ from typing import Annotated
 
 import typer
 
-from deploypipe.cli.app import AllowOption, StorageOption, app
+from deploypipe.cli.app import LARGE, AllowOption, StorageOption, app
 from deploypipe.cli.exit_codes import exit_codes
 from deploypipe.errors import ConfigError
 
 
-@app.command(epilog="Example: deploypipe worker --storage postgresql://me@db/searches --run digits-x86_cpu")
+@app.command(
+    rich_help_panel=LARGE,
+    epilog="Example: deploypipe worker --storage postgresql://me@db/searches --run digits-x86_cpu",
+)
 def worker(
     run: Annotated[
         str, typer.Option(metavar="NAME", help="Name of the search: the name of its run folder, or the run's --name.")
