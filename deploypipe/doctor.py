@@ -19,6 +19,8 @@ from deploypipe.training.training_precision import native_precision
 
 _SPEED_FEATURES = ("avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "neon", "i8mm")
 
+_MAIN_PACKAGES = ("python", "torch", "onnxruntime")
+
 # extra -> the modules that must all be there, by alternative names, and what it is for
 _EXTRAS: dict[str, tuple[tuple[tuple[str, ...], ...], str]] = {
     "report": ((("plotly",), ("jinja2",)), "the HTML report"),
@@ -41,6 +43,11 @@ class Finding:
     status: Literal["ok", "missing", "limited"]
     detail: str
     remedy: str = ""
+    summary: str = ""  # in a few words, where the detail is long
+
+    @property
+    def brief(self) -> str:
+        return self.summary or self.detail
 
 
 def examine(target: Target | None) -> tuple[Finding, ...]:
@@ -66,7 +73,8 @@ def examine(target: Target | None) -> tuple[Finding, ...]:
 
 def _packages(environment: Environment) -> Finding:
     listed = ", ".join(f"{name} {version}" for name, version in environment.versions.items())
-    return Finding(name="packages", status="ok", detail=listed)
+    brief = ", ".join(f"{name} {environment.versions[name]}" for name in _MAIN_PACKAGES if name in environment.versions)
+    return Finding(name="packages", status="ok", detail=listed, summary=brief)
 
 
 def _onnxruntime() -> Finding:
@@ -79,6 +87,7 @@ def _onnxruntime() -> Finding:
         name=ONNXRUNTIME,
         status="limited",
         detail=f"{detail}; {' and '.join(found)} are installed and overwrite each other's files",
+        summary=f"{len(found)} packages overwrite each other's files",
         remedy=f"pip uninstall {' '.join(found)}, then install one of them",
     )
 
@@ -91,14 +100,16 @@ def _providers() -> Finding:
 
 def _processor(environment: Environment) -> Finding:
     features = ", ".join(environment.cpu_features)
-    detail = f"{environment.cpu}, {environment.num_cpus} usable, {environment.memory_gib:.1f} GiB: {features or '?'}"
+    brief = f"{environment.cpu}, {environment.num_cpus} usable, {environment.memory_gib:.1f} GiB"
+    detail = f"{brief}: {features or '?'}"
     if any(feature in environment.cpu_features for feature in _SPEED_FEATURES):
-        return Finding(name="processor", status="ok", detail=detail)
+        return Finding(name="processor", status="ok", detail=detail, summary=brief)
     return Finding(
         name="processor",
         status="limited",
         detail=f"{detail}; none of {', '.join(_SPEED_FEATURES)} was detected",
-        remedy="measure on the device that will run the model; its latencies will differ from those seen here",
+        summary=brief,
+        remedy="it lacks fast INT8 and BF16; measure on the device that will run the model, which will differ",
     )
 
 
@@ -107,7 +118,7 @@ def _int8_sums() -> Finding:
     if not saturates_here():
         return Finding(name="int8 sums", status="ok", detail="exact: 8-bit products are added in 32 bits")
     detail = "saturate at 16 bits (no VNNI): INT8 files get 7-bit weights here, which give the same results everywhere"
-    return Finding(name="int8 sums", status="ok", detail=detail)
+    return Finding(name="int8 sums", status="ok", detail=detail, summary="16 bits, so weights have 7: equally good")
 
 
 def _clock(environment: Environment) -> Finding:
@@ -118,6 +129,7 @@ def _clock(environment: Environment) -> Finding:
         name="clock governor",
         status="limited",
         detail=f"{environment.governor}: the clock varies with the load, and timings with the clock",
+        summary=f"{environment.governor}: timings will vary",
         remedy="sudo cpupower frequency-set -g performance",
     )
 
@@ -133,19 +145,22 @@ def _gpu(environment: Environment) -> Finding:
     machine = this_machine()
     seen = ", ".join(f"{gpu.name} (compute capability {gpu.compute_capability})" for gpu in machine.gpus)
     if environment.gpu:
-        return Finding(name="gpu", status="ok", detail=f"{seen or environment.gpu}, driver {machine.driver}")
+        detail = f"{seen or environment.gpu}, driver {machine.driver}"
+        return Finding(name="gpu", status="ok", detail=detail, summary=environment.gpu)
     kind = "built for the CPU" if torch.version.cuda is None else "built for CUDA, but no GPU is usable"
     return Finding(
         name="gpu",
         status="limited",
         detail=f"{seen or 'none'}; torch {torch.__version__} is {kind}: fine-tuning runs on the processor",
+        summary="none that torch can use",
         remedy="for faster fine-tuning, use a machine with a GPU and a CUDA build of torch",
     )
 
 
 def _training() -> Finding:
     precision, reason = native_precision()
-    return Finding(name="training", status="ok", detail=f"finetune.precision=auto is {precision}: {reason}")
+    brief = f"finetune.precision=auto is {precision}"
+    return Finding(name="training", status="ok", detail=f"{brief}: {reason}", summary=brief)
 
 
 def _extra(extra: str) -> Finding:
@@ -157,6 +172,7 @@ def _extra(extra: str) -> Finding:
         name=f"extra {extra}",
         status="missing",
         detail=f"{purpose}: {', '.join(absent)} not installed",
+        summary=purpose,
         remedy=f"pip install 'deploypipe[{extra}]'",
     )
 
@@ -165,14 +181,14 @@ def _target_runtime(target: Target) -> Finding:
     name = f"target {target.name or target.runtime}"
     ability = can(target)
     if ability.verdict == "run":
-        return Finding(
-            name=name, status="ok", detail=f"this machine runs {target.runtime}; figures hold for machines like it"
-        )
+        detail = f"this machine runs {target.runtime}; figures hold for machines like it"
+        return Finding(name=name, status="ok", detail=detail, summary=f"this machine runs {target.runtime}")
     files = "an ONNX file" if ability.verdict == "export only" else "an ONNX file and an engine"
     return Finding(
         name=name,
         status="missing",
         detail=f"this machine can make {files} for it, but cannot run or measure it: {ability.reason}",
+        summary=f"{ability.verdict}: cannot be measured here",
         remedy=ability.reason.rpartition("; ")[2]
         if ability.is_the_device
         else f"on the device itself: deploypipe doctor {target.name or 'TARGET'}",
@@ -188,5 +204,6 @@ def _target_threads(target: Target, environment: Environment) -> Finding:
         name="target threads",
         status="limited",
         detail=f"{detail}: threads would wait for each other",
+        summary=detail,
         remedy=f"set num_threads = {available} or less, or measure on a larger machine",
     )

@@ -52,3 +52,10 @@ def test_a_target_that_lacks_a_package_only(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_providers_of_onnxruntime() -> None:
     assert "cpu" in by_name(examine(None))["providers"].detail
+
+
+def test_what_is_shown_of_a_finding_fits_80_columns() -> None:
+    """The names, statuses and findings of a table without borders, on a machine with a name of usual length."""
+    findings = [f for f in examine(Target(runtime="tensorrt", name="jetson_orin_nano")) if f.name != "providers"]
+    for finding in findings:
+        assert len(finding.brief) <= (80 if finding.name == "processor" else 48), finding

@@ -8,22 +8,31 @@ import typer
 from deploypipe.cli.app import LOOK, AllowOption, MemoryLimit, TimeLimit, app
 from deploypipe.cli.exit_codes import EXIT_ERROR, exit_codes
 
+VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Show all columns, however wide.")]
+
 
 @app.command(rich_help_panel=LOOK, epilog="Example: deploypipe doctor x86_cpu")
 def doctor(
     target: Annotated[
         str | None, typer.Argument(metavar="[TARGET]", help="Also check the needs of this target.")
     ] = None,
+    verbose: VerboseOption = False,
 ) -> None:
     """Show what this machine can do, what is missing, and how to install it. Exit 2 if it cannot run TARGET."""
     with exit_codes():
-        from deploypipe.cli.terminal import show_table
+        from deploypipe.cli.terminal import show_paragraph, show_table
         from deploypipe.doctor import examine
         from deploypipe.target_files import load_target
 
         findings = examine(load_target(target) if target else None)
-        rows = [(f.name, f.status, f.detail, f.remedy) for f in findings]
-        show_table("This machine", ("what", "status", "found", "remedy"), rows)
+        if verbose:
+            rows = [(f.name, f.status, f.detail, f.remedy) for f in findings]
+            show_table("This machine", ("what", "status", "found", "remedy"), rows)
+        else:
+            show_table("This machine", ("what", "status", "found"), [(f.name, f.status, f.brief) for f in findings])
+            for finding in findings:
+                if finding.remedy:
+                    show_paragraph(f"{finding.name}: {finding.remedy}")
         can_run = not any(f.name.startswith("target ") and f.status == "missing" for f in findings)
     if not can_run:
         raise typer.Exit(EXIT_ERROR)
@@ -102,7 +111,7 @@ def bench(
 
 
 @app.command(rich_help_panel=LOOK)
-def targets() -> None:
+def targets(verbose: VerboseOption = False) -> None:
     """List the targets that have a name (those in targets/), and what this machine can do for each.
 
     run: exports and measures here. build only: builds an engine here, measures nothing. export only: an ONNX file.
@@ -118,6 +127,7 @@ def targets() -> None:
             limits = [f"{key} {getattr(device.budget, key)}" for key in device.budget.limits()]
             bounds = ", ".join([*limits, f"accuracy_drop_pp {device.budget.accuracy_drop_pp:g}"])
             ability = can(device)
-            rows.append((name, ability.verdict, ability.reason, device.runtime, device.description, bounds, str(path)))
-        header = ("name", "this machine", "why", "runtime", "description", "budget", "file")
-        show_table("Targets", header, rows)
+            rows.append((name, ability.verdict, device.description, ability.reason, device.runtime, bounds, str(path)))
+        header = ("name", "this machine", "description", "why", "runtime", "budget", "file")
+        num_shown = len(header) if verbose else 3
+        show_table("Targets", header[:num_shown], [row[:num_shown] for row in rows])

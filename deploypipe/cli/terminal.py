@@ -5,8 +5,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from deploypipe.benchmark.bench_results import BenchResult
     from deploypipe.training.ranks import Ranks
 
+MAX_PAGE_WIDTH = 100  # columns
 COLOURS = {"PASS": "green", "FAIL": "red", "UNKNOWN": "yellow", "ok": "green", "missing": "red", "limited": "yellow"}
 
 
@@ -112,6 +115,13 @@ def show_decision(decision: GateDecision) -> None:
     Console(soft_wrap=True).print(shown, highlight=False)
 
 
+def show_paragraph(text: str) -> None:
+    """Lines that fit the terminal, or a page; all but the first are indented."""
+    width = min(Console().width, MAX_PAGE_WIDTH) if sys.stdout.isatty() else MAX_PAGE_WIDTH
+    for line in wrap(printable(text), width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False):
+        say(line)
+
+
 def show_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     console = Console()
     header, rows = [*map(printable, header)], [[*map(printable, row)] for row in rows]
@@ -124,7 +134,7 @@ def show_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]])
             say("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
         say("")
         return
-    table = Table(title=Text(printable(title)), title_justify="left")
+    table = Table(title=Text(printable(title)), title_justify="left", box=box.SIMPLE, pad_edge=False)
     for name in header:
         table.add_column(Text(name), overflow="fold")
     for row in rows:
