@@ -234,10 +234,14 @@ class Finetune:
     """Fine-tuning of the repaired network, with the dense network as its teacher."""
 
     num_epochs: int = 5
-    learning_rate: float = 0.006  # peak; low, because a large step destroys the repair (pipelines/LOG.md)
-    warmup_share: float = 0.1
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
+    # auto: AdamW for transformers, SGD for all other networks. `Task(optimizer=..., schedule=...)` replaces optimizer,
+    # learning rate, momentum, weight decay and schedule.
+    optimizer: Literal["auto", "sgd", "adamw"] = "auto"
+    learning_rate: float | None = None  # peak; None: 0.006 for SGD, 0.0001 for AdamW. A large step destroys the repair
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"  # to zero, or constant, after the warm-up
+    warmup_share: float = 0.1  # of all steps
+    momentum: float = 0.9  # of SGD
+    weight_decay: float | None = None  # None: 0.0005 for SGD; 0.01 for AdamW, which leaves out norms and biases
     distil_weight: float = 0.7  # of the distillation loss; the task's loss has the rest
     distil_temperature: float = 4.0  # of a classifier's outputs
     mix_share: float = 0.5  # mixup: at most this share of another sample is mixed into each; 0: off. Not for token ids
@@ -263,6 +267,8 @@ class Finetune:
             accumulate=whole(1, 1_000_000),
         )
         require_one_of("precision", self.precision, ("auto", "bf16", "fp32"))
+        require_one_of("optimizer", self.optimizer, ("auto", "sgd", "adamw"))
+        require_one_of("schedule", self.schedule, ("cosine", "linear", "constant"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,6 +10,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from deploypipe.errors import DataError
 from deploypipe.files.exhausted_resources import raise_if_exhausted
@@ -20,6 +22,9 @@ from deploypipe.networks.batch_trees import Leaf, leaves, map_leaves, same_value
 Batch: TypeAlias = tuple[Any, Any]
 Slices: TypeAlias = Callable[[Any, Any], dict[str, Tensor]]
 DistillationLoss: TypeAlias = Callable[[Any, Any, float], Tensor]  # (outputs, expected, temperature) -> scalar
+MakeOptimizer: TypeAlias = Callable[[nn.Module], Optimizer]
+MakeSchedule: TypeAlias = Callable[[Optimizer, int], LRScheduler]  # (optimizer, number of steps in all)
+TrainingStep: TypeAlias = Callable[[nn.Module, Batch, Any], Tensor]  # (model, batch, the dense outputs or None) -> loss
 RealTokens: TypeAlias = Callable[[Any], Tensor]  # inputs -> (n, tokens) bool
 
 
@@ -52,6 +57,12 @@ class Task:
     distillation_loss(outputs, the dense network's outputs, temperature) -> scalar: how far the outputs are apart, in
     the unit of `loss`. Fine-tuning and loss curves use it. The default is chosen from a batch: KL divergence for
     integer targets, relative squared error for all others (`deploypipe.distillation_loss`).
+
+    optimizer(model) -> torch optimizer, schedule(optimizer, number of steps) -> LRScheduler, stepped after each batch:
+    replace those of `recipe().finetune`. training_step(model, batch, teacher_outputs) -> scalar: replaces the loss of
+    fine-tuning, for a task that needs more than `loss(outputs, target)`. It calls `model` once, with the inputs of the
+    batch, and returns the mean over its samples. teacher_outputs: the dense network's for these inputs; None if
+    `finetune.distil_weight` is 0. Such samples are not mixed.
     """
 
     loss: Callable[[Any, Any], Tensor]
@@ -61,6 +72,9 @@ class Task:
     class_names: tuple[str, ...] = ()  # in the order of a classifier's outputs; they go into the exported file
     slices: Slices | None = None
     distillation_loss: DistillationLoss | None = None
+    optimizer: MakeOptimizer | None = None
+    schedule: MakeSchedule | None = None
+    training_step: TrainingStep | None = None
 
 
 def require_logits(outputs: Any) -> None:

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 
 def metric_problem(value: Any) -> str:
@@ -33,6 +35,20 @@ def distillation_loss_problem(value: Any) -> str:
 def real_tokens_problem(value: Any) -> str:
     if not isinstance(value, Tensor):
         return f"{kind_of(value)}; return a tensor of shape (samples, tokens), False for padding"
+    return ""
+
+
+def optimizer_problem(value: Any) -> str:
+    if not isinstance(value, Optimizer):
+        return f"{kind_of(value)}; return an optimizer, such as torch.optim.AdamW(model.parameters(), lr=1e-4)"
+    if not all("lr" in group for group in value.param_groups):
+        return f"a {type(value).__name__} without a learning rate ('lr') in its groups; return one that has it"
+    return ""
+
+
+def schedule_problem(value: Any) -> str:
+    if not isinstance(value, LRScheduler):
+        return f"{kind_of(value)}; return a schedule of torch.optim.lr_scheduler, such as OneCycleLR(optimizer, ...)"
     return ""
 
 

@@ -25,12 +25,24 @@ from deploypipe.task_result_checks import (
     distillation_loss_problem,
     kind_of,
     metric_problem,
+    optimizer_problem,
     real_tokens_problem,
+    schedule_problem,
     slices_problem,
 )
 
 SPLITS = ("calib", "train", "val", "test")
 _ORDERED = ("calib", "val", "test")
+_TASK_FUNCTIONS = (
+    "loss",
+    "metric",
+    "slices",
+    "distillation_loss",
+    "real_tokens",
+    "optimizer",
+    "schedule",
+    "training_step",
+)
 _PACKAGE = Path(__file__).parent
 _LIBRARIES = tuple(str(Path(sysconfig.get_path(name)).resolve()) for name in ("stdlib", "purelib", "platlib"))
 _WORKER_FRAME = re.compile(r'File "(?P<filename>[^"]+)", line (?P<lineno>\d+), in (?P<name>\S+)')
@@ -89,7 +101,7 @@ def wrap_task(task: Task) -> Task:
     """The task with its functions wrapped: exceptions name the function, and results are checked."""
     if getattr(task.loss, "is_wrapped", False):
         return task
-    for name in ("loss", "metric", "slices", "distillation_loss", "real_tokens"):
+    for name in _TASK_FUNCTIONS:
         function = getattr(task, name)
         if not callable(function) and (function is not None or name in ("loss", "metric")):
             raise PipelineError(f"task().{name} must be a function, got {kind_of(function)}; give a function")
@@ -101,6 +113,10 @@ def wrap_task(task: Task) -> Task:
         distillation_loss=task.distillation_loss
         and _wrap_function(task.distillation_loss, "distillation_loss", distillation_loss_problem),
         real_tokens=task.real_tokens and _wrap_function(task.real_tokens, "real_tokens", real_tokens_problem),
+        optimizer=task.optimizer and _wrap_function(task.optimizer, "optimizer", optimizer_problem),
+        schedule=task.schedule and _wrap_function(task.schedule, "schedule", schedule_problem),
+        training_step=task.training_step
+        and _wrap_function(task.training_step, "training_step", distillation_loss_problem),
     )
 
 

@@ -18,6 +18,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import OneCycleLR
 
 from deploypipe.errors import DeploypipeError
 from deploypipe.files.hashing import digest
@@ -107,6 +109,20 @@ def log_likelihood(outputs: Tensor, target: tuple[Tensor, Tensor]) -> Tensor:
     return -F.cross_entropy(outputs, target[0], reduction="none")
 
 
+def own_step(model: nn.Module, batch: Batch, teacher_outputs: Any) -> Tensor:
+    inputs, target = batch
+    outputs = model(inputs)
+    return F.cross_entropy(outputs, target) + 0.1 * F.mse_loss(outputs, teacher_outputs)
+
+
+def own_optimizer(model: nn.Module) -> Optimizer:
+    return AdamW(model.parameters(), lr=0.05, eps=1e-2)  # a small eps would magnify the order of a sum
+
+
+def own_schedule(optimizer: Optimizer, num_steps: int) -> OneCycleLR:
+    return OneCycleLR(optimizer, 0.05, num_steps)
+
+
 EVEN, UNEVEN = [16] * 4, [15, 15, 8, 3, 1]  # the last two: fewer samples than parts, and than ranks
 PACKED = replace(classification(), loss=two_losses, metric=log_likelihood)
 
@@ -124,6 +140,10 @@ CASES = {
     "even": Case(),
     "uneven": Case(train=Shuffled(UNEVEN)),
     "parts": Case(train=Shuffled(UNEVEN), settings=replace(SETTINGS, accumulate=3)),
+    "own training": Case(
+        train=Shuffled(UNEVEN),
+        task=replace(classification(), optimizer=own_optimizer, schedule=own_schedule, training_step=own_step),
+    ),
     "packed": Case(train=Packed(UNEVEN), val=[({"image": x}, (y, y)) for x, y in batches([16, 5, 5], 1)], task=PACKED),
 }
 

@@ -9,7 +9,14 @@ from deploypipe.export.onnx_export.export_onnx import require_fp32
 from deploypipe.networks.model_wrappers import unwrapped
 from deploypipe.preflight.findings import CheckReport, Findings, Tried
 from deploypipe.preflight.split_checks import Survey, differs_from_calib, remarks, survey, too_few_samples
-from deploypipe.preflight.trial_passes import run_network, try_export, try_extremes, try_inference, try_training
+from deploypipe.preflight.trial_passes import (
+    NUM_TRAINED,
+    run_network,
+    try_export,
+    try_extremes,
+    try_inference,
+    try_training,
+)
 from deploypipe.provider_options import require_harmless_options
 from deploypipe.pruning.tracing.structures import require_trainable
 from deploypipe.recipe import Recipe
@@ -17,6 +24,7 @@ from deploypipe.runtimes.ability_for_target import can
 from deploypipe.scoring import needs_derivatives
 from deploypipe.target import Target
 from deploypipe.task import Splits, Task, take_batch
+from deploypipe.training.trial_step import has_own_training, try_own_training
 from deploypipe.user_code_errors import CheckedSplit, wrap_forward_errors, wrap_splits, wrap_task
 
 __all__ = ["CheckReport", "Tried", "check", "check_inputs"]
@@ -79,6 +87,9 @@ def _examine(
         if is_fine and (name == "train" or (name == "calib" and needs_derivatives(recipe.score))):
             try_training(findings, model, task, name, found)
             is_fine = findings.went_well(f"{name}: loss and backward")
+        if is_fine and name == "train" and has_own_training(task):
+            with findings.trying("train: the task's own training functions"):
+                try_own_training(model, task, recipe.finetune, take_batch(found.first, NUM_TRAINED))
         if is_fine:
             try_extremes(findings, model, task, name, found, seconds)
         if is_fine and name in ("val", "test") and "calib" in surveys:

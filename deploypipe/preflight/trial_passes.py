@@ -37,9 +37,9 @@ from deploypipe.task import (
     require_logits,
     take_batch,
 )
-from deploypipe.training.finetune import least_samples
+from deploypipe.training.epochs import least_samples
 
-_NUM_TRAINED = 4  # samples: a batch norm needs more than one
+NUM_TRAINED = 4  # samples: a batch norm needs more than one
 
 
 def try_inference(findings: Findings, model: nn.Module, task: Task, name: str, seen: Survey) -> None:
@@ -166,7 +166,7 @@ def _try_suspect(model: nn.Module, task: Task, name: str, seen: Survey) -> None:
 
 def try_training(findings: Findings, model: nn.Module, task: Task, name: str, seen: Survey) -> None:
     """Try one training step on a copy of the network: forward, loss and backward."""
-    inputs, target = take_batch(seen.first, _NUM_TRAINED)
+    inputs, target = take_batch(seen.first, NUM_TRAINED)
     with findings.trying(f"{name}: loss and backward", described(target, "target")):
         student = copied(model).train()
         with torch.random.fork_rng(devices=[]), torch.enable_grad():

@@ -2,6 +2,7 @@
 
 from deploypipe.records.events import (
     Cached,
+    EpochEnded,
     Event,
     Finished,
     Note,
@@ -100,6 +101,7 @@ __all__ = [
     "EngineKey",
     "EngineLayer",
     "Environment",
+    "EpochEnded",
     "EpochLog",
     "Event",
     "Feasibility",

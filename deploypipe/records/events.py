@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
+from deploypipe.records.training import EpochLog
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Planned:
@@ -60,7 +62,16 @@ class Warned:
     text: str
 
 
-Event: TypeAlias = Planned | Started | Progress | Finished | Cached | Note | Warned
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EpochEnded:
+    """One epoch of a fine-tuning is done; epoch 0 is the state before the first step."""
+
+    stage: str
+    epoch: EpochLog
+    trial: int | None = None  # of a finalist
+
+
+Event: TypeAlias = Planned | Started | Progress | Finished | Cached | Note | Warned | EpochEnded
 Notify: TypeAlias = Callable[[Event], None]
 
 

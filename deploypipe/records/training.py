@@ -43,3 +43,4 @@ class TrainLog:
     reason: str = ""
     precision: str = ""  # of the arithmetic: "bf16" or "fp32"
     notes: tuple[str, ...] = ()  # for readers, such as batches that were left out
+    optimizer: str = ""  # and the schedule: "AdamW, cosine"

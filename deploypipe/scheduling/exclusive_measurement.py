@@ -2,7 +2,7 @@
 
 A run takes part by `shared_machine`. It measures inside `exclusive_measurement`, and pauses for the measurements of
 others where it calls `yield_to_measurements`: when a stage begins (`runs.store`), when a trial begins (`search.study`),
-and before each batch that is trained on (`training.finetune`) or evaluated (`benchmark.accuracy`). No other code knows
+and before each batch that is trained on (`training.epochs`) or evaluated (`benchmark.accuracy`). No other code knows
 of it. The other long stages (observe, score, loss curves) are computed by one run for all, which need them to go on.
 
 The locks are the kernel's: a run that is killed holds none. Nobody waits for a run that is stopped (Ctrl-Z).

@@ -1,6 +1,8 @@
 """From a plan to a trained network and its ONNX file."""
 
+import inspect
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from deploypipe.recipe import Finetune
 from deploypipe.records import ModelFile, Notify, PruneOutcome, PruningPlan, RepairReport, TrainLog, as_part_of
 from deploypipe.runs.store import StageResult
 from deploypipe.stages.context import RunContext
-from deploypipe.task import num_samples
+from deploypipe.task import Task, num_samples
 from deploypipe.training.multi_rank_finetune import finetune_together
 
 _COMPRESSED = "compressed.onnx"
@@ -74,8 +76,22 @@ def finetune(ctx: RunContext, plan: PruningPlan, pruned: StageResult[PruneOutcom
         shutil.rmtree(checkpoints)
         return log
 
-    inputs = {"prune": pruned.key, "finetune": ctx.recipe.finetune}
+    inputs = {"prune": pruned.key, "finetune": ctx.recipe.finetune, **own_training(ctx.task)}
     return ctx.run.remember("finetune", inputs, compute, TrainLog, is_shared=True)
+
+
+def own_training(task: Task) -> dict[str, str]:
+    """The text of the task's own training functions, by name, for keys: where the library is called, a run has no
+    source text. A function without text (of a console, compiled) stands for itself by its name."""
+    functions = {"optimizer": task.optimizer, "schedule": task.schedule, "training_step": task.training_step}
+    return {name: _text_of(function) for name, function in functions.items() if function is not None}
+
+
+def _text_of(function: Callable[..., object]) -> str:
+    try:
+        return inspect.getsource(inspect.unwrap(function))
+    except (OSError, TypeError):
+        return getattr(function, "__qualname__", type(function).__qualname__)
 
 
 def tune(

@@ -25,6 +25,7 @@ from deploypipe.search.distributed.study_storage import Storage
 from deploypipe.target import Target
 from deploypipe.task import Batch, Splits, Task, first_of, forward, take, take_calib
 from deploypipe.tensor_batches import fingerprints
+from deploypipe.training.optimizers import choice_text, with_optimizer
 from deploypipe.training.ranks import ALONE, Ranks
 from deploypipe.training.training_precision import with_precision
 
@@ -108,11 +109,14 @@ def prepare_run(
             "packages": package_versions(*PACKAGES),
             "seed": recipe.seed,
         }
+    finetune = with_optimizer(with_precision(recipe.finetune), dense, task)
+    if finetune.num_epochs and (chosen := choice_text(recipe.finetune, dense, task)):
+        run.notify(Note(stage="check", text=chosen))
     return RunContext(
         model=dense,
         splits=splits,
         task=_with_distillation_loss(task, dense, splits),
-        recipe=replace(recipe, finetune=with_precision(recipe.finetune)),  # so keys hold it
+        recipe=replace(recipe, finetune=finetune),  # so keys hold what "auto" stands for
         target=target,
         run=run,
         storage=storage,

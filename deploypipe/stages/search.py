@@ -254,6 +254,7 @@ def _tune_finalist(ctx: RunContext, found: SearchResult, number: int) -> float:
         return log
 
     inputs = {**ctx.origin, **compression.repair_inputs(ctx), "plan": plan, "finetune": short}
+    inputs |= compression.own_training(ctx.task)
     log = ctx.run.remember("finalist", inputs, compute, TrainLog, is_shared=True).record
     return log.epochs[log.chosen_epoch].val_accuracy
 

@@ -13,6 +13,7 @@ from deploypipe.networks.batch_trees import tensors
 from deploypipe.recipe import Finetune
 from deploypipe.runtimes.named_arrays import name_outputs
 from deploypipe.task import Batch, Task
+from deploypipe.training.optimizers import default_rate
 
 _MAX_NAMED = 5  # samples
 
@@ -44,27 +45,32 @@ def lost(suspects: Suspects, batch: Batch, step: Step, loss: float, norm: float)
     return DataError(f"fine-tuning: {seen} in {place}: {_cause(suspects, batch)}")
 
 
-def diverged(settings: Finetune, epoch: int) -> DataError:
+def diverged(settings: Finetune, task: Task, epoch: int) -> DataError:
     """The error for weights that are no longer finite at the end of an epoch."""
-    return DataError(f"fine-tuning: {_weights_are_lost(settings)} in epoch {epoch}; {_lower_rate(settings)}")
+    return DataError(
+        f"fine-tuning: {_weights_are_lost(settings, task)} in epoch {epoch}; {_lower_rate(settings, task)}"
+    )
 
 
 def _cause(suspects: Suspects, batch: Batch) -> str:
+    lower_rate = _lower_rate(suspects.settings, suspects.task)
     for name, part in (("inputs", batch[0]), ("targets", batch[1])):
         if odd := _odd_samples(part):
             named = ", ".join(map(str, odd[:_MAX_NAMED])) + (", ..." if len(odd) > _MAX_NAMED else "")
             return f"the {name} of sample {named} hold NaN or infinity; correct or remove such samples of `train`"
     if not all(bool(torch.isfinite(parameter).all()) for parameter in suspects.student.parameters()):
-        return f"{_weights_are_lost(suspects.settings)}; {_lower_rate(suspects.settings)}"
+        return f"{_weights_are_lost(suspects.settings, suspects.task)}; {lower_rate}"
     with torch.no_grad():
         if not _is_finite(suspects.run_teacher(batch[0])):
             return "the dense network's own outputs for this batch are not finite; check the samples and its weights"
         outputs = suspects.run_student(batch[0])
         if not _is_finite(outputs):
-            return f"the network's outputs are not finite; {_lower_rate(suspects.settings)}"
+            return f"the network's outputs are not finite; {lower_rate}"
+        if suspects.task.training_step is not None:
+            return "task().training_step is not finite for finite outputs; check it and the targets of this batch"
         if not torch.isfinite(suspects.task.loss(outputs, batch[1])):
             return "task().loss is not finite for finite outputs; check the loss and the targets of this batch"
-    return f"neither the samples nor the weights hold any; {_lower_rate(suspects.settings)}"
+    return f"neither the samples nor the weights hold any; {lower_rate}"
 
 
 def _odd_samples(part: Any) -> list[int]:
@@ -81,11 +87,15 @@ def _is_finite(outputs: Any) -> bool:
     return all(bool(torch.isfinite(tensor).all()) for tensor in named if tensor.is_floating_point())
 
 
-def _weights_are_lost(settings: Finetune) -> str:
-    return f"training diverged at a learning rate of {settings.learning_rate}, and weights are no longer finite"
+def _weights_are_lost(settings: Finetune, task: Task) -> str:
+    rate = "" if task.optimizer else f" at a learning rate of {settings.learning_rate}"
+    return f"training diverged{rate}, and weights are no longer finite"
 
 
-def _lower_rate(settings: Finetune) -> str:
-    lower = min(settings.learning_rate / 10, Finetune().learning_rate)
+def _lower_rate(settings: Finetune, task: Task) -> str:
     precision = ", or finetune.precision=fp32" if settings.precision == "bf16" else ""
+    if task.optimizer is not None:
+        return f"set a lower learning rate in task().optimizer{precision}"
+    assert settings.learning_rate is not None
+    lower = min(settings.learning_rate / 10, default_rate(settings.optimizer))
     return f"set a lower finetune.learning_rate, such as {lower:g}{precision}"

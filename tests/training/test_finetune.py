@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from deploypipe.errors import DataError, ModelError
 from deploypipe.recipe import Finetune
 from deploypipe.task import Batch, Splits, classification
-from deploypipe.training.finetune import finetune, learning_rate
+from deploypipe.training.finetune import finetune
+from deploypipe.training.schedules import rate_share
 
 SETTINGS = Finetune(num_epochs=3, learning_rate=0.1, precision="fp32", average_decay=0.5, distil_weight=0.3)
 
@@ -251,7 +252,7 @@ def test_callers_random_numbers_are_not_drawn() -> None:
 @pytest.mark.parametrize("warmup", [0.0, 0.1, 0.5])
 def test_learning_rate_rises_to_its_peak_and_ends_at_zero(warmup: float) -> None:
     settings = replace(SETTINGS, warmup_share=warmup, learning_rate=0.2)
-    rates = [learning_rate(settings, step, 100) for step in range(101)]
+    rates = [settings.learning_rate * rate_share(settings, step, 100) for step in range(101)]
     peak = rates.index(max(rates))
     assert max(rates) == pytest.approx(0.2)
     assert rates[: peak + 1] == sorted(rates[: peak + 1])

@@ -23,8 +23,9 @@ from deploypipe.recipe import Finetune
 from deploypipe.records import TrainLog
 from deploypipe.runs.result import load_result
 from deploypipe.task import classification
-from deploypipe.training.finetune import _own_dropout, finetune
+from deploypipe.training.finetune import finetune
 from deploypipe.training.ranks import Ranks, share_norms_
+from deploypipe.training.train_step import own_dropout
 
 TESTS = Path(__file__).parents[1]
 TARGET = 'runtime = "onnxruntime"\nnum_latency_samples = 200\n[budget]\nmacs = "0.5x"\naccuracy_drop_pp = 10.0\n'
@@ -110,17 +111,17 @@ def test_the_first_rank_alone_writes(trained: Path) -> None:
     assert written == [["epoch-3.safetensors"], []]
 
 
-def test_ranks_agree_where_each_sees_its_own_samples_and_draws_its_own_dropout(trained: Path) -> None:
+def test_ranks_agree_where_each_sees_its_own_samples_and_draws_itsown_dropout(trained: Path) -> None:
     assert_same_on_both("normed", trained)
     first, second = (json.loads((trained / f"states-{rank}.json").read_bytes()) for rank in range(2))
     assert first == second and len(first) == 12
 
 
-def test_each_rank_draws_its_own_dropout() -> None:
+def test_each_rank_draws_itsown_dropout() -> None:
     draws = []
     for rank in range(2):
         torch.manual_seed(3)
-        with _own_dropout(Ranks(rank=rank, count=2), step=4):
+        with own_dropout(Ranks(rank=rank, count=2), step=4):
             draws.append(float(torch.rand(())))
         draws.append(float(torch.rand(())))
     assert draws[0] != draws[2] and draws[1] == draws[3]

@@ -1,0 +1,71 @@
+"""Try the task's own training functions once, before anything long starts."""
+
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deploypipe.errors import DataError, ModelError, PipelineError
+from deploypipe.networks.model_copies import copied
+from deploypipe.recipe import Finetune
+from deploypipe.task import Batch, Task, evaluating, forward
+from deploypipe.training.optimizers import make_optimizer, with_optimizer
+from deploypipe.training.schedules import make_schedule
+from deploypipe.training.training_state import packed, unpack_
+from deploypipe.user_code_errors import wrap_user_errors
+
+_NUM_STEPS = 10  # that the schedule is made for
+
+
+def has_own_training(task: Task) -> bool:
+    return any(function is not None for function in (task.optimizer, task.schedule, task.training_step))
+
+
+def try_own_training(network: nn.Module, task: Task, settings: Finetune, batch: Batch) -> None:
+    """Make one training step with the task's functions on a copy, then store and restore its state.
+
+    task: wrapped by `wrap_task`, so that its exceptions name the function. Raises DeploypipeError for the first fault.
+    """
+    settings = with_optimizer(settings, network, task)
+    student = copied(network).train()
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        optimizer = make_optimizer(student, task, settings)
+        schedule = make_schedule(optimizer, task, settings, _NUM_STEPS)
+        _loss(network, student, task, settings, batch).backward()  # type: ignore[no-untyped-call]
+        with wrap_user_errors("the optimizer of task().optimizer, in step(),"):
+            optimizer.step()
+        with wrap_user_errors("the schedule of task().schedule, in step(),", "return one whose step() takes nothing"):
+            schedule.step()
+    _require_restorable(optimizer, schedule)
+
+
+def _loss(network: nn.Module, student: nn.Module, task: Task, settings: Finetune, batch: Batch) -> Tensor:
+    inputs, target = batch
+    if task.training_step is None:
+        return task.loss(forward(student, inputs), target)
+    expected = None
+    if settings.distil_weight:
+        with evaluating(network), torch.no_grad():
+            expected = forward(network, inputs)
+    loss = task.training_step(student, batch, expected)
+    if not torch.isfinite(loss):
+        raise DataError(f"task().training_step returned {loss.item()} on the first batch of the train split; check it")
+    if not loss.requires_grad:
+        raise ModelError(
+            "the loss of task().training_step cannot be differentiated; use no detach() or no_grad() in it"
+        )
+    return loss
+
+
+def _require_restorable(optimizer: Any, schedule: Any) -> None:
+    """A killed training resumes from the state of both."""
+    for name, part in (("optimizer", optimizer), ("schedule", schedule)):
+        with wrap_user_errors(f"storing and restoring the state of task().{name}", "correct its state_dict()"):
+            try:
+                unpack_(packed(part), part)
+            except UnpicklingError:
+                raise PipelineError(
+                    f"the {name} of task().{name} keeps more than tensors, numbers and text in its state_dict(), so a "
+                    "killed training could not resume; use another one"
+                ) from None
