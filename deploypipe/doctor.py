@@ -19,7 +19,7 @@ from deploypipe.training.training_precision import native_precision
 
 _SPEED_FEATURES = ("avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "neon", "i8mm")
 
-_MAIN_PACKAGES = ("python", "torch", "onnxruntime")
+_MAIN_PACKAGES = ("python", "torch")  # onnxruntime has a line of its own
 
 # extra -> the modules that must all be there, by alternative names, and what it is for
 _EXTRAS: dict[str, tuple[tuple[tuple[str, ...], ...], str]] = {
