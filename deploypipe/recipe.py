@@ -142,6 +142,7 @@ class Search:
     """The search for the widths and blocks to remove."""
 
     num_trials: int = 12
+    max_minutes: float | None = None  # no trial begins later; the best one so far wins. Interruptions do not count
     num_parallel: int = 1  # trials that workers run at once; a trial learns from those at least this many before it
     sampler: Literal["tpe", "gp", "nsga2", "random"] = "tpe"  # proposes the knobs, after a few fixed first trials
     # Accuracy is maximised, the others minimised. The most accurate trial within the budget wins in any case.
@@ -159,6 +160,7 @@ class Search:
         require(
             self,
             num_trials=whole(1, 100_000),
+            max_minutes=above(0, 1e6),
             num_parallel=whole(1, 10_000),
             num_curve_samples=_SAMPLES,
             num_levels=whole(2, 1_000),

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from deploypipe.recipe import Search
-from deploypipe.records import Candidate, Edit, PruningPlan, SearchResult, Trial
+from deploypipe.records import Candidate, Edit, Notify, PruningPlan, SearchResult, Trial, silent
 from deploypipe.search.distributed.study_storage import Storage
 from deploypipe.search.evaluation.early_stopping import interim_sample_counts
 from deploypipe.search.evaluation.run_trial import IsSettled
@@ -89,6 +89,7 @@ def run(
     settings: Search = SETTINGS,
     origin: Mapping[str, object] = ORIGIN,
     dense: Candidate = DENSE,
+    notify: Notify = silent,
 ) -> SearchResult:
-    at = Storage.own(storage) if isinstance(storage, Path) else storage
-    return search(propose, evaluate, dense, limits, (0.2, 0.8), settings, storage=at, origin=origin, seed=seed)
+    at, fill = Storage.own(storage) if isinstance(storage, Path) else storage, (0.2, 0.8)
+    return search(propose, evaluate, dense, limits, fill, settings, storage=at, origin=origin, seed=seed, notify=notify)

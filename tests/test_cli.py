@@ -89,6 +89,16 @@ def test_run_passes_on_what_was_asked_and_ends_with_the_paths(home: Path, calls:
     assert "ONNX    runs/toy-cpu/model.onnx" in done.output
 
 
+def test_trials_and_minutes_are_fields_of_the_recipe(home: Path, calls: list[dict[str, Any]]) -> None:
+    assert invoke("run", "./toy.py", "cpu", "--trials", "3", "--minutes", "1.5").exit_code == 0
+    search = calls[0]["args"][3].search
+    assert (search.num_trials, search.max_minutes) == (3, 1.5)
+    assert calls[0]["command"].endswith("--set=search.num_trials=3 --set=search.max_minutes=1.5")
+    twice = invoke("run", "./toy.py", "cpu", "--trials", "3", "--set", "search.num_trials=4")
+    assert twice.exit_code == 2 and "--trials: is given together with --set search.num_trials" in twice.stderr
+    assert invoke("run", "./toy.py", "cpu", "--minutes", "0").exit_code == 2
+
+
 def test_the_command_to_run_again_is_kept_without_passwords(home: Path, calls: list[dict[str, Any]]) -> None:
     invoke("run", "./toy.py", "cpu", "--set", "search.num_trials=3", "--set", "pipeline.WIDTH=7", "--remeasure")
     assert calls[0]["remeasure"] is True

@@ -34,6 +34,19 @@ def split_settings(texts: Sequence[str], *, targets: bool = True) -> dict[str, d
     return settings
 
 
+def with_search_bounds(texts: Sequence[str], trials: int | None, minutes: float | None) -> list[str]:
+    """`--set` texts with those that `--trials` and `--minutes` stand for; ConfigError if one field is given twice."""
+    bounds = {"trials": ("search.num_trials", trials), "minutes": ("search.max_minutes", minutes)}
+    added = []
+    for option, (key, value) in bounds.items():
+        if value is None:
+            continue
+        if any(text.partition("=")[0] == key for text in texts):
+            raise ConfigError(f"--{option}", "", f"is given together with --set {key}", "give one of them")
+        added.append(f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}")
+    return [*texts, *added]
+
+
 def parse_shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
     """`--shape` texts, NAME=1x128 (NAME= for a scalar)."""
     shapes = {}

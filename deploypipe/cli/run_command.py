@@ -22,6 +22,17 @@ def run(
         Path | None, typer.Option(help="Run folder. Default: runs/PIPELINE-TARGET; for several targets runs/PIPELINE.")
     ] = None,
     set_: SetOption = None,
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="Number of trials of the search: short for --set search.num_trials=N.")
+    ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            min=0.01,
+            help="Time limit of the search: short for --set search.max_minutes=M. No trial begins later, and the best "
+            "one so far wins. The other stages take as long as they take.",
+        ),
+    ] = None,
     storage: StorageOption = None,
     name: Annotated[
         str | None, typer.Option(help="Name of the search in --storage. Default: the name of the run folder.")
@@ -65,11 +76,13 @@ def run(
     Fine-tuning on four GPUs: torchrun --nproc-per-node 4 -m deploypipe run PIPELINE TARGET.
     """
     with exit_codes():
+        from deploypipe.cli.arguments import with_search_bounds
         from deploypipe.cli.loading import load_libraries
         from deploypipe.cli.run_targets import RunArguments, run_at_once, run_in_turn
         from deploypipe.cli.terminal import joined_ranks
 
-        asked = RunArguments(pipeline, target, set_ or [], out, storage, name, stages, shared, remeasure)
+        changes = with_search_bounds(set_ or [], trials, minutes)
+        asked = RunArguments(pipeline, target, changes, out, storage, name, stages, shared, remeasure)
         asked.check_targets()
         load_libraries()
         with joined_ranks() as ranks:

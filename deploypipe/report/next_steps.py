@@ -2,6 +2,7 @@
 
 from deploypipe.budgets import BUDGETS
 from deploypipe.records import Check, Status, Verdict
+from deploypipe.report.search_text import stopped_by_time
 from deploypipe.runs.result import RunResult
 
 _AGAIN = "--remeasure"
@@ -30,6 +31,9 @@ def _for_failed(result: RunResult, check: Check) -> str:
     is_figure = check.name in BUDGETS or check.name == "latency_against_baseline"
     if is_figure and check.interval and check.limit is not None and check.interval.low <= check.limit:
         return f"the limit lies within its interval; measure again, or relax {budget}: {_command(result, _AGAIN)}"
+    minutes = result.recipe.search.max_minutes
+    if is_figure and minutes and result.search and stopped_by_time(result, result.search):
+        return f"search longer, or relax {budget}: {_command(result, 'search.max_minutes', 2 * minutes)}"
     if is_figure and result.search:
         num_trials = 2 * result.recipe.search.num_trials
         return f"search longer, or relax {budget}: {_command(result, 'search.num_trials', num_trials)}"

@@ -72,6 +72,7 @@ def limit_sentences(result: RunResult, search: SearchResult, stages: tuple[Stage
     """Sentences about what limited the result."""
     return [
         _trials_sentence(search),
+        *_time_sentence(result, search),
         *_workers_sentence(search),
         *_narrowed_sentence(search),
         *_finalists_sentence(search),
@@ -132,6 +133,27 @@ def _trials_sentence(search: SearchResult) -> str:
     stopped = sum(trial.is_stopped for trial in feasible)
     text = f"{len(feasible)} of {len(search.trials)} trials lie within the budget"
     return f"{text}; {stopped} of them were stopped early, because they were less accurate." if stopped else f"{text}."
+
+
+def _time_sentence(result: RunResult, search: SearchResult) -> list[str]:
+    settings = result.recipe.search
+    if not stopped_by_time(result, search):
+        return []
+    done = num_searched(search)
+    return [
+        f"The search ended after {settings.max_minutes:g} minutes: {done} of {settings.num_trials} trials were run."
+    ]
+
+
+def num_searched(search: SearchResult) -> int:
+    """The trials of the search itself, without the faster versions made of its best."""
+    return sum(trial.narrowed_from is None for trial in search.trials)
+
+
+def stopped_by_time(result: RunResult, search: SearchResult) -> bool:
+    """Whether `search.max_minutes` ended the search before its last trial."""
+    settings = result.recipe.search
+    return settings.max_minutes is not None and num_searched(search) < settings.num_trials
 
 
 def _workers_sentence(search: SearchResult) -> list[str]:

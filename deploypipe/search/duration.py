@@ -37,6 +37,7 @@ def predict_seconds(evaluator: Evaluator, plan: PruningPlan, num_trials: int) ->
     return num_trials * (own + timing)
 
 
-def duration_text(seconds: float, num_trials: int) -> str:
+def duration_text(seconds: float, num_trials: int, max_minutes: float | None = None) -> str:
     shown = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
-    return f"{num_trials} trials take about {shown} at most"
+    text = f"{num_trials} trials take about {shown} at most"
+    return f"{text}; none begins after {max_minutes:g} min" if max_minutes and 60 * max_minutes < seconds else text

@@ -8,8 +8,8 @@ from typing import Any
 
 from deploypipe.errors import BudgetError
 from deploypipe.files.hashing import digest
-from deploypipe.recipe import ObjectiveName, Search
-from deploypipe.records import Candidate, Notify, Progress, PruningPlan, SearchResult, Trial, silent
+from deploypipe.recipe import Search
+from deploypipe.records import Candidate, Note, Notify, Progress, PruningPlan, SearchResult, Trial, silent
 from deploypipe.scheduling.exclusive_measurement import sleep_without_blocking, yield_to_measurements
 from deploypipe.search.allocation.limits import Range, violations
 from deploypipe.search.distributed.study_storage import Storage
@@ -46,7 +46,8 @@ def search(
     """Run, continue or help with the study in `storage`. Return all its trials and the best feasible one.
 
     A trial depends only on the seed and on the trials that are at least `settings.num_parallel` numbers before it. So a
-    killed study continues as if never interrupted, and many workers end with the same trials as one.
+    killed study continues as if never interrupted, and many workers end with the same trials as one. After
+    `settings.max_minutes`, the study ends with the trials that had begun by then.
 
     Raises BudgetError, which names the nearest miss, if no trial meets every limit; RunFolderError or StorageError if
     the storage cannot be used, or holds the study of another `origin` (model, data, device).
@@ -77,15 +78,16 @@ def search(
         reported: set[int] = set()
         wait_s = _POLL_S
         while True:
-            done = {number: known for number, known in queue.done().items() if number < settings.num_trials}
+            end = queue.last_of(settings.num_trials, settings.max_minutes)
+            done = {number: known for number, known in queue.done().items() if number < end}
             for number in sorted(done.keys() - reported):
                 reported.add(number)
                 message = _summary(done[number][0])
-                notify(Progress(stage="search", done=len(reported), total=settings.num_trials, message=message))
-            if len(done) == settings.num_trials:
+                notify(Progress(stage="search", done=len(reported), total=end, message=message))
+            if len(done) == end:
                 break
             yield_to_measurements()
-            claim = queue.claim(settings.num_trials, settings.num_parallel, choose_knobs)
+            claim = queue.claim(end, settings.num_parallel, choose_knobs)
             if claim is None:
                 sleep_without_blocking(wait_s)
                 wait_s = min(1.5 * wait_s, _MAX_POLL_S)
@@ -93,12 +95,20 @@ def search(
             wait_s = _POLL_S
             with suppress(_LowerTrialIsFreeError), queue.at_work(claim):
                 run_trial(queue, claim)
-    return _conclude([trial for trial, _ in done.values()], dense, settings.objectives, space)
+    _tell_time(end, settings, notify)
+    return _conclude([trial for trial, _ in done.values()], dense, settings, space)
+
+
+def _tell_time(num_trials: int, settings: Search, notify: Notify) -> None:
+    """Say so if time ended the search before its last trial."""
+    if num_trials < settings.num_trials:
+        told = f"{num_trials} of {settings.num_trials} trials in {settings.max_minutes:g} minutes (search.max_minutes)"
+        notify(Note(stage="search", text=f"the time is up: {told}"))
 
 
 def rules(settings: Search) -> Search:
-    """The settings that a trial depends on, without the number of trials and the treatment of the best."""
-    return replace(settings, num_trials=1, num_finalists=1, finalist_epochs=1, num_attempts=1)
+    """The settings that a trial depends on, without the number and time of trials and the treatment of the best."""
+    return replace(settings, num_trials=1, max_minutes=None, num_finalists=1, finalist_epochs=1, num_attempts=1)
 
 
 class _LowerTrialIsFreeError(Exception):
@@ -137,7 +147,7 @@ def _described(value: object) -> str:
 def _conclude(
     trials: Sequence[Trial],
     dense: Candidate,
-    objectives: Sequence[ObjectiveName],
+    settings: Search,
     space: Space,
 ) -> SearchResult:
     if not any(t.feasible for t in trials):
@@ -146,13 +156,14 @@ def _conclude(
         raise BudgetError(
             f"none of {len(trials)} candidates meets the budget; the nearest (trial {nearest.number}) is "
             f"{nearest.violations[name]:+.1%} over {name} at {nearest.candidate.accuracy:.2%} accuracy on val; "
-            f"relax budget.{name} in the target, or raise search.num_trials"
+            f"relax budget.{name} in the target, or raise search."
+            + ("max_minutes" if len(trials) < settings.num_trials else "num_trials")
         )
     return SearchResult(
         dense=dense,
         trials=tuple(trials),
         best=most_accurate([t for t in trials if t.feasible and not t.is_stopped]).number,
-        pareto_front=pareto_front(trials, objectives),
+        pareto_front=pareto_front(trials, settings.objectives),
         importances=importances(trials, space),
     )
 

@@ -184,8 +184,9 @@ def search(ctx: RunContext, inputs: SearchInputs) -> StageResult[SearchResult]:
 
     def compute(work: Path) -> SearchResult:
         proposer, evaluator = _search_proposer(ctx, inputs, work), _evaluator(ctx, inputs.goal, work)
-        typical, num_trials = proposer.plain(), ctx.recipe.search.num_trials
-        _note(ctx, duration_text(predict_seconds(evaluator, typical, num_trials), num_trials))
+        typical, settings = proposer.plain(), ctx.recipe.search
+        seconds = predict_seconds(evaluator, typical, settings.num_trials)
+        _note(ctx, duration_text(seconds, settings.num_trials, settings.max_minutes))
         if ctx.storage:
             _invite_workers(ctx, ctx.storage)
         found = _run_trials(ctx, inputs, proposer, evaluator, ctx.storage or _own_storage(ctx, depends_on))

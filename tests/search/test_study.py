@@ -5,6 +5,7 @@ import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from sqlalchemy.exc import IntegrityError, PendingRollbackError
 
 from deploypipe.errors import BudgetError, ConfigError, RunFolderError
 from deploypipe.recipe import ObjectiveName, Search
-from deploypipe.records import Candidate, PruningPlan, Trial
+from deploypipe.records import Candidate, Event, Note, PruningPlan, Trial
 from deploypipe.search.allocation.limits import violations
 from deploypipe.search.distributed.study_storage import Storage
+from deploypipe.search.distributed.trial_queue import TrialQueue, covered_seconds
 from deploypipe.search.evaluation.early_stopping import interim_sample_counts
 from deploypipe.search.pareto import pareto_front
 from deploypipe.search.sampling import importances, knobs
@@ -53,6 +55,27 @@ def test_changing_the_number_of_trials_keeps_finished_ones(tmp_path: Path) -> No
     assert run(rest, tmp_path / "study.db") == whole and len(rest.seen) <= 3
     few = run(rest, tmp_path / "study.db", settings=replace(SETTINGS, num_trials=9))
     assert few.trials == whole.trials[:9] and len(rest.seen) <= 3
+
+
+def test_when_the_time_is_up_the_trials_begun_by_then_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each trial takes a minute here. What was decided stays decided; with more time the search goes on."""
+    monkeypatch.setattr(TrialQueue, "_seconds_spent", lambda queue: 60.0 * len(queue.done()))
+    evaluate, told, bounded = Evaluator(), list[Event](), replace(SETTINGS, max_minutes=8.5)
+    found = run(evaluate, tmp_path / "study.db", settings=bounded, notify=told.append)
+    assert len(found.trials) == 9 and found.trials[found.best].feasible
+    assert told[-1] == Note(stage="search", text="the time is up: 9 of 10 trials in 8.5 minutes (search.max_minutes)")
+    monkeypatch.setattr(TrialQueue, "_seconds_spent", lambda queue: 0.0)  # of a resumed run, another clock
+    num_evaluated = len(evaluate.seen)
+    assert run(evaluate, tmp_path / "study.db", settings=bounded) == found and len(evaluate.seen) == num_evaluated
+    whole = run(evaluate, tmp_path / "study.db", settings=replace(SETTINGS, max_minutes=60))
+    assert whole.trials[:9] == found.trials and len(whole.trials) == 10
+
+
+def test_time_counts_once_however_many_trials_are_at_work() -> None:
+    start = datetime(2026, 1, 1)
+    at = [start + timedelta(seconds=second) for second in range(100)]
+    assert covered_seconds([(at[50], at[60]), (at[0], at[10]), (at[2], at[5]), (at[8], at[20]), (at[60], at[61])]) == 31
+    assert covered_seconds([(at[10], at[0])]) == covered_seconds([]) == 0  # the clock was set back
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,10 @@ trial of a worker that ended is free again. Optuna's own numbers count attempts:
 import json
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import partial
 from typing import Any, TypeVar
 
@@ -34,6 +35,7 @@ Done = dict[int, tuple[Trial, Results | None]]  # by number, in its order
 
 _NUMBER, _WORKER, _CLAIMED, _PLAN, _RECORD, _RESULTS = "number", "worker", "claimed", "plan", "record", "results"
 _GIVEN_BACK, _ORIGIN, _JOB = "given_back", "origin", "job"
+_LAST_WITHIN = "number of trials within"
 _MAX_DEATHS = 10  # of workers at one trial; beyond, the trial counts as the cause
 
 
@@ -61,6 +63,19 @@ class TrialQueue:
         """The finished trials."""
         return {number: self._parse(attempt) for number, attempt in self._completed().items()}
 
+    def last_of(self, num_trials: int, max_minutes: float | None) -> int:
+        """The number of trials in all: `num_trials`, or those that had begun when `max_minutes` were spent on trials.
+
+        Once the time is up, the number is stored: all workers, and a run that resumes, end with the same trials.
+        """
+        if max_minutes is None:
+            return num_trials
+        last = self._retry(partial(self._last_within, max_minutes, is_decided=True))
+        if last is None and self._retry(self._seconds_spent) >= 60 * max_minutes:
+            with self._alone():
+                last = self._retry(partial(self._last_within, max_minutes, is_decided=False))
+        return min(num_trials, last) if last else num_trials
+
     def claim(self, num_trials: int, num_parallel: int, next_knobs: NextKnobs) -> Claim | None:
         """Claim the lowest trial that no worker does or did; None if it must wait for others, or none is left.
 
@@ -70,8 +85,7 @@ class TrialQueue:
         self._retry(self._end_stale)
         if self._retry(partial(self._next_number, num_trials, num_parallel)) is None:
             return None  # no work, so no lease is needed
-        is_shared = self.storage.is_shared
-        with self.leases.held(f"queue of {self.storage.study}") if is_shared else nullcontext():
+        with self._alone():
             return self._retry(partial(self._claim, num_trials, num_parallel, next_knobs))
 
     @contextmanager
@@ -121,6 +135,27 @@ class TrialQueue:
         self._end_orphans()
         for attempt in self._attempts(TrialState.RUNNING):
             self._end(attempt.number, is_given_back=False)
+
+    def _alone(self) -> AbstractContextManager[object]:
+        """One process at a time decides who does what."""
+        return self.leases.held(f"queue of {self.storage.study}") if self.storage.is_shared else nullcontext()
+
+    def _last_within(self, max_minutes: float, *, is_decided: bool) -> int | None:
+        """The stored number of trials for that limit. Unless it must be decided already, store those begun so far."""
+        name = f"{_LAST_WITHIN} {max_minutes:g} minutes"
+        last: int | None = self.study.user_attrs.get(name)
+        if last is None and not is_decided:
+            begun = {a.user_attrs[_NUMBER] for a in self._attempts(TrialState.RUNNING) if _NUMBER in a.user_attrs}
+            last = 1 + max(begun | self._completed().keys())
+            self.study.set_user_attr(name, last)
+        return last
+
+    def _seconds_spent(self) -> float:
+        """The time in which at least one trial was at work, of those that were completed."""
+        attempts = self._attempts(TrialState.COMPLETE)
+        return covered_seconds(
+            (a.datetime_start, a.datetime_complete) for a in attempts if a.datetime_start and a.datetime_complete
+        )
 
     def _claim(self, num_trials: int, num_parallel: int, next_knobs: NextKnobs) -> Claim | None:
         self._end_orphans()
@@ -223,6 +258,16 @@ class TrialQueue:
 
     def _retry(self, call: Callable[[], T]) -> T:
         return self.storage.retry_while_away(call)
+
+
+def covered_seconds(spans: Iterable[tuple[datetime, datetime]]) -> float:
+    """The seconds that lie in at least one of the spans from one time to another."""
+    total, until = 0.0, None
+    for start, end in sorted(spans):
+        since = start if until is None else max(start, until)
+        total += max((end - since).total_seconds(), 0.0)
+        until = end if until is None else max(end, until)
+    return total
 
 
 @contextmanager
