@@ -27,7 +27,8 @@ def _for_failed(result: RunResult, check: Check) -> str:
     if check.name == "age":
         return f"measure again: {_command(result, _AGAIN)}"
     if check.name == "parity":
-        return f"use another precision, or raise export.max_abs_error: {_command(result, 'target.precisions', 'fp32')}"
+        command = _command(result, "target.precisions", "'[\"fp32\"]'")
+        return f"use another precision, or raise export.max_abs_error: {command}"
     is_figure = check.name in BUDGETS or check.name == "latency_against_baseline"
     if is_figure and check.interval and check.limit is not None and check.interval.low <= check.limit:
         return f"the limit lies within its interval; measure again, or relax {budget}: {_command(result, _AGAIN)}"
