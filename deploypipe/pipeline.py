@@ -1,11 +1,13 @@
 """`compress`: the stages in order. Each is remembered in the run folder and can be called alone."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from torch import nn
 
+from deploypipe.benchmark.latency import brief_timing
 from deploypipe.budgets import LATENCY_P50
 from deploypipe.errors import ConfigError, DeploypipeError, StorageError
 from deploypipe.export.onnx_export.input_sizes import ends_of, extremes_of
@@ -50,7 +52,7 @@ from deploypipe.search.allocation.limits import search_limits, tightened_limit_f
 from deploypipe.search.distributed.study_storage import Storage
 from deploypipe.search.distributed.trial_queue import require_same
 from deploypipe.search.search_inputs import SearchGoal, SearchInputs
-from deploypipe.stages import compression, deploy, profile, search
+from deploypipe.stages import compression, deploy, fast_dev_run, profile, search
 from deploypipe.stages.context import RunContext, prepare_run
 from deploypipe.stages.deploy import MODEL, Shipped
 from deploypipe.stages.expected_stages import expected_delivery, expected_stages
@@ -101,6 +103,7 @@ def compress(
         same.
     ranks: on the first of several (`training.ranks.join`), fine-tuning is shared with the others, which are in
         `training.multi_rank_finetune.serve` meanwhile.
+    recipe.fast_dev_run: try every stage on the first batches; the result can never ship.
     remeasure: repeat the last measurements. Without it, only those taken on an unsteady machine are repeated.
     command: what the result says to run again.
     """
@@ -108,6 +111,11 @@ def compress(
     if problem := name_problem(name):
         raise ConfigError("compress", "name", *problem.split("; "))
     splits, task, notes = wrap_splits(splits), wrap_task(task), list[str]()
+    if recipe.fast_dev_run:
+        fast_dev_run.require_own_place(Path(out), is_shared=storage is not None)
+        notes.append(fast_dev_run.NOTE)
+        splits, recipe = fast_dev_run.first_batches(splits), fast_dev_run.short_recipe(recipe)
+        target = fast_dev_run.short_target(target)
     with reported(notify, "check"):
         check_inputs(model, splits, task, recipe, target, notes)
     for note in notes:
@@ -122,7 +130,8 @@ def compress(
         ctx = prepare_run(model, splits, task, recipe, target, run, source=source, storage=storage, ranks=ranks)
         if storage:
             require_same(storage, ctx.identity())  # now, and not when the search begins
-        return _run_stages(ctx, name, command)
+        with brief_timing() if recipe.fast_dev_run else nullcontext():
+            return _run_stages(ctx, name, command)
 
 
 def _run_stages(ctx: RunContext, name: str, command: str) -> RunResult:

@@ -368,6 +368,7 @@ class Recipe:
     export: Export = field(default_factory=Export)
     keep: tuple[str, ...] = ()  # glob patterns of modules that must not change
     constraints: Constraints = field(default_factory=Constraints)
+    fast_dev_run: bool = False  # try every stage on a few samples, in about a minute; the result can never ship
 
     def __post_init__(self) -> None:
         require(self, seed=whole(0, 2**32 - 1))

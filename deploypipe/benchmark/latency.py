@@ -10,6 +10,7 @@ import gc
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -44,6 +45,19 @@ _MAX_DRIFT = 0.10  # of the median, last third against first third
 _MAX_SPREAD = 0.25  # interquartile range over the median
 
 
+_IS_BRIEF: ContextVar[bool] = ContextVar("is_brief", default=False)
+
+
+@contextmanager
+def brief_timing() -> Iterator[None]:
+    """Inside, files are timed for a moment only, and a busy machine is not waited for: figures for no decision."""
+    token = _IS_BRIEF.set(True)
+    try:
+        yield
+    finally:
+        _IS_BRIEF.reset(token)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Timings:
     """Timed runs of files, interleaved."""
@@ -73,7 +87,8 @@ def time_interleaved(
         before = read_state()
         spent = [_try(path, inputs, runtime, target) for path in paths]
         to_open, to_run = (sum(seconds) for seconds in zip(*spent, strict=True))
-        least = num_samples or max(target.num_latency_samples, min(_MAX_SAMPLES, int(_SECONDS * len(paths) / to_run)))
+        seconds = 0.0 if _IS_BRIEF.get() else _SECONDS
+        least = num_samples or max(target.num_latency_samples, min(_MAX_SAMPLES, int(seconds * len(paths) / to_run)))
         openings, runs = schedule(least)
         if openings * to_open > max(_CHEAP_SECONDS, least * to_run):
             openings, runs = schedule(least, most=_FEW_OPENINGS)
@@ -111,10 +126,10 @@ def time_steadily(
     asked = {} if num_samples is None else {"num_samples": num_samples}
     for number in range(_ATTEMPTS):
         timings = time_interleaved(paths, inputs, runtime, target, notify, **asked)
-        timings = _looked_at_long(timings) if minds_others else timings
+        timings = _looked_at_long(timings) if minds_others and not _IS_BRIEF.get() else timings
         seen = timings if minds_others else replace(timings, before=None, after=None)
         doubts = find_doubts(seen, [str(file) for file in range(len(timings.samples))], target.num_threads)
-        if number == _ATTEMPTS - 1 or not doubts:
+        if number == _ATTEMPTS - 1 or not doubts or _IS_BRIEF.get():
             break
         notify(Progress(stage="latency", message="the machine was not steady: measuring again"))
         _wait_for_quiet(target.num_threads, can_look=minds_others)

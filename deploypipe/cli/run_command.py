@@ -65,6 +65,14 @@ def run(
     remeasure: Annotated[
         bool, typer.Option("--remeasure", help="Repeat the final benchmark, even if the machine was steady.")
     ] = False,
+    fast_dev_run: Annotated[
+        bool,
+        typer.Option(
+            "--fast-dev-run",
+            help="Try every stage on two batches, with two trials and one training step, in about a minute. The result "
+            "never ships; its folder ends in -fast-dev-run.",
+        ),
+    ] = False,
     _allow: AllowOption = False,
 ) -> None:
     """Compress PIPELINE's network for TARGET, or for several targets.
@@ -82,7 +90,7 @@ def run(
         from deploypipe.cli.terminal import joined_ranks
 
         changes = with_search_bounds(set_ or [], trials, minutes)
-        asked = RunArguments(pipeline, target, changes, out, storage, name, stages, shared, remeasure)
+        asked = RunArguments(pipeline, target, changes, out, storage, name, stages, shared, remeasure, fast_dev_run)
         asked.check_targets()
         load_libraries()
         with joined_ranks() as ranks:

@@ -4,7 +4,7 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +47,7 @@ class RunArguments:
     stages: str | None
     shared: Path | None
     remeasure: bool
+    fast_dev_run: bool
 
     @cached_property
     def settings(self) -> dict[str, dict[str, str]]:
@@ -74,7 +75,8 @@ class RunArguments:
 
     @cached_property
     def recipe(self) -> Recipe:
-        return override(self.loaded.recipe(), self.settings["recipe"])
+        recipe = override(self.loaded.recipe(), self.settings["recipe"])
+        return replace(recipe, fast_dev_run=True) if self.fast_dev_run else recipe
 
     def check_targets(self) -> None:
         """Raise the first error of the targets, for which no network has to be loaded."""
@@ -88,7 +90,8 @@ class RunArguments:
     def folder(self) -> Path:
         """The folder of the run, or of several targets' runs."""
         [*others, last] = self.devices
-        return self.out or Path("runs") / (self.loaded.name if others else f"{self.loaded.name}-{last.name}")
+        name = self.loaded.name if others else f"{self.loaded.name}-{last.name}"
+        return self.out or Path("runs") / (f"{name}-fast-dev-run" if self.recipe.fast_dev_run else name)
 
     def folder_of(self, device: Target) -> Path:
         return self.folder / device.name if len(self.devices) > 1 else self.folder
@@ -127,6 +130,7 @@ class RunArguments:
         if self.storage:
             command += [f"--storage={self.storage}", f"--name={self.study_of(device)}"]
         command += [f"--stages={self.stages}"] if self.stages else []
+        command += ["--fast-dev-run"] if self.fast_dev_run else []
         return command + (["--remeasure"] if self.remeasure else [])
 
     def shown_command(self, device: Target) -> str:
@@ -140,6 +144,7 @@ class RunArguments:
         for change in self.changes:
             key, shown = change.partition("=")[0], masked(change)  # a pipeline's constants may be addresses or tokens
             command.append(f"--set={shown if shown.startswith(key) else f'{key}={shown}'}")
+        command += ["--fast-dev-run"] if self.fast_dev_run else []
         if self.storage:
             command += [f"--storage={masked(self.storage)}", f"--name={self.study_of(device)}"]
         return shlex.join(command + ([f"--stages={masked(self.stages)}"] if self.stages else []))
@@ -148,6 +153,7 @@ class RunArguments:
 def run_in_turn(asked: RunArguments, ranks: "Ranks") -> int:
     """Run one target after another; return the worst exit code."""
     from deploypipe.pipeline import compress
+    from deploypipe.stages.fast_dev_run import first_batches
     from deploypipe.training.multi_rank_finetune import agree, dismiss, serve
 
     with ranks.in_turn(), shown_stages() if ranks.is_first else nullcontext(silent) as notify:
@@ -155,6 +161,8 @@ def run_in_turn(asked: RunArguments, ranks: "Ranks") -> int:
             devices, loaded, recipe = asked.devices, asked.loaded, asked.recipe
             task = loaded.task()
         model, splits = load_network_and_data(loaded, notify)
+    if recipe.fast_dev_run:
+        splits = first_batches(splits)
     agree(ranks, model, splits, loaded.source)
     if not ranks.is_first:
         serve(ranks, model, splits, task)

@@ -59,6 +59,7 @@ def _decide(
         baseline=baseline,
         waivers=waivers,
         now=now,
+        fast_dev_run=result.recipe.fast_dev_run,
     )
 
 

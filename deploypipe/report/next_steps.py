@@ -23,6 +23,8 @@ def next_steps(result: RunResult) -> tuple[str, ...]:
 
 
 def _for_failed(result: RunResult, check: Check) -> str:
+    if result.recipe.fast_dev_run:
+        return _real_run(result)
     budget = f"budget.{check.name}" if check.name in result.target.budget.limits() else "the limit"
     if check.name == "age":
         return f"measure again: {_command(result, _AGAIN)}"
@@ -45,6 +47,8 @@ def _for_failed(result: RunResult, check: Check) -> str:
 
 
 def _for_unknown(result: RunResult, check: Check) -> str:
+    if result.recipe.fast_dev_run:
+        return _real_run(result)
     is_shaky = bool(result.benchmark.doubts) and check.measured is not None
     if check.name in _COMPARED:
         return "run the same `deploypipe gate` command again when the machine is quiet and both can be compared"
@@ -57,6 +61,11 @@ def _for_unknown(result: RunResult, check: Check) -> str:
     if check.name == "slice_drop":
         return f"give every slice at least two test samples, then: {_command(result)}"
     return f"see the reason; run on a machine that can measure it, or without its limit: {_command(result, _AGAIN)}"
+
+
+def _real_run(result: RunResult) -> str:
+    command = result.command.replace(" --fast-dev-run", "").replace(" --set=fast_dev_run=true", "")
+    return f"every stage works; for a result that can ship: {command or 'call compress() without fast_dev_run'}"
 
 
 def _command(result: RunResult, option: str = "", value: object = None) -> str:

@@ -108,6 +108,7 @@ def prepare_run(
             "source": source,
             "packages": package_versions(*PACKAGES),
             "seed": recipe.seed,
+            **({"fast_dev_run": True} if recipe.fast_dev_run else {}),  # no real run finds its results
         }
     finetune = with_optimizer(with_precision(recipe.finetune), dense, task)
     if finetune.num_epochs and (chosen := choice_text(recipe.finetune, dense, task)):

@@ -176,7 +176,13 @@ def gate(ctx: RunContext, report: BenchmarkReport, shipped: Shipped) -> GateDeci
     """Decide whether the file may ship. Decided again in every run: what an earlier one measured may be out of date."""
     ctx.run.notify(Started(stage="gate"))
     parity_limit = limit_of(ctx.recipe.export, shipped.file.precision)
-    decision = decide(report, ctx.target.budget, parity_limit=parity_limit, now=datetime.now(UTC))
+    decision = decide(
+        report,
+        ctx.target.budget,
+        parity_limit=parity_limit,
+        now=datetime.now(UTC),
+        fast_dev_run=ctx.recipe.fast_dev_run,
+    )
     ctx.run.notify(Finished(stage="gate"))
     return decision
 
