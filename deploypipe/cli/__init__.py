@@ -7,7 +7,7 @@ from deploypipe.cli import run_command
 from deploypipe.cli import network_commands
 
 # isort: split
-from deploypipe.cli import look_commands
+from deploypipe.cli import look_commands, runs_command
 
 # isort: split
 from deploypipe.cli import measure_commands
@@ -32,6 +32,7 @@ __all__ = [
     "release_commands",
     "reproduce_command",
     "run_command",
+    "runs_command",
     "worker_command",
 ]
 

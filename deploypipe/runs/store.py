@@ -33,7 +33,8 @@ from deploypipe.text.masked_addresses import masked
 from deploypipe.text.sealed_json import seal, unseal
 
 T = TypeVar("T")
-_LOCK = "run.lock"
+LOCK = "run.lock"
+DATA_HASHES = "data.hashes"  # a hash of each split, to say at the next run what changed
 _POLL_S = 0.1
 
 
@@ -214,7 +215,7 @@ def _what_is_kept(path: Path, shared: Path | None) -> Iterator[None]:
         yield
     except Exception as error:
         for folder in (path, shared):
-            if folder and not (folder / _LOCK).exists():
+            if folder and not (folder / LOCK).exists():
                 raise RunFolderError(
                     f"{folder}: was deleted or moved while the run was at work in it, with what it had finished; "
                     "run the same command again"
@@ -251,7 +252,7 @@ def _joined(path: Path) -> Iterator[None]:
 def _opened_lock(path: Path, option: str) -> Iterator[TextIO]:
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = (path / _LOCK).open("w")
+        lock = (path / LOCK).open("w")
     except OSError as error:
         problem = "is a file" if path.is_file() else f"cannot be written ({error.strerror})"
         raise RunFolderError(f"{path}: {problem}; choose another folder with {option}") from None

@@ -18,7 +18,7 @@ from deploypipe.networks.fingerprints import model_fingerprint
 from deploypipe.networks.model_copies import copied
 from deploypipe.recipe import Recipe
 from deploypipe.records import Note, Origin, Warned, reported
-from deploypipe.runs.store import RunFolder
+from deploypipe.runs.store import DATA_HASHES, RunFolder
 from deploypipe.runtimes.ability_for_target import Ability, can
 from deploypipe.runtimes.this_machine import this_machine
 from deploypipe.search.distributed.study_storage import Storage
@@ -31,7 +31,6 @@ from deploypipe.training.training_precision import with_precision
 
 PACKAGES = ("torch", "optuna", "onnx", "onnxruntime", "onnxscript", "numpy", "scipy")
 _NUM_PARITY_SAMPLES = 64
-_DATA = "data.hashes"  # in the run folder: a hash of each split
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,7 +150,7 @@ def _describe_device(target: Target, ability: Ability) -> dict[str, Any]:
 def _hash_data(splits: Splits, run: RunFolder, extremes: Extremes) -> str:
     """A hash of the splits. Notes which of them changed since the last run in this folder."""
     found = fingerprints(splits, see=extremes.see)
-    path = run.path / _DATA
+    path = run.path / DATA_HASHES
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
