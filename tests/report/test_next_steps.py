@@ -41,7 +41,7 @@ EASY = Budget(accuracy_drop_pp=50.0)
         (REPORT, Budget(accuracy_drop_pp=0.0), "accuracy drop: train longer", "--set finetune.num_epochs="),
         (REPORT, replace(EASY, max_age_days=1.0), "age: see the reason", f"{COMMAND} --remeasure"),
         (UNPAIRED, replace(EASY, peak_memory="0.9x"), "peak memory: see the reason", f"{COMMAND} --remeasure"),
-        (APART, EASY, "parity: use another precision", f"{COMMAND} --set target.precisions=fp32"),
+        (APART, EASY, "parity: use another precision", f"{COMMAND} --set target.precisions='[\"fp32\"]'"),
         (REPORT, replace(EASY, slice_drop_pp=1.0), "slice drop: give every slice", f": {COMMAND}"),
     ],
 )
