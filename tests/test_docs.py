@@ -113,3 +113,7 @@ def test_pictures_are_there_and_say_what_they_show() -> None:
     for page in PAGES:
         for text, path in re.findall(r"!\[([^]]*)\]\(([^)]+)\)", prose(page)):
             assert text and (page.parent / path).is_file(), f"{page.name}: {path}"
+
+
+def test_readme_is_short() -> None:
+    assert (ROOT / "README.md").stat().st_size <= 8192
