@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from deploypipe.errors import DataError, ModelError
 from deploypipe.networks.batch_trees import leaves, map_leaves, tensors
 from deploypipe.runtimes.named_arrays import name_outputs
-from deploypipe.task import DistillationLoss, Task, map_samples
+from deploypipe.task import DistillationLoss, Task, find_logits, map_samples
 
 _MIN_RELATIVE_VARIANCE = 1e-8  # of an output's mean square: rounding alone reaches this variance
 
@@ -18,12 +18,13 @@ _MIN_RELATIVE_VARIANCE = 1e-8  # of an output's mean square: rounding alone reac
 def kl_divergence_loss(dim: int = -1) -> DistillationLoss:
     """T^2 KL(expected || seen) of the classes along `dim` at temperature T (arXiv:1503.02531).
 
-    A mean over samples and positions, in nats. The outputs must be one tensor of logits, alone or in a tuple or dict.
+    A mean over samples and positions, in nats. The outputs must be one tensor of logits, alone or in a tuple or dict,
+    or have one called `logits`.
     """
 
     def loss(seen: Any, expected: Any, temperature: float) -> Tensor:
         def log_probabilities(outputs: Any) -> Tensor:
-            (logits,) = _real_ones(outputs).values()
+            logits = _promoted(_logits(outputs))
             return (logits / temperature).movedim(dim, -1).flatten(0, -2).log_softmax(-1)
 
         target = log_probabilities(expected)
@@ -110,14 +111,32 @@ def _described(found: Any) -> str:
 
 def _dim_of_classes(outputs: Any, target: Any) -> int | None:
     """The outputs' dimension of classes: torch's (1), or the last. None if the targets are not class numbers."""
-    named = list(_real_ones(outputs).values())
-    if len(named) != 1 or not isinstance(target, Tensor) or target.is_floating_point():
+    logits = _logits_or_none(outputs)
+    if logits is None or not isinstance(target, Tensor) or target.is_floating_point():
         return None
-    shape = named[0].shape
+    shape = logits.shape
     if len(shape) != target.dim() + 1:
         return None
     dim = 1 if shape[:1] + shape[2:] == target.shape else len(shape) - 1
     return dim if shape[dim] > 1 else None
+
+
+def _logits(outputs: Any) -> Tensor:
+    found = _logits_or_none(outputs)
+    if found is None:
+        raise ModelError(
+            "a KL divergence needs one output of logits; return one tensor, or call the one that is meant 'logits'"
+        )
+    return found
+
+
+def _logits_or_none(outputs: Any) -> Tensor | None:
+    """The outputs' logits (see `task.find_logits`), or their only tensor of real numbers."""
+    found = find_logits(outputs)
+    if found is not None and found.is_floating_point():
+        return found
+    named = list(_real_ones(outputs).values())
+    return named[0] if len(named) == 1 else None
 
 
 def _real_ones(outputs: Any) -> dict[str, Tensor]:

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deploypipe.data import as_pair
 from deploypipe.distillation_loss import with_distillation_loss
-from deploypipe.errors import BudgetError, ConfigError, DataError
+from deploypipe.errors import BudgetError, ConfigError
 from deploypipe.networks.batch_trees import map_tensors
 from deploypipe.networks.model_copies import copied
 from deploypipe.networks.model_wrappers import unwrapped
@@ -168,13 +169,8 @@ def _read(calib: Iterable[Batch]) -> list[Batch]:
     """As many samples as observation and repair take, read once, so that a shuffled loader serves too."""
 
     def pairs() -> Iterable[Batch]:
-        for batch in calib:
-            if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-                raise DataError(
-                    f"calib must give batches of (inputs, target), got {type(batch).__name__}; without targets give "
-                    "(inputs, None)"
-                )
-            yield _on_cpu(batch[0]), _on_cpu(batch[1])
+        for inputs, target in map(as_pair, calib):
+            yield _on_cpu(inputs), _on_cpu(target)
 
     return take_calib(pairs(), max(Observe().num_samples, Repair().num_samples))
 

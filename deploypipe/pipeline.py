@@ -9,6 +9,7 @@ from torch import nn
 
 from deploypipe.benchmark.latency import brief_timing
 from deploypipe.budgets import LATENCY_P50
+from deploypipe.checked_splits import wrap_splits
 from deploypipe.errors import ConfigError, DeploypipeError, StorageError
 from deploypipe.export.onnx_export.input_sizes import ends_of, extremes_of
 from deploypipe.export.tensorrt_engine.build_engine import place_engine
@@ -60,7 +61,7 @@ from deploypipe.target import Target
 from deploypipe.task import Splits, Task, take, take_calib
 from deploypipe.text.safe_names import name_problem
 from deploypipe.training.ranks import ALONE, Ranks
-from deploypipe.user_code_errors import wrap_forward_errors, wrap_splits, wrap_task
+from deploypipe.user_code_errors import wrap_forward_errors, wrap_task
 from deploypipe.verification.golden_json import GOLDEN, TENSORS
 
 ENGINE, REPORT = "model.engine", "report.html"

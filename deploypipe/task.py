@@ -4,7 +4,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from deploypipe.data import as_pair
 from deploypipe.errors import DataError
 from deploypipe.files.exhausted_resources import raise_if_exhausted
 from deploypipe.networks.batch_trees import Leaf, leaves, map_leaves, same_value, structure, tensors
@@ -30,16 +31,16 @@ RealTokens: TypeAlias = Callable[[Any], Tensor]  # inputs -> (n, tokens) bool
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Splits:
-    """Four sources of (inputs, target) batches; each can be iterated many times.
+    """Four sources of batches, as `deploypipe.data` reads them; each can be iterated many times.
 
     calib: statistics, repair and loss curves (labels unused). train: fine-tuning. val: every choice. test: the final
     figures, never a choice. calib, val and test must give the same batches in the same order every time.
     """
 
-    calib: Iterable[Batch]
-    train: Iterable[Batch]
-    val: Iterable[Batch]
-    test: Iterable[Batch]
+    calib: Iterable[Any]
+    train: Iterable[Any]
+    val: Iterable[Any]
+    test: Iterable[Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,30 +78,53 @@ class Task:
     training_step: TrainingStep | None = None
 
 
-def require_logits(outputs: Any) -> None:
-    """Raise DataError if `classification()` cannot read these outputs."""
-    if not isinstance(outputs, Tensor) or outputs.dim() < 2 or outputs.shape[1] < 2:
-        found = f"shape {['n', *outputs.shape[1:]]}" if isinstance(outputs, Tensor) else type(outputs).__name__
+def find_logits(outputs: Any) -> Tensor | None:
+    """The logits among a network's outputs: the only tensor, or the one called `logits`; None without either.
+
+    The outputs of `transformers` have one of that name, next to hidden states and others.
+    """
+    if isinstance(outputs, Tensor):
+        return outputs
+    named = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+    if isinstance(named, Tensor):
+        return named
+    found = tensors(outputs)
+    return found[0] if len(found) == 1 else None
+
+
+def require_logits(outputs: Any) -> Tensor:
+    """The logits (n, classes) that `classification()` reads; DataError if these outputs have none."""
+    logits = find_logits(outputs)
+    if logits is None or logits.dim() < 2 or logits.shape[1] < 2:
+        found = f"shape {['n', *logits.shape[1:]]}" if logits is not None else _kinds_of(outputs)
         raise DataError(
             f"classification() needs logits, one tensor of shape [n, classes], but the network returns {found}; "
             "return Task(loss=..., metric=...) from task(), with a loss and a metric for these outputs"
         )
+    return logits
+
+
+def _kinds_of(outputs: Any) -> str:
+    held = ", ".join(leaf.place for leaf in leaves(outputs, "") if isinstance(leaf.value, Tensor))
+    return f"a {type(outputs).__name__} of {held}" if held else f"a {type(outputs).__name__}"
 
 
 def _is_correct(outputs: Any, target: Tensor) -> Tensor:
-    require_logits(outputs)
-    hits: Tensor = outputs.argmax(dim=1) == target
+    hits: Tensor = require_logits(outputs).argmax(dim=1) == target
     return hits.to(torch.float32)
 
 
 def classification() -> Task:
-    """Cross-entropy and top-1 accuracy, for logits (n, classes) and integer labels (n,); a slice for each class."""
+    """Cross-entropy and top-1 accuracy, for logits (n, classes) and integer labels (n,); a slice for each class.
+
+    The network may return the logits alone, or as `logits` among other outputs, as those of `transformers` do.
+    """
     return Task(loss=_cross_entropy, metric=_is_correct, name="top-1 accuracy", slices=_by_class)
 
 
 def _cross_entropy(outputs: Any, target: Tensor) -> Tensor:
     """Torch's cross-entropy, for labels of any integer type."""
-    return F.cross_entropy(outputs, target if target.is_floating_point() else target.long())
+    return F.cross_entropy(require_logits(outputs), target if target.is_floating_point() else target.long())
 
 
 def is_classification(task: Task) -> bool:
@@ -129,9 +153,22 @@ def find_slices(batches: Iterable[Batch], slices: Slices | None) -> dict[str, tu
 
 
 def forward(model: nn.Module, inputs: Any) -> Any:
-    """Call `model` on one batch of inputs, packed in any way."""
+    """Call `model` on one batch of inputs, packed in any way. See `without_caches` for what is left out."""
     args, kwargs = as_arguments(inputs)
-    return model(*args, **kwargs)
+    return without_caches(model(*args, **kwargs))
+
+
+def without_caches(outputs: Any) -> Any:
+    """The outputs without caches of `transformers` (keys and values of past tokens): state, and not tensors."""
+    caches = [key for key, value in outputs.items() if _is_cache(value)] if isinstance(outputs, Mapping) else []
+    if not caches:
+        return outputs
+    kept = {key: value for key, value in outputs.items() if key not in caches}
+    return type(outputs)(**kept) if is_dataclass(outputs) else kept
+
+
+def _is_cache(value: Any) -> bool:
+    return any(kind.__module__ == "transformers.cache_utils" for kind in type(value).__mro__)
 
 
 def as_arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -245,9 +282,9 @@ def _accepts(model: nn.Module, inputs: Any) -> bool:
 
 
 def first_of(batches: Iterable[Batch], split: str) -> Batch:
-    """The first batch of a split; DataError if it has none."""
+    """The first batch of a split, as a pair; DataError if it has none."""
     for batch in batches:
-        return batch
+        return as_pair(batch, split)
     raise empty_split(split)
 
 
@@ -271,12 +308,12 @@ def empty_split(split: str) -> DataError:
 
 
 def take_calib(batches: Iterable[Batch], count: int) -> list[Batch]:
-    """The first `count` samples of the calibration split, in its own batches; fewer if it is smaller.
+    """The first `count` samples of the calibration split as pairs, in its own batches; fewer if it is smaller.
 
     DataError if it is empty.
     """
     taken: list[Batch] = []
-    for batch in batches:
+    for batch in map(as_pair, batches):
         left = count - sum(num_samples(i) for i, _ in taken)
         if left <= 0:
             break

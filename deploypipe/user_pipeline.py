@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from deploypipe.checked_splits import wrap_splits
 from deploypipe.errors import ConfigError, DeploypipeError, PipelineError
 from deploypipe.files.exhausted_resources import raise_if_exhausted
 from deploypipe.files.json_records import checked, parse_setting
@@ -24,7 +25,7 @@ from deploypipe.recipe import Recipe
 from deploypipe.shipped_examples import shipped_folder
 from deploypipe.task import Splits, Task
 from deploypipe.text.safe_names import name_problem
-from deploypipe.user_code_errors import wrap_splits, wrap_task
+from deploypipe.user_code_errors import wrap_task
 
 # The type that each function must return, and the remedy if it does not.
 FUNCTIONS: dict[str, tuple[type[object], str]] = {

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from typer.testing import CliRunner
 
 from deploypipe import check, finetune
+from deploypipe.checked_splits import wrap_splits
 from deploypipe.cli import app
 from deploypipe.errors import DataError, DeploypipeError, ModelError, PipelineError
 from deploypipe.preflight import CheckReport, check_inputs
@@ -23,7 +24,7 @@ from deploypipe.runs.store import open_run
 from deploypipe.stages.context import prepare_run
 from deploypipe.task import Splits, Task, classification, forward, stack_batches
 from deploypipe.tensor_batches import TensorBatches
-from deploypipe.user_code_errors import find_user_error, wrap_forward_errors, wrap_splits
+from deploypipe.user_code_errors import find_user_error, wrap_forward_errors
 
 X, Y = tiny.images(64, seed=1)
 Change = Callable[[Splits], Any]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deploypipe import check
+from deploypipe.checked_splits import wrap_splits
 from deploypipe.errors import PipelineError
 from deploypipe.preflight import CheckReport, check_inputs
 from deploypipe.pruning.surgery.plan import empty_plan
@@ -20,7 +21,6 @@ from deploypipe.pruning.surgery.saved_network import load_saved, save_pruned
 from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.task import Splits, Task, classification
 from deploypipe.tensor_batches import TensorBatches
-from deploypipe.user_code_errors import wrap_splits
 
 SPLITS = ("calib", "train", "val", "test")
 X, Y = tiny.images(64, seed=1)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from deploypipe.blockwise.block_inputs import find_calls, stream_of
 from deploypipe.blockwise.prune_block import PrunedBlock, Pruner, summary
 from deploypipe.blockwise.work_folder import WorkFolder
+from deploypipe.data import as_pair
 from deploypipe.errors import ConfigError, ModelError
 from deploypipe.files.hashing import digest
 from deploypipe.networks.fingerprints import state_fingerprint
@@ -69,7 +70,7 @@ def prune_blockwise(
     DataError without samples; RunFolderError if the folder holds something else.
     """
     _check_settings(recipe, kept)
-    folder, files = Path(folder), WeightFiles(Path(weights))
+    folder, files, batches = Path(folder), WeightFiles(Path(weights)), [as_pair(batch) for batch in batches]
     with without_weights():
         model = unwrapped(build_model()).eval()
     names = tuple(blocks) or find_blocks_in_a_row(model)

@@ -122,6 +122,8 @@ def _rebuilt(tree: Any, parts: list[Any]) -> Any:
         new = dict(zip(tree, parts, strict=True))
         if type(tree) is dict or not isinstance(tree, MutableMapping):
             return new
+        if is_dataclass(tree):  # outputs of transformers, which refuse `update`
+            return type(tree)(**new)
         same_class = copy.copy(tree)  # attributes of a class that is not ours stay
         same_class.update(new)
         return same_class

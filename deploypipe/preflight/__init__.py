@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from deploypipe.checked_splits import CheckedSplit, wrap_splits
 from deploypipe.distillation_loss import with_outputs_class
 from deploypipe.errors import ConfigError, DeploypipeError, ModelError, RuntimeUnavailableError
 from deploypipe.export.onnx_export.export_onnx import require_fp32
@@ -11,6 +12,7 @@ from deploypipe.preflight.findings import CheckReport, Findings, Tried
 from deploypipe.preflight.split_checks import Survey, differs_from_calib, remarks, survey, too_few_samples
 from deploypipe.preflight.trial_passes import (
     NUM_TRAINED,
+    Samples,
     run_network,
     try_export,
     try_extremes,
@@ -25,7 +27,7 @@ from deploypipe.scoring import needs_derivatives
 from deploypipe.target import Target
 from deploypipe.task import Splits, Task, take_batch
 from deploypipe.training.trial_step import has_own_training, try_own_training
-from deploypipe.user_code_errors import CheckedSplit, wrap_forward_errors, wrap_splits, wrap_task
+from deploypipe.user_code_errors import wrap_forward_errors, wrap_task
 
 __all__ = ["CheckReport", "Tried", "check", "check_inputs"]
 
@@ -51,7 +53,15 @@ def check(model: nn.Module, splits: Splits, task: Task, recipe: Recipe, target: 
     if not findings.errors:
         calib, val = surveys["calib"].first, surveys["val"].first
         outputs = run_network(model, take_batch(val, 2)[0], val[0], "val")
-        try_export(findings, model, with_outputs_class(task, outputs), recipe, target, [take_batch(calib, 8)], val)
+        batch, shapes = take_batch(calib, 8), [s for name in ("calib", "val") for s in surveys[name].shapes.inputs()]
+        try_export(
+            findings,
+            model,
+            with_outputs_class(task, outputs),
+            recipe,
+            target,
+            Samples(calib=batch, val=val, shapes=(val[0], *shapes)),
+        )
     return findings.report()
 
 

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deploypipe.checked_splits import CheckedSplit, digest_of, order_error
 from deploypipe.errors import DataError, DeploypipeError
+from deploypipe.export.onnx_export.input_sizes import Extremes
 from deploypipe.networks.batch_trees import leaves, map_tensors
 from deploypipe.task import Batch, empty_split, has_batch_axis, known_length, num_samples, take_batch
-from deploypipe.user_code_errors import CheckedSplit, digest_of, order_error
 
 _MAX_SHAPES = 16
 _PLAIN = (bool, int, float, complex, str, bytes)
@@ -42,6 +43,7 @@ class Survey:
     suspect: tuple[int, Batch] | None = None  # a batch's number and its first sample that holds NaN
     digests: list[bytes] = field(default_factory=list)
     extremes: dict[Any, Extreme] = field(default_factory=dict)
+    shapes: Extremes = field(default_factory=Extremes)
 
     def __str__(self) -> str:
         count = f"{sum(self.sizes)}{'' if self.is_whole else '+'} samples in {len(self.sizes)} batches"
@@ -76,6 +78,7 @@ def _read(split: CheckedSplit, seconds: float) -> Survey:
             if found.suspect is None and size:
                 found.suspect = _suspect(batch, number, size)
             _note_extremes_(found, batch, number, size)
+            found.shapes.see(batch[0])
     if found is None:
         raise empty_split(split.name)
     return found

@@ -1,7 +1,7 @@
 """Try one batch of each split: forward pass, the task's functions, one training step, the export."""
 
 import time
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,6 +13,7 @@ from deploypipe.benchmark.accuracy import evaluate_file, evaluate_module
 from deploypipe.distillation_loss import with_distillation_loss
 from deploypipe.errors import DataError, DeploypipeError, ModelError
 from deploypipe.export.onnx_export.export_onnx import export_onnx
+from deploypipe.export.onnx_export.input_sizes import other_sizes
 from deploypipe.export.tensorrt_engine.build_engine import is_built
 from deploypipe.files.exhausted_resources import raise_if_exhausted
 from deploypipe.networks.batch_trees import map_tensors, tensors
@@ -35,6 +36,7 @@ from deploypipe.task import (
     is_classification,
     num_samples,
     require_logits,
+    take,
     take_batch,
 )
 from deploypipe.training.epochs import least_samples
@@ -54,10 +56,10 @@ def try_inference(findings: Findings, model: nn.Module, task: Task, name: str, s
         _require_repeatable(model, pair[0], outputs, name)
         _try_suspect(model, task, name, seen)
         if is_classification(task):
-            require_logits(outputs)
-            _check_class_names(task, outputs)
-            if name != "calib" and outputs.dim() == 2:
-                check_labels(pair[1], name, outputs.shape[1], seen.labels)
+            logits = require_logits(outputs)
+            _check_class_names(task, logits)
+            if name != "calib" and logits.dim() == 2:
+                check_labels(pair[1], name, logits.shape[1], seen.labels)
         if name == "calib":
             real = find_real_tokens(pair[0], task.real_tokens)
             if real is not None and not real.any():
@@ -88,10 +90,10 @@ def _require_same_buffers(model: nn.Module, before: dict[str, Tensor]) -> None:
         )
 
 
-def _check_class_names(task: Task, outputs: Any) -> None:
-    if task.class_names and len(task.class_names) != outputs.shape[1]:
+def _check_class_names(task: Task, logits: Tensor) -> None:
+    if task.class_names and len(task.class_names) != logits.shape[1]:
         raise DataError(
-            f"task().class_names has {len(task.class_names)} names, but the network has {outputs.shape[1]} outputs; "
+            f"task().class_names has {len(task.class_names)} names, but the network has {logits.shape[1]} outputs; "
             "give one name for each output"
         )
 
@@ -222,21 +224,26 @@ def try_extremes(findings: Findings, model: nn.Module, task: Task, name: str, se
                 return
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Samples:
+    """What the export is tried on."""
+
+    calib: Batch
+    val: Batch
+    shapes: tuple[Any, ...]  # inputs of every size that calib and val have
+
+
 def try_export(
-    findings: Findings,
-    model: nn.Module,
-    task: Task,
-    recipe: Recipe,
-    target: Target,
-    batches: Sequence[Batch],
-    val: Batch,
+    findings: Findings, model: nn.Module, task: Task, recipe: Recipe, target: Target, samples: Samples
 ) -> None:
     """Export the ONNX file, compare it with the network, and run it if the target's runtime is on this machine."""
     with TemporaryDirectory() as folder, findings.trying("export and parity", f"opset {recipe.export.opset}"):
-        path = Path(folder) / "model.onnx"
-        export_onnx(with_slim_attention(model).cpu().eval(), batches, path, recipe.export)
+        path, network = Path(folder) / "model.onnx", with_slim_attention(model).cpu().eval()
+        few = [take(inputs, _NUM_TRAINED) for inputs in samples.shapes]
+        others = other_sizes(network, samples.calib[0], few, recipe.export, target.dynamic_dims)
+        export_onnx(network, [samples.calib], path, recipe.export, other_inputs=others)
         if can(target).verdict == "run" and not is_built(target):
-            evaluate_file(path, [take_batch(val, 2)], task, make_runtime(target), target.num_threads)
+            evaluate_file(path, [take_batch(samples.val, 2)], task, make_runtime(target), target.num_threads)
         else:
             findings.notes.append(
                 f"{target.runtime} was not tried: a check builds no engine, and runs nothing on another device"

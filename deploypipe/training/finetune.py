@@ -9,6 +9,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
+from deploypipe.checked_splits import wrap_splits
 from deploypipe.distillation_loss import with_distillation_loss
 from deploypipe.memory_order import as_given, find_order_
 from deploypipe.networks.model_copies import copied
@@ -26,7 +27,7 @@ from deploypipe.training.teacher import Teacher
 from deploypipe.training.train_step import Lesson, seeded
 from deploypipe.training.training_precision import with_precision
 from deploypipe.training.training_state import TrainingState, agree_, holding, restore_, store_state, weights_of
-from deploypipe.user_code_errors import wrap_forward_errors, wrap_splits, wrap_task
+from deploypipe.user_code_errors import wrap_forward_errors, wrap_task
 
 _PRECISIONS: dict[str, Any] = {"bf16": "bf16-mixed", "fp32": "32-true"}
 

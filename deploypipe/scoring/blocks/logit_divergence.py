@@ -15,7 +15,7 @@ from deploypipe.pruning.surgery.apply_plan import check_fingerprint, cut_out
 from deploypipe.pruning.surgery.plan import empty_plan
 from deploypipe.recipe import LogitDivergence
 from deploypipe.records import BlockRanking, Structures
-from deploypipe.task import Batch, evaluating, forward, num_samples, take_calib
+from deploypipe.task import Batch, evaluating, find_logits, forward, num_samples, take_calib
 
 
 def rank_by_divergence(
@@ -56,11 +56,12 @@ def divergence(dense: nn.Module, other: nn.Module, batches: Iterable[Batch], tem
 
 def _logits(model: nn.Module, inputs: Any) -> Tensor:
     """(samples, ..., classes) float64."""
-    outputs = forward(model, inputs)
-    if not isinstance(outputs, Tensor):
+    logits = find_logits(forward(model, inputs))
+    if logits is None:
         raise DataError(
-            "logit_divergence needs a network with one output tensor of logits; choose another block scorer"
+            "logit_divergence needs a network with one output tensor of logits (or one called 'logits'); choose "
+            "another block scorer"
         )
-    if not torch.isfinite(outputs).all():
+    if not torch.isfinite(logits).all():
         raise DataError("the network's outputs are not finite on the calibration samples; check data and model")
-    return outputs.double()
+    return logits.double()
