@@ -124,8 +124,11 @@ def _is_dataset(source: Any) -> bool:
 
 
 def _is_one_batch(source: Any) -> bool:
-    members = list(source) if isinstance(source, tuple | list) else [source]
-    return bool(members) and all(isinstance(member, Tensor | np.ndarray) for member in members)
+    """Whether it is a tensor, or tensors with unlike numbers of axes: those of a pair, not several batches."""
+    if isinstance(source, Tensor | np.ndarray):
+        return True
+    members = list(source) if isinstance(source, tuple | list) else []
+    return all(isinstance(member, Tensor | np.ndarray) for member in members) and len({m.ndim for m in members}) > 1
 
 
 def set_epoch(loader: Any, epoch: int) -> None:

@@ -1,13 +1,13 @@
 """`deploypipe.prune`: a smaller network in one call, without a target, a search or a run folder."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from deploypipe.data import as_pair
+from deploypipe.data import as_pair, require_repeatable
 from deploypipe.distillation_loss import with_distillation_loss
 from deploypipe.errors import BudgetError, ConfigError
 from deploypipe.networks.batch_trees import map_tensors
@@ -49,7 +49,7 @@ def prune(
     *,
     ratio: float | None = None,
     macs: str | None = None,
-    calib: Iterable[Batch] | None = None,
+    calib: Iterable[Any] | None = None,
     keep: Sequence[str] = (),
     channel_multiple: int = 1,
 ) -> nn.Module:
@@ -64,9 +64,10 @@ def prune(
     example_inputs: one batch, as `model` gets it: a tensor, or a tuple or dict of them.
     ratio: share of the channels (and heads) that every group loses. Inputs and outputs of the network stay whole.
     macs: instead of `ratio`, the most multiply-accumulates of one sample: "0.5x" of the dense network, or "60 M".
-    calib: batches of (inputs, target). With them units are ranked by MIPP instead of by magnitude, and the layers left
-    are solved by least squares to give the dense network's outputs again. With `macs` each group also gets the width
-    that costs the outputs least, which takes several forward passes for each group. Targets are not trained on.
+    calib: batches in any form that `deploypipe.data` reads. With them units are ranked by MIPP instead of by magnitude,
+    and the layers left are solved by least squares to give the dense network's outputs again. With `macs` each group
+    also gets the width that costs the outputs least, which takes several forward passes for each group. Targets are not
+    trained on.
     keep: glob patterns of module names that stay whole. channel_multiple: widths stay multiples of it.
 
     `nn.MultiheadAttention` becomes a module that can lose heads. Raises ConfigError for arguments that do not fit,
@@ -165,11 +166,13 @@ def _share_of_macs(macs: str, dense: int) -> float:
         raise ConfigError("prune", "macs", *str(error).split("; ", 1)) from None
 
 
-def _read(calib: Iterable[Batch]) -> list[Batch]:
+def _read(calib: Iterable[Any]) -> list[Batch]:
     """As many samples as observation and repair take, read once, so that a shuffled loader serves too."""
 
-    def pairs() -> Iterable[Batch]:
-        for inputs, target in map(as_pair, calib):
+    source = calib if isinstance(calib, Iterator) else require_repeatable(calib, "calib is a {}", "calib")
+
+    def pairs() -> Iterator[Batch]:
+        for inputs, target in map(as_pair, source):
             yield _on_cpu(inputs), _on_cpu(target)
 
     return take_calib(pairs(), max(Observe().num_samples, Repair().num_samples))

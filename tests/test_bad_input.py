@@ -45,7 +45,7 @@ TWO_OUTPUTS = """
 class Two(Network):
     def forward(self, x):
         y = super().forward(x)
-        return {"logits": y, "more": y}
+        return {"scores": y, "more": y}
 def build_model(): return Two().eval()
 """
 ONE_NUMBER = """
@@ -94,13 +94,13 @@ def told(done: Any) -> str:
         (EMPTY.replace("SPLIT", "train"), ["train split is empty"]),
         (EMPTY.replace("SPLIT", "val"), ["val split is empty"]),
         (EMPTY.replace("SPLIT", "test"), ["test split is empty"]),
-        (UNPAIRED.replace("SPLIT", "calib"), ["calib split", "a pair (inputs, target)"]),
+        (UNPAIRED.replace("SPLIT", "val"), ["val split", "no pair (inputs, target)", "write Pairs(loader"]),
         (OTHER_SHAPE.replace("SPLIT", "calib"), ["Network fails on two samples", "(2, 3, 6, 6)", "build_model()"]),
         (OTHER_SHAPE.replace("SPLIT", "test"), ["test split", "(2, 3, 6, 6)"]),
         (NAN_DATA, ["holds NaN or infinity", "calib"]),
         (NAN_WEIGHTS, ["weight 'blocks.1.conv1.weight' holds NaN"]),
         (FROZEN, ["frozen", "requires_grad_(True)"]),
-        (TWO_OUTPUTS, ["logits, one tensor", "returns dict", "Task(loss=..., metric=...)"]),
+        (TWO_OUTPUTS, ["logits, one tensor", 'a dict of ["scores"], ["more"]', "Task(loss=..., metric=...)"]),
         (ONE_NUMBER, ["logits, one tensor", "shape ['n']"]),
         (MEAN_METRIC, ["one value per sample"]),
         (WIDE_DISTILLATION_LOSS, ["task().distillation_loss returned a tensor of shape (2,)", "one finite number"]),

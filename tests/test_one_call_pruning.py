@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import deploypipe
 from deploypipe import one_call_pruning
-from deploypipe.errors import BudgetError, ConfigError, DataError
+from deploypipe.errors import BudgetError, ConfigError, DataError, PipelineError
 from deploypipe.pruning.modules.count_macs import count_macs
 
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -75,5 +75,7 @@ def test_what_is_asked_wrongly_is_one_error(dense: nn.Module) -> None:
         deploypipe.prune(dense, IMAGES, macs="half")
     with pytest.raises(BudgetError, match=r"0\.0001x of the dense network is out of reach"):
         deploypipe.prune(dense, IMAGES, macs="0.0001x")
-    with pytest.raises(DataError, match=r"batches of \(inputs, target\), got Tensor"):
-        deploypipe.prune(dense, IMAGES, ratio=0.5, calib=[IMAGES])  # type: ignore[list-item]
+    with pytest.raises(PipelineError, match=r"calib is a Tensor; it is one batch: write calib=\[\(inputs, target\)\]"):
+        deploypipe.prune(dense, IMAGES, ratio=0.5, calib=IMAGES)
+    with pytest.raises(DataError, match=r"it holds \[0\]: str, \[1\]: str: write Pairs\(loader, inputs=0"):
+        deploypipe.prune(dense, IMAGES, ratio=0.5, calib=[("a", "b")])

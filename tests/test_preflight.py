@@ -88,7 +88,7 @@ OWN_GENERATOR = DataLoader(TensorDataset(X, Y), 16, shuffle=True, generator=torc
             "the val split, batch 4: its members differ from those of the first",
         ),
         ({"test": [(X[:4], Y[:3])]}, "has 4 samples with target [3]; give one target for each sample"),
-        ({"calib": [(X[:4].numpy(), Y[:4])]}, "must be tensors, got a ndarray"),
+        ({"calib": [(X[:4].tolist(), Y[:4])]}, "its inputs must be tensors: write torch.tensor(...)"),
     ],
 )
 def test_data_that_would_fail_late_is_named(changes: dict[str, Any], said: str) -> None:

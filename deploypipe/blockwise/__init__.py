@@ -29,7 +29,7 @@ from deploypipe.pruning.surgery.saved_network import own_weights, save_parts
 from deploypipe.recipe import Recipe
 from deploypipe.records import Notify, Progress, PruningPlan, silent
 from deploypipe.scoring import needs_derivatives
-from deploypipe.task import Batch, forward
+from deploypipe.task import forward
 from deploypipe.tensor_batches import fingerprint_of
 
 _TOLERANCE = 0.01  # of the norm of the last block's output; half precision with other batch sizes differs by 0.001
@@ -48,7 +48,7 @@ class BlockwiseResult:
 def prune_blockwise(
     build_model: Callable[[], nn.Module],
     weights: Path | str,
-    batches: Sequence[Batch],
+    batches: Sequence[Any],
     folder: Path | str,
     recipe: Recipe,
     *,
@@ -60,7 +60,8 @@ def prune_blockwise(
     """Keep the share `kept` of every group of units and heads inside the blocks, and save the pruned network.
 
     build_model: its parameters take no memory, and values it loads into them are dropped. weights: a
-    `.safetensors` file, or the index of several. batches: calibration samples, all of one length. recipe: only its
+    `.safetensors` file, or the index of several. batches: calibration samples, all of one length, in any form that
+    `deploypipe.data` reads. recipe: only its
     score, observe, repair and seed are used. blocks: names of modules, each of which reads the output of the one
     before; by default the longest list of modules of one class. `load_pruned(folder, build_model)` loads the result.
 
