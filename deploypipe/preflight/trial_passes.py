@@ -239,7 +239,7 @@ def try_export(
     """Export the ONNX file, compare it with the network, and run it if the target's runtime is on this machine."""
     with TemporaryDirectory() as folder, findings.trying("export and parity", f"opset {recipe.export.opset}"):
         path, network = Path(folder) / "model.onnx", with_slim_attention(model).cpu().eval()
-        few = [take(inputs, _NUM_TRAINED) for inputs in samples.shapes]
+        few = [take(inputs, NUM_TRAINED) for inputs in samples.shapes]
         others = other_sizes(network, samples.calib[0], few, recipe.export, target.dynamic_dims)
         export_onnx(network, [samples.calib], path, recipe.export, other_inputs=others)
         if can(target).verdict == "run" and not is_built(target):

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import is_dataclass
+from functools import wraps
 from inspect import Parameter, signature
 from io import StringIO
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from deploypipe.errors import ConfigError, DataError, ModelError, ParityError
@@ -45,7 +46,16 @@ from deploypipe.records import FileEntry, ModelFile, Parity
 from deploypipe.runtimes import Array
 from deploypipe.runtimes.named_arrays import name_outputs
 from deploypipe.runtimes.onnxruntime import OnnxRuntime
-from deploypipe.task import Batch, as_arguments, forward, has_batch_axis, num_samples, repeat_samples, take
+from deploypipe.task import (
+    Batch,
+    as_arguments,
+    forward,
+    has_batch_axis,
+    num_samples,
+    repeat_samples,
+    take,
+    without_caches,
+)
 from deploypipe.untrusted_files.onnx_file_check import check_onnx_file
 
 _MIN_TRACED = 2  # torch.export makes an axis of size one a constant
@@ -85,7 +95,7 @@ def export_onnx(
     model, path = unwrapped(model), Path(path)
     if not batches:
         raise DataError("export needs at least one batch to compare the file with the network; none was given")
-    network = _copy_for_export(model)
+    network = _copy_for_export(model, batches[0][0])
     inputs = [in_order(network, map_tensors(lambda t: t.cpu().contiguous(), batch)) for batch, _ in batches]
     if other_inputs is None:
         other_inputs = other_sizes(network, inputs[0], extremes_of(inputs), settings)
@@ -137,8 +147,11 @@ def export_onnx(
     )
 
 
-def _copy_for_export(model: nn.Module) -> nn.Module:
-    """An eval-mode copy on the CPU in contiguous layout, so that the caller's network is not changed."""
+def _copy_for_export(model: nn.Module, inputs: Any) -> nn.Module:
+    """An eval-mode copy on the CPU in contiguous layout, so that the caller's network is not changed.
+
+    inputs: any that it accepts, to see what it returns.
+    """
     require_fp32(model)
     for name, module in model.named_modules():
         if isinstance(module, nn.LSTM) and module.proj_size:
@@ -148,7 +161,26 @@ def _copy_for_export(model: nn.Module) -> nn.Module:
             )
     network = copied(model).cpu().eval()
     network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # missing in torch's stubs
+    _leave_out_caches_(network, map_tensors(Tensor.cpu, inputs))
     return network
+
+
+def _leave_out_caches_(network: nn.Module, inputs: Any) -> None:
+    """Return no caches from forward(), as `task.forward` does: the exporter accepts no objects of other classes."""
+    returned: list[Any] = []
+    hook = network.register_forward_hook(lambda _, __, outputs: returned.append(outputs))
+    with torch.no_grad():
+        forward(network, inputs)
+    hook.remove()
+    if without_caches(returned[-1]) is returned[-1]:
+        return
+    plain = network.forward
+
+    @wraps(plain)
+    def without(*args: Any, **kwargs: Any) -> Any:
+        return without_caches(plain(*args, **kwargs))
+
+    network.forward = without
 
 
 def require_fp32(model: nn.Module) -> None:
