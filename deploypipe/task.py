@@ -164,7 +164,8 @@ def without_caches(outputs: Any) -> Any:
     if not caches:
         return outputs
     kept = {key: value for key, value in outputs.items() if key not in caches}
-    return type(outputs)(**kept) if is_dataclass(outputs) else kept
+    kind: Any = type(outputs)
+    return kind(**kept) if is_dataclass(outputs) else kept
 
 
 def _is_cache(value: Any) -> bool:

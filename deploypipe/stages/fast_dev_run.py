@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from deploypipe.budgets import MACS
+from deploypipe.checked_splits import wrap_splits
 from deploypipe.errors import ConfigError, RunFolderError
 from deploypipe.recipe import Recipe
 from deploypipe.runs.result import RESULT, load_result
 from deploypipe.target import Budget, Target
 from deploypipe.task import Batch, Splits, known_length
-from deploypipe.user_code_errors import wrap_splits
 
 _NUM_BATCHES = 2  # of calib, val and test; of train: one, so one step
 _NUM_SAMPLES = 64
