@@ -1,7 +1,5 @@
-"""The report's figures, as HTML fragments that share one copy of plotly.js."""
+"""The plots of a run, apart from those of its search, as HTML fragments that share one copy of plotly.js."""
 
-import hashlib
-from html import escape
 from typing import Any
 
 import numpy as np
@@ -16,11 +14,12 @@ from deploypipe.records import (
     TrainLog,
 )
 from deploypipe.records.stages import title_of
-from deploypipe.text.printable_text import printable
+from deploypipe.report.plot_style import COMPRESSED, DENSE, LIMIT, MUTED, as_html
+from deploypipe.report.run_tables import NOT_MEASURED, interval_text, seconds
+from deploypipe.text.amounts import amount
 
-DENSE, COMPRESSED, MUTED, LIMIT = "#8a94a6", "#2563eb", "#cbd2dc", "#dc2626"
-CONFIG = {"displayModeBar": False, "responsive": True}  # its buttons would lie over the legend
 _SHOWN_UP_TO = 3  # times the median latency
+_LISTED = 5  # names in a summary
 
 
 def kept_information(summary: ScoreSummary) -> str:
@@ -33,12 +32,22 @@ def kept_information(summary: ScoreSummary) -> str:
             y=[100 * share for share in group.kept_information],
             mode="lines",
             name=group.name,
-            line={"width": 1.5, "color": f"hsl({220 - 220 * number / last:.0f}, 75%, 45%)"},  # blue: near the input
+            line={"width": 1.5, "color": f"hsl({220 - 220 * number / last:.0f}, 75%, 50%)"},  # blue: near the input
             hovertemplate=f"%{{fullData.name}}<br>%{{x:.0f}} % of {group.num_units} units<br>%{{y:.1f}} %"
             "<extra></extra>",
         )
     figure.update_layout(xaxis_title="units kept, %", yaxis_title="information kept, %", showlegend=last < 12)
-    return as_html(figure)
+    shares = ", ".join(f"{sum(g.redundant[i] for g in summary.groups):,} at {100 * s:g} %" for i, s in _shares(summary))
+    total = sum(group.num_units for group in summary.groups)
+    return as_html(
+        figure,
+        f"Information kept by units kept, one curve for each of {len(summary.groups)} groups. Of {total:,} units "
+        f"so many could go while that share of the information stays: {shares}.",
+    )
+
+
+def _shares(summary: ScoreSummary) -> list[tuple[int, float]]:
+    return list(enumerate(summary.shares))
 
 
 def block_similarity(summary: ScoreSummary) -> str:
@@ -60,7 +69,12 @@ def block_similarity(summary: ScoreSummary) -> str:
             low, high = names.index(cluster[0]) - 0.5, names.index(cluster[-1]) + 0.5
             figure.add_shape(type="rect", x0=low, x1=high, y0=low, y1=high, line={"color": LIMIT, "width": 2})
     figure.update_layout(xaxis={"type": "category"}, yaxis={"autorange": "reversed", "type": "category"})
-    return as_html(figure, height=max(380, 160 + 16 * len(names)))
+    clusters = "; ".join(", ".join(cluster) for cluster in summary.clusters if len(cluster) > 1)
+    return as_html(
+        figure,
+        f"CKA of {len(names)} blocks, pair by pair. Clusters of similar blocks: {clusters or 'none'}.",
+        height=max(380, 160 + 16 * len(names)),
+    )
 
 
 def latencies(report: BenchmarkReport) -> str:
@@ -73,14 +87,18 @@ def latencies(report: BenchmarkReport) -> str:
             figure.add_histogram(x=shown, name=label, marker_color=colour, opacity=0.75, nbinsx=60)
             _mark_median(figure, measurement.latency.p50_ms, colour)
     figure.update_layout(barmode="overlay", xaxis_title="latency, ms", yaxis_title="runs")
-    return as_html(figure)
+    medians = [
+        f"{label} {interval_text(m.latency.p50_ms.value, m.latency.p50_ms, 'ms') if m.latency else NOT_MEASURED}"
+        for label, m in (("dense", report.dense), ("compressed", report.compressed))
+    ]
+    return as_html(figure, f"Histogram of single runs. Median latency: {', '.join(medians)}.")
 
 
-def slices(report: BenchmarkReport, most: int) -> str:
-    """The mean metric of each class, or of what else the task names, dense and compressed; the `most` that lost most,
+def slices(report: BenchmarkReport, metric: str, most: int) -> str:
+    """The mean metric of each class or other slice of the task, dense and compressed: the `most` with the largest loss,
     in that order."""
-    metrics = [np.array(measured.per_sample_metric) for measured in (report.dense, report.compressed)]
-    means = {name: [float(metric[list(at)].mean()) for metric in metrics] for name, at in report.slices.items() if at}
+    values = [np.array(measured.per_sample_metric) for measured in (report.dense, report.compressed)]
+    means = {name: [float(samples[list(at)].mean()) for samples in values] for name, at in report.slices.items() if at}
     names = sorted(means, key=lambda name: means[name][1] - means[name][0])[:most]
     figure = go.Figure()
     for name in names:
@@ -103,15 +121,17 @@ def slices(report: BenchmarkReport, most: int) -> str:
             customdata=[len(report.slices[name]) for name in names],
             hovertemplate="%{y}: %{x:.2f} %, %{customdata:,} samples",
         )
-    figure.update_layout(xaxis_title="metric, %", yaxis={"autorange": "reversed", "type": "category"})
-    return as_html(figure, height=140 + 28 * len(names))
+    figure.update_layout(xaxis_title=f"{metric}, %", yaxis={"autorange": "reversed", "type": "category"})
+    changes = [amount(100 * (means[name][1] - means[name][0]), "pp", signed=True) for name in names]
+    listed = ", ".join(f"{name} {change}" for name, change in list(zip(names, changes, strict=True))[:_LISTED])
+    return as_html(figure, f"Change of {metric}, largest loss first: {listed}.", height=140 + 28 * len(names))
 
 
 def _mark_median(figure: Any, p50: Interval, colour: str) -> None:
-    figure.add_vline(x=p50.value, line_color=colour, line_width=2, annotation_text=f"p50 {p50.value:.4g} ms")
+    figure.add_vline(x=p50.value, line_color=colour, line_width=2, annotation_text=f"p50 {amount(p50.value, 'ms')}")
 
 
-def finetune(log: TrainLog) -> str:
+def finetune(log: TrainLog, metric: str) -> str:
     """Validation accuracy after each epoch; epoch 0 is the repaired network before training."""
     figure = go.Figure()
     epochs = [e.epoch for e in log.epochs]
@@ -119,7 +139,7 @@ def finetune(log: TrainLog) -> str:
         x=epochs,
         y=[100 * e.val_accuracy for e in log.epochs],
         mode="lines+markers",
-        name="validation accuracy",
+        name=f"{metric} on val",
         line_color=COMPRESSED,
     )
     chosen = [e for e in log.epochs if e.epoch == log.chosen_epoch]
@@ -130,8 +150,12 @@ def finetune(log: TrainLog) -> str:
         name="chosen",
         marker={"color": COMPRESSED, "size": 16, "symbol": "star"},
     )
-    figure.update_layout(xaxis={"title": "epoch", "dtick": 1}, yaxis_title="accuracy on validation, %")
-    return as_html(figure)
+    figure.update_layout(xaxis={"title": "epoch", "dtick": 1}, yaxis_title=f"{metric} on val, %")
+    first, best = (amount(100 * e.val_accuracy, "%") for e in (log.epochs[0], *(chosen or log.epochs[-1:])))
+    return as_html(
+        figure,
+        f"{metric} on val by epoch: {first} at epoch {epochs[0]}, {best} at epoch {log.chosen_epoch}.",
+    )
 
 
 def repair_errors(report: RepairReport) -> str:
@@ -142,7 +166,11 @@ def repair_errors(report: RepairReport) -> str:
     figure.add_bar(x=names, y=[row.error_before for row in rows], name="cut", marker_color=MUTED)
     figure.add_bar(x=names, y=[row.error_after for row in rows], name="repaired", marker_color=COMPRESSED)
     figure.update_layout(yaxis_title="relative squared error", xaxis={"tickangle": -60, "type": "category"})
-    return as_html(figure)
+    pairs = [(r.error_before, r.error_after) for r in rows if r.error_before is not None and r.error_after is not None]
+    before, after = (sum(errors) / len(errors) for errors in zip(*pairs, strict=True)) if pairs else (0.0, 0.0)
+    return as_html(
+        figure, f"Mean relative squared error of {len(pairs)} layers: {before:.3g} after the cut, {after:.3g} repaired."
+    )
 
 
 def stage_times(stages: tuple[StageTime, ...]) -> str:
@@ -157,46 +185,12 @@ def stage_times(stages: tuple[StageTime, ...]) -> str:
         orientation="h",
         marker_color=colours,
         text=[f"{stage.seconds:.1f} s" + (" (cached)" if stage.was_cached else "") for stage in stages],
-        textposition="auto",
+        textposition="outside",
+        cliponaxis=False,
     )
-    figure.update_layout(xaxis_title="seconds", yaxis={"autorange": "reversed"}, showlegend=False)
-    return as_html(figure, height=120 + 26 * len(stages))
-
-
-def as_html(figure: Any, height: int = 380, top: int = 30) -> str:
-    """The figure as a fragment, in the look they share."""
-    figure.update_layout(
-        template="plotly_white",
-        height=height,
-        margin={"l": 10, "r": 10, "t": top, "b": 10},
-        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
-        font={"family": "system-ui, sans-serif", "size": 13},
-    )
-    figure.update_yaxes(automargin=True)
-    figure.update_xaxes(automargin=True)
-    name = hashlib.sha256(figure.to_json().encode()).hexdigest()[:16]  # the same figure, the same bytes
-    _show_names_as_text(figure)
-    text: str = figure.to_html(full_html=False, include_plotlyjs=False, config=CONFIG, div_id=f"figure-{name}")
-    return text
-
-
-def _show_names_as_text(figure: Any) -> None:
-    """plotly reads HTML in names and labels: of it only our own line breaks stay."""
-    for trace in figure.data:
-        for field in ("name", "text", "x", "y", "customdata"):
-            value = getattr(trace, field, None)
-            if isinstance(value, str):
-                trace[field] = _as_text(value)
-            elif value is not None and any(isinstance(item, str) for item in value):
-                trace[field] = [_as_text(item) if isinstance(item, str) else item for item in value]
-    for shape in figure.layout.shapes:  # at a label's place
-        for field in ("x0", "x1", "y0", "y1"):
-            if isinstance(shape[field], str):
-                shape[field] = _as_text(shape[field])
-    for axis in figure.select_yaxes():
-        if axis.ticktext is not None:
-            axis.ticktext = [_as_text(str(item)) for item in axis.ticktext]
-
-
-def _as_text(label: str) -> str:
-    return "<br>".join(escape(printable(part), quote=False) for part in label.split("<br>"))
+    room = 1.25 * max((stage.seconds for stage in stages), default=1.0)  # for the text of the longest bar
+    axes = {"xaxis": {"title": "seconds", "range": [0, room]}, "yaxis": {"autorange": "reversed"}}
+    figure.update_layout(**axes, showlegend=False)
+    longest = sorted(stages, key=lambda stage: -stage.seconds)[:_LISTED]
+    listed = ", ".join(f"{title_of(stage.stage)} {seconds(stage.seconds)}" for stage in longest)
+    return as_html(figure, f"Time of each stage. The longest: {listed}.", height=120 + 26 * len(stages))

@@ -1,6 +1,7 @@
 """The figures of a run as text: the same rows for the terminal and for the report."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 from deploypipe.budgets import BUDGETS, BudgetRow
@@ -108,10 +109,29 @@ def check_cells(check: Check) -> tuple[str, str, str, str, str]:
     return (
         check.name.replace("_", " "),
         str(check.status.value),
-        NOT_MEASURED if check.measured is None else _with_interval(check.measured, check.interval, check.unit),
+        NOT_MEASURED if check.measured is None else interval_text(check.measured, check.interval, check.unit),
         "" if check.limit is None else limit_text(check.limit, check.unit),
         check.reason if check.waiver is None else f"{check.reason}; {_waived(check.waiver)}",
     )
+
+
+class CheckRow(NamedTuple):
+    """One check in a page's table. Neighbours with the same reason share its cell."""
+
+    cells: tuple[str, str, str, str]  # name, status, measured, limit
+    reason: str
+    num_rows: int  # that the cell of the reason covers; 0: that of a row above does
+
+
+def check_rows(checks: Sequence[Check]) -> list[CheckRow]:
+    """The gate's checks; those that do not pass are first, and a reason is stated once."""
+    ordered = sorted(checks, key=lambda check: check.is_settled)
+    groups = [list(group) for _, group in groupby(map(check_cells, ordered), key=lambda cells: cells[4])]
+    return [
+        CheckRow(cells=(name, status, measured, limit), reason=reason, num_rows=0 if i else len(group))
+        for group in groups
+        for i, (name, status, measured, limit, reason) in enumerate(group)
+    ]
 
 
 def what_is_covered(conditions: Conditions | None) -> str:
@@ -153,7 +173,7 @@ def precision_rows(choice: PrecisionChoice) -> list[tuple[str, ...]]:
                 mebibytes(row.file.size_bytes) if row.file else "-",
                 f"{made.file.max_abs_error:.2g}" if made else "-",
                 f"{accuracy:.2%}" if accuracy is not None else "-",
-                _with_interval(ratio.value, ratio, "x") if ratio else "not timed",
+                interval_text(ratio.value, ratio, "x") if ratio else "not timed",
                 f"{len(made.kept_float)} of {made.num_layers}" if made else "-",
                 "; ".join(filter(None, (remark, approved, *(made.notes if made else ())))),
             )
@@ -180,7 +200,7 @@ def _budget_row(budget: BudgetRow, report: BenchmarkReport) -> Row:
     before, after = budget.value(report.dense), budget.value(report.compressed)
     if budget.ratio:
         ratio = budget.ratio(report)
-        change = _with_interval(ratio.value, ratio, "x") if ratio else ""
+        change = interval_text(ratio.value, ratio, "x") if ratio else ""
     else:
         change = amount(after / before, "x") if before and after is not None else ""
     return Row(
@@ -195,7 +215,7 @@ def _figure_text(budget: BudgetRow, measurement: Measurement) -> str:
     figure, value = budget.of_measurement(measurement), budget.value(measurement)
     if value is None:
         return NOT_MEASURED
-    return _with_interval(value, figure if isinstance(figure, Interval) else None, budget.unit)
+    return interval_text(value, figure if isinstance(figure, Interval) else None, budget.unit)
 
 
 def _accuracy(measurement: Measurement) -> str:
@@ -210,5 +230,5 @@ def _change_in_pp(drop: Interval) -> str:
     return bounded(-drop.value, -drop.high, -drop.low, "pp", signed=True)
 
 
-def _with_interval(value: float, interval: Interval | None, unit: str) -> str:
+def interval_text(value: float, interval: Interval | None, unit: str) -> str:
     return bounded(value, interval.low, interval.high, unit) if interval else amount(value, unit)

@@ -68,6 +68,15 @@ def reach_rows(search: SearchResult, target: Target) -> list[tuple[str, ...]]:
     return rows
 
 
+def margin_sentence(target: Target) -> str:
+    """What the search leaves free below each limit, and why; "" if no limit has a margin."""
+    rows = [BUDGETS[name] for name in target.budget.limits() if BUDGETS[name].margin]
+    if not rows:
+        return ""
+    margins = " and ".join(f"{100 * row.margin:g} % for {row.label}" for row in rows)
+    return f"The search aims below a limit that is measured ({margins}), because the gate measures once more."
+
+
 def limit_sentences(result: RunResult, search: SearchResult, stages: tuple[Stage, ...]) -> list[str]:
     """Sentences about what limited the result."""
     return [

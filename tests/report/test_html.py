@@ -25,7 +25,7 @@ class _Collector(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
-        self.fetched += [value for name, value in attrs if name in FETCHING and value]
+        self.fetched += [value for name, value in attrs if name in FETCHING and value and value[0] != "#"]
 
     def handle_data(self, data: str) -> None:
         if self.tags and self.tags[-1] == "style":
@@ -57,7 +57,7 @@ def test_report_leads_with_the_decision_and_fetches_nothing(tmp_path: Path) -> N
 def test_report_shows_every_part_of_a_run() -> None:
     html = render_report(finished_run())
     for part in (
-        "What was tried",
+        "What each latency p50 costs in accuracy",
         "Latency",
         "What limited the result",
         "Widths",
@@ -88,7 +88,7 @@ def test_classes_stand_by_what_they_lost() -> None:
     )
     figure = page[page.index("By class") :]
     assert '"y":["lost","kept"]' in figure and '"x":[50.0,100.0]' in figure and '"x":[100.0,100.0]' in figure
-    assert "By class" not in render_report(replace(made, benchmark=replace(made.benchmark, slices={})))
+    assert ">By class<" not in render_report(replace(made, benchmark=replace(made.benchmark, slices={})))
 
 
 def test_report_of_an_untouched_unmeasured_model() -> None:
@@ -111,7 +111,7 @@ def test_scores_have_a_page_of_their_own(tmp_path: Path) -> None:
 
 
 def test_report_survives_a_search_without_measured_latency() -> None:
-    assert "What was tried" in render_report(replace(untouched_run(), search=finished_run().search))
+    assert "What each latency p50 costs" in render_report(replace(untouched_run(), search=finished_run().search))
 
 
 @pytest.mark.parametrize("missing", ["plotly", "jinja2"])
