@@ -4,15 +4,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from finished_runs import conditions
+from impatience import hurry
 
-from deploypipe.benchmark import latency, memory
+from deploypipe.benchmark import latency
 
 DATA = Path(os.environ.get("DEPLOYPIPE_TEST_DATA") or Path(__file__).parents[2] / "shared" / "data")
 
@@ -51,18 +50,7 @@ SMALL = ("numerics", "observe", "pruning", "scoring", "search", "training")
 
 @pytest.fixture(autouse=True, scope="session")
 def impatient() -> None:
-    """Files are timed as shortly as a target allows, memory in one process; a busy machine is not waited for."""
-    latency._SECONDS, latency._PAUSE_SECONDS, latency._MAX_CHECKS = 0.2, 0.0, 0
-    memory._NUM_CHILDREN = 1
-
-
-@pytest.fixture(autouse=True, scope="session")
-def one_table_of_operators() -> None:
-    """torch.onnx.export makes its table of 700 operators anew for each file, which is a third of a small export."""
-    with suppress(ImportError):  # it is private to torch
-        from torch.onnx._internal.exporter._registration import ONNXRegistry
-
-        ONNXRegistry.from_torchlib = staticmethod(cache(ONNXRegistry.from_torchlib))  # type: ignore[method-assign]
+    hurry()
 
 
 @pytest.fixture(autouse=True, scope="module")

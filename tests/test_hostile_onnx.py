@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from child_program import start
 from onnx import TensorProto, helper, numpy_helper
 from releasable_run import write_run
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
+from warm_python import start
 
 from deploypipe.benchmark.child_processes.run_child import try_file
 from deploypipe.benchmark.input_batches import load_inputs, make_inputs, read_specs
@@ -129,8 +129,8 @@ def test_memory_is_limited_to_what_is_asked(tmp_path: Path) -> None:
 def test_batch_sizes_that_never_end_are_not_swept(tmp_path: Path) -> None:
     path = endless_in_large_batches(tmp_path / "model.onnx")
     assert try_file(path, BATCH, TARGET, ProcessLimits()) == {}
-    refused = try_file(path, BATCH, TARGET, ProcessLimits(seconds=8), batch_sizes=[1, 2, 4])
-    assert sorted(refused) == [2, 4] and all("took over 8 s" in reason for reason in refused.values())
+    refused = try_file(path, BATCH, TARGET, ProcessLimits(seconds=8), batch_sizes=[1, 2])
+    assert sorted(refused) == [2] and "took over 8 s" in refused[2]
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +217,7 @@ def test_no_process_outlives_the_one_that_watches_it(tmp_path: Path) -> None:
     (tmp_path / "cpu.toml").write_text('runtime = "onnxruntime"\n', encoding="utf-8")
     endless(tmp_path / "model.onnx")
     for number, code in ((signal.SIGTERM, 130), (signal.SIGKILL, -signal.SIGKILL)):
-        parent = start(tmp_path, "bench", "model.onnx", "./cpu.toml")
+        parent = start(tmp_path, "-m", "deploypipe", "bench", "model.onnx", "./cpu.toml")
         children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
         while not (found := children.read_text().split()) or "onnxruntime" not in told_of(found[0], "maps"):
             assert parent.poll() is None

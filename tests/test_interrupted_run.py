@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from child_program import start
+from warm_python import run, start
 
 from deploypipe.cli.exit_codes import exit_codes
 from deploypipe.cli.stage_display import shown_stages
@@ -19,12 +19,12 @@ def test_control_c_says_how_to_go_on(tmp_path: Path) -> None:
     (tmp_path / "pipe.py").write_text("from tiny_pipeline import *\n", encoding="utf-8")
     (tmp_path / "cpu.toml").write_text(TARGET, encoding="utf-8")
     long = ("--set", "search.num_trials=200", "--set", "finetune.num_epochs=200")  # not over before the signal comes
-    child = start(tmp_path, "run", "./pipe.py", "./cpu.toml", "--out", "out", *long)
+    child = start(tmp_path, "-m", "deploypipe", "run", "./pipe.py", "./cpu.toml", "--out", "out", *long)
     assert child.stdout
     while not (line := child.stdout.readline()).startswith("structures"):
         assert line, "the run is over"
     child.send_signal(signal.SIGINT)
-    _, said = child.communicate(timeout=60)
+    _, said = child.communicate(timeout=300)
     assert (child.returncode, said.strip()) == (130, "interrupted; the same command resumes")
     assert not (tmp_path / "out" / "result.json").exists()
 
@@ -40,13 +40,12 @@ def test_an_error_that_a_library_raises_for_an_interrupt_ends_like_one(capsys: p
 
 
 def test_what_init_writes_runs_as_it_is(tmp_path: Path) -> None:
-    assert start(tmp_path, "init", "mine").wait(60) == 0
-    settings = ("search.num_trials=2", "finetune.num_epochs=1", "search.num_levels=3")
-    flags = [part for setting in settings for part in ("--set", setting)]
-    child = start(tmp_path, "run", "mine", "mine", *flags)
-    said, errors = child.communicate(timeout=300)
-    assert child.returncode in (0, 1), errors  # HOLD on a machine too busy to be steady
-    assert "runs/mine-mine/model.onnx" in said and (tmp_path / "runs" / "mine-mine" / "model.onnx").is_file()
+    assert run(tmp_path, "-m", "deploypipe", "init", "mine").returncode == 0
+    quick = ("pipeline.NUM_STEPS=40", "observe.num_samples=128", "search.num_trials=2", "search.num_levels=3")
+    flags = [part for setting in (*quick, "finetune.num_epochs=1") for part in ("--set", setting)]
+    done = run(tmp_path, "-m", "deploypipe", "run", "mine", "mine", *flags)
+    assert done.returncode in (0, 1), done.stderr  # HOLD on a machine too busy to be steady
+    assert "runs/mine-mine/model.onnx" in done.stdout and (tmp_path / "runs" / "mine-mine" / "model.onnx").is_file()
 
 
 class Interrupting:

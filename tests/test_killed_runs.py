@@ -1,54 +1,42 @@
 """Real kills, at random moments: what a run has finished stays, and the end is the same."""
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tiny_pipeline as tiny
 from safetensors.torch import save_file
+from warm_python import start
 
 from deploypipe.files.hashing import file_sha256
 from deploypipe.runs.result import RunResult, load_result
 from deploypipe.text.sealed_json import unseal
 
-NUM_KILLS = 15  # `benchmarks/kills.py` does them by the hundred
+NUM_KILLS = 5  # `benchmarks/kills.py` does them by the hundred
 LONGEST = 2.5  # seconds a child lives
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[[Path, float], int]]:
+def run(tmp_path: Path) -> Callable[[Path, float], int]:
     """(folder, seconds) -> exit code of a run in `folder` that is killed after `seconds`."""
     weights = tmp_path / "dense.safetensors"
     save_file(tiny.build_model().state_dict(), weights)
-    here = Path(__file__).parent
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "DEPLOYPIPE_CACHE": str(tmp_path / "cache"),
-        "PYTHONPATH": os.pathsep.join([str(here.parent), str(here)]),
-    }
-    server = subprocess.Popen(
-        [sys.executable, str(here / "killed_runs_server.py"), str(weights)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
-    assert server.stdin and server.stdout and server.stdout.readline() == "ready\n"
 
-    def run(folder: Path, seconds: float) -> int:
-        assert server.stdin and server.stdout
-        print(folder, seconds, file=server.stdin, flush=True)
-        return int(server.stdout.readline())
+    def run_in(folder: Path, seconds: float) -> int:
+        child = start(tmp_path, str(Path(__file__).with_name("killed_run.py")), str(weights), str(folder))
+        end = time.monotonic() + seconds
+        while child.poll() is None and time.monotonic() < end:
+            time.sleep(0.005)
+        child.kill()
+        child.communicate(60)
+        assert child.returncode is not None
+        return child.returncode
 
-    yield run
-    server.stdin.close()
-    server.wait(timeout=60)
+    return run_in
 
 
 def choice(result: RunResult) -> object:
@@ -67,21 +55,19 @@ def assert_whole(folder: Path) -> None:
             assert all(file_sha256(folder / path.stem / f) == sha256 for f, sha256 in stored["files"].items())
 
 
-def test_a_run_killed_again_and_again_ends_in_the_same_plan(
-    start: Callable[[Path, float], int], tmp_path: Path
-) -> None:
-    assert start(tmp_path / "whole", 300) == 0
+def test_a_run_killed_again_and_again_ends_in_the_same_plan(run: Callable[[Path, float], int], tmp_path: Path) -> None:
+    assert run(tmp_path / "whole", 300) == 0
     whole = load_result(tmp_path / "whole")
     rng = random.Random(2)
     killed, number = 0, 0
     while killed < NUM_KILLS:
         folder = tmp_path / f"killed{number}"
-        code = start(folder, rng.uniform(0.02, LONGEST))
+        code = run(folder, rng.uniform(0.02, LONGEST))
         assert code in (0, -signal.SIGKILL), code
         assert_whole(folder)
         killed += code != 0
         number += code == 0
-    assert start(tmp_path / f"killed{number}", 300) == 0
+    assert run(tmp_path / f"killed{number}", 300) == 0
     for folder in sorted(tmp_path.glob("killed*")):
         result = load_result(folder)
         assert choice(result) == choice(whole)

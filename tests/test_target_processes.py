@@ -2,13 +2,12 @@
 
 import os
 import signal
-import subprocess
 import time
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from child_program import start
+from warm_python import Child, start
 
 from deploypipe.runs.result import RunResult, load_result
 
@@ -28,10 +27,22 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(folder: Path, out: str, *arguments: str, num_threads: int = 1) -> subprocess.Popen[str]:
+def run(folder: Path, out: str, *arguments: str, num_threads: int = 1) -> Child:
     settings = [part for setting in QUICK for part in ("--set", setting)]
     targets = [f"./{name}.toml" for name in NAMES]
-    return start(folder, "run", "./pipe.py", *targets, "--out", out, *settings, *arguments, num_threads=num_threads)
+    return start(
+        folder,
+        "-m",
+        "deploypipe",
+        "run",
+        "./pipe.py",
+        *targets,
+        "--out",
+        out,
+        *settings,
+        *arguments,
+        num_threads=num_threads,
+    )
 
 
 def choice(result: RunResult) -> object:
@@ -51,56 +62,51 @@ def at_work(folder: Path) -> dict[int, bytes]:
     return found
 
 
-def wait_until_two_search(child: subprocess.Popen[str]) -> None:
-    assert child.stdout
+def wait_until_two_say(child: Child, text: str) -> None:
     told: set[str] = set()
     while len(told) < 2:
         line = child.stdout.readline()
         assert line, "the run is over"
-        if "trials take about" in line:
+        if text in line:
             told.add(line.split()[0])
 
 
-def test_two_at_a_time_find_what_they_find_one_after_the_other(folder: Path) -> None:
+def test_interrupted_or_killed_it_leaves_nobody_behind_and_ends_as_one_after_the_other(folder: Path) -> None:
     """Of three targets one cannot be reached, which does not end the others."""
-    at_once, in_turn = run(folder, "at_once", "--jobs", "2", num_threads=2), run(folder, "in_turn")
-    said, errors = at_once.communicate(timeout=300)
-    assert at_once.returncode == 2
-    assert [line.startswith("never  error: ") and "macs" in line for line in errors.splitlines()] == [True], errors
-    table = said[said.index("target by target") :]
-    assert "ended with exit code 2" in table and all(f"\n{name} " in table for name in NAMES)
-    assert (folder / "at_once" / "report.html").is_file()
-    assert all(f"{name:<5}  1 thread\n" in said for name in NAMES)  # of two, for two at a time
-    for stage in ("structures", "dense_export", "observe", "score", "curves"):
-        assert len(list((folder / "at_once" / "shared").glob(f"*-{stage}-*.json"))) == 1
-    assert in_turn.communicate(timeout=300) and in_turn.returncode == 2
-    for name in NAMES[:2]:
-        one, other = (load_result(folder / out / name) for out in ("at_once", "in_turn"))
-        assert choice(one) == choice(other)
-
-
-def test_interrupted_or_killed_it_leaves_nobody_behind_and_goes_on(folder: Path) -> None:
     long = ("--jobs", "2", "--set", "search.num_trials=2000")  # far from over when the signal comes
     child = run(folder, "out", *long)
-    wait_until_two_search(child)
+    wait_until_two_say(child, "trials take about")
     child.send_signal(signal.SIGINT)  # to it alone; a terminal interrupts all
     _, errors = child.communicate(timeout=300)
     assert child.returncode == 130 and not at_work(folder)
     told = "interrupted; the same command resumes"
     assert sorted(errors.splitlines()) == sorted([told, f"half   {told}", f"most   {told}"]), errors
+
     child = run(folder, "out", *long)
-    wait_until_two_search(child)
+    wait_until_two_say(child, "")
     child.kill()
-    said, _ = child.communicate(timeout=60)
+    child.communicate(timeout=60)
     end = time.monotonic() + 30
     while at_work(folder) and time.monotonic() < end:
         time.sleep(0.1)
     assert not at_work(folder)
-    again = run(folder, "out", "--jobs", "2")
-    said, errors = again.communicate(timeout=300)
-    assert again.returncode == 2, errors
+
+    at_once = run(folder, "out", "--jobs", "2", num_threads=2)
+    said, errors = at_once.communicate(timeout=300)
+    assert at_once.returncode == 2
+    assert [line.startswith("never  error: ") and "macs" in line for line in errors.splitlines()] == [True], errors
+    table = said[said.index("target by target") :]
+    assert "ended with exit code 2" in table and all(f"\n{name} " in table for name in NAMES)
+    assert (folder / "out" / "report.html").is_file()
+    assert all(f"{name:<5}  1 thread\n" in said for name in NAMES)  # of two, for two at a time
+    for stage in ("structures", "dense_export", "observe", "score", "curves"):
+        assert len(list((folder / "out" / "shared").glob(f"*-{stage}-*.json"))) == 1
+    in_turn = run(folder, "in_turn")
+    assert in_turn.communicate(timeout=300) and in_turn.returncode == 2
     for name in NAMES[:2]:
-        assert f"{name}   observe         cached" in said and load_result(folder / "out" / name).decision
+        assert f"{name}   observe         cached" in said
+        one, other = (load_result(folder / out / name) for out in ("out", "in_turn"))
+        assert choice(one) == choice(other)
 
 
 def test_interrupted_at_once_it_prints_no_traceback(folder: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from warm_python import start
 
 from deploypipe.files.json_records import from_json
 from deploypipe.networks.fingerprints import model_fingerprint
@@ -55,6 +57,20 @@ def torchrun(folder: Path, *arguments: str, **variables: str) -> subprocess.Comp
     return subprocess.CompletedProcess(child.args, child.returncode, said, errors)
 
 
+def ranks(folder: Path, *arguments: str) -> list[subprocess.CompletedProcess[str]]:
+    """Two processes with all that torchrun tells its own, and nobody who ends one for the other."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "TORCHELASTIC_RUN_ID": "here"}
+    sizes = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    children = [start(folder, *arguments, **place, **sizes, RANK=rank, LOCAL_RANK=rank) for rank in "01"]
+    said = [child.communicate(120) for child in children]
+    return [
+        subprocess.CompletedProcess(arguments, child.returncode or 0, *texts)
+        for child, texts in zip(children, said, strict=True)
+    ]
+
+
 def codes(done: subprocess.CompletedProcess[str]) -> set[int]:
     """The exit codes of the ranks that failed, as torchrun reports them; not of those that it ended itself."""
     return {int(code) for code in re.findall(r"exitcode +: (-?\d+)", done.stderr)} - {-signal.SIGTERM}
@@ -80,8 +96,8 @@ def assert_same_training(found: tuple[dict[str, torch.Tensor], TrainLog], model:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two ranks wrote about every case."""
     folder = tmp_path_factory.mktemp("trained")
-    done = torchrun(folder, str(TESTS / "multi_rank_child.py"), "all", str(folder))
-    assert done.returncode == 0, done.stderr
+    for done in ranks(folder, str(TESTS / "multi_rank_child.py"), "all", str(folder)):
+        assert done.returncode == 0, done.stderr
     return folder
 
 
@@ -204,8 +220,8 @@ def test_a_killed_rank_ends_the_job_and_any_number_of_ranks_goes_on(tmp_path: Pa
     assert set(passes) == {2, 3}
     assert_same_training((alone.state_dict(), alone_log), whole, log)
 
-    done = torchrun(tmp_path, child, "job", str(tmp_path / "again"))
-    assert done.returncode == 0, done.stderr
+    for done in ranks(tmp_path, child, "job", str(tmp_path / "again")):
+        assert done.returncode == 0, done.stderr
     assert_same_training(outcome(tmp_path / "again", "tuned"), whole, log)
 
 
@@ -242,17 +258,19 @@ def test_another_network_on_one_rank_is_refused(tmp_path: Path) -> None:
     write_pipeline(
         tmp_path, "\n\ndef build_model():\n    torch.manual_seed(int(os.environ['RANK']))\n    return Network()\n"
     )
-    done = torchrun(tmp_path, *RUN)
-    assert done.returncode != 0 and codes(done) == {2}, done.stderr
-    assert done.stderr.count("error: rank 1 differs from rank 0: network (") == 1, done.stderr
+    first, second = ranks(tmp_path, *RUN)
+    assert first.returncode == second.returncode == 2, first.stderr
+    told = first.stderr + second.stderr
+    assert told.count("error: rank 1 differs from rank 0: network (") == 1, told
     assert not (tmp_path / "out").exists()
 
 
 def test_what_is_wrong_is_said_once(tmp_path: Path) -> None:
     write_pipeline(tmp_path, "")
-    done = torchrun(tmp_path, *RUN, "--set", "finetune.num_epochs=-1")
-    assert done.returncode != 0 and codes(done) == {2}
-    assert done.stderr.count("num_epochs must be >= 0, got -1") == 1, done.stderr
+    first, second = ranks(tmp_path, *RUN, "--set", "finetune.num_epochs=-1")
+    assert first.returncode == second.returncode == 2, first.stderr
+    told = first.stderr + second.stderr
+    assert told.count("num_epochs must be >= 0, got -1") == 1, told
 
 
 SEEN = """
