@@ -14,7 +14,7 @@ _LATENCY = "latency"
 
 
 def figure_rows(result: BenchResult) -> tuple[tuple[str, ...], Rows]:
-    """Heads and one row a figure: of the file, and of the other one with the ratio of the two."""
+    """Return heads and one row for each figure: of the file, and of the other file with the ratio of both."""
     files = [result.file, result.against] if result.against else [result.file]
     rows: Rows = []
     _add(rows, files, "file size", lambda f: (mebibytes(f.size_bytes), float(f.size_bytes)))
@@ -31,7 +31,7 @@ def figure_rows(result: BenchResult) -> tuple[tuple[str, ...], Rows]:
 
 
 def layer_rows(layers: Sequence[LayerTime], most: int = _NUM_LAYERS) -> Rows:
-    """The slowest operators with their share, and a row for the rest."""
+    """List the slowest operators with their shares, and one row for all others."""
     rows: Rows = [(x.name, x.op_type, f"{x.time_us:.1f} us", f"{x.share:.1%}") for x in layers[:most]]
     if rest := layers[most:]:
         time_us, share = sum(x.time_us for x in rest), sum(x.share for x in rest)
@@ -40,7 +40,7 @@ def layer_rows(layers: Sequence[LayerTime], most: int = _NUM_LAYERS) -> Rows:
 
 
 def sweep_rows(points: Sequence[SweepPoint], others: Sequence[SweepPoint], *, by_threads: bool) -> Rows:
-    """One row a batch size or number of threads; the columns of `others`, the other file's, where there are any."""
+    """One row for each batch size or number of threads; the columns of the other file follow if there is one."""
     rows: Rows = []
     for i, point in enumerate(points):
         cells = [str(point.num_threads if by_threads else point.batch_size), *_sweep_cells(point)]
@@ -49,7 +49,7 @@ def sweep_rows(points: Sequence[SweepPoint], others: Sequence[SweepPoint], *, by
 
 
 def condition_rows(conditions: Conditions) -> Rows:
-    """The machine before and after, as far as it tells; then the verdict and its reasons."""
+    """Show the state of the machine before and after, as far as the platform reports it."""
     before, after = conditions.before, conditions.after
     rows: Rows = [("load average", f"{before.load:.2f}", f"{after.load:.2f}")]
     for name, read, unit in _STATES:
@@ -64,7 +64,7 @@ def condition_rows(conditions: Conditions) -> Rows:
 
 
 def verdict_lines(result: BenchResult) -> list[str]:
-    """The sentences that a reader must not miss."""
+    """State the comparison of both files, and the conditions."""
     lines = []
     if result.latency_ratio and result.comparison:
         ratio = result.latency_ratio
@@ -78,7 +78,7 @@ def verdict_lines(result: BenchResult) -> list[str]:
 
 
 def missing_lines(result: BenchResult) -> list[str]:
-    """The measurements that were asked for but not possible, and why."""
+    """List the measurements that were asked for but not possible, with the reasons."""
     files = [result.file, *([result.against] if result.against else [])]
     return sorted({f"{part}: {NOT_MEASURED}: {reason}" for file in files for part, reason in file.missing.items()})
 
@@ -86,8 +86,8 @@ def missing_lines(result: BenchResult) -> list[str]:
 _STATES: tuple[tuple[str, Callable[[MachineState], float | None], str], ...] = (
     ("clock", lambda s: s.clock_mhz, " MHz"),
     ("temperature", lambda s: s.temperature_c, " C"),
-    ("slowed down by heat", lambda s: s.num_throttled, " times"),
-    ("stopped by the quota", lambda s: s.num_quota_throttled, " times"),
+    ("times slowed by heat", lambda s: s.num_throttled, " times"),
+    ("times stopped by quota", lambda s: s.num_quota_throttled, " times"),
     ("GPU clock", lambda s: s.gpu_clock_mhz, " MHz"),
     ("GPU temperature", lambda s: s.gpu_temperature_c, " C"),
 )
@@ -96,7 +96,7 @@ _STATES: tuple[tuple[str, Callable[[MachineState], float | None], str], ...] = (
 def _add(
     rows: Rows, files: Iterable[FileFigures], name: str, read: Callable[[FileFigures], tuple[str, float] | None]
 ) -> None:
-    """A row, unless no file has the figure."""
+    """Add a row, unless no file has the figure."""
     cells = [read(file) for file in files]
     if not any(cells):
         return

@@ -12,13 +12,14 @@ _LEAST_SPEEDUP = 1.01  # a smaller one is "as fast as before"
 
 
 class Outcome(StrEnum):
-    """What a gate's decision means for its reader. The values are names of colours in `page.css`."""
+    """What a gate's decision means for its reader, the worst first. The values are names of colours in `page.css`."""
 
-    SHIP = "ship"
     FAILED = "failed"
     UNSTEADY = "unsteady"
     NOT_MEASURED = "not-measured"
     OTHER_DEVICE = "other-device"
+    FAST_TRY = "plain"
+    SHIP = "ship"
 
 
 _HOLDS = {
@@ -26,18 +27,21 @@ _HOLDS = {
     Outcome.UNSTEADY: "not measured steadily: nothing has failed, but the times cannot decide",
     Outcome.NOT_MEASURED: "could not be measured: nothing has failed, but a figure is missing",
     Outcome.OTHER_DEVICE: "not this device: nothing has failed, but the target has to measure",
+    Outcome.FAST_TRY: "a fast try: it shows that every stage works, and never ships",
 }
 
 
-def outcome_of(decision: GateDecision, report: BenchmarkReport) -> Outcome:
-    """The kind of a decision. One failed check makes it FAILED, whatever else is missing."""
-    if decision.verdict is Verdict.SHIP:
+def outcome_of(result: RunResult) -> Outcome:
+    """The kind of a run's decision. One failed check makes it FAILED, whatever else is missing."""
+    if result.decision.verdict is Verdict.SHIP:
         return Outcome.SHIP
-    if any(check.status is Status.FAIL for check in decision.checks if not check.is_settled):
+    if result.recipe.fast_dev_run:
+        return Outcome.FAST_TRY
+    if any(check.status is Status.FAIL for check in result.decision.checks if not check.is_settled):
         return Outcome.FAILED
-    if report.compressed.latency is None:
+    if result.benchmark.compressed.latency is None:
         return Outcome.OTHER_DEVICE
-    return Outcome.UNSTEADY if report.doubts else Outcome.NOT_MEASURED
+    return Outcome.UNSTEADY if result.benchmark.doubts else Outcome.NOT_MEASURED
 
 
 def outcome_label(decision: GateDecision, outcome: Outcome) -> str:

@@ -9,8 +9,8 @@ from urllib.parse import quote
 from deploypipe.errors import DeploypipeError
 from deploypipe.files.atomic import write_atomically
 from deploypipe.records import PruneReport, ScoreSummary
-from deploypipe.report.headline import failed_lines, headline, outcome_label, outcome_of
-from deploypipe.report.joint_pareto import front_sentence, judged_networks
+from deploypipe.report.headline import Outcome, failed_lines, headline, outcome_label, outcome_of
+from deploypipe.report.joint_pareto import evaluated_networks, front_sentence
 from deploypipe.report.next_steps import next_steps
 from deploypipe.report.page_contents import Contents
 from deploypipe.report.run_tables import (
@@ -75,12 +75,13 @@ def write_overview(name: str, results: Mapping[str, RunResult | str], path: Path
 
     verdicts = {"ERROR" if isinstance(result, str) else result.decision.verdict.value for result in results.values()}
     worst = next(verdict for verdict in ("ERROR", "HOLD", "SHIP") if verdict in verdicts)
-    networks = judged_networks(results)
+    networks = evaluated_networks(results)
     page = _render(
         "overview.html.j2",
         figures,
         name=name,
         worst=worst,
+        outcome=_worst_outcome(results).value,
         header=overview_header(),
         rows=overview_rows(results),
         about_front=front_sentence(networks) if networks else "",
@@ -96,7 +97,7 @@ def render_report(result: RunResult) -> str:
 
         return run_figures(result, _MAX_SLICES)
 
-    outcome = outcome_of(result.decision, result.benchmark)
+    outcome = outcome_of(result)
     return _render(
         "report.html.j2",
         figures,
@@ -146,6 +147,11 @@ def _render(template: str, figures: Callable[[], dict[str, str]], **values: Any)
     )
     page = environment.get_template(template)
     return page.render(figures=drawn, plotly_js=plotly.offline.get_plotlyjs(), contents=Contents(), **values)
+
+
+def _worst_outcome(results: Mapping[str, RunResult | str]) -> Outcome:
+    outcomes = {Outcome.FAILED if isinstance(result, str) else outcome_of(result) for result in results.values()}
+    return next(outcome for outcome in Outcome if outcome in outcomes)
 
 
 def _shown(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The networks that one run judged for several targets, as one set."""
+"""The networks that a run evaluated for several targets, compared as one set."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -9,8 +9,8 @@ from deploypipe.runs.result import RunResult
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Judged:
-    """A network that was judged on all of val: repaired, not fine-tuned."""
+class EvaluatedNetwork:
+    """A network whose accuracy was taken on all of val, after repair and before fine-tuning."""
 
     target: str
     trial: int
@@ -18,10 +18,12 @@ class Judged:
     is_winner: bool
 
 
-def judged_networks(results: Mapping[str, RunResult | str]) -> list[Judged]:
-    """Of all targets whose run finished with a search, in their order."""
+def evaluated_networks(results: Mapping[str, RunResult | str]) -> list[EvaluatedNetwork]:
+    """List the networks of all targets whose run finished with a search, in their order."""
     return [
-        Judged(target=name, trial=trial.number, candidate=trial.candidate, is_winner=trial.number == best.number)
+        EvaluatedNetwork(
+            target=name, trial=trial.number, candidate=trial.candidate, is_winner=trial.number == best.number
+        )
         for name, result in results.items()
         if not isinstance(result, str) and result.search
         for best in [result.search.trials[result.search.best]]
@@ -30,20 +32,20 @@ def judged_networks(results: Mapping[str, RunResult | str]) -> list[Judged]:
     ]
 
 
-def joint_front(networks: Sequence[Judged]) -> list[Judged]:
-    """Those that no other beats, whoever it was made for: as accurate with fewer MACs, or more accurate with as many.
+def joint_front(networks: Sequence[EvaluatedNetwork]) -> list[EvaluatedNetwork]:
+    """Pick the networks, of any target, that no other beats in accuracy and MACs. Both ascend.
 
-    MACs are what networks for different devices have in common. Ascending in both; of equals, the first.
+    Of equal networks the first is kept. MACs are compared because they mean the same on every device.
     """
-    front: list[Judged] = []
+    front: list[EvaluatedNetwork] = []
     for network in sorted(networks, key=lambda n: (n.candidate.num_macs, -n.candidate.accuracy)):
         if not front or network.candidate.accuracy > front[-1].candidate.accuracy:
             front.append(network)
     return front
 
 
-def front_sentence(networks: Sequence[Judged]) -> str:
-    """The number of networks compared, and the targets of those on the Pareto front."""
+def front_sentence(networks: Sequence[EvaluatedNetwork]) -> str:
+    """Count the networks compared, and those on the frontier by target."""
     front = joint_front(networks)
     each = ", ".join(f"{count} for {target}" for target, count in Counter(n.target for n in front).items())
-    return f"{len(networks)} networks were judged for all targets; beaten by none: {each}."
+    return f"{len(networks)} networks were evaluated for all targets. On the frontier: {each}."

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from deploypipe.records import ScoreSummary, SearchResult
 from deploypipe.report import plots, search_plots
-from deploypipe.report.joint_pareto import Judged
+from deploypipe.report.joint_pareto import EvaluatedNetwork
 from deploypipe.report.trade_off import trade_off
 from deploypipe.report.trade_off_plot import trade_off_plot
 from deploypipe.report.width_tables import stages_of
@@ -37,7 +37,7 @@ def score_figures(summary: ScoreSummary | None) -> dict[str, str]:
     return figures
 
 
-def overview_figures(networks: Sequence[Judged], results: Mapping[str, RunResult | str]) -> dict[str, str]:
+def overview_figures(networks: Sequence[EvaluatedNetwork], results: Mapping[str, RunResult | str]) -> dict[str, str]:
     """The plot of all targets' networks, if any target had a search."""
     searched = [r for r in results.values() if not isinstance(r, str) and r.search]
     if not searched or searched[0].search is None:

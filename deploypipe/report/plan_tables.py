@@ -1,4 +1,4 @@
-"""What a plan removes, and how two plans differ, as rows for the terminal."""
+"""Pruning plans as table rows, for the terminal: what a plan removes, and how two plans differ."""
 
 from collections.abc import Iterable
 
@@ -6,15 +6,15 @@ from deploypipe.records import Edit, GroupCut, PruningPlan
 
 
 def plan_rows(plan: PruningPlan) -> list[tuple[str, ...]]:
-    """Group, width before and after, width asked for, and the reason where it got another."""
+    """One row for each group: its name, width before and after, width asked for, and why they differ."""
     return [(c.group, f"{c.num_units} -> {_width(c)}", str(c.asked), c.reason) for c in plan.cuts]
 
 
 def plan_differences(first: PruningPlan, second: PruningPlan) -> list[tuple[str, ...]]:
-    """What, in the first plan, in the second, and what the second removes more or less: empty for equal plans.
+    """One row for each difference: what, in the first plan, in the second, and what the second removes more or less.
 
-    Plans are equal where they remove the same from the same model, whatever was asked for. Edits of single modules
-    show only where groups and blocks agree: elsewhere they follow from those.
+    Plans that remove the same from the same model have no rows, whatever was asked for. Edits of single modules are
+    compared only if groups and blocks agree, because they follow from those.
     """
     hashes = zip(*(plan.model_fingerprint.partition("-")[::2] for plan in (first, second)), strict=True)
     parts = zip(("structure", "weights"), hashes, strict=True)
@@ -32,7 +32,7 @@ def plan_differences(first: PruningPlan, second: PruningPlan) -> list[tuple[str,
 
 
 def ranges(indices: Iterable[int], most: int = 6) -> str:
-    """Indices as "0-3, 7, 9"; of more than `most` ranges the first ones, and the number of the other indices."""
+    """Write indices as "0-3, 7, 9". After `most` ranges the other indices are only counted."""
     runs: list[list[int]] = []
     for index in sorted(indices):
         if runs and index == runs[-1][-1] + 1:

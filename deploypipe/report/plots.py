@@ -23,7 +23,7 @@ _LISTED = 5  # names in a summary
 
 
 def kept_information(summary: ScoreSummary) -> str:
-    """The share of its information that each group keeps, by the share of its units that stay."""
+    """Draw the share of its information that each group keeps, by the share of its units that stay."""
     figure = go.Figure()
     last = max(1, len(summary.groups) - 1)
     for number, group in enumerate(summary.groups):
@@ -51,7 +51,7 @@ def _shares(summary: ScoreSummary) -> list[tuple[int, float]]:
 
 
 def block_similarity(summary: ScoreSummary) -> str:
-    """CKA between block outputs, the clusters drawn on it."""
+    """Draw CKA between block outputs, with a frame around each cluster."""
     names = list(summary.block_names)
     figure = go.Figure()
     figure.add_heatmap(
@@ -78,7 +78,7 @@ def block_similarity(summary: ScoreSummary) -> str:
 
 
 def latencies(report: BenchmarkReport) -> str:
-    """All timed runs of both files, taken in turns in one process."""
+    """Draw a histogram of the timed runs of both files, which were run in turns in one process."""
     figure = go.Figure()
     for measurement, label, colour in ((report.dense, "dense", DENSE), (report.compressed, "compressed", COMPRESSED)):
         if measurement.latency is not None:
@@ -95,8 +95,7 @@ def latencies(report: BenchmarkReport) -> str:
 
 
 def slices(report: BenchmarkReport, metric: str, most: int) -> str:
-    """The mean metric of each class or other slice of the task, dense and compressed: the `most` with the largest loss,
-    in that order."""
+    """Draw the mean metric of each slice (class), dense and compressed: the `most` slices with the largest loss."""
     values = [np.array(measured.per_sample_metric) for measured in (report.dense, report.compressed)]
     means = {name: [float(samples[list(at)].mean()) for samples in values] for name, at in report.slices.items() if at}
     names = sorted(means, key=lambda name: means[name][1] - means[name][0])[:most]
@@ -132,7 +131,7 @@ def _mark_median(figure: Any, p50: Interval, colour: str) -> None:
 
 
 def finetune(log: TrainLog, metric: str) -> str:
-    """Validation accuracy after each epoch; epoch 0 is the repaired network before training."""
+    """Draw the accuracy on val after each epoch. Epoch 0 is the repaired network before training."""
     figure = go.Figure()
     epochs = [e.epoch for e in log.epochs]
     figure.add_scatter(
@@ -159,7 +158,7 @@ def finetune(log: TrainLog, metric: str) -> str:
 
 
 def repair_errors(report: RepairReport) -> str:
-    """Relative squared error of each consumer's output, before and after its weights were solved."""
+    """Draw the relative squared error of each repaired layer's output, before and after repair."""
     rows = [row for row in report.rows if not row.reason]
     names = [row.module for row in rows]
     figure = go.Figure()
@@ -174,7 +173,7 @@ def repair_errors(report: RepairReport) -> str:
 
 
 def stage_times(stages: tuple[StageTime, ...]) -> str:
-    """Seconds of each stage, numbered where it was done for several networks; those of an earlier run are pale."""
+    """Draw the seconds of each stage. A stage that ran for several networks is numbered; cached stages are pale."""
     names = [title_of(stage.stage) for stage in stages]
     turns = [names[: number + 1].count(name) for number, name in enumerate(names)]
     colours = [MUTED if stage.was_cached else COMPRESSED for stage in stages]

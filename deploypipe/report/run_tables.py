@@ -1,4 +1,4 @@
-"""The figures of a run as text: the same rows for the terminal and for the report."""
+"""The figures of a run as table rows, the same for the terminal, the report and the comment on a pull request."""
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -24,7 +24,7 @@ NOT_MEASURED = "not measured"
 
 
 class Row(NamedTuple):
-    """One figure of the dense and of the compressed model."""
+    """One figure of the dense and of the compressed network."""
 
     name: str
     dense: str
@@ -33,7 +33,7 @@ class Row(NamedTuple):
 
 
 def before_after(result: RunResult) -> tuple[Row, ...]:
-    """Dense against compressed: the accuracy, then every budget's figure."""
+    """Compare the dense and the compressed network: the accuracy, then every budget's figure."""
     report = result.benchmark
     dense, compressed = report.dense, report.compressed
     drop = report.accuracy_drop_pp
@@ -53,7 +53,7 @@ def overview_header() -> tuple[str, ...]:
 
 
 def overview_rows(results: Mapping[str, RunResult | str]) -> list[tuple[str, ...]]:
-    """One row a target: how the model that ships differs from the dense one, or the error that ended the run."""
+    """One row for each target: what ships against the dense network, or the error that ended the run."""
     rows: list[tuple[str, ...]] = []
     for name, result in results.items():
         if isinstance(result, str):
@@ -105,7 +105,7 @@ def _quotient(before: float | None, after: float | None) -> str:
 
 
 def check_cells(check: Check) -> tuple[str, str, str, str, str]:
-    """Name, status, measured, limit and reason of one gate check."""
+    """Return name, status, measured figure, limit and reason of one check."""
     return (
         check.name.replace("_", " "),
         str(check.status.value),
@@ -135,7 +135,7 @@ def check_rows(checks: Sequence[Check]) -> list[CheckRow]:
 
 
 def what_is_covered(conditions: Conditions | None) -> str:
-    """What the interval of an absolute latency is about, in words."""
+    """Say which drifts the interval of an absolute latency includes."""
     lasted = f", {conditions.after.at_s - conditions.before.at_s:.0f} s" if conditions else ""
     return (
         f"the interval covers this machine's median under drifts as slow as the measurement{lasted}, "
@@ -148,7 +148,7 @@ def _waived(waiver: Waiver) -> str:
 
 
 def repair_remarks(report: RepairReport) -> list[tuple[str, str]]:
-    """Why layers were left as they were, and which: a row for each reason."""
+    """One row for each reason why layers were not repaired, with their names."""
     layers: dict[str, list[str]] = {}
     for row in report.rows:
         if row.reason:
@@ -160,7 +160,7 @@ PRECISION_HEADER = ("precision", "file", "largest error", "accuracy on val", "la
 
 
 def precision_rows(choice: PrecisionChoice) -> list[tuple[str, ...]]:
-    """Latency, size, accuracy (on val) and error (against fp32) of each precision of the target."""
+    """One row for each precision of the target: size, error against fp32, accuracy on val and latency."""
     rows: list[tuple[str, ...]] = []
     for row in choice.rows:
         made, ratio = row.conversion, row.latency_ratio
@@ -182,7 +182,7 @@ def precision_rows(choice: PrecisionChoice) -> list[tuple[str, ...]]:
 
 
 def int8_approval(made: Converted) -> str:
-    """The processors that an int8 file was judged for; empty for other precisions."""
+    """Name the processors that an int8 file is approved for; "" for other precisions."""
     approvals = {
         "exact": "approved for kernels that add 8-bit products in 32 bits: x86 with VNNI, ARM, GPUs",
         "any": "approved for all processors: its weights have 7 bits, so that 16-bit sums do not saturate",

@@ -1,12 +1,12 @@
-"""What a scorer says about a network, as rows for the terminal and for the report."""
+"""The scores of a network as table rows, for the terminal and for the report."""
 
 from deploypipe.records import ScoreSummary
 
 
 def score_table(summary: ScoreSummary) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Heads and rows, by group: how many units could go at each share of kept information, and how sure that is.
+    """Return heads and one row for each group: how many units could go at each share of kept information.
 
-    Columns that would be empty are left out.
+    Stability says how sure that is. Empty columns are left out.
     """
     heads = (
         "group",
@@ -34,7 +34,7 @@ def score_table(summary: ScoreSummary) -> tuple[tuple[str, ...], list[tuple[str,
 
 
 def score_notes(summary: ScoreSummary) -> list[str]:
-    """Warnings for readers of the scores."""
+    """Warn if the ranking of a group depends on the half of the samples that it is taken from."""
     if not summary.shaky:
         return []
     lowest = min(group.stability for group in summary.groups if group.stability is not None)

@@ -1,11 +1,11 @@
-"""The figures of a search, as HTML fragments."""
+"""The plots of a search apart from its trade-off, as HTML fragments."""
 
 from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
 from deploypipe.records import Candidate, LatencyFit
-from deploypipe.report.joint_pareto import Judged, front_sentence, joint_front
+from deploypipe.report.joint_pareto import EvaluatedNetwork, front_sentence, joint_front
 from deploypipe.report.plot_style import COMPRESSED, DENSE, MUTED, PALE, as_html
 from deploypipe.report.search_text import fit_sentence
 from deploypipe.report.width_tables import Stage
@@ -13,10 +13,10 @@ from deploypipe.report.width_tables import Stage
 _APART = {"ticks": "outside", "ticklen": 6, "tickcolor": "rgba(0, 0, 0, 0)"}  # names from their bars
 
 
-def all_targets(networks: Sequence[Judged], dense: Candidate, metric: str) -> str:
-    """Accuracy against MACs of every evaluated network of any target, with their common frontier."""
+def all_targets(networks: Sequence[EvaluatedNetwork], dense: Candidate, metric: str) -> str:
+    """Draw accuracy against MACs of the evaluated networks of all targets, with their common frontier."""
 
-    def places(some: Sequence[Judged]) -> dict[str, list[float]]:
+    def places(some: Sequence[EvaluatedNetwork]) -> dict[str, list[float]]:
         shares = [n.candidate.num_macs / dense.num_macs for n in some]
         return {"x": shares, "y": [100 * n.candidate.accuracy for n in some]}
 
@@ -43,7 +43,7 @@ def all_targets(networks: Sequence[Judged], dense: Candidate, metric: str) -> st
 
 
 def importances(shares: dict[str, float]) -> str:
-    """The knobs' shares, the largest on top."""
+    """Draw the importance of each knob, the largest on top."""
     ranked = sorted(shares.items(), key=lambda item: item[1])
     percent = [100 * share for _, share in ranked]
     figure = go.Figure()
@@ -65,7 +65,7 @@ def importances(shares: dict[str, float]) -> str:
 
 
 def latency_fit(fit: LatencyFit) -> str:
-    """Predicted against measured latency, both as shares of the dense network's."""
+    """Draw predicted against measured latency, both as shares of the dense network's."""
     measured, predicted = ([100 * share for share in shares] for shares in (fit.measured, fit.predicted))
     ends = [min(*measured, *predicted), max(*measured, *predicted)]
     figure = go.Figure()
@@ -85,7 +85,7 @@ def latency_fit(fit: LatencyFit) -> str:
 
 
 def widths(stage: Stage) -> str:
-    """One stage's layers from top to bottom: what is kept of each, before what it had."""
+    """Draw the width of each layer of one stage, from top to bottom: kept, in front of what it had."""
     layers = stage.layers
     at = list(range(len(layers)))
     figure = go.Figure()

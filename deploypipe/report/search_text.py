@@ -1,4 +1,4 @@
-"""The result of a search and what limited it, as sentences and table rows, from its records alone."""
+"""Sentences and table rows about a search: its result, and what limited it."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ class Held:
 
 
 def held_budgets(search: SearchResult) -> list[Held]:
-    """The limits in the search. That of a latency budget is slightly lower, to leave room for the gate's interval."""
+    """List the limits that the search held its trials to. Those of measured figures are lower than the budget's."""
     best = search.trials[search.best]
     held = []
     for name, excess in best.violations.items():
@@ -50,7 +50,7 @@ def held_budgets(search: SearchResult) -> list[Held]:
 
 
 def reach_rows(search: SearchResult, target: Target) -> list[tuple[str, ...]]:
-    """For each budget: the lowest reachable share, the limit asked for, the limit in the search, the chosen one."""
+    """One row for each budget: the lowest reachable share, the limit asked for, that of the search, the chosen share."""
     least = search.feasibility.least if search.feasibility else {}
     held = {budget.name: budget for budget in held_budgets(search)}
     rows: list[tuple[str, ...]] = []
@@ -69,7 +69,7 @@ def reach_rows(search: SearchResult, target: Target) -> list[tuple[str, ...]]:
 
 
 def margin_sentence(target: Target) -> str:
-    """What the search leaves free below each limit, and why; "" if no limit has a margin."""
+    """Say how far below each limit the search aims, and why; "" if no limit has a margin."""
     rows = [BUDGETS[name] for name in target.budget.limits() if BUDGETS[name].margin]
     if not rows:
         return ""
@@ -78,7 +78,7 @@ def margin_sentence(target: Target) -> str:
 
 
 def limit_sentences(result: RunResult, search: SearchResult, stages: tuple[Stage, ...]) -> list[str]:
-    """Sentences about what limited the result."""
+    """Say what limited the result."""
     return [
         _trials_sentence(search),
         *_time_sentence(result, search),
@@ -112,7 +112,7 @@ def stage_rows(stages: tuple[Stage, ...]) -> list[tuple[str, ...]]:
 
 
 def importance_note(search: SearchResult) -> str:
-    """The meaning of the knobs, or why they have no importances."""
+    """Say what the knobs mean, or why their importances are not known."""
     if search.importances:
         knobs = "; ".join(f"{name}: {_KNOBS[name]}" for name in search.importances if name in _KNOBS)
         return (
@@ -128,7 +128,7 @@ def importance_note(search: SearchResult) -> str:
 
 
 def fit_sentence(fit: LatencyFit) -> str:
-    """The error of the latency model, and how well it ranked networks."""
+    """State the error of the latency model, and how well it ranked networks."""
     errors = [abs(a - b) for a, b in zip(fit.predicted, fit.measured, strict=True)]
     text = f"mean absolute error {100 * sum(errors) / len(errors):.1f} % of the dense network's latency"
     can_rank = min(len(set(fit.predicted)), len(set(fit.measured))) > 1

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from deploypipe.records import Block, ChannelGroup, PruningPlan, Structures
 
-_MAX_PARTS = 8  # that a module is shown as; of more, neighbours are taken together
+_MAX_PARTS = 8  # of a module that are shown; if it has more, neighbours are merged
 _TO = " to "
-_FEW = 12  # structures: a stage that is not split further
+_FEW = 12  # a stage of at most so many structures is not split further
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -15,18 +15,18 @@ class Layer:
     """One group's width before and after, or a removed block that holds no group."""
 
     name: str
-    num_units: int  # 0: a block
+    num_units: int  # before; 0 for a block
     kept: int
-    is_gone: bool  # with its block
+    is_gone: bool  # removed with its block
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Stage:
-    """Neighbouring layers, by the first parts of their names."""
+    """Neighbouring layers whose names start alike."""
 
     name: str
     layers: tuple[Layer, ...]
-    num_blocks: int  # that could go
+    num_blocks: int  # that can be removed
     num_removed_blocks: int
 
     @property
@@ -35,17 +35,17 @@ class Stage:
 
     @property
     def share_left(self) -> float | None:
-        """Of its units; None where it has no widths."""
+        """The share of its units that is kept; None if no layer has units."""
         return sum(layer.kept for layer in self.layers) / self.num_units if self.num_units else None
 
     def short(self, layer: Layer) -> str:
-        """The layer's name inside the stage, or inside the module whose parts the stage takes together."""
+        """The layer's name without the part that it shares with the stage."""
         first, _, last = self.name.partition(_TO)
         return layer.name.removeprefix(f"{first.rpartition('.')[0] if last else first}.")
 
 
 def stages_of(structures: Structures, plan: PruningPlan) -> tuple[Stage, ...]:
-    """All groups, and all removed blocks that hold none, with their widths in the network that `plan` leaves."""
+    """List the width of every group after `plan`, stage by stage. A removed block without groups is a layer too."""
     found = _in_order(structures)
     parts = _split([item.name for item in found], len(found), depth=1) if found else {}
     kept = {cut.group: cut.num_units - len(cut.removed) for cut in plan.cuts}
@@ -60,7 +60,7 @@ def stages_of(structures: Structures, plan: PruningPlan) -> tuple[Stage, ...]:
 
 
 def _in_order(structures: Structures) -> list[ChannelGroup | Block]:
-    """Blocks stand before the first group in them; those that hold none after the block before."""
+    """Order structures as in the network: a block before its first group, one without groups after the block before."""
     found: list[ChannelGroup | Block] = list(structures.groups)
     at = 0
     for block in structures.blocks:
@@ -71,12 +71,12 @@ def _in_order(structures: Structures) -> list[ChannelGroup | Block]:
 
 
 def _split(names: Sequence[str], total: int, depth: int) -> dict[str, set[str]]:
-    """Names by what they begin with; a part that holds most of the network is split once more."""
+    """Sort names by their first parts. A part with most of the network is split once more."""
     parts: dict[str, list[str]] = {}
     for name in names:
         parts.setdefault(_prefix(name, depth), []).append(name)
     if len(parts) > _MAX_PARTS:
-        return _taken_together(parts)
+        return _merge_neighbours(parts)
     stages: dict[str, set[str]] = {}
     for prefix, part in parts.items():
         is_most = len(part) > _FEW and 2 * len(part) > total
@@ -87,7 +87,7 @@ def _split(names: Sequence[str], total: int, depth: int) -> dict[str, set[str]]:
     return stages
 
 
-def _taken_together(parts: dict[str, list[str]]) -> dict[str, set[str]]:
+def _merge_neighbours(parts: dict[str, list[str]]) -> dict[str, set[str]]:
     prefixes = list(parts)
     size = -(-2 * len(parts) // _MAX_PARTS)
     stages = {}

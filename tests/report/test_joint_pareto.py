@@ -1,4 +1,4 @@
-"""What was judged for several targets is one set, of which some networks are beaten by none."""
+"""The networks of several targets are compared as one set; the page shows their common frontier."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from made_up_searches import DENSE
 
 from deploypipe.report.html import write_overview
-from deploypipe.report.joint_pareto import Judged, front_sentence, joint_front, judged_networks
+from deploypipe.report.joint_pareto import EvaluatedNetwork, evaluated_networks, front_sentence, joint_front
 
 
-def judged(target: str, number: int, macs: int, accuracy: float) -> Judged:
-    return Judged(
+def evaluated(target: str, number: int, macs: int, accuracy: float) -> EvaluatedNetwork:
+    return EvaluatedNetwork(
         target=target,
         trial=number,
         candidate=replace(DENSE, num_macs=macs, accuracy=accuracy),
@@ -23,7 +23,7 @@ def judged(target: str, number: int, macs: int, accuracy: float) -> Judged:
 
 @given(st.lists(st.tuples(st.integers(1, 6), st.integers(0, 6)), max_size=12))
 def test_the_front_is_what_none_beats(drawn: list[tuple[int, int]]) -> None:
-    networks = [judged("ab"[n % 2], n, macs, accuracy / 10) for n, (macs, accuracy) in enumerate(drawn)]
+    networks = [evaluated("ab"[n % 2], n, macs, accuracy / 10) for n, (macs, accuracy) in enumerate(drawn)]
     points = {(macs, accuracy / 10) for macs, accuracy in drawn}
     unbeaten = {
         (macs, accuracy)
@@ -38,7 +38,7 @@ def test_the_page_of_several_targets_shows_it(tmp_path: Path) -> None:
     run = finished_run()
     assert run.search
     results = {"first": run, "second": run, "dense": untouched_run(), "broken": "it failed"}
-    networks = judged_networks(results)
+    networks = evaluated_networks(results)
     whole = [trial for trial in run.search.trials if not trial.is_stopped]
     assert [n.target for n in networks] == ["first"] * len(whole) + ["second"] * len(whole)
     assert sum(n.is_winner for n in networks) == 2
