@@ -50,7 +50,7 @@ def held_budgets(search: SearchResult) -> list[Held]:
 
 
 def reach_rows(search: SearchResult, target: Target) -> list[tuple[str, ...]]:
-    """One row for each budget: the lowest reachable share, the limit asked for, that of the search, the chosen share."""
+    """One row for each budget: the lowest reachable share, the limit asked for, that of the search, the chosen one."""
     least = search.feasibility.least if search.feasibility else {}
     held = {budget.name: budget for budget in held_budgets(search)}
     rows: list[tuple[str, ...]] = []
