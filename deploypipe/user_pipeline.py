@@ -217,7 +217,20 @@ def _wrap_errors(path: Path, doing: str) -> Iterator[None]:
         raise_if_exhausted(error)
         frames = traceback.extract_tb(error.__traceback__)
         own = [f for f in frames if Path(f.filename).parent == path.parent] or list(frames)
+        if isinstance(error, ModuleNotFoundError) and error.name:
+            raise _missing_package(own[-1], error.name.partition(".")[0]) from error
         raise _pipeline_error(error, own[-1], doing) from error
+
+
+# Where the package to install has another name than the one to import.
+_DISTRIBUTIONS = {"PIL": "pillow", "cv2": "opencv-python", "sklearn": "scikit-learn", "skimage": "scikit-image"}
+
+
+def _missing_package(frame: traceback.FrameSummary, name: str) -> PipelineError:
+    return PipelineError(
+        f"{frame.filename}, line {frame.lineno}: imports {name!r}, which is neither installed nor next to the "
+        f"pipeline; install the package (pip install {_DISTRIBUTIONS.get(name, name)}), or correct the import"
+    )
 
 
 def _pipeline_error(error: Exception, frame: traceback.FrameSummary, doing: str) -> PipelineError:

@@ -309,21 +309,6 @@ def test_score_has_no_target(home: Path) -> None:
     assert done.output.startswith("error: --set: target.num_threads: there is no target here")
 
 
-def test_init_writes_what_loads_and_never_overwrites(home: Path) -> None:
-    from deploypipe.target_files import load_target
-    from deploypipe.user_pipeline import load_pipeline
-
-    done = invoke("init", "fresh_one")
-    assert done.exit_code == 0 and "deploypipe run fresh_one fresh_one" in done.output
-    pipeline = load_pipeline("fresh_one", {"NUM_STEPS": "1"})
-    assert pipeline.build_model() is not None and pipeline.recipe() and pipeline.task()
-    assert len(list(pipeline.load_data().test)) == 10 and load_target("fresh_one").budget.latency_p50 == "0.8x"
-    (home / "pipelines" / "fresh_one.py").unlink()
-    again = invoke("init", "fresh_one")
-    assert again.exit_code == 2 and "exists already" in again.output
-    assert not (home / "pipelines" / "fresh_one.py").exists()  # nothing half-written
-
-
 def test_targets_lists_own_and_shipped_ones(home: Path) -> None:
     done = invoke("targets")
     assert done.exit_code == 0 and all(word in done.output for word in ("cpu", "x86_cpu", "run"))

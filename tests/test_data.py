@@ -219,3 +219,20 @@ def test_an_error_inside_a_selector_names_the_user_s_line() -> None:
 
     with pytest.raises(DeploypipeError, match=r"test_data\.py, line \d+ \(in image\).*AttributeError"):
         list(wrap_split(Pairs([(X, Y)], inputs=image, target=1), "train"))
+
+
+@pytest.mark.slow  # imports `datasets`
+def test_a_dataset_of_hugging_face_is_read_through_a_loader() -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"ids": IDS.tolist(), "mask": IDS.tolist(), "label": Y.tolist()})
+    with pytest.raises(PipelineError, match="its items are single samples: write val=DataLoader"):
+        wrap_split(rows, "val")
+    with pytest.raises(DataError, match=r"its inputs must be tensors.*dataset\.set_format\('torch'\)"):
+        as_pair(rows[:4], "val")
+    split = wrap_split(DataLoader(rows.with_format("torch"), batch_size=4), "val")
+    for _ in range(2):
+        (inputs, target), _ = split
+        assert same((inputs, target), ({"ids": IDS[:4], "mask": IDS[:4]}, Y[:4]))
+    stream = rows.to_iterable_dataset().with_format("torch")
+    (inputs, target), _ = wrap_split(DataLoader(stream, batch_size=4), "train")
+    assert same((inputs, target), ({"ids": IDS[:4], "mask": IDS[:4]}, Y[:4]))

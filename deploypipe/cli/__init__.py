@@ -4,7 +4,7 @@
 from deploypipe.cli import run_command
 
 # isort: split
-from deploypipe.cli import network_commands
+from deploypipe.cli import init_command, network_commands
 
 # isort: split
 from deploypipe.cli import look_commands, runs_command
@@ -25,6 +25,7 @@ from deploypipe.cli.app import app
 __all__ = [
     "app",
     "blockwise_command",
+    "init_command",
     "look_commands",
     "main",
     "measure_commands",

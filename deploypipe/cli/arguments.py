@@ -1,7 +1,6 @@
 """What the user names: settings, shapes, names of runs and searches."""
 
 from collections.abc import Sequence
-from importlib import resources
 
 from deploypipe.errors import ConfigError
 from deploypipe.text.safe_names import name_problem
@@ -58,7 +57,3 @@ def parse_shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
             raise ConfigError("--shape", text, "is no shape", "write it like --shape input_ids=1x128")
         shapes[name] = tuple(map(int, parts))
     return shapes
-
-
-def template(name: str) -> str:
-    return (resources.files("deploypipe") / "templates" / name).read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Try a pipeline, write a new one, and look at what is redundant in its network."""
+"""Try a pipeline, and look at what is redundant in its network."""
 
 import sys
 from pathlib import Path
@@ -8,7 +8,6 @@ import typer
 
 from deploypipe.cli.app import COMPRESS, LOOK, PipelineArgument, SetOption, app
 from deploypipe.cli.exit_codes import EXIT_ERROR, exit_codes, say
-from deploypipe.errors import ConfigError
 
 
 @app.command(rich_help_panel=COMPRESS, epilog="Example: deploypipe check digits x86_cpu")
@@ -50,32 +49,6 @@ def check(
     if not report.is_ready:
         raise typer.Exit(EXIT_ERROR)
     say("ready to run")
-
-
-@app.command(rich_help_panel=COMPRESS, epilog="Example: deploypipe init my_model && deploypipe run my_model my_model")
-def init(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the new pipeline, a Python identifier.")],
-) -> None:
-    """Write a commented pipeline (pipelines/NAME.py) and target (targets/NAME.toml) that run as they are."""
-    with exit_codes():
-        from deploypipe.cli.arguments import require_name, template
-        from deploypipe.files.atomic import write_atomically
-
-        if not name.isidentifier():
-            raise ConfigError("init", name, "is not a Python identifier", "use letters, digits and underscores")
-        require_name(name, "init")
-        texts = {
-            Path("pipelines") / f"{name}.py": template("pipeline.py.txt"),
-            Path("targets") / f"{name}.toml": template("target.toml"),
-        }
-        for path in texts:
-            if path.exists():
-                raise ConfigError(str(path), "", "exists already", "choose another name, or move the file away")
-        for path, text in texts.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, text.encode())
-            say(path)
-        say(f"Put your network and data in, or try it as it is: deploypipe run {name} {name}")
 
 
 @app.command(rich_help_panel=LOOK, epilog="Example: deploypipe score digits --set score.kind=output_error")
