@@ -27,23 +27,6 @@ def recipe():
 
 
 @pytest.mark.parametrize(
-    ("path", "schema"),
-    [
-        (".github/workflows/checks.yml", "vendor.github-workflows"),
-        (".github/workflows/compress.yml", "vendor.github-workflows"),
-        (".github/actions/compress/action.yml", "vendor.github-actions"),
-        ("examples/ci/github.yml", "vendor.github-workflows"),
-        ("examples/ci/gitlab.yml", "vendor.gitlab-ci"),
-    ],
-)
-def test_ci_files_fit_their_schemas(path: str, schema: str) -> None:
-    checker = pytest.importorskip("check_jsonschema", reason="check-jsonschema, which holds the schemas, is absent")
-    command = [sys.executable, "-m", checker.__name__, "--builtin-schema", schema, str(ROOT / path)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
-
-
-@pytest.mark.parametrize(
     "path",
     [
         "examples/release_story.sh",
