@@ -164,7 +164,8 @@ def test_the_steps_compress_decide_release_and_promote(tmp_path: Path) -> None:
     key = subprocess.run(
         ["openssl", "ecparam", "-name", "prime256v1", "-genkey", "-noout"], capture_output=True, text=True, check=True
     )
-    inputs = {"pipeline": "small", "target": "cpu", "package": "deploypipe", "registry": "registry"}
+    defaults = {name: about.get("default", "") for name, about in load(ACTION)["inputs"].items()}
+    inputs = {**defaults, "pipeline": "small", "target": "cpu", "package": "deploypipe", "registry": "registry"}
     job = Played(tmp_path, {**inputs, "signing-key": key.stdout, "registry-environment": "A_SETTING=of the registry"})
     job.play(steps(ACTION))
     assert job.outputs["steps.gate.outputs.verdict"] == "SHIP"
