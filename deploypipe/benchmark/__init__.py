@@ -15,8 +15,8 @@ from deploypipe.benchmark.latency import Timings, conditions_of, find_doubts, su
 from deploypipe.benchmark.memory import measure_peak_memory
 from deploypipe.errors import DataError, RuntimeUnavailableError
 from deploypipe.numerics.intervals import interval_of_drop_pp, interval_of_mean, interval_of_median_ratio
-from deploypipe.records import BenchmarkReport, Measurement, ModelFile, Notify, Progress, silent
-from deploypipe.runtimes import Array, Runtime, find_runtime
+from deploypipe.records import AccuracyHere, BenchmarkReport, Measurement, ModelFile, Notify, Progress, silent
+from deploypipe.runtimes import Array, Runtime, find_runtime, make_runtime
 from deploypipe.runtimes.named_arrays import feed
 from deploypipe.target import Target
 from deploypipe.task import Batch, Task, find_slices, num_samples
@@ -83,6 +83,21 @@ def compare_files(
         slices=find_slices(test_batches, task.slices),
         test_data=fingerprint_of(test_batches),
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def accuracy_here(paths: tuple[Path, Path], batches: Iterable[Batch], task: Task) -> AccuracyHere:
+    """The accuracy of a dense and a compressed ONNX file on this machine's CPU, for a target that cannot run here.
+
+    Raises ModelError for a file that does not load, DataError as `compare_files` does.
+    """
+    runtime = make_runtime(Target(runtime="onnxruntime"))
+    dense, compressed = (evaluate_file(path, batches, task, runtime, num_threads=1) for path in paths)
+    return AccuracyHere(
+        dense=interval_of_mean(dense),
+        compressed=interval_of_mean(compressed),
+        drop_pp=interval_of_drop_pp(dense, compressed),
+        num_samples=len(dense),
     )
 
 

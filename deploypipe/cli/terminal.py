@@ -15,9 +15,9 @@ from rich.text import Text
 
 from deploypipe.cli.exit_codes import EXIT_ERROR, EXIT_HOLD, EXIT_INTERRUPTED, say
 from deploypipe.errors import RanksError
-from deploypipe.records import Check, GateDecision, Verdict
+from deploypipe.records import Check, GateDecision, Status, Verdict
 from deploypipe.report.next_steps import next_steps
-from deploypipe.report.run_tables import PRECISION_HEADER, before_after, check_cells, precision_rows
+from deploypipe.report.run_tables import PRECISION_HEADER, before_after, check_rows, precision_rows
 from deploypipe.runs.result import RunResult
 from deploypipe.text.printable_text import printable
 
@@ -54,8 +54,10 @@ def show_result(result: RunResult, folder: Path) -> None:
     show_table(f"{result.pipeline} on {result.target.name}", header, before_after(result))
     if result.precision:
         show_table("Precisions", PRECISION_HEADER, precision_rows(result.precision))
+    reasons = "; ".join(check.reason for check in result.decision.checks)
     for note in result.benchmark.notes:
-        say(f"note: {note}")
+        if note not in reasons:  # which the next table shows
+            say(f"note: {note}")
     show_decision(result.decision)
     say(f"ONNX    {folder / 'model.onnx'}")
     if result.engine:
@@ -105,14 +107,25 @@ def show_bench(result: "BenchResult") -> None:
 
 
 def show_checks(checks: Sequence[Check], title: str = "Checks") -> None:
-    show_table(title, ("check", "status", "measured", "limit", "reason"), [check_cells(check) for check in checks])
+    """A row for each check; one with the reason of the row above says so."""
+    rows = [(*row.cells, row.reason if row.num_rows else "as above") for row in check_rows(checks)]
+    show_table(title, ("check", "status", "measured", "limit", "reason"), rows)
 
 
 def show_decision(decision: GateDecision) -> None:
+    """The checks with their reasons, and the verdict. HOLD names its checks only: their reasons are in the table."""
     show_checks(decision.checks, "Gate")
-    colour = "green" if decision.verdict is Verdict.SHIP else "red"
-    shown = Text.assemble((decision.verdict.value, f"bold {colour}"), f": {printable(decision.reason)}")
+    is_ship = decision.verdict is Verdict.SHIP
+    text = decision.reason if is_ship else _held(decision)
+    shown = Text.assemble((decision.verdict.value, "bold green" if is_ship else "bold red"), f": {printable(text)}")
     Console(soft_wrap=True).print(shown, highlight=False)
+
+
+def _held(decision: GateDecision) -> str:
+    """What failed, and what is unknown."""
+    words = {Status.FAIL: "failed", Status.UNKNOWN: "unknown"}
+    names = {status: [c.name for c in decision.checks if c.status is status and not c.is_settled] for status in words}
+    return "; ".join(f"{word}: {', '.join(names[status])}" for status, word in words.items() if names[status])
 
 
 def show_paragraph(text: str) -> None:

@@ -17,6 +17,7 @@ from deploypipe.records.events import (
 )
 from deploypipe.records.interval import Interval
 from deploypipe.records.measurement import (
+    AccuracyHere,
     BaselineComparison,
     BenchmarkReport,
     Conditions,
@@ -80,6 +81,7 @@ from deploypipe.records.training import DepthLog, DepthRow, EpochLog, TrainLog
 
 __all__ = [
     "MIN_TRIALS_FOR_IMPORTANCES",
+    "AccuracyHere",
     "BaselineComparison",
     "BenchmarkReport",
     "Block",

@@ -81,6 +81,16 @@ class Measurement:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class AccuracyHere:
+    """The accuracy of both files on the machine of the run, which is not the device. No check depends on it."""
+
+    dense: Interval
+    compressed: Interval
+    drop_pp: Interval  # paired: same samples, both files
+    num_samples: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class BenchmarkReport:
     """The dense and the compressed file, timed interleaved in one process."""
 
@@ -95,6 +105,7 @@ class BenchmarkReport:
     slices: dict[str, tuple[int, ...]] = field(default_factory=dict)  # numbers of test samples, by `Task.slices`
     test_data: str = ""  # hash of the test split: results on another one are not compared
     measured_at: str = ""  # ISO 8601, UTC
+    accuracy_here: AccuracyHere | None = None  # where the device's own could not be measured
 
     def __post_init__(self) -> None:
         """Raise ValueError if the fields contradict each other, which happens only in an edited result."""

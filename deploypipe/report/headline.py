@@ -5,7 +5,7 @@ from math import ceil, floor
 
 from deploypipe.budgets import BUDGETS
 from deploypipe.records import BenchmarkReport, GateDecision, Interval, Status, Verdict
-from deploypipe.report.run_tables import check_cells
+from deploypipe.report.run_tables import HERE, check_cells
 from deploypipe.runs.result import RunResult
 
 _LEAST_SPEEDUP = 1.01  # a smaller one is "as fast as before"
@@ -67,7 +67,7 @@ def headline(result: RunResult) -> str:
     parts = (
         _speed(report),
         _size(size.value(report.dense), size.value(report.compressed)),
-        _accuracy(result.metric, report.accuracy_drop_pp, result.target.budget.accuracy_drop_pp),
+        _accuracy(result.metric, report, result.target.budget.accuracy_drop_pp),
     )
     sentence = ", ".join(filter(None, parts))
     return sentence[0].upper() + sentence[1:]
@@ -95,9 +95,15 @@ def _size(dense: float | None, compressed: float | None) -> str:
     return f"{floor(percent)} % smaller" if percent >= 1 else "no smaller"
 
 
-def _accuracy(metric: str, drop: Interval | None, allowed_pp: float) -> str:
-    if drop is None:
-        return f"{metric} unknown (not measured)"
+def _accuracy(metric: str, report: BenchmarkReport, allowed_pp: float) -> str:
+    if report.accuracy_drop_pp:
+        return _accuracy_text(metric, report.accuracy_drop_pp, allowed_pp)
+    if here := report.accuracy_here:
+        return f"{_accuracy_text(metric, here.drop_pp, allowed_pp)} ({HERE})"
+    return f"{metric} unknown (not measured)"
+
+
+def _accuracy_text(metric: str, drop: Interval, allowed_pp: float) -> str:
     worst = ceil(round(10 * drop.high, 6)) / 10
     if drop.low > 0:
         return f"{metric} {drop.value:.1f} points worse: at most {worst:g}"

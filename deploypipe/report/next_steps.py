@@ -53,11 +53,9 @@ def _for_unknown(result: RunResult, check: Check) -> str:
     if check.name in _COMPARED:
         return "run the same `deploypipe gate` command again when the machine is quiet and both can be compared"
     if check.name in BUDGETS and BUDGETS[check.name].source == "timed" and is_shaky:
-        return f"the machine was not steady during the measurement; measure again when it is quiet: {_command(result)}"
+        return f"measure again when the machine is quiet: {_command(result)}"
     if result.benchmark.compressed.latency is None:
-        target = result.target.name or result.target.runtime
-        problem = "this machine cannot run the target (`deploypipe doctor TARGET` gives the reason)"
-        return f"{problem}; on the device, {target}: {_command(result)}"
+        return f"run it on the device, {result.target.name or result.target.runtime}: {_command(result)}"
     if check.name == "slice_drop":
         return f"give every slice at least two test samples, then: {_command(result)}"
     return f"see the reason; run on a machine that can measure it, or without its limit: {_command(result, _AGAIN)}"

@@ -21,6 +21,7 @@ from deploypipe.runs.result import RunResult
 from deploypipe.text.amounts import amount, bounded, limit_text, mebibytes
 
 NOT_MEASURED = "not measured"
+HERE = "on this machine, not on the device"
 
 
 class Row(NamedTuple):
@@ -34,18 +35,19 @@ class Row(NamedTuple):
 
 def before_after(result: RunResult) -> tuple[Row, ...]:
     """Compare the dense and the compressed network: the accuracy, then every budget's figure."""
-    report = result.benchmark
-    dense, compressed = report.dense, report.compressed
-    drop = report.accuracy_drop_pp
-    return (
-        Row(
-            name=result.metric,
-            dense=_accuracy(dense),
-            compressed=_accuracy(compressed),
-            change="" if drop is None else _change_in_pp(drop),
-        ),
-        *(_budget_row(budget, report) for budget in BUDGETS.values()),
-    )
+    return (_accuracy_row(result), *(_budget_row(budget, result.benchmark) for budget in BUDGETS.values()))
+
+
+def _accuracy_row(result: RunResult) -> Row:
+    """The accuracy on the device; else that on the machine of the run, which the last cell says."""
+    report, here = result.benchmark, result.benchmark.accuracy_here
+    if here:
+        dense, compressed = (_percent(accuracy, here.num_samples) for accuracy in (here.dense, here.compressed))
+        change = f"{_change_in_pp(here.drop_pp)} {HERE}"
+    else:
+        dense, compressed = _accuracy(report.dense), _accuracy(report.compressed)
+        change = "" if report.accuracy_drop_pp is None else _change_in_pp(report.accuracy_drop_pp)
+    return Row(name=result.metric, dense=dense, compressed=compressed, change=change)
 
 
 def overview_header() -> tuple[str, ...]:
@@ -222,7 +224,11 @@ def _accuracy(measurement: Measurement) -> str:
     accuracy = measurement.accuracy
     if accuracy is None:
         return NOT_MEASURED
-    return f"{amount(100 * accuracy.value, '%')} (n = {len(measurement.per_sample_metric):,})"
+    return _percent(accuracy, len(measurement.per_sample_metric))
+
+
+def _percent(accuracy: Interval, num_samples: int) -> str:
+    return f"{amount(100 * accuracy.value, '%')} (n = {num_samples:,})"
 
 
 def _change_in_pp(drop: Interval) -> str:

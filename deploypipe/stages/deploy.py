@@ -4,8 +4,9 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from deploypipe.benchmark import compare_files
+from deploypipe.benchmark import accuracy_here, compare_files
 from deploypipe.budgets import BUDGETS
+from deploypipe.errors import DataError, ModelError
 from deploypipe.export.onnx_export.golden_samples import write_golden
 from deploypipe.export.onnx_export.parity import limit_of
 from deploypipe.export.quantization.precision_choice import choose_precision
@@ -133,7 +134,7 @@ def benchmark(
     """Measure both files in one process, on the test split; the engines where they are what the device runs.
 
     counts: parameters and multiply-accumulates of what ships. stand_in: what the search went by instead of budgets
-    that cannot be measured here.
+    that cannot be measured here. If this machine is not the device, the accuracy is measured on it all the same.
     """
     dense_file = _placed(profile.dense_opened(ctx, dense), dense.files)
     compressed = _placed(shipped.file, shipped.path.parent)
@@ -157,6 +158,12 @@ def benchmark(
             notes.append(f"the fp32 file was compared with the network at {sizes}; other sizes were not tried")
         if is_built(ctx.target) and not engine:
             notes.append("no engine was built: file sizes are those of the ONNX files")
+        if report.compressed.accuracy is None:
+            onnx_files = (dense.files / profile.DENSE, shipped.path)
+            try:
+                report = replace(report, accuracy_here=accuracy_here(onnx_files, ctx.splits.test, ctx.task))
+            except (ModelError, DataError) as error:  # the device may have operators that this machine lacks
+                notes.append(f"the accuracy could not be measured on this machine: {error}")
         return replace(report, notes=(*report.notes, *notes))
 
     inputs = {"dense": dense_file.sha256, "compressed": compressed.sha256, "device": ctx.device, **ctx.origin}

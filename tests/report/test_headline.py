@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deploypipe.recipe import Recipe
-from deploypipe.records import BenchmarkReport, Interval
+from deploypipe.records import AccuracyHere, BenchmarkReport, Interval
 from deploypipe.release.gate import decide
 from deploypipe.report.headline import Outcome, failed_lines, headline, outcome_label, outcome_of
 from deploypipe.report.html import render_report
@@ -88,6 +88,14 @@ def test_no_figure_is_better_than_its_interval(low: float, width: float, worse: 
 def test_noise_leaves_the_speed_unknown() -> None:
     assert headline(run_of(NOISY, Budget(latency_p50="0.9x"))).startswith("Speed unknown (not measured steadily), 50 %")
     assert headline(untouched_run()).startswith("Nothing was removed")
+
+
+def test_an_accuracy_measured_elsewhere_says_so() -> None:
+    half = Interval(value=0.5, low=0.4, high=0.6)
+    drop = Interval(value=0.1, low=-0.2, high=0.4)
+    here = AccuracyHere(dense=half, compressed=half, drop_pp=drop, num_samples=500)
+    said = headline(run_of(replace(ELSEWHERE, accuracy_here=here), Budget(accuracy_drop_pp=2.0)))
+    assert said.endswith("unchanged: at most 0.4 points worse (on this machine, not on the device)")
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ EASY = Budget(accuracy_drop_pp=50.0)
 @pytest.mark.parametrize(
     ("report", "budget", "starts", "ends"),
     [
-        (NOISY, replace(EASY, latency_p50="0.9x"), "latency p50: the machine was not steady", f": {COMMAND}"),
+        (NOISY, replace(EASY, latency_p50="0.9x"), "latency p50: measure again when the", f": {COMMAND}"),
         (REPORT, replace(EASY, latency_p50="0.1x"), "latency p50: search longer", "--set search.num_trials=48"),
         (REPORT, replace(EASY, latency_p50="0.5x"), "latency p50: the limit lies within", f"{COMMAND} --remeasure"),
         (REPORT, Budget(accuracy_drop_pp=0.0), "accuracy drop: train longer", "--set finetune.num_epochs="),
@@ -56,8 +56,7 @@ def test_each_check_that_holds_has_its_command(report: BenchmarkReport, budget: 
 def test_on_another_machine_all_checks_share_the_way_to_the_device() -> None:
     budget = Budget(latency_p50="0.5x", peak_memory="0.5x", accuracy_drop_pp=1.0)
     (step,) = next_steps(held(untouched_run().benchmark, budget))
-    assert step.startswith("latency p50, peak memory, accuracy drop: this machine cannot run the target")
-    assert step.endswith(f"on the device, x86_cpu: {COMMAND}")
+    assert step == f"latency p50, peak memory, accuracy drop: run it on the device, x86_cpu: {COMMAND}"
 
 
 def test_a_comparison_that_was_not_possible_names_the_gate() -> None:
@@ -78,4 +77,4 @@ def test_what_was_measured_is_never_called_not_measured() -> None:
     for report, limits in ((NOISY, {"latency_p50": "0.9x"}), (UNPAIRED, {"peak_memory": "0.9x"})):
         check = decide(report, replace(EASY, **limits)).checks[0]
         assert check.status.value == "UNKNOWN" and check.measured is not None
-        assert not check.reason.startswith("it was not measured")
+        assert "not measured" not in check.reason.partition(";")[0] or "dense network's" in check.reason
