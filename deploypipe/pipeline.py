@@ -1,7 +1,7 @@
 """`compress`: the stages in order. Each is remembered in the run folder and can be called alone."""
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -56,7 +56,8 @@ from deploypipe.search.search_inputs import SearchGoal, SearchInputs
 from deploypipe.stages import compression, deploy, fast_dev_run, profile, search
 from deploypipe.stages.context import RunContext, prepare_run
 from deploypipe.stages.deploy import MODEL, Shipped
-from deploypipe.stages.expected_stages import expected_delivery, expected_stages
+from deploypipe.stages.expected_stages import SEARCH, expected_delivery, expected_stages
+from deploypipe.stages.ship_trial import ChosenTrial, choose_trial, describe, link_stages
 from deploypipe.target import Target
 from deploypipe.task import Splits, Task, take, take_calib
 from deploypipe.text.safe_names import name_problem
@@ -84,6 +85,7 @@ def compress(
     ranks: Ranks = ALONE,
     remeasure: bool = False,
     command: str = "",
+    ship_trial: int | None = None,
 ) -> RunResult:
     """Compress a trained network for one device, and decide whether the result may be shipped.
 
@@ -107,13 +109,17 @@ def compress(
     recipe.fast_dev_run: try every stage on the first batches; the result can never ship.
     remeasure: repeat the last measurements. Without it, only those taken on an unsteady machine are repeated.
     command: what the result says to run again.
+    ship_trial: ship this trial of the finished search in `out` instead of its winner. Nothing is searched; the run is
+        in a folder of its own, `out-trial-N`, and reuses what the other one computed.
     """
-    model = unwrapped(model)
+    model, out = unwrapped(model), Path(out)
     if problem := name_problem(name):
         raise ConfigError("compress", "name", *problem.split("; "))
     splits, task, notes = wrap_splits(splits), wrap_task(task), list[str]()
+    chosen = None if ship_trial is None else choose_trial(out, ship_trial)
+    out = chosen.folder if chosen else out
     if recipe.fast_dev_run:
-        fast_dev_run.require_own_place(Path(out), is_shared=storage is not None)
+        fast_dev_run.require_own_place(out, is_shared=storage is not None)
         notes.append(fast_dev_run.NOTE)
         splits, recipe = fast_dev_run.first_batches(splits), fast_dev_run.short_recipe(recipe)
         target = fast_dev_run.short_target(target)
@@ -122,8 +128,10 @@ def compress(
     for note in notes:
         notify(Note(stage="check", text=note))
     place = storage.place if storage else None
-    with open_run(Path(out), notify, Path(shared) if shared else None, place=place) as run:
+    with open_run(out, notify, Path(shared) if shared else None, place=place) as run:
         run.remeasure = remeasure
+        if chosen:
+            link_stages(chosen, out)
         if computed := describe_hooks(model):
             run.notify(Note(stage="check", text=f"weights that hooks compute are plain from here on: {computed}"))
         start_afresh(run.path, (MODEL, GOLDEN, TENSORS, ENGINE, f"{ENGINE}.json", f"{ENGINE}.log", REPORT, WEIGHTS))
@@ -132,20 +140,25 @@ def compress(
         if storage:
             require_same(storage, ctx.identity())  # now, and not when the search begins
         with brief_timing() if recipe.fast_dev_run else nullcontext():
-            return _run_stages(ctx, name, command)
+            return _run_stages(ctx, name, command, chosen)
 
 
-def _run_stages(ctx: RunContext, name: str, command: str) -> RunResult:
-    """The line of stages, from the dense network to what ships."""
+def _run_stages(ctx: RunContext, name: str, command: str, chosen: ChosenTrial | None) -> RunResult:
+    """The line of stages, from the dense network to what ships. chosen: instead of a search."""
     limits, stand_in = search_limits(ctx.target.budget.limits(), ctx.ability)
-    ctx.run.notify(Planned(stages=expected_stages(ctx, limits)))
+    expected = expected_stages(ctx, limits)
+    ctx.run.notify(Planned(stages=tuple(name for name in expected if not (chosen and name in SEARCH))))
     structures = profile.structures(ctx).record  # first: names in the recipe are looked up here
     dense = profile.baseline(ctx, profile.dense_export(ctx))
     choice = deploy.dense_precision(ctx, dense)
     row = deploy.candidate_precision(dense.record, choice)
     smaller: _Smaller | None = None
     summary: ScoreSummary | None = None
-    if search.is_needed(ctx, dense, limits, row):
+    if chosen:
+        ctx.run.notify(Note(stage="search", text=describe(chosen)))
+        smaller, summary = _make_network(ctx, dense, chosen.search, stand_in), chosen.scores
+        delivery = smaller.delivery
+    elif search.is_needed(ctx, dense, limits, row):
         inputs, summary = _observe(ctx, search.goal(ctx, structures, dense, limits, row))
         trials = search.search(ctx, inputs)
         smaller = _make_smaller(ctx, inputs, trials, stand_in)
@@ -235,15 +248,8 @@ def _make_smaller(ctx: RunContext, inputs: SearchInputs, trials: StageResult[Sea
     num_attempts = ctx.recipe.search.num_attempts
     for number in range(1, num_attempts + 1):
         found = search.tune_finalists(ctx, search.confirm(ctx, inputs, trials, part))
-        plan = found.trials[found.best].plan
-        pruned = compression.prune(ctx, plan)
-        tuned = compression.finetune(ctx, plan, pruned)
-        exported = compression.export(ctx, plan, tuned)
-        choice = deploy.precision(ctx, exported)
-        shipped = deploy.shipped(exported.record, exported.files, choice)
-        counts = (pruned.record.prune.params_after, pruned.record.prune.macs_after)
-        delivery = _deliver(ctx, goal.dense, shipped, counts, stand_in, choice)
-        failed = [c for c in delivery.decision.checks if c.name == LATENCY_P50 and c.status is Status.FAIL]
+        made = _make_network(ctx, goal.dense, found, stand_in)
+        failed = [c for c in made.delivery.decision.checks if c.name == LATENCY_P50 and c.status is Status.FAIL]
         if number == num_attempts or not failed or not found.timed_again:
             break
         part = tightened_limit_fraction(goal.limits, found, failed[0])
@@ -252,13 +258,25 @@ def _make_smaller(ctx: RunContext, inputs: SearchInputs, trials: StageResult[Sea
         again = f"a faster network is made, {number + 1} of {num_attempts}"
         ctx.run.notify(Note(stage="gate", text=f"{told}; {again}"))
         ctx.run.notify(Planned(stages=(*expected_delivery(ctx, goal.limits), "golden")))
+    return replace(made, too_slow=tuple(too_slow))
+
+
+def _make_network(ctx: RunContext, dense: StageResult[Measurement], found: SearchResult, stand_in: str) -> _Smaller:
+    """Make the best network of a search: cut, repair, train and export it, then measure it and decide."""
+    plan = found.trials[found.best].plan
+    pruned = compression.prune(ctx, plan)
+    tuned = compression.finetune(ctx, plan, pruned)
+    exported = compression.export(ctx, plan, tuned)
+    choice = deploy.precision(ctx, exported)
+    shipped = deploy.shipped(exported.record, exported.files, choice)
+    counts = (pruned.record.prune.params_after, pruned.record.prune.macs_after)
     return _Smaller(
-        delivery=delivery,
+        delivery=_deliver(ctx, dense, shipped, counts, stand_in, choice),
         weights=tuned.files / WEIGHTS,
         search=found,
         outcome=pruned.record,
         training=tuned.record,
-        too_slow=tuple(too_slow),
+        too_slow=(),
     )
 
 

@@ -99,6 +99,16 @@ def test_trials_and_minutes_are_fields_of_the_recipe(home: Path, calls: list[dic
     assert invoke("run", "./toy.py", "cpu", "--minutes", "0").exit_code == 2
 
 
+def test_a_trial_to_ship_has_its_folder_and_its_command(home: Path, calls: list[dict[str, Any]]) -> None:
+    done = invoke("run", "./toy.py", "cpu", "--ship-trial", "3", "--storage", "sqlite:///x.db")
+    assert done.exit_code == 0 and "ONNX    runs/toy-cpu-trial-3/model.onnx" in done.output
+    assert (calls[0]["ship_trial"], calls[0]["storage"], calls[0]["args"][5]) == (3, None, Path("runs/toy-cpu"))
+    assert calls[0]["command"].startswith("deploypipe run ./toy.py cpu --ship-trial=3")
+    (home / "targets" / "other.toml").write_text(TARGET, encoding="utf-8")
+    both = invoke("run", "./toy.py", "cpu", "other", "--ship-trial", "3")
+    assert both.exit_code == 2 and "--ship-trial: is about the search of one target" in both.stderr
+
+
 def test_the_command_to_run_again_is_kept_without_passwords(home: Path, calls: list[dict[str, Any]]) -> None:
     invoke("run", "./toy.py", "cpu", "--set", "search.num_trials=3", "--set", "pipeline.WIDTH=7", "--remeasure")
     assert calls[0]["remeasure"] is True

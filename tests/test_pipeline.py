@@ -25,12 +25,23 @@ from torch.nn import functional as F
 from deploypipe.benchmark import latency
 from deploypipe.benchmark.latency import Timings
 from deploypipe.cli.terminal import show_result
-from deploypipe.errors import ModelError, RunFolderError
+from deploypipe.errors import ConfigError, ModelError, RunFolderError
 from deploypipe.files.hashing import digest, file_sha256
 from deploypipe.files.json_records import to_json
 from deploypipe.pipeline import compress
 from deploypipe.recipe import Constraints
-from deploypipe.records import Cached, Event, Progress, Started, Status, Verdict, Warned
+from deploypipe.records import (
+    Cached,
+    Event,
+    Notify,
+    Planned,
+    Progress,
+    Started,
+    Status,
+    Verdict,
+    Warned,
+    silent,
+)
 from deploypipe.records.stages import STAGES
 from deploypipe.runs.load_network import load_pruned
 from deploypipe.runs.result import RunResult, load_result
@@ -75,6 +86,15 @@ GPU = Target(
 def run(dense: nn.Module, folder: Path, **changes: object) -> RunResult:
     recipe = replace(tiny.recipe(), **changes)  # type: ignore[arg-type]
     return compress(dense, tiny.load_data(), tiny.task(), recipe, TARGET, folder, source="tiny")
+
+
+def ship(dense: nn.Module, folder: Path, number: int, notify: Notify = silent) -> RunResult:
+    """The same call as `run`, for another trial, and with another training."""
+    task, recipe = tiny.task(), tiny.recipe()
+    recipe = replace(recipe, finetune=replace(recipe.finetune, weight_decay=0.01))  # trials may be of one network
+    return compress(
+        dense, tiny.load_data(), task, recipe, TARGET, folder, source="tiny", ship_trial=number, notify=notify
+    )
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +216,45 @@ def test_the_same_call_again_computes_nothing(dense: nn.Module, first: tuple[Pat
     )
     assert all(stage.was_cached for stage in again.stages) and len(again.stages) == 15
     assert to_json(replace(again, stages=result.stages)) == to_json(result)
-    assert {type(event) for event in events if event.stage != "gate"} == {Started, Cached}
+    (planned,) = [event.stages for event in events if isinstance(event, Planned)]
+    assert {*planned} - {"finalist"} == {stage.stage for stage in again.stages} - {"finalist"} | {"gate"}
+    of_stages = [event for event in events if not isinstance(event, Planned)]
+    assert {type(event) for event in of_stages if event.stage not in ("check", "fingerprints", "gate")} == {
+        Started,
+        Cached,
+    }
+
+
+def test_another_trial_ships_without_a_search(dense: nn.Module, first: tuple[Path, RunResult, bool]) -> None:
+    """In a folder of its own, next to the run that searched, which stays as it is."""
+    folder, result, _ = first
+    assert result.search
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    best, other = result.search.best, 1 - result.search.best
+    told: list[Event] = []
+    again = ship(dense, folder, other, told.append)
+    assert again.search and (again.search.best, again.search.winner) == (other, best)
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+    own = folder.with_name(f"{folder.name}-trial-{other}")
+    assert to_json(load_result(own)) == to_json(again) and verify(own).is_same
+    stages = {stage.stage: stage.was_cached for stage in again.stages}
+    assert not {"observe", "search", "confirm", "finalist"} & stages.keys()
+    assert stages["structures"] and stages["dense_export"] and stages["baseline"] and not stages["finetune"]
+    (planned,) = [event.stages for event in told if isinstance(event, Planned)]  # nothing else is shown as to come
+    assert set(planned) == {*stages, "gate"}
+    report = (own / "report.html").read_text(encoding="utf-8")
+    assert f"Trial {other} ships because it was asked for" in report and f"the search chose trial {best}." in report
+    assert all(stage.was_cached for stage in ship(dense, folder, other).stages)
+
+
+def test_a_trial_that_does_not_exist_is_named(dense: nn.Module, first: tuple[Path, RunResult, bool]) -> None:
+    folder, result, _ = first
+    assert result.search
+    with pytest.raises(ConfigError, match=f"has trials 0 to {len(result.search.trials) - 1}; choose one of those"):
+        ship(dense, folder, 99)
+    with pytest.raises(RunFolderError, match="holds no finished run"):
+        ship(dense, folder / "absent", 0)
+    assert not (folder.parent / f"{folder.name}-trial-99").exists()
 
 
 def test_runs_for_several_targets_share_what_does_not_depend_on_them(

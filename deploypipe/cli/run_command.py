@@ -33,6 +33,15 @@ def run(
             "one so far wins. The other stages take as long as they take.",
         ),
     ] = None,
+    ship_trial: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="Ship trial N of the finished search in the run folder instead of its winner, in a folder of its own, "
+            "RUN-trial-N. Nothing is searched again.",
+        ),
+    ] = None,
     storage: StorageOption = None,
     name: Annotated[
         str | None, typer.Option(help="Name of the search in --storage. Default: the name of the run folder.")
@@ -90,7 +99,9 @@ def run(
         from deploypipe.cli.terminal import joined_ranks
 
         changes = with_search_bounds(set_ or [], trials, minutes)
-        asked = RunArguments(pipeline, target, changes, out, storage, name, stages, shared, remeasure, fast_dev_run)
+        asked = RunArguments(
+            pipeline, target, changes, out, storage, name, stages, shared, remeasure, fast_dev_run, ship_trial
+        )
         asked.check_targets()
         load_libraries()
         with joined_ranks() as ranks:

@@ -48,6 +48,7 @@ class RunArguments:
     shared: Path | None
     remeasure: bool
     fast_dev_run: bool
+    ship_trial: int | None = None
 
     @cached_property
     def settings(self) -> dict[str, dict[str, str]]:
@@ -80,7 +81,10 @@ class RunArguments:
 
     def check_targets(self) -> None:
         """Raise the first error of the targets, for which no network has to be loaded."""
-        _ = self.devices
+        devices = self.devices
+        if self.ship_trial is not None and len(devices) > 1:
+            remedy = "give one target, with the --out and --shared of its run"
+            raise ConfigError("--ship-trial", "", "is about the search of one target, and several are given", remedy)
 
     def check(self) -> None:
         """Raise the first error of targets, pipeline or recipe."""
@@ -145,6 +149,7 @@ class RunArguments:
             key, shown = change.partition("=")[0], masked(change)  # a pipeline's constants may be addresses or tokens
             command.append(f"--set={shown if shown.startswith(key) else f'{key}={shown}'}")
         command += ["--fast-dev-run"] if self.fast_dev_run else []
+        command += [] if self.ship_trial is None else [f"--ship-trial={self.ship_trial}"]
         if self.storage:
             command += [f"--storage={masked(self.storage)}", f"--name={self.study_of(device)}"]
         return shlex.join(command + ([f"--stages={masked(self.stages)}"] if self.stages else []))
@@ -154,6 +159,7 @@ def run_in_turn(asked: RunArguments, ranks: "Ranks") -> int:
     """Run one target after another; return the worst exit code."""
     from deploypipe.pipeline import compress
     from deploypipe.stages.fast_dev_run import first_batches
+    from deploypipe.stages.ship_trial import trial_folder
     from deploypipe.training.multi_rank_finetune import agree, dismiss, serve
 
     with ranks.in_turn(), shown_stages() if ranks.is_first else nullcontext(silent) as notify:
@@ -169,7 +175,7 @@ def run_in_turn(asked: RunArguments, ranks: "Ranks") -> int:
         return 0
 
     def compress_for(device: Target) -> RunResult:
-        folder = asked.folder_of(device)
+        folder, number = asked.folder_of(device), asked.ship_trial
         with shown_stages() as notify:
             result = compress(
                 model,
@@ -181,13 +187,14 @@ def run_in_turn(asked: RunArguments, ranks: "Ranks") -> int:
                 source=loaded.source,
                 name=loaded.name,
                 shared=asked.shared_folder,
-                storage=asked.storage_of(device),
+                storage=None if number is not None else asked.storage_of(device),
                 notify=notify,
                 ranks=ranks,
                 remeasure=asked.remeasure,
                 command=asked.shown_command(device),
+                ship_trial=number,
             )
-        show_result(result, folder)
+        show_result(result, folder if number is None else trial_folder(folder, number))
         return result
 
     code = _run_for_all(compress_for, asked) if len(devices) > 1 else exit_code(compress_for(devices[0]).decision)

@@ -59,6 +59,8 @@ def show_result(result: RunResult, folder: Path) -> None:
         if note not in reasons:  # which the next table shows
             say(f"note: {note}")
     show_decision(result.decision)
+    if result.search and result.search.winner is not None:
+        say(f"trial   {result.search.best}, as asked for; the search chose trial {result.search.winner}")
     say(f"ONNX    {folder / 'model.onnx'}")
     if result.engine:
         say(f"engine  {folder / 'model.engine'} ({', '.join(result.engine.key.compute_capabilities)})")

@@ -121,6 +121,7 @@ class SearchResult:
     dense: Candidate  # the dense network, evaluated on the same split
     trials: tuple[Trial, ...]
     best: int  # index into `trials`
+    winner: int | None = None  # the search's own choice, where another trial was asked for: `best`
     pareto_front: tuple[int, ...] = ()  # numbers of the feasible trials that no other beats in accuracy and costs
     importances: dict[str, float] = field(default_factory=dict)  # knob -> share; empty if trials are too few
     timed_again: dict[str, float] = field(default_factory=dict)  # number of a trial -> share of the dense latency

@@ -34,6 +34,8 @@ def _for_failed(result: RunResult, check: Check) -> str:
     is_figure = check.name in BUDGETS or check.name == "latency_against_baseline"
     if is_figure and check.interval and check.limit is not None and check.interval.low <= check.limit:
         return f"the limit lies within its interval; measure again, or relax {budget}: {_command(result, _AGAIN)}"
+    if is_figure and result.search and result.search.winner is not None:
+        return f"ship another trial (--ship-trial), or relax {budget}: {_command(result)}"
     minutes = result.recipe.search.max_minutes
     if is_figure and minutes and result.search and stopped_by_time(result, result.search):
         return f"search longer, or relax {budget}: {_command(result, 'search.max_minutes', 2 * minutes)}"

@@ -85,6 +85,7 @@ def limit_sentences(result: RunResult, search: SearchResult, stages: tuple[Stage
         *_workers_sentence(search),
         *_narrowed_sentence(search),
         *_finalists_sentence(search),
+        *_chosen_sentence(search),
         *_too_slow_sentence(result),
         *_budget_sentences(search),
         _accuracy_sentence(search, result.target),
@@ -193,11 +194,20 @@ def _too_slow_sentence(result: RunResult) -> list[str]:
 def _finalists_sentence(search: SearchResult) -> list[str]:
     if not search.tuned:
         return []
+    winner = search.best if search.winner is None else search.winner
     each = [
         f"{100 * search.trials[int(number)].candidate.accuracy:.2f} -> {100 * accuracy:.2f} % (trial {number})"
         for number, accuracy in search.tuned.items()
     ]
-    return [f"The best trials were fine-tuned briefly; accuracy on val: {', '.join(each)}; trial {search.best} won."]
+    return [f"The best trials were fine-tuned briefly; accuracy on val: {', '.join(each)}; trial {winner} won."]
+
+
+def _chosen_sentence(search: SearchResult) -> list[str]:
+    if search.winner is None:
+        return []
+    return [
+        f"Trial {search.best} ships because it was asked for (--ship-trial); the search chose trial {search.winner}."
+    ]
 
 
 def _budget_sentences(search: SearchResult) -> list[str]:

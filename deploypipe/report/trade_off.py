@@ -1,5 +1,6 @@
 """What each latency, or each value of another figure, costs in accuracy, by all trials of a search."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -104,7 +105,7 @@ def summary(trade: TradeOff) -> str:
 def ship_another(result: RunResult) -> str:
     """The command that ships another trial."""
     command = result.command or "deploypipe run PIPELINE TARGET"
-    return f"{command} --ship-trial N"
+    return f"{re.sub(r' --ship-trial=[0-9]+', '', command)} --ship-trial N"
 
 
 def _cost(search: SearchResult, target: Target) -> BudgetRow:

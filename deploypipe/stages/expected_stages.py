@@ -6,6 +6,8 @@ from deploypipe.budgets import BUDGETS, LATENCY_P50
 from deploypipe.stages.context import RunContext
 from deploypipe.target import Limit
 
+SEARCH = ("latency", "feasibility", "observe", "score", "curves", "search", "confirm", "finalist")
+
 
 def expected_stages(ctx: RunContext, limits: Mapping[str, Limit]) -> tuple[str, ...]:
     """The stages of a run that has to remove something, in its order. limits: those of the search."""
