@@ -1,12 +1,13 @@
 """What is printed at the end of a run: every reason once."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from finished_runs import finished_run, interval, untouched_run
 
-from deploypipe.cli.terminal import show_result
+from deploypipe.cli.terminal import show_checks, show_result
 from deploypipe.records import AccuracyHere
 from deploypipe.release.gate import decide
 from deploypipe.runs.result import RunResult
@@ -55,3 +56,22 @@ def test_an_unsteady_machine_and_a_failed_check_have_their_reasons_once(
     said = printed(run, capsys, tmp_path)
     assert said.count(doubt) == 1 and said.count("is above the limit of") == 1
     assert "HOLD: failed: macs; unknown: latency_p50" in said
+
+
+def test_in_a_narrow_terminal_reasons_follow_the_table(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("NO_COLOR", "1")
+    why = "nothing was measured: this machine is x86_64, and the target is a device with another processor"
+    run = untouched_run()
+    run = replace(run, benchmark=replace(run.benchmark, notes=(why,)))
+    checks = held(run, Budget(latency_p50="0.5x", params="1x", accuracy_drop_pp=1.0)).decision.checks
+    for columns, is_narrow in (("80", True), ("200", False)):
+        monkeypatch.setenv("COLUMNS", columns)
+        show_checks(checks, "Gate")
+        said = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+        assert max(len(line.rstrip()) for line in said.splitlines()) <= max(int(columns), 100)
+        text = " ".join(said.split())
+        assert (f"latency p50, accuracy drop: it was not measured; {why}" in text) == is_narrow
+        assert ("within the limit" in text) != is_narrow  # why a check passed

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from deploypipe.training.ranks import Ranks
 
 MAX_PAGE_WIDTH = 100  # columns
+_WIDE = 140  # columns of a terminal in which sentences fit into a table
+_AS_ABOVE = "as above"
 COLOURS = {"PASS": "green", "FAIL": "red", "UNKNOWN": "yellow", "ok": "green", "missing": "red", "limited": "yellow"}
 
 
@@ -53,7 +55,7 @@ def show_result(result: RunResult, folder: Path) -> None:
     header = ("", "dense", "compressed", "change")
     show_table(f"{result.pipeline} on {result.target.name}", header, before_after(result))
     if result.precision:
-        show_table("Precisions", PRECISION_HEADER, precision_rows(result.precision))
+        show_table("Precisions", PRECISION_HEADER, precision_rows(result.precision), has_remarks=True)
     reasons = "; ".join(check.reason for check in result.decision.checks)
     for note in result.benchmark.notes:
         if note not in reasons:  # which the next table shows
@@ -110,8 +112,8 @@ def show_bench(result: "BenchResult") -> None:
 
 def show_checks(checks: Sequence[Check], title: str = "Checks") -> None:
     """A row for each check; one with the reason of the row above says so."""
-    rows = [(*row.cells, row.reason if row.num_rows else "as above") for row in check_rows(checks)]
-    show_table(title, ("check", "status", "measured", "limit", "reason"), rows)
+    rows = [(*row.cells, row.reason if row.num_rows else _AS_ABOVE) for row in check_rows(checks)]
+    show_table(title, ("check", "status", "measured", "limit", "reason"), rows, has_remarks=True)
 
 
 def show_decision(decision: GateDecision) -> None:
@@ -137,21 +139,44 @@ def show_paragraph(text: str) -> None:
         say(line)
 
 
-def show_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def show_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, has_remarks: bool = False) -> None:
+    """A table: with colours in a terminal, plain columns elsewhere.
+
+    has_remarks: the last column holds sentences. In a terminal that is too narrow for them they follow as paragraphs.
+    """
     console = Console()
     header, rows = [*map(printable, header)], [[*map(printable, row)] for row in rows]
     if not console.is_terminal:
-        lines = [list(header), *map(list, rows)]
-        widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-        say("")
-        say(title)
-        for line in lines:
-            say("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-        say("")
+        _show_columns(title, header, rows)
         return
+    is_narrow = has_remarks and console.width < _WIDE
+    width = len(header) - is_narrow
     table = Table(title=Text(printable(title)), title_justify="left", box=box.SIMPLE, pad_edge=False)
-    for name in header:
+    for name in header[:width]:
         table.add_column(Text(name), overflow="fold")
     for row in rows:
-        table.add_row(*(Text(c, style=COLOURS.get(c, "")) for c in row))
+        table.add_row(*(Text(c, style=COLOURS.get(c, "")) for c in row[:width]))
     console.print(table)
+    for name, remark in _remarks(rows) if is_narrow else ():
+        show_paragraph(f"{name}: {remark}")
+
+
+def _remarks(rows: Sequence[Sequence[str]]) -> list[tuple[str, str]]:
+    """The first cells of the rows that share a remark, and the remark. That of a check that passed is left out."""
+    found: list[tuple[str, str]] = []
+    for name, *cells, remark in rows:
+        if remark == _AS_ABOVE and found:
+            found[-1] = (f"{found[-1][0]}, {name}", found[-1][1])
+        elif remark and "PASS" not in cells:
+            found.append((name, remark))
+    return found
+
+
+def _show_columns(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    lines = [list(header), *map(list, rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    say("")
+    say(title)
+    for line in lines:
+        say("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    say("")
