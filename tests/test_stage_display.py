@@ -76,6 +76,8 @@ def test_finished_stages_are_lines_and_only_the_running_one_moves(terminal: Term
     assert (detail, coming) == ("  trial 1: 98.00 % on val, fits", "  then gate")
     see(Progress(stage="repair", done=3, total=9))
     assert terminal.moving[1] == "  repairing layers 3/9"
+    see(Progress(stage="benchmark", message="memory"))
+    assert terminal.moving[1] == "  memory"
     assert len(terminal.lines) == 2
 
 

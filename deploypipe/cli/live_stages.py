@@ -121,8 +121,8 @@ class RunningStage:
 
     def advance(self, event: Progress) -> None:
         if event.stage != self.stage:  # work inside the stage
-            count = f" {event.done}/{event.total}" if event.total else ""
-            self.detail = f"{_WORK.get(event.stage, title_of(event.stage))}{count}"
+            work = _WORK.get(event.stage, title_of(event.stage))
+            self.detail = f"{work} {event.done}/{event.total}" if event.total else event.message or work
             return
         self.detail = event.message
         if event.total:
