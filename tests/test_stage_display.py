@@ -89,7 +89,8 @@ def test_nothing_is_wider_than_the_terminal(terminal: Terminal, clock: Clock) ->
     see(Started(stage="search"))
     clock.now += 100_000
     see(Progress(stage="search", done=12_345, total=99_999, message=long))
-    drawn = [*terminal.lines, *terminal.moving]
+    drawn, last = [*terminal.lines, *terminal.moving], "".join(s.text for s in terminal.console.render(see))
+    assert len(last.rstrip("\n").splitlines()[-1]) <= terminal.console.width - len("^C")  # as drawn, with all spaces
     assert max(map(len, drawn)) <= terminal.console.width and "27 h 46 min" in "".join(drawn)
 
 

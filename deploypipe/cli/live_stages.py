@@ -5,9 +5,9 @@ import sys
 import time
 from collections import deque
 from types import TracebackType
-from typing import Any, TextIO
+from typing import TextIO
 
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.live import Live
 from rich.padding import Padding
 from rich.progress_bar import ProgressBar
@@ -98,16 +98,17 @@ class LiveStages:
         self.above(Text.assemble((mark, style), title, (note, "dim")))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        rows: list[Any] = []
-        running = self.running
-        if running:
-            rows.append(running.row(self.title_width, _BAR_WIDTHS[options.max_width >= _WIDE]))
+        width = options.max_width - len("^C")  # a terminal's echo of Ctrl-C must not begin another line
+        if running := self.running:
+            yield running.row(self.title_width, _BAR_WIDTHS[options.max_width >= _WIDE])
             if running.detail:
-                rows.append(Text(f"  {printable(running.detail)}", style="dim", no_wrap=True, overflow="ellipsis"))
+                detail = Text(f"  {printable(running.detail)}", style="dim")
+                detail.truncate(width, overflow="ellipsis")
+                yield detail
         coming = [title_of(stage) for stage in self.planned if not running or stage != running.stage]
         if coming:
-            rows.append(_indented(f"then {', '.join(coming)}"))
-        yield Group(*rows)
+            for line in Text(f"then {', '.join(coming)}", style="dim").wrap(console, width - 2):
+                yield Text("  ").append_text(line)
 
 
 class RunningStage:
