@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import test_blockwise
 import tiny_pipeline as tiny
+import torch
 import typer
 from torch import nn
 from torch.nn import functional as F
@@ -162,6 +163,7 @@ def reader(folder: Path) -> dict[str, Any]:
     inputs = next(iter(data.calib))[0]
     return {
         "nn": nn,
+        "torch": torch,
         "Splits": Splits,
         "Task": Task,
         "Recipe": Recipe,

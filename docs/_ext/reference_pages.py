@@ -261,8 +261,30 @@ def offer_files_outside(app: Any, page: str, source: list[str]) -> None:
     source[0] = OUTSIDE.sub(changed, source[0])
 
 
+ARGUMENT = re.compile(r"([a-z_.]+(?:, [a-z_.]+)*): ")
+
+
+def as_plain_paragraphs(app: Any, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
+    """Turn our docstrings, plain text with examples, into reStructuredText: a paragraph of arguments becomes a list."""
+    lines[:] = [
+        line
+        for block in "\n".join(lines).split("\n\n")
+        for line in ([*block.splitlines(), ""] if block.lstrip().startswith(">>>") else [*_paragraph(block), ""])
+    ]
+
+
+def _paragraph(block: str) -> list[str]:
+    texts = [
+        re.sub(r"(?<!`)`([^`]+)`(?!`)", r"``\1``", line.strip().replace("*", "\\*")) for line in block.splitlines()
+    ]
+    if not texts or not ARGUMENT.match(texts[0]):
+        return texts
+    return [ARGUMENT.sub(r"- **\1**: ", text, count=1) if ARGUMENT.match(text) else f"  {text}" for text in texts]
+
+
 def setup(sphinx: Any) -> dict[str, bool]:
     """Called by Sphinx: write the parts before the pages are read."""
     sphinx.connect("builder-inited", lambda app: write_pages(Path(app.srcdir) / "_generated"))
     sphinx.connect("source-read", offer_files_outside)
+    sphinx.connect("autodoc-process-docstring", as_plain_paragraphs)
     return {"parallel_read_safe": True}

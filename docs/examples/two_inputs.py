@@ -1,17 +1,15 @@
 """A network with two inputs: which of two handwritten digits is larger?"""
 
-from collections.abc import Iterator
-
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 from deploypipe.recipe import Finetune, Recipe, Search
 from deploypipe.task import Splits, Task, classification
 
 NUM_EPOCHS = 8  # of the dense network
-BATCH_SIZE = 100
 
 
 class LargerDigit(nn.Module):
@@ -33,32 +31,12 @@ class LargerDigit(nn.Module):
         return self.classifier(F.relu(self.hidden(torch.cat(parts, dim=1))))
 
 
-class PairBatches:
-    """Batches of ((left, right), label). The tuple is handed to forward() by position."""
-
-    def __init__(self, digits: Tensor, values: Tensor, count: int, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        left, right = torch.randint(len(digits), (2, count), generator=generator)
-        keep = values[left] != values[right]
-        left, right = left[keep], right[keep]
-        self.left, self.right = digits[left], digits[right]
-        self.labels = (values[right] > values[left]).long()
-
-    def __len__(self) -> int:
-        return -(-len(self.labels) // BATCH_SIZE)
-
-    def __iter__(self) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:
-        for start in range(0, len(self.labels), BATCH_SIZE):
-            part = slice(start, start + BATCH_SIZE)
-            yield (self.left[part], self.right[part]), self.labels[part]
-
-
 def build_model() -> nn.Module:
     torch.manual_seed(0)
     model = LargerDigit()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     for _ in range(NUM_EPOCHS):
-        for (left, right), labels in load_data().train:
+        for left, right, labels in load_data().train:
             optimizer.zero_grad()
             F.cross_entropy(model(left, right), labels).backward()
             optimizer.step()
@@ -66,17 +44,26 @@ def build_model() -> nn.Module:
 
 
 def load_data() -> Splits:
-    """Pairs of digits. No digit of one split is in another."""
+    """Batches (left, right, label): the last one is the target, the others go to forward() in this order."""
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32).div(16).unsqueeze(1)
     values = torch.tensor(digits.target)
     parts = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).split([500, 200, 200, 897])
-    test, val, calib, train = [(images[part], values[part]) for part in parts]
+
+    def loader(part: Tensor, count: int, seed: int, shuffle: bool = False) -> DataLoader:
+        """Pairs of different digits of one part: no image of one split is in another."""
+        left, right = part[torch.randint(len(part), (2, count), generator=torch.Generator().manual_seed(seed))]
+        differ = values[left] != values[right]
+        left, right = left[differ], right[differ]
+        pairs = TensorDataset(images[left], images[right], (values[right] > values[left]).long())
+        return DataLoader(pairs, batch_size=100, shuffle=shuffle)
+
+    test, val, calib, train = parts
     return Splits(
-        calib=PairBatches(*calib, count=600, seed=1),
-        train=PairBatches(*train, count=3000, seed=2),
-        val=PairBatches(*val, count=1000, seed=3),
-        test=PairBatches(*test, count=2000, seed=4),
+        calib=loader(calib, 600, seed=1),
+        train=loader(train, 3000, seed=2, shuffle=True),
+        val=loader(val, 1000, seed=3),
+        test=loader(test, 2000, seed=4),
     )
 
 
