@@ -39,7 +39,7 @@ class Magnitude:
     """Score a unit by the sum of the absolute or squared weights that produce and read it."""
 
     kind: Literal["magnitude"] = "magnitude"
-    power: Literal[1, 2] = 2
+    power: Literal[1, 2] = 2  # 1: absolute weights, 2: squared
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,7 +109,7 @@ class LabelMi:
     """Information of one unit about the label, with quantile bins and Miller-Madow correction. Needs labels."""
 
     kind: Literal["label_mi"] = "label_mi"
-    num_bins: int = 8
+    num_bins: int = 8  # quantile bins of a unit's activations
 
     def __post_init__(self) -> None:
         require(self, num_bins=whole(2, 1_000_000))
@@ -141,7 +141,7 @@ _OBJECTIVES: tuple[tuple[ObjectiveName, ...], ...] = (
 class Search:
     """The search for the widths and blocks to remove."""
 
-    num_trials: int = 12
+    num_trials: int = 12  # candidates that are cut, repaired, timed and evaluated
     max_minutes: float | None = None  # no trial begins later; the best one so far wins. Interruptions do not count
     num_parallel: int = 1  # trials that workers run at once; a trial learns from those at least this many before it
     sampler: Literal["tpe", "gp", "nsga2", "random"] = "tpe"  # proposes the knobs, after a few fixed first trials
@@ -152,9 +152,9 @@ class Search:
     num_timed: int = 40  # networks timed before the search, to predict the latency of all others
     num_repair_samples: int = 512  # to evaluate a trial; the winner is repaired with all of `repair.num_samples`
     num_finalists: int = 3  # best trials, fine-tuned briefly before one of them wins; 1: the best trial wins untrained
-    finalist_epochs: int = 1
+    finalist_epochs: int = 1  # of their brief fine-tuning
     num_attempts: int = 3  # networks trained to the end, each faster, until the benchmark is within the latency budget
-    prune_blocks: bool = True
+    prune_blocks: bool = True  # whether whole blocks may be removed
 
     def __post_init__(self) -> None:
         require(
@@ -181,7 +181,7 @@ class Repair:
     """The repair after surgery: sequential least squares."""
 
     num_samples: int = 2048  # of the calibration split, at most; held in memory as one batch
-    positions_per_sample: int = 16
+    positions_per_sample: int = 16  # spatial positions (or tokens) of each sample
     ridge: float = 1e-3  # added to the normal matrix, as a share of its mean diagonal
 
     def __post_init__(self) -> None:
@@ -235,7 +235,7 @@ BlockScorer: TypeAlias = Mpruner | BlockMi | LogitDivergence
 class Finetune:
     """Fine-tuning of the repaired network, with the dense network as its teacher."""
 
-    num_epochs: int = 5
+    num_epochs: int = 5  # 0: no fine-tuning
     # auto: AdamW for transformers, SGD for all other networks. `Task(optimizer=..., schedule=...)` replaces optimizer,
     # learning rate, momentum, weight decay and schedule.
     optimizer: Literal["auto", "sgd", "adamw"] = "auto"
@@ -278,6 +278,7 @@ class Int8:
     """INT8 quantisation: how ranges are chosen, and the largest allowed drop."""
 
     num_calib_samples: int = 512  # at most
+    # Ways to choose ranges; each is tried, the best is taken.
     methods: tuple[Literal["minmax", "percentile", "entropy", "mse"], ...] = ("minmax", "percentile", "entropy", "mse")
     max_drop_pp: float = 0.5  # of the metric, against the fp32 file; above it, layers go back to float
     correct_biases: bool = True  # if that measures better
@@ -295,14 +296,14 @@ class Export:
     Errors are relative to an output's largest magnitude.
     """
 
-    opset: int = 20
+    opset: int = 20  # of the ONNX file
     # Dynamic axes other than the batch: input (or a glob pattern) -> axis -> name, {"ids": {1: "sequence"}}. Axes whose
     # size differs between calibration batches are found without it.
     dynamic_axes: dict[str, dict[int, str]] = field(default_factory=dict)
     single_file_mib: int = 1800  # larger weights go to a file of their own; an ONNX file holds at most 2 GiB
     max_abs_error: float = 1e-3  # of an fp32 file; a file above its limit is rejected
-    max_abs_error_fp16: float = 1e-2
-    max_abs_error_int8: float = 0.3
+    max_abs_error_fp16: float = 1e-2  # the same of an fp16 file
+    max_abs_error_int8: float = 0.3  # the same of an int8 file
     min_agreement: float = 0.9  # fp16 and int8: lowest share of samples with the same top-1 class
     int8: Int8 = field(default_factory=Int8)
 
@@ -359,7 +360,7 @@ class Recipe:
     """All settings that shape the compressed network. The same recipe, seed and machine give the same plan, bit for
     bit."""
 
-    seed: int = 0
+    seed: int = 0  # of every random choice of a run
     observe: Observe = field(default_factory=Observe)
     score: Scorer = field(default_factory=Mipp)
     search: Search = field(default_factory=Search)

@@ -75,11 +75,11 @@ class Budget:
     `deploypipe.budgets.BUDGETS` holds one row for each of them.
     """
 
-    latency_p50: str | None = None
-    peak_memory: str | None = None
-    file_size: str | None = None
-    params: str | None = None
-    macs: str | None = None
+    latency_p50: str | None = None  # median latency of the file
+    peak_memory: str | None = None  # of a process that runs the file
+    file_size: str | None = None  # of the file
+    params: str | None = None  # number of parameters
+    macs: str | None = None  # multiply-accumulates of one sample
     accuracy_drop_pp: float = 1.0  # percentage points, for the upper end of the paired interval
     slice_drop_pp: float | None = None  # the same for each slice (class) of the task
     latency_regression: float = 1.05  # times the latency of the previous release, if the gate is given one
@@ -118,9 +118,9 @@ class Target:
     machine an ONNX file is exported and an engine is built if possible, but nothing is measured.
     """
 
-    runtime: Runtime
+    runtime: Runtime  # what runs the model
     name: str = ""  # the file's stem if the target was read from a file
-    description: str = ""
+    description: str = ""  # for people
     provider: Provider = "cpu"  # of onnxruntime or eager torch
     provider_options: dict[str, str] = field(default_factory=dict)  # passed to onnxruntime unchanged
     allow_cpu_fallback: bool = False  # whether operators that the provider lacks may run on the CPU
@@ -134,12 +134,12 @@ class Target:
     runtime_version: str = ""  # prefix of the runtime's version: "10" or "10.3"
     memory: str = ""  # of the device, "8 GiB"
 
-    precisions: tuple[Precision, ...] = ("fp32",)
-    batch_size: int = 1
+    precisions: tuple[Precision, ...] = ("fp32",)  # that may ship; the fastest within its limits does
+    batch_size: int = 1  # that latency and memory are measured with
     batch_range: Range | None = None  # of an engine; None: 1, batch_size, 128 (or batch_size, if larger)
     dynamic_dims: dict[str, Range] = field(default_factory=dict)  # the same for other dynamic axes, by name
     workspace: str = ""  # scratch memory of a TensorRT builder, "1 GiB"; empty: no limit
-    num_threads: int = 1
+    num_threads: int = 1  # of the runtime
     channel_multiple: int = 1  # layer widths are multiples of it
     num_latency_samples: int = 400  # timed runs per file, at least
     budget: Budget = field(default_factory=Budget)

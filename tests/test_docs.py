@@ -84,9 +84,10 @@ def test_the_reference_has_every_field_with_its_default_and_its_comment(referenc
     for record in (Target, Budget):
         section = target.partition(f"## {record.__name__}\n")[2].partition("\n## ")[0]
         assert re.findall(r"^\| `(\w+)` \|", section, re.M) == [field.name for field in fields(record)]
+    assert [line for line in (recipe + target).splitlines() if line.endswith("|  |")] == []  # without a meaning
     assert "| `num_levels` | `int` | `8` | widths tried per channel group |" in recipe
     assert '| `objectives` | `tuple[ObjectiveName, ...]` | `("accuracy",)` | Accuracy is maximised, ' in recipe
-    assert "| `runtime` | `Runtime` | (required) |" in target
+    assert "| `runtime` | `Runtime` | (required) | what runs the model |" in target
 
 
 def test_the_reference_has_every_command_function_and_error(reference: ModuleType) -> None:

@@ -111,12 +111,23 @@ def _dataclasses_in(hint: Any) -> list[type]:
 
 
 def _record(record: type) -> str:
-    comments = field_comments(record)
+    comments, hints = field_comments(record), typing.get_type_hints(record)
     lines = [f"## {record.__name__}", "", _paragraphs(record.__doc__ or ""), ""]
     lines += ["| field | type | default | meaning |", "|---|---|---|---|"]
     for name, annotation, default in _fields_as_written(record):
-        lines.append(f"| `{name}` | {_code(annotation)} | {_code(default)} | {_cell(comments.get(name, ''))} |")
+        lines.append(
+            f"| `{name}` | {_code(annotation)} | {_code(default)} | {_meaning(comments.get(name, ''), hints[name])} |"
+        )
     return "\n".join(lines) + "\n"
+
+
+def _meaning(comment: str, hint: Any) -> str:
+    """The comment; for a record of its own also where it stands; for the name of a method, what it is for."""
+    inner = _dataclasses_in(hint)
+    if inner:
+        return ", ".join(f"[{each.__name__}](#{each.__name__.lower()})" for each in inner)
+    is_name = typing.get_origin(hint) is typing.Literal and len(typing.get_args(hint)) == 1
+    return _cell(comment) or ("the name of this method in `--set`" if is_name else "")
 
 
 def _code(text: str) -> str:
