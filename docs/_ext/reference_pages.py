@@ -9,6 +9,7 @@ import tokenize
 import typing
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,8 @@ def _kind(annotation: Any) -> str:
     """What an option takes: its choices, or the name of its type."""
     if typing.get_origin(annotation) is typing.Literal:
         return "|".join(map(str, typing.get_args(annotation)))
+    if inspect.isclass(annotation) and issubclass(annotation, Enum):
+        return "|".join(str(each.value) for each in annotation)
     return {str: "TEXT", Path: "PATH", int: "INTEGER", float: "NUMBER"}.get(annotation, "VALUE")
 
 
