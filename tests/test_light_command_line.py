@@ -25,6 +25,7 @@ main()
         (["-h"], 0, "Compress PIPELINE"),
         (["--version"], 0, "deploypipe "),
         (["run", "--help"], 0, "--remeasure"),
+        (["runs", "--help"], 0, "--older-than"),
         (["verify", "--help"], 0, "--time-limit"),
         (["no_such_command"], 2, "No such command"),
         (["run", "digits", "x86_cpu", "--no-such-option"], 2, "No such option"),

@@ -79,8 +79,7 @@ def test_interrupted_or_killed_it_leaves_nobody_behind_and_ends_as_one_after_the
     child.send_signal(signal.SIGINT)  # to it alone; a terminal interrupts all
     _, errors = child.communicate(timeout=300)
     assert child.returncode == 130 and not at_work(folder)
-    told = "interrupted; the same command resumes"
-    assert sorted(errors.splitlines()) == sorted([told, f"half   {told}", f"most   {told}"]), errors
+    assert errors == "interrupted; the same command resumes\n"  # one line, however many are at work
 
     child = run(folder, "out", *long)
     wait_until_two_say(child, "")

@@ -32,7 +32,7 @@ def exit_codes() -> Iterator[None]:
         with _terminated_like_interrupted():
             yield
     except KeyboardInterrupt:
-        say(_INTERRUPTED, file=sys.stderr)
+        _say_interrupted()
         raise typer.Exit(EXIT_INTERRUPTED) from None
     except DeploypipeError as error:
         say(f"error: {error}", file=sys.stderr)
@@ -42,13 +42,21 @@ def exit_codes() -> Iterator[None]:
         raise typer.Exit(EXIT_ERROR) from None
     except Exception as error:
         if _comes_from_an_interrupt(error):
-            say(_INTERRUPTED, file=sys.stderr)
+            _say_interrupted()
             raise typer.Exit(EXIT_INTERRUPTED) from None
         if not (problem := _not_a_bug(error)):
             traceback.print_exc()
             problem = "this is a bug in deploypipe; please report it with the lines above"
         say(f"error: {problem}", file=sys.stderr)
         raise typer.Exit(EXIT_ERROR) from None
+
+
+def _say_interrupted() -> None:
+    """One line. A process for one of several targets leaves it to the one that started it."""
+    from multiprocessing import parent_process  # late: help need not wait for it
+
+    if parent_process() is None:
+        say(_INTERRUPTED, file=sys.stderr)
 
 
 @contextmanager
