@@ -25,21 +25,26 @@ def check(
     """
     with exit_codes():
         from deploypipe.cli.arguments import split_settings
+        from deploypipe.cli.loading import load_libraries, load_network_and_data
+        from deploypipe.cli.stage_display import shown_stages
         from deploypipe.cli.terminal import show_table
         from deploypipe.files.json_records import override
+        from deploypipe.records import reported
         from deploypipe.target_files import load_target
 
         settings = split_settings(set_ or [])
         device = override(load_target(target), settings["target"], "--set target") if target else None
+        load_libraries()
         from deploypipe.preflight import check as check_pipeline  # late: as in `run`
         from deploypipe.target import Target
         from deploypipe.user_pipeline import load_pipeline
 
         loaded = load_pipeline(pipeline, settings["pipeline"])
         recipe = override(loaded.recipe(), settings["recipe"])
-        report = check_pipeline(
-            loaded.build_model(), loaded.load_data(), loaded.task(), recipe, device or Target(runtime="onnxruntime")
-        )
+        with shown_stages() as notify:
+            network, data = load_network_and_data(loaded, notify)
+            with reported(notify, "check"):
+                report = check_pipeline(network, data, loaded.task(), recipe, device or Target(runtime="onnxruntime"))
         rows = [(row.what, row.detail, f"{row.seconds:.1f} s") for row in report.tried]
         show_table(f"Tried for {loaded.name}", ("what", "found", "time"), rows)
         for note in report.notes:

@@ -49,7 +49,8 @@ def shown_stages() -> Iterator[Notify]:
 
 def _is_live(console: Console) -> bool:
     """Whether lines can be drawn again. FORCE_COLOR makes rich say yes in a CI log, too."""
-    return sys.stdout.isatty() and console.is_terminal and not console.is_dumb_terminal and "CI" not in os.environ
+    is_ci = os.environ.get("CI", "").lower() not in ("", "0", "false")
+    return sys.stdout.isatty() and console.is_terminal and not console.is_dumb_terminal and not is_ci
 
 
 class PlainStages:
