@@ -38,7 +38,7 @@ def test_a_target_that_is_elsewhere_has_its_reason_once_and_the_accuracy_here(
     run = held(run, Budget(latency_p50="0.5x", peak_memory="0.5x", accuracy_drop_pp=1.0))
     said = printed(run, capsys, tmp_path)
     assert said.count("x86_64, not aarch64") == 1
-    assert said.count("as above") == 2 and "HOLD: unknown: latency_p50, peak_memory, accuracy_drop" in said
+    assert said.count("as above") == 2 and "HOLD: latency p50, peak memory, accuracy drop unknown" in said
     (row,) = [line for line in said.splitlines() if line.startswith(run.metric)]
     assert "98.00 % (n = 500)" in row and "97.00 % (n = 500)" in row
     assert "-1.00 pp (-1.50 to -0.50) on this machine, not on the device" in row
@@ -55,7 +55,7 @@ def test_an_unsteady_machine_and_a_failed_check_have_their_reasons_once(
     run = held(run, Budget(latency_p50="0.1x", macs="0.01x", accuracy_drop_pp=20.0))
     said = printed(run, capsys, tmp_path)
     assert said.count(doubt) == 1 and said.count("is above the limit of") == 1
-    assert "HOLD: failed: macs; unknown: latency_p50" in said
+    assert "HOLD: macs failed; latency p50 unknown" in said
 
 
 def test_in_a_narrow_terminal_reasons_follow_the_table(

@@ -128,8 +128,9 @@ def show_decision(decision: GateDecision) -> None:
 def _held(decision: GateDecision) -> str:
     """What failed, and what is unknown."""
     words = {Status.FAIL: "failed", Status.UNKNOWN: "unknown"}
-    names = {status: [c.name for c in decision.checks if c.status is status and not c.is_settled] for status in words}
-    return "; ".join(f"{word}: {', '.join(names[status])}" for status, word in words.items() if names[status])
+    held = [check for check in decision.checks if not check.is_settled]
+    names = {status: [check.name.replace("_", " ") for check in held if check.status is status] for status in words}
+    return "; ".join(f"{', '.join(names[status])} {word}" for status, word in words.items() if names[status])
 
 
 def show_paragraph(text: str) -> None:
@@ -156,6 +157,7 @@ def show_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]],
         table.add_column(Text(name), overflow="fold")
     for row in rows:
         table.add_row(*(Text(c, style=COLOURS.get(c, "")) for c in row[:width]))
+    console.print()
     console.print(table)
     for name, remark in _remarks(rows) if is_narrow else ():
         show_paragraph(f"{name}: {remark}")
