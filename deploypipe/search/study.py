@@ -80,7 +80,7 @@ def search(
         while True:
             end = queue.last_of(settings.num_trials, settings.max_minutes)
             done = {number: known for number, known in queue.done().items() if number < end}
-            for number in sorted(done.keys() - reported):
+            for number in _unreported_(done, reported):
                 reported.add(number)
                 message = _summary(done[number][0])
                 notify(Progress(stage="search", done=len(reported), total=end, message=message))
@@ -97,6 +97,15 @@ def search(
                 run_trial(queue, claim)
     _tell_time(end, settings, notify)
     return _conclude([trial for trial, _ in done.values()], dense, settings, space)
+
+
+def _unreported_(done: Done, reported: set[int]) -> list[int]:
+    """The finished trials to report now. Those that an earlier run did are reported together, by the last of them."""
+    fresh = sorted(done.keys() - reported)
+    if not reported:
+        reported.update(fresh[:-1])
+        return fresh[-1:]
+    return fresh
 
 
 def _tell_time(num_trials: int, settings: Search, notify: Notify) -> None:

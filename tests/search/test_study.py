@@ -20,7 +20,7 @@ from sqlalchemy.exc import IntegrityError, PendingRollbackError
 
 from deploypipe.errors import BudgetError, ConfigError, RunFolderError
 from deploypipe.recipe import ObjectiveName, Search
-from deploypipe.records import Candidate, Event, Note, PruningPlan, Trial
+from deploypipe.records import Candidate, Event, Note, Progress, PruningPlan, Trial
 from deploypipe.search.allocation.limits import violations
 from deploypipe.search.distributed.study_storage import Storage
 from deploypipe.search.distributed.trial_queue import TrialQueue, covered_seconds
@@ -66,7 +66,10 @@ def test_when_the_time_is_up_the_trials_begun_by_then_count(tmp_path: Path, monk
     assert told[-1] == Note(stage="search", text="the time is up: 9 of 10 trials in 8.5 minutes (search.max_minutes)")
     monkeypatch.setattr(TrialQueue, "_seconds_spent", lambda queue: 0.0)  # of a resumed run, another clock
     num_evaluated = len(evaluate.seen)
-    assert run(evaluate, tmp_path / "study.db", settings=bounded) == found and len(evaluate.seen) == num_evaluated
+    told.clear()
+    assert run(evaluate, tmp_path / "study.db", settings=bounded, notify=told.append) == found
+    assert len(evaluate.seen) == num_evaluated
+    assert [event.done for event in told if isinstance(event, Progress)] == [9]  # so a rate is that of this run
     whole = run(evaluate, tmp_path / "study.db", settings=replace(SETTINGS, max_minutes=60))
     assert whole.trials[:9] == found.trials and len(whole.trials) == 10
 
