@@ -246,7 +246,7 @@ class Finetune:
     weight_decay: float | None = None  # None: 0.0005 for SGD; 0.01 for AdamW, which leaves out norms and biases
     distil_weight: float = 0.7  # of the distillation loss; the task's loss has the rest
     distil_temperature: float = 4.0  # of a classifier's outputs
-    mix_share: float = 0.5  # mixup: at most this share of another sample is mixed into each; 0: off. Not for token ids
+    mix_share: float = 0.5  # mixup: at most this share of another sample is mixed into each; 0: off. Off for token ids
     max_gradient_norm: float = 10.0  # of all weights together; larger gradients are clipped to it
     average_decay: float = 0.99  # exponential moving average of the weights, per step; 0: off
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 if the processor or GPU computes in it

@@ -26,6 +26,7 @@ from deploypipe.runtimes.ability_for_target import can
 from deploypipe.scoring import needs_derivatives
 from deploypipe.target import Target
 from deploypipe.task import Splits, Task, take_batch
+from deploypipe.training.train_step import mixing_note
 from deploypipe.training.trial_step import has_own_training, try_own_training
 from deploypipe.user_code_errors import wrap_forward_errors, wrap_task
 
@@ -97,6 +98,8 @@ def _examine(
         if is_fine and (name == "train" or (name == "calib" and needs_derivatives(recipe.score))):
             try_training(findings, model, task, name, found)
             is_fine = findings.went_well(f"{name}: loss and backward")
+        if name == "train" and (note := mixing_note(found.first[0], task, recipe.finetune)):
+            findings.notes.append(note)
         if is_fine and name == "train" and has_own_training(task):
             with findings.trying("train: the task's own training functions"):
                 try_own_training(model, task, recipe.finetune, take_batch(found.first, NUM_TRAINED))

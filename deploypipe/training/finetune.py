@@ -24,7 +24,7 @@ from deploypipe.training.optimizers import make_optimizer, method_text, with_opt
 from deploypipe.training.ranks import ALONE, Ranks
 from deploypipe.training.schedules import make_schedule
 from deploypipe.training.teacher import Teacher
-from deploypipe.training.train_step import Lesson, seeded
+from deploypipe.training.train_step import Lesson, mixing_note, seeded
 from deploypipe.training.training_precision import with_precision
 from deploypipe.training.training_state import TrainingState, agree_, holding, restore_, store_state, weights_of
 from deploypipe.user_code_errors import wrap_forward_errors, wrap_task
@@ -80,6 +80,8 @@ def finetune(
     checkpoint, outputs = (Path(folder) if folder else None for folder in (checkpoint, teacher_outputs))
     lesson = _prepare(pruned, dense, splits, task, settings, steps, ranks, outputs)
     state = TrainingState(best=weights_of(lesson.student), average=weights_of(lesson.student))
+    if note := mixing_note(first_of(splits.val, "val")[0], task, settings):
+        state.notes.append(note)
     stored, damage = ranks.tell(load_checkpoint(checkpoint) if checkpoint is not None else (None, ""))
     if stored:
         restore_(state, lesson.student, lesson.optimizer, lesson.schedule, stored)

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from deploypipe.errors import ModelError
 from deploypipe.memory_order import Arrange, SafeConvolutions
-from deploypipe.networks.batch_trees import tensors
+from deploypipe.networks.batch_trees import leaves
 from deploypipe.recipe import Finetune
 from deploypipe.task import Batch, Task, forward, has_batch_axis, map_samples, num_samples
 from deploypipe.training.ranks import Part, Ranks
@@ -109,10 +109,22 @@ def _draw_share(inputs: Any, largest: float) -> float:
     The dense network has memorised the training samples, and its outputs for them say little more than their labels.
     Its outputs for mixed samples say more (arXiv:2106.05237).
     """
-    size = num_samples(inputs)
-    if not largest or not all(t.is_floating_point() for t in tensors(inputs) if has_batch_axis(t, size)):
+    if not largest or find_unmixable(inputs):
         return 0.0
     return largest * float(torch.rand(()))
+
+
+def mixing_note(inputs: Any, task: Task, settings: Finetune) -> str:
+    """Why samples are not mixed although the recipe asks for it; "" if they are."""
+    place = find_unmixable(inputs) if settings.mix_share and task.training_step is None else ""
+    return f"samples are not mixed in training (finetune.mix_share): {place} holds no floats" if place else ""
+
+
+def find_unmixable(inputs: Any) -> str:
+    """The first member of a batch whose samples cannot be mixed, as they are no floats (token ids); "" if all can."""
+    size = num_samples(inputs)
+    samples = (leaf for leaf in leaves(inputs) if has_batch_axis(leaf.value, size))
+    return next((leaf.place for leaf in samples if not leaf.value.is_floating_point()), "")
 
 
 @contextmanager
