@@ -60,6 +60,10 @@ def look(model: nn.Module, task: Task | None = None, **splits: Any) -> CheckRepo
             {"test": [sentences(), sentences(9)]},
             r"of the test split, batch 1 \(\(2, 9\) int64\): IndexError",
         ),
+        (
+            {"test": [sentences(4)]},
+            r"test split has inputs 'ids' of shape \[8, 4\], but calib and val always",
+        ),
         ({"val": with_id(70)}, r"of the val split, batch 2, inputs up to 70 .* IndexError"),
         ({"train": with_id(-1)}, r"of the train split, batch 2, inputs down to -1 .* IndexError"),
         ({"test": [(x.int(), y) for x, y in with_id(1)]}, r"torch.int64 in calib and .* torch.int32 in test"),

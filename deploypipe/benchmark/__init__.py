@@ -36,9 +36,12 @@ def compare_files(
     task: Task,
     target: Target,
     counts: tuple[Counts, Counts],
+    timed_on: Iterable[Batch] | None = None,
     notify: Notify = silent,
 ) -> BenchmarkReport:
     """Measure both files, timed interleaved; `counts` are (dense, compressed), the files' paths relative to `folder`.
+
+    timed_on: latency and memory are measured on its first batch; by default on that of `test_batches`.
 
     If this machine lacks the target's runtime, every figure that needs it is None, and a note says why. Raises
     DataError for an empty split or one that does not fit the files, ModelError for a file that does not load.
@@ -61,6 +64,7 @@ def compare_files(
         files,
         folder=Path(folder),
         batches=test_batches,
+        timed_on=test_batches if timed_on is None else timed_on,
         task=task,
         target=target,
         counts=counts,
@@ -106,6 +110,7 @@ def measure(
     *,
     folder: Path,
     batches: Iterable[Batch],
+    timed_on: Iterable[Batch] | None = None,
     task: Task,
     target: Target,
     counts: Counts,
@@ -119,6 +124,7 @@ def measure(
         (file,),
         folder=folder,
         batches=batches,
+        timed_on=batches if timed_on is None else timed_on,
         task=task,
         target=target,
         counts=(counts,),
@@ -151,6 +157,7 @@ def _measure_all(
     *,
     folder: Path,
     batches: Iterable[Batch],
+    timed_on: Iterable[Batch],
     task: Task,
     target: Target,
     counts: tuple[Counts, ...],
@@ -163,7 +170,7 @@ def _measure_all(
     minds_others: as in `time_steadily`.
     """
     paths = [folder / file.path for file in files]
-    inputs = first_batch(batches, files[0].input_names, target.batch_size)
+    inputs = first_batch(timed_on, files[0].input_names, target.batch_size)
     notify(Progress(stage=_STAGE, message="memory"))
     peaks = [measure_peak_memory(path, inputs, target) for path in paths]
     notify(Progress(stage=_STAGE, message="accuracy"))

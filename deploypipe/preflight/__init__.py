@@ -9,7 +9,14 @@ from deploypipe.errors import ConfigError, DeploypipeError, ModelError, RuntimeU
 from deploypipe.export.onnx_export.export_onnx import require_fp32
 from deploypipe.networks.model_wrappers import unwrapped
 from deploypipe.preflight.findings import CheckReport, Findings, Tried
-from deploypipe.preflight.split_checks import Survey, differs_from_calib, remarks, survey, too_few_samples
+from deploypipe.preflight.split_checks import (
+    Survey,
+    differs_from_calib,
+    remarks,
+    survey,
+    too_few_samples,
+    unlike_the_file,
+)
 from deploypipe.preflight.trial_passes import (
     NUM_TRAINED,
     Samples,
@@ -107,6 +114,9 @@ def _examine(
             try_extremes(findings, model, task, name, found, seconds)
         if is_fine and name in ("val", "test") and "calib" in surveys:
             findings.add_if(differs_from_calib(surveys["calib"], found, name))
+    if not findings.errors:
+        with findings.trying("test: sizes"):
+            findings.add_if(unlike_the_file(model, surveys, recipe.export))
     return surveys
 
 

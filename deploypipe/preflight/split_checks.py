@@ -2,18 +2,20 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deploypipe.checked_splits import CheckedSplit, digest_of, order_error
 from deploypipe.errors import DataError, DeploypipeError
+from deploypipe.export.onnx_export.dynamic_axes import choose_axes, in_order, input_names
 from deploypipe.export.onnx_export.input_sizes import Extremes
-from deploypipe.networks.batch_trees import leaves, map_tensors
+from deploypipe.networks.batch_trees import leaves, map_tensors, tensors
+from deploypipe.recipe import Export
 from deploypipe.task import Batch, empty_split, has_batch_axis, known_length, num_samples, take_batch
 
 _MAX_SHAPES = 16
@@ -172,6 +174,27 @@ def differs_from_calib(calib: Survey, other: Survey, split: str) -> DeploypipeEr
                 f"{one.place} is {_made_for(one.value)} in calib and {_made_for(leaf.value)} in {split}; the exported "
                 "file fits only one of them: give the same in all splits"
             )
+    return None
+
+
+def unlike_the_file(model: nn.Module, surveys: Mapping[str, Survey], settings: Export) -> DeploypipeError | None:
+    """The error for test batches of a size that the exported file does not take: it knows calib and val alone."""
+    seen = {
+        name: [in_order(model, inputs) for inputs in (found.first[0], *found.shapes.inputs())]
+        for name, found in surveys.items()
+    }
+    names = input_names(model, seen["calib"][0])
+    axes = choose_axes(names, [*seen["calib"], *seen["val"]], settings)
+    for inputs in seen["test"]:
+        size = num_samples(inputs)
+        for name, known, tensor in zip(names, tensors(seen["calib"][0]), tensors(inputs), strict=True):
+            for axis in range(int(has_batch_axis(tensor, size)), tensor.dim()):
+                if axis not in axes.get(name, {}) and tensor.shape[axis] != known.shape[axis]:
+                    return DataError(
+                        f"the test split has inputs {name!r} of shape {list(tensor.shape)}, but calib and val always "
+                        f"have {known.shape[axis]} in axis {axis}, which the exported file then fixes; give "
+                        f"one size, or write export=Export(dynamic_axes={{{name!r}: {{{axis}: 'size'}}}}) in recipe()"
+                    )
     return None
 
 

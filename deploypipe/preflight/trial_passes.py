@@ -13,7 +13,7 @@ from deploypipe.benchmark.accuracy import evaluate_file, evaluate_module
 from deploypipe.distillation_loss import with_distillation_loss
 from deploypipe.errors import DataError, DeploypipeError, ModelError
 from deploypipe.export.onnx_export.export_onnx import export_onnx
-from deploypipe.export.onnx_export.input_sizes import other_sizes
+from deploypipe.export.onnx_export.input_sizes import other_sizes, usual_inputs
 from deploypipe.export.tensorrt_engine.build_engine import is_built
 from deploypipe.files.exhausted_resources import raise_if_exhausted
 from deploypipe.networks.batch_trees import map_tensors, tensors
@@ -242,6 +242,8 @@ def try_export(
         few = [take(inputs, NUM_TRAINED) for inputs in samples.shapes]
         others = other_sizes(network, samples.calib[0], few, recipe.export, target.dynamic_dims)
         export_onnx(network, [samples.calib], path, recipe.export, other_inputs=others)
+        usual = usual_inputs(network, samples.calib[0], few, recipe.export, target.dynamic_dims)
+        findings.notes += [str(usual)] if usual else []
         if can(target).verdict == "run" and not is_built(target):
             evaluate_file(path, [take_batch(samples.val, 2)], task, make_runtime(target), target.num_threads)
         else:

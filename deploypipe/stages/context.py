@@ -1,6 +1,7 @@
 """What all stages of one run share: the network, the data, the settings, the device and the run folder."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import nn
 
 from deploypipe.benchmark.environment import describe_environment
 from deploypipe.distillation_loss import with_distillation_loss, with_outputs_class
-from deploypipe.export.onnx_export.input_sizes import Extremes, other_sizes
+from deploypipe.export.onnx_export.input_sizes import Extremes, UsualInputs, other_sizes, usual_inputs
 from deploypipe.export.tensorrt_engine.build_engine import is_built
 from deploypipe.files.atomic import write_atomically
 from deploypipe.files.hashing import digest
@@ -51,8 +52,13 @@ class RunContext:
     parity_batches: list[Batch]  # the samples that exported files are compared on
     inputs: Any  # two samples
     other_inputs: tuple[Any, ...]  # the network and its file must work at these sizes too, whatever is removed
+    usual: UsualInputs | None  # what files are timed on, if they have dynamic axes
     device: dict[str, Any]  # stages that measure depend on it
     origin: dict[str, Any]  # every stage depends on it: network, data, code, packages and seed
+
+    def timed_on(self, split: Iterable[Batch]) -> Iterable[Batch]:
+        """What files are timed on: the first batch of a split, or inputs of one usual size for all measurements."""
+        return split if self.usual is None else [(self.usual.inputs, None)]
 
     def described_origin(self) -> Origin:
         """The origin as the result states it."""
@@ -127,6 +133,7 @@ def prepare_run(
         parity_batches=take_calib(calib, _NUM_PARITY_SAMPLES),
         inputs=inputs,
         other_inputs=other_sizes(dense, inputs, extremes.inputs(), recipe.export, target.dynamic_dims),
+        usual=usual_inputs(dense, calib[0][0], extremes.inputs(), recipe.export, target.dynamic_dims),
         device=_describe_device(target, ability),
         origin=origin,
     )

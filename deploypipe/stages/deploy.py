@@ -83,6 +83,7 @@ def _precision(ctx: RunContext, stage: str, file: ModelFile, folder: Path) -> St
             work,
             calib=take_calib(ctx.splits.calib, ctx.recipe.export.int8.num_calib_samples + _NUM_HELD_OUT),
             val=ctx.splits.val,
+            timed_on=ctx.timed_on(ctx.splits.val),
             task=ctx.task,
             target=ctx.target,
             settings=ctx.recipe.export,
@@ -147,12 +148,15 @@ def benchmark(
             compressed,
             folder=ctx.run.path,
             test_batches=ctx.splits.test,
+            timed_on=ctx.timed_on(ctx.splits.test),
             task=ctx.task,
             target=ctx.target,
             counts=((dense.record.num_params, dense.record.num_macs), counts),
             notify=ctx.run.notify,
         )
         notes = [stand_in] if stand_in else []
+        if ctx.usual is not None:
+            notes.append(str(ctx.usual))
         if len(shipped.fp32.tested_sizes) > 1:
             sizes = ", ".join(f"{name} {low} to {high}" for name, (low, high) in shipped.fp32.tested_sizes.items())
             notes.append(f"the fp32 file was compared with the network at {sizes}; other sizes were not tried")

@@ -86,6 +86,7 @@ def baseline(ctx: RunContext, exported: StageResult[ModelFile]) -> StageResult[M
             opened,
             folder=work,
             batches=ctx.splits.val,
+            timed_on=ctx.timed_on(ctx.splits.val),
             task=ctx.task,
             target=ctx.target,
             counts=counts,

@@ -93,6 +93,7 @@ def goal(
         template=dense.files / profile.TEMPLATE,
         precision=precision,
         calib=ctx.calib,
+        timed_on=[*ctx.timed_on(ctx.calib)],
         target=ctx.target,
         builds_engines=ctx.builds,
         export=ctx.recipe.export,

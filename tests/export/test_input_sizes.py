@@ -9,9 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from deploypipe.benchmark import first_batch
 from deploypipe.errors import ConfigError, ParityError
 from deploypipe.export.onnx_export.export_onnx import export_onnx
-from deploypipe.export.onnx_export.input_sizes import Ranges, ends_of, extremes_of, other_sizes, shapes_of
+from deploypipe.export.onnx_export.input_sizes import (
+    Ranges,
+    ends_of,
+    extremes_of,
+    other_sizes,
+    shapes_of,
+    usual_inputs,
+)
 from deploypipe.recipe import Export
 from deploypipe.runs.store import open_run
 from deploypipe.stages import profile
@@ -92,6 +100,37 @@ def test_the_sizes_that_were_compared_are_recorded(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
     file = export_onnx(model, [(torch.randn(3, n, 4), None) for n in (5, 6)], tmp_path / "m.onnx", Export())
     assert file.tested_sizes == {"batch": (1, 3), "sequence": (2, 12)}
+
+
+@pytest.mark.parametrize(
+    ("seen", "ranges", "size", "said"),
+    [
+        (
+            [5, 9],
+            {},
+            5,
+            "at sequence = 5, the size of the first calibration batch; the target can choose",
+        ),
+        ([5, 9], {"sequence": (1, 7, 12)}, 7, "at sequence = 7, the usual size in the target's [dynamic_dims]"),
+        ([5, 9], {"sequence": (1, 12, 12)}, 12, "at sequence = 12, the usual size"),
+        ([5, 9], {"height": (1, 12, 12)}, 5, "at sequence = 5, the size of the first"),
+    ],
+)
+def test_files_with_a_dynamic_axis_are_timed_at_one_size(seen: list[int], ranges: Ranges, size: int, said: str) -> None:
+    found = usual_inputs(Tagger(), ids(seen[0]), extremes_of(map(ids, seen)), Export(), ranges)
+    assert found is not None and found.inputs.shape == (3, size) and found.sizes == {"sequence": size}
+    assert torch.equal(found.inputs, ids(seen[0])[:, torch.arange(size) % seen[0]]) and said in str(found)
+
+
+def test_files_of_one_size_are_timed_on_each_split_s_own_batches(tmp_path: Path) -> None:
+    assert usual_inputs(Tagger(), ids(5), (), Export(), {"sequence": (1, 7, 12)}) is None
+    batches = [(ids(n), torch.zeros(3, dtype=torch.long)) for n in (5, 9)]
+    for own, size in ((batches, 5), (batches[1:], None)):
+        splits = Splits(calib=own, train=own, val=own, test=own[::-1])
+        with open_run(tmp_path / str(size)) as run:
+            ctx = prepare_run(Tagger(), splits, classification(), tiny.recipe(), tiny.target(), run)
+        timed = first_batch(ctx.timed_on(ctx.splits.test), ["ids"], 1)["ids"]
+        assert timed.shape == (1, size or 9)  # not that of the first test batch
 
 
 def test_a_run_follows_the_branch_that_only_the_longest_batch_takes(tmp_path: Path) -> None:

@@ -79,6 +79,47 @@ def other_sizes(
     return _distinct(found, but=inputs)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UsualInputs:
+    """What files with dynamic axes are timed on. sizes: of each such axis, by name."""
+
+    inputs: Any
+    sizes: dict[str, int]
+    is_declared: bool  # by the target; else they are those of the batch
+
+    def __str__(self) -> str:
+        sizes = ", ".join(f"{name} = {size}" for name, size in self.sizes.items())
+        if self.is_declared:
+            return f"latency and memory are measured at {sizes}, the usual size in the target's [dynamic_dims]"
+        return (
+            f"latency and memory are measured at {sizes}, the size of the first calibration batch; the target can "
+            f"choose another: [dynamic_dims] {next(iter(self.sizes))} = [least, usual, most]"
+        )
+
+
+def usual_inputs(
+    network: nn.Module, inputs: Any, extremes: Sequence[Any], settings: Export, ranges: Ranges
+) -> UsualInputs | None:
+    """`inputs` at the usual sizes that the target declares; None if no axis but the batch is dynamic.
+
+    extremes: inputs of the smallest and largest sizes, which say what axes are dynamic.
+    """
+    names = input_names(network, inputs)
+    seen = [in_order(network, each) for each in (inputs, *extremes)]
+    axes = choose_axes(names, seen, settings)
+    used = {name for own in axes.values() for name in own.values()}
+    if not used:
+        return None
+    declared = {name: ranges[name][1] for name in ranges if name in used}
+    found = resized(names, seen[0], axes, declared)
+    sizes = {
+        name: int(tensor.shape[axis])
+        for key, tensor in zip(names, tensors(found), strict=True)
+        for axis, name in axes.get(key, {}).items()
+    }
+    return UsualInputs(inputs=found, sizes=sizes, is_declared=bool(declared))
+
+
 def ends_of(inputs: Sequence[Any]) -> tuple[Any, ...]:
     """The largest and the smallest of the inputs; fewer if there are fewer."""
     return _distinct([max(inputs, key=_volume), min(inputs, key=_volume)]) if inputs else ()

@@ -35,13 +35,15 @@ def choose_precision(
     settings: Export,
     runtime: Runtime | None,
     as_opened: Callable[[Path], Path] = lambda path: path,
+    timed_on: Iterable[Batch] | None = None,
     notify: Notify = silent,
 ) -> PrecisionChoice:
     """Convert the fp32 file `folder / source.path` to every other precision of the target, and choose one.
 
     The files are written to `work`. calib: samples for ranges and errors. val: for the accuracy, which may fall by
     `settings.int8.max_drop_pp`. as_opened: what the runtime opens for an ONNX file, for example an engine. runtime: the
-    target's, for timing with `target.num_latency_samples` runs; None if this machine cannot time.
+    target's, for timing with `target.num_latency_samples` runs on the first batch of `timed_on` (default: of val); None
+    if this machine cannot time.
 
     With a runtime the fastest precision is chosen; one whose interval does not lie below the time of fp32 is not
     considered. Without it, the first of `target.precisions` that is within its limits is chosen.
@@ -71,7 +73,8 @@ def choose_precision(
     if runtime and len(good) > 1:
         notify(Progress(stage=_STAGE, message="latency"))
         files = {name: as_opened(path if name == "fp32" else work / file.path) for name, file in good.items()}
-        ratios, doubts = _time(files, first_batch(val, source.input_names, target.batch_size), runtime, target)
+        inputs = first_batch(val if timed_on is None else timed_on, source.input_names, target.batch_size)
+        ratios, doubts = _time(files, inputs, runtime, target)
     chosen, why = decide_precision([name for name in target.precisions if name in good], ratios)
     why = f"{why}; the machine was not steady: {'; '.join(doubts)}" if doubts else why
     return PrecisionChoice(

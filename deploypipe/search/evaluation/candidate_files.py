@@ -52,6 +52,7 @@ class CandidateFiles:
     precision: PrecisionRow  # of the dense network's file; layers that it left in float stay in float
     calib: Sequence[Batch]
     target: Target
+    timed_on: Sequence[Batch] = ()  # its first batch; (): that of `calib`
     builds_engines: bool  # the device runs engines, and this machine can build them
     export: Export
     latency_store: LatencyStore = field(default_factory=LocalLatencyStore)
@@ -178,7 +179,7 @@ class CandidateFiles:
 
     def _feed(self, file: Path) -> dict[str, Array]:
         with find_runtime(self.target).open(file, num_threads=1) as session:
-            return first_batch(self.calib, session.input_names, self.target.batch_size)
+            return first_batch(self.timed_on or self.calib, session.input_names, self.target.batch_size)
 
 
 def shape_signature(path: Path) -> str:
