@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from deploypipe.checked_splits import wrap_split, wrap_splits
 from deploypipe.data import Pairs, as_pair
-from deploypipe.errors import DataError, DeploypipeError, PipelineError
+from deploypipe.errors import DataError, DeploypipeError, ModelError, PipelineError
+from deploypipe.preflight.trial_passes import run_network
 from deploypipe.task import Splits
 
 X, Y, IDS = torch.randn(8, 3), torch.arange(8) % 3, torch.arange(16).reshape(8, 2)
@@ -211,6 +212,26 @@ def test_what_cannot_be_iterated_twice_is_refused_at_once(source: Any, said: str
     if isinstance(source, Iterator):
         with pytest.raises(PipelineError, match="was given a list_iterator; it is exhausted after one pass"):
             Pairs(source, inputs=0, target=1)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "said"),
+    [
+        ({"image": X}, "no parameter 'image': pass it by position, with Pairs(loader, inputs='image', target=...)"),
+        (
+            {"x": X, "row": IDS},
+            "no parameter 'row': leave it out or rename it, with Pairs(loader, inputs=['x'], target",
+        ),
+    ],
+)
+def test_members_that_forward_has_no_parameter_for_are_named(inputs: dict[str, Tensor], said: str) -> None:
+    class Network(torch.nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)
+
+    with pytest.raises(ModelError) as caught:
+        run_network(Network(3, 2), inputs, inputs, "val")
+    assert said in str(caught.value)
 
 
 def test_an_error_inside_a_selector_names_the_user_s_line() -> None:

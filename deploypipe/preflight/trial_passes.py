@@ -1,7 +1,9 @@
 """Try one batch of each split: forward pass, the task's functions, one training step, the export."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from inspect import Parameter, signature
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -108,7 +110,9 @@ def run_network(model: nn.Module, inputs: Any, whole: Any, name: str, where: str
             lines = str(error).strip().splitlines()
             text = f"{type(error).__name__}{': ' + lines[0] if lines else ''}"
             advice = "make build_model() and load_data() fit each other"
-            if _works(model, as_floats := map_tensors(lambda tensor: tensor.float(), inputs)):
+            if isinstance(error, TypeError) and (members := _unknown_members(model, inputs)):
+                advice = members
+            elif _works(model, as_floats := map_tensors(lambda tensor: tensor.float(), inputs)):
                 odd = next(o for o, f in zip(tensors(inputs), tensors(as_floats), strict=True) if o.dtype != f.dtype)
                 advice = f"it needs float32, but load_data() gives {odd.dtype}: write x.float()"
             elif num_samples(whole) > 2 and _works(model, whole):
@@ -118,6 +122,21 @@ def run_network(model: nn.Module, inputs: Any, whole: Any, name: str, where: str
                 )
             seen = f"two samples of the {name} split{where} ({described(inputs)})"
             raise ModelError(f"{type(model).__name__} fails on {seen}: {text}; {advice}") from error
+
+
+def _unknown_members(model: nn.Module, inputs: Any) -> str:
+    """The advice for members of a batch that forward() has no parameter for; "" if there are none."""
+    parameters = signature(model.forward).parameters
+    unknown = [key for key in inputs if key not in parameters] if isinstance(inputs, Mapping) else []
+    if not unknown or any(each.kind is Parameter.VAR_KEYWORD for each in parameters.values()):
+        return ""
+    known = [key for key in inputs if key in parameters]
+    chosen = known or (unknown[0] if len(unknown) == 1 else unknown)
+    passed = "pass it by position" if not known and len(unknown) == 1 else "leave it out or rename it"
+    return (
+        f"forward() has no parameter {', '.join(map(repr, unknown))}: {passed}, with Pairs(loader, inputs={chosen!r}, "
+        "target=...) from deploypipe.data"
+    )
 
 
 def _works(model: nn.Module, inputs: Any) -> bool:
