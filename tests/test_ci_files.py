@@ -180,7 +180,8 @@ def test_the_steps_compress_decide_release_and_promote(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "registry/small-cpu/aliases.json").read_text()) == {"production": 1}
 
     script = "\n".join(load(ROOT / "examples/ci/gitlab.yml")[".compress"]["script"][1:])
-    variables = {"PIPELINE": "small", "TARGET": "cpu", "REGISTRY": "registry"}
+    # With a registry, two files would be timed against each other: a busy machine could not decide.
+    variables = {"PIPELINE": "small", "TARGET": "cpu", "REGISTRY": ""}
     (tmp_path / "runs" / "small-cpu").rename(tmp_path / "runs" / "cpu")
     subprocess.run(["bash", "-euc", script], cwd=tmp_path, env={**environment(), **variables}, check=True)
     assert len(list((tmp_path / "bundles").iterdir())) == 1
