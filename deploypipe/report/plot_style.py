@@ -22,6 +22,7 @@ def as_html(figure: Any, summary: str, height: int = 380, top: int = 30) -> str:
         font={"family": "system-ui, sans-serif", "size": 13},
         paper_bgcolor="rgba(0, 0, 0, 0)",
         plot_bgcolor="rgba(0, 0, 0, 0)",
+        hoverlabel={"bgcolor": "#1f2937", "bordercolor": DENSE, "font": {"color": "#ffffff"}, "align": "left"},
     )
     figure.update_yaxes(automargin=True)
     figure.update_xaxes(automargin=True)

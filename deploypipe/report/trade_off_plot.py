@@ -47,18 +47,18 @@ def _add_trials(figure: Any, trade: TradeOff, shown: list[Trial], label: str, ma
         mode="markers",
         name=label,
         marker={"line": {"width": 2}, **marker} if "open" in str(marker["symbol"]) else marker,
-        text=[_about(trade, t) for t in shown],
-        hovertemplate="%{text}<extra>" + label + "</extra>",
+        text=[_about(trade, t, label) for t in shown],
+        hovertemplate="%{text}<extra></extra>",
     )
 
 
-def _about(trade: TradeOff, trial: Trial) -> str:
+def _about(trade: TradeOff, trial: Trial, label: str) -> str:
     """The words that hovering shows."""
     seen = trial.candidate
     num = f" (n = {trial.num_val_samples:,})" if trial.num_val_samples else ""
     drop = amount(100 * (seen.accuracy - trade.search.dense.accuracy), "pp", signed=True)
     lines = [
-        f"trial {trial.number} (to ship it: --ship-trial {trial.number})",
+        f"trial {trial.number}, {label} (to ship it: --ship-trial {trial.number})",
         f"{trade.metric} {amount(100 * seen.accuracy, '%')}, {drop}{num}",
         *(
             f"{row.label} {amount(value, row.unit)}"
