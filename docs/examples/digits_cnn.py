@@ -32,8 +32,9 @@ def build_model() -> nn.Module:
     torch.manual_seed(0)
     model = CNN()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    train = load_data().train
     for _ in range(NUM_EPOCHS):
-        for images, labels in load_data().train:
+        for images, labels in train:
             optimizer.zero_grad()
             F.cross_entropy(model(images), labels).backward()
             optimizer.step()

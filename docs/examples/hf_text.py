@@ -3,6 +3,8 @@
 A small BERT and its tokenizer are made here, from word lists, so that nothing has to be downloaded.
 """
 
+import random
+
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
@@ -39,8 +41,9 @@ def build_model() -> nn.Module:
         )
     )  # fmt: skip
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    train = load_data().train
     for _ in range(NUM_EPOCHS):
-        for batch in load_data().train:
+        for batch in train:
             optimizer.zero_grad()
             model(**batch).loss.backward()
             optimizer.step()
@@ -52,16 +55,16 @@ def load_data() -> Splits:
     tokenizer = make_tokenizer()
 
     def loader(count: int, seed: int, shuffle: bool = False) -> DataLoader:
-        generator = torch.Generator().manual_seed(seed)
+        generator = random.Random(seed)
         reviews = [review(generator) for _ in range(count)]
         samples = [{**tokenizer(text), "label": label} for text, label in reviews]
         return DataLoader(samples, batch_size=64, shuffle=shuffle, collate_fn=DataCollatorWithPadding(tokenizer))
 
     return Splits(
         calib=loader(512, seed=1),
-        train=loader(4000, seed=2, shuffle=True),
+        train=loader(3000, seed=2, shuffle=True),
         val=loader(600, seed=3),
-        test=loader(1500, 4),
+        test=loader(1500, seed=4),
     )
 
 
@@ -73,16 +76,12 @@ def recipe() -> Recipe:
     return Recipe(search=Search(num_trials=6), finetune=Finetune(num_epochs=2))
 
 
-def review(generator: torch.Generator) -> tuple[str, int]:
+def review(generator: random.Random) -> tuple[str, int]:
     """One, three or five opinions, each about one part. The label is that of the majority: "not dull" is kind."""
-
-    def draw(below: int) -> int:
-        return int(torch.randint(below, (1,), generator=generator))
-
     words, balance = [], 0
-    for _ in range(2 * draw(3) + 1):
-        is_kind, is_negated = draw(2), draw(2)
-        words += [FILLERS[draw(len(FILLERS))] for _ in range(draw(4))]
-        words += [PARTS[draw(len(PARTS))], "is", *["not"] * is_negated, (KIND if is_kind else UNKIND)[draw(10)]]
+    for _ in range(generator.choice([1, 3, 5])):
+        is_kind, is_negated = generator.random() < 0.5, generator.random() < 0.5
+        words += generator.choices(FILLERS, k=generator.randrange(4))
+        words += [generator.choice(PARTS), "is", *["not"] * is_negated, generator.choice(KIND if is_kind else UNKIND)]
         balance += 1 if is_kind != is_negated else -1
     return " ".join(words), int(balance > 0)

@@ -35,8 +35,9 @@ def build_model() -> nn.Module:
     torch.manual_seed(0)
     model = LargerDigit()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    train = load_data().train
     for _ in range(NUM_EPOCHS):
-        for left, right, labels in load_data().train:
+        for left, right, labels in train:
             optimizer.zero_grad()
             F.cross_entropy(model(left, right), labels).backward()
             optimizer.step()
