@@ -11,10 +11,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx_copybutton", "referen
 exclude_patterns = ["_build", "_generated"]
 html_theme = "furo"
 html_title = "deploypipe"
-html_static_path = ["images"]
 
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 autodoc_typehints = "none"  # signatures of ten types are unreadable; the docstrings say what goes in
-python_use_unqualified_type_names = True
-copybutton_exclude = ".linenos, .gp"
