@@ -20,7 +20,7 @@ KIND = "wonderful moving clever warm funny gripping lovely honest brilliant char
 UNKIND = "dull clumsy noisy cold tired shallow awful empty lazy boring".split()
 PARTS = "film story ending cast music script camera hero villain joke".split()
 FILLERS = "and but yet the a in of with my our last whole very rather quite really".split()
-WORDS = ["[PAD]", "[UNK]", "not", "is", *KIND, *UNKIND, *PARTS, *FILLERS]
+WORDS = ["[PAD]", "[UNK]", "is", *KIND, *UNKIND, *PARTS, *FILLERS]
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -40,7 +40,7 @@ def build_model() -> nn.Module:
             intermediate_size=256, max_position_embeddings=64, num_labels=2,
         )
     )  # fmt: skip
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     train = load_data().train
     for _ in range(NUM_EPOCHS):
         for batch in train:
@@ -77,11 +77,11 @@ def recipe() -> Recipe:
 
 
 def review(generator: random.Random) -> tuple[str, int]:
-    """One, three or five opinions, each about one part. The label is that of the majority: "not dull" is kind."""
+    """One, three or five opinions, each about one part. The label is that of the majority."""
     words, balance = [], 0
     for _ in range(generator.choice([1, 3, 5])):
-        is_kind, is_negated = generator.random() < 0.5, generator.random() < 0.5
+        is_kind = generator.random() < 0.5
         words += generator.choices(FILLERS, k=generator.randrange(4))
-        words += [generator.choice(PARTS), "is", *["not"] * is_negated, generator.choice(KIND if is_kind else UNKIND)]
-        balance += 1 if is_kind != is_negated else -1
+        words += [generator.choice(PARTS), "is", generator.choice(KIND if is_kind else UNKIND)]
+        balance += 1 if is_kind else -1
     return " ".join(words), int(balance > 0)
