@@ -7,9 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import deploypipe
+from deploypipe.data import as_pair
 from deploypipe.preflight import check_inputs
+from deploypipe.task import forward
 from deploypipe.user_pipeline import load_pipeline
 
 ROOT = Path(__file__).parents[1]
@@ -46,6 +49,19 @@ def test_a_pipeline_of_a_tutorial_is_ready(name: str) -> None:
     pipeline = load_pipeline(str(EXAMPLES / f"{name}.py"), untrained(name))
     target = deploypipe.load_target(ROOT / "targets" / "x86_cpu.toml")
     check_inputs(pipeline.build_model(), pipeline.load_data(), pipeline.task(), pipeline.recipe(), target)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PIPELINES)
+def test_the_dense_network_of_a_tutorial_is_trained(name: str) -> None:
+    """Far above chance: a tutorial about a network that knows nothing would show nothing."""
+    pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
+    pipeline = load_pipeline(str(EXAMPLES / f"{name}.py"))
+    model, metric = pipeline.build_model(), pipeline.task().metric
+    with torch.no_grad():
+        pairs = [as_pair(batch, "test") for batch in pipeline.load_data().test]
+        values = torch.cat([metric(forward(model, inputs), target) for inputs, target in pairs])
+    assert values.mean() > 0.8
 
 
 @pytest.mark.slow
