@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from deploypipe.data import TensorBatches, random_crop_flip
 from deploypipe.errors import DataError
 from deploypipe.task import Splits
-from deploypipe.tensor_batches import TensorBatches, random_crop_flip
 
 NUM_VAL = 5000  # the last of the training images
 NUM_CALIB = 2048  # those before; also trained on, for nothing is chosen on them

@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from deploypipe.data import TensorBatches, random_crop_flip
 from deploypipe.errors import DataError
 from deploypipe.recipe import Finetune, Recipe, Search
 from deploypipe.task import Splits, Task, classification
-from deploypipe.tensor_batches import TensorBatches, random_crop_flip
 from pipelines.trained import trained_once
 
 SEED = 0

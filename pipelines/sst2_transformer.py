@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from deploypipe.data import TensorBatches
 from deploypipe.errors import DataError
 from deploypipe.recipe import Export, Finetune, Recipe, Search
 from deploypipe.task import Batch, Splits, Task, classification
-from deploypipe.tensor_batches import TensorBatches
 from pipelines.trained import trained_once
 
 SST2_DIR = os.environ.get("SST2_DIR", "")

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from deploypipe import check, finetune
 from deploypipe.checked_splits import wrap_splits
 from deploypipe.cli import app
+from deploypipe.data import TensorBatches
 from deploypipe.errors import DataError, DeploypipeError, ModelError, PipelineError
 from deploypipe.preflight import CheckReport, check_inputs
 from deploypipe.recipe import Finetune
@@ -23,7 +24,6 @@ from deploypipe.records import Event, Note
 from deploypipe.runs.store import open_run
 from deploypipe.stages.context import prepare_run
 from deploypipe.task import Splits, Task, classification, forward, stack_batches
-from deploypipe.tensor_batches import TensorBatches
 from deploypipe.user_code_errors import find_user_error, wrap_forward_errors
 
 X, Y = tiny.images(64, seed=1)

@@ -14,13 +14,13 @@ from torch.nn import functional as F
 
 from deploypipe import check
 from deploypipe.checked_splits import wrap_splits
+from deploypipe.data import TensorBatches
 from deploypipe.errors import PipelineError
 from deploypipe.preflight import CheckReport, check_inputs
 from deploypipe.pruning.surgery.plan import empty_plan
 from deploypipe.pruning.surgery.saved_network import load_saved, save_pruned
 from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.task import Splits, Task, classification
-from deploypipe.tensor_batches import TensorBatches
 
 SPLITS = ("calib", "train", "val", "test")
 X, Y = tiny.images(64, seed=1)

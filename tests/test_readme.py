@@ -24,12 +24,12 @@ import deploypipe
 import pipelines
 from deploypipe import load_target
 from deploypipe.cli import app
+from deploypipe.data import TensorBatches
 from deploypipe.files.json_records import override
 from deploypipe.recipe import Constraints, Recipe
 from deploypipe.release.waivers import load_waivers
 from deploypipe.target import Target
 from deploypipe.task import Splits, Task
-from deploypipe.tensor_batches import TensorBatches
 
 ROOT = Path(__file__).parents[1]
 WRITTEN = [page for page in sorted((ROOT / "docs").rglob("*.md")) if page.relative_to(ROOT).parts[1][0] != "_"]

@@ -1,9 +1,10 @@
 import pytest
 import torch
 
+from deploypipe.data import TensorBatches, random_crop_flip
 from deploypipe.errors import DataError
+from deploypipe.split_fingerprints import fingerprint
 from deploypipe.task import Splits
-from deploypipe.tensor_batches import TensorBatches, fingerprint, random_crop_flip
 
 
 def images(count: int) -> torch.Tensor:

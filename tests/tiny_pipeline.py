@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from deploypipe.data import TensorBatches
 from deploypipe.recipe import Finetune, Observe, Recipe, Repair, Search
 from deploypipe.target import Budget, Target
 from deploypipe.task import Splits, Task, classification
-from deploypipe.tensor_batches import TensorBatches
 
 
 class Block(nn.Module):

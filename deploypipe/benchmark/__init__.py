@@ -18,9 +18,9 @@ from deploypipe.numerics.intervals import interval_of_drop_pp, interval_of_mean,
 from deploypipe.records import AccuracyHere, BenchmarkReport, Measurement, ModelFile, Notify, Progress, silent
 from deploypipe.runtimes import Array, Runtime, find_runtime, make_runtime
 from deploypipe.runtimes.named_arrays import feed
+from deploypipe.split_fingerprints import fingerprint_of
 from deploypipe.target import Target
 from deploypipe.task import Batch, Task, find_slices, num_samples
-from deploypipe.tensor_batches import fingerprint_of
 
 Counts: TypeAlias = tuple[int, int]  # parameters, multiply-accumulates of one sample
 

@@ -29,8 +29,8 @@ from deploypipe.pruning.surgery.saved_network import own_weights, save_parts
 from deploypipe.recipe import Recipe
 from deploypipe.records import Notify, Progress, PruningPlan, silent
 from deploypipe.scoring import needs_derivatives
+from deploypipe.split_fingerprints import fingerprint_of
 from deploypipe.task import forward
-from deploypipe.tensor_batches import fingerprint_of
 
 _TOLERANCE = 0.01  # of the norm of the last block's output; half precision with other batch sizes differs by 0.001
 

@@ -12,7 +12,7 @@ class Origin:
     """The inputs of a run, as hashes of values."""
 
     model: str = ""
-    data: str = ""  # see `tensor_batches.fingerprint`
+    data: str = ""  # see `split_fingerprints.fingerprint`
     source: str = ""  # of the pipeline's file
     packages: dict[str, str] = field(default_factory=dict)  # name -> version
 

@@ -23,9 +23,9 @@ from deploypipe.runs.store import DATA_HASHES, RunFolder
 from deploypipe.runtimes.ability_for_target import Ability, can
 from deploypipe.runtimes.this_machine import this_machine
 from deploypipe.search.distributed.study_storage import Storage
+from deploypipe.split_fingerprints import fingerprints
 from deploypipe.target import Target
 from deploypipe.task import Batch, Splits, Task, first_of, forward, take, take_calib
-from deploypipe.tensor_batches import fingerprints
 from deploypipe.training.optimizers import choice_text, with_optimizer
 from deploypipe.training.ranks import ALONE, Ranks
 from deploypipe.training.training_precision import with_precision

@@ -16,8 +16,8 @@ from deploypipe.networks.model_copies import copied
 from deploypipe.numerics.intervals import seems_worse
 from deploypipe.records import Note, Notify, Progress
 from deploypipe.scheduling.exclusive_measurement import yield_to_measurements
+from deploypipe.split_fingerprints import fingerprint_of
 from deploypipe.task import Batch, Splits, forward, num_samples, take
-from deploypipe.tensor_batches import fingerprint_of
 from deploypipe.training.non_finite_numbers import Step, Suspects, lost
 from deploypipe.training.ranks import Ranks
 from deploypipe.training.schedules import current_rate

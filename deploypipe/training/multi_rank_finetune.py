@@ -15,8 +15,8 @@ from deploypipe.pruning.surgery.saved_network import own_weights
 from deploypipe.pruning.surgery.slim_attention import with_slim_attention
 from deploypipe.recipe import Finetune
 from deploypipe.records import Notify, PruningPlan, TrainLog, silent
+from deploypipe.split_fingerprints import fingerprint
 from deploypipe.task import Splits, Task, num_samples
-from deploypipe.tensor_batches import fingerprint
 from deploypipe.training.finetune import finetune
 from deploypipe.training.ranks import ALONE, Ranks
 

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from deploypipe.data import TensorBatches
 from deploypipe.recipe import Finetune, Recipe, Search
 from deploypipe.task import Splits, Task
-from deploypipe.tensor_batches import TensorBatches
 
 NUM_STEPS = 150  # training steps of the dense network
 SIZE = 32

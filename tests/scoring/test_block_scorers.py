@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from deploypipe.data import TensorBatches
 from deploypipe.errors import DataError, PlanError
 from deploypipe.observe.calibration_pass import observe_activations
 from deploypipe.observe.pass_statistics import Moments
@@ -26,7 +27,6 @@ from deploypipe.scoring.blocks.logit_divergence import divergence
 from deploypipe.scoring.blocks.mpruner import cluster_blocks, clusters, mpruner_candidates
 from deploypipe.scoring.blocks.mpruner_loop import mpruner, prune_depth
 from deploypipe.task import Batch, Splits, classification
-from deploypipe.tensor_batches import TensorBatches
 from deploypipe.training.finetune import finetune
 
 REPAIRED = LogitDivergence(repair=Repair(num_samples=64))

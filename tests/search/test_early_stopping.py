@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 from torch import Tensor, nn
 
+from deploypipe.data import TensorBatches
 from deploypipe.numerics.intervals import interval_of_drop_pp
 from deploypipe.numerics.paired_comparison import chance_if_not_worse
 from deploypipe.search.evaluation.early_stopping import (
@@ -18,7 +19,6 @@ from deploypipe.search.evaluation.early_stopping import (
 )
 from deploypipe.search.sample_results import Results, decode_results, encode_results
 from deploypipe.task import Batch, Task, num_samples
-from deploypipe.tensor_batches import TensorBatches
 
 TASK = Task(loss=lambda outputs, _: outputs.sum(), metric=lambda outputs, target: (outputs[:, 0] == target).float())
 

@@ -16,11 +16,11 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau
 
 from deploypipe import check
+from deploypipe.data import TensorBatches
 from deploypipe.errors import ConfigError, DataError, PipelineError
 from deploypipe.recipe import Finetune
 from deploypipe.stages.compression import own_training
 from deploypipe.task import Splits, Task, classification, forward
-from deploypipe.tensor_batches import TensorBatches
 from deploypipe.training.optimizers import find_optimizer, make_optimizer, with_optimizer
 from deploypipe.training.schedules import rate_share
 

@@ -4,146 +4,19 @@ The usual forms are a pair, a tuple or list whose last member is the target, and
 `labels`, `label`, `targets` or `target`. Arrays of numpy become tensors.
 """
 
-import functools
-import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from deploypipe.errors import DataError, PipelineError
+from deploypipe.errors import DataError
 from deploypipe.networks.batch_trees import leaves, map_leaves
-
-# Which part of a batch: a key or an index; several of them (the part is then a dict or a tuple); or a function.
-Selector: TypeAlias = str | int | Sequence[str] | Sequence[int] | Callable[[Any], Any]
 
 _LABELS = ("labels", "label", "targets", "target")
 _WIDE_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # torch neither compares nor reduces them
 _MAX_SHOWN = 6  # members of a batch, in an error
-
-
-class Pairs:
-    """Batches of any loader as pairs (inputs, target).
-
-        >>> rows = [{"left": torch.ones(2, 3), "right": torch.zeros(2, 3), "score": torch.ones(2), "id": ["a", "b"]}]
-        >>> pairs = Pairs(rows, inputs=["left", "right"], target="score")
-        >>> inputs, target = next(iter(pairs))
-        >>> sorted(inputs), target
-        (['left', 'right'], tensor([1., 1.]))
-
-    inputs, target: a key or an index of a batch; a list of keys (gives a dict, which forward() gets by name) or of
-    indices (gives a tuple, by position); or a function of the batch. target=None: there is none, for `calib`.
-
-    Length, order and `set_epoch` are the loader's. PipelineError if it cannot be iterated twice; DataError, with the
-    members of the batch, if it has no such key or index.
-    """
-
-    def __init__(self, loader: Iterable[Any], *, inputs: Selector, target: Selector | None) -> None:
-        self.loader = require_repeatable(loader, "Pairs() was given a {}", "loader")
-        self.inputs, self.target = inputs, target
-
-    def __len__(self) -> int:
-        return len(self.loader)  # type: ignore[arg-type]  # TypeError without a length, as Python does
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order of the next pass, if the loader can."""
-        set_epoch(self.loader, epoch)
-
-    def __iter__(self) -> Iterator[tuple[Any, Any]]:
-        for batch in self.loader:
-            target = None if self.target is None else _selected(batch, self.target, "target")
-            yield _selected(batch, self.inputs, "inputs"), target
-
-
-def _selected(batch: Any, selector: Selector, role: str) -> Any:
-    if callable(selector):
-        return selector(batch)
-    if isinstance(selector, str | int):
-        return _member(batch, selector, role)
-    found = [_member(batch, key, role) for key in selector]
-    names = [key for key in selector if isinstance(key, str)]
-    return dict(zip(names, found, strict=True)) if names else tuple(found)
-
-
-def _member(batch: Any, key: str | int, role: str) -> Any:
-    try:
-        return batch[key]
-    except (KeyError, IndexError, TypeError):
-        pass
-    raise DataError(
-        f"Pairs({role}={key!r}): a batch has no such member, it holds {_described(batch)}; {example(batch)}"
-    )
-
-
-class _Calls:
-    """The results of a function without arguments, called again for each pass."""
-
-    def __init__(self, function: Callable[[], Iterable[Any]]) -> None:
-        self.function = function
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self.function())
-
-
-def require_repeatable(source: Any, given: str, name: str) -> Iterable[Any]:
-    """The source, as something that can be iterated many times; PipelineError, with the remedy, if it cannot.
-
-    A function without arguments (one that yields batches, usually) is called for each pass. given: the beginning of the
-    error, with {} for the kind of the source. name: of the source, in the remedy.
-    """
-    if inspect.isroutine(source) or isinstance(source, functools.partial):
-        needed = [p.name for p in inspect.signature(source).parameters.values() if p.default is p.empty]
-        if not needed:
-            return _Calls(source)
-        advice = f"it requires {', '.join(needed)}: write {name}=lambda: {getattr(source, '__name__', 'batches')}(...)"
-    elif isinstance(source, Iterator):
-        advice = (
-            f"it is exhausted after one pass: write {name}=list(...), a function that yields batches, or a class whose "
-            "__iter__ starts again"
-        )
-    elif _is_dataset(source):
-        advice = f"its items are single samples: write {name}=DataLoader(dataset, batch_size=64)"
-    elif isinstance(source, Mapping) or _is_one_batch(source):
-        advice = f"it is one batch: write {name}=[(inputs, target)], or TensorBatches(inputs, targets, 64)"
-    elif isinstance(source, Iterable):
-        return source
-    else:
-        advice = "give something that can be iterated many times"
-    kind = type(source).__name__ if source is not None else "None"
-    raise PipelineError(f"{given.format(kind)}; {advice} (TensorBatches, DataLoader, list)")
-
-
-def _is_dataset(source: Any) -> bool:
-    """A dataset with an index: torch's, or one of Hugging Face `datasets`."""
-    data = torch.utils.data
-    if isinstance(source, data.Dataset):
-        return not isinstance(source, data.IterableDataset)
-    return hasattr(source, "set_format") and hasattr(source, "column_names")
-
-
-def _is_one_batch(source: Any) -> bool:
-    """Whether it is a tensor, or tensors with unlike numbers of axes: those of a pair, not several batches."""
-    if isinstance(source, Tensor | np.ndarray):
-        return True
-    members = list(source) if isinstance(source, tuple | list) else []
-    return all(isinstance(member, Tensor | np.ndarray) for member in members) and len({m.ndim for m in members}) > 1
-
-
-def set_epoch(loader: Any, epoch: int) -> None:
-    """Call `set_epoch` of the loader, or of its sampler or dataset; do nothing if none has it."""
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    owners = (
-        loader,
-        getattr(loader, "sampler", None),
-        batch_sampler,
-        getattr(batch_sampler, "sampler", None),
-        getattr(loader, "dataset", None),
-    )
-    owner = next((owner for owner in owners if callable(getattr(owner, "set_epoch", None))), None)
-    if owner is not None:
-        owner.set_epoch(epoch)
 
 
 def as_pair(batch: Any, split: str = "calib") -> tuple[Any, Any]:
@@ -232,7 +105,7 @@ def _as_labels(target: Any) -> Any:
 
 def _unreadable(batch: Any, split: str, problem: str) -> DataError:
     return DataError(
-        f"a batch of the {split} split cannot be read: {problem}; it holds {_described(batch)}: "
+        f"a batch of the {split} split cannot be read: {problem}; it holds {described(batch)}: "
         f"{example(batch, needs_target=split != 'calib')}"
     )
 
@@ -262,7 +135,7 @@ def _guessed(batch: Any) -> tuple[str, str]:
     return "lambda batch: ...", "lambda batch: ..."
 
 
-def _described(batch: Any) -> str:
+def described(batch: Any) -> str:
     """The members of a batch with their shapes and types."""
     if not isinstance(batch, Mapping | tuple | list):
         return f"a {type(batch).__name__}"
