@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing.queues import Queue
-from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
 import tiny_pipeline as tiny
+from measuring_processes import Work, do_turns, hold, measure
 from runs_side_by_side import start_measuring
 
 from deploypipe.benchmark.accuracy import evaluate_module
@@ -25,29 +25,8 @@ from deploypipe.scheduling.exclusive_measurement import (
 )
 from deploypipe.training.finetune import finetune
 
-NUM_PROCESSES, NUM_TURNS = 3, 8
+NUM_PROCESSES = 3
 CONTEXT = multiprocessing.get_context("spawn")
-Work = tuple[str, float, float]  # what, and from when to when by the clock that all processes share
-
-
-def do_turns(folder: Path, ready: Barrier, done: "Queue[list[Work]]") -> None:
-    work: list[Work] = []
-    with shared_machine(folder):
-        ready.wait()
-        for _ in range(NUM_TURNS):
-            for _ in range(4):
-                work.append(spend("compute"))
-                yield_to_measurements()
-            with exclusive_measurement():
-                work.append(spend("measure"))
-                yield_to_measurements()  # as an evaluation does, also in there
-    done.put(work)
-
-
-def spend(what: str) -> Work:
-    start = time.monotonic()
-    time.sleep(0.01)
-    return what, start, time.monotonic()
 
 
 @contextmanager
@@ -89,16 +68,6 @@ def test_who_measures_is_alone_and_who_computes_is_not(tmp_path: Path) -> None:
     assert pairs and all(one[0] == other[0] == "compute" for one, other in pairs)
 
 
-def hold(folder: Path, is_alone: bool, held: "Queue[bool]") -> None:
-    with shared_machine(folder):
-        if is_alone:
-            with exclusive_measurement():
-                held.put(True)
-                time.sleep(600)
-        held.put(True)
-        time.sleep(600)
-
-
 def test_one_that_is_killed_holds_up_nobody(tmp_path: Path) -> None:
     for is_alone in (True, False):
         held: Queue[bool] = CONTEXT.Queue()
@@ -110,17 +79,6 @@ def test_one_that_is_killed_holds_up_nobody(tmp_path: Path) -> None:
         with soon(), shared_machine(tmp_path), exclusive_measurement():
             pass
         process.join()
-
-
-def measure(folder: Path, times: int, rest_s: float, ready: Barrier, done: "Queue[list[Work]]") -> None:
-    work: list[Work] = []
-    with shared_machine(folder):
-        ready.wait()
-        for _ in range(times):
-            time.sleep(rest_s)
-            with exclusive_measurement():
-                work.append(spend("measure"))
-    done.put(work)
 
 
 def test_one_that_measures_again_and_again_keeps_nobody_from_it(tmp_path: Path) -> None:

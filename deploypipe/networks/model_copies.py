@@ -1,5 +1,6 @@
 """Copy networks, with any objects that their modules keep in attributes."""
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from copy import deepcopy
 from types import ModuleType
@@ -18,9 +19,11 @@ def copied(model: nn.Module, known: dict[int, Any] | None = None) -> nn.Module:
     attribute, if something in the network cannot be copied (an open file, a lock).
     """
     known = {} if known is None else known
-    for held in _tensors_and_packages(model):
+    for held in _held_apart(model):
         if isinstance(held, ModuleType):
             known.setdefault(id(held), held)
+        elif isinstance(held, OrderedDict):
+            known.setdefault(id(held), OrderedDict())
         elif not held.is_leaf:  # PyTorch copies leaves only
             known.setdefault(id(held), held.detach().clone())
     before = dict(known)
@@ -35,8 +38,11 @@ def copied(model: nn.Module, known: dict[int, Any] | None = None) -> nn.Module:
         ) from error
 
 
-def _tensors_and_packages(model: nn.Module) -> Iterator[Any]:
-    """All tensors and packages in attributes of modules and other objects, also inside containers."""
+def _held_apart(model: nn.Module) -> Iterator[Any]:
+    """All tensors, packages and empty ordered dicts in attributes of modules and other objects, also inside containers.
+
+    Every module holds ten dicts for hooks, which are nearly always empty: deepcopy spends most of its time on them.
+    """
     todo: list[Any] = [model]
     seen: dict[int, Any] = {}
     while todo:
@@ -44,7 +50,7 @@ def _tensors_and_packages(model: nn.Module) -> Iterator[Any]:
         if id(value) in seen:
             continue
         seen[id(value)] = value
-        if issubclass(type(value), Tensor | ModuleType):
+        if issubclass(type(value), Tensor | ModuleType) or (type(value) is OrderedDict and not value):
             yield value
         else:
             todo += _contents(value)
