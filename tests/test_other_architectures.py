@@ -22,7 +22,12 @@ FAST = (
 )
 
 
-@pytest.mark.parametrize("name", FAST)
+def mark(name: str) -> object:
+    """Networks of pytorchcv, which is not among what tests install, are left to continuous integration."""
+    return pytest.param(name, marks=pytest.mark.slow if NETWORKS[name].source == "pytorchcv" else ())
+
+
+@pytest.mark.parametrize("name", [mark(name) for name in FAST])
 def test_half_of_everything_goes(name: str) -> None:
     network = NETWORKS[name]
     pytest.importorskip(network.source, reason=f"{network.source} is not installed; {INSTALL}")

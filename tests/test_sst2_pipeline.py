@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -104,10 +105,15 @@ def test_absent_package_names_its_extra(tiny: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.slow
 def test_accuracy_after_one_epoch(tmp_path: Path, sst2_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """80.6 % on the 1,821 sentences of test; half of them are positive."""
-    monkeypatch.setattr(sst2, "SST2_DIR", str(sst2_dir))
+    """On the 1,821 sentences of test, half of them positive, after a third of the phrases of train: with all of them it
+    takes minutes, and comes to 80.6 %."""
+    data, cache = tmp_path / "data", tmp_path / "cache"
+    shutil.copytree(sst2_dir, data, copy_function=shutil.copyfile)
+    header, *phrases = (data / "train.tsv").read_text(encoding="utf-8").splitlines(keepends=True)
+    (data / "train.tsv").write_text(header + "".join(phrases[::3]), encoding="utf-8")
+    monkeypatch.setattr(sst2, "SST2_DIR", str(data))
     monkeypatch.setattr(sst2, "NUM_EPOCHS", 1)
-    monkeypatch.setenv("DEPLOYPIPE_CACHE", str(tmp_path))
+    monkeypatch.setenv("DEPLOYPIPE_CACHE", str(cache))
     hits = evaluate_module(sst2.build_model(), sst2.load_data().test, sst2.task())
-    assert len(hits) == 1821 and hits.mean() > 0.78
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len(hits) == 1821 and hits.mean() > 0.72, hits.mean()
+    assert len(list(cache.iterdir())) == 1
