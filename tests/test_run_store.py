@@ -1,7 +1,5 @@
 import json
 import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -10,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import warm_python
 from finished_runs import finished_run
 from runs_side_by_side import start_measuring
 
@@ -252,18 +251,15 @@ def test_a_file_placed_twice_leaves_no_other_name(tmp_path: Path) -> None:
 
 
 def test_a_second_run_in_the_folder_is_refused_and_the_lock_is_given_back(tmp_path: Path) -> None:
-    attempt = (
-        "from pathlib import Path; from deploypipe.runs.store import open_run\n"
-        f"with open_run(Path({str(tmp_path)!r})): pass"
-    )
-    command = [sys.executable, "-c", attempt]
-    root = Path(__file__).parents[1]
-    with open_run(tmp_path):
-        refused = subprocess.run(command, capture_output=True, text=True, cwd=root)
-        with pytest.raises(RunFolderError, match="another run is at work here"), open_run(tmp_path):
+    attempt = "from pathlib import Path; from deploypipe.runs.store import open_run\nwith open_run(Path('run')): pass"
+    (tmp_path / "attempt.py").write_text(attempt, encoding="utf-8")
+    folder = tmp_path / "run"
+    with open_run(folder):
+        refused = warm_python.run(tmp_path, "attempt.py")
+        with pytest.raises(RunFolderError, match="another run is at work here"), open_run(folder):
             pass
     assert refused.returncode and "another run is at work here" in refused.stderr
-    assert subprocess.run(command, capture_output=True, cwd=root).returncode == 0
+    assert warm_python.run(tmp_path, "attempt.py").returncode == 0
 
 
 def test_an_unwritable_folder_is_refused(tmp_path: Path) -> None:

@@ -46,10 +46,13 @@ class Dense:
         return slice_file(self.template, self.model, pruned, plan, batches, self.folder / name, Export())
 
 
-def prepare(model: nn.Module, inputs: Tensor) -> Dense:
+EXPORT, ANY_LENGTH = Export(), Export(dynamic_axes={"ids": {1: "length"}})
+
+
+def prepare(model: nn.Module, inputs: Tensor, export: Export = EXPORT) -> Dense:
     model = with_slim_attention(model).eval()
     folder = Path(mkdtemp())
-    export_onnx(model, [(inputs, None)], folder / "dense.onnx", Export(), template=folder / "template.onnx")
+    export_onnx(model, [(inputs, None)], folder / "dense.onnx", export, template=folder / "template.onnx")
     name = onnx.load(folder / "dense.onnx").graph.input[0].name
     return Dense(
         model=model,
@@ -108,7 +111,7 @@ EVERY = pytest.mark.parametrize("name", sorted(networks.NETWORKS))
 
 @EVERY
 @given(seed=st.integers(0, 2**32))
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.differing_executors])
+@settings(max_examples=2, deadline=None, suppress_health_check=[HealthCheck.differing_executors])
 def test_a_slice_computes_what_the_pruned_network_does(name: str, seed: int) -> None:
     dense = prepared(name)
     plan = random_plan(dense.structures, seed)
@@ -171,15 +174,16 @@ class Texts(nn.Module):
         return self.head(self.norm(x).mean(1))
 
 
-@pytest.mark.parametrize("blocks", [(), ("layers.0",), ("layers.0", "layers.1"), ("layers.2",)], ids=str)
-def test_texts_of_any_length(blocks: tuple[str, ...], tmp_path: Path) -> None:
+@cache
+def texts() -> Dense:
     torch.manual_seed(0)
-    model = with_slim_attention(Texts()).eval()
-    ids = torch.randint(1, 20, (4, 7))
-    axes = Export(dynamic_axes={"ids": {1: "length"}})
-    export_onnx(model, [(ids, None)], tmp_path / "d.onnx", axes, template=tmp_path / "t.onnx")
-    template = open_template(tmp_path / "t.onnx", model, {"ids": ids[:2].numpy()})
-    structures = list_structures(model, ids)
+    return prepare(Texts(), torch.randint(1, 20, (4, 7)), ANY_LENGTH)
+
+
+@pytest.mark.parametrize("blocks", [(), ("layers.0", "layers.1"), ("layers.2",)], ids=str)
+def test_texts_of_any_length(blocks: tuple[str, ...], tmp_path: Path) -> None:
+    dense = texts()
+    model, ids, structures = dense.model, dense.inputs, dense.structures
     heads = [g for g in structures.groups if g.kind == "heads"]
     widths = {g.name: n for g, n in zip(heads, (3, 1, 2), strict=True)} | {
         g.name: g.num_units // 2 for g in structures.groups if g.kind == "channels" and g.name != "positions"
@@ -188,9 +192,9 @@ def test_texts_of_any_length(blocks: tuple[str, ...], tmp_path: Path) -> None:
     outside = {n: w for n, w in widths.items() if not n.startswith(blocks or ("no block",))}
     plan = make_plan(structures, ScoreTable(scorer="", channels=scores), outside, blocks)
     pruned = apply_plan(model, plan)
-    file = slice_file(template, model, pruned, plan, [(ids, None)], tmp_path / "s.onnx", axes)
+    file = slice_file(dense.template, model, pruned, plan, [(ids, None)], tmp_path / "s.onnx", ANY_LENGTH)
     assert file.reason == ""
-    export_onnx(pruned, [(ids, None)], tmp_path / "e.onnx", axes)
+    export_onnx(pruned, [(ids, None)], tmp_path / "e.onnx", ANY_LENGTH)
     assert operators(tmp_path / "s.onnx") == operators(tmp_path / "e.onnx")
     for n, length in ((1, 3), (3, 12)):
         other = torch.randint(1, 20, (n, length))

@@ -1,6 +1,8 @@
 """The contract of every scorer, and what the information-preserving one finds."""
 
 import math
+from copy import deepcopy
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -22,7 +24,9 @@ VARIANTS = (Magnitude(power=1), Mipp(keep=0.5, confidence=0.9), LayerwiseMi(join
 EVERY_SCORER = pytest.mark.parametrize("scorer", [*(kind() for kind in SCORERS), *VARIANTS], ids=str)
 
 
+@cache
 def prepared(name: str) -> tuple[nn.Module, Structures, Moments]:
+    """The same for all tests: what changes the network takes a copy."""
     model, inputs = networks.build(name)
     structures = list_structures(model, inputs)
     batches = [(networks.NETWORKS[name][1](), torch.tensor([0, 1, 1, 0])) for _ in range(10)]
@@ -59,7 +63,7 @@ def test_random_depends_on_the_seed() -> None:
 def test_magnitude_is_the_energy_of_a_units_weights(name: str) -> None:
     """Scaling a unit's weights in its first producer by 3 adds 8 times their energy, and changes no other unit."""
     model, structures, moments = prepared(name)
-    group = structures.groups[0]
+    model, group = deepcopy(model), structures.groups[0]
     producer = next(m for m in group.members if m.side == "out" and model.get_submodule(m.module).weight.dim() > 1)
     weight = model.get_submodule(producer.module).weight
     before = score(model, structures, moments, Magnitude()).channels[group.name]

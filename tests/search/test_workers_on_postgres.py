@@ -1,9 +1,6 @@
 """Many workers end with the same trials as one, on a real PostgreSQL that is killed, paused and restarted."""
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -12,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
+import warm_python
 from made_up_searches import Evaluator, run
 
 from deploypipe.files.json_records import from_json, to_json
@@ -75,15 +73,12 @@ class Worker:
         self.log = log
         log.touch()
         arguments = [address, str(SETTINGS.num_trials), str(SETTINGS.num_parallel), str(seconds), str(log)]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen(
-            [sys.executable, str(WORKER), *arguments], env=environment, stderr=subprocess.PIPE, text=True
-        )
+        self.process = warm_python.start(log.parent, str(WORKER), *arguments)
 
     def wait_until(self, line: str, seconds: float = 60) -> None:
         until = time.monotonic() + seconds
         while line not in self.log.read_text().splitlines():
-            assert self.process.poll() is None, self.process.communicate()[1]
+            assert self.process.poll() is None, self.process.communicate(60)[1]
             assert time.monotonic() < until, f"{line!r} is not in {self.log.read_text()!r}"
             time.sleep(0.02)
 
@@ -112,7 +107,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
     yield workers
     for worker in started:
         worker.process.kill()
-        worker.process.wait()
+        worker.process.communicate(60)
 
 
 def test_three_workers_end_like_one_and_evaluate_no_plan_twice(address: str, alone: str, start: Start) -> None:
