@@ -274,8 +274,11 @@ def test_runs_for_several_targets_share_what_does_not_depend_on_them(
         )
 
     assert first[1].target.budget.macs
+    torch.manual_seed(12345)  # whatever the caller's generator does
     same, other = run_for("same", first[1].target.budget.macs), run_for("other", "0.9x")
     assert plans(same) == plans(first[1])
+    assert same.prune == first[1].prune and same.repair == first[1].repair
+    assert same.benchmark.compressed.file.sha256 == first[1].benchmark.compressed.file.sha256
     cached = {stage.stage for stage in other.stages if stage.was_cached}
     assert cached >= {"structures", "dense_export", "observe", "score", "curves"} and "search" not in cached
     assert {path.name[3:].rsplit("-", 1)[0] for path in (tmp_path / "shared").glob("*.json")} == {
@@ -294,16 +297,6 @@ def test_runs_for_several_targets_share_what_does_not_depend_on_them(
         assert verify(tmp_path / name).is_same
 
 
-def test_same_seed_same_plan_in_another_folder(
-    dense: nn.Module, first: tuple[Path, RunResult, bool], tmp_path: Path
-) -> None:
-    torch.manual_seed(12345)  # whatever the caller's generator does
-    other = run(dense, tmp_path / "other")
-    assert plans(other) == plans(first[1])
-    assert other.prune == first[1].prune and other.repair == first[1].repair
-    assert other.benchmark.compressed.file.sha256 == first[1].benchmark.compressed.file.sha256
-
-
 def test_a_changed_recipe_computes_only_what_depends_on_it(
     dense: nn.Module, first: tuple[Path, RunResult, bool]
 ) -> None:
@@ -315,25 +308,25 @@ def test_a_changed_recipe_computes_only_what_depends_on_it(
     assert to_json(load_result(first[0])) == to_json(changed)
 
 
-def test_a_search_of_another_run_is_not_taken_up(dense: nn.Module, tmp_path: Path) -> None:
+def test_a_search_of_another_run_is_not_taken_up(
+    dense: nn.Module, first: tuple[Path, RunResult, bool], tmp_path: Path
+) -> None:
     """Another seed searches afresh, and refuses the file of the first where somebody put it in its place."""
+    folder = tmp_path / "run"
+    shutil.copytree(first[0], folder)
+    known = set(folder.glob("study-*.db"))
 
-    def interrupted(seed: int) -> Path:
-        def notify(event: Event) -> None:
-            if isinstance(event, Progress) and event.stage == "search" and event.done == 1:
-                raise KeyboardInterrupt
+    def notify(event: Event) -> None:
+        if isinstance(event, Progress) and event.stage == "search" and event.done == 1:
+            raise KeyboardInterrupt
 
-        recipe = replace(tiny.recipe(), seed=seed)
-        with pytest.raises(KeyboardInterrupt):
-            compress(dense, tiny.load_data(), tiny.task(), recipe, TARGET, tmp_path, notify=notify, source="tiny")
-        (study,) = set(tmp_path.glob("study-*.db")) - known
-        known.add(study)
-        return study
-
-    known: set[Path] = set()
-    shutil.copyfile(interrupted(0), interrupted(1))
+    recipe = replace(tiny.recipe(), seed=1)
+    with pytest.raises(KeyboardInterrupt):
+        compress(dense, tiny.load_data(), tiny.task(), recipe, TARGET, folder, notify=notify, source="tiny")
+    (other,) = set(folder.glob("study-*.db")) - known
+    shutil.copyfile(min(known, key=lambda path: path.stat().st_mtime), other)
     with pytest.raises(RunFolderError, match=r"study-.*\.db: this study was made with another 'seed'"):
-        run(dense, tmp_path, seed=1)
+        run(dense, folder, seed=1)
 
 
 class Clock:
@@ -533,7 +526,8 @@ def test_on_the_device_the_engines_are_measured(
     package = importlib.import_module("deploypipe.benchmark")
     monkeypatch.setattr(package, "measure_peak_memory", lambda *_, **__: (None, "it is the GPU's"))
     target = replace(GPU, budget=Budget(latency_p50="4x", macs="0.5x", file_size="2x", accuracy_drop_pp=50.0))
-    result = compress(dense, tiny.load_data(), tiny.task(), tiny.recipe(), target, tmp_path / "run")
+    recipe = replace(tiny.recipe(), search=replace(tiny.recipe().search, num_trials=1))
+    result = compress(dense, tiny.load_data(), tiny.task(), recipe, target, tmp_path / "run")
     assert {"dense.engine", "candidate.engine", "compressed.engine"} <= set(opened)
     report = result.benchmark
     assert report.dense.latency and report.compressed.latency and report.accuracy_drop_pp

@@ -1,5 +1,6 @@
 """The config of a pruned network describes it, proven with the stock class, or stays that of the dense network."""
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -33,6 +34,7 @@ def outputs(model: nn.Module, inputs: Any) -> Tensor:
         return forward(model.eval(), inputs).logits
 
 
+@cache
 def built(name: str) -> tuple[Any, Any, Structures]:
     torch.manual_seed(0)
     model, inputs = NETWORKS[name].build()

@@ -1,13 +1,14 @@
 """Two plans applied one after the other compose into one plan."""
 
 import random
+from functools import cache
 
 import networks
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 from deploypipe.errors import ModelError, PlanError
 from deploypipe.pruning.modules.module_kinds import is_depthwise
@@ -15,6 +16,12 @@ from deploypipe.pruning.surgery.apply_plan import apply_plan, describe
 from deploypipe.pruning.surgery.plan import compose, empty_plan, make_plan
 from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.records import Edit, GroupCut, PruningPlan, ScoreTable, Structures
+
+
+@cache
+def prepared(name: str) -> tuple[nn.Module, Tensor, Structures]:
+    dense, inputs = networks.build(name)
+    return dense.eval(), inputs, list_structures(dense, inputs)
 
 
 def random_plan(structures: Structures, seed: int) -> PruningPlan:
@@ -33,11 +40,10 @@ def attributes(model: nn.Module) -> list[dict[str, object]]:
 
 @pytest.mark.parametrize("name", sorted(networks.NETWORKS))
 @given(first=st.integers(0, 2**32), second=st.integers(0, 2**32))
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=4, deadline=None)
 def test_the_composed_plan_does_what_both_plans_do(name: str, first: int, second: int) -> None:
-    dense, inputs = networks.build(name)
-    dense.eval()
-    plan = random_plan(list_structures(dense, inputs), first)
+    dense, inputs, structures = prepared(name)
+    plan = random_plan(structures, first)
     once = apply_plan(dense, plan)
     try:
         later = random_plan(list_structures(once, inputs), second)
