@@ -422,7 +422,7 @@ def test_a_hold_for_noise_ends_where_the_machine_is_quiet_again(
     assert held.decision.verdict is Verdict.HOLD and check.status is Status.UNKNOWN and check.measured
     show_result(load_result(tmp_path / "run"), tmp_path / "run")
     shown = capsys.readouterr().out
-    assert shown.rstrip().endswith("measure again when it is quiet: deploypipe run tiny cpu")
+    assert shown.rstrip().endswith("measure again when the machine is quiet: deploypipe run tiny cpu")
     assert "not measured" not in shown
     shipped = run_while("steady")
     assert shipped.decision.verdict is Verdict.SHIP
