@@ -15,6 +15,7 @@ from deploypipe.export.onnx_export.input_sizes import ends_of, extremes_of
 from deploypipe.export.tensorrt_engine.build_engine import place_engine
 from deploypipe.files.atomic import place_file
 from deploypipe.files.hashing import file_sha256
+from deploypipe.files.json_records import to_plain
 from deploypipe.networks.model_wrappers import unwrapped
 from deploypipe.observe.calibration_pass import observe_halves
 from deploypipe.observe.pass_statistics import merge
@@ -36,6 +37,7 @@ from deploypipe.records import (
     Planned,
     PrecisionChoice,
     PruneOutcome,
+    RunEnded,
     ScoreSummary,
     SearchResult,
     Status,
@@ -61,6 +63,8 @@ from deploypipe.stages.ship_trial import ChosenTrial, choose_trial, describe, li
 from deploypipe.target import Target
 from deploypipe.task import Splits, Task, take, take_calib
 from deploypipe.text.safe_names import name_problem
+from deploypipe.tracking import require_packages, tracked
+from deploypipe.tracking.tracked_run import TrackedRun, flat_parameters
 from deploypipe.training.ranks import ALONE, Ranks
 from deploypipe.user_code_errors import wrap_forward_errors, wrap_task
 from deploypipe.verification.golden_json import GOLDEN, TENSORS
@@ -86,6 +90,7 @@ def compress(
     remeasure: bool = False,
     command: str = "",
     ship_trial: int | None = None,
+    tensorboard: Path | str | None = None,
 ) -> RunResult:
     """Compress a trained network for one device, and decide whether the result may be shipped.
 
@@ -111,7 +116,11 @@ def compress(
     command: what the result says to run again.
     ship_trial: ship this trial of the finished search in `out` instead of its winner. Nothing is searched; the run is
         in a folder of its own, `out-trial-N`, and reuses what the other one computed.
+    tensorboard: a folder for TensorBoard event files, written while the run goes on. If MLFLOW_TRACKING_URI is set, the
+        run is tracked there too (`deploypipe.tracking`).
     """
+    tensorboard = Path(tensorboard) if tensorboard is not None else None
+    require_packages(tensorboard)
     model, out = unwrapped(model), Path(out)
     if problem := name_problem(name):
         raise ConfigError("compress", "name", *problem.split("; "))
@@ -139,8 +148,21 @@ def compress(
         ctx = prepare_run(model, splits, task, recipe, target, run, source=source, storage=storage, ranks=ranks)
         if storage:
             require_same(storage, ctx.identity())  # now, and not when the search begins
-        with brief_timing() if recipe.fast_dev_run else nullcontext():
+        with (
+            tracked(run.notify, _as_tracked(ctx, name, chosen), tensorboard) as run.notify,
+            brief_timing() if recipe.fast_dev_run else nullcontext(),
+        ):
             return _run_stages(ctx, name, command, chosen)
+
+
+def _as_tracked(ctx: RunContext, name: str, chosen: ChosenTrial | None) -> TrackedRun:
+    settings = {"recipe": to_plain(ctx.recipe), "target": to_plain(ctx.target), "pipeline": name}
+    title = f"{name}-{ctx.target.name or ctx.target.runtime}"
+    if chosen:
+        title += f"-trial-{chosen.trial.number}"
+    elif ctx.recipe.fast_dev_run:
+        title += "-fast-dev-run"
+    return TrackedRun(name=title, parameters=dict(flat_parameters(settings)), folder=ctx.run.path)
 
 
 def _run_stages(ctx: RunContext, name: str, command: str, chosen: ChosenTrial | None) -> RunResult:
@@ -194,6 +216,7 @@ def _run_stages(ctx: RunContext, name: str, command: str, chosen: ChosenTrial | 
     if smaller:
         place_file(smaller.weights, ctx.run.path / WEIGHTS)
     _leave_files(ctx, result, golden, delivery.engine)
+    ctx.run.notify(RunEnded(stage="gate", report=result.benchmark, decision=result.decision))
     return result
 
 

@@ -36,6 +36,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
         target,
         folder,
         command="deploypipe run t here --fast-dev-run",
+        tensorboard=folder / "boards",
     )
 
 
@@ -50,6 +51,18 @@ def test_every_stage_runs(done: RunResult) -> None:
     assert (
         done.benchmark.latency_ratio is not None and done.benchmark.compressed.num_macs < done.benchmark.dense.num_macs
     )
+
+
+def test_tensorboard_shows_it(done: RunResult) -> None:
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = event_accumulator.EventAccumulator(str(Path(done.folder) / "boards" / "model-here-fast-dev-run"))
+    events.Reload()
+    assert done.search is not None and done.training is not None
+    accuracies = [event.value for event in events.Scalars("trial/accuracy")]
+    assert accuracies == pytest.approx([trial.candidate.accuracy for trial in done.search.trials])
+    assert events.Scalars("finetune/train_loss")[0].value == pytest.approx(done.training.epochs[1].train_loss)
+    tags = {f"seconds/{stage.stage}" for stage in done.stages} | {"final/latency_ratio", "final/compressed.macs"}
+    assert tags <= set(events.Tags()["scalars"])
 
 
 def is_of_a_run(name: str) -> bool:

@@ -82,6 +82,14 @@ def run(
             "never ships; its folder ends in -fast-dev-run.",
         ),
     ] = False,
+    tensorboard: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Write TensorBoard event files there while the run goes on. With MLFLOW_TRACKING_URI set, the run is "
+            "tracked in MLflow too.",
+        ),
+    ] = None,
     _allow: AllowOption = False,
 ) -> None:
     """Compress PIPELINE's network for TARGET, or for several targets.
@@ -100,7 +108,18 @@ def run(
 
         changes = with_search_bounds(set_ or [], trials, minutes)
         asked = RunArguments(
-            pipeline, target, changes, out, storage, name, stages, shared, remeasure, fast_dev_run, ship_trial
+            pipeline,
+            target,
+            changes,
+            out,
+            storage,
+            name,
+            stages,
+            shared,
+            remeasure,
+            fast_dev_run,
+            ship_trial,
+            tensorboard,
         )
         asked.check_targets()
         load_libraries()

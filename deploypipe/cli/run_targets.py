@@ -49,6 +49,7 @@ class RunArguments:
     remeasure: bool
     fast_dev_run: bool
     ship_trial: int | None = None
+    tensorboard: Path | None = None
 
     @cached_property
     def settings(self) -> dict[str, dict[str, str]]:
@@ -135,6 +136,7 @@ class RunArguments:
             command += [f"--storage={self.storage}", f"--name={self.study_of(device)}"]
         command += [f"--stages={self.stages}"] if self.stages else []
         command += ["--fast-dev-run"] if self.fast_dev_run else []
+        command += [f"--tensorboard={self.tensorboard}"] if self.tensorboard else []
         return command + (["--remeasure"] if self.remeasure else [])
 
     def shown_command(self, device: Target) -> str:
@@ -193,6 +195,7 @@ def run_in_turn(asked: RunArguments, ranks: "Ranks") -> int:
                 remeasure=asked.remeasure,
                 command=asked.shown_command(device),
                 ship_trial=number,
+                tensorboard=asked.tensorboard,
             )
         show_result(result, folder if number is None else trial_folder(folder, number))
         return result

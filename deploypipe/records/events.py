@@ -2,9 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
+from deploypipe.records.measurement import BenchmarkReport
+from deploypipe.records.release import GateDecision
+from deploypipe.records.search import Trial
 from deploypipe.records.training import EpochLog
 
 
@@ -37,6 +40,7 @@ class Finished:
     """A stage was computed."""
 
     stage: str
+    seconds: float | None = field(default=None, compare=False)  # that it took; None: not a stage of the run folder
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,7 +75,24 @@ class EpochEnded:
     trial: int | None = None  # of a finalist
 
 
-Event: TypeAlias = Planned | Started | Progress | Finished | Cached | Note | Warned | EpochEnded
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrialEnded:
+    """A trial of the search is done, in this process or in another one, now or before this run was resumed."""
+
+    stage: str
+    trial: Trial
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunEnded:
+    """The run is over, with these final figures and this decision."""
+
+    stage: str
+    report: BenchmarkReport
+    decision: GateDecision
+
+
+Event: TypeAlias = Planned | Started | Progress | Finished | Cached | Note | Warned | EpochEnded | TrialEnded | RunEnded
 Notify: TypeAlias = Callable[[Event], None]
 
 

@@ -17,7 +17,7 @@ from typing import Literal, TextIO
 
 from deploypipe.errors import DeploypipeError, RunFolderError
 from deploypipe.runs.result import RESULT, RunResult, load_result
-from deploypipe.runs.store import DATA_HASHES, LOCK
+from deploypipe.runs.store import DATA_HASHES, LOCK, MLFLOW_RUN
 from deploypipe.scheduling.exclusive_measurement import try_lock
 
 _MAX_DEPTH = 2  # runs/PIPELINE/TARGET
@@ -98,7 +98,7 @@ def clean_run(run: Run, *, keep_results: bool = False) -> int:
                 _remove(path)
         after = _size(run.folder)
         if not keep_results:
-            for name in (DATA_HASHES, LOCK):
+            for name in (DATA_HASHES, MLFLOW_RUN, LOCK):
                 (run.folder / name).unlink(missing_ok=True)
             if not any(run.folder.iterdir()):
                 run.folder.rmdir()

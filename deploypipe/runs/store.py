@@ -34,6 +34,7 @@ from deploypipe.text.sealed_json import seal, unseal
 
 T = TypeVar("T")
 LOCK = "run.lock"
+MLFLOW_RUN = "mlflow.json"  # the run of MLflow that the same command continues (`deploypipe.tracking`)
 DATA_HASHES = "data.hashes"  # a hash of each split, to say at the next run what changed
 _POLL_S = 0.1
 
@@ -116,7 +117,7 @@ class RunFolder:
         if at not in self.finished:
             self.finished.append(at)
             self.times.append(StageTime(stage=stage, seconds=seconds, was_cached=stored is not None))
-        self.notify(Cached(stage=stage) if stored else Finished(stage=stage))
+        self.notify(Cached(stage=stage) if stored else Finished(stage=stage, seconds=seconds))
         return StageResult(record=from_plain(record_type, record, at.name), key=key.rsplit("-", 1)[-1], files=at)
 
     @contextmanager

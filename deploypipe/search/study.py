@@ -9,7 +9,7 @@ from typing import Any
 from deploypipe.errors import BudgetError
 from deploypipe.files.hashing import digest
 from deploypipe.recipe import Search
-from deploypipe.records import Candidate, Note, Notify, Progress, PruningPlan, SearchResult, Trial, silent
+from deploypipe.records import Candidate, Note, Notify, Progress, PruningPlan, SearchResult, Trial, TrialEnded, silent
 from deploypipe.scheduling.exclusive_measurement import sleep_without_blocking, yield_to_measurements
 from deploypipe.search.allocation.limits import Range, violations
 from deploypipe.search.distributed.study_storage import Storage
@@ -84,6 +84,7 @@ def search(
                 reported.add(number)
                 message = _summary(done[number][0])
                 notify(Progress(stage="search", done=len(reported), total=end, message=message))
+                notify(TrialEnded(stage="search", trial=done[number][0]))
             if len(done) == end:
                 break
             yield_to_measurements()

@@ -60,6 +60,7 @@ def short_recipe(recipe: Recipe) -> Recipe:
     search = replace(
         recipe.search,
         num_trials=2,
+        max_minutes=None,
         num_parallel=1,
         num_curve_samples=_NUM_SAMPLES,
         num_repair_samples=_NUM_SAMPLES,

@@ -15,6 +15,7 @@ from deploypipe.pruning.surgery.plan import make_plan
 from deploypipe.recipe import Magnitude
 from deploypipe.records import (
     Curves,
+    EpochEnded,
     Event,
     Feasibility,
     Measurement,
@@ -249,7 +250,11 @@ def _tune_finalist(ctx: RunContext, found: SearchResult, number: int) -> float:
         checkpoint.mkdir(exist_ok=True)
 
         def notify(event: Event) -> None:
-            finalist(replace(event, message=told) if isinstance(event, Progress) else event)
+            if isinstance(event, Progress):
+                event = replace(event, message=told)
+            elif isinstance(event, EpochEnded):
+                event = replace(event, trial=number)
+            finalist(event)
 
         _, log = compression.tune(ctx, plan, repaired, short, checkpoint, notify)
         shutil.rmtree(checkpoint)

@@ -1,7 +1,7 @@
 """MLflow 3 as the registry: each bundle becomes a run, an onnx model, a version of it, and aliases.
 
 The run is logged first, then the version is created, and the alias, by which it is found, is set last: an interrupted
-promotion publishes nothing, and the same call completes it. The only importer of mlflow.
+promotion publishes nothing, and the same call completes it. One of two importers of mlflow.
 """
 
 import os
@@ -15,15 +15,16 @@ from typing import Any
 
 import onnx
 
-from deploypipe.budgets import figures
 from deploypipe.errors import BundleError, DeploypipeError, NoVersionError
 from deploypipe.files.json_records import to_plain
 from deploypipe.installed_packages import ONNXRUNTIME, find_package
 from deploypipe.release.bundle import MODEL
 from deploypipe.release.manifest import Manifest
 from deploypipe.runs.result import RunResult
-from deploypipe.text import strict_json
 from deploypipe.text.masked_addresses import masked, without_secrets
+from deploypipe.tracking.event_figures import final_figures
+from deploypipe.tracking.mlflow_tracker import MLFLOW_SETTINGS
+from deploypipe.tracking.tracked_run import flat_parameters
 from deploypipe.verify import golden_case
 
 _DIGEST, _COMPLETE = "deploypipe.digest", "deploypipe.complete"
@@ -33,13 +34,6 @@ _MAX_PARAMS = 100  # logged by one call
 _MAX_VALUE = 500  # characters of a parameter; longer ones are only in the bundle
 _DEAD_AFTER_S = 24 * 3600.0
 _MAX_MESSAGE = 200  # characters of an error
-_SETTINGS = {  # defaults, unless the user has set them
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",  # seconds of a request, and retries: mlflow's own 120 and 7 take minutes
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-}
 
 
 def promote(bundle: Path, manifest: Manifest, result: RunResult, alias: str) -> int:
@@ -131,7 +125,7 @@ def _log_run(mlflow: ModuleType, client: Any, bundle: Path, manifest: Manifest, 
         params = list(_params(result).items())
         for start in range(0, len(params), _MAX_PARAMS):
             mlflow.log_params(dict(params[start : start + _MAX_PARAMS]))
-        mlflow.log_metrics(_metrics(result))
+        mlflow.log_metrics(final_figures(result.benchmark))
         if result.search:
             for trial in result.search.trials:
                 mlflow.log_metric("trial.accuracy", trial.candidate.accuracy, step=trial.number)
@@ -160,29 +154,7 @@ def _log_model(mlflow: ModuleType, bundle: Path, result: RunResult) -> None:
 
 def _params(result: RunResult) -> dict[str, str]:
     settings = {"recipe": to_plain(result.recipe), "target": to_plain(result.target), "pipeline": result.pipeline}
-    return {key: value for key, value in _flat(settings, "") if len(value) <= _MAX_VALUE}
-
-
-def _flat(value: Any, key: str) -> Iterator[tuple[str, str]]:
-    """(dotted key, text) of every leaf; a list counts as one leaf."""
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            yield from _flat(inner, f"{key}.{name}" if key else str(name))
-    elif value not in (None, "", []):
-        plain = "".join(c if c.isalnum() or c in "_-. /" else "_" for c in key)
-        yield plain, value if isinstance(value, str) else strict_json.dumps(value)
-
-
-def _metrics(result: RunResult) -> dict[str, float]:
-    report = result.benchmark
-    metrics: dict[str, float | None] = {}
-    for name, measured in (("dense", report.dense), ("compressed", report.compressed)):
-        accuracy = measured.accuracy.value if measured.accuracy else None
-        metrics |= {f"{name}.{key}": value for key, value in {"accuracy": accuracy, **figures(measured)}.items()}
-    for key, interval in (("latency_ratio", report.latency_ratio), ("accuracy_drop_pp", report.accuracy_drop_pp)):
-        if interval:
-            metrics |= {key: interval.value, f"{key}.low": interval.low, f"{key}.high": interval.high}
-    return {key: float(value) for key, value in metrics.items() if value is not None}
+    return {key: value for key, value in flat_parameters(settings, "") if len(value) <= _MAX_VALUE}
 
 
 def _trial_table(result: RunResult) -> dict[str, list[Any]]:
@@ -199,7 +171,7 @@ def _trial_table(result: RunResult) -> dict[str, list[Any]]:
 @contextmanager
 def _server() -> Iterator[ModuleType]:
     """mlflow with its telemetry off. Its errors become BundleError, without a password in the address."""
-    for name, value in _SETTINGS.items():
+    for name, value in MLFLOW_SETTINGS.items():
         os.environ.setdefault(name, value)
     try:
         import mlflow
