@@ -47,7 +47,7 @@ class RunArguments:
     stages: str | None
     shared: Path | None
     remeasure: bool
-    fast_dev_run: bool
+    fast_dev_run: bool = False
     ship_trial: int | None = None
     tensorboard: Path | None = None
 
