@@ -99,8 +99,8 @@ def compress(
 
     If the dense model is within the budget, in fp32 or in the precision that pays on the target, nothing is removed:
     `search` is None, and the gate decides on the dense model. If this machine is not the device
-    (`runtimes.device_ability.can`), nothing is measured: sizes are chosen by MACs, the files are exported, an engine is
-    built if it can be, and the gate decides HOLD.
+    (`runtimes.ability_for_target.can`), nothing is measured: sizes are chosen by MACs, the files are exported, an
+    engine is built if it can be, and the gate decides HOLD.
 
     A finished run leaves `model.onnx` (and `model.engine` for TensorRT), the samples that `deploypipe verify` replays,
     `report.html` and, written last, `result.json` in `out`.

@@ -75,7 +75,8 @@ def make_runtime(target: Target, *, trust_program: bool = False) -> Runtime:
 
 
 def find_runtime(target: Target, *, trust_program: bool = False) -> Runtime:
-    """The runtime of `target`, to measure with; RuntimeUnavailableError if this machine cannot (`device_ability.can`).
+    """The runtime of `target`, to measure with; RuntimeUnavailableError if this machine has none
+    for it (`ability_for_target.can`).
 
     trust_program: as in `make_runtime`.
     """
