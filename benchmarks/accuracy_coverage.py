@@ -1,10 +1,10 @@
-"""How often would the gate ship a network whose true loss is exactly the limit? Meant: 2.5 %; allowed: 5 %.
+"""How often would the gate ship a network whose true loss is exactly the limit? Intended: 2.5 %; allowed: 5 %.
 
     python benchmarks/accuracy_coverage.py [--runs 4000] [--samples 50 200]
 
-Each run draws the metrics of two networks on the same samples, with a true mean loss that is known, and ships where
-`interval_of_drop_pp` ends at or below that loss, as the gate does. Four shapes of losses, each for a metric between 0
-and 1 and for one without bounds. Beside it: the same with Student's t, and how much wider the interval is than t's.
+Each run draws the metrics of two networks on the same samples. The true mean loss is known. Like the gate, a run ships
+if `interval_of_drop_pp` ends at or below that loss. There are four shapes of losses, each for a metric between 0 and 1
+and for an unbounded one. The table also shows Student's t, and the width of our interval relative to it.
 """
 
 import argparse
@@ -24,7 +24,7 @@ Draw: TypeAlias = Callable[[np.random.Generator, int], Array]  # (generator, n) 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rates:
-    """Of many runs at the boundary."""
+    """The result of many runs at the limit."""
 
     shipped: float  # share
     shipped_by_t: float
@@ -61,7 +61,7 @@ def rates(shape: str, num_samples: int, num_runs: int, *, is_fraction: bool, see
 
 
 def _fractions(random: np.random.Generator, losses: Array) -> Array:
-    """A metric between 0 and 1, from which each sample can lose what it does."""
+    """A metric between 0 and 1 that is high enough for each sample to lose its drawn loss."""
     return np.clip(random.uniform(0.5, 0.8, len(losses)), np.maximum(losses, 0) / 100, 1 + np.minimum(losses, 0) / 100)
 
 

@@ -2,9 +2,10 @@
 
     python benchmarks/allocation.py resnet18 resnet50 resnet101 vgg16 [--levels 8]
 
-ResNets and VGGs of pytorchcv with random weights at 224 pixels. Losses are drawn; the latency model is fitted to
-made-up times of 40 networks (steps of 8 channels and a fixed part a layer). For 0.7, 0.5 and 0.35 of the latency:
-seconds of one call of `allocate`, and how far its sum of costs lies below the bound. Prints Markdown.
+The networks are ResNets and VGGs of pytorchcv with random weights at 224 pixels. Losses are random numbers. The latency
+model is fitted to simulated times of 40 networks (steps of 8 channels and a fixed cost per layer). For 0.7, 0.5 and
+0.35 of the latency, the table shows the seconds of one call of `allocate` and how far its cost lies below the bound.
+Prints Markdown.
 """
 
 import argparse
@@ -42,7 +43,7 @@ def main() -> None:
 
 def row(name: str, num_levels: int) -> str:
     family = "vgg" if name.startswith("vgg") else "resnet"
-    module = importlib.import_module(f"pytorchcv.models.{family}")  # all of it would want torchvision
+    module = importlib.import_module(f"pytorchcv.models.{family}")  # importing the whole package would need torchvision
     network, inputs = getattr(module, name)().eval(), torch.randn(2, 3, 224, 224)
     structures = list_structures(network, inputs)
     layers = find_layer_widths(network, structures, inputs)

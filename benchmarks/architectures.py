@@ -1,18 +1,22 @@
-"""Which networks can be pruned? Every one of `zoo.py`, and raw Torch-Pruning on the same beside it.
+"""Which networks can be pruned? Judge every network of `zoo.py`, with deploypipe and with plain Torch-Pruning.
 
     pip install -e '.[zoo]' && pip install --no-deps pytorchcv
     python benchmarks/architectures.py --out runs/architectures.jsonl [--markdown table.md] [--only NAME ...] [--jobs 2]
 
-(pytorchcv asks for torchvision, which none of the networks here needs.) Each network is judged in a child process of
-120 s, on one thread: traced; half of the units of every group removed at random; what is left compared with the dense
-network in which the same units are masked, and its parameters and MACs with what the edits promise; trained for a step;
-replayed from the plan on the network built again; saved and loaded; exported; then the same without every second of its
-layers (blocks), too. Where the dense network cannot be trained or exported either, the cell says so. Weights are the
-package's own initialisation, shaken so that no zero or one hides an error.
+(pytorchcv requires torchvision, but none of the networks here needs it.) Each network is judged in a child process, on
+one thread, for at most 120 s:
 
-Torch-Pruning gets a child of 120 s too: its BasePruner, magnitudes, ratio 0.5, the last layer ignored.
+  * it is traced, and half of the units of every group are removed at random;
+  * its outputs are compared with those of the dense network in which the same units are masked;
+  * its parameters and MACs are compared with the plan's;
+  * it is trained for a step, made again from the plan, saved and loaded, and exported;
+  * all of it is repeated with every second layer (block) removed as well.
 
-A run that was killed goes on where it stopped: networks in the --out file are not judged again.
+If the dense network cannot be trained or exported either, the cell says so. Weights are the package's own
+initialisation plus noise, so that no zero or one hides an error. Torch-Pruning has 120 s in a child process, too:
+BasePruner, magnitudes, ratio 0.5, the last layer ignored.
+
+A killed run resumes: networks in the --out file are not judged again.
 """
 
 import argparse
@@ -57,7 +61,7 @@ from deploypipe.records import Frozen, PruningPlan, ScoreTable, Structures
 from deploypipe.task import Splits, Task, evaluating, forward, num_samples
 from deploypipe.training.finetune import finetune
 
-Facts: TypeAlias = dict[str, Any]  # what is known of one network: a verdict for each of CHECKS, and figures
+Facts: TypeAlias = dict[str, Any]  # facts about one network: a verdict for each of CHECKS, and figures
 
 LIMIT_S = 120
 TOLERANCE = 1e-3  # of the largest output
@@ -84,8 +88,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=NETWORKS, default=list(NETWORKS), metavar="NAME")
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="one line of JSON for every network")
-    parser.add_argument("--markdown", type=Path, help="the table; without it, it is printed")
+    parser.add_argument("--out", type=Path, help="file for the results: one line of JSON for every network")
+    parser.add_argument("--markdown", type=Path, help="file for the table; without it, the table is printed")
     parser.add_argument("--judge", choices=NETWORKS, help=argparse.SUPPRESS)
     parser.add_argument("--raw", choices=NETWORKS, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -124,7 +128,7 @@ def read(path: Path) -> dict[str, Facts]:
 
 
 def tell(facts: Iterator[tuple[str, Any]]) -> None:
-    """Print each fact as soon as it is known: a child that is stopped has then told what it knew."""
+    """Print each fact as soon as it is known, so that a child that is stopped has reported what it knew."""
     answers = sys.stdout
     with redirect_stdout(sys.stderr):  # whatever the packages print
         try:
@@ -222,7 +226,7 @@ def shorten(dense: nn.Module, plan: PruningPlan, inputs: Inputs, folder: Path) -
 
 
 def sizes(dense: nn.Module, pruned: nn.Module, plan: PruningPlan, inputs: Inputs) -> str:
-    """Whether parameters, and MACs of them with activations, are what the plan's edits promise."""
+    """Whether parameters and MACs are those that follow from the plan's edits."""
     promised_params, shares = sizes_after(dense, plan.edits)
     of_weights = count_operations(dense, inputs).by_parameter
     promised_macs = sum(macs * shares.get(name, 1.0) for name, macs in of_weights.items())
@@ -236,7 +240,7 @@ def sizes(dense: nn.Module, pruned: nn.Module, plan: PruningPlan, inputs: Inputs
 
 
 def compare(dense: nn.Module, masked: nn.Module, pruned: nn.Module, inputs: Inputs) -> Iterator[tuple[str, Any]]:
-    """Whether the pruned network computes what the masked one does, which must not be what the dense one does."""
+    """Whether the pruned network computes the same as the masked one, and not the same as the dense one."""
     seen = outputs(pruned, inputs)
     mismatch, effect = difference(outputs(masked, inputs), seen), difference(outputs(dense, inputs), seen)
     yield "mismatch", mismatch
@@ -244,13 +248,13 @@ def compare(dense: nn.Module, masked: nn.Module, pruned: nn.Module, inputs: Inpu
     if mismatch > TOLERANCE:
         yield "equal", f"{NO}: differs by {mismatch:.1g} of the largest output"
     elif effect <= 10 * TOLERANCE:
-        yield "equal", f"{NO}: cannot be told, what is removed counts for {effect:.1g} of the largest output"
+        yield "equal", f"{NO}: cannot be decided, what is removed counts for {effect:.1g} of the largest output"
     else:
         yield "equal", YES
 
 
 def attempt(work: Callable[[], Any], on_dense: Callable[[], Any]) -> str:
-    """Whether `work` succeeds; where it does not, `on_dense` tells whether pruning is to blame."""
+    """Whether `work` succeeds. If it fails, `on_dense` shows whether pruning is the cause."""
     try:
         work()
     except Exception as error:
@@ -263,7 +267,7 @@ def attempt(work: Callable[[], Any], on_dense: Callable[[], Any]) -> str:
 
 
 def halved(structures: Structures, without: Sequence[str] = ()) -> PruningPlan:
-    """Half of the units of every group, and one at least, stay; which ones is drawn. without: blocks to remove."""
+    """A plan that keeps a random half of each group's units, at least one. without: blocks to remove."""
     draw = random.Random(0)
     scores = {group.name: tuple(draw.random() for _ in range(group.num_units)) for group in structures.groups}
     widths = {group.name: max(1, group.num_units // 2) for group in structures.groups}
@@ -271,7 +275,7 @@ def halved(structures: Structures, without: Sequence[str] = ()) -> PruningPlan:
 
 
 def quarantined(frozen: tuple[Frozen, ...]) -> list[Frozen]:
-    """What stays although it has several channels that are read, and is not at the network's edge or tied to it."""
+    """Layers that cannot lose channels although they have several that are read, away from the network's edge."""
     rows = [row for row in frozen if row.kind != "block"]
     edge = {
         row.name
@@ -312,7 +316,7 @@ def train_step(model: nn.Module, dense: nn.Module, inputs: Inputs) -> None:
 
 
 def are_identical(a: nn.Module, b: nn.Module, inputs: Inputs) -> bool:
-    """Bit for bit, weights and outputs."""
+    """Whether weights and outputs are equal bit for bit."""
     ours, theirs = a.state_dict(), b.state_dict()
     return (
         list(ours) == list(theirs)
@@ -333,7 +337,7 @@ def require_program(model: nn.Module, plan: PruningPlan, inputs: Inputs, folder:
 
 
 def judge_raw(network: Network) -> Iterator[tuple[str, Any]]:
-    """What Torch-Pruning makes of the network when it is told no more than which layer is the last."""
+    """The result of Torch-Pruning, which is given the network and the name of its last layer only."""
     import torch_pruning
 
     model, inputs = built(network)
@@ -347,7 +351,7 @@ def judge_raw(network: Network) -> Iterator[tuple[str, Any]]:
         ignored_layers=[last_layer(model, inputs)],
         forward_fn=forward,
         output_transform=lambda o: [t for t in tree_leaves(o) if isinstance(t, Tensor) and t.requires_grad],
-        pruning_ratio_dict={},  # its own defaults are shared between all pruners of a process
+        pruning_ratio_dict={},  # its defaults are shared by all pruners of a process
         in_channel_groups={},
         out_channel_groups={},
         num_heads={},
@@ -371,7 +375,7 @@ def last_layer(model: nn.Module, inputs: Inputs) -> nn.Module:
 
 
 def _explain(error: Exception) -> str:
-    """Its innermost cause on one line."""
+    """The innermost cause of the error on one line."""
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
@@ -399,16 +403,16 @@ def in_children(name: str) -> Facts:
 
 
 def ask(*arguments: str) -> Facts:
-    """What the child tells within the limit; "error" says why it did not tell all."""
+    """The facts that the child reported within the limit; "error" says why some are missing."""
     command = [sys.executable, __file__, *arguments]
     try:
         done = subprocess.run(
             command, capture_output=True, timeout=LIMIT_S, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
         )
-        told, ending = done.stdout, "" if not done.returncode else f"the process ended with code {done.returncode}"
+        printed, ending = done.stdout, "" if not done.returncode else f"the process ended with code {done.returncode}"
     except subprocess.TimeoutExpired as late:
-        told, ending = late.stdout or b"", f"not finished after {LIMIT_S} s"
-    whole_lines = told.rpartition(b"\n")[0].splitlines()
+        printed, ending = late.stdout or b"", f"not finished after {LIMIT_S} s"
+    whole_lines = printed.rpartition(b"\n")[0].splitlines()
     facts: Facts = dict(json.loads(line) for line in whole_lines)
     return {"error": ending, **facts} if ending else facts
 
@@ -420,13 +424,13 @@ def verdict(facts: Facts, check: str) -> str:
 
 
 def complaints(facts: Facts) -> list[str]:
-    """Why a network is not green: checks that failed, and what cannot be removed, each reason once."""
+    """Why a network is not green: failed checks and layers that cannot be pruned, each reason once."""
     failed, stays = defaultdict(list), defaultdict(list)
     for check, title in CHECKS.items():
         if (text := verdict(facts, check)).startswith(NO):
             failed[text.removeprefix(f"{NO}: ")].append(title)
     for name, reason in facts.get("quarantined", ()):
-        if "shares its channels with" not in reason:  # the row it refers to says why
+        if "shares its channels with" not in reason:  # the row that it refers to says why
             stays[re.sub(r"'[^']*'|[0-9][0-9.e+-]*", "…", reason)].append(f"{name} stays: {reason}")
     rows = [f"{', '.join(titles)}: {reason}" for reason, titles in failed.items()]
     return rows + [f"{same[0]} (and {len(same) - 1} like it)" if same[1:] else same[0] for same in stays.values()]
@@ -484,9 +488,9 @@ def cells(facts: Facts) -> list[str]:
     raw = facts["raw"]
     before = facts.get("params_before")
     if raw.get("runs") == YES:
-        beside = f"{raw['params_after'] / raw['params_before']:.0%}"
+        of_rival = f"{raw['params_after'] / raw['params_before']:.0%}"
     else:
-        beside = (raw.get("error") or raw["runs"].removeprefix(f"{NO}: "))[:60].replace("|", "/")
+        of_rival = (raw.get("error") or raw["runs"].removeprefix(f"{NO}: "))[:60].replace("|", "/")
     return [
         facts["name"],
         facts["source"],
@@ -500,7 +504,7 @@ def cells(facts: Facts) -> list[str]:
         str(len(facts.get("quarantined", ()))),
         *map(mark, CHECKS),
         f"{facts['seconds']:.0f}",
-        beside,
+        of_rival,
     ]
 
 

@@ -1,10 +1,11 @@
-"""Flip single bits in all that a run leaves, one at a time, and count what the product notices.
+"""Flip single bits in the files of a run, one at a time, and count how many of the flips are detected.
 
     python benchmarks/bit_flips.py RUN [--flips 600] [--seed 0] [--rerun 'deploypipe run ...' --reruns 5]
 
-RUN is a finished run that ships; work is done on a copy. A flip is caught where a command refuses what it finds, or
-where a rerun computes the stage again (`read_record`, which a rerun asks, finds it damaged). A crash is neither. With
---rerun that command, with `{run}` for the folder, is really run again after flips in stages: its plan must not change.
+RUN is the folder of a finished run that ships; the benchmark works on a copy. A flip is detected if a command refuses
+the file, or if a rerun would compute the stage again (`read_record` reports damage). A crash does not count as
+detected. With --rerun, the given command (`{run}` stands for the folder) runs after flips in stages: its plan must not
+change.
 """
 
 import argparse
@@ -33,7 +34,7 @@ RERUN = "rerun"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
-    """Files that are alike, and what looks at them: each check says whether it notices that a file was changed."""
+    """Files of one kind and their checks. Each check returns whether it detects a changed file."""
 
     name: str
     files: tuple[Path, ...]
@@ -42,16 +43,16 @@ class Group:
 
 @dataclass(slots=True)
 class Row:
-    """What became of the flips in a group."""
+    """The outcome of the flips in a group."""
 
     name: str
     flips: int = 0
     caught_by: Counter[str] = field(default_factory=Counter)
-    through: list[str] = field(default_factory=list)  # where no check noticed anything
+    through: list[str] = field(default_factory=list)  # places where no check detected the flip
 
 
 def groups_of(run: Path, bundle: Path, device: Path) -> list[Group]:
-    """All that is checked of a run, of its bundle, and of the golden folder alone, as it lies on a device."""
+    """The groups of files in a run, in its bundle, and in the golden folder alone, as it is copied to a device."""
     commands = {
         "release": _command("release", run, "--out", str(run.parent / "bundles")),
         "verify": _command("verify", run),
@@ -73,7 +74,7 @@ def groups_of(run: Path, bundle: Path, device: Path) -> list[Group]:
 
 
 def flip_and_check(groups: Sequence[Group], num_flips: int, seed: int) -> list[Row]:
-    """Flip `num_flips` bits, as many in each group, files drawn evenly; every file is as it was afterwards."""
+    """Flip `num_flips` bits, equally many in each group, in files drawn at random. Every file is restored."""
     rng = random.Random(seed)
     rows = []
     for number, group in enumerate(groups):
@@ -136,7 +137,7 @@ def _golden_names(run: Path) -> list[str]:
 
 
 def rerun(run: Path, command: str, num_flips: int, seed: int) -> int:
-    """Flip a bit in a stage and run again, `num_flips` times: how often the plan came out as before."""
+    """Flip a bit in a stage and run again, `num_flips` times; count how often the plan stays the same."""
     rng = random.Random(seed)
     plan = _plan(run)
     same = 0

@@ -1,14 +1,15 @@
-"""A random Llama with a billion parameters, a quarter of its heads and hidden units removed block by block.
+"""Remove a quarter of the heads and hidden units of a random Llama with a billion parameters, block by block.
 
     python benchmarks/blockwise.py [--layers 22] [--out FOLDER]
     python benchmarks/blockwise.py --architectures
     python benchmarks/blockwise.py --trained
 
-Prints the weights' size, the peak memory of the process that prunes, and what was left. The weights are made in
-another process, and the pruned network is loaded in a third. Peak memory is what the operating system counts, shared
-libraries and pages of the weights' file included. The second command prunes the networks of `zoo` that `transformers`
-builds, small and random, the longest list of blocks in each, and says which are refused, and why. The third compares
-the trained ViT (CIFAR10_DIR, VIT_WEIGHTS), pruned so and as a whole.
+The first command prints the size of the weights, the peak memory of the pruning process, and the size of the result.
+One process makes the weights, a second prunes, a third loads the pruned network. Peak memory is the operating system's
+figure, which includes shared libraries and pages of the weights' file. The second command prunes the small random
+networks of `zoo` that come from `transformers`, in each the longest list of blocks. It prints which of them are
+refused, and why. The third compares two ways to prune the trained ViT (CIFAR10_DIR, VIT_WEIGHTS): block by block and as
+a whole.
 """
 
 import argparse
@@ -45,7 +46,7 @@ _SCORES = {"output_error": OutputError(), "magnitude": Magnitude()}
 
 
 def build_model(num_layers: int) -> nn.Module:
-    """Shaped like TinyLlama-1.1B, whose 22 layers are 1.1 billion parameters."""
+    """A network shaped like TinyLlama-1.1B, whose 22 layers have 1.1 billion parameters."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return LlamaForCausalLM(
@@ -84,12 +85,12 @@ def prune(num_layers: int, weights: Path, folder: Path, score: str) -> None:
         repair=Repair(num_samples=_SAMPLES, positions_per_sample=_TOKENS),
     )
 
-    def tell(event: Event) -> None:
+    def report(event: Event) -> None:
         if isinstance(event, Progress):
             print(f"{_peak_mib():6,.0f} MiB  {event.done} of {event.total}: {event.message}", flush=True)
 
     began = time.perf_counter()
-    done = prune_blockwise(lambda: build_model(num_layers), weights, batches, folder, recipe, kept=_KEPT, notify=tell)
+    done = prune_blockwise(lambda: build_model(num_layers), weights, batches, folder, recipe, kept=_KEPT, notify=report)
     size = weights.stat().st_size / 2**20
     groups = [cut for block in done.blocks for cut in block.cuts]
     removed, units = sum(len(cut.removed) for cut in groups), sum(cut.num_units for cut in groups)
@@ -161,7 +162,7 @@ def compare_with_whole(kept: float) -> dict[str, float]:
 
 
 def _samples(inputs: zoo.Inputs, seed: int) -> zoo.Inputs:
-    """Eight samples like the two there are."""
+    """Make eight samples like the two given ones."""
     generator = torch.Generator().manual_seed(seed)
     drawn = {}
     for name, value in inputs.items():
@@ -183,7 +184,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=22)
     parser.add_argument("--score", choices=sorted(_SCORES), default="output_error")
-    parser.add_argument("--out", type=Path, help="keep what is made, and go on there")
+    parser.add_argument("--out", type=Path, help="folder to keep the results in; a later call resumes there")
     parser.add_argument("--architectures", action="store_true")
     parser.add_argument("--trained", action="store_true")
     parser.add_argument("--step", choices=["weights", "prune", "load"], help=argparse.SUPPRESS)

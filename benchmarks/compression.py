@@ -1,17 +1,17 @@
-"""What each step is worth: CIFAR-10 ResNets at 2.1x fewer MACs, or another number.
+"""How much does each step contribute? CIFAR-10 ResNets at 2.1x fewer MACs, or at another --speedup.
 
     python benchmarks/compression.py resnet56_cifar10 --out runs/bench-resnet56 [--epochs 5] [--speedup 2.1] [--seed 0]
         [--scorer magnitude]
 
-needs the environment variables of the pipeline (CIFAR10_DIR, RESNET56_WEIGHTS). For one network and one seed it takes
+Needs the environment variables of the pipeline (CIFAR10_DIR, RESNET56_WEIGHTS). For one network and one seed it
+compares
 
-  * uniform widths and widths allocated by measured KL, sliced only and repaired, no training at all;
-  * the repaired, allocated network after a short fine-tune; and beside it uniform magnitude slicing without repair,
-    given the very same fine-tune;
-  * ONNX Runtime latency of both against the dense file, interleaved, and the accuracy of the exported files;
+  * uniform widths with widths allocated by measured KL, sliced only and repaired, without training;
+  * the repaired, allocated network with uniform magnitude slicing without repair, both after the same short fine-tune;
+  * the latency of both in ONNX Runtime with that of the dense file, timed in turns, and the accuracy of the files.
 
-all on the 10,000 test images, and the time of each stage. Every choice (scores, widths, epoch) is made on training
-images. Prints a Markdown table; a run that was killed goes on where it stopped.
+Accuracy is that on the 10,000 test images. Every choice (scores, widths, epoch) is made on training images. The time of
+each stage is reported, too. Prints a Markdown table. A killed run resumes.
 """
 
 import argparse
@@ -53,7 +53,7 @@ SCORERS = {"mipp": Mipp(), "magnitude": Magnitude()}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Accuracy:
-    """On the test split."""
+    """Accuracy on the test split."""
 
     percent: float
     low: float
@@ -69,7 +69,7 @@ class Plans:
     macs_plain: int
     macs_allocated: int
     seconds: dict[str, float]
-    observe_ratio: float  # observe against a plain forward over the same samples
+    observe_ratio: float  # time to observe, divided by that of a plain forward pass
 
 
 def main() -> None:

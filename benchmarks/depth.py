@@ -1,10 +1,10 @@
-"""Which block scorer should one use? Blocks of one trained network removed by each, no training.
+"""Which block scorer is best? Remove blocks of one trained network by each scorer, without training.
 
     python benchmarks/depth.py resnet56_cifar10 --out runs/depth-resnet56 [--counts 1 3 5 7 9]
 
-needs the environment variables of the pipeline (CIFAR10_DIR, RESNET56_WEIGHTS). For every scorer and number of blocks:
-the accuracy on the test split of the network without them, as it is and repaired. Prints a Markdown table; a run that
-was killed goes on where it stopped.
+Needs the environment variables of the pipeline (CIFAR10_DIR, RESNET56_WEIGHTS). For every scorer and number of blocks,
+the table shows the test accuracy of the network without those blocks, before and after repair. Prints Markdown. A
+killed run resumes.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from deploypipe.user_pipeline import UserPipeline, load_pipeline
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Order:
-    """Blocks to remove, by how many of them are."""
+    """The blocks to remove, by their number."""
 
     blocks: dict[str, Names]
     seconds: float

@@ -1,11 +1,11 @@
-"""Is a scorer's lead still there after training? Uniform widths, repaired, then the pipeline's own short fine-tune.
+"""Does a scorer keep its lead after training? Uniform widths, repaired, then the pipeline's own short fine-tune.
 
     python benchmarks/finetune.py resnet56_cifar10 --out runs/finetune-resnet56 [--width 0.5] [--epochs 2] [--seeds 3]
 
-needs the environment variables of the pipeline (CIFAR10_DIR, RESNET56_WEIGHTS). The scorers by default are the best
-three of `scores.py` and plain magnitude. A seed draws half of the calibration samples, the positions that the repair
-sees, and the fine-tune's mixing and dropout; the order of the training images is the pipeline's. The epoch is chosen on
-val. Prints a Markdown table of the accuracy on the test split; a run that was killed goes on where it stopped.
+Needs the environment variables of the pipeline (CIFAR10_DIR, RESNET56_WEIGHTS). The default scorers are the best three
+of `scores.py` and plain magnitude. The seed selects half of the calibration samples, the positions that the repair
+sees, and the fine-tune's mixing and dropout. The order of the training images is the pipeline's. The epoch is chosen on
+val. Prints a Markdown table of test accuracy. A killed run resumes.
 """
 
 import argparse
@@ -30,7 +30,7 @@ BEST = ("output error", "MIPP", "layer-wise MI, joint", "magnitude L2")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """One scorer, one seed."""
+    """The result of one scorer with one seed."""
 
     macs_kept: float
     repaired: float  # accuracy in percent
@@ -63,7 +63,7 @@ def judge(
     batches = subject.drawn(seed)
 
     @cache
-    def moments() -> Moments:  # only where a scorer has not been judged in an earlier run
+    def moments() -> Moments:  # only needed if an earlier run has not judged a scorer
         return subject.moments(batches, seed)
 
     def compute(name: str, work: Path) -> Outcome:
@@ -86,15 +86,15 @@ def judge(
 def tune(
     subject: Subject, table: ScoreTable, width: float, batches: list[Batch], settings: Finetune, seed: int, work: Path
 ) -> Outcome:
-    def tell(event: Event) -> None:
+    def report(event: Event) -> None:
         if isinstance(event, Progress) and event.done % 50 == 0:
             print(f"{event.message}: {event.done}/{event.total}", end="\r", flush=True)
 
     _, mended = subject.cut(table, width, batches, seed)
     tuned, log = finetune(
-        mended, subject.dense, subject.splits, subject.task, settings, checkpoint=work, seed=seed, notify=tell
+        mended, subject.dense, subject.splits, subject.task, settings, checkpoint=work, seed=seed, notify=report
     )
-    for file in work.glob("epoch-*"):  # of use to an interrupted fine-tune only
+    for file in work.glob("epoch-*"):  # only an interrupted fine-tune needs them
         file.unlink()
     return Outcome(
         macs_kept=subject.macs_kept(mended), repaired=subject.accuracy(mended), tuned=subject.accuracy(tuned), log=log

@@ -1,11 +1,11 @@
-"""Does `deploypipe bench` keep what its intervals promise, on this machine as it is now?
+"""Are the intervals of `deploypipe bench` right on this machine, in its present state?
 
     python benchmarks/honesty.py digits resnet8_cifar10 [--repeats 100] [--samples 400] [--extra 6 12]
 
-A file is measured against itself, again and again: "no difference" has to come out in 95 of 100 repetitions at least.
-Then against copies of it that begin with some more additions, which are slower by a little: how often is that found?
-Without --samples a repetition times as much as `deploypipe bench` does; 400 is what a run's benchmark stage does.
-A pipeline needs its own environment variables.
+First a file is compared with itself: at least 95 of 100 repetitions must find "no difference". Then it is compared with
+slightly slower copies, which begin with a few extra additions: how often is the difference detected? Without --samples,
+a repetition times as many runs as `deploypipe bench`; a run's benchmark stage times 400. A pipeline needs its own
+environment variables.
 """
 
 import argparse
@@ -35,7 +35,9 @@ def main() -> None:
     parser.add_argument("pipelines", nargs="+", metavar="PIPELINE")
     parser.add_argument("--repeats", type=int, default=100)
     parser.add_argument("--samples", type=int)
-    parser.add_argument("--extra", type=int, nargs="*", default=[6, 12], help="additions that a slower copy has more")
+    parser.add_argument(
+        "--extra", type=int, nargs="*", default=[6, 12], help="numbers of extra additions in the slower copies"
+    )
     options = parser.parse_args()
     print(f"| {' | '.join(HEADS)} |\n|{'---|' * len(HEADS)}")
     for name in options.pipelines:
@@ -73,7 +75,7 @@ HEADS = (
 
 def show(name: str, what: str, results: list[BenchResult]) -> None:
     ratios = [r.latency_ratio for r in results if r.latency_ratio]
-    said = Counter(compare(ratio) for ratio in ratios)  # by the intervals alone, also where the machine was noisy
+    said = Counter(compare(ratio) for ratio in ratios)  # by the intervals alone, even if the machine was noisy
     share = interval_of_mean([float(compare(ratio) == "no difference") for ratio in ratios])
     latencies = [r.against.latency for r in results if r.against and r.against.latency]
     conditions = Counter(r.conditions.verdict for r in results)
@@ -95,7 +97,7 @@ def show(name: str, what: str, results: list[BenchResult]) -> None:
 
 
 def with_additions(model: onnx.ModelProto, count: int) -> onnx.ModelProto:
-    """The same network on its first input plus a very small number, `count` times over; nothing merges them."""
+    """The same network after `count` additions of a tiny number to its first input, which no optimizer merges."""
     graph = model.graph
     old = graph.input[0].name
     ranks = len(graph.input[0].type.tensor_type.shape.dim)

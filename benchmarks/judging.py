@@ -1,4 +1,4 @@
-"""What the benchmarks share."""
+"""Code that the benchmarks share."""
 
 import copy
 from collections.abc import Sequence
@@ -57,7 +57,7 @@ BATCH = 128
 
 
 class Subject:
-    """A pipeline's trained network, to be cut at uniform widths by scores of one random draw of calibration samples.
+    """A pipeline's trained network, cut to uniform widths with scores of a random half of the calibration samples.
 
     keep: glob patterns of modules that stay whole; by default the recipe's.
     """
@@ -70,7 +70,7 @@ class Subject:
         self.structures = list_structures(self.dense, self.inputs, self.recipe.keep if keep is None else keep)
 
     def drawn(self, draw: int) -> list[Batch]:
-        """Half of the calibration samples."""
+        """A random half of the calibration samples."""
         inputs, target = stack_batches([i for i, _ in self.calib]), torch.cat([t for _, t in self.calib])
         picked = torch.randperm(len(target), generator=torch.Generator().manual_seed(draw))[: len(target) // 2]
         parts = picked.split(BATCH)
@@ -84,7 +84,7 @@ class Subject:
         )
 
     def cut(self, table: ScoreTable, width: float, batches: list[Batch], draw: int) -> tuple[nn.Module, nn.Module]:
-        """The network sliced only, and repaired."""
+        """The network after slicing only, and after repair."""
         allocation = uniform(self.structures, width, 1)
         plan = make_plan(self.structures, table, allocation.widths, allocation.blocks)
         pruned = apply_plan(self.dense, plan)
@@ -98,7 +98,7 @@ class Subject:
         return count_macs(model, self.inputs)[1] / self.structures.num_macs
 
     def accuracy(self, model: nn.Module) -> float:
-        """In percent, on the test split."""
+        """The accuracy on the test split, in percent."""
         return 100 * float(np.mean(test_hits(model, self.splits, self.task)))
 
 
@@ -107,13 +107,13 @@ def stage_name(entrant: str, draw: int) -> str:
 
 
 def with_spread(values: list[float]) -> str:
-    """Their mean, and in brackets the least and the greatest."""
+    """The mean, and in brackets minimum and maximum."""
     spread = f" [{min(values):.2f}, {max(values):.2f}]" if len(values) > 1 else ""
     return f"{np.mean(values):.2f}{spread}"
 
 
 def test_hits(model: nn.Module, splits: Splits, task: Task) -> NDArray[np.float64]:
-    """The metric of every test sample. The model is left as it is."""
+    """The metric of every test sample. The model is not changed."""
     network = copy.deepcopy(model).to(memory_format=torch.channels_last)
     batches = ((channels_last(inputs), target) for inputs, target in splits.test)
     return evaluate_module(network, batches, task)

@@ -1,13 +1,13 @@
-"""A run is killed again and again at random moments, and resumed each time: does it end as if nothing had happened?
+"""Does a run that is killed and resumed many times end with the same files as an undisturbed run?
 
     python benchmarks/kills.py --kills 60 --out runs/kills
     python benchmarks/kills.py --pipeline tests/tiny_pipeline.py --kills 60 --out runs/kills-tiny
 
-The digits (or another pipeline) with few trials, under a budget of MACs, which no clock can move. Each process computes
-in a fork of this one, which saves the seconds that importing torch takes; kill -9 ends it. A third of the kills are
-aimed at measurements. Where a run comes to its end, its plan and its model file are compared, byte for byte, with those
-of an undisturbed run, and no part of a file may be left; then the next folder is begun. Exit code 1 where anything
-differs. Kills that came after the end of a run do not count.
+Runs the digits (or another pipeline) with few trials and a MACs budget, which does not depend on timing. Each process
+is a fork of this one, which saves the import of torch, and is ended by kill -9 at a random moment. A third of the kills
+aim at measurements. When a run ends, its plan and its model file must equal those of an undisturbed run byte for byte,
+and no partial file may be left. Then the next folder begins. The exit code is 1 if anything differs. Kills after the
+end of a run do not count.
 """
 
 import argparse
@@ -47,13 +47,13 @@ TARGET = Target(
     num_latency_samples=200,
     budget=Budget(macs="0.5x", accuracy_drop_pp=10.0),
 )
-_LONGEST_S = 1.5  # into a stage or a measurement
+_LONGEST_S = 1.5  # from the start of a stage or measurement to the kill
 _ENDED = "ended"
 _AIMS = ("start", "start", "measuring in")
 
 
 def settings(recipe: Recipe) -> Recipe:
-    """Few trials and one epoch: enough for every stage to have something to lose."""
+    """A recipe with few trials and one epoch: enough work for a kill to interrupt every stage."""
     return replace(
         recipe,
         search=replace(recipe.search, num_trials=3, num_finalists=1, num_curve_samples=128, num_repair_samples=128),
@@ -62,7 +62,7 @@ def settings(recipe: Recipe) -> Recipe:
 
 
 def work(pipeline: UserPipeline, model: torch.nn.Module, folder: Path, events: Connection) -> None:
-    """One process's life: the run, with what it is at sent to the one that kills it."""
+    """Run in the child process, and send the current stage to the process that kills it."""
     stage = ""
 
     def notify(event: Event) -> None:
@@ -91,7 +91,7 @@ def work(pipeline: UserPipeline, model: torch.nn.Module, folder: Path, events: C
 
 
 def built(pipeline: UserPipeline) -> torch.nn.Module:
-    """The dense network, made in a process of its own: after a backward pass here no fork could do another."""
+    """The dense network, made in another process: after a backward pass in this one, no fork could run another."""
     receiving, sending = multiprocessing.Pipe(duplex=False)
     if os.fork() == 0:
         sending.send_bytes(pickle.dumps(pipeline.build_model()))
@@ -101,10 +101,10 @@ def built(pipeline: UserPipeline) -> torch.nn.Module:
 
 
 def life(pipeline: UserPipeline, model: torch.nn.Module, folder: Path, rng: random.Random, aim: str) -> str:
-    """What a process was at when it was killed; `_ENDED` where it came to its end.
+    """Run a process and kill it; return the stage that was killed, or `_ENDED` if the process finished.
 
-    aim: "start" kills in the first seconds of one of the next few stages that are not finished, "measuring in" in the
-    midst of one of the next few measurements, "never" not at all.
+    aim: "start" kills in the first seconds of one of the next few unfinished stages, "measuring in" during one of the
+    next few measurements, "never" does not kill.
     """
     receiving, sending = multiprocessing.Pipe(duplex=False)
     child = os.fork()
@@ -126,7 +126,7 @@ def life(pipeline: UserPipeline, model: torch.nn.Module, folder: Path, rng: rand
         except EOFError:
             break
         at = stage if kind == "start" else f"{kind} {stage}"
-        if kind == "cached":  # it had not begun
+        if kind == "cached":  # the stage did not run
             skipped, until = (skipped + 1, math.inf) if aim == "start" else (skipped, until)
         elif kind == aim:
             skipped -= 1
@@ -139,7 +139,7 @@ def life(pipeline: UserPipeline, model: torch.nn.Module, folder: Path, rng: rand
 
 
 def decided(folder: Path) -> str:
-    """All that a search decided, and what ships, without the clock's figures."""
+    """The decisions of a search and the shipped files, without measured times."""
     result = load_result(folder)
     assert result.search
     trials = [
@@ -158,7 +158,7 @@ def decided(folder: Path) -> str:
 
 
 def problems(folder: Path) -> list[str]:
-    """Records that are not whole, and what was left lying about."""
+    """Incomplete records and leftover files."""
     found = [str(p) for p in folder.rglob("*") if ".part" in p.name or p.name.startswith(".")]
     for path in folder.glob("[0-9][0-9]-*.json"):
         stored = json.loads(unseal(path.read_bytes()))

@@ -1,13 +1,13 @@
-"""How often latency intervals hold the truth, and how often a network at its limit would ship, simulated.
+"""Simulate how often latency intervals contain the true value, and how often a network at its limit would ship.
 
     python benchmarks/latency_coverage.py [--simulations 1000] [--seed 0]
 
-A machine whose speed wanders by +-3 % times two files by the product's own schedule and orders: blocks of runs between
-two openings of the files, each opening with a small shift of its own, white noise of 1 % and rare interruptions. The
-speed is a process with one time constant (Ornstein-Uhlenbeck: 3 % is its standard deviation) or a wave (3 % is its
-amplitude, the time constant its period). Time constants are shares of the whole measurement. The truth of an absolute
-latency is its median over a long time. "Ships" counts the intervals whose upper end is below the truth: a limit at the
-truth would be called met. 95 % intervals should hold the truth in 95 %, and ship in 2.5 %.
+A simulated machine, whose speed drifts by +-3 %, times two files by the product's own schedule: blocks of runs between
+openings of the files. Each opening shifts the latency a little; there is white noise of 1 % and there are rare
+interruptions. The speed is an Ornstein-Uhlenbeck process (3 % is its standard deviation) or a wave (3 % is its
+amplitude, the time constant its period). Time constants are shares of the whole measurement. The true latency is the
+median over a long time. "Ships" counts the intervals whose upper end is below the true value, so that a limit at the
+true value would count as met. 95 % intervals should contain the truth in 95 % of cases and ship in 2.5 %.
 """
 
 import argparse
@@ -24,20 +24,20 @@ from deploypipe.records import Interval
 
 Floats = NDArray[np.float64]
 
-NUM_RUNS = 588  # of each file, as many as a file of 4 ms and one of 2.8 ms are timed by default
+NUM_RUNS = 588  # of each file: the default for a file of 4 ms and one of 2.8 ms
 TIMES_MS = (4.0, 2.8)
 DRIFT = 0.03
 NOISE = 0.01
-OPENING = 0.003  # what an opening moves a file by
+OPENING = 0.003  # the shift of latency by an opening
 INTERRUPTED, SLOWER = 0.02, 0.5  # share of the runs, and by how much
 SHARES = (0.01, 0.05, 0.1, 0.2, 0.5, 0.7, 1.0)  # time constants
-_REOPENING = 2 * BLOCK  # untimed runs that opening both files takes as long as
-_LONG = 400_000  # runs that the truth is taken from
+_REOPENING = 2 * BLOCK  # opening both files takes as long as so many runs
+_LONG = 400_000  # runs that the true value is computed from
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Coverage:
-    """Of the simulations of one kind of drift, the shares in which an interval held the truth, and shipped."""
+    """The shares of simulations with one kind of drift in which an interval held the truth, and shipped."""
 
     absolute: float
     absolute_ships: float
@@ -47,7 +47,7 @@ class Coverage:
 
 
 def simulate(kind: str, share: float, simulations: int, seed: int = 0, num_resamples: int = 200) -> Coverage:
-    """kind: "none", "wandering" or "wave"; share: its time constant, of the length of the measurement."""
+    """kind: "none", "wandering" or "wave". share: time constant, as a share of the measurement's length."""
     generator = np.random.default_rng(seed)
     truth = TIMES_MS[1] * _median_slowness(kind, generator)
     absolute, relative = [], []
@@ -65,7 +65,7 @@ def simulate(kind: str, share: float, simulations: int, seed: int = 0, num_resam
 
 
 def timed(generator: np.random.Generator, kind: str, share: float) -> tuple[Floats, Floats, int]:
-    """Milliseconds (n,) of both files in the order they were taken, and the block: by the product's schedule."""
+    """Times (n,) of both files in ms, in the order of the product's schedule, and their blocks."""
     openings, runs = schedule(NUM_RUNS)
     length = openings * (_REOPENING + 2 * runs)
     slow = drift(generator, kind, share, length).reshape(openings, -1)[:, _REOPENING:]
@@ -99,7 +99,7 @@ def _noise(generator: np.random.Generator, size: int) -> Floats:
 
 
 def _median_slowness(kind: str, generator: np.random.Generator) -> float:
-    """Over a long time: of drift, openings and noise together."""
+    """The true median over a long time, of drift, openings and noise together."""
     moods = {
         "none": np.zeros(_LONG),
         "wave": DRIFT * np.sin(2 * np.pi * generator.random(_LONG)),

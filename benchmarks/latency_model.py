@@ -1,12 +1,12 @@
-"""How well is the latency of networks predicted that nobody measured?
+"""How well is the latency of unmeasured networks predicted?
 
     python benchmarks/latency_model.py resnet20_cifar10 resnet56_cifar10 [--timed 40] [--unseen 32] [--batch 1]
         [--multiple 4] [--precision fp32]
 
-needs the environment variables of the pipelines (CIFAR10_DIR, RESNET56_WEIGHTS, ...). A model is fitted to `timed`
-random networks and asked for `unseen` others, which are measured twice: how far the two measurements lie apart is what
-no model can do better than. ONNX Runtime, one thread. Files are cut from one export; nothing measured before is used.
-Prints Markdown.
+Needs the environment variables of the pipelines (CIFAR10_DIR, RESNET56_WEIGHTS, ...). A model is fitted to --timed
+random networks and predicts --unseen others. Those are measured twice: no model can have a smaller error than the
+difference between the two measurements. ONNX Runtime, one thread. All files are cut from one export; no earlier
+measurement is used. Prints Markdown.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--timed", type=int, default=40)
     parser.add_argument("--unseen", type=int, default=32)
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--multiple", type=int, default=4, help="widths are multiples of it")
+    parser.add_argument("--multiple", type=int, default=4, help="widths are multiples of this number")
     parser.add_argument("--precision", choices=("fp32", "int8"), default="fp32")
     options = parser.parse_args()
     torch.set_num_threads(1)

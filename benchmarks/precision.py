@@ -1,14 +1,14 @@
-"""What half precision and 8 bits cost and bring: size, error, accuracy and latency of one network's files.
+"""What are the costs and gains of fp16 and int8? Size, error, accuracy and latency of one network's files.
 
     python benchmarks/precision.py digits resnet56_cifar10 [--test 10000] [--samples 400] [--threads 1]
 
-needs the environment variables of the pipelines (CIFAR10_DIR, RESNET56_WEIGHTS, ...). Each network is exported whole,
-then converted: fp16; int8 by the recipe for onnxruntime; and int8 by the one for TensorRT, which onnxruntime runs here
-for comparison. Engines of TensorRT-RTX are built from the fp32, the fp16 and TensorRT's int8 file, one for compute
-capabilities 8.6, 8.9 and 12.0, where its package is installed; only a GPU can run them. All ONNX files are timed
-interleaved in onnxruntime on the CPU, which computes fp16 in float32. The error of fp16 is that of a graph that rounds
-each tensor, run in float32; of int8, that of the file. Both are against the fp32 file, on samples that were not
-calibrated with, relative to the largest output. Prints Markdown.
+Needs the environment variables of the pipelines (CIFAR10_DIR, RESNET56_WEIGHTS, ...). Each dense network is exported
+and converted to fp16, to int8 by the recipe for onnxruntime, and to int8 by the recipe for TensorRT (which onnxruntime
+runs here for comparison). If TensorRT-RTX is installed, it builds engines from the fp32, the fp16 and TensorRT's int8
+file for compute capabilities 8.6, 8.9 and 12.0; only a GPU can run them. All ONNX files are timed in turns in
+onnxruntime on the CPU, which computes fp16 in float32. The error of fp16 is that of a graph that rounds each tensor,
+run in float32; the error of int8 is that of the file. Both are relative to the largest output of the fp32 file, on
+samples that were not used for calibration. Prints Markdown.
 """
 
 import argparse
@@ -121,9 +121,9 @@ def show_choices(entrants: list[Entrant]) -> None:
             continue
         kept = f"{made.num_layers - made.num_converted} of {made.num_layers} nodes in float"
         ranges = "; ".join(f"{c.method} {c.mean_abs_error:.4f}" for c in made.calibrations)
-        told = f", ranges by {made.method} (mean errors: {ranges})" if ranges else ""
+        method = f", ranges by {made.method} (mean errors: {ranges})" if ranges else ""
         biases = ", biases corrected" if made.is_bias_corrected else ""
-        print(f"- {entrant.name}: {kept}{told}{biases}, {made.num_calib_samples or 64} samples, {made.seconds:.0f} s")
+        print(f"- {entrant.name}: {kept}{method}{biases}, {made.num_calib_samples or 64} samples, {made.seconds:.0f} s")
         for note in made.notes:
             print(f"  - {note}")
 

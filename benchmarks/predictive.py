@@ -1,9 +1,10 @@
-"""How well closed-form MIPP agrees with the paper's own form, which trains a network for every unit.
+"""How well does closed-form MIPP agree with the paper's own form, which trains a network for every unit?
 
     python benchmarks/predictive.py resnet20_cifar10 [--layers layer1.0.conv2 ...] [--samples 512]
 
-For every layer: Spearman's rank correlation between the two orders of removal of its input units, the correlation
-between two runs of the paper's form with different seeds (the best that any other method could reach), and seconds.
+For every layer, prints Spearman's rank correlation between the two orders in which input units are removed, and the
+seconds. For comparison, it prints the correlation between two runs of the paper's form with different seeds: no other
+method can agree better.
 """
 
 import argparse
@@ -56,7 +57,7 @@ def main() -> None:
 
 
 def read_rows(model: nn.Module, name: str, batches: list[Batch]) -> Tensor:
-    """What the layer reads at four positions of each sample: (rows, inputs * taps)."""
+    """The layer's inputs at four positions of each sample: (rows, inputs * taps)."""
     generator, rows = torch.Generator().manual_seed(0), []
 
     def read(module: Any, args: tuple[Any, ...], output: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Other projects' ways to choose widths, for `search.py`: their choice comes back in our own terms."""
+"""Let other projects choose widths, for `search.py`, and express their choice as one of our plans."""
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
@@ -14,22 +14,22 @@ from deploypipe.pruning.surgery.plan import make_plan
 from deploypipe.records import ChannelGroup, Member, PruningPlan, ScoreTable, Structures
 from deploypipe.task import Batch, num_samples, stack_batches, take_batch
 
-# Torch-Pruning leaves a layer as it is where a step would take all that is left of it. In one step of a large ratio
-# those are many layers, and more is left the more it is asked to remove.
+# Torch-Pruning does not change a layer if a step would remove all of its channels. With a single step of a large ratio
+# that happens to many layers, so a larger ratio would remove less.
 NUM_STEPS = 20
-NUM_BATCHES = 50  # FastNAS re-estimates no batch norm, and only warns, before it has seen so many
+NUM_BATCHES = 50  # with fewer, FastNAS only warns and does not re-estimate batch norms
 
 
 class NotExpressedError(Exception):
-    """What a rival chose is no choice of ours."""
+    """A rival's choice cannot be expressed as one of our plans."""
 
 
 def torch_pruning_plan(
     dense: nn.Module, inputs: Any, structures: Structures, ratio: float, round_to: int | None
 ) -> PruningPlan:
-    """Torch-Pruning's magnitude pruning, all layers ranked together, of what we may cut too.
+    """Prune by magnitude with Torch-Pruning, all layers ranked together, restricted to our groups.
 
-    Raises NotExpressedError where it cut what is not in our groups.
+    Raises NotExpressedError if it cut channels that are not in our groups.
     """
     network = deepcopy(dense)
     for parameter in network.parameters():
@@ -45,7 +45,7 @@ def torch_pruning_plan(
         round_to=round_to,
         iterative_steps=NUM_STEPS,
         ignored_layers=[m for name, m in network.named_modules() if has_two_sides(m) and name not in producers],
-        in_channel_groups={},  # its defaults are dictionaries that all pruners of a process share
+        in_channel_groups={},  # its default dictionaries are shared by all pruners of a process
         out_channel_groups={},
         num_heads={},
         channel_groups={},
@@ -96,12 +96,12 @@ def fastnas(
     calib: Sequence[Batch],
     accuracy: Callable[[nn.Module], float],
 ) -> tuple[nn.Module, dict[str, int]]:
-    """The network that Model Optimizer's FastNAS finds within so many MACs, and the widths of our groups in it.
+    """Find a network within a number of MACs with Model Optimizer's FastNAS; return it and the widths of our groups.
 
-    accuracy: what it maximises. Raises ImportError where the package is not installed, and NotExpressedError where it
-    cut what is not in our groups.
+    accuracy: the function to maximise. Raises ImportError if the package is not installed, and NotExpressedError if it
+    cut channels that are not in our groups.
     """
-    import modelopt.torch.prune as mtp  # where it is absent, the others can still be compared
+    import modelopt.torch.prune as mtp  # imported here: without it, the others can still be compared
     from modelopt.torch.prune.fastnas import FastNASConfig
 
     try:
@@ -122,7 +122,7 @@ def fastnas(
 
 
 def _in_batches(calib: Sequence[Batch], count: int) -> list[Batch]:
-    """The same samples in so many batches."""
+    """The same samples, divided into the given number of batches."""
     inputs, target = stack_batches([i for i, _ in calib]), stack_batches([t for _, t in calib])
     size = num_samples(inputs) // count
     ends = range(size, size * count + 1, size)
@@ -130,7 +130,7 @@ def _in_batches(calib: Sequence[Batch], count: int) -> list[Batch]:
 
 
 def _in_steps(config: dict[str, Any], channel_multiple: int) -> dict[str, Any]:
-    """Its own step of 32 channels leaves next to nothing to choose in networks for small images."""
+    """Set its step of channels: its default of 32 leaves almost no choice in networks for small images."""
     for rules in config.values():
         for rule in rules.values():
             for name in ("channel_divisor", "feature_divisor"):
@@ -140,6 +140,6 @@ def _in_steps(config: dict[str, Any], channel_multiple: int) -> dict[str, Any]:
 
 
 def require_same_shapes(network: nn.Module, ours: nn.Module) -> None:
-    """NotExpressedError unless both have parameters of the same shapes."""
+    """Raise NotExpressedError unless both networks have parameters of the same shapes."""
     if [p.shape for p in network.parameters()] != [p.shape for p in ours.parameters()]:
         raise NotExpressedError("the network was cut where we cut nothing")

@@ -1,11 +1,11 @@
-"""Which scorer should one use? All of them, on one trained network, at several uniform widths, no training.
+"""Which scorer is best? Try all of them on one trained network, at several uniform widths, without training.
 
     python benchmarks/scores.py resnet20_cifar10 --out runs/scores-resnet20 [--widths 0.75 0.5 0.4] [--draws 3]
 
-needs the environment variables of the pipeline (CIFAR10_DIR, RESNET20_WEIGHTS). For every draw of the calibration
-samples, every scorer and every width: the accuracy on the test split of the network sliced only, and of the repaired
-one. A draw takes half of the calibration split at random; scores and repair see the same samples. Prints a Markdown
-table of means over the draws with the interval that the draws span; a run that was killed goes on where it stopped.
+Needs the environment variables of the pipeline (CIFAR10_DIR, RESNET20_WEIGHTS). For every draw of calibration samples,
+every scorer and every width, it takes the test accuracy of the network after slicing only, and after repair. A draw is
+a random half of the calibration split; scores and repair see the same samples. Prints a Markdown table of means over
+the draws, with minimum and maximum. A killed run resumes.
 """
 
 import argparse
@@ -27,9 +27,9 @@ from deploypipe.user_pipeline import load_pipeline
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """One scorer, one draw."""
+    """The result of one scorer on one draw."""
 
-    seconds: float  # to score, after the pass
+    seconds: float  # of scoring, without the calibration pass
     macs_kept: dict[str, float]  # by width
     sliced: dict[str, float]  # accuracy in percent
     repaired: dict[str, float]
@@ -60,7 +60,7 @@ class Comparison:
         batches = self.subject.drawn(draw)
 
         @cache
-        def moments() -> Moments:  # only where a scorer has not been judged in an earlier run
+        def moments() -> Moments:  # only needed if an earlier run has not judged a scorer
             return self.subject.moments(batches, draw)
 
         found = {}

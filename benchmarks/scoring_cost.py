@@ -1,12 +1,12 @@
-"""What scores cost: time, memory, and growth with width.
+"""How much do scores cost? Time, memory, and growth with width.
 
-    python benchmarks/scoring_cost.py resnet56_cifar10 [--rounds 9]   the pass, and with it all closed-form scores, as
-                                                                      multiples of a plain forward pass
+    python benchmarks/scoring_cost.py resnet56_cifar10 [--rounds 9]   the calibration pass, with and without all
+                                                                      closed-form scores, relative to a forward pass
     python benchmarks/scoring_cost.py resnet50 [--samples 1024]       seconds and peak memory at 224 px, random weights
     python benchmarks/scoring_cost.py width                           one linear group of 256 to 4096 units, and the
                                                                       exponent with which each score's time grows
 
-All over the same samples, in turns, in one process. A pipeline needs its own environment variables.
+All timings use the same samples, in turns, in one process. A pipeline needs its own environment variables.
 """
 
 import argparse
@@ -85,7 +85,7 @@ def run_plainly(model: nn.Module, batches: list[Batch]) -> None:
 def score_all(
     model: nn.Module, structures: Structures, moments: Moments, scorers: tuple[Scorer, ...]
 ) -> dict[str, float]:
-    """Seconds of each scorer."""
+    """The seconds of each scorer."""
     return {s.kind: timed(lambda s=s: score(model, structures, moments, s)) for s in scorers}
 
 
@@ -115,7 +115,7 @@ class Bottleneck(nn.Module):
 
 
 def build_resnet50() -> nn.Module:
-    """He et al., arXiv:1512.03385, table 1."""
+    """ResNet-50 (He et al., arXiv:1512.03385, table 1)."""
     layers: list[nn.Module] = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
     layers.append(nn.MaxPool2d(3, 2, 1))
     num_in = 64

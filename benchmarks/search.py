@@ -1,28 +1,28 @@
-"""Which way of choosing widths and blocks leaves the most accurate network at the same measured latency?
+"""Which way to choose widths and blocks gives the most accurate network at the same measured latency?
 
     python benchmarks/search.py resnet20_cifar10 --out runs/search-resnet20 [--budgets 0.5] [--trials 12] [--epochs 2]
 
-needs the environment variables of the pipeline (CIFAR10_DIR, RESNET20_WEIGHTS), and is to be run with
-OMP_NUM_THREADS=1. fp32 on ONNX Runtime's CPU provider, one thread; widths in the target's multiple of channels. All
-entrants are given the dense network, calibration samples, val, the same latency to stay below (that of `deploypipe`
-itself: the budget less 3 %) and, where the table says so, the same least-squares repair:
+Needs the environment variables of the pipeline (CIFAR10_DIR, RESNET20_WEIGHTS). Run it with OMP_NUM_THREADS=1. Files
+are fp32 on ONNX Runtime's CPU provider, one thread; widths are multiples of the target's. All entrants get the dense
+network, calibration samples, val, the same latency limit (`deploypipe`'s own: 3 % below the budget) and, if the table
+says so, the same least-squares repair:
 
-  * ours: `deploypipe.search` as a run wires it: scores, loss curves, networks timed for a latency model, study;
-  * uniform widths: our scores, one share of every group, bisected to the measured latency;
+  * ours: `deploypipe.search` as in a run: scores, loss curves, networks timed for a latency model, study;
+  * uniform widths: our scores, the same share of every group, bisected to the measured latency;
   * Torch-Pruning: magnitude, all layers ranked together, in 20 steps (its own pruner), ratio bisected to the latency;
   * Optuna alone: TPE over one share for each group and a switch for each block, our scores and repair, latency as a
-    constraint; as many trials as ours, the first third of them drawn by chance;
+    constraint; as many trials as ours, the first third of them random;
   * random search: the same space, as many trials;
-  * FastNAS of NVIDIA's Model Optimizer at the multiply-accumulates of our result, in steps of as many channels. It
-    judges every width of every group on the first part of val, so more networks than there are trials. Left out where
-    `nvidia-modelopt` (and torchprofile 0.0.4) cannot be imported. 0.47 ran on torch 2.13 without a GPU.
+  * FastNAS of NVIDIA's Model Optimizer at the multiply-accumulates of our result, with the same step of channels. It
+    judges every width of every group on the first part of val, which is more networks than the trials of the others.
+    It is left out if `nvidia-modelopt` (with torchprofile 0.0.4) cannot be imported. 0.47 ran on torch 2.13, no GPU.
 
-Bisections take seven timings with widths in steps of 1 and seven in the target's steps; of the two networks found, the
-one more accurate on val counts. Every network is judged repaired, on val; the test split and the interleaved timing of
-all final files beside the dense one come last and choose nothing. Minutes hold what an entrant needs: its search, and
-scores or curves where it goes by them. Prints a Markdown table for each budget, to be compared within itself: beside
-other work on the machine the same file came to 0.46 of the dense one's latency, and minutes later to 0.48. A run that
-was killed goes on after the last finished entrant.
+A bisection takes seven timings with widths in steps of 1 and seven in the target's steps. Of the two networks found,
+the more accurate one on val counts. Every network is judged on val after repair. The test split, and the timing of all
+final files in turns with the dense one, come last and choose nothing. Minutes are those of the entrant's search, and of
+the scores or curves that it uses. Prints a Markdown table for each budget. Compare figures within one table only: while
+other work ran on the machine, one file took 0.46 of the dense latency, and minutes later 0.48. A killed run resumes
+after the last finished entrant.
 """
 
 import argparse
@@ -80,19 +80,19 @@ class Tried:
     """One candidate of an entrant."""
 
     ratio: float  # measured latency, dense = 1
-    accuracy: float | None  # on val, or as much of it as was needed; None where it was timed only
+    accuracy: float | None  # on val, or on a part of it; None if it was only timed
     fits: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Found:
-    """What an entrant came to."""
+    """The result of an entrant."""
 
     plan: PruningPlan | None  # None: there is no network, and `note` says why
     tried: tuple[Tried, ...]
     seconds: float
     note: str = ""
-    shipped_hits: str = ""  # on the test split, of the rival's own network where the sliced plan is not it
+    shipped_hits: str = ""  # on the test split, of the rival's own network if our plan does not give it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,12 +152,15 @@ def main() -> None:
         load_target("x86_cpu"), batch_size=options.batch, precisions=("fp32",), runtime="onnxruntime", num_threads=1
     )
     model, splits, task = with_slim_attention(pipeline.build_model()), pipeline.load_data(), pipeline.task()
-    # Latencies are kept by shape: those of an earlier run, on a machine in another mood, would favour whoever is first.
+    # A cache of its own: latencies are cached by shape, and those of an earlier run, when the machine was slower or
+    # faster, would favour the first entrant.
     os.environ["DEPLOYPIPE_CACHE"] = str(options.out.absolute() / "cache")
     with open_run(options.out, _tell) as run:
         for budget in options.budgets:
             limited = replace(target, budget=Budget(latency_p50=f"{budget}x"))
-            afresh = replace(run, finished=[], times=[])  # numbers its stages anew, and so finds those of other budgets
+            afresh = replace(
+                run, finished=[], times=[]
+            )  # numbers its stages from 1, so it finds those of other budgets
             ctx = prepare_run(model, splits, task, recipe, limited, afresh, source=pipeline.source)
             Contest(pipeline.name, ctx).print_()
 
@@ -183,8 +186,8 @@ class Contest:
         row = PrecisionRow(precision="fp32", file=baseline.record.file)
         self.goal = search.goal(ctx, self.structures, baseline, self.limits, row)
         self.candidates, self.reference = self.goal.candidates, self.goal.reference
-        # Beside it stands whatever an entrant is told: another network, budget or device is another contest.
-        # How the networks are trained afterwards decides nothing.
+        # The key holds everything that entrants get: another network, budget or device is another contest. Training
+        # comes after the choice, so its settings are left out.
         untrained = replace(self.recipe, finetune=replace(self.recipe.finetune, num_epochs=0))
         self.key = {**ctx.origin, "device": ctx.device, "recipe": untrained, "budget": self.target.budget}
 
@@ -241,7 +244,7 @@ class Contest:
         return self._bisected(plan_of)
 
     def drawn(self, sampler: optuna.samplers.BaseSampler) -> Found:
-        """Optuna asks for every share and every block itself."""
+        """Let Optuna choose every share and every block itself."""
         started = time.perf_counter()
         study = optuna.create_study(direction="maximize", sampler=sampler)
         excess_of = partial(violations, dense=self.reference, limits=with_margin(self.limits))
@@ -270,7 +273,7 @@ class Contest:
         )
 
     def fastnas_at(self, ours: PruningPlan | None) -> Found:
-        """Not remembered where it could not take part, so that it can once it is installed."""
+        """Run FastNAS. If it is not installed, this is not stored, so that a later call can include it."""
         if ours is None:
             return Found(plan=None, tried=(), seconds=0.0, note="we have no result whose MACs it could be given")
         try:
@@ -317,7 +320,7 @@ class Contest:
         return self.repaired(plan) if row.is_repaired else apply_plan(self.dense, plan)
 
     def timed_files(self, plans: Mapping[str, PruningPlan]) -> Ratios:
-        """All entrants' files and the dense one, interleaved."""
+        """Time the files of all entrants and the dense one in turns."""
         with TemporaryDirectory() as folder:
             files = [self._write(plan, Path(folder) / f"{name}.onnx") for name, plan in plans.items()]
             runtime, opened = find_runtime(self.target), self.candidates.dense_opened
@@ -340,7 +343,7 @@ class Contest:
             teacher_outputs=self.run.path / "teacher-outputs",
             seed=seed,
         )
-        for file in work.glob("epoch-*"):  # of use to an interrupted fine-tune only
+        for file in work.glob("epoch-*"):  # only an interrupted fine-tune needs them
             file.unlink()
         print(f"val by epoch: {[round(100 * epoch.val_accuracy, 2) for epoch in log.epochs]}", flush=True)
         return self.hits(network)
@@ -349,7 +352,7 @@ class Contest:
         return Hits(packed=encode_results(test_hits(network, self.splits, self.task)))
 
     def _bisected(self, plan_of: Callable[..., PruningPlan]) -> Found:
-        """The widest network within the latency, in both steps; of the two the more accurate on val."""
+        """Find the widest network within the latency with both steps; return the more accurate one on val."""
         started = time.perf_counter()
         tried: list[Tried] = []
         judged: list[tuple[float, PruningPlan]] = []
@@ -400,7 +403,7 @@ class Contest:
             )
 
     def _space(self) -> dict[str, BaseDistribution]:
-        """The least width of every group and its dense one, and all between; every block or not."""
+        """The search space: for each group from the least to the dense width, for each block whether it goes."""
         groups, multiple = self.structures.groups, self.target.channel_multiple
         least = {g.name: self.structures.least_width(g, multiple) / g.num_units for g in groups}
         shares = {name: FloatDistribution(share, 1.0) for name, share in least.items()}
@@ -419,7 +422,7 @@ class Contest:
 
 
 class Table:
-    """What came out, on the test split and the clock."""
+    """The results of a contest: accuracy on the test split, and latency."""
 
     def __init__(self, contest: Contest, found: Mapping[str, Found]) -> None:
         self.contest, self.found, self.run = contest, found, contest.run
@@ -451,7 +454,7 @@ class Table:
         self._print_tried()
 
     def _hits(self, row: Row) -> Results:
-        """Sample by sample on the test split."""
+        """The metric of every sample of the test split."""
         entrant = self.found[row.entrant]
         if not self._is_rebuilt(row):
             return decode_results(entrant.shipped_hits)
@@ -475,7 +478,7 @@ class Table:
         )
 
     def _is_rebuilt(self, row: Row) -> bool:
-        """Whether the row's network is what its plan makes of the dense one."""
+        """Whether the row's network follows from its plan and the dense network."""
         return row.is_repaired or not self.found[row.entrant].shipped_hits
 
     def _latency(self, row: Row) -> str:
@@ -498,8 +501,8 @@ class Table:
 
     def _print_tried(self) -> None:
         for name, entrant in self.found.items():
-            told = [f"{t.ratio:.3f}{'' if t.fits else ' (over)'}{_on_val(t.accuracy)}" for t in entrant.tried]
-            print(f"\n{name}: {', '.join(told)}{'; ' if told else ''}{entrant.note}")
+            tried = [f"{t.ratio:.3f}{'' if t.fits else ' (over)'}{_on_val(t.accuracy)}" for t in entrant.tried]
+            print(f"\n{name}: {', '.join(tried)}{'; ' if tried else ''}{entrant.note}")
         for name, plan in self.plans.items():
             widths = [cut.num_units - len(cut.removed) for cut in plan.cuts]
             print(f"\n{name}: widths {widths} of {[c.group for c in plan.cuts]}, without {list(plan.blocks)}")

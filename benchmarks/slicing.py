@@ -1,11 +1,12 @@
-"""What does a file of a pruned network cost without an export, and is it as fast as the exported one?
+"""How long does it take to make a pruned network's file without an export, and is it as fast as the exported file?
 
     python benchmarks/slicing.py resnet56_cifar10 vit_cifar10 [--plans 5] [--samples 400] [--threads 1]
 
-needs the environment variables of the pipelines (CIFAR10_DIR, RESNET56_WEIGHTS, ...). Plans are random: widths between
-a quarter and all of a group's units, every fifth block gone. Per plan: seconds to slice and to export, how far apart
-the outputs are on unseen samples, and the latency of the sliced file over that of the exported one; beside it that of a
-copy of the exported file over itself, which is what chance alone does. Both take surgery as done. Prints Markdown.
+Needs the environment variables of the pipelines (CIFAR10_DIR, RESNET56_WEIGHTS, ...). Plans are random: widths between
+a quarter and all of a group's units, every fifth block removed. For each plan, the table shows the seconds to slice and
+to export (both without surgery), the difference of the outputs on unseen samples, and the latency of the sliced file
+relative to the exported one. For comparison, it shows the latency of a copy of the exported file relative to that file:
+this difference is pure chance. Prints Markdown.
 """
 
 import argparse
@@ -37,7 +38,7 @@ from deploypipe.target import Target
 from deploypipe.task import take, take_calib
 from deploypipe.user_pipeline import UserPipeline, load_pipeline
 
-NUM_PARITY = 2  # samples that an export is checked on, as in a search
+NUM_PARITY = 2  # samples to check an export, as in a search
 
 
 def main() -> None:

@@ -1,12 +1,12 @@
-"""What does it cost to remove one kind of structure from a trained network, before any training?
+"""How much accuracy is lost if one kind of structure is removed from a trained network, before any training?
 
     python benchmarks/surgery.py vit_cifar10 --out runs/surgery-vit [--shares 0.25 0.5]
 
-needs the environment variables of the pipeline (CIFAR10_DIR, VIT_WEIGHTS). Attention heads, hidden units (channels that
-one layer writes), the width of the residual stream (channels that several layers write) and whole layers, each alone:
-accuracy on the test split of the network sliced only and of the repaired one. Channels and heads are scored by the
-pipeline's scorer, layers by the KL divergence of the answers without them. Prints a Markdown table; a run that was
-killed goes on where it stopped.
+Needs the environment variables of the pipeline (CIFAR10_DIR, VIT_WEIGHTS). The kinds are attention heads, hidden units
+(channels that one layer writes), the width of the residual stream (channels that several layers write) and whole
+layers. Each is removed alone; the table shows the test accuracy after slicing only, and after repair. The pipeline's
+scorer scores channels and heads; a layer's score is the KL divergence of the outputs without it. Prints a Markdown
+table. A killed run resumes.
 """
 
 import argparse

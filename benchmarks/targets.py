@@ -1,11 +1,11 @@
-"""How much longer do runs for several targets take than one for one of them, beyond the measuring on the devices?
+"""How much longer do runs for several targets take than a run for one, apart from measuring on the devices?
 
     python benchmarks/targets.py digits x86_cpu raspberry_pi_5 jetson_orin_nano --out runs/targets [--jobs 3]
 
-Every target alone, in a folder of its own, then all of them with shared stages, one after another or several at a time
-in processes of their own, which share the threads. Measuring is what runs files for their latency and peak memory:
-nothing else runs meanwhile. Latencies that earlier runs left in the cache are not used; runs together have one cache.
-Prints a Markdown table; what a target costs together is what it costs in its place.
+First every target runs alone, in its own folder. Then all of them run with shared stages, one after another or --jobs
+at a time, in separate processes that share the threads. Measuring means running files for latency and peak memory;
+nothing else runs meanwhile. Latencies cached by earlier runs are not used; the runs with shared stages use one cache.
+Prints a Markdown table. The cost of a target among others depends on its place in the order.
 """
 
 import argparse
@@ -35,7 +35,7 @@ _THREADS = torch.get_num_threads()
 
 @dataclass(slots=True)
 class Clock:
-    """Counts the seconds of measuring."""
+    """Count the seconds of measuring."""
 
     seconds: float = 0.0
 
@@ -51,7 +51,7 @@ class Clock:
 
 @cache
 def clock() -> Clock:
-    """This process's, which runs from now on."""
+    """The clock of this process, which counts from the first call on."""
     made = Clock()
     for name, module in list(sys.modules.items()):
         if name.startswith("deploypipe.") and getattr(module, "exclusive_measurement", None) is exclusive_measurement:
@@ -96,7 +96,7 @@ def main() -> None:
 
 
 def run_together(pipeline: str, targets: Sequence[str], out: Path, jobs: int) -> tuple[list[Run], float]:
-    """The runs, and the seconds they took in all. Processes have loaded their libraries and the network before."""
+    """The runs and their total seconds. Processes have loaded libraries and the network before."""
     shared, cache = out / "shared", out / "cache"
     if jobs == 1:
         start = time.perf_counter()

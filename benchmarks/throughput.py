@@ -1,12 +1,12 @@
-"""How fast is the fine-tune's loop beside a plain PyTorch loop? On the GPU where there is one, else on the processor.
+"""How fast is the fine-tune's loop compared with a plain PyTorch loop? On the GPU if there is one, else on the CPU.
 
     python benchmarks/throughput.py resnet56_cifar10 [--steps 10] [--rounds 7]
 
-Both train the pipeline's dense network on the same batches in memory: SGD, channels last, in bf16 where the machine
-has it. The plain loop does
-forward, loss, backward and step. Ours with neither teacher nor mixing limits gradients and averages weights beside;
-as the recipe has it, it also asks the teacher. Each also with `torch.compile`, whose own seconds are told apart. Rounds
-of all contenders in turn; prints a Markdown table of samples per second, and of times relative to the plain loop's.
+Both loops train the pipeline's dense network on the same batches in memory: SGD, channels last, in bf16 if the machine
+supports it. The plain loop does forward, loss, backward and step. Ours also clips gradients and averages weights; with
+the recipe's settings it also runs the teacher and mixes samples. Each loop also runs with `torch.compile`, whose
+compile time is reported separately. All loops take turns. Prints a Markdown table of samples per second, and of times
+relative to the plain loop.
 """
 
 import argparse
@@ -35,7 +35,7 @@ PLAIN = "plain PyTorch"
 
 @dataclass(slots=True)
 class Stopwatch:
-    """Seconds of the steps after the warm-up, told of each step when it is over."""
+    """The seconds of the steps after the warm-up. It is called after each step."""
 
     num_steps: int
     started: float = field(default_factory=time.perf_counter)
@@ -81,12 +81,12 @@ class Contest:
         watch = Stopwatch(len(self.batches) - WARM_UP)
         splits = Splits(calib=[], train=self.batches, val=self.val, test=[])
 
-        def tell(event: Event) -> None:
+        def report(event: Event) -> None:
             if isinstance(event, Progress):
                 watch.step_is_over(event.done)
 
         settings = replace(self.settings, num_epochs=1, **changed)
-        finetune(self.model, self.model, splits, self.task, settings, notify=tell)
+        finetune(self.model, self.model, splits, self.task, settings, notify=report)
         return watch
 
 

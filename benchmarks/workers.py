@@ -2,10 +2,10 @@
 
     python benchmarks/workers.py --out runs/workers
 
-Measures, on a PostgreSQL that it starts (pip install pgserver), trials per minute of 1, 2 and 4 processes whose trials
-only sleep, and the seconds that taking and telling one trial cost beside it, with few and with many trials in the
-study. With those figures it simulates searches of 8 to 512 workers: with log-normal trial times, and with those of real
-trials where --study names the study-*.db of a run folder.
+Starts a PostgreSQL server (pip install pgserver) and measures the trials per minute of 1, 2 and 4 processes whose
+trials only sleep. It also measures the seconds to claim a trial and to report its result, with few and with many trials
+in the study. With those figures it simulates searches of 8 to 512 workers: with log-normal trial times, and, if --study
+names the study-*.db of a run folder, with the times of its trials.
 """
 
 import argparse
@@ -48,7 +48,7 @@ SIGMA = 0.5  # of a trial's seconds, log-normal: the middle half lies within a f
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """Seconds beside the trials themselves."""
+    """Seconds of overhead, without the trials themselves."""
 
     claim_s: float  # one worker after the other
     claim_growth_s: float  # of a claim, for each trial in the study
@@ -59,9 +59,9 @@ class Costs:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/workers"))
-    parser.add_argument("--seconds", type=float, default=2.0, help="of one sleeping trial")
-    parser.add_argument("--trials", type=int, default=24, help="of one measured search")
-    parser.add_argument("--study", type=Path, help="study-*.db of a run folder: its trials' seconds are simulated, too")
+    parser.add_argument("--seconds", type=float, default=2.0, help="seconds that a trial sleeps")
+    parser.add_argument("--trials", type=int, default=24, help="number of trials in a measured search")
+    parser.add_argument("--study", type=Path, help="study-*.db of a run folder: also simulate with its trials' times")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix="deploypipe-pg-") as folder:
@@ -122,7 +122,7 @@ def rate(address: str, count: int, seconds: float, num_trials: int) -> float:
 
 
 def measure_costs(address: str, num_trials: int = 60) -> Costs:
-    """One process, trials that take no time: what is left is the storage and the sampler."""
+    """Time one process with empty trials: only storage and sampler take time."""
     settings = Search(num_trials=num_trials, num_parallel=1)
     storage = Storage(url=address, study="costs")
     space, warm = knobs(FILL), warm_starts(FILL)
@@ -175,7 +175,7 @@ def log_normal(mean_s: float) -> list[float]:
 
 
 def trial_seconds(study: Path) -> list[float]:
-    """Of the trials in a run's own study; one that repeats another's network takes next to none."""
+    """The seconds of the trials in a run's study; a trial that repeats another's network takes almost none."""
     with sqlite3.connect(study) as file:
         asked = "SELECT (julianday(datetime_complete) - julianday(datetime_start)) * 86400 FROM trials"
         taken = [seconds for (seconds,) in file.execute(f"{asked} WHERE state = 'COMPLETE'")]
@@ -201,7 +201,7 @@ def simulate_all(costs: Costs, times: dict[str, list[float]]) -> list[dict[str, 
 def simulate(
     workers: int, parallel: int, seconds: list[float], num_trials: int, costs: Costs, batch: int = 1
 ) -> dict[str, float]:
-    """Workers that take the lowest numbers whose `parallel` before them are done, one worker after the other."""
+    """Simulate workers. Each takes the lowest free trial, once the trial `parallel` numbers before it is done."""
     rng = random.Random(0)
     free = [0.0] * workers  # when each worker asks for work
     done_at: list[float] = []  # of the trials, by number

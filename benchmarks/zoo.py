@@ -1,7 +1,7 @@
-"""Networks nobody here wrote, at random initialisation: what `architectures.py` judges.
+"""Networks of other packages, with random weights, for `architectures.py` to judge.
 
 They come from `transformers` (small configurations), `pytorchcv` and `monai`, imported when a network is built. Widths,
-heads, layers and tokens of one network are all different numbers, so that no two axes are taken for each other.
+heads, layers and tokens of one network are all different numbers, so that a mix-up of two axes is detected.
 """
 
 from collections.abc import Callable
@@ -519,7 +519,9 @@ _PYTORCHCV = [
     _cv("enet", "enet_cityscapes", 64),
     _cv("prnet", "prnet", 64),
     _cv("lwopenpose_cmupan", "lwopenpose2d_mobilenet_cmupan_coco", 64),
-    _cv("simplepose_coco", "simplepose_resnet18_coco", 64, return_heatmap=True),  # else only where its peaks are
+    _cv(
+        "simplepose_coco", "simplepose_resnet18_coco", 64, return_heatmap=True
+    ),  # else the network returns only the positions of the peaks
     _cv("centernet", "centernet_resnet18_voc", 64, return_heatmap=True),
     _cv("lffd", "lffd20x5s320v2_widerface", 128),
 ]

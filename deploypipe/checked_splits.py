@@ -1,4 +1,4 @@
-"""The door that all data enters a run by: `wrap_splits` reads a user's batches as pairs, and checks each of them."""
+"""Check all data of a run where it enters: `wrap_splits` reads a user's batches as pairs and checks each of them."""
 
 import hashlib
 from collections.abc import Iterable, Iterator

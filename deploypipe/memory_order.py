@@ -47,7 +47,7 @@ def find_order_(model: nn.Module, inputs: Any) -> Arrange:
 
 
 def _order_weights_(model: nn.Module, order: torch.memory_format) -> None:
-    """Of 4-d parameters alone: `model.to(memory_format=...)` raises for those of 3-d convolutions."""
+    """Set the order of 4-d parameters only: `model.to(memory_format=...)` fails for 3-d convolutions."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 4:

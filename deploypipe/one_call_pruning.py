@@ -53,7 +53,7 @@ def prune(
     keep: Sequence[str] = (),
     channel_multiple: int = 1,
 ) -> nn.Module:
-    """A smaller copy of `model`, ready to fine-tune. `model` is left as it is.
+    """Return a smaller copy of `model`, ready to fine-tune. `model` is not changed.
 
         >>> import torch, deploypipe
         >>> from torch import nn
@@ -97,7 +97,7 @@ def prune(
 
 @dataclass(frozen=True, slots=True)
 class _Widths:
-    """Which width each group gets."""
+    """The width of each group."""
 
     dense: nn.Module
     inputs: Any
@@ -167,7 +167,7 @@ def _share_of_macs(macs: str, dense: int) -> float:
 
 
 def _read(calib: Iterable[Any]) -> list[Batch]:
-    """As many samples as observation and repair take, read once, so that a shuffled loader serves too."""
+    """The samples for observation and repair. They are read once, so that a shuffled loader works too."""
 
     source = calib if isinstance(calib, Iterator) else require_repeatable(calib, "calib is a {}", "calib")
 

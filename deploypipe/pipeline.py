@@ -262,10 +262,10 @@ class _Smaller:
 
 
 def _make_smaller(ctx: RunContext, inputs: SearchInputs, trials: StageResult[SearchResult], stand_in: str) -> _Smaller:
-    """Make the network that the search found. If the benchmark finds it too slow, make a faster one, and so on.
+    """Make the network that the search found. While the benchmark finds it too slow, make a faster one instead.
 
-    Latency moves by a few percent from one minute to the next: a network within its limit in the search may exceed it
-    in the benchmark.
+    Latency drifts by a few percent from one minute to the next, so a network that met its limit in the search may
+    exceed it in the benchmark. `search.num_attempts` bounds the attempts.
     """
     goal, part, too_slow = inputs.goal, 1.0, list[str]()
     num_attempts = ctx.recipe.search.num_attempts
@@ -276,10 +276,10 @@ def _make_smaller(ctx: RunContext, inputs: SearchInputs, trials: StageResult[Sea
         if number == num_attempts or not failed or not found.timed_again:
             break
         part = tightened_limit_fraction(goal.limits, found, failed[0])
-        told = f"trial {found.best}: {failed[0].reason}"
-        too_slow.append(told)
+        problem = f"trial {found.best}: {failed[0].reason}"
+        too_slow.append(problem)
         again = f"a faster network is made, {number + 1} of {num_attempts}"
-        ctx.run.notify(Note(stage="gate", text=f"{told}; {again}"))
+        ctx.run.notify(Note(stage="gate", text=f"{problem}; {again}"))
         ctx.run.notify(Planned(stages=(*expected_delivery(ctx, goal.limits), "golden")))
     return replace(made, too_slow=tuple(too_slow))
 
@@ -345,7 +345,7 @@ def _leave_files(
 def summarise_scores(
     model: nn.Module, splits: Splits, task: Task, recipe: Recipe, *, notify: Notify = silent
 ) -> ScoreSummary:
-    """What `recipe.score` says about a network, from one pass over the calibration samples; nothing is removed.
+    """Summarise the scores of `recipe.score` from one pass over the calibration samples; remove nothing.
 
     Raises DeploypipeError for what a user can get wrong.
     """
@@ -390,8 +390,8 @@ def help_search(
 ) -> SearchResult:
     """Do trials of the search that `compress` began elsewhere with the same arguments and storage, until all are done.
 
-    What was computed before the search is fetched from `storage.stages`. Raises StorageError naming the first thing
-    that differs in this process: a version of a package, the network, the data, the code, the device.
+    Results of the stages before the search are fetched from `storage.stages`. Raises StorageError naming the first
+    difference in this process: a version of a package, the network, the data, the code, the device.
     """
     model = unwrapped(model)
     splits, task = wrap_splits(splits), wrap_task(task)

@@ -1,4 +1,4 @@
-"""Where the example pipelines and the named targets lie: in an installed package, or in a checkout."""
+"""Find the example pipelines and the named targets, in an installed package or in a checkout."""
 
 from pathlib import Path
 from typing import Literal

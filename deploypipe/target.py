@@ -12,7 +12,7 @@ RELATIVE = "x"
 Runtime: TypeAlias = Literal["onnxruntime", "tensorrt", "tensorrt-rtx", "eager"]
 Provider: TypeAlias = Literal["cpu", "cuda", "tensorrt", "openvino", "coreml", "qnn"]
 Precision: TypeAlias = Literal["fp32", "fp16", "int8"]
-Range: TypeAlias = tuple[int, int, int]  # smallest, the size to be fast at, largest
+Range: TypeAlias = tuple[int, int, int]  # smallest, usual (files are tuned for it), largest
 
 _ALL_PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
 # The precisions that each (runtime, provider) can run. The CoreML provider has no QuantizeLinear or DequantizeLinear
@@ -30,7 +30,7 @@ _PRECISIONS: dict[tuple[str, str], tuple[Precision, ...]] = {
     ("tensorrt-rtx", "cpu"): _ALL_PRECISIONS,
 }
 _MEMORY_UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-_MAX_BATCH = 128  # of an engine whose target gives no range; accuracy is usually measured with that
+_MAX_BATCH = 128  # of an engine whose target gives no range; accuracy is usually measured with this size
 _MAX_NUMBER = 1e12  # in any unit
 _MAX_DIM = 2**24  # of a dynamic axis
 _MAX_BATCH_SIZE = 2**20
@@ -89,7 +89,7 @@ class Budget:
         self.limits()
         require(
             self,
-            accuracy_drop_pp=real(0, 1e6),  # a metric that is not a share has points of its own
+            accuracy_drop_pp=real(0, 1e6),  # a metric that is not a share has its own scale
             slice_drop_pp=real(0, 1e6),
             latency_regression=above(0, 1e6),
             max_age_days=above(0, 100_000),
@@ -102,7 +102,7 @@ class Budget:
 
 
 def parse_memory(name: str, text: str) -> int:
-    """Parse `"8 GiB"` into bytes. Raises ValueError with the units there are."""
+    """Parse `"8 GiB"` into bytes. Raises ValueError with the known units."""
     match = _LIMIT.fullmatch(text)
     if not match or match[2] not in _MEMORY_UNITS or not 0 < float(match[1]) <= _MAX_NUMBER:
         units = ", ".join(_MEMORY_UNITS)
@@ -134,13 +134,13 @@ class Target:
     runtime_version: str = ""  # prefix of the runtime's version: "10" or "10.3"
     memory: str = ""  # of the device, "8 GiB"
 
-    precisions: tuple[Precision, ...] = ("fp32",)  # that may ship; the fastest within its limits does
-    batch_size: int = 1  # that latency and memory are measured with
+    precisions: tuple[Precision, ...] = ("fp32",)  # that may ship; the fastest one within the limits ships
+    batch_size: int = 1  # for measuring latency and memory
     batch_range: Range | None = None  # of an engine; None: 1, batch_size, 128 (or batch_size, if larger)
     dynamic_dims: dict[str, Range] = field(default_factory=dict)  # the same for other dynamic axes, by name
     workspace: str = ""  # scratch memory of a TensorRT builder, "1 GiB"; empty: no limit
     num_threads: int = 1  # of the runtime
-    channel_multiple: int = 1  # layer widths are multiples of it
+    channel_multiple: int = 1  # layer widths are multiples of this
     num_latency_samples: int = 400  # timed runs per file, at least
     budget: Budget = field(default_factory=Budget)
 
@@ -159,7 +159,9 @@ class Target:
         self._check_precisions()
         for capability in self.compute_capabilities:
             if not re.fullmatch(r"[0-9]{1,2}\.[0-9]", capability):
-                raise ValueError(f"compute_capabilities: {shown(capability)} is not one; write it like '8.9'")
+                raise ValueError(
+                    f"compute_capabilities: {shown(capability)} is not a compute capability; write one like '8.9'"
+                )
         self._check_ranges()
         self._check_memory()
 
@@ -170,7 +172,7 @@ class Target:
 
     @property
     def batches(self) -> Range:
-        """Batch sizes that an engine is built for: smallest, the size to be fast at, largest."""
+        """Batch sizes that an engine is built for: smallest, usual, largest."""
         return self.batch_range or (1, self.batch_size, max(self.batch_size, _MAX_BATCH))
 
     @property
@@ -184,7 +186,7 @@ class Target:
     def _check_texts(self) -> None:
         for key in ("machine", "board", "runtime_version", "memory", "workspace"):
             require_text(key, getattr(self, key))
-        require_text("description", self.description, most=10_000)
+        require_text("description", self.description, max_length=10_000)
         require_texts("cpu_features", self.cpu_features)
         require_texts("gpu_names", self.gpu_names)
         require_texts("provider_options", self.provider_options)
@@ -214,12 +216,13 @@ class Target:
 
     def _check_ranges(self) -> None:
         ranges = {"batch_range": self.batches, **{f"dynamic_dims.{n}": r for n, r in self.dynamic_dims.items()}}
-        for key, (least, best, most) in ranges.items():
-            if not 1 <= least <= best <= most <= _MAX_DIM:
-                seen = shown([least, best, most])
-                raise ValueError(f"{key} = {seen} is not a range; write [least, usual, most], from 1 up to {_MAX_DIM}")
-        least, _, most = self.batches
-        if not least <= self.batch_size <= most:
+        for key, (smallest, usual, largest) in ranges.items():
+            if not 1 <= smallest <= usual <= largest <= _MAX_DIM:
+                seen = shown([smallest, usual, largest])
+                remedy = f"write [smallest, usual, largest], from 1 to {_MAX_DIM}"
+                raise ValueError(f"{key} = {seen} is not a range; {remedy}")
+        smallest, _, largest = self.batches
+        if not smallest <= self.batch_size <= largest:
             raise ValueError(f"batch_size = {self.batch_size} is outside batch_range = {[*self.batches]}; widen it")
 
     def _check_memory(self) -> None:

@@ -1,4 +1,4 @@
-"""Check what the functions of a task return. Each check returns the problem, worded to follow "returned ", or ""."""
+"""Check what the functions of a task return. Each returns the problem as text that follows "returned ", or ""."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -145,7 +145,7 @@ def _wrap_loss(loss: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], Tenso
 
 
 def _remedy(target: Any) -> str:
-    """What to write when a loss fails on these targets."""
+    """The remedy for a loss that fails on these targets."""
     if not isinstance(target, Tensor):
         return f"the targets are a {type(target).__name__}: give what the loss accepts, for classes a tensor of int64"
     if str(target.dtype) in ("torch.int32", "torch.int16", "torch.int8", "torch.uint8", "torch.bool"):

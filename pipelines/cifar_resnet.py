@@ -1,4 +1,4 @@
-"""CIFAR-10 and the residual networks of He et al. (arXiv:1512.03385, section 4.2), shared by two pipelines.
+"""CIFAR-10, and the residual networks of He et al. (arXiv:1512.03385, section 4.2), for several pipelines.
 
 Option-A shortcuts: every second pixel, new channels filled with zeros. Parameter names are those of the weights at
 github.com/akamaster/pytorch_resnet_cifar10.
@@ -17,7 +17,7 @@ from deploypipe.errors import DataError
 from deploypipe.task import Splits
 
 NUM_VAL = 5000  # the last of the training images
-NUM_CALIB = 2048  # those before; also trained on, for nothing is chosen on them
+NUM_CALIB = 2048  # the images before them; training uses them too, because nothing is chosen on them
 BATCH_SIZE = 128
 TRAIN_FILES = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
 TEST_FILES = ("test_batch.bin",)
@@ -70,14 +70,14 @@ def _stage(num_in: int, num_out: int, num_blocks: int, stride: int) -> nn.Sequen
 
 
 def load_network(num_blocks: int, weights: str, variable: str) -> nn.Module:
-    """The trained network; see `with_weights`."""
+    """Build the network and load its trained weights; see `with_weights`."""
     return with_weights(ResNet(num_blocks), weights, variable, "https://github.com/akamaster/pytorch_resnet_cifar10")
 
 
 def with_weights(model: nn.Module, weights: str, variable: str, source: str) -> nn.Module:
-    """The model with the weights of a safetensors file; DataError where it is not given, absent or of another network.
+    """Load the weights of a safetensors file. Raises DataError if it is missing or belongs to another network.
 
-    variable: the environment variable that names the file; source: where the weights are published.
+    variable: the environment variable that names the file. source: the address where the weights are published.
     """
     if not weights or not Path(weights).is_file():
         seen = f"{weights!r} is not a file" if weights else "no path was given"
@@ -88,12 +88,14 @@ def with_weights(model: nn.Module, weights: str, variable: str, source: str) -> 
     try:
         model.load_state_dict(load_file(weights))
     except Exception as error:
-        raise DataError(f"{weights}: not the weights of this network ({str(error).splitlines()[0]})") from error
+        raise DataError(
+            f"{weights}: these are not the weights of this network ({str(error).splitlines()[0]})"
+        ) from error
     return model.eval()
 
 
 def load_cifar10(folder: str, seed: int = 0, *, mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD) -> Splits:
-    """CIFAR-10's binary version, normalised once. `folder` is `cifar-10-batches-bin` or the folder that holds it."""
+    """Read and normalise CIFAR-10's binary version. folder: `cifar-10-batches-bin`, or the folder that holds it."""
     root = _find(folder)
     images, labels = _read(root, TRAIN_FILES, mean, std)
     test_images, test_labels = _read(root, TEST_FILES, mean, std)
@@ -121,14 +123,14 @@ def _find(folder: str) -> Path:
             return root
     seen = f"{folder!r} does not hold it" if folder else "no path was given"
     raise DataError(
-        f"CIFAR-10 is missing ({seen}); unpack the binary version from https://www.cs.toronto.edu/~kriz/cifar.html, "
-        "which is a folder cifar-10-batches-bin with data_batch_1.bin to data_batch_5.bin and test_batch.bin, then set "
+        f"CIFAR-10 is missing ({seen}); unpack the binary version from https://www.cs.toronto.edu/~kriz/cifar.html "
+        "(a folder cifar-10-batches-bin with data_batch_1.bin to data_batch_5.bin and test_batch.bin), then set "
         "the environment variable CIFAR10_DIR or --set pipeline.CIFAR10_DIR=PATH"
     )
 
 
 def _read(root: Path, names: tuple[str, ...], mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    """(n, 3, 32, 32) normalised images and (n,) labels."""
+    """Read normalised images (n, 3, 32, 32) and labels (n,)."""
     records = np.concatenate([_records(root / name) for name in names])
     labels = torch.from_numpy(records[:, 0].astype(np.int64))
     images = torch.from_numpy(records[:, 1:]).reshape(-1, 3, 32, 32).to(torch.float32).div_(255)
@@ -139,5 +141,5 @@ def _read(root: Path, names: tuple[str, ...], mean: tuple[float, ...], std: tupl
 def _records(path: Path) -> "np.ndarray[tuple[int, int], np.dtype[np.uint8]]":
     content = np.fromfile(path, dtype=np.uint8)
     if not len(content) or len(content) % RECORD:
-        raise DataError(f"{path}: {len(content)} bytes are not whole records of {RECORD} bytes; unpack it again")
+        raise DataError(f"{path}: {len(content)} bytes, but the size must be a multiple of {RECORD}; unpack it again")
     return content.reshape(-1, RECORD)

@@ -1,6 +1,6 @@
-"""Handwritten digits: scikit-learn's 1,797 real 8x8 images and a residual network that is wider than they need.
+"""Handwritten digits: scikit-learn's 1,797 real 8x8 images, and a residual network that is wider than necessary.
 
-Trains its own dense network in seconds and keeps it in a cache folder: $DEPLOYPIPE_CACHE or ~/.cache/deploypipe.
+The pipeline trains its dense network in seconds and caches it in $DEPLOYPIPE_CACHE or ~/.cache/deploypipe.
 """
 
 from pathlib import Path
@@ -18,10 +18,10 @@ from pipelines.trained import trained_once
 
 SEED = 0
 NUM_EPOCHS = 16  # of the dense network
-WIDTH = 32  # of the first of three stages; the others have two and four times as much
-WEIGHTS = ""  # a safetensors file of the dense network; empty: train it, once
+WIDTH = 32  # channels of the first of three stages; the others have two and four times as many
+WEIGHTS = ""  # a safetensors file of the dense network; empty: train the network once
 
-# Sizes of the four splits, which are disjoint; what is left (797 images) is for training.
+# Sizes of three disjoint splits. The remaining 797 images are for training.
 NUM_TEST = 500
 NUM_VAL = 200
 NUM_CALIB = 300
@@ -67,7 +67,7 @@ def build_model() -> nn.Module:
     model = DigitNet(WIDTH)
     if WEIGHTS and not Path(WEIGHTS).is_file():
         raise DataError(
-            f"{WEIGHTS}: there are no weights here; correct pipeline.WEIGHTS, or leave it empty to train them"
+            f"{WEIGHTS}: there is no such file; correct pipeline.WEIGHTS, or leave it empty to train the network"
         )
     name = f"digits-w{WIDTH}-e{NUM_EPOCHS}-s{SEED}"
     model.load_state_dict(load_file(WEIGHTS) if WEIGHTS else trained_once(name, _train))
@@ -98,12 +98,12 @@ def recipe() -> Recipe:
 
 
 def _images() -> tuple[Tensor, Tensor]:
-    """(1797, 1, 8, 8) float images, normalised, and their labels."""
+    """Load normalised float images (1797, 1, 8, 8) and labels (1797,)."""
     try:
         from sklearn.datasets import load_digits
     except ImportError:
         raise DataError(
-            "scikit-learn, which carries the digits, is not installed; pip install 'deploypipe[demo]'"
+            "scikit-learn, which contains the digits, is not installed; pip install 'deploypipe[demo]'"
         ) from None
     digits = load_digits()
     images = torch.from_numpy(digits.images).to(torch.float32).div(16).sub(0.305).div(0.376)

@@ -1,4 +1,4 @@
-"""ResNet-20 on CIFAR-10. Needs CIFAR-10's binary version and the trained weights; see `CIFAR10_DIR` and `WEIGHTS`."""
+"""ResNet-20 on CIFAR-10. Needs CIFAR-10's binary version (`CIFAR10_DIR`) and trained weights (`WEIGHTS`)."""
 
 import os
 
@@ -26,5 +26,6 @@ def task() -> Task:
 
 
 def recipe() -> Recipe:
-    # The residual stream stays whole: benchmarks/surgery.py shows what it costs to cut it, LOG.md was written without.
+    # `keep` protects the residual stream: benchmarks/surgery.py shows the cost of cutting it, and the figures in LOG.md
+    # were measured without cutting it.
     return Recipe(keep=("conv1",), search=Search(num_trials=12), finetune=Finetune(num_epochs=5))

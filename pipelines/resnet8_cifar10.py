@@ -1,6 +1,6 @@
 """MLPerf Tiny's ResNet-8 on CIFAR-10 (arXiv:2106.07597). Needs CIFAR-10's binary version and the trained weights.
 
-A network that is small already: 78,000 parameters, three blocks, two of them with a projection.
+The dense network is already small: 78,000 parameters, three blocks, two of them with a projection.
 """
 
 import os
@@ -15,11 +15,11 @@ from pipelines.cifar_resnet import load_cifar10, with_weights
 CIFAR10_DIR = os.environ.get("CIFAR10_DIR", "")
 WEIGHTS = os.environ.get("RESNET8_WEIGHTS", "")
 EPSILON = 1e-3  # of the batch norms
-GREY_LEVEL = 1 / 255  # it was trained on levels from 0 to 255
+GREY_LEVEL = 1 / 255  # the network was trained on levels from 0 to 255
 
 
 class ResNet8(nn.Module):
-    """Strided 3x3 convolutions pad right and bottom only, as TensorFlow does."""
+    """ResNet-8. Strided 3x3 convolutions pad only on the right and at the bottom, as in TensorFlow."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Networks that a pipeline trains by itself, once: their weights stay in a cache folder."""
+"""Train a pipeline's own network once, and keep its weights in a cache folder."""
 
 import os
 from collections.abc import Callable
@@ -9,13 +9,13 @@ from torch import Tensor
 
 
 def trained_once(name: str, train: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The state dict kept as `name` in $DEPLOYPIPE_CACHE or ~/.cache/deploypipe; trained first where it is absent."""
+    """Load the state dict `name` from $DEPLOYPIPE_CACHE or ~/.cache/deploypipe; train and save it if it is absent."""
     cache = Path(os.environ.get("DEPLOYPIPE_CACHE") or Path.home() / ".cache" / "deploypipe")
     path = cache / f"{name}.safetensors"
     if not path.is_file():
         state = train()
         cache.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.part")  # a killed training leaves nothing that looks whole
+        part = path.with_suffix(f".{os.getpid()}.part")  # a killed process must not leave a file that looks complete
         save_file(state, part)
         part.replace(path)
     return load_file(path)

@@ -1,7 +1,7 @@
 """A small vision transformer on CIFAR-10 (arXiv:2010.11929). Needs CIFAR-10's binary version and the trained weights.
 
-Patches of 4x4 pixels, 128 wide, six layers of eight heads. Normalised after each sum, as in arXiv:1706.03762, so that
-nothing but a LayerNorm stands between a layer's output and the next layer.
+Patches of 4x4 pixels, width 128, six layers with eight heads. LayerNorm follows each sum, as in arXiv:1706.03762, so
+only a LayerNorm lies between a layer's output and the next layer.
 """
 
 import os
@@ -37,7 +37,7 @@ class PatchEmbedding(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Parameter names are those of the trained weights."""
+    """The network. Its parameter names are those of the trained weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ def task() -> Task:
 
 
 def recipe() -> Recipe:
-    # Larger steps and mixed images lose more on val in a tenth of this training; no batch norm forgives a large step.
-    # SGD: pipelines/LOG.md was measured with it.
+    # In a tenth of this training, a larger learning rate and mixed images lose more accuracy on val: there is no batch
+    # norm to absorb large steps. SGD, because the figures in pipelines/LOG.md were measured with it.
     finetune = Finetune(num_epochs=5, optimizer="sgd", learning_rate=0.001, mix_share=0.0)
     return Recipe(search=Search(num_trials=12), finetune=finetune)

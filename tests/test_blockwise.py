@@ -411,9 +411,9 @@ def test_damaged_files_are_errors(tmp_path: Path) -> None:
     short.write_bytes(weights.read_bytes()[:-10])
     index = in_two(load_file(weights), tmp_path / "parts")
     for text, why in (
-        ("{", "is no index of weights"),
+        ("{", "is not an index of weights"),
         ('{"weight_map": {"embed.weight": "../dense.safetensors"}}', "which is not next to it"),
-        ('{"weight_map": []}', "is no index of weights"),
+        ('{"weight_map": []}', "is not an index of weights"),
     ):
         index.write_text(text)
         with pytest.raises(ModelError, match=why):

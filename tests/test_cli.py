@@ -204,7 +204,7 @@ def test_outcome_decides_the_exit_code(
             ["plan", "show", "targets/cpu.toml"],
             ["is not JSON (Expecting value: line 1 column 1"],
         ),
-        (["plan", "diff", "no.json", "no.json"], ["no.json", "is no file; give a plan.json"]),
+        (["plan", "diff", "no.json", "no.json"], ["no.json", "is not a file; give a plan.json"]),
         (["doctor", "no_such"], ["no target of this name"]),
         (["init", "not-a-name"], ["not a Python identifier"]),
     ],

@@ -90,7 +90,7 @@ class Item:
         ({"x": [[1, 2], [3, 4]], "label": Y}, "or dataset.set_format('torch') for Hugging Face's"),
         ((np.array([None, 3]), Y), "it holds a numpy array of object, which has no tensor"),
         (Item(), "it holds a Item: write Pairs(loader, inputs=lambda batch: batch.image, target=lambda batch: batch."),
-        ("text", "it is no pair (inputs, target); it holds a str: write Pairs(loader, inputs=lambda batch: ..."),
+        ("text", "it is not a pair (inputs, target); it holds a str: write Pairs(loader, inputs=lambda batch: ..."),
         ([], "it holds nothing"),
     ],
 )

@@ -98,9 +98,9 @@ def test_a_removed_run_leaves_what_is_not_its_own(root: Path) -> None:
         clean_run(other)
     (root / "mine" / "run.lock").touch()
     (root / "mine" / "result.json").unlink()
-    with pytest.raises(RunFolderError, match="is no run folder"):
+    with pytest.raises(RunFolderError, match="is not a run folder"):
         clean_run(other)
-    with pytest.raises(RunFolderError, match="is no folder"):
+    with pytest.raises(RunFolderError, match="is not a folder"):
         list_runs(root / "absent")
 
 

@@ -324,5 +324,5 @@ def test_a_plan_is_a_file_of_sensible_size(tmp_path: Path, monkeypatch: pytest.M
         load_plan(tmp_path)
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path / "absent"):
-        with pytest.raises(RunFolderError, match="is no file"):
+        with pytest.raises(RunFolderError, match="is not a file"):
             load_plan(path)

@@ -32,7 +32,7 @@ def test_a_stage_is_found_by_its_key(tmp_path: Path) -> None:
         ({"files": {"/etc/passwd": "hash"}}, "names files outside of its folder"),
         ({"files": {"deep/.hidden": "hash"}}, "names files outside of its folder"),
         ({"files": {"a\0b": "hash"}}, "names files outside of its folder"),
-        ({"record": 1}, "is no record of a stage"),
+        ({"record": 1}, "is not the record of a stage"),
     ],
 )
 def test_a_record_that_leads_elsewhere_is_refused(record: object, told: str, tmp_path: Path) -> None:

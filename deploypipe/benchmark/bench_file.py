@@ -53,7 +53,7 @@ Found = dict[str, Any]  # fields of FileFigures
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Job:
-    """What all parts of a benchmark need."""
+    """The settings and files that all parts of a benchmark share."""
 
     paths: tuple[Path, ...]  # the file, and what it is compared with
     inputs: dict[str, Array]
@@ -328,11 +328,11 @@ def _watched(points: Iterator[Any], stage: str, total: int, notify: Notify) -> t
 
 
 def _describe(path: Path, figures: Found) -> FileFigures:
-    beside = check_onnx_file(path).data if path.suffix == ".onnx" else ()
+    data_files = check_onnx_file(path).data if path.suffix == ".onnx" else ()
     return FileFigures(
         path=str(path),
         sha256=file_sha256(path),
-        size_bytes=path.stat().st_size + sum((path.parent / name).stat().st_size for name in beside),
+        size_bytes=path.stat().st_size + sum((path.parent / name).stat().st_size for name in data_files),
         **figures,
     )
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from deploypipe.records import Conditions, MachineState, Names
 
 _GPU_QUERY = "clocks.sm,temperature.gpu,clocks_throttle_reasons.active"
-# NVML's nvmlClocksEventReason bits that mean 'slower than possible'; idle and clocks set by the user are no fault.
+# NVML's nvmlClocksEventReason bits that mean 'slower than possible'; idle clocks and user-set clocks do not count.
 _GPU_SLOWDOWNS = {
     0x4: "software power cap",
     0x8: "hardware slowdown",

@@ -72,7 +72,7 @@ class StandaloneBlock(nn.Module):
 
 
 def stream_of(outputs: Any) -> Tensor:
-    """What the next block reads: the first output of a block."""
+    """The input of the next block: the first output of this one."""
     first = outputs if isinstance(outputs, Tensor) else outputs[0]
     if not isinstance(first, Tensor):
         raise ModelError(f"the first output of a block is a {type(first).__name__}; the next block needs a tensor")

@@ -1,4 +1,4 @@
-"""What the user names: settings, shapes, names of runs and searches."""
+"""Read what the user typed: settings, shapes, names of runs and searches."""
 
 from collections.abc import Sequence
 
@@ -54,6 +54,6 @@ def parse_shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
         parts = sizes.split("x") if sizes else []
         is_plain = len(parts) <= MAX_RANK and all(part.isdecimal() and len(part) <= _MAX_DIGITS for part in parts)
         if not name or not is_plain or not all(map(int, parts)):
-            raise ConfigError("--shape", text, "is no shape", "write it like --shape input_ids=1x128")
+            raise ConfigError("--shape", text, "is not a shape", "write it like --shape input_ids=1x128")
         shapes[name] = tuple(map(int, parts))
     return shapes

@@ -55,7 +55,7 @@ def blockwise(
         with shown_stages() as notify:
             notify(Started(stage=_STAGE))
 
-            def tell(event: Event) -> None:
+            def report(event: Event) -> None:
                 notify(event)
                 if isinstance(event, Progress):
                     notify(Note(stage=event.stage, text=event.message))
@@ -69,7 +69,7 @@ def blockwise(
                 kept=kept,
                 channel_multiple=channel_multiple,
                 blocks=tuple(block or ()),
-                notify=tell,
+                notify=report,
             )
             notify(Finished(stage=_STAGE))
         share = result.params_after / result.params_before

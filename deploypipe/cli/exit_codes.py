@@ -37,7 +37,7 @@ def exit_codes() -> Iterator[None]:
     except DeploypipeError as error:
         say(f"error: {error}", file=sys.stderr)
         raise typer.Exit(EXIT_ERROR) from None
-    except BrokenPipeError:  # `deploypipe ... | head`: nobody is left to tell
+    except BrokenPipeError:  # `deploypipe ... | head`: nobody reads the output any more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(EXIT_ERROR) from None
     except Exception as error:
@@ -52,7 +52,7 @@ def exit_codes() -> Iterator[None]:
 
 
 def _say_interrupted() -> None:
-    """One line. A process for one of several targets leaves it to the one that started it."""
+    """Print an error in one line. A process for one of several targets leaves that to its parent."""
     from multiprocessing import parent_process  # late: help need not wait for it
 
     if parent_process() is None:
@@ -82,14 +82,14 @@ def _terminated_like_interrupted() -> Iterator[None]:
 
 
 def _comes_from_an_interrupt(error: BaseException | None) -> bool:
-    """Whether a library met the interrupt in the middle of its work, and raised an error of its own for it."""
+    """Whether an interrupt hit a library in the middle of its work, and the library raised its own error."""
     while error and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
     return error is not None
 
 
 def _not_a_bug(error: Exception) -> str:
-    """What the machine lacks, and what to do; empty where the error is ours."""
+    """Name what the machine lacks, and the remedy; empty if the error is a bug of ours."""
     if found := find_exhaustion(error):
         problem, remedy = found
         return f"{problem}; {remedy}, and run the same command again"

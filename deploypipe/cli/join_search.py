@@ -25,7 +25,7 @@ _POLL_S = 2.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SharedJob:
-    """What workers need to know of a run, as stored in the database."""
+    """The facts about a run that workers need, as stored in the database."""
 
     pipeline: str
     constants: dict[str, str]

@@ -80,7 +80,7 @@ class LiveStages:
                     self.running.advance(event)
 
     def above(self, text: RenderableType) -> None:
-        """Print lines that stay, above what moves."""
+        """Print lasting lines above the live part."""
         self.console.print(text, highlight=False)
 
     def _end(self, note: str) -> None:
@@ -178,8 +178,8 @@ def _whole(value: float) -> str:
 
 
 class _LinesAbove(io.TextIOBase):
-    """What a pipeline prints: whole lines go above the live view; the unfinished one, such as a progress bar that is
-    drawn again and again, is shown with the stage at work."""
+    """Show a pipeline's own output. Whole lines go above the live view. An unfinished line, such as a progress bar, is
+    shown with the stage that runs."""
 
     def __init__(self, stream: TextIO, view: LiveStages) -> None:
         self._stream, self._view, self._begun = stream, view, ""

@@ -69,7 +69,7 @@ def runs(
 def _parse_age(text: str) -> timedelta:
     match = re.fullmatch(r"(\d{1,4})([hdw])", text)
     if not match:
-        raise ConfigError("--older-than", text, "is no age", "write it like 12h, 30d or 8w")
+        raise ConfigError("--older-than", text, "is not an age", "write it like 12h, 30d or 8w")
     return int(match[1]) * _UNITS[match[2]]
 
 

@@ -57,7 +57,7 @@ class PlainStages:
     """One line for each stage that ends, and a few while it lasts.
 
     Work inside a stage (one trial's repair, the timed runs) reports progress under its own name. It is shown on the
-    stage's line, but it does not tell how long the stage still takes.
+    stage's line, but it does not show how much of the stage is left.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Runs for several targets at once: each is the command for its target in a process of its own."""
+"""Compress for several targets at once: one process for each target, which runs the command for that target."""
 
 import io
 import multiprocessing
@@ -17,16 +17,16 @@ from typing import TextIO
 from deploypipe.cli.app import app
 from deploypipe.cli.exit_codes import EXIT_INTERRUPTED
 
-_GRACE_S = 2.0  # a terminal interrupts all its processes by itself, and a second interrupt would disturb the end
+_GRACE_S = 2.0  # Ctrl-C in a terminal reaches the children too; a second interrupt would disturb their shutdown
 
 
 def run_commands(commands: Mapping[str, Sequence[str]], at_once: int, num_threads: int) -> dict[str, int]:
-    """The exit code of each command, by name; one that is killed has minus the signal's number.
+    """Run each command in its own process; return the exit codes by name (minus the signal's number if killed).
 
-    At most `at_once` are at work at a time, each with `num_threads` threads. What they print begins with their name. An
-    interrupt ends them all before it is raised here; where this process is killed, they end, too.
+    At most `at_once` processes run at a time, each with `num_threads` threads. Every line they print starts with their
+    name. An interrupt stops all of them before it is raised here. If this process is killed, they stop too.
     """
-    os.environ["OMP_NUM_THREADS"] = str(num_threads)  # read when a process loads its libraries: here that is done
+    os.environ["OMP_NUM_THREADS"] = str(num_threads)  # for the children: libraries read it when they load
     context = multiprocessing.get_context("spawn")
     width = max(map(len, commands))
     waiting = [(name, context.Process(target=_run, args=(name.ljust(width), list(c)))) for name, c in commands.items()]
@@ -36,7 +36,7 @@ def run_commands(commands: Mapping[str, Sequence[str]], at_once: int, num_thread
         while waiting or at_work:
             while waiting and len(at_work) < at_once:
                 name, process = waiting.pop(0)
-                with _no_interrupts():  # nor in the process, until it can end well
+                with _no_interrupts():  # the child inherits this, until it can handle an interrupt
                     process.start()
                 at_work[name] = process
             wait([process.sentinel for process in at_work.values()])
@@ -63,8 +63,8 @@ def _interrupt(processes: Sequence[SpawnProcess]) -> None:
 
 @contextmanager
 def _no_interrupts() -> Iterator[None]:
-    """They come when the block ends."""
-    resource_tracker.ensure_running()  # the first process would start it, which lets interrupts through again
+    """Hold interrupts back until the block ends."""
+    resource_tracker.ensure_running()  # else the first child starts it, which unblocks interrupts
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -86,7 +86,7 @@ def _die_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent:
         wait([parent.sentinel])
-        os.kill(os.getpid(), signal.SIGKILL)  # a run loses nothing by it
+        os.kill(os.getpid(), signal.SIGKILL)  # finished stages are on disk, so the run can be resumed
 
 
 @contextmanager
@@ -100,13 +100,13 @@ def _named(name: str) -> Iterator[None]:
 
 
 class _NamedLines(io.TextIOBase):
-    """Whole lines, each after a name and in one piece, so that those of several processes do not mix."""
+    """Write whole lines only, each after a name, so that the lines of several processes do not mix."""
 
     def __init__(self, stream: TextIO, name: str) -> None:
         self._stream, self._name, self._begun = stream, name, ""
 
     def fileno(self) -> int:
-        """What a pipeline's own processes write to."""
+        """The file that processes started by a pipeline write to."""
         return self._stream.fileno()
 
     def write(self, text: str) -> int:

@@ -1,4 +1,4 @@
-"""What the user sees at the end: tables, the decision, the files."""
+"""Print the end of a run: tables, the decision, the files."""
 
 import os
 import sys
@@ -74,7 +74,7 @@ def show_result(result: RunResult, folder: Path) -> None:
 
 
 def show_next_steps(result: RunResult) -> None:
-    """After HOLD: what to run next."""
+    """The command to run next after HOLD."""
     for step in next_steps(result):
         say(f"next    {step}")
 
@@ -126,7 +126,7 @@ def show_decision(decision: GateDecision) -> None:
 
 
 def _held(decision: GateDecision) -> str:
-    """What failed, and what is unknown."""
+    """List the failed and the unknown checks."""
     words = {Status.FAIL: "failed", Status.UNKNOWN: "unknown"}
     held = [check for check in decision.checks if not check.is_settled]
     names = {status: [check.name.replace("_", " ") for check in held if check.status is status] for status in words}

@@ -50,7 +50,7 @@ def _divided(batch: Any, split: str) -> tuple[Any, Any]:
             return batch[0], None
     if isinstance(batch, Tensor | np.ndarray) and split == "calib":
         return batch, None
-    raise _unreadable(batch, split, "it is no pair (inputs, target)")
+    raise _unreadable(batch, split, "it is not a pair (inputs, target)")
 
 
 def _divided_by_name(batch: Mapping[Any, Any], split: str) -> tuple[Any, Any]:

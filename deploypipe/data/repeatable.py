@@ -1,4 +1,4 @@
-"""Sources of batches that can be iterated many times, each pass with an order of its own."""
+"""Sources of batches that can be iterated many times, each pass in a new order."""
 
 import functools
 import inspect

@@ -93,7 +93,7 @@ def _refusal(module: nn.Module) -> str:
 
 
 def _is_of(module: nn.Module, packages: tuple[str, ...]) -> bool:
-    kind: Any = type(module)  # mypy takes classes of modules for unhashable
+    kind: Any = type(module)  # mypy believes that classes of modules are unhashable
     return _comes_from(kind, packages)
 
 

@@ -82,7 +82,7 @@ class WeightFiles:
 @contextmanager
 def without_weights() -> Iterator[None]:
     """Modules made meanwhile have parameters with a shape and no memory ("meta"). Buffers are made as always: what a
-    constructor computes, as the angles of rotary positions, is in no file."""
+    constructor computes, such as the angles of rotary positions, is not in any file."""
     register = nn.Module.register_parameter
 
     def register_empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -152,7 +152,7 @@ def _read_index(path: Path) -> dict[str, Path]:
         places = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         files = {str(name): path.parent / file for name, file in places.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{path}: is no index of weights ({type(error).__name__}: {error})") from error
+        raise ModelError(f"{path}: is not an index of weights ({type(error).__name__}: {error})") from error
     for file in set(files.values()):
         if file.parent.resolve() != path.parent.resolve():
             raise ModelError(f"{path}: names {file}, which is not next to it; use files in one folder")

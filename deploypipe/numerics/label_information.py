@@ -113,7 +113,7 @@ def forward_selection(x: Tensor, y: Tensor) -> tuple[list[int], Tensor]:
     adds 1/2 log(its total / its within variance given S). These Schur complements come from two pivoted Cholesky
     factors that grow by a row at each choice. float64; O(n p^2 + p^3), 3 s for p = 2048 on one core. Biased up by about
     (C - 1) / (2 n) per unit; n < p is fine. A duplicate of a chosen unit appears to add up to about a / 4, because two
-    noisy readings tell more than one. A smaller a orders units worse out of sample (simulated factor models,
+    noisy readings say more than one. A smaller a orders units worse out of sample (simulated factor models,
     n = p / 8 to 16 p).
     """
     *pair, floor = class_covariances(x, y)

@@ -111,7 +111,7 @@ def observe_halves(
     halves = []
     for number in (0, 1):
 
-        def tell(event: Event, first: int = number) -> None:
+        def report(event: Event, first: int = number) -> None:
             if isinstance(event, Progress):
                 event = replace(event, done=event.done + first * len(taken[::2]), total=len(taken))
             notify(event)
@@ -127,7 +127,7 @@ def observe_halves(
                 real_tokens=real_tokens,
                 shuffled=shuffled,
                 seed=2 * seed + number,
-                notify=tell,
+                notify=report,
             )
         )
     return halves[0], halves[1]

@@ -245,7 +245,7 @@ def try_extremes(findings: Findings, model: nn.Module, task: Task, name: str, se
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Samples:
-    """What the export is tried on."""
+    """Samples for trying the export."""
 
     calib: Batch
     val: Batch

@@ -1,4 +1,4 @@
-"""What a run reports while it is at work, for whoever shows it."""
+"""Events that a run reports while it works, for displays and trackers."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

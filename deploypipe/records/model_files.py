@@ -77,7 +77,7 @@ class Converted:
     num_converted: int
     kept_float: tuple[FloatLayer, ...]
     runtime: str = ""  # whose recipe int8 followed
-    # What an int8 file is approved for. "exact": kernels that add 8-bit products in 32 bits (x86 with VNNI, ARM, GPUs).
+    # Kernels that an int8 file may run on. "exact": they add 8-bit products in 32 bits (x86 with VNNI, ARM, GPUs).
     # "any": its weights have 7 bits, so that kernels that add pairs in 16 bits (x86 without VNNI) do not saturate.
     int8_arithmetic: Literal["", "exact", "any"] = ""
     num_calib_samples: int = 0
@@ -131,7 +131,7 @@ class Golden:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineKey:
-    """What an engine was built with and for. It runs only on a machine where all of it fits."""
+    """The versions and hardware that an engine was built for. It runs only on a machine where all of them match."""
 
     library: str  # tensorrt, tensorrt-rtx
     version: str

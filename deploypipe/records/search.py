@@ -41,7 +41,7 @@ def _ends_of(ranked: list[LossCurve]) -> list[tuple[str, LossCurve]]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cut:
-    """What was cut from a network: the number of units by group, and blocks. Only this decides its latency."""
+    """The parts cut from a network: the number of units by group, and blocks. They alone decide its latency."""
 
     removed: dict[str, int]  # by group
     blocks: Names

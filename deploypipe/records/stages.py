@@ -45,10 +45,10 @@ _KNOWN = {stage.name: stage for stage in (*PREPARATION, *STAGES)}
 
 
 def title_of(name: str) -> str:
-    """The title of a stage; what is no stage of a run (a part of `bench`) is shown by its name."""
+    """The title of a stage; the plain name if no run has such a stage (parts of `bench`)."""
     return _KNOWN[name].title if name in _KNOWN else name
 
 
 def doing_of(name: str) -> str:
-    """What is shown while the stage is at work."""
+    """The line that is shown while the stage runs."""
     return (_KNOWN[name].doing if name in _KNOWN else "") or title_of(name)

@@ -1,4 +1,4 @@
-"""A decision for those who read it elsewhere: a pull request's comment, a CI server's list of tests."""
+"""Write a decision for other tools: a pull request's comment, a CI server's list of tests."""
 
 from xml.etree import ElementTree
 

@@ -65,7 +65,7 @@ def check_keyless(bundle: Path, identity: str, issuer: str) -> None:
 
 
 def check_signature(bundle: Path, public_key: Path | None = None, roots: tuple[Path, ...] = ()) -> None:
-    """Raise BundleError unless this key, or a key under one of these root certificates, signed every file as it is.
+    """Raise BundleError unless this key, or a key under one of these root certificates, signed every file.
 
     Only the signature is parsed; the files are hashed.
     """

@@ -12,7 +12,7 @@ _LEAST_SPEEDUP = 1.01  # a smaller one is "as fast as before"
 
 
 class Outcome(StrEnum):
-    """What a gate's decision means for its reader, the worst first. The values are names of colours in `page.css`."""
+    """The meaning of a gate's decision for the reader, worst first. Values are names of colours in `page.css`."""
 
     FAILED = "failed"
     UNSTEADY = "unsteady"
@@ -45,7 +45,7 @@ def outcome_of(result: RunResult) -> Outcome:
 
 
 def outcome_label(decision: GateDecision, outcome: Outcome) -> str:
-    """What the verdict means, in words: the gate's own for SHIP, those of its kind for HOLD."""
+    """Explain the verdict in words: the gate's reason for SHIP, a fixed text for each kind of HOLD."""
     return decision.reason if outcome is Outcome.SHIP else _HOLDS[outcome]
 
 

@@ -1,4 +1,4 @@
-"""What to do about a run on HOLD: one sentence for each failed check, ending with the command to run next."""
+"""Advise what to do about a run on HOLD: a sentence for each failed check, ending with the next command."""
 
 from deploypipe.budgets import BUDGETS
 from deploypipe.records import Check, Status, Verdict

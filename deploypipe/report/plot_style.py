@@ -6,7 +6,7 @@ from typing import Any
 
 from deploypipe.text.printable_text import printable
 
-# Each is told from white and from the dark page. Text, grid and frames get their colours from `page.css`.
+# Each can be seen on the white page and on the dark one. Text, grid and frames get their colours from `page.css`.
 DENSE, COMPRESSED, MUTED, LIMIT = "#7d8798", "#3b76f0", "#9aa5b5", "#e5484d"
 PALE = "rgba(125, 135, 152, 0.22)"
 _CONFIG = {"displayModeBar": False, "responsive": True}  # its buttons would lie over the legend

@@ -42,7 +42,7 @@ def kept_information(summary: ScoreSummary) -> str:
     return as_html(
         figure,
         f"Information kept by units kept, one curve for each of {len(summary.groups)} groups. Of {total:,} units "
-        f"so many could go while that share of the information stays: {shares}.",
+        f"so many could be removed while that share of the information stays: {shares}.",
     )
 
 

@@ -7,7 +7,7 @@ from deploypipe.text.printable_text import printable
 
 _SPECIAL = re.compile(r"[\\`*\[\]|~$]")
 _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
-# An underscore inside a word, as in x86_cpu, is no emphasis.
+# An underscore inside a word, as in x86_cpu, does not mean emphasis.
 _EMPHASIS = re.compile(r"(?<![^\W_])_|_(?![^\W_])")
 # GitHub and others turn these into links without markup: @user, #12, GH-12, https://..., www. ...
 _LINKING = re.compile(r"@|#(?=\w)|\bGH(?=-\d)|:(?=//)|www(?=\.)", re.IGNORECASE)

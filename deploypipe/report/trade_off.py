@@ -1,4 +1,4 @@
-"""What each latency, or each value of another figure, costs in accuracy, by all trials of a search."""
+"""Show accuracy against latency, or against another figure, over all trials of a search."""
 
 import re
 from collections.abc import Sequence

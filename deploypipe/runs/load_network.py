@@ -1,4 +1,4 @@
-"""Load a compressed network from wherever one was left: a saved network, a finished run, or a bundle."""
+"""Load a compressed network from a saved network, a finished run or a bundle."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -116,7 +116,7 @@ def save_result(folder: Path, result: RunResult) -> None:
 
 
 def load_result(folder: Path | str, name: str = RESULT) -> RunResult:
-    """Read `result.json`; RunFolderError where the run has not finished, or the file was changed after it."""
+    """Read `result.json`; RunFolderError if the run has not finished, or the file was changed later."""
     path = Path(folder) / name
     if not path.is_file():
         raise RunFolderError(f"{folder}: holds no finished run ({name} is absent); finish it with `deploypipe run`")
@@ -132,13 +132,13 @@ def load_result(folder: Path | str, name: str = RESULT) -> RunResult:
 
 
 def load_plan(path: Path | str) -> PruningPlan:
-    """The plan in a file, in a folder that holds a plan.json, or of a finished run; RunFolderError where none is."""
+    """The plan in a file, in a folder that holds a plan.json, or of a finished run; RunFolderError if there is none."""
     path = Path(path)
     file = path / PLAN if path.is_dir() else path
     if file.is_file():
         return read_plan(file)
     if not path.is_dir():
-        raise RunFolderError(f"{path}: is no file; give a plan.json, or the folder of a finished run")
+        raise RunFolderError(f"{path}: is not a file; give a plan.json, or the folder of a finished run")
     found = load_result(path).search
     if found is None:
         raise RunFolderError(f"{path}: this run removed nothing, so it has no plan; give a run that had to compress")
@@ -146,6 +146,6 @@ def load_plan(path: Path | str) -> PruningPlan:
 
 
 def start_afresh(folder: Path, names: Sequence[str]) -> None:
-    """Remove the end products of an earlier run, so that nobody takes them for those of one that fails."""
+    """Remove the end products of an earlier run. If this run fails, they must not look like its own."""
     for name in (RESULT, *names):
         (folder / name).unlink(missing_ok=True)

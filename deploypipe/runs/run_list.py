@@ -36,7 +36,7 @@ State = Literal["finished", "interrupted", "running", "shared", "unreadable"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """A run folder. What only a finished run knows is empty or None for others."""
+    """A run folder. Fields that only a finished run can fill are empty or None for others."""
 
     folder: Path
     state: State  # shared: stages for several targets; unreadable: its result was changed, or is of another version
@@ -55,7 +55,7 @@ def list_runs(folder: Path | str = "runs") -> tuple[Run, ...]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise RunFolderError(f"{folder}: is no folder; give the one that run folders are in (default: runs)")
+        raise RunFolderError(f"{folder}: is not a folder; give the one that run folders are in (default: runs)")
     found = [_describe(path) for path in _folders(folder, _MAX_DEPTH) if _is_run(path)]
     return tuple(sorted(found, key=lambda run: run.changed, reverse=True))
 
@@ -91,7 +91,7 @@ def clean_run(run: Run, *, keep_results: bool = False) -> int:
         if not try_lock(lock, fcntl.LOCK_EX):
             raise RunFolderError(f"{run.folder}: a run is at work here; wait for it, or stop it")
         if not _is_run(run.folder):
-            raise RunFolderError(f"{run.folder}: is no run folder; nothing was removed")
+            raise RunFolderError(f"{run.folder}: is not a run folder; nothing was removed")
         before = _size(run.folder)
         for path in sorted(run.folder.iterdir()):
             if _INTERMEDIATE.fullmatch(path.name) or (not keep_results and _RESULTS.fullmatch(path.name)):

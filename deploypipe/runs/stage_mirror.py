@@ -45,7 +45,9 @@ def _files_of(record: bytes, name: str) -> list[str]:
     try:
         files = [str(file) for file in json.loads(record)["files"]]
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise RunFolderError(f"{name}: is no record of a stage; delete it, and repeat the run that made it") from None
+        raise RunFolderError(
+            f"{name}: is not the record of a stage; delete it, and repeat the run that made it"
+        ) from None
     if any(name_problem(part) for file in files for part in file.split("/")):
         raise RunFolderError(f"{name}: names files outside of its folder; do not use this location")
     return files

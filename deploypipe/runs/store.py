@@ -1,6 +1,6 @@
-"""The run folder: what a run has finished stays finished, whatever kills it.
+"""The run folder: finished stages stay finished, even if the run is killed.
 
-Each stage leaves `NN-stage-<key>.json` (the record, and the hashes of its files) beside a folder of the same name with
+Each stage leaves `NN-stage-<key>.json` (the record, and the hashes of its files) next to a folder of the same name with
 its files. The key is a hash of everything the stage depends on. A record is written last and by rename, so it either
 exists whole or not at all. It is sealed, and names its key: a changed record, or one that lies under another stage's
 name, is computed again, with a warning.
@@ -41,7 +41,7 @@ _POLL_S = 0.1
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageResult(Generic[T]):
-    """What a stage leaves. It is handed on to the stages that need it: nobody looks a stage up by its name."""
+    """The result of a stage. It is passed to the stages that need it; no stage is looked up by name."""
 
     record: T
     key: str  # a hash of all that the stage depends on: equal keys, equal results
@@ -122,7 +122,7 @@ class RunFolder:
 
     @contextmanager
     def _in_turn(self, stage: str, path: Path) -> Iterator[None]:
-        """Of several runs at work at once, let one compute the stage; the others wait, and find it."""
+        """If several runs need the stage at once, one computes it; the others wait and read it."""
         with path.open("w") as lock:
             if not try_lock(lock, fcntl.LOCK_EX):
                 self.notify(Note(stage=stage, text="waits for another run, which is at it"))
@@ -211,7 +211,7 @@ def open_run(
 
 @contextmanager
 def _what_is_kept(path: Path, shared: Path | None) -> Iterator[None]:
-    """What the machine has run out of becomes one error that says what is kept, and how to go on."""
+    """If the machine runs out of something, raise one error that says what is kept and how to continue."""
     try:
         yield
     except Exception as error:
@@ -262,6 +262,6 @@ def _opened_lock(path: Path, option: str) -> Iterator[TextIO]:
 
 
 def _remove_parts(folder: Path) -> None:
-    """Files, and SQLite's journals, that a killed run had in the making."""
+    """Unfinished files, and SQLite's journals, of a killed run."""
     for part in [*folder.glob(".*.part*"), *folder.glob("*/.*.part")]:
         part.unlink()

@@ -14,7 +14,7 @@ from deploypipe.target import Target
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ability:
-    """What a machine can do for a target."""
+    """A machine's ability for a target: run, build only or export only."""
 
     verdict: Literal["run", "build only", "export only"]
     reason: str = ""  # "" if everything can be done; ends with a remedy if there is one

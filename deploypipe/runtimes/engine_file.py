@@ -1,7 +1,7 @@
 """Check an engine against the record next to it (`x.engine`, `x.engine.json`) before any byte of it is deserialised.
 
 An engine is executable code, and runs only on the device that it was built for. The record's hash detects an engine
-that was damaged or exchanged. Who wrote both is for a signature to prove.
+that was damaged or exchanged. Only a signature proves who wrote them.
 """
 
 import platform

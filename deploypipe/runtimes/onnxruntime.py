@@ -165,7 +165,7 @@ def missing_provider(provider: Provider) -> str:
             onnxruntime.InferenceSession, "get_provider_graph_assignment_info"
         ):
             return (
-                f"onnxruntime {onnxruntime.__version__} does not tell which nodes ran on which provider; "
+                f"onnxruntime {onnxruntime.__version__} does not report which nodes ran on which provider; "
                 f"pip install '{provider.package.partition(' ')[0]}>=1.24'"
             )
         return ""

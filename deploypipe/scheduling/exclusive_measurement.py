@@ -18,13 +18,13 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TextIO
 
-_LOOK_EVERY_S = 0.25  # at who holds a lock
+_LOOK_EVERY_S = 0.25  # at which processes hold a lock
 _POLL_S = 0.01
 _TURN_S = 0.002  # enough for the next that waits to measure to take its turn before this run goes back to work
 
 
 def machine() -> str:
-    """This machine since it was started, the same in all of its containers; its name where the system does not tell."""
+    """The boot id of this machine, equal in all of its containers; its host name if the system has no boot id."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -40,11 +40,11 @@ class _Lock:
         self._saw_stopped = False
 
     def take(self, kind: int) -> None:
-        """Wait for it (`fcntl.LOCK_EX` or `LOCK_SH`), but not for processes that were stopped: they disturb nobody, and
-        may never go on."""
+        """Wait for the lock (`fcntl.LOCK_EX` or `LOCK_SH`), but not for stopped processes: they disturb no measurement
+        and may never continue."""
         if try_lock(self._file, kind):
             return
-        if self._saw_stopped:  # each thread that gave up waits on
+        if self._saw_stopped:  # each thread that gave up goes on waiting
             while not (_is_held_by_stopped(self._file) or try_lock(self._file, kind)):
                 time.sleep(_POLL_S)
             return
@@ -55,7 +55,7 @@ class _Lock:
                 return
 
     def is_free(self) -> bool:
-        """Whether it could be shared at once."""
+        """Whether the lock can be shared right now."""
         if is_free := try_lock(self._file, fcntl.LOCK_SH):
             self.give_back()
         return is_free
@@ -64,14 +64,14 @@ class _Lock:
         fcntl.flock(self._file, fcntl.LOCK_UN)
 
     def leave(self) -> None:
-        """What was forked meanwhile, a data loader's workers, has the file open still: closing it is not enough."""
+        """Unlock, then close. Closing is not enough: forked processes (a data loader's workers) keep the file open."""
         self.give_back()
         self._file.close()
 
 
 class _Waiting:
-    """A thread waits for the lock in the kernel's queue: who only looked now and then would never come before one that
-    takes the lock again and again."""
+    """Wait for the lock in a thread, in the kernel's queue. A process that only polled could be overtaken for ever by
+    one that takes the lock again and again."""
 
     def __init__(self, file: TextIO, kind: int) -> None:
         self._file, self._kind = file, kind
@@ -82,7 +82,7 @@ class _Waiting:
         return self._ended.wait(seconds)
 
     def give_up(self) -> bool:
-        """The lock goes back, and the file is closed, as soon as it is there. False where it is there already."""
+        """Let the thread release the lock and close the file when it gets the lock; False if it has the lock."""
         with self._guard:
             self._is_over = not self._ended.is_set()
             return self._is_over
@@ -100,7 +100,7 @@ class _Share:
     """One run's part in a shared machine.
 
     A run at work holds the `work` lock shared; a run that measures holds it exclusively. A run that wants to measure
-    takes the `request` lock first, so that nobody goes back to work before it has had its turn.
+    takes the `request` lock first, so that no other run goes back to work before its turn.
     """
 
     def __init__(self, request: _Lock, work: _Lock) -> None:
@@ -162,13 +162,13 @@ def shared_machine(folder: Path) -> Iterator[None]:
 
 
 def yield_to_measurements() -> None:
-    """Pause while other runs measure, or wait to."""
+    """Pause while other runs measure or wait to measure."""
     if share := _SHARE.get():
         share.yield_to_measurements()
 
 
 def sleep_without_blocking(seconds: float) -> None:
-    """Sleep, and let others measure meanwhile: a run that waits for others must not block them."""
+    """Sleep while others may measure: a run that waits for others must not block them."""
     if share := _SHARE.get():
         share.sleep(seconds)
     else:
@@ -177,7 +177,7 @@ def sleep_without_blocking(seconds: float) -> None:
 
 @contextmanager
 def exclusive_measurement() -> Iterator[None]:
-    """Have the machine to oneself: no other run that shares it computes or measures. Blocks do not nest."""
+    """Use the machine alone: no other run that shares it computes or measures. Blocks do not nest."""
     share = _SHARE.get()
     if share is None:
         yield
@@ -187,7 +187,7 @@ def exclusive_measurement() -> Iterator[None]:
 
 
 def try_lock(file: TextIO, kind: int) -> bool:
-    """Whether the lock (`fcntl.LOCK_EX` or `LOCK_SH`) was to be had at once, and is held now."""
+    """Whether the lock (`fcntl.LOCK_EX` or `LOCK_SH`) was free, and is held now."""
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -196,7 +196,7 @@ def try_lock(file: TextIO, kind: int) -> bool:
 
 
 def _is_held_by_stopped(file: TextIO) -> bool:
-    """Whether all that hold the lock are stopped; False where the system does not tell."""
+    """Whether all processes that hold the lock are stopped; False if the system does not report it."""
     inode = str(os.fstat(file.fileno()).st_ino)
     try:
         locks = [line.split() for line in Path("/proc/locks").read_text().splitlines()]

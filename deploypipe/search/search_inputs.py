@@ -11,7 +11,7 @@ from deploypipe.target import Limit
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SearchGoal:
-    """What candidates are cut from, compared with and limited by. Known before calibration."""
+    """The dense network, reference and limits of a search. Known before calibration."""
 
     structures: Structures
     dense: StageResult[Measurement]

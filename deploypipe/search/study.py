@@ -110,10 +110,10 @@ def _unreported_(done: Done, reported: set[int]) -> list[int]:
 
 
 def _tell_time(num_trials: int, settings: Search, notify: Notify) -> None:
-    """Say so if time ended the search before its last trial."""
+    """Report it if the search ran out of time before its last trial."""
     if num_trials < settings.num_trials:
-        told = f"{num_trials} of {settings.num_trials} trials in {settings.max_minutes:g} minutes (search.max_minutes)"
-        notify(Note(stage="search", text=f"the time is up: {told}"))
+        done = f"{num_trials} of {settings.num_trials} trials in {settings.max_minutes:g} minutes (search.max_minutes)"
+        notify(Note(stage="search", text=f"the time is up: {done}"))
 
 
 def rules(settings: Search) -> Search:

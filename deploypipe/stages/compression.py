@@ -44,7 +44,7 @@ def prune(ctx: RunContext, plan: PruningPlan) -> StageResult[PruneOutcome]:
 
 
 def repair_inputs(ctx: RunContext) -> dict[str, object]:
-    """What a repaired network depends on, beside the run's origin and the plan."""
+    """The settings that a repaired network depends on, besides the run's origin and the plan."""
     return {"repair": ctx.recipe.repair, "num_calib_samples": sum(num_samples(inputs) for inputs, _ in ctx.calib)}
 
 

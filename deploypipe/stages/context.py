@@ -1,4 +1,4 @@
-"""What all stages of one run share: the network, the data, the settings, the device and the run folder."""
+"""The context that all stages of one run share: the network, the data, the settings, the device and the run folder."""
 
 import json
 from collections.abc import Iterable
@@ -36,7 +36,7 @@ _NUM_PARITY_SAMPLES = 64
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunContext:
-    """What all stages of one run share. `prepare_run` makes it."""
+    """The inputs and settings that all stages of one run share. `prepare_run` makes it."""
 
     model: nn.Module  # a copy of the user's, on the CPU, in eval mode
     splits: Splits
@@ -57,7 +57,7 @@ class RunContext:
     origin: dict[str, Any]  # every stage depends on it: network, data, code, packages and seed
 
     def timed_on(self, split: Iterable[Batch]) -> Iterable[Batch]:
-        """What files are timed on: the first batch of a split, or inputs of one usual size for all measurements."""
+        """The inputs that files are timed on: a split's first batch, or one usual size for all measurements."""
         return split if self.usual is None else [(self.usual.inputs, None)]
 
     def described_origin(self) -> Origin:
@@ -71,7 +71,7 @@ class RunContext:
         )
 
     def identity(self) -> dict[str, str]:
-        """What all workers of a search must have in common, by name."""
+        """The facts that must be equal in all workers of a search, by name."""
         return {
             "deploypipe": find_package("deploypipe").version,
             **self.origin["packages"],
@@ -102,8 +102,8 @@ def prepare_run(
     dense = copied(model).cpu().eval()
     ability = can(target)
     if ability.verdict != "run":
-        told = f"nothing can be measured for {target.name or target.runtime} here, so the run will end in HOLD"
-        run.notify(Warned(stage="check", text=f"{told}: {ability.reason}"))
+        problem = f"nothing can be measured for {target.name or target.runtime} here, so the run will end in HOLD"
+        run.notify(Warned(stage="check", text=f"{problem}: {ability.reason}"))
     calib = take_calib(splits.calib, max(recipe.observe.num_samples, recipe.repair.num_samples))
     inputs, extremes = take(calib[0][0], 2), Extremes()
     with reported(run.notify, "fingerprints"):
@@ -140,7 +140,7 @@ def prepare_run(
 
 
 def _describe_device(target: Target, ability: Ability) -> dict[str, Any]:
-    """All that a measurement depends on beside the file."""
+    """The properties of target and machine that a measurement depends on, besides the file."""
     return {
         "fingerprint": describe_environment(target.num_threads).device_fingerprint,
         "gpu": this_machine().gpus,
@@ -164,8 +164,8 @@ def _hash_data(splits: Splits, run: RunFolder, extremes: Extremes) -> str:
         before = {}
     changed = [name for name in found if isinstance(before, dict) and before.get(name, found[name]) != found[name]]
     if changed:
-        told = f"the data of {' and '.join(changed)} changed since the last run in this folder"
-        run.notify(Note(stage="check", text=f"{told}: what depends on it is computed again"))
+        change = f"the data of {' and '.join(changed)} changed since the last run in this folder"
+        run.notify(Note(stage="check", text=f"{change}: what depends on it is computed again"))
     write_atomically(path, (json.dumps(found, sort_keys=True) + "\n").encode())
     return digest(found)
 

@@ -35,7 +35,7 @@ from deploypipe.target import Budget
 from deploypipe.task import take_calib
 
 MODEL = "model.onnx"
-_NUM_HELD_OUT = 128  # samples beside those of `export.int8`, for its errors
+_NUM_HELD_OUT = 128  # samples for the errors of int8, not among those of `export.int8`
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,7 +104,7 @@ def _precision(ctx: RunContext, stage: str, file: ModelFile, folder: Path) -> St
 
 
 def shipped(fp32: ModelFile, folder: Path, choice: StageResult[PrecisionChoice] | None) -> Shipped:
-    """The file in the precision that was chosen for it, or the fp32 file itself, which lies in `folder`."""
+    """The file in its chosen precision, or the fp32 file itself, which is in `folder`."""
     if choice and choice.record.chosen != "fp32":
         file = choice.record.file
         return Shipped(file=file, path=choice.files / file.path, fp32=fp32)

@@ -1,6 +1,6 @@
 """Shorten a run so that every stage is tried in about a minute: few samples, two trials, one step of training.
 
-The search's costs are bounded so that something is removed and nothing fails: half a minute cannot tell whether the
+The search's costs are bounded so that something is removed and nothing fails: half a minute cannot show whether the
 target's own budget is met. The gate holds the result, whatever was measured.
 """
 
@@ -55,7 +55,7 @@ def first_batches(splits: Splits) -> Splits:
 
 
 def short_recipe(recipe: Recipe) -> Recipe:
-    """The recipe with all that takes time cut down; which stages run, and how, stays."""
+    """The recipe with the shortest settings that still run the same stages in the same way."""
     samples = {"num_samples": _NUM_SAMPLES}
     search = replace(
         recipe.search,
@@ -82,7 +82,7 @@ def short_recipe(recipe: Recipe) -> Recipe:
 
 
 def short_target(target: Target) -> Target:
-    """The target with the fewest timed runs, and each limit loosened to one that is measured and met."""
+    """The target with the fewest timed runs, and with limits so loose that each is measured and met."""
     budget = target.budget
     limits = {**dict.fromkeys(budget.limits(), _UNREACHED), MACS: _SMALLER}
     slice_drop_pp = None if budget.slice_drop_pp is None else 100.0

@@ -1,4 +1,4 @@
-"""Learn about the dense network: its structures, its files, its speed, what its layers do, what each cut costs."""
+"""Examine the dense network: its structures, files, speed, layer statistics, and the loss of each cut."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -166,7 +166,7 @@ def score_summary(structures: Structures, scores: ScoreTable, observed: StageRes
 def loss_curves(
     ctx: RunContext, structures: Structures, scores: StageResult[ScoreTable], observed: StageResult[Observation]
 ) -> StageResult[Curves]:
-    """Measure what each group loses at each width, and what each block loses when it goes."""
+    """Measure the loss of cutting each group to each width, and of removing each block."""
     settings = ctx.recipe.search
 
     def compute(_: Path) -> Curves:

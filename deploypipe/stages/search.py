@@ -85,7 +85,7 @@ def goal(
     limits: Mapping[str, Limit],
     precision: PrecisionRow,
 ) -> SearchGoal:
-    """What candidates are cut from, compared with and held to. precision: the one that they are made in."""
+    """The network to cut candidates from, their reference and their limits. precision: that of the candidates."""
     opened = profile.dense_opened(ctx, dense)
     candidates = CandidateFiles(
         dense=ctx.model,
@@ -176,7 +176,7 @@ def feasibility(
 
 
 def _choices(ctx: RunContext, structures: Structures) -> Curves:
-    """All widths and blocks that may be chosen, each at no loss."""
+    """Loss curves of all allowed widths and blocks, with losses of zero."""
     return unmeasured_curves(structures, ctx.recipe.search, ctx.target.channel_multiple)
 
 
@@ -238,11 +238,11 @@ def tune_finalists(ctx: RunContext, found: SearchResult) -> SearchResult:
 
 
 def _tune_finalist(ctx: RunContext, found: SearchResult, number: int) -> float:
-    """The accuracy on val that a short training brings a trial to."""
+    """Train a trial's network for a few epochs; return its accuracy on val."""
     plan = found.trials[number].plan
     short = replace(ctx.recipe.finetune, num_epochs=ctx.recipe.search.finalist_epochs)
     finalist = as_part_of("finalist", ctx.run.notify)
-    told = f"trial {number}, {found.finalists.index(number) + 1} of {len(found.finalists)}"
+    message = f"trial {number}, {found.finalists.index(number) + 1} of {len(found.finalists)}"
 
     def compute(work: Path) -> TrainLog:
         repaired, _ = compression.repair_network(ctx, plan, apply_plan(ctx.model, plan), silent)
@@ -251,7 +251,7 @@ def _tune_finalist(ctx: RunContext, found: SearchResult, number: int) -> float:
 
         def notify(event: Event) -> None:
             if isinstance(event, Progress):
-                event = replace(event, message=told)
+                event = replace(event, message=message)
             elif isinstance(event, EpochEnded):
                 event = replace(event, trial=number)
             finalist(event)
@@ -353,7 +353,7 @@ def _run_trials(
 
 
 def _own_storage(ctx: RunContext, depends_on: Mapping[str, object]) -> Storage:
-    """Next to the stages: a search for more trials goes on with those that are there."""
+    """The study's file, next to the stages: a search for more trials continues with those in it."""
     key = digest([ctx.identity(), {**depends_on, "search": study.rules(ctx.recipe.search)}])
     return Storage.own(ctx.run.path / f"study-{key}.db")
 

@@ -1,4 +1,4 @@
-"""Ship another trial of a finished search than its winner: in a folder of its own, with the stages that are done."""
+"""Ship a trial of a finished search other than its winner, in a new folder, with the finished stages."""
 
 import re
 from dataclasses import dataclass, replace
@@ -9,14 +9,14 @@ from deploypipe.files.atomic import place_file
 from deploypipe.records import ScoreSummary, SearchResult, Trial
 from deploypipe.runs.result import load_result
 
-# What may serve the new run. The stages of the search, which are large, are not needed: its plans are in the result.
+# Stages that the new run may reuse. The large stages of the search are not needed: its plans are in the result.
 _REUSED = "structures|dense_export|baseline|dense_precision|prune|finetune|export|precision|engine|benchmark|golden"
 _RECORD = re.compile(rf"\d\d-({_REUSED})-[0-9a-f]+\.json")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChosenTrial:
-    """A trial to ship, and what the finished run knew."""
+    """A trial to ship, and the results of the finished run."""
 
     finished: Path  # folder of the run that searched
     search: SearchResult  # `best` is the chosen trial, `winner` the search's own
@@ -32,7 +32,7 @@ class ChosenTrial:
 
 
 def trial_folder(finished: Path, number: int) -> Path:
-    """The run folder of a trial that ships: next to that of the run that searched."""
+    """The run folder of a shipped trial, next to the folder of the search's run."""
     return finished.with_name(f"{finished.name}-trial-{number}")
 
 

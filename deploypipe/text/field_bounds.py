@@ -13,24 +13,24 @@ _SHOWN = 60  # characters of a value in an error
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """From `least` to `most`. is_above: `least` itself is excluded. is_whole: whole numbers only."""
+    """The allowed range of a number. is_above: `minimum` itself is excluded. is_whole: whole numbers only."""
 
-    least: float
-    most: float
+    minimum: float
+    maximum: float
     is_whole: bool = False
     is_above: bool = False
 
 
-def whole(least: int, most: int) -> Bound:
-    return Bound(least, most, is_whole=True)
+def whole(minimum: int, maximum: int) -> Bound:
+    return Bound(minimum, maximum, is_whole=True)
 
 
-def real(least: float, most: float) -> Bound:
-    return Bound(least, most)
+def real(minimum: float, maximum: float) -> Bound:
+    return Bound(minimum, maximum)
 
 
-def above(least: float, most: float) -> Bound:
-    return Bound(least, most, is_above=True)
+def above(minimum: float, maximum: float) -> Bound:
+    return Bound(minimum, maximum, is_above=True)
 
 
 SHARE = above(0, 1)  # 0 excluded
@@ -51,10 +51,10 @@ def require_value(name: str, value: object, bound: Bound) -> None:
         rule = f"a {kind}"
     elif isinstance(value, float) and not math.isfinite(value):
         rule = "finite"
-    elif value < bound.least or (bound.is_above and value <= bound.least):
-        rule = f"{'>' if bound.is_above else '>='} {bound.least:g}"
-    elif value > bound.most:
-        rule = f"<= {_plain(bound.most)}"
+    elif value < bound.minimum or (bound.is_above and value <= bound.minimum):
+        rule = f"{'>' if bound.is_above else '>='} {bound.minimum:g}"
+    elif value > bound.maximum:
+        rule = f"<= {_plain(bound.maximum)}"
     else:
         return
     raise ValueError(f"{name} must be {rule}, got {shown(value)}; write a {kind} {_range(bound)}")
@@ -66,12 +66,12 @@ def require_one_of(name: str, value: object, choices: Iterable[object]) -> None:
         raise ValueError(f"{name} = {shown(value)} does not exist; write one of {', '.join(map(str, known))}")
 
 
-def require_text(name: str, value: object, most: int = _MAX_TEXT) -> None:
+def require_text(name: str, value: object, max_length: int = _MAX_TEXT) -> None:
     """Raise ValueError if `value` is not text on one line, without hidden characters."""
     if not isinstance(value, str):
         raise ValueError(f"{name} must be text, got {shown(value)}; write it in quotes")
-    if len(value) > most:
-        raise ValueError(f"{name} has {len(value)} characters, but at most {most} are allowed; shorten it")
+    if len(value) > max_length:
+        raise ValueError(f"{name} has {len(value)} characters, but at most {max_length} are allowed; shorten it")
     if found := HIDDEN.search(value):
         raise ValueError(f"{name} = {shown(value)} holds the hidden character U+{ord(found[0]):04X}; remove it")
 
@@ -92,8 +92,8 @@ def shown(value: object) -> str:
 
 
 def _range(bound: Bound) -> str:
-    least = f"above {bound.least:g}, up to" if bound.is_above else f"from {bound.least:g} to"
-    return f"{least} {_plain(bound.most)}"
+    begin = f"above {bound.minimum:g}, up to" if bound.is_above else f"from {bound.minimum:g} to"
+    return f"{begin} {_plain(bound.maximum)}"
 
 
 def _plain(number: float) -> str:

@@ -41,7 +41,7 @@ def tracked(notify: Notify, run: TrackedRun, tensorboard: Path | None = None) ->
         return
     figures_of = EventFigures()
 
-    def tell(event: Event) -> None:
+    def report(event: Event) -> None:
         notify(event)
         figures = figures_of(event)
         for delivery in deliveries:
@@ -49,7 +49,7 @@ def tracked(notify: Notify, run: TrackedRun, tensorboard: Path | None = None) ->
         _report(deliveries, notify)
 
     try:
-        yield tell
+        yield report
     except BaseException as error:
         _close(deliveries, _outcome_of(error), notify)
         raise
@@ -60,8 +60,8 @@ def _deliveries(notify: Notify, run: TrackedRun, tensorboard: Path | None) -> li
     deliveries = []
     if address := os.environ.get("MLFLOW_TRACKING_URI"):
         if find_spec("mlflow") is None:
-            told = "MLFLOW_TRACKING_URI is set, but mlflow is not installed, so this run is not tracked"
-            notify(Warned(stage=_STAGE, text=f"{told}; pip install 'deploypipe[mlflow]', or unset it"))
+            problem = "MLFLOW_TRACKING_URI is set, but mlflow is not installed, so this run is not tracked"
+            notify(Warned(stage=_STAGE, text=f"{problem}; pip install 'deploypipe[mlflow]', or unset it"))
         else:
             deliveries.append(Delivery(MlflowTracker(run, address)))
     if tensorboard is not None:

@@ -1,4 +1,4 @@
-"""Hand figures to a tracker from a thread of its own, through a bounded queue."""
+"""Hand figures to a tracker from a separate thread, through a bounded queue."""
 
 import threading
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ class Delivery:
                 self._problem = f"{self._tracker.title} is too slow, so later figures of this run are not tracked"
 
     def take_problem(self) -> str:
-        """What went wrong, the first time it is asked for after it did; else ""."""
+        """Return the problem of the delivery, but only once; "" if there is none or it was returned before."""
         if not self._problem or self._is_reported:
             return ""
         self._is_reported = True
@@ -48,8 +48,8 @@ class Delivery:
             return
         self._thread.join(seconds)
         if self._thread.is_alive() and not self._problem:
-            told = f"{self._tracker.title} did not take the last figures within {seconds:g} s"
-            self._problem = f"{told}; what it shows of this run may be incomplete"
+            problem = f"{self._tracker.title} did not take the last figures within {seconds:g} s"
+            self._problem = f"{problem}; what it shows of this run may be incomplete"
 
     def _work(self) -> None:
         try:
@@ -66,7 +66,7 @@ class Delivery:
             self._problem = f"{self._tracker.title}: {reason}; the run goes on without it"
 
     def _next(self) -> tuple[list[Figure], Outcome | None]:
-        """All that waits, after the first to come; the end of the run, if it is among it."""
+        """Wait for the first item, then take all that wait; also return the run's end if it is among them."""
         figures: list[Figure] = []
         item = self._waiting.get()
         while not isinstance(item, Outcome):

@@ -1,4 +1,4 @@
-"""What a tracker is told about a run: its name, parameters, figures and end."""
+"""The facts that a tracker gets about a run: its name, parameters, figures and end."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass

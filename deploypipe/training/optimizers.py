@@ -58,7 +58,7 @@ def with_optimizer(settings: Finetune, network: nn.Module, task: Task) -> Finetu
 
 
 def choice_text(settings: Finetune, network: nn.Module, task: Task) -> str:
-    """What fine-tuning will use and why, for a note; "" if the recipe says so itself."""
+    """A note that names the optimizer of fine-tuning and why; "" if the recipe chose it."""
     if task.optimizer is not None:
         return "fine-tuning uses the optimizer of task()"
     if settings.optimizer != "auto":
@@ -73,7 +73,7 @@ def default_rate(name: str) -> float:
 
 
 def method_text(task: Task, settings: Finetune, schedule: LRScheduler) -> str:
-    """What a training was done with, for its log: "AdamW, cosine", or the classes that the task's functions made."""
+    """Optimizer and schedule for a training log: "AdamW, cosine", or the classes made by the task's functions."""
     optimizer = f"{type(schedule.optimizer).__name__} of task()" if task.optimizer else _TITLES[settings.optimizer]
     parts = [optimizer, f"{type(schedule).__name__} of task()" if task.schedule else settings.schedule]
     return ", ".join([*parts, "training_step of task()"] if task.training_step else parts)

@@ -53,7 +53,7 @@ class Ranks:
         return self.rank == 0
 
     def tell(self, value: T) -> T:
-        """Rank 0's value, on every rank."""
+        """Send rank 0's value to every rank."""
         if self.count == 1:
             return value
         values = [value]

@@ -121,7 +121,7 @@ def mixing_note(inputs: Any, task: Task, settings: Finetune) -> str:
 
 
 def find_unmixable(inputs: Any) -> str:
-    """The first member of a batch whose samples cannot be mixed, as they are no floats (token ids); "" if all can."""
+    """The first member of a batch that cannot be mixed because it is not float (token ids); "" if all can."""
     size = num_samples(inputs)
     samples = (leaf for leaf in leaves(inputs) if has_batch_axis(leaf.value, size))
     return next((leaf.place for leaf in samples if not leaf.value.is_floating_point()), "")

@@ -22,7 +22,7 @@ _MAX_OPSET = 99
 _MAX_NODES = 1_000_000
 _MAX_DEPTH = 16  # of graphs within nodes
 MAX_RANK = 32  # of a tensor
-_IN_MEMORY = "_ORT_MEM_ADDR_"  # onnxruntime takes the offset of such a "file" for an address
+_IN_MEMORY = "_ORT_MEM_ADDR_"  # onnxruntime reads the offset of such a "file" as a memory address
 _MAX_ELEMENTS = 2**40  # of a tensor whose shape is declared without data
 # TensorProto.DataType -> bits of one element; strings have no size of their own.
 ELEMENT_BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 8: 0, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 14: 64}

@@ -95,5 +95,5 @@ def _settings(target: Target, trust_program: bool, limits: ProcessLimits) -> str
 
 def _command(script: str, path: Path, inputs: Mapping[str, Array], settings: str, folder: Path) -> list[str]:
     inputs_path = folder / "inputs.npz"
-    np.savez(inputs_path, **dict(inputs))  # type: ignore[arg-type]  # numpy's stub takes it for `allow_pickle`
+    np.savez(inputs_path, **dict(inputs))  # type: ignore[arg-type]  # numpy's stub matches it to `allow_pickle`
     return [str(Path(__file__).with_name(script)), settings, str(path), str(inputs_path)]

@@ -25,7 +25,7 @@ class UnfitError(Exception):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Facts:
-    """What is known of a graph's tensors."""
+    """Known facts about a graph's tensors."""
 
     types: dict[str, onnx.TypeProto] = field(default_factory=dict)
     values: dict[str, Array] = field(default_factory=dict)  # of integers that are shapes or parts of them
@@ -248,8 +248,8 @@ def _fit_split(refit: Refit, node: onnx.NodeProto) -> None:
         return
     known = refit.dense.values[node.input[1]].tolist()
     sizes = refit.sizes(node.name)
-    told = [sizes.get(k, k) for k in known]
-    refit.write_(node, 1, told if sum(told) == new else [_scaled(node, k, old, new) for k in known])
+    resized = [sizes.get(k, k) for k in known]
+    refit.write_(node, 1, resized if sum(resized) == new else [_scaled(node, k, old, new) for k in known])
 
 
 def _fit_slice(refit: Refit, node: onnx.NodeProto) -> None:

@@ -16,7 +16,9 @@ from deploypipe.runtimes.named_arrays import name_outputs
 from deploypipe.task import evaluating, forward, has_batch_axis, num_samples, take
 
 Shape = tuple[int, ...]
-Ranges = Mapping[str, tuple[int, int, int]]  # dynamic axis -> least, usual and largest size, as a target declares them
+Ranges = Mapping[
+    str, tuple[int, int, int]
+]  # dynamic axis -> smallest, usual and largest size, as a target declares them
 
 _NUM_SAMPLES = 2
 _GROWTH = 2  # inputs are tried at this multiple of the largest size, and at the smallest divided by it
@@ -81,7 +83,7 @@ def other_sizes(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UsualInputs:
-    """What files with dynamic axes are timed on. sizes: of each such axis, by name."""
+    """Inputs for timing files with dynamic axes. sizes: of each such axis, by name."""
 
     inputs: Any
     sizes: dict[str, int]
@@ -93,7 +95,7 @@ class UsualInputs:
             return f"latency and memory are measured at {sizes}, the usual size in the target's [dynamic_dims]"
         return (
             f"latency and memory are measured at {sizes}, the size of the first calibration batch; the target can "
-            f"choose another: [dynamic_dims] {next(iter(self.sizes))} = [least, usual, most]"
+            f"choose another: [dynamic_dims] {next(iter(self.sizes))} = [smallest, usual, largest]"
         )
 
 

@@ -41,7 +41,7 @@ _LAYER = re.compile(r"^Name: (.*?), LayerType: (.*?), Inputs: (.*)$")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Job:
-    """What the child is to build."""
+    """The engine that the child process must build."""
 
     runtime: str
     onnx: str
@@ -117,7 +117,7 @@ def build_engine(onnx_path: Path, target: Target, folder: Path) -> EngineFile:
 
 
 def runnable(path: Path, target: Target) -> Path:
-    """What the target's runtime opens: the ONNX file itself, or an engine that is built next to it."""
+    """The file that the target's runtime opens: the ONNX file, or an engine that is built next to it."""
     if not is_built(target):
         return path
     engine = path.with_suffix(SUFFIX)
@@ -159,7 +159,7 @@ def stored_precisions(proto: onnx.ModelProto) -> tuple[Precision, ...]:
 
 
 def make_profile(proto: onnx.ModelProto, target: Target) -> Profile:
-    """(least, usual, most) shape of every input that has a dynamic axis.
+    """(smallest, usual, largest) shape of every input that has a dynamic axis.
 
     Axis 0 is the batch. Any other axis takes its range from the target, by its name; ConfigError if there is none.
     """
@@ -170,8 +170,8 @@ def make_profile(proto: onnx.ModelProto, target: Target) -> Profile:
         if value.name in weights or all(dim.HasField("dim_value") for dim in dims):
             continue
         ranges = [_range(value.name, axis, dim, target) for axis, dim in enumerate(dims)]
-        least, usual, most = (tuple(sizes[i] for sizes in ranges) for i in range(3))
-        profile[value.name] = (least, usual, most)
+        smallest, usual, largest = (tuple(sizes[i] for sizes in ranges) for i in range(3))
+        profile[value.name] = (smallest, usual, largest)
     return profile
 
 
@@ -187,7 +187,7 @@ def _range(name: str, axis: int, dim: Any, target: Target) -> tuple[int, int, in
         f"target {target.name!r}" if target.name else "target",
         "dynamic_dims",
         f"input {name!r} has a dynamic axis {axis} ({dim.dim_param or 'without a name'}) and no profile for it",
-        f"add {axis_name} = [least, usual, most] under [dynamic_dims], or export the model with that axis fixed",
+        f"add {axis_name} = [smallest, usual, largest] under [dynamic_dims], or export the model with that axis fixed",
     )
 
 

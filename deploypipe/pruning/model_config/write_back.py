@@ -179,7 +179,7 @@ def _counts(fact: Fact, reads: Reads) -> bool:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Spec:
-    """What a network is built from. Equal if class and `text` are."""
+    """The class and configuration of a network. Two are equal if their class and `text` are."""
 
     kind: type[nn.Module]
     text: str

@@ -1,4 +1,4 @@
-"""What each kind of layer reads, writes and stores: its sides, their widths, and the tensor that holds its outputs."""
+"""Describe each kind of layer: its sides, their widths, and the tensor that holds its outputs."""
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase

@@ -14,7 +14,7 @@ from deploypipe.observe.calibration_pass import hooked
 from deploypipe.pruning.repair.affine_paths import PathEnd, SignalPath, hook_path_ends
 from deploypipe.task import forward
 
-# What may lie between the end of a path and a block; it must be the same before and after the block.
+# Functions allowed between the end of a path and a block. The same one must come before and after the block.
 _BETWEEN: tuple[Callable[[Tensor], Tensor], ...] = (lambda x: x, torch.relu)
 
 

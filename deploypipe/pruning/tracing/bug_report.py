@@ -38,7 +38,7 @@ _SAFE_WAY = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reproduction:
-    """What `write_reproduction` wrote."""
+    """The result of `write_reproduction`."""
 
     module: str  # the submodule of the network; "" is the whole network
     reason: str  # the reason that the part alone gives
@@ -72,7 +72,7 @@ def write_reproduction(model: nn.Module, inputs: Any, name: str, folder: Path) -
 
 
 def reproduce(folder: Path, module: nn.Module | None = None, *, trust_program: bool = False) -> str:
-    """What `list_structures` freezes in a reproduction, one structure per line.
+    """List the structures that `list_structures` freezes in a reproduction, one per line.
 
     module: an instance of the class that the README names, if it names one. Its weights are replaced. Without it
     module.pt2 is loaded, which can run any code: raises ModelError unless `trust_program`.

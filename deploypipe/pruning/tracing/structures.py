@@ -112,7 +112,7 @@ def find_structures(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Channels:
-    """What one trace found about channels."""
+    """The channels that one trace found."""
 
     chosen: list[Coupling]
     failed: dict[Coupling, str]  # coupling -> reason

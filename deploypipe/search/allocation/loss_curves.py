@@ -119,7 +119,7 @@ def width_levels(num_units: int, count: int, multiple: int, least: int = 1) -> l
 
 
 class _Part:
-    """Samples of one shape: what goes in, and what the dense network makes of it."""
+    """Samples of one shape: the inputs, and the dense network's outputs."""
 
     def __init__(self, inputs: Any) -> None:
         self.inputs, self.count = inputs, num_samples(inputs)

@@ -125,7 +125,7 @@ class Proposer:
         return mac_costs(self.structures, levels) if predictor == "mac_count" else param_costs(self.structures, levels)
 
     def figures(self, allocation: Allocation, model: LatencyModel | None) -> list[float]:
-        """What the network comes to, by `shares`: its latency predicted, the rest counted."""
+        """The network's figures in the order of `shares`: latency is predicted, the others are counted."""
         plan = self.plan(allocation)
         num_params, num_macs = count_macs(apply_plan(self.dense, plan), self.inputs)
         params, macs = num_params / self.structures.num_params, num_macs / self.structures.num_macs

@@ -137,7 +137,7 @@ class TrialQueue:
             self._end(attempt.number, is_given_back=False)
 
     def _alone(self) -> AbstractContextManager[object]:
-        """One process at a time decides who does what."""
+        """Let one process at a time assign trials."""
         return self.leases.held(f"queue of {self.storage.study}") if self.storage.is_shared else nullcontext()
 
     def _last_within(self, max_minutes: float, *, is_decided: bool) -> int | None:

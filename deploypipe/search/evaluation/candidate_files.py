@@ -107,7 +107,7 @@ class CandidateFiles:
         return [self.ratios[key].ratio for key in keys]
 
     def measured_by(self, path: Path) -> str:
-        """Who measured the latency of a file, when and in what state of the machine; "" if no other process could."""
+        """The process that timed a file, when, and the machine's state; "" if no other process could have done it."""
         return self.ratios[self._key(path)].measured_by
 
     def ratio_of(self, plan: PruningPlan, work: Path) -> float:
