@@ -1,7 +1,6 @@
 """The state of a training: weights, their average, the best epoch, the log; and how a checkpoint holds it."""
 
-import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +14,10 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from deploypipe.records import EpochLog, TrainLog
 from deploypipe.training.checkpoint import Checkpoint, store_checkpoint
+from deploypipe.training.plain_state import from_text, to_text
 from deploypipe.training.ranks import Ranks
 
-_PACKED = "optimizer and schedule"
+_TEXT, _STATE = "optimizer and schedule", "state/"
 
 
 @dataclass(slots=True)
@@ -65,8 +65,9 @@ def holding(model: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
 
 
 def store_state(state: TrainingState, model: nn.Module, optimizer: Any, schedule: Any, folder: Path) -> None:
+    """Write a checkpoint after the last epoch of the log."""
     flat = {f"model/{n}": t for n, t in weights_of(model).items()}
-    flat |= {"top": torch.from_numpy(state.top), _PACKED: packed(optimizer, schedule)}
+    flat |= {"top": torch.from_numpy(state.top), **packed(optimizer, schedule)}
     flat |= {f"best/{n}": t for n, t in state.best.items()} | {f"average/{n}": t for n, t in state.average.items()}
     log = TrainLog(epochs=tuple(state.log), chosen_epoch=state.best_epoch, notes=tuple(state.notes))
     store_checkpoint(folder, log, flat)
@@ -81,18 +82,21 @@ def restore_(state: TrainingState, model: nn.Module, optimizer: Any, schedule: A
         state.best[name].copy_(flat[f"best/{name}"])
         state.average[name].copy_(flat[f"average/{name}"])
     model.load_state_dict({k.removeprefix("model/"): t for k, t in flat.items() if k.startswith("model/")})
-    unpack_(flat[_PACKED], optimizer, schedule)
+    unpack_(flat, optimizer, schedule)
 
 
-def packed(*parts: Any) -> Tensor:
-    """The `state_dict()` of each part, whatever it holds, as bytes: an optimizer may keep numbers next to tensors."""
-    buffer = io.BytesIO()
-    torch.save([part.state_dict() for part in parts], buffer)
-    return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
+def packed(*parts: Any) -> dict[str, Tensor]:
+    """The `state_dict()` of each part, as tensors with names: an optimizer may keep numbers next to tensors.
+
+    TypeError if one holds anything but tensors and plain values.
+    """
+    text, tensors = to_text([part.state_dict() for part in parts])
+    as_bytes = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+    return {_TEXT: as_bytes, **{f"{_STATE}{name}": tensor for name, tensor in tensors.items()}}
 
 
-def unpack_(stored: Tensor, *parts: Any) -> None:
-    """Load what `packed` made. Raises pickle.UnpicklingError for anything but tensors and plain values."""
-    states = torch.load(io.BytesIO(stored.numpy().tobytes()), map_location="cpu", weights_only=True)
-    for part, state in zip(parts, states, strict=True):
+def unpack_(stored: Mapping[str, Tensor], *parts: Any) -> None:
+    """Load what `packed` made."""
+    tensors = {name.removeprefix(_STATE): each for name, each in stored.items() if name.startswith(_STATE)}
+    for part, state in zip(parts, from_text(stored[_TEXT].numpy().tobytes().decode(), tensors), strict=True):
         part.load_state_dict(state)

@@ -1,6 +1,5 @@
 """Try the task's own training functions once, before anything long starts."""
 
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -63,9 +62,10 @@ def _require_restorable(optimizer: Any, schedule: Any) -> None:
     for name, part in (("optimizer", optimizer), ("schedule", schedule)):
         with wrap_user_errors(f"storing and restoring the state of task().{name}", "correct its state_dict()"):
             try:
-                unpack_(packed(part), part)
-            except UnpicklingError:
+                stored = packed(part)
+            except TypeError as error:
                 raise PipelineError(
-                    f"the {name} of task().{name} keeps more than tensors, numbers and text in its state_dict(), so a "
-                    "killed training could not resume; use another one"
+                    f"the {name} of task().{name} keeps more than tensors, numbers and text in its state_dict() "
+                    f"({error}), so a killed training could not resume; use another one"
                 ) from None
+            unpack_(stored, part)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from deploypipe.errors import DeploypipeError
 from deploypipe.files.exhausted_resources import raise_if_exhausted
 from deploypipe.pruning.modules.module_attributes import is_plain, whole_numbers
 
@@ -20,7 +19,7 @@ _NUMBER: Fact = ("", "number of tensors")
 _LIST = (list, tuple)
 
 
-class Misfit(DeploypipeError):
+class Misfit(Exception):
     """The config cannot describe the network. The message is the reason."""
 
 
