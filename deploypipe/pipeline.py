@@ -14,7 +14,7 @@ from deploypipe.errors import ConfigError, DeploypipeError, StorageError
 from deploypipe.export.onnx_export.input_sizes import ends_of, extremes_of
 from deploypipe.export.tensorrt_engine.build_engine import place_engine
 from deploypipe.files.atomic import place_file
-from deploypipe.files.hashing import file_sha256
+from deploypipe.files.hashing import digest, file_sha256
 from deploypipe.files.json_records import to_plain
 from deploypipe.networks.model_wrappers import unwrapped
 from deploypipe.observe.calibration_pass import observe_halves
@@ -157,6 +157,8 @@ def compress(
 
 def _as_tracked(ctx: RunContext, name: str, chosen: ChosenTrial | None) -> TrackedRun:
     settings = {"recipe": to_plain(ctx.recipe), "target": to_plain(ctx.target), "pipeline": name}
+    if ctx.origin["source"]:  # the pipeline's code and its changed constants, which make another network or other data
+        settings["source"] = digest(ctx.origin["source"])
     title = f"{name}-{ctx.target.name or ctx.target.runtime}"
     if chosen:
         title += f"-trial-{chosen.trial.number}"

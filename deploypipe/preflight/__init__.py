@@ -109,7 +109,8 @@ def _examine(
             findings.notes.append(note)
         if is_fine and name == "train" and has_own_training(task):
             with findings.trying("train: the task's own training functions"):
-                try_own_training(model, task, recipe.finetune, take_batch(found.first, NUM_TRAINED))
+                batch, length = take_batch(found.first, NUM_TRAINED), found.num_batches
+                findings.notes += try_own_training(model, task, recipe.finetune, batch, length)
         if is_fine:
             try_extremes(findings, model, task, name, found, seconds)
         if is_fine and name in ("val", "test") and "calib" in surveys:

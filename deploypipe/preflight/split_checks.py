@@ -47,6 +47,11 @@ class Survey:
     extremes: dict[Any, Extreme] = field(default_factory=dict)
     shapes: Extremes = field(default_factory=Extremes)
 
+    @property
+    def num_batches(self) -> int | None:
+        """The number of batches of the whole split; None if it is not known."""
+        return len(self.sizes) if self.is_whole and self.length is None else self.length
+
     def __str__(self) -> str:
         count = f"{sum(self.sizes)}{'' if self.is_whole else '+'} samples in {len(self.sizes)} batches"
         return f"{count} of {min(self.sizes)} to {max(self.sizes)}" if len(set(self.sizes)) > 1 else count

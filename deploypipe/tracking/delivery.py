@@ -1,7 +1,8 @@
 """Hand figures to a tracker from a separate thread, through a bounded queue."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from queue import Empty, Full, Queue
 from typing import TypeAlias
 
@@ -24,7 +25,10 @@ class Delivery:
         self._waiting: Queue[Sequence[Figure] | Outcome] = Queue(_MAX_WAITING)
         self._problem, self._is_reported = "", False
         self._thread = threading.Thread(target=self._work, name=f"{tracker.title} tracking", daemon=True)
-        self._thread.start()
+        # The run imports some of the same packages. Two threads at once would see them half imported.
+        with self._noting_problems():
+            tracker.import_packages()
+            self._thread.start()
 
     def put(self, figures: Sequence[Figure]) -> None:
         if figures and not self._problem:
@@ -42,6 +46,8 @@ class Delivery:
 
     def close(self, outcome: Outcome, seconds: float) -> None:
         """Send the end of the run, and wait for at most `seconds` until all is delivered."""
+        if not self._thread.is_alive():
+            return
         try:
             self._waiting.put_nowait(outcome)
         except Full:
@@ -52,7 +58,7 @@ class Delivery:
             self._problem = f"{problem}; what it shows of this run may be incomplete"
 
     def _work(self) -> None:
-        try:
+        with self._noting_problems():
             self._tracker.open()
             while True:
                 figures, outcome = self._next()
@@ -61,6 +67,11 @@ class Delivery:
                 if outcome is not None:
                     self._tracker.close(outcome)
                     return
+
+    @contextmanager
+    def _noting_problems(self) -> Iterator[None]:
+        try:
+            yield
         except Exception as error:  # a server, its client library and their network may raise anything
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:_MAX_MESSAGE]
             self._problem = f"{self._tracker.title}: {reason}; the run goes on without it"

@@ -5,6 +5,8 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +41,16 @@ class MlflowTracker:
         self._is_resumed = False
         self._known: dict[str, set[int]] = {}  # steps of each series that a resumed run has already
 
-    def open(self) -> None:
+    def import_packages(self) -> None:
+        """Import mlflow and all that it shares with the run."""
         for name, value in MLFLOW_SETTINGS.items():
             os.environ.setdefault(name, value)
+        import_module("mlflow.entities")
+        for name in ("sqlalchemy", "alembic"):  # of a store in a database; the search uses them too
+            if find_spec(name):
+                import_module(name)
+
+    def open(self) -> None:
         for name in ("mlflow", "alembic", "urllib3"):  # each retry would be a line in the middle of the run's own
             logging.getLogger(name).setLevel(logging.ERROR)
         with _masked_errors(self._address):

@@ -1,6 +1,7 @@
 """A run in TensorBoard: event files in a folder. The only importer of torch.utils.tensorboard."""
 
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ class TensorboardTracker:
         self.title = f"TensorBoard files in {folder}"
         self._run, self._folder = run, folder
         self._writer: Any = None
+
+    def import_packages(self) -> None:
+        import_module("torch.utils.tensorboard")
 
     def open(self) -> None:
         from torch.utils.tensorboard import SummaryWriter

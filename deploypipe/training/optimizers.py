@@ -105,6 +105,19 @@ def make_optimizer(student: nn.Module, task: Task, settings: Finetune) -> Optimi
     )
 
 
+def untrained_text(optimizer: Optimizer, network: nn.Module) -> str:
+    """A note on the trainable parameters that the optimizer does not hold; "" if it holds all of them."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    sizes = {id(p): p.numel() for p in network.parameters() if p.requires_grad}
+    trained, total = sum(size for key, size in sizes.items() if key in held), sum(sizes.values())
+    if trained == total:
+        return ""
+    return (
+        f"the optimizer of task() holds {trained:,} of {total:,} trainable parameters ({trained / total:.1%}); "
+        "fine-tuning leaves the others as they are: give it model.parameters() to train all"
+    )
+
+
 def _decay_groups(student: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups: matrices and kernels decay; biases, norms and other vectors do not, as transformers are trained."""
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from deploypipe.errors import PipelineError
 from deploypipe.recipe import Finetune
 from deploypipe.task import Task
 
@@ -26,9 +27,18 @@ def rate_share(settings: Finetune, step: int, num_steps: int) -> float:
 
 
 def make_schedule(optimizer: Optimizer, task: Task, settings: Finetune, num_steps: int) -> LRScheduler:
-    """The schedule, which is stepped after every batch. The optimizer's own learning rates are the peaks."""
+    """The schedule, which is stepped after every batch. The optimizer's own learning rates are the peaks.
+
+    PipelineError if the task's schedule changes the learning rates of another optimizer.
+    """
     if task.schedule is not None:
         schedule: LRScheduler = task.schedule(optimizer, num_steps)
+        if getattr(schedule, "optimizer", None) is not optimizer:
+            raise PipelineError(
+                "task().schedule returned a schedule of another optimizer, so the learning rates of this training "
+                "would never change; make it from the optimizer that it is given: "
+                "lambda optimizer, num_steps: OneCycleLR(optimizer, 0.1, num_steps)"
+            )
         return schedule
     return LambdaLR(optimizer, lambda step: rate_share(settings, step, num_steps))
 

@@ -1,9 +1,12 @@
 """What MLflow and TensorBoard show of a run: read back from a real store and from real event files."""
 
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,9 +14,11 @@ from finished_runs import finished_run
 
 from deploypipe import tracking
 from deploypipe.errors import ConfigError, DataError
+from deploypipe.pipeline import _as_tracked
 from deploypipe.records import EpochEnded, EpochLog, Event, Finished, Notify, RunEnded, Started, TrialEnded, Warned
 from deploypipe.tracking import require_packages, tracked
 from deploypipe.tracking.delivery import Delivery
+from deploypipe.tracking.mlflow_tracker import MlflowTracker
 from deploypipe.tracking.tracked_run import Figure, Outcome, TrackedRun, flat_parameters
 
 mlflow = pytest.importorskip("mlflow", reason="mlflow is absent; pip install 'deploypipe[mlflow]'")
@@ -168,6 +173,9 @@ class Slow:
     def __init__(self) -> None:
         self.released, self.taken = threading.Event(), 0
 
+    def import_packages(self) -> None:
+        pass
+
     def open(self) -> None:
         self.released.wait()
 
@@ -176,6 +184,57 @@ class Slow:
 
     def close(self, outcome: Outcome) -> None:
         self.taken += 1
+
+
+class Importing(Slow):
+    """Notes the thread that imports, and may lack a package."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        super().__init__()
+        self.released.set()
+        self.error, self.thread = error, 0
+
+    def import_packages(self) -> None:
+        self.thread = threading.get_ident()
+        if self.error:
+            raise self.error
+
+
+def test_packages_are_imported_on_the_thread_of_the_run() -> None:
+    """Both threads at once would see packages that are half imported: pandas, of MLflow and of the report's plotly."""
+    for error in (None, ImportError("no module named pandas")):
+        tracker = Importing(error)
+        delivery = Delivery(tracker)  # type: ignore[arg-type]
+        assert tracker.thread == threading.get_ident()
+        delivery.close(Outcome(status="FINISHED", texts={}), 60.0)
+        assert delivery.take_problem() == (f"Slow: {error}; the run goes on without it" if error else "")
+        assert tracker.taken == (0 if error else 1)
+
+
+def test_another_source_of_the_pipeline_is_another_run(tmp_path: Path) -> None:
+    """The source that a run gets ends with the constants that `--set pipeline.X=...` changed."""
+
+    def key(source: str) -> str:
+        ctx: Any = SimpleNamespace(
+            recipe=DONE.recipe, target=DONE.target, origin={"source": source}, run=SimpleNamespace(path=tmp_path)
+        )
+        return MlflowTracker(_as_tracked(ctx, "net", None), "sqlite:///x.db")._key
+
+    assert key("WIDTH = 8") == key("WIDTH = 8") != key("WIDTH = 8\nWIDTH=16")
+
+
+def test_what_the_trackers_import_is_there_before_they_open(tmp_path: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+from deploypipe.tracking.mlflow_tracker import MlflowTracker
+from deploypipe.tracking.tracked_run import TrackedRun
+assert "pandas" not in sys.modules
+MlflowTracker(TrackedRun(name="net", parameters={}, folder=Path()), "sqlite:///x.db").import_packages()
+print({"mlflow", "pandas", "sqlalchemy", "alembic"} <= set(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert done.stdout.splitlines()[-1] == "True"
 
 
 def test_nobody_waits_for_a_slow_server() -> None:

@@ -23,6 +23,7 @@ from deploypipe.stages.compression import own_training
 from deploypipe.task import Splits, Task, classification, forward
 from deploypipe.training.optimizers import find_optimizer, make_optimizer, with_optimizer
 from deploypipe.training.schedules import rate_share
+from deploypipe.training.trial_step import try_own_training
 
 SETTINGS = Finetune(num_epochs=3, precision="fp32", average_decay=0.5, distil_weight=0.3)
 OWN = CASES["own training"]
@@ -172,6 +173,14 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
         {"schedule": lambda optimizer, steps: ReduceLROnPlateau(optimizer)},
         r"the schedule of task\(\).schedule, in step\(\), raised TypeError.*return one whose step\(\) takes",
     ),
+    (
+        {"schedule": lambda optimizer, steps: one_cycle(SGD(tiny.Network().parameters(), lr=1), steps)},
+        r"task\(\).schedule returned a schedule of another optimizer.*make it from the optimizer that it is given",
+    ),
+    (
+        {"schedule": lambda optimizer, steps: one_cycle(optimizer, steps - 1)},
+        r"the schedule of task\(\).schedule, in step\(\) number \d+ of \d+, raised ValueError.*for the num_steps",
+    ),
     ({"training_step": lambda model, batch: None}, r"task\(\).training_step raised TypeError"),
     ({"training_step": lambda model, batch, _: model(batch[0])}, r"task\(\).training_step returned a tensor of shape"),
     (
@@ -200,6 +209,21 @@ def look(task: Task, recipe: Any = None) -> tuple[str, ...]:
 
 def test_functions_that_work_pass_the_check() -> None:
     assert look(replace(classification(), optimizer=of(AdamW), schedule=one_cycle, training_step=own_step)) == ()
+
+
+def test_parameters_that_no_optimizer_trains_are_noted() -> None:
+    """The schedule is tried for as many steps as fine-tuning makes, whatever number of them it was made for."""
+    network = tiny.Network()
+    own = replace(classification(), optimizer=lambda model: SGD([next(model.parameters())], lr=0.1), schedule=one_cycle)
+    batch = next(iter(TensorBatches(*tiny.images(16, seed=1), 16)))
+    (note,) = try_own_training(network, own, SETTINGS, batch, 7)
+    first, total = next(network.parameters()).numel(), sum(p.numel() for p in network.parameters())
+    assert f"holds {first:,} of {total:,} trainable parameters ({first / total:.1%})" in note
+    whole = replace(own, optimizer=of(SGD))
+    assert try_own_training(network, whole, SETTINGS, batch, 7) == []
+    fixed = replace(whole, schedule=lambda optimizer, _: one_cycle(optimizer, 20))
+    with pytest.raises(PipelineError, match="number 21 of 21"):
+        try_own_training(network, fixed, SETTINGS, batch, 7)
 
 
 def one_cycle(optimizer: Optimizer, num_steps: int) -> OneCycleLR:
