@@ -2,7 +2,7 @@
 # A model's life on a bare machine: v1 is released and promoted, a worse one is held, a better one becomes v2, and a
 # flipped byte is found. Takes a few minutes; leaves all it makes in FOLDER.
 #
-#   examples/release_story.sh [FOLDER]        needs: pip install 'deploypipe[demo,release]', openssl
+#   examples/release_story.sh [FOLDER]        needs: pip install '/path/to/deploypipe[demo,release]', openssl
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out="${1:-runs/story}"
