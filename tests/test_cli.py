@@ -326,6 +326,18 @@ def test_targets_lists_own_and_shipped_ones(home: Path) -> None:
     assert "latency_p50 0.7x" in invoke("targets", "--verbose").output
 
 
+def test_targets_names_the_files_that_cannot_be_read_and_lists_the_others(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (home / "targets" / "bad.toml").write_text(TARGET.replace("latency_p50", "latency"), encoding="utf-8")
+    done = invoke("targets")
+    assert done.exit_code == 0 and "x86_cpu" in done.stdout
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("cannot be read: targets/bad.toml: budget.latency: unknown key")
+    monkeypatch.setattr("deploypipe.target_files.named_targets", lambda: {"bad": home / "targets" / "bad.toml"})
+    assert invoke("targets").exit_code == 2
+
+
 def test_every_command_explains_itself() -> None:
     said = invoke("--help").output
     groups = ("Compress", "Look and measure", "Release", "Large and distributed", "Help a developer")

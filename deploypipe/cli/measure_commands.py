@@ -1,12 +1,14 @@
 """Measure model files, and examine what this machine can measure."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from deploypipe.cli.app import LOOK, AllowOption, MemoryLimit, TimeLimit, app
-from deploypipe.cli.exit_codes import EXIT_ERROR, exit_codes
+from deploypipe.cli.exit_codes import EXIT_ERROR, exit_codes, say
+from deploypipe.errors import ConfigError
 
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Show all columns, however wide.")]
 
@@ -115,19 +117,29 @@ def targets(verbose: VerboseOption = False) -> None:
     """List the targets that have a name (those in targets/), and what this machine can do for each.
 
     run: exports and measures here. build only: builds an engine here, measures nothing. export only: an ONNX file.
+    A file that cannot be read is named below the table. Exit 2 if none can be read.
     """
     with exit_codes():
         from deploypipe.cli.terminal import show_table
         from deploypipe.runtimes.ability_for_target import can
         from deploypipe.target_files import load_target, named_targets
 
-        rows = []
+        rows, problems = [], list[ConfigError]()
         for name, path in sorted(named_targets().items()):
-            device = load_target(str(path))
+            try:
+                device = load_target(str(path))
+            except ConfigError as error:
+                problems.append(error)
+                continue
             limits = [f"{key} {getattr(device.budget, key)}" for key in device.budget.limits()]
             bounds = ", ".join([*limits, f"accuracy_drop_pp {device.budget.accuracy_drop_pp:g}"])
             ability = can(device)
             rows.append((name, ability.verdict, device.description, ability.reason, device.runtime, bounds, str(path)))
         header = ("name", "this machine", "description", "why", "runtime", "budget", "file")
         num_shown = len(header) if verbose else 3
-        show_table("Targets", header[:num_shown], [row[:num_shown] for row in rows])
+        if rows or not problems:
+            show_table("Targets", header[:num_shown], [row[:num_shown] for row in rows])
+        for problem in problems:
+            say(f"cannot be read: {problem}", file=sys.stderr)
+    if problems and not rows:
+        raise typer.Exit(EXIT_ERROR)

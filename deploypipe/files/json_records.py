@@ -3,18 +3,21 @@
 import json
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
 from deploypipe.errors import ConfigError
 from deploypipe.text import strict_json
 from deploypipe.text.field_bounds import shown
+from deploypipe.text.printable_text import printable
 
 _MAX_TOML_BYTES = 2**20
 _MAX_DOTS = 1_000
+_UNKNOWN_KEY = "unknown key"
 T = TypeVar("T")
 
 
@@ -150,40 +153,94 @@ def _assign(plain: Any, path: Sequence[str], value: Any, key: str, source: str) 
 
 
 def _explain(error: ValidationError, source: str, record_type: type[object]) -> ConfigError:
-    problem = _most_useful(error)
+    """One error for all that is wrong with a record, in one line."""
+    found: dict[str, _Problem] = {}
+    for detail in _useful(error):
+        problem = _problem(detail, error, record_type)
+        found.setdefault(problem.key, problem)  # of a union, the first variant's
+    problems = [each for problem in found.values() for each in _by_line(problem)]
+    problems = _with_unknown_keys_together(problems)
+    if len(problems) == 1:
+        return ConfigError(source, problems[0].key, problems[0].text, problems[0].remedy)
+    listed = [f"({i}) {printable(p.key)}: {p.text}; {p.remedy}" for i, p in enumerate(problems, start=1)]
+    return ConfigError(source, "", f"{len(problems)} problems", " ".join(listed))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Problem:
+    key: str
+    text: str
+    remedy: str  # "": the text has it
+
+
+def _by_line(problem: _Problem) -> list[_Problem]:
+    """The problems of a record's own check, which has a line for each field, with the remedy in it."""
+    if problem.remedy:
+        return [problem]
+    parts = [line.partition("; ") for line in problem.text.splitlines()]
+    return [_Problem(key=problem.key, text=text, remedy=remedy or "change the value") for text, _, remedy in parts]
+
+
+def _problem(detail: Any, error: ValidationError, record_type: type[object]) -> _Problem:
     classes = _adapter(record_type).json_schema().get("$defs", {})
-    place = [str(part) for part in problem["loc"]]
+    place = [str(part) for part in detail["loc"]]
     # For a union, pydantic adds the name of the class that it tried.
     key = ".".join(part for number, part in enumerate(place) if not number or part not in classes)
-    if problem["type"] == "json_invalid":
-        return ConfigError(source, key, f"cannot be read ({problem['ctx']['error']})", "use a plain value")
-    if problem["type"] == "unexpected_keyword_argument":
-        siblings = _sibling_keys(record_type, problem["loc"])
+    if detail["type"] == "json_invalid":
+        return _Problem(key=key, text=f"cannot be read ({detail['ctx']['error']})", remedy="use a plain value")
+    if detail["type"] == "unexpected_keyword_argument":
+        siblings = _sibling_keys(record_type, detail["loc"])
         remedy = f"the keys here are: {', '.join(siblings)}" if siblings else "remove it or check the spelling"
-        return ConfigError(source, key, "unknown key", remedy)
-    if problem["type"] == "literal_error" and problem["loc"][-1] == "kind":
+        return _Problem(key=key, text=_UNKNOWN_KEY, remedy=remedy)
+    if detail["type"] == "literal_error" and detail["loc"][-1] == "kind":
         kinds = [p["ctx"]["expected"] for p in error.errors(include_url=False) if p["loc"][-1] == "kind"]
-        return ConfigError(source, key, f"there is no {shown(problem['input'])}", f"write one of {', '.join(kinds)}")
-    message = problem["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
-    if problem["type"] == "value_error":
-        problem_text, _, remedy = message.partition("; ")
-        return ConfigError(source, key, problem_text, remedy or "change the value")
-    if problem["type"] == "missing_keyword_only_argument" or problem["type"] == "missing":
-        return ConfigError(source, key, "is missing", "add it")
-    return ConfigError(source, key, f"{shown(problem['input'])} does not fit", message[0].lower() + message[1:])
+        return _Problem(
+            key=key, text=f"there is no {shown(detail['input'])}", remedy=f"write one of {', '.join(kinds)}"
+        )
+    message = detail["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    if detail["type"] == "value_error":
+        return _Problem(key=key, text=message, remedy="")
+    if detail["type"] == "missing_keyword_only_argument" or detail["type"] == "missing":
+        return _Problem(key=key, text="is missing", remedy="add it")
+    remedy = message[0].lower() + message[1:]
+    if detail["type"] == "string_type" and type(detail["input"]) in (int, float):
+        remedy = _text_for_number(record_type, detail["loc"], detail["input"]) or remedy
+    return _Problem(key=key, text=f"{shown(detail['input'])} does not fit", remedy=remedy)
+
+
+def _with_unknown_keys_together(problems: Sequence[_Problem]) -> list[_Problem]:
+    """The problems; unknown keys with the same remedy, which lists the known ones, become one."""
+    unknown: dict[str, list[str]] = {}
+    for problem in problems:
+        if problem.text == _UNKNOWN_KEY:
+            unknown.setdefault(problem.remedy, []).append(problem.key)
+    joined = [
+        _Problem(key=", ".join(keys), text=_UNKNOWN_KEY + "s" * (len(keys) > 1), remedy=remedy)
+        for remedy, keys in unknown.items()
+    ]
+    return [*joined, *(problem for problem in problems if problem.text != _UNKNOWN_KEY)]
+
+
+def _text_for_number(record_type: type[object], place: Sequence[int | str], value: float) -> str:
+    """The remedy that a record's class has for a number where text belongs; "" if it has none."""
+    owner: Any = record_type
+    for name in place[:-1]:
+        owner = get_type_hints(owner).get(str(name)) if is_dataclass(owner) else None
+    remedy = getattr(owner, "text_for_number", None)
+    return str(remedy(str(place[-1]), value)) if remedy else ""
 
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
-def _most_useful(error: ValidationError) -> Any:
-    """The most useful problem. Of a union, it is that of the variant with the given `kind`; the others report only
+def _useful(error: ValidationError) -> list[Any]:
+    """The useful problems. Of a union, they are those of the variant with the given `kind`; the others report only
     another kind."""
     problems = error.errors(include_url=False)
     wrong_kind = {p["loc"][:-1] for p in problems if p["type"] == "literal_error" and p["loc"][-1] == "kind"}
     useful = [p for p in problems if p["loc"][:-1] not in wrong_kind]
-    return (useful or problems)[0]
+    return useful or problems[:1]
 
 
 def _sibling_keys(record_type: type[object], place: tuple[int | str, ...]) -> list[str]:

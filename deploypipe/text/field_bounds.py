@@ -38,10 +38,16 @@ FRACTION = real(0, 1)
 
 
 def require(record: object, **bounds: Bound) -> None:
-    """Raise ValueError for the first field that is not a number within its bound. None is not checked."""
+    """Raise ValueError, with a line for each field that is not a number within its bound. None is not checked."""
+    problems = []
     for name, bound in bounds.items():
-        if (value := getattr(record, name)) is not None:
-            require_value(name, value, bound)
+        try:
+            if (value := getattr(record, name)) is not None:
+                require_value(name, value, bound)
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("\n".join(problems))
 
 
 def require_value(name: str, value: object, bound: Bound) -> None:
