@@ -94,7 +94,7 @@ def told(done: Any) -> str:
         (EMPTY.replace("SPLIT", "train"), ["train split is empty"]),
         (EMPTY.replace("SPLIT", "val"), ["val split is empty"]),
         (EMPTY.replace("SPLIT", "test"), ["test split is empty"]),
-        (UNPAIRED.replace("SPLIT", "val"), ["val split", "no pair (inputs, target)", "write Pairs(loader"]),
+        (UNPAIRED.replace("SPLIT", "val"), ["val split", "it is not a pair (inputs, target)", "write Pairs(loader"]),
         (OTHER_SHAPE.replace("SPLIT", "calib"), ["Network fails on two samples", "(2, 3, 6, 6)", "build_model()"]),
         (OTHER_SHAPE.replace("SPLIT", "test"), ["test split", "(2, 3, 6, 6)"]),
         (NAN_DATA, ["holds NaN or infinity", "calib"]),

@@ -85,6 +85,16 @@ class Item:
             "'sentence' holds text: leave it out; it holds x: float32 of shape [8, 3], sentence: list of str, label: "
             "int64 of shape [8]: write Pairs(loader, inputs=['x'], target='label')",
         ),
+        (
+            {"idx": IDS, "sentence": ["a"] * 8, "x": X, "label": Y},
+            "label: int64 of shape [8]: write Pairs(loader, inputs=['x'], target='label')",
+        ),
+        ({"x": X, "id": Y, "class": Y}, "write Pairs(loader, inputs=['x'], target='class')"),
+        (
+            {"text": ["a"] * 8, "labels": [1] * 8},
+            "'text' holds text; it holds text: list of str, labels: list of int: tokenise the text first, such as with",
+        ),
+        ((["a"] * 8, Y), "its inputs are text; it holds [0]: list of str, [1]: int64 of shape [8]: tokenise the text"),
         ({"x": X[0], "label": Y[0]}, "'label' is one number: it is a single sample, write DataLoader(dataset"),
         ({"x": X[0], "label": 1}, "'label' is one number"),
         ({"x": [[1, 2], [3, 4]], "label": Y}, "or dataset.set_format('torch') for Hugging Face's"),

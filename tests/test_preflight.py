@@ -19,6 +19,9 @@ from deploypipe.cli import app
 from deploypipe.data import TensorBatches
 from deploypipe.errors import DataError, DeploypipeError, ModelError, PipelineError
 from deploypipe.preflight import CheckReport, check_inputs
+from deploypipe.preflight.findings import Findings
+from deploypipe.preflight.split_checks import Survey
+from deploypipe.preflight.trial_passes import try_inference
 from deploypipe.recipe import Finetune
 from deploypipe.records import Event, Note
 from deploypipe.runs.store import open_run
@@ -289,3 +292,25 @@ def test_the_command_lists_all_complaints_and_ends_with_2(tmp_path: Path) -> Non
     assert done.exit_code == 2 and "Traceback" not in done.output
     first, second = (line for line in done.output.splitlines() if line.startswith("error: "))
     assert first.startswith("error: 1 of 2: the test split is empty") and "2 of 2: " in second and "y.long()" in second
+
+
+@pytest.mark.parametrize(
+    ("is_used", "said"),
+    [
+        (
+            False,
+            "'idx' is no parameter of forward(), which takes it by **kwargs on the calib split; leave it out: Pairs",
+        ),
+        (True, "write it as one, so that the file has an input for it: def forward(self, x, idx, **kwargs)"),
+    ],
+)
+def test_a_member_that_forward_takes_by_kwargs_is_named(is_used: bool, said: str) -> None:
+    class Network(nn.Linear):
+        def forward(self, x: Tensor, **others: Tensor) -> Tensor:
+            return super().forward(x) * (others["idx"].unsqueeze(1) + 1.0 if is_used else 1.0)
+
+    inputs, findings = {"x": torch.rand(4, 3), "idx": torch.arange(4)}, Findings()
+    task = Task(loss=lambda *_: torch.zeros(()), metric=lambda *_: torch.zeros(4))
+    try_inference(findings, Network(3, 2), task, "calib", Survey(first=(inputs, None)))
+    (error,) = findings.errors
+    assert said in str(error) and (is_used or "inputs=['x'], target=...)" in str(error))

@@ -4,7 +4,7 @@ The usual forms are a pair, a tuple or list whose last member is the target, and
 `labels`, `label`, `targets` or `target`. Arrays of numpy become tensors.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from deploypipe.errors import DataError
 from deploypipe.networks.batch_trees import leaves, map_leaves
 
 _LABELS = ("labels", "label", "targets", "target")
+_IDS = ("id", "idx", "index", "uid", "guid", "sample_id")  # number the samples: seldom an input, never the target
 _WIDE_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # torch neither compares nor reduces them
 _MAX_SHOWN = 6  # members of a batch, in an error
 
@@ -29,6 +30,8 @@ def as_pair(batch: Any, split: str = "calib") -> tuple[Any, Any]:
         inputs, target = _in_tensors(inputs), _in_tensors(target)
     except (TypeError, ValueError) as error:
         raise _unreadable(batch, split, str(error)) from None
+    if _is_text(inputs):
+        raise _text_only(batch, split, "its inputs are text")
     if not any(isinstance(leaf.value, Tensor) for leaf in leaves(inputs)):
         raise _unreadable(
             batch,
@@ -61,7 +64,10 @@ def _divided_by_name(batch: Mapping[Any, Any], split: str) -> tuple[Any, Any]:
     if not names and split != "calib":
         raise _unreadable(batch, split, f"none is called {', '.join(map(repr, _LABELS))}")
     if texts := [key for key, value in inputs.items() if _is_text(value)]:
-        raise _unreadable(batch, split, f"{', '.join(map(repr, texts))} holds text: leave it out")
+        named = f"{', '.join(map(repr, texts))} {'holds' if len(texts) == 1 else 'hold'} text"
+        if not _arrays(batch, without=_LABELS):
+            raise _text_only(batch, split, named)
+        raise _unreadable(batch, split, f"{named}: leave {'it' if len(texts) == 1 else 'them'} out")
     target = batch[names[0]] if names else None
     if isinstance(target, int | float) or (names and not getattr(target, "ndim", 1)):
         raise _unreadable(
@@ -110,6 +116,13 @@ def _unreadable(batch: Any, split: str, problem: str) -> DataError:
     )
 
 
+def _text_only(batch: Any, split: str, problem: str) -> DataError:
+    return DataError(
+        f"a batch of the {split} split cannot be read: {problem}; it holds {described(batch)}: tokenise the text "
+        "first, such as with tokenizer(texts, padding=True, return_tensors='pt') in the loader's collate_fn"
+    )
+
+
 def example(batch: Any, *, needs_target: bool = True) -> str:
     """The line to write for such a batch, with its own members."""
     inputs, target = _guessed(batch)
@@ -121,7 +134,7 @@ def example(batch: Any, *, needs_target: bool = True) -> str:
 
 def _guessed(batch: Any) -> tuple[str, str]:
     if isinstance(batch, Mapping):
-        keys = [key for key, value in batch.items() if isinstance(value, Tensor | np.ndarray)] or list(batch)
+        keys = _arrays(batch) or list(batch)
         named = [key for key in keys if key in _LABELS]
         flat = [key for key in keys if getattr(batch[key], "ndim", 0) == 1]
         target = next(iter([*named, *reversed(flat), *reversed(keys)]), "labels")
@@ -133,6 +146,15 @@ def _guessed(batch: Any) -> tuple[str, str]:
     if not isinstance(batch, Tensor) and len(names) > 1:
         return f"lambda batch: batch.{names[0]}", f"lambda batch: batch.{names[-1]}"
     return "lambda batch: ...", "lambda batch: ..."
+
+
+def _arrays(batch: Mapping[Any, Any], without: Sequence[str] = ()) -> list[Any]:
+    """The members that can be inputs or the target: tensors and arrays, but no text and no numbers of samples."""
+    return [
+        key
+        for key, value in batch.items()
+        if isinstance(value, Tensor | np.ndarray) and not _is_text(value) and key not in (*_IDS, *without)
+    ]
 
 
 def described(batch: Any) -> str:

@@ -53,6 +53,7 @@ def try_inference(findings: Findings, model: nn.Module, task: Task, name: str, s
     with findings.trying(f"{name}: forward", detail):
         before = _stored_buffers(model)
         outputs = run_network(model, pair[0], seen.first[0], name)
+        _require_parameters(model, pair[0], outputs, name)
         _require_same_buffers(model, before)
         _require_finite(outputs, name, "")
         _require_repeatable(model, pair[0], outputs, name)
@@ -136,6 +137,37 @@ def _unknown_members(model: nn.Module, inputs: Any) -> str:
     return (
         f"forward() has no parameter {', '.join(map(repr, unknown))}: {passed}, with Pairs(loader, inputs={chosen!r}, "
         "target=...) from deploypipe.data"
+    )
+
+
+def _require_parameters(model: nn.Module, inputs: Any, outputs: Any, name: str) -> None:
+    """Raise if forward() takes members of a batch by **kwargs, for which a file has no inputs."""
+    parameters = signature(model.forward).parameters.values()
+    known = [each.name for each in parameters if each.kind is not Parameter.VAR_KEYWORD]
+    swallowed = [key for key in inputs if key not in known] if isinstance(inputs, Mapping) else []
+    if not swallowed or len(known) == len(parameters):
+        return
+    kept = {key: value for key, value in inputs.items() if key in known}
+    if _gives_the_same(model, kept, outputs):
+        remedy = f"leave it out: Pairs(loader, inputs={list(kept)!r}, target=...) from deploypipe.data"
+    else:
+        remedy = (
+            f"write it as one, so that the file has an input for it: def forward(self, {', '.join(inputs)}, **kwargs)"
+        )
+    raise ModelError(
+        f"{', '.join(map(repr, swallowed))} is no parameter of forward(), which takes it by **kwargs on the {name} "
+        f"split; {remedy}"
+    )
+
+
+def _gives_the_same(model: nn.Module, inputs: Any, outputs: Any) -> bool:
+    """Whether the network works without the other members, and gives the same."""
+    with evaluating(model), torch.no_grad():
+        if not inputs or not _works(model, inputs):
+            return False
+        pairs = (name_outputs(outputs), name_outputs(forward(model, inputs)))
+    return pairs[0].keys() == pairs[1].keys() and all(
+        torch.allclose(tensor, pairs[1][key], equal_nan=True) for key, tensor in pairs[0].items()
     )
 
 
