@@ -47,6 +47,7 @@ from deploypipe.records import (
     silent,
 )
 from deploypipe.runs.result import RunResult, save_result, start_afresh
+from deploypipe.runs.run_about import RunAbout, write_about
 from deploypipe.runs.store import StageResult, open_run
 from deploypipe.scoring import needs_derivatives, score_halves
 from deploypipe.scoring.permutation_baseline import permutation_baseline_shares
@@ -139,6 +140,8 @@ def compress(
     place = storage.place if storage else None
     with open_run(out, notify, Path(shared) if shared else None, place=place) as run:
         run.remeasure = remeasure
+        target_name = target.name or target.runtime
+        write_about(out, RunAbout(pipeline=name, target=target_name, is_fast_dev_run=recipe.fast_dev_run))
         if chosen:
             link_stages(chosen, out)
         if computed := describe_hooks(model):

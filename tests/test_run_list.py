@@ -2,6 +2,8 @@
 
 import fcntl
 import os
+import re
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typer.testing import CliRunner
 from deploypipe.cli import app
 from deploypipe.errors import RunFolderError
 from deploypipe.runs.result import load_result, save_result
+from deploypipe.runs.run_about import RunAbout, write_about
 from deploypipe.runs.run_list import Run, clean_run, list_runs, select_runs
 from deploypipe.runs.store import open_run
 
@@ -140,3 +143,24 @@ def test_the_command_lists_and_cleans(root: Path) -> None:
     assert "nothing to clean" in invoke(str(root), "--clean", "--older-than", "1d", "--yes").output
     assert "2 cleaned" in invoke(str(root), "--clean", "--keep-results", "--yes").output
     assert invoke(str(root / "mine")).output.endswith("no runs\n")
+
+
+def test_runs_without_a_result_are_named_and_a_fast_one_is_marked(root: Path) -> None:
+    write_about(root / "several" / "cut", RunAbout(pipeline="my_cnn", target="mine"))
+    cut = by_name(root)["several/cut"]
+    assert (cut.state, cut.pipeline, cut.target, cut.is_fast_dev_run) == ("interrupted", "my_cnn", "mine", False)
+    run = finished_run()
+    save_result(root / "done", replace(run, recipe=replace(run.recipe, fast_dev_run=True)))
+    assert by_name(root)["done"].is_fast_dev_run and "fast run" in invoke(str(root)).output
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_a_narrow_terminal_shows_fewer_columns_and_breaks_no_word(
+    width: int, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (root / "done").rename(root / "my_cnn-mine-fast-dev-run")
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    said = re.sub(r"\x1b\[[0-9;]*m", "", invoke(str(root)).output)
+    assert max(map(len, said.splitlines())) <= width and ("on disk" in said) is (width >= 80)
+    assert all(word in said.split() for word in ("my_cnn-mine-fast-dev-run", "finished", "interrupted", "SHIP"))

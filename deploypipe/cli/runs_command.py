@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from deploypipe.runs.run_list import Run
 
 _UNITS = {"h": timedelta(hours=1), "d": timedelta(days=1), "w": timedelta(weeks=1)}
-_HEADER = ("run", "state", "verdict", "latency", "size", "age", "pipeline", "target")
+_HEADER = ("run", "state", "verdict", "latency", "on disk", "age", "pipeline", "target")
+_LESS_NEEDED = ("pipeline", "target", "on disk", "latency", "age")  # the usual name of a run has the first two
 
 
 @app.command(rich_help_panel=LOOK, epilog="Example: deploypipe runs --clean --older-than 30d --keep-results")
@@ -43,6 +44,7 @@ def runs(
 ) -> None:
     """List the run folders in FOLDER: state, verdict, latency (dense = 1), size on disk and age; or remove some.
 
+    "fast run" is a fast development run, which never ships. A narrow terminal shows fewer columns.
     A run that is at work is never removed, nor is any file that no run wrote.
     """
     with exit_codes():
@@ -61,7 +63,7 @@ def runs(
             say(f"{folder}: {'nothing to clean' if clean else 'no runs'}")
             return
         now = datetime.now(UTC)
-        show_table(f"Runs in {folder}", _HEADER, [_cells(run, folder, now) for run in found])
+        show_table(f"Runs in {folder}", _HEADER, [_cells(run, folder, now) for run in found], may_drop=_LESS_NEEDED)
         if clean and (yes or _is_confirmed(len(found), keep_results=keep_results)):
             _clean(found, keep_results=keep_results)
 
@@ -90,7 +92,7 @@ def _cells(run: "Run", folder: Path, now: datetime) -> tuple[str, ...]:
     return (
         str(run.folder.relative_to(folder)),
         run.state,
-        run.verdict,
+        "fast run" if run.is_fast_dev_run else run.verdict,
         "" if run.latency_ratio is None else amount(run.latency_ratio, "x"),
         f"{run.size_bytes / 2**20:,.1f} MiB",
         _age_text(now - run.changed),

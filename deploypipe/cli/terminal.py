@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 MAX_PAGE_WIDTH = 100  # columns
 _WIDE = 140  # columns of a terminal in which sentences fit into a table
+_BETWEEN, _AT_EDGES = 3, 2  # columns between two cells of a table in a terminal, and around a row
 _AS_ABOVE = "as above"
 COLOURS = {"PASS": "green", "FAIL": "red", "UNKNOWN": "yellow", "ok": "green", "missing": "red", "limited": "yellow"}
 
@@ -140,10 +141,18 @@ def show_paragraph(text: str) -> None:
         say(line)
 
 
-def show_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, has_remarks: bool = False) -> None:
+def show_table(
+    title: str,
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    has_remarks: bool = False,
+    may_drop: Sequence[str] = (),
+) -> None:
     """A table: with colours in a terminal, plain columns elsewhere.
 
     has_remarks: the last column holds sentences. In a terminal that is too narrow for them they follow as paragraphs.
+    may_drop: columns to leave out of a terminal that is too narrow, the first one first.
     """
     console = Console()
     header, rows = [*map(printable, header)], [[*map(printable, row)] for row in rows]
@@ -152,15 +161,31 @@ def show_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]],
         return
     is_narrow = has_remarks and console.width < _WIDE
     width = len(header) - is_narrow
+    if may_drop:
+        header, rows = _without_columns(header, rows, may_drop, console.width)
+        width = len(header)
     table = Table(title=Text(printable(title)), title_justify="left", box=box.SIMPLE, pad_edge=False)
     for name in header[:width]:
-        table.add_column(Text(name), overflow="fold")
+        table.add_column(Text(name), overflow="fold", no_wrap=bool(may_drop) and name != header[0])
     for row in rows:
         table.add_row(*(Text(c, style=COLOURS.get(c, "")) for c in row[:width]))
     console.print()
     console.print(table)
     for name, remark in _remarks(rows) if is_narrow else ():
         show_paragraph(f"{name}: {remark}")
+
+
+def _without_columns(
+    header: Sequence[str], rows: Sequence[Sequence[str]], may_drop: Sequence[str], available: int
+) -> tuple[list[str], list[list[str]]]:
+    """The columns that fit, of a table that may lose some."""
+    columns = {name: [row[i] for row in rows] for i, name in enumerate(header)}
+    for name in may_drop:
+        widths = [max(map(len, (head, *cells))) for head, cells in columns.items()]
+        if sum(widths) + _BETWEEN * (len(widths) - 1) + _AT_EDGES <= available:
+            break
+        del columns[name]
+    return [*columns], [list(row) for row in zip(*columns.values(), strict=True)]
 
 
 def _remarks(rows: Sequence[Sequence[str]]) -> list[tuple[str, str]]:

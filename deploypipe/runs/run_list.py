@@ -17,6 +17,7 @@ from typing import Literal, TextIO
 
 from deploypipe.errors import DeploypipeError, RunFolderError
 from deploypipe.runs.result import RESULT, RunResult, load_result
+from deploypipe.runs.run_about import ABOUT, read_about
 from deploypipe.runs.store import DATA_HASHES, LOCK, MLFLOW_RUN
 from deploypipe.scheduling.exclusive_measurement import try_lock
 
@@ -36,7 +37,7 @@ State = Literal["finished", "interrupted", "running", "shared", "unreadable"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """A run folder. Fields that only a finished run can fill are empty or None for others."""
+    """A run folder. `verdict` and `latency_ratio` of a run that is not finished are empty and None."""
 
     folder: Path
     state: State  # shared: stages for several targets; unreadable: its result was changed, or is of another version
@@ -46,6 +47,7 @@ class Run:
     target: str = ""
     verdict: str = ""
     latency_ratio: float | None = None  # compressed / dense
+    is_fast_dev_run: bool = False
 
 
 def list_runs(folder: Path | str = "runs") -> tuple[Run, ...]:
@@ -98,7 +100,7 @@ def clean_run(run: Run, *, keep_results: bool = False) -> int:
                 _remove(path)
         after = _size(run.folder)
         if not keep_results:
-            for name in (DATA_HASHES, MLFLOW_RUN, LOCK):
+            for name in (DATA_HASHES, MLFLOW_RUN, ABOUT, LOCK):
                 (run.folder / name).unlink(missing_ok=True)
             if not any(run.folder.iterdir()):
                 run.folder.rmdir()
@@ -127,7 +129,16 @@ def _describe(folder: Path) -> Run:
     newest = max(path.stat().st_mtime for path in [folder, *folder.iterdir()])
     changed = datetime.fromtimestamp(newest, UTC)
     if result is None:
-        return Run(folder=folder, state=state, size_bytes=_size(folder), changed=changed)
+        about = read_about(folder)
+        return Run(
+            folder=folder,
+            state=state,
+            size_bytes=_size(folder),
+            changed=changed,
+            pipeline=about.pipeline,
+            target=about.target,
+            is_fast_dev_run=about.is_fast_dev_run,
+        )
     ratio = result.benchmark.latency_ratio
     return Run(
         folder=folder,
@@ -138,6 +149,7 @@ def _describe(folder: Path) -> Run:
         target=result.target.name or result.target.runtime,
         verdict=result.decision.verdict.value,
         latency_ratio=ratio.value if ratio else None,
+        is_fast_dev_run=result.recipe.fast_dev_run,
     )
 
 
