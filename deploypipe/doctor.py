@@ -55,7 +55,7 @@ def examine(target: Target | None) -> tuple[Finding, ...]:
     environment = describe_environment(target.num_threads if target else 1)
     findings = [
         _packages(environment),
-        Finding(name="runtimes", status="ok", detail=", ".join(sorted(RUNTIMES))),
+        _runtimes(),
         _onnxruntime(),
         _providers(),
         _processor(environment),
@@ -75,6 +75,14 @@ def _packages(environment: Environment) -> Finding:
     listed = ", ".join(f"{name} {version}" for name, version in environment.versions.items())
     brief = ", ".join(f"{name} {environment.versions[name]}" for name in _MAIN_PACKAGES if name in environment.versions)
     return Finding(name="packages", status="ok", detail=listed, summary=brief)
+
+
+def _runtimes() -> Finding:
+    """The runtimes that are installed. One that a target may name, but that is an extra, has a line of its own."""
+    absent = [name for name in sorted(RUNTIMES) if name in _EXTRAS and _absent_modules(name)]
+    present = ", ".join(name for name in sorted(RUNTIMES) if name not in absent)
+    detail = f"installed: {present}" + (f"; not installed: {', '.join(absent)}" if absent else "")
+    return Finding(name="runtimes", status="ok", detail=detail, summary=present)
 
 
 def _onnxruntime() -> Finding:
@@ -164,8 +172,7 @@ def _training() -> Finding:
 
 
 def _extra(extra: str) -> Finding:
-    needed, purpose = _EXTRAS[extra]
-    absent = [names[0] for names in needed if not is_installed(*names)]
+    purpose, absent = _EXTRAS[extra][1], _absent_modules(extra)
     if not absent:
         return Finding(name=f"extra {extra}", status="ok", detail=purpose)
     return Finding(
@@ -175,6 +182,10 @@ def _extra(extra: str) -> Finding:
         summary=purpose,
         remedy=f"pip install 'deploypipe[{extra}]'",
     )
+
+
+def _absent_modules(extra: str) -> list[str]:
+    return [names[0] for names in _EXTRAS[extra][0] if not is_installed(*names)]
 
 
 def _target_runtime(target: Target) -> Finding:

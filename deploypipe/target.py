@@ -9,6 +9,7 @@ from deploypipe.text.field_bounds import above, real, require, require_text, req
 from deploypipe.text.safe_names import name_problem
 
 RELATIVE = "x"
+NO_LIMIT = 1000.0  # times the dense figure: a limit from here on bounds nothing
 Runtime: TypeAlias = Literal["onnxruntime", "tensorrt", "tensorrt-rtx", "eager"]
 Provider: TypeAlias = Literal["cpu", "cuda", "tensorrt", "openvino", "coreml", "qnn"]
 Precision: TypeAlias = Literal["fp32", "fp16", "int8"]
@@ -43,6 +44,11 @@ class Limit:
 
     value: float
     is_relative: bool
+
+    @property
+    def bounds_nothing(self) -> bool:
+        """Whether it is so loose that it is none, as in a fast development run."""
+        return self.is_relative and self.value >= NO_LIMIT
 
     def absolute(self, dense: float) -> float:
         """The bound in the budget's own unit, given the dense model's figure."""
@@ -86,7 +92,7 @@ class Budget:
     max_age_days: float | None = None  # of the measurements, when the gate runs again
 
     def __post_init__(self) -> None:
-        self.limits()
+        self._require_limits()
         require(
             self,
             accuracy_drop_pp=real(0, 1e6),  # a metric that is not a share has its own scale
@@ -97,8 +103,30 @@ class Budget:
 
     def limits(self) -> dict[str, Limit]:
         """The bounds that are set, by budget name."""
+        return {name: parse_limit(name, text) for name, text in self._texts().items()}
+
+    def _texts(self) -> dict[str, str]:
         texts = {f.name: getattr(self, f.name) for f in fields(self) if f.name in BUDGETS}
-        return {name: parse_limit(name, text) for name, text in texts.items() if text is not None}
+        return {name: text for name, text in texts.items() if text is not None}
+
+    def _require_limits(self) -> None:
+        """Raise one ValueError for all limits that cannot be read, one a line."""
+        problems = []
+        for name, text in self._texts().items():
+            try:
+                parse_limit(name, text)
+            except ValueError as error:
+                problems.append(str(error))
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    @staticmethod
+    def text_for_number(name: str, value: float) -> str:
+        """What to write instead of a number without quotes and unit; "" if `name` is no limit."""
+        if name not in BUDGETS:
+            return ""
+        unit = next(iter(BUDGETS[name].units))
+        return f'write "{value:g}{RELATIVE}" (of the dense model) or "4.0 {unit}", in quotes'
 
 
 def parse_memory(name: str, text: str) -> int:

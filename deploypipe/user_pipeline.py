@@ -4,17 +4,20 @@ import importlib
 import importlib.util
 import inspect
 import json
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
+from difflib import SequenceMatcher
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from torch import nn
 
+from deploypipe import recipe as recipes
 from deploypipe.checked_splits import wrap_splits
 from deploypipe.errors import ConfigError, DeploypipeError, PipelineError
 from deploypipe.files.exhausted_resources import raise_if_exhausted
@@ -237,7 +240,22 @@ def _pipeline_error(error: Exception, frame: traceback.FrameSummary, doing: str)
     lines = str(error).strip().splitlines()
     text = f": {lines[0]}" if lines else ""
     place = f"{frame.filename}, line {frame.lineno}"
+    if isinstance(error, TypeError) and (problem := _unknown_field(text)):
+        return PipelineError(f"{place}: {doing}: {problem}")
     return PipelineError(f"{place}: {doing} raised {type(error).__name__}{text}; correct the pipeline")
+
+
+_UNEXPECTED = re.compile(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'")
+
+
+def _unknown_field(text: str) -> str:
+    """Of a record that a pipeline makes with a field that it has not: the fields that it has, the closest first."""
+    found = _UNEXPECTED.search(text)
+    record = found and {**vars(recipes), "Task": Task, "Splits": Splits}.get(found[1])
+    if not found or not is_dataclass(record):
+        return ""
+    names = sorted((f.name for f in fields(record)), key=lambda name: -SequenceMatcher(None, found[2], name).ratio())
+    return f"{found[1]} has no field {found[2]!r}; its fields, the closest first: {', '.join(names)}"
 
 
 def _type_name(value: object) -> str:

@@ -59,3 +59,11 @@ def test_what_is_shown_of_a_finding_fits_80_columns() -> None:
     findings = [f for f in examine(Target(runtime="tensorrt", name="jetson_orin_nano")) if f.name != "providers"]
     for finding in findings:
         assert len(finding.brief) <= (80 if finding.name == "processor" else 48), finding
+
+
+def test_a_runtime_that_is_an_extra_is_ok_only_if_it_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "is_installed", lambda *modules: modules[0] == "tensorrt")
+    findings = by_name(examine(None))
+    assert findings["runtimes"].brief == "eager, onnxruntime, tensorrt"
+    assert findings["runtimes"].detail.endswith("; not installed: tensorrt-rtx")
+    assert (findings["extra tensorrt"].status, findings["extra tensorrt-rtx"].status) == ("ok", "missing")

@@ -15,9 +15,13 @@ from deploypipe.records.stages import STAGES
 from deploypipe.release.bundle import make_bundle
 from deploypipe.release.decide_again import decide_again
 from deploypipe.report.next_steps import next_steps
+from deploypipe.report.run_tables import check_cells
+from deploypipe.report.search_text import reach_rows
+from deploypipe.runs.full_run_command import full_run_command
 from deploypipe.runs.result import RunResult, save_result
 from deploypipe.search.distributed.study_storage import Storage
 from deploypipe.stages.fast_dev_run import first_batches, short_recipe, short_target
+from deploypipe.stages.ship_trial import choose_trial
 from deploypipe.task import count_batches
 
 RECIPE = replace(tiny.recipe(), fast_dev_run=True)
@@ -77,6 +81,22 @@ def test_it_holds_whatever_was_measured(done: RunResult) -> None:
     assert held.status is Status.UNKNOWN and "fast_dev_run is unknown (fast development run" in done.decision.reason
     steps = next_steps(done)
     assert all(step.endswith("every stage works; for a result that can ship: deploypipe run t here") for step in steps)
+
+
+def test_limits_that_it_loosens_are_shown_as_none(done: RunResult) -> None:
+    (cells,) = [cells for check in done.decision.checks if (cells := check_cells(check))[0] == "latency p50"]
+    assert cells[1] == "PASS" and cells[3:] == ("no limit", "no limit")
+    (row,) = [row for row in reach_rows(done.search, done.target) if row[0] == "latency p50"]
+    assert row[2:4] == ("no limit", "no limit")
+
+
+def test_the_full_run_has_a_folder_of_its_own_and_trials_of_a_fast_one_name_it(done: RunResult) -> None:
+    with pytest.raises(RunFolderError, match=r"first run in full: deploypipe run t here$"):
+        choose_trial(Path(done.folder), 1)
+    fast = "deploypipe run t here --out=r/late --shared=s --set=fast_dev_run=true --ship-trial=1"
+    assert full_run_command(fast) == "deploypipe run t here --out=r/late-full --shared=s"
+    several = "deploypipe run t a --out=runs/t-fast-dev-run/a --shared=runs/t-fast-dev-run/shared --fast-dev-run"
+    assert full_run_command(several) == "deploypipe run t a --out=runs/t/a --shared=runs/t/shared"
 
 
 def test_no_waiver_and_no_later_decision_ships_it(done: RunResult, tmp_path: Path) -> None:

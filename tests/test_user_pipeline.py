@@ -120,6 +120,21 @@ def test_errors_of_the_users_code_name_file_and_line(tmp_path: Path) -> None:
         load_pipeline(write(tmp_path, "x = 1\ndef (\n"))
 
 
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        ("Finetune(epochs=2)", "Finetune has no field 'epochs'; its fields, the closest first: num_epochs, "),
+        ("Recipe(serch=1)", "Recipe has no field 'serch'; its fields, the closest first: search, "),
+        ("dict(x)", "raised NameError"),
+    ],
+)
+def test_a_record_with_an_unknown_field_names_its_fields(made: str, said: str, tmp_path: Path) -> None:
+    module = f"from deploypipe.recipe import Finetune, Recipe\n{GOOD}\ndef recipe():\n    return {made}\n"
+    with pytest.raises(PipelineError, match=r"mine\.py, line \d+: recipe\(\)") as caught:
+        load_pipeline(write(tmp_path, module)).recipe()
+    assert said in str(caught.value)
+
+
 @pytest.mark.parametrize("name", ["no_such_pipeline", "no/such/file.py", "no.such.module"])
 def test_unknown_pipeline_says_what_there_is(name: str) -> None:
     with pytest.raises(PipelineError, match="deploypipe init NAME"):

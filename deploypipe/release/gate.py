@@ -20,7 +20,7 @@ from deploypipe.records import (
 from deploypipe.release.waivers import waived
 from deploypipe.report.run_tables import what_is_covered
 from deploypipe.target import RELATIVE, Budget, Limit
-from deploypipe.text.amounts import amount, limit_text
+from deploypipe.text.amounts import NO_LIMIT, amount, limit_text
 from deploypipe.verification.golden_json import shown
 
 FAST_DEV_RUN = "fast_dev_run"  # a check that no waiver settles
@@ -100,6 +100,9 @@ def _check_budget(report: BenchmarkReport, row: BudgetRow, limit: Limit) -> Chec
     ratio = row.ratio(report) if row.ratio else None
     if figure is None or (limit.is_relative and (dense is None or (row.ratio and ratio is None))):
         return _not_comparable(row, report, limit)
+    if limit.bounds_nothing:
+        free = _unknown(row.name, row.unit, None, NO_LIMIT)
+        return replace(free, status=Status.PASS, measured=row.value(report.compressed))
     bound = limit.absolute(dense or 0.0)
     if limit.is_relative and ratio:
         check = _compare(row.name, RELATIVE, limit.value, ratio.value, ratio, is_met=ratio.high <= limit.value)

@@ -3,6 +3,7 @@
 from deploypipe.budgets import BUDGETS
 from deploypipe.records import Check, Status, Verdict
 from deploypipe.report.search_text import stopped_by_time
+from deploypipe.runs.full_run_command import full_run_command
 from deploypipe.runs.result import RunResult
 
 _AGAIN = "--remeasure"
@@ -64,8 +65,8 @@ def _for_unknown(result: RunResult, check: Check) -> str:
 
 
 def _real_run(result: RunResult) -> str:
-    command = result.command.replace(" --fast-dev-run", "").replace(" --set=fast_dev_run=true", "")
-    return f"every stage works; for a result that can ship: {command or 'call compress() without fast_dev_run'}"
+    command = full_run_command(result.command) or "call compress() without fast_dev_run, with another folder"
+    return f"every stage works; for a result that can ship: {command}"
 
 
 def _command(result: RunResult, option: str = "", value: object = None) -> str:

@@ -18,7 +18,7 @@ from deploypipe.records import (
     Waiver,
 )
 from deploypipe.runs.result import RunResult
-from deploypipe.text.amounts import amount, bounded, limit_text, mebibytes
+from deploypipe.text.amounts import NO_LIMIT, amount, bounded, limit_text, mebibytes
 
 NOT_MEASURED = "not measured"
 HERE = "on this machine, not on the device"
@@ -112,9 +112,15 @@ def check_cells(check: Check) -> tuple[str, str, str, str, str]:
         check.name.replace("_", " "),
         str(check.status.value),
         NOT_MEASURED if check.measured is None else interval_text(check.measured, check.interval, check.unit),
-        "" if check.limit is None else limit_text(check.limit, check.unit),
+        _limit_cell(check),
         check.reason if check.waiver is None else f"{check.reason}; {_waived(check.waiver)}",
     )
+
+
+def _limit_cell(check: Check) -> str:
+    if check.limit is None:
+        return NO_LIMIT if check.reason == NO_LIMIT else ""
+    return limit_text(check.limit, check.unit)
 
 
 class CheckRow(NamedTuple):

@@ -11,6 +11,7 @@ from deploypipe.records import MIN_TRIALS_FOR_IMPORTANCES, LatencyFit, SearchRes
 from deploypipe.report.width_tables import Stage
 from deploypipe.runs.result import RunResult
 from deploypipe.target import Target
+from deploypipe.text.amounts import NO_LIMIT, share_limit_text
 
 REACH_HEADER = ("budget", "lowest reachable", "asked for", "limit in the search", "chosen")
 STAGE_HEADER = ("stage", "units left", "layers made narrower", "blocks removed")
@@ -55,13 +56,14 @@ def reach_rows(search: SearchResult, target: Target) -> list[tuple[str, ...]]:
     held = {budget.name: budget for budget in held_budgets(search)}
     rows: list[tuple[str, ...]] = []
     for name in dict.fromkeys((*target.budget.limits(), *held, *least)):
-        asked = getattr(target.budget, name)
+        limit = target.budget.limits().get(name)
+        asked = NO_LIMIT if limit and limit.bounds_nothing else getattr(target.budget, name)
         rows.append(
             (
                 BUDGETS[name].label,
                 _least(name, least[name]) if name in least else "not predicted",
                 asked or ("nothing; replaces a budget that cannot be measured here" if name in held else "nothing"),
-                _times(held[name].limit) if name in held else "-",
+                share_limit_text(held[name].limit) if name in held else "-",
                 _times(held[name].chosen) if name in held else "-",
             )
         )
@@ -213,6 +215,8 @@ def _chosen_sentence(search: SearchResult) -> list[str]:
 def _budget_sentences(search: SearchResult) -> list[str]:
     sentences = []
     for budget in held_budgets(search):
+        if share_limit_text(budget.limit) == NO_LIMIT:
+            continue
         fill = budget.chosen / budget.limit
         verdict = "this budget was binding" if fill > _BINDING else "this budget left room"
         label, fill_asked = BUDGETS[budget.name].label, search.trials[search.best].knobs.get("fill")

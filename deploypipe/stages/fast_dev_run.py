@@ -15,12 +15,12 @@ from deploypipe.checked_splits import wrap_splits
 from deploypipe.errors import ConfigError, RunFolderError
 from deploypipe.recipe import Recipe
 from deploypipe.runs.result import RESULT, load_result
-from deploypipe.target import Budget, Target
+from deploypipe.target import NO_LIMIT, Budget, Target
 from deploypipe.task import Batch, Splits, known_length
 
 _NUM_BATCHES = 2  # of calib, val and test; of train: one, so one step
 _NUM_SAMPLES = 64
-_SMALLER, _UNREACHED = "0.9x", "1000x"
+_SMALLER, _NO_LIMIT = "0.9x", f"{NO_LIMIT:g}x"
 NOTE = (
     "fast development run: two batches of each split, two trials, one step of training, and a budget of "
     f"{_SMALLER} the MACs instead of the target's; its result can never ship"
@@ -84,7 +84,7 @@ def short_recipe(recipe: Recipe) -> Recipe:
 def short_target(target: Target) -> Target:
     """The target with the fewest timed runs, and with limits so loose that each is measured and met."""
     budget = target.budget
-    limits = {**dict.fromkeys(budget.limits(), _UNREACHED), MACS: _SMALLER}
+    limits = {**dict.fromkeys(budget.limits(), _NO_LIMIT), MACS: _SMALLER}
     slice_drop_pp = None if budget.slice_drop_pp is None else 100.0
     loose: Budget = replace(budget, **limits, accuracy_drop_pp=100.0, slice_drop_pp=slice_drop_pp)  # type: ignore[arg-type]
     return replace(target, num_latency_samples=200, budget=loose)

@@ -7,6 +7,7 @@ from pathlib import Path
 from deploypipe.errors import ConfigError, RunFolderError
 from deploypipe.files.atomic import place_file
 from deploypipe.records import ScoreSummary, SearchResult, Trial
+from deploypipe.runs.full_run_command import full_run_command
 from deploypipe.runs.result import load_result
 
 # Stages that the new run may reuse. The large stages of the search are not needed: its plans are in the result.
@@ -46,10 +47,13 @@ def choose_trial(finished: Path, number: int) -> ChosenTrial:
     if found is None:
         raise RunFolderError(f"{finished}: this run removed nothing, so it has no trials; give it a tighter budget")
     if result.recipe.fast_dev_run:
-        raise RunFolderError(f"{finished}: holds a fast development run, whose trials show nothing; run it in full")
+        command = full_run_command(result.command) or "call compress() without fast_dev_run, with another folder"
+        raise RunFolderError(
+            f"{finished}: holds a fast development run, whose trials show nothing; first run in full: {command}"
+        )
     if not 0 <= number < len(found.trials):
         problem = f"{number} does not exist: the search in {finished} has trials 0 to {len(found.trials) - 1}"
-        raise ConfigError("--ship-trial", "", problem, "choose one of those that the report lists")
+        raise ConfigError("--ship-trial", "", problem, "choose one of them")
     winner = found.best if found.winner is None else found.winner
     chosen = replace(found, best=number, winner=winner, finalists=(number,))
     return ChosenTrial(finished=finished, search=chosen, scores=result.scores)

@@ -2,6 +2,8 @@
 
 from math import floor, isfinite, log10
 
+NO_LIMIT = "no limit"
+_LOOSEST = 500.0  # times the dense figure; a fast development run asks for twice that, less a margin
 _DIGITS = 4  # significant ones of a time or of a size
 _PLACES = {"pp": 2, "x": 3, "%": 2}  # decimals of units whose figures have one magnitude
 
@@ -23,6 +25,11 @@ def limit_text(value: float, unit: str) -> str:
     return _with_unit(text.rstrip("0").rstrip(".") if "." in text and text[-1].isdigit() else text, unit)
 
 
+def share_limit_text(share: float, digits: int = 3) -> str:
+    """A limit as a share of the dense network's figure, or that there is none."""
+    return NO_LIMIT if share >= _LOOSEST else f"{share:.{digits}g}x"
+
+
 def count(value: float) -> str:
     """Four significant digits; thousands, millions and thousand millions get a k, M or G."""
     for factor, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -40,7 +47,8 @@ def _number(value: float, unit: str, rounded_like: float, *, signed: bool = Fals
     sign = "+" if signed else ""
     if not isfinite(value) or unit not in ("ms", "MiB", *_PLACES):
         return format(value, f"{sign}.4g") if abs(value) < 1e4 else count(value)
-    return format(value, f"{sign},.{_places(rounded_like, unit)}f")
+    text = format(value, f"{sign},.{_places(rounded_like, unit)}f")
+    return text if text.strip("+-0.") else text.lstrip("+-")  # zero has no sign
 
 
 def _places(value: float, unit: str) -> int:

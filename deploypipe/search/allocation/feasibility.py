@@ -8,6 +8,7 @@ from deploypipe.errors import BudgetError
 from deploypipe.records import Feasibility
 from deploypipe.search.allocation.proposer import Proposer
 from deploypipe.search.allocation.solver import Allocation, Emphasis, allowed_widths
+from deploypipe.text.amounts import share_limit_text
 
 _TOLERANCE = 0.03  # relative; a budget that is missed by less in the prediction may still be met
 
@@ -59,7 +60,9 @@ def round_up(share: float) -> float:
 
 def feasibility_text(reach: Feasibility, shares: Mapping[str, float]) -> str:
     """List each budget's allowed and least share."""
-    budgets = ", ".join(f"{name} {share:.2g}x (least {reach.least[name]:.2g}x)" for name, share in shares.items())
+    budgets = ", ".join(
+        f"{name} {share_limit_text(share, 2)} (least {reach.least[name]:.2g}x)" for name, share in shares.items()
+    )
     return f"in reach: {budgets}; 10^{reach.log10_choices:.0f} choices"
 
 
