@@ -65,7 +65,7 @@ def test_keep_freezes_every_structure_with_a_match() -> None:
     structures = list_structures(*networks.build("pad_resnet"), keep=["stages.0.*", "stages.1.1.bn1"])
     assert names(structures) == ["stages.1.0.conv1", "stages.2.0.conv1", "stages.2.1.conv1"]
     assert [b.name for b in structures.blocks] == ["stages.2.1"]
-    assert reason(structures, "stages.1.1.conv1") == "kept by recipe.keep (stages.1.1.bn1)"
+    assert reason(structures, "stages.1.1.conv1") == "matches keep (stages.1.1.bn1)"
 
 
 def test_a_frozen_network_is_an_error_with_a_remedy() -> None:

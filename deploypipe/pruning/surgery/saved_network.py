@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from deploypipe.errors import ModelError, PlanError
+from deploypipe.errors import ConfigError, ModelError, PlanError
 from deploypipe.export.onnx_export.forget_batch_sizes import forget_sizes_
 from deploypipe.files.atomic import write_atomically
 from deploypipe.files.exhausted_resources import raise_if_exhausted
@@ -26,26 +26,40 @@ from deploypipe.plan_file import PLAN, read_plan
 from deploypipe.pruning.modules.hook_computed_weights import with_plain_weights
 from deploypipe.pruning.modules.module_calls import two_samples
 from deploypipe.pruning.surgery.apply_plan import check_fingerprint, cut_out
+from deploypipe.pruning.surgery.plan_on_module import plan_of, require_fit
 from deploypipe.records import PruningPlan
 from deploypipe.runtimes.load_torch_program import load_program
 from deploypipe.task import as_arguments, has_batch_axis, num_samples, repeat_samples, take
+from deploypipe.task_result_checks import kind_of
 from deploypipe.text import strict_json
 
 WEIGHTS, PROGRAM, HASHES = "weights.safetensors", "model.pt2", "hashes.json"
 INDEX = f"weights{INDEX_SUFFIX}"
+_BY_NAME = 'write save_pruned(small, inputs=example_inputs, folder="small")'
 _SAFE_WAY = (
     "load plan and weights instead with load_pruned(folder, build_model), or, if you trust whoever made the folder, "
     "allow it with trust_program=True"
 )
 
 
-def save_pruned(model: nn.Module, plan: PruningPlan, inputs: Any, folder: Path | str) -> None:
+def save_pruned(
+    model: nn.Module, plan: PruningPlan | None = None, inputs: Any = None, folder: Path | str | None = None
+) -> None:
     """Write plan.json, weights.safetensors, model.pt2 (any batch size, evaluation mode) and the hashes of all three.
 
-    inputs: one batch; only its shapes and dtypes are used, and no sample is written to a file. hashes.json is written
-    last, so a folder without it is unfinished. Raises ModelError if the network cannot be exported.
+        save_pruned(small, inputs=example_inputs, folder="small")
+
+    plan: what the network was cut by; None: the one that `prune` left on it. inputs: one batch; only its shapes and
+    dtypes are used, and no sample is written to a file. hashes.json is written last, so a folder without it is
+    unfinished. Raises PlanError if the plan is absent or does not fit, ModelError if the network cannot be exported.
     """
+    if not isinstance(plan, PruningPlan | None):
+        raise ConfigError("save_pruned", "plan", f"must be a PruningPlan, got {kind_of(plan)}", _BY_NAME)
+    if inputs is None or folder is None:
+        raise ConfigError("save_pruned", "inputs" if inputs is None else "folder", "is absent", _BY_NAME)
     model, folder = unwrapped(model), Path(folder)
+    plan = plan_of(model) if plan is None else plan
+    require_fit(model, plan)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / HASHES).unlink(missing_ok=True)
     write_atomically(folder / PLAN, to_json(plan).encode())

@@ -44,7 +44,7 @@ class SlimAttention(nn.Module):
     def of(cls, dense: nn.MultiheadAttention) -> "SlimAttention":
         """The same attention, sharing the parameters of `dense`."""
         if dense.bias_k is not None or dense.add_zero_attn:
-            raise PlanError("attention with bias_k or add_zero_attn cannot lose heads; keep it with recipe.keep")
+            raise PlanError("attention with bias_k or add_zero_attn cannot lose heads; name it in keep")
         slim = cls(dense.num_heads, dense.head_dim**-0.5, dense.dropout, dense.batch_first)
         for name, parameter in dense._parameters.items():
             slim.register_parameter(name, parameter)

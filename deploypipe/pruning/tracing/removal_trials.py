@@ -115,8 +115,7 @@ class RemovalTrials:
             raise_if_exhausted(error)
             names = ", ".join(dict.fromkeys(repr(edit.module) for edit in edits))
             raise ModelError(
-                f"the network fails if only {names} lose channels "
-                f"({type(error).__name__}: {error}); keep them with recipe.keep"
+                f"the network fails if only {names} lose channels ({type(error).__name__}: {error}); name them in keep"
             ) from error
 
     def _copy(self, edits: Sequence[Edit]) -> nn.Module:

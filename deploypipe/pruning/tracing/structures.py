@@ -47,7 +47,7 @@ def list_structures(
     if not found.groups and not found.blocks:
         rows = [row for row in found.frozen if row.kind != "weights"] or found.frozen
         why = "; ".join(f"{row.kind} {row.name!r}: {row.reason}" for row in rows) or "it calls no layers"
-        raise ModelError(f"nothing in this network can be removed ({why}); change the network or loosen recipe.keep")
+        raise ModelError(f"nothing in this network can be removed ({why}); change the network or loosen keep")
     return found
 
 
@@ -165,7 +165,7 @@ def _is_kept(coupling: Coupling, keep: Sequence[str]) -> bool:
 
 def _kept(modules: Any, keep: Sequence[str]) -> str:
     patterns = sorted({pattern for name in modules for pattern in keep if fnmatchcase(name, pattern)})
-    return f"kept by recipe.keep ({', '.join(patterns)})" if patterns else ""
+    return f"matches keep ({', '.join(patterns)})" if patterns else ""
 
 
 def _touched(coupling: Coupling) -> set[tuple[str, str, int]]:
