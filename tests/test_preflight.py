@@ -299,9 +299,9 @@ def test_the_command_lists_all_complaints_and_ends_with_2(tmp_path: Path) -> Non
     [
         (
             False,
-            "'idx' is no parameter of forward(), which takes it by **kwargs on the calib split; leave it out: Pairs",
+            "'idx' is no parameter of forward(), which takes such members of the calib split by **kwargs",
         ),
-        (True, "write it as one, so that the file has an input for it: def forward(self, x, idx, **kwargs)"),
+        (True, "the network reads it: write def forward(self, x, idx, **kwargs)"),
     ],
 )
 def test_a_member_that_forward_takes_by_kwargs_is_named(is_used: bool, said: str) -> None:
@@ -313,4 +313,4 @@ def test_a_member_that_forward_takes_by_kwargs_is_named(is_used: bool, said: str
     task = Task(loss=lambda *_: torch.zeros(()), metric=lambda *_: torch.zeros(4))
     try_inference(findings, Network(3, 2), task, "calib", Survey(first=(inputs, None)))
     (error,) = findings.errors
-    assert said in str(error) and (is_used or "inputs=['x'], target=...)" in str(error))
+    assert said in str(error) and (is_used or "leave it out: Pairs(loader, inputs=['x'], target=...)" in str(error))

@@ -148,15 +148,17 @@ def _require_parameters(model: nn.Module, inputs: Any, outputs: Any, name: str) 
     if not swallowed or len(known) == len(parameters):
         return
     kept = {key: value for key, value in inputs.items() if key in known}
+    is_one = len(swallowed) == 1
     if _gives_the_same(model, kept, outputs):
-        remedy = f"leave it out: Pairs(loader, inputs={list(kept)!r}, target=...) from deploypipe.data"
+        remedy = f"leave {'it' if is_one else 'them'} out: Pairs(loader, inputs={list(kept)!r}, target=...)"
+        remedy += " from deploypipe.data"
     else:
         remedy = (
-            f"write it as one, so that the file has an input for it: def forward(self, {', '.join(inputs)}, **kwargs)"
+            f"the network reads {'it' if is_one else 'them'}: write def forward(self, {', '.join(inputs)}, **kwargs)"
         )
     raise ModelError(
-        f"{', '.join(map(repr, swallowed))} is no parameter of forward(), which takes it by **kwargs on the {name} "
-        f"split; {remedy}"
+        f"{', '.join(map(repr, swallowed))} {'is no parameter' if is_one else 'are no parameters'} of forward(), which "
+        f"takes such members of the {name} split by **kwargs; the exported file cannot: {remedy}"
     )
 
 
