@@ -319,7 +319,7 @@ def test_release_decides_by_todays_date(tmp_path: Path) -> None:
     baseline = BaselineComparison(name="v1", latency_ratio=None, accuracy_drop_pp=None)
     worse = decide_again(run, result, baseline, (waiver,), measured)
     assert worse.decision.verdict is Verdict.HOLD
-    with pytest.raises(BundleError, match=r"the gate holds this run: .*against_baseline is unknown"):
+    with pytest.raises(BundleError, match=r"the gate holds this run: .*against_baseline are unknown"):
         make_bundle(run, tmp_path / "bundles", now=measured)
 
 
