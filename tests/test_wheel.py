@@ -33,7 +33,7 @@ def deploypipe(installed: Path, folder: Path, *arguments: str) -> subprocess.Com
 
 def test_targets_and_init(installed: Path, tmp_path: Path) -> None:
     (installed / "deploypipe" / "py.typed").read_text()
-    done = deploypipe(installed, tmp_path, "targets")
+    done = deploypipe(installed, tmp_path, "targets", "--verbose")
     assert done.returncode == 0, done.stderr
     assert str(installed / "deploypipe" / "examples" / "targets" / "x86_cpu.toml") in done.stdout
     assert str(ROOT) not in done.stdout
