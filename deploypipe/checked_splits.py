@@ -1,17 +1,15 @@
 """Check all data of a run where it enters: `wrap_splits` reads a user's batches as pairs and checks each of them."""
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from deploypipe.data import as_pair, require_repeatable, set_epoch
 from deploypipe.errors import DataError, PipelineError
 from deploypipe.networks.batch_trees import Leaf, leaves, same_value, structure
+from deploypipe.networks.tree_hashes import digest_of
 from deploypipe.task import Batch, Splits, has_batch_axis, num_samples
 from deploypipe.user_code_errors import wrap_user_errors
 
@@ -45,7 +43,7 @@ class CheckedSplit:
         self.split, self.name = split, name
         self._kinds: tuple[tuple[str, str], ...] | None = None  # of the members of the inputs: place and kind
         self._first: list[Leaf] = []
-        self._targets: list[bytes] = []  # a hash of each batch's targets and shapes in the first pass
+        self._targets: list[str] = []  # a hash of each batch's targets and shapes in the first pass
 
     def __getattr__(self, name: str) -> Any:
         if name == "split":  # of an object that is being copied
@@ -131,22 +129,6 @@ def order_error(name: str, number: int) -> DataError:
         f"the same order every time: write shuffle=False for {name} (or draw its order from a generator that is seeded "
         "again in each __iter__), and no random augmentation"
     )
-
-
-def digest_of(*values: Any) -> bytes:
-    """A short hash of the contents of these trees."""
-    digest = hashlib.blake2b(digest_size=8)
-    for leaf in leaves(values, ""):
-        if isinstance(tensor := leaf.value, Tensor):
-            digest.update(f"{leaf.place} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(np.ascontiguousarray(_plain(tensor)).data)
-        elif leaf.value is None or isinstance(leaf.value, bool | int | float | str):
-            digest.update(f"{leaf.place} {leaf.value!r}".encode())
-    return digest.digest()
-
-
-def _plain(tensor: Tensor) -> Any:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def _kind(value: Any, size: int) -> str:

@@ -5,11 +5,9 @@ from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from deploypipe.networks.batch_trees import leaves
+from deploypipe.networks.tree_hashes import hash_tree_
 from deploypipe.task import Batch, Splits, known_length
 
 
@@ -24,8 +22,8 @@ def fingerprints(splits: Splits, see: Callable[[Any], object] = lambda _: None) 
         for name, split, count in (("calib", splits.calib, None), ("val", splits.val, None), ("test", splits.test, 1)):
             sha = hashlib.sha256(f"{_length(split)}\n".encode())
             for inputs, target in islice(iter(split), count):
-                _hash_into(sha, inputs)
-                _hash_into(sha, target)
+                hash_tree_(sha, inputs)
+                hash_tree_(sha, target)
                 if name != "test":
                     see(inputs)
             found[name] = sha.hexdigest()[:16]
@@ -42,25 +40,11 @@ def fingerprint_of(split: Iterable[Batch]) -> str:
     """A hash of all batches of a split."""
     sha = hashlib.sha256()
     for inputs, target in split:
-        _hash_into(sha, inputs)
-        _hash_into(sha, target)
+        hash_tree_(sha, inputs)
+        hash_tree_(sha, target)
     return sha.hexdigest()[:16]
 
 
 def _length(split: Iterable[Batch]) -> str:
     length = known_length(split)
     return "unknown" if length is None else str(length)
-
-
-def _hash_into(sha: Any, value: Any) -> None:
-    for leaf in leaves(value, ""):
-        sha.update(f"{leaf.place} ".encode())
-        if isinstance(tensor := leaf.value, Tensor):
-            sha.update(f"{tuple(tensor.shape)} {tensor.dtype}\n".encode())
-            sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        elif isinstance(leaf.value, np.ndarray | np.generic):
-            sha.update(f"{leaf.value.dtype} {leaf.value.shape}\n".encode() + leaf.value.tobytes())
-        elif leaf.value is None or isinstance(leaf.value, bool | int | float | complex | str | bytes):
-            sha.update(f"{leaf.value!r}\n".encode())
-        else:  # the text of an unknown object may hold its address
-            sha.update(f"{type(leaf.value).__qualname__}\n".encode())

@@ -37,7 +37,7 @@ def exit_codes() -> Iterator[None]:
     except DeploypipeError as error:
         say(f"error: {error}", file=sys.stderr)
         raise typer.Exit(EXIT_ERROR) from None
-    except BrokenPipeError:  # `deploypipe ... | head`: nobody reads the output any more
+    except BrokenPipeError:  # `deploypipe ... | head`: the reader of the output has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(EXIT_ERROR) from None
     except Exception as error:

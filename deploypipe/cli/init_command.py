@@ -65,7 +65,7 @@ def init(
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, text.encode())
             say(path)
-        say(f"Try it in seconds, as it is and after each change: deploypipe check {name} {name}")
+        say(f"After each change, try it in seconds: deploypipe check {name} {name}")
         say(f"Then compress it: deploypipe run {name} {name}")
 
 

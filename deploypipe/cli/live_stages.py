@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from deploypipe.records import Cached, Event, Finished, Note, Planned, Progress, Started, Warned
-from deploypipe.records.stages import PREPARATION, doing_of, title_of
+from deploypipe.records.stages import PREPARATION, doing_of, title_of, work_of
 from deploypipe.report.run_tables import seconds
 from deploypipe.text.printable_text import printable
 
@@ -26,7 +26,6 @@ _BAR_WIDTHS = 14, 28
 _MAX_STEPS = 50  # the rate is that of the latest steps
 _LEAST_SHOWN_S = 0.5  # steps that prepare a run and take less leave no line
 _UNSTORED = {stage.name for stage in PREPARATION}
-_WORK = {"latency": "timing", "repair": "repairing layers"}  # inside a stage -> in words
 
 
 class LiveStages:
@@ -122,7 +121,7 @@ class RunningStage:
 
     def advance(self, event: Progress) -> None:
         if event.stage != self.stage:  # work inside the stage
-            work = _WORK.get(event.stage, title_of(event.stage))
+            work = work_of(event.stage)
             self.detail = f"{work} {event.done}/{event.total}" if event.total else event.message or work
             return
         self.detail = event.message
@@ -142,7 +141,7 @@ class RunningStage:
         return grid
 
     def figures(self, now: float) -> str:
-        """Done, rate, time since the start, time left; each as soon as it is known."""
+        """The steps done, their rate, the time since the start and the time left, as far as they are known."""
         passed_s = now - self.begun
         parts = [f"{self.done}/{self.total}"] if self.total else []
         per_step = self._seconds_per_step()

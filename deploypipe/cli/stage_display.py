@@ -12,7 +12,7 @@ from deploypipe.cli.exit_codes import say
 from deploypipe.cli.interrupts import kept_interrupts
 from deploypipe.cli.live_stages import LiveStages
 from deploypipe.records import Cached, Event, Finished, Note, Notify, Progress, Started, Warned
-from deploypipe.records.stages import PREPARATION, STAGES, doing_of, title_of
+from deploypipe.records.stages import PREPARATION, STAGES, doing_of, title_of, work_of
 from deploypipe.report.run_tables import seconds
 
 TITLE_WIDTH = max(len(stage.title) for stage in STAGES)
@@ -88,7 +88,7 @@ class PlainStages:
     def _progress_text(self, event: Progress, passed_s: float) -> str:
         text = f"{event.done} of {event.total}"
         if event.stage != self.stage:
-            return f"{title_of(event.stage)} {text}"
+            return f"{work_of(event.stage)} {text}"
         return f"{text}, about {seconds(passed_s / event.done * (event.total - event.done))} left"
 
 

@@ -4,10 +4,10 @@ import hashlib
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from deploypipe.networks.model_wrappers import unwrapped
+from deploypipe.networks.tree_hashes import tensor_bytes
 
 
 def model_fingerprint(model: nn.Module) -> str:
@@ -34,5 +34,5 @@ def state_fingerprint(state: Iterable[tuple[str, Any]]) -> str:
     for name, value in state:
         if isinstance(value, Tensor):
             structure.update(_described(name, value))
-            weights.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+            weights.update(tensor_bytes(value))
     return f"{structure.hexdigest()[:32]}-{weights.hexdigest()[:32]}"

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deploypipe.checked_splits import CheckedSplit, digest_of, order_error
+from deploypipe.checked_splits import CheckedSplit, order_error
 from deploypipe.errors import DataError, DeploypipeError
 from deploypipe.export.onnx_export.dynamic_axes import choose_axes, in_order, input_names
 from deploypipe.export.onnx_export.input_sizes import Extremes
 from deploypipe.networks.batch_trees import leaves, map_tensors, tensors
+from deploypipe.networks.tree_hashes import digest_of
 from deploypipe.recipe import Export
 from deploypipe.task import Batch, empty_split, has_batch_axis, known_length, num_samples, take_batch
 
@@ -43,7 +44,7 @@ class Survey:
     is_whole: bool = True
     labels: tuple[float, float] | None = None  # smallest and largest, if targets are whole numbers
     suspect: tuple[int, Batch] | None = None  # a batch's number and its first sample that holds NaN
-    digests: list[bytes] = field(default_factory=list)
+    digests: list[str] = field(default_factory=list)
     extremes: dict[Any, Extreme] = field(default_factory=dict)
     shapes: Extremes = field(default_factory=Extremes)
 

@@ -41,12 +41,18 @@ STAGES = (
     Stage(name="gate", title="gate"),
     Stage(name="golden", title="golden samples"),
 )
+_WORK = {"latency": "timing", "repair": "repairing layers"}  # inside a stage
 _KNOWN = {stage.name: stage for stage in (*PREPARATION, *STAGES)}
 
 
 def title_of(name: str) -> str:
     """The title of a stage; the plain name if no run has such a stage (parts of `bench`)."""
     return _KNOWN[name].title if name in _KNOWN else name
+
+
+def work_of(name: str) -> str:
+    """What is done inside a stage that is at work: one trial's repair, timed runs."""
+    return _WORK.get(name, title_of(name))
 
 
 def doing_of(name: str) -> str:

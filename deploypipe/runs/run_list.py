@@ -10,7 +10,7 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Literal, TextIO
@@ -128,23 +128,21 @@ def _describe(folder: Path) -> Run:
     state, result = _state(folder)
     newest = max(path.stat().st_mtime for path in [folder, *folder.iterdir()])
     changed = datetime.fromtimestamp(newest, UTC)
-    if result is None:
-        about = read_about(folder)
-        return Run(
-            folder=folder,
-            state=state,
-            size_bytes=_size(folder),
-            changed=changed,
-            pipeline=about.pipeline,
-            target=about.target,
-            is_fast_dev_run=about.is_fast_dev_run,
-        )
-    ratio = result.benchmark.latency_ratio
-    return Run(
+    about = read_about(folder)
+    run = Run(
         folder=folder,
         state=state,
         size_bytes=_size(folder),
         changed=changed,
+        pipeline=about.pipeline,
+        target=about.target,
+        is_fast_dev_run=about.is_fast_dev_run,
+    )
+    if result is None:
+        return run
+    ratio = result.benchmark.latency_ratio
+    return replace(
+        run,
         pipeline=result.pipeline,
         target=result.target.name or result.target.runtime,
         verdict=result.decision.verdict.value,

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from deploypipe.errors import ConfigError
 from deploypipe.files.json_records import from_json, to_json
+from deploypipe.networks.tree_hashes import digest_of
 from deploypipe.records import TrainLog
-from deploypipe.training.teacher import digest_of
 
 Checkpoint: TypeAlias = tuple[TrainLog, dict[str, Tensor]]
 

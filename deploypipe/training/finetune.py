@@ -10,6 +10,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from deploypipe.checked_splits import wrap_splits
+from deploypipe.data import set_epoch
 from deploypipe.distillation_loss import with_distillation_loss
 from deploypipe.memory_order import as_given, find_order_
 from deploypipe.networks.model_copies import copied
@@ -94,7 +95,7 @@ def finetune(
     for epoch in range(len(state.log), settings.num_epochs + 1):
         started = time.perf_counter()
         with seeded(seed * 1_000 + epoch), lesson.teacher.epoch(epoch):
-            _tell_epoch(splits.train, epoch)
+            set_epoch(splits.train, epoch)
             rate, losses = train_epoch(lesson, state, splits.train, epoch, notify)
         agree_(state.average, ranks)
         if not _are_finite(state.average):
@@ -192,11 +193,6 @@ def _count_batches(ranks: Ranks, splits: Splits) -> int:
         raise empty_split("train")
     ranks.check_equal({"number of train batches": str(count)}, "give every rank the whole `train`")
     return count
-
-
-def _tell_epoch(batches: Any, epoch: int) -> None:
-    """Call `set_epoch`: loaders with it (ours, DistributedSampler) draw an order that depends on the epoch alone."""
-    batches.set_epoch(epoch)
 
 
 def _compiled(model: nn.Module) -> nn.Module:

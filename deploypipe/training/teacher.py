@@ -1,18 +1,16 @@
 """The dense network as a teacher. Its outputs are stored, so that trainings of other plans and targets reuse them."""
 
-import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from deploypipe.networks.batch_trees import leaves
+from deploypipe.networks.tree_hashes import digest_of
 from deploypipe.task import forward
 
 _MAX_BYTES = 2**30  # in a folder
@@ -52,7 +50,7 @@ class Teacher:
     def __call__(self, inputs: Any) -> Any:
         if not self._known and self._new is None:
             return forward(self.dense, inputs)
-        name = digest_of(inputs)
+        name = digest_of(inputs, describe=repr)  # two objects of a class may differ: those are computed again
         if name in self._known:
             return self._known[name]
         outputs = forward(self.dense, inputs)
@@ -66,18 +64,6 @@ class Teacher:
             return
         new[name] = outputs.contiguous().clone()  # outputs may share one tensor
         self._room -= outputs.nbytes
-
-
-def digest_of(value: Any) -> str:
-    """A hash of a batch or any tree: its tensors with their shapes and types, and all other values."""
-    digest = hashlib.blake2b(digest_size=16)
-    for leaf in leaves(value):
-        if isinstance(tensor := leaf.value, Tensor):
-            digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        else:
-            digest.update(repr(leaf.value).encode())
-    return digest.hexdigest()
 
 
 def _read(path: Path) -> dict[str, Tensor]:

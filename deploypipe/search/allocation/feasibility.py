@@ -59,11 +59,11 @@ def round_up(share: float) -> float:
 
 
 def feasibility_text(reach: Feasibility, shares: Mapping[str, float]) -> str:
-    """List each budget's allowed and least share."""
+    """List the share of each budget that the search may use (the limit less a margin for noise) and the least share."""
     budgets = ", ".join(
-        f"{name} {share_limit_text(share, 2)} (least {reach.least[name]:.2g}x)" for name, share in shares.items()
+        f"{name} {share_limit_text(share, 2)} (lowest {reach.least[name]:.2g}x)" for name, share in shares.items()
     )
-    return f"in reach: {budgets}; 10^{reach.log10_choices:.0f} choices"
+    return f"in reach, with a margin for noise: {budgets}; 10^{reach.log10_choices:.0f} choices"
 
 
 def _log10_choices(proposer: Proposer) -> float:
