@@ -112,7 +112,8 @@ def test_budgets_out_of_reach_are_refused_by_name() -> None:
     reach = find_feasibility(proposer("bottleneck", {"macs": 0.9}), {"macs": 0.9})
     assert 0 < reach.least["macs"] < 0.9 and reach.log10_choices > 1
     tiny = replace(reach, least={"macs": 0.0012})
-    assert feasibility_text(tiny, {"macs": 0.9}).startswith("in reach, with a margin for noise: macs 0.9x (lowest 0.0012x);")
+    text = feasibility_text(tiny, {"macs": 0.9})
+    assert text.startswith("in reach, with a margin for noise: macs 0.9x (lowest 0.0012x);")
     with pytest.raises(BudgetError, match=r"budget\.macs: 0\.0001 times .* out of reach: .* relax the budget"):
         find_feasibility(proposer("bottleneck", {"macs": 1e-4}), {"macs": 1e-4})
     least = find_feasibility(proposer("bottleneck", {"latency_p50": 0.9}), {"latency_p50": 0.9}).least["latency_p50"]
