@@ -11,19 +11,15 @@ from deploypipe.benchmark.latency import brief_timing
 from deploypipe.budgets import LATENCY_P50
 from deploypipe.checked_splits import wrap_splits
 from deploypipe.errors import ConfigError, DeploypipeError, StorageError
-from deploypipe.export.onnx_export.input_sizes import ends_of, extremes_of
 from deploypipe.export.tensorrt_engine.build_engine import place_engine
 from deploypipe.files.atomic import place_file
 from deploypipe.files.hashing import digest, file_sha256
 from deploypipe.files.json_records import to_plain
 from deploypipe.networks.model_wrappers import unwrapped
-from deploypipe.observe.calibration_pass import observe_halves
-from deploypipe.observe.pass_statistics import merge
 from deploypipe.preflight import check_inputs
 from deploypipe.pruning.modules.hook_computed_weights import describe_hooks
 from deploypipe.pruning.surgery.saved_network import WEIGHTS
 from deploypipe.pruning.surgery.slim_attention import with_slim_attention
-from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.recipe import Recipe
 from deploypipe.records import (
     BenchmarkReport,
@@ -49,9 +45,6 @@ from deploypipe.records import (
 from deploypipe.runs.result import RunResult, save_result, start_afresh
 from deploypipe.runs.run_about import RunAbout, write_about
 from deploypipe.runs.store import StageResult, open_run
-from deploypipe.scoring import needs_derivatives, score_halves
-from deploypipe.scoring.permutation_baseline import permutation_baseline_shares
-from deploypipe.scoring.score_summary import summarise
 from deploypipe.search.allocation.limits import search_limits, tightened_limit_fraction
 from deploypipe.search.distributed.study_storage import Storage
 from deploypipe.search.distributed.trial_queue import require_same
@@ -62,7 +55,7 @@ from deploypipe.stages.deploy import MODEL, Shipped
 from deploypipe.stages.expected_stages import SEARCH, expected_delivery, expected_stages
 from deploypipe.stages.ship_trial import ChosenTrial, choose_trial, describe, link_stages
 from deploypipe.target import Target
-from deploypipe.task import Splits, Task, take, take_calib
+from deploypipe.task import Splits, Task
 from deploypipe.text.safe_names import name_problem
 from deploypipe.tracking import require_packages, tracked
 from deploypipe.tracking.tracked_run import TrackedRun, flat_parameters
@@ -344,41 +337,6 @@ def _leave_files(
     except DeploypipeError as error:
         ctx.run.notify(Warned(stage="report", text=f"no report: {error}"))
     save_result(folder, result)
-
-
-@wrap_forward_errors()
-def summarise_scores(
-    model: nn.Module, splits: Splits, task: Task, recipe: Recipe, *, notify: Notify = silent
-) -> ScoreSummary:
-    """Summarise the scores of `recipe.score` from one pass over the calibration samples; remove nothing.
-
-    Raises DeploypipeError for what a user can get wrong.
-    """
-    model = unwrapped(model)
-    splits, task = wrap_splits(splits), wrap_task(task)
-    calib = take_calib(splits.calib, recipe.observe.num_samples)
-    model = with_slim_attention(model).cpu().eval()
-    others = ends_of(extremes_of(inputs for inputs, _ in calib))
-    structures = list_structures(model, take(calib[0][0], 2), recipe.keep, recipe.constraints, other_inputs=others)
-    loss = task.loss if needs_derivatives(recipe.score) else None
-    settings, seed = recipe.observe, recipe.seed
-    with reported(notify, "observe"):
-        halves = observe_halves(
-            model,
-            structures,
-            calib,
-            settings,
-            loss=loss,
-            real_tokens=task.real_tokens,
-            shuffled=True,
-            seed=seed,
-            notify=notify,
-        )
-    moments = merge(*halves)
-    with reported(notify, "score"):
-        table = score_halves(model, structures, halves, moments, recipe.score, seed=seed)
-        nulls = permutation_baseline_shares(model, structures, moments, recipe.score)
-    return summarise(structures, table, moments, nulls)
 
 
 @wrap_forward_errors()

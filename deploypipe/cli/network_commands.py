@@ -78,7 +78,7 @@ def score(
 
         settings = split_settings(set_ or [], targets=False)
         load_libraries()
-        from deploypipe.pipeline import summarise_scores
+        from deploypipe.scoring.summarise_scores import summarise_scores
         from deploypipe.user_pipeline import load_pipeline
 
         loaded = load_pipeline(pipeline, settings["pipeline"])
