@@ -1,7 +1,6 @@
 """Load a user's pipeline by path or name, check it, and call its four functions; errors name the function and line."""
 
 import importlib
-import importlib.util
 import inspect
 import json
 import re
@@ -29,6 +28,7 @@ from deploypipe.shipped_examples import shipped_folder
 from deploypipe.task import Splits, Task
 from deploypipe.text.safe_names import name_problem
 from deploypipe.user_code_errors import wrap_task
+from deploypipe.user_modules import change_constants, import_file
 
 # The type that each function must return, and the remedy if it does not.
 FUNCTIONS: dict[str, tuple[type[object], str]] = {
@@ -89,8 +89,7 @@ def load_pipeline(name: str, constants: Mapping[str, str] | None = None) -> User
         module = _import(path)
     _check_functions(module, path)
     changed = {key: _changed(module, path, key, text) for key, text in (constants or {}).items()}
-    for key, value in changed.items():
-        setattr(module, key, value)
+    change_constants(module, changed)
     settings = "".join(f"{key} = {value!r}\n" for key, value in sorted(changed.items()))
     return UserPipeline(name=path.stem, path=path, module=module, source=source + settings)
 
@@ -151,12 +150,9 @@ def _import(path: Path) -> ModuleType:
 
 
 def _import_alone(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"deploypipe_user_{path.stem}", path)
-    if spec is None or spec.loader is None:
+    module = import_file(path)
+    if module is None:
         raise PipelineError(f"{path}: is not a Python module; give a file whose name ends in .py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # classes of the module can then be found by name
-    spec.loader.exec_module(module)
     return module
 
 

@@ -1,3 +1,4 @@
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -139,3 +140,28 @@ def test_a_record_with_an_unknown_field_names_its_fields(made: str, said: str, t
 def test_unknown_pipeline_says_what_there_is(name: str) -> None:
     with pytest.raises(PipelineError, match="deploypipe init NAME"):
         load_pipeline(name)
+
+
+DATASET = """
+SIZE = 3
+
+class Numbers:
+    def size(self):
+        return SIZE
+
+def build_model(): ...
+def load_data(): ...
+def task(): ...
+def recipe(): ...
+"""
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_a_loaders_new_processes_import_the_pipelines_classes(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The workers of a DataLoader are new interpreters on macOS, and on Linux from Python 3.14 on."""
+    monkeypatch.setenv("DEPLOYPIPE_USER_MODULES", "")  # restored afterwards
+    module = load_pipeline(write(tmp_path, DATASET, "my-data.py"), {"SIZE": "5"}).module
+    with multiprocessing.get_context(method).Pool(1) as pool:
+        assert pool.apply(module.Numbers().size) == 5
