@@ -12,9 +12,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from deploypipe.errors import ConfigError
+from deploypipe.errors import ConfigError, ModelError
 from deploypipe.networks.batch_trees import map_tensors, tensors
 from deploypipe.networks.model_copies import copied
+from deploypipe.task import evaluating, forward
 
 CPU = torch.device("cpu")
 
@@ -63,6 +64,27 @@ def _absent(wanted: str, problem: str) -> ConfigError:
     return ConfigError(
         "recipe", "device", f"{wanted!r} is not there: {problem}", "write device='auto', or start it where it is"
     )
+
+
+def device_for(model: nn.Module, inputs: Any, wanted: str) -> tuple[ComputeDevice, str]:
+    """The device for a network, and why it is not the GPU that "auto" found; "" if it is.
+
+    inputs: a few samples, which the network is tried on. Code that makes tensors on the CPU fails elsewhere. Then
+    "auto" is the CPU, and a device that was asked for by name is a ModelError.
+    """
+    found = find_device(wanted)
+    if found.device == CPU:
+        return found, ""
+    try:
+        there = network_on(model, found.device)
+        with evaluating(there), torch.no_grad():
+            forward(there, to_device(inputs, found.device))
+    except RuntimeError as error:
+        problem = f"the network does not run on {found.device}: {(str(error).strip().splitlines() or [''])[0]}"
+        if wanted != "auto":
+            raise ModelError(f"{problem}; make its tensors on the device of its inputs, or set device='cpu'") from error
+        return find_device("cpu"), f"{problem}; it computes on the CPU"
+    return found, ""
 
 
 def to_device(tree: T, device: torch.device | None) -> T:

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 
 from deploypipe.benchmark.environment import describe_environment
+from deploypipe.compute_device import find_device
 from deploypipe.installed_packages import ONNXRUNTIME, distributions_of, find_package
 from deploypipe.records import Environment
 from deploypipe.runtimes import RUNTIMES, is_installed
@@ -63,6 +64,7 @@ def examine(target: Target | None) -> tuple[Finding, ...]:
         _clock(environment),
         _load(environment),
         _gpu(environment),
+        _computing(),
         _training(),
         *(_extra(name) for name in _EXTRAS),
     ]
@@ -159,10 +161,15 @@ def _gpu(environment: Environment) -> Finding:
     return Finding(
         name="gpu",
         status="limited",
-        detail=f"{seen or 'none'}; torch {torch.__version__} is {kind}: fine-tuning runs on the processor",
+        detail=f"{seen or 'none'}; torch {torch.__version__} is {kind}: networks are computed on the processor",
         summary="none that torch can use",
-        remedy="for faster fine-tuning, use a machine with a GPU and a CUDA build of torch",
+        remedy="for faster runs, use a machine with a GPU and a CUDA build of torch",
     )
+
+
+def _computing() -> Finding:
+    """Where a run observes, repairs, judges and trains networks."""
+    return Finding(name="computing", status="ok", detail=f"recipe.device=auto is {find_device('auto').text}")
 
 
 def _training() -> Finding:

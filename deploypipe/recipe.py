@@ -361,6 +361,9 @@ class Recipe:
     bit."""
 
     seed: int = 0  # of every random choice of a run
+    # What observes, repairs, judges and trains networks. auto: a CUDA GPU if there is one, else the CPU. mps, an Apple
+    # GPU, only trains: it has no float64. Timing runs where the target says.
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     observe: Observe = field(default_factory=Observe)
     score: Scorer = field(default_factory=Mipp)
     search: Search = field(default_factory=Search)
@@ -373,4 +376,5 @@ class Recipe:
 
     def __post_init__(self) -> None:
         require(self, seed=whole(0, 2**32 - 1))
+        require_one_of("device", self.device, ("auto", "cpu", "cuda", "mps"))
         require_texts("keep", self.keep)

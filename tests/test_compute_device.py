@@ -7,10 +7,22 @@ import pytest
 import torch
 from networks import PadResNet
 from pretend_gpu import GpuTensor, pretend_gpu
-from torch import Tensor
+from torch import Tensor, nn
 
-from deploypipe.compute_device import CPU, exact_float32, find_device, network_on, to_device
-from deploypipe.errors import ConfigError
+from deploypipe import compute_device
+from deploypipe.benchmark.accuracy import evaluate_module
+from deploypipe.compute_device import (
+    CPU,
+    ComputeDevice,
+    device_for,
+    exact_float32,
+    find_device,
+    network_on,
+    to_device,
+)
+from deploypipe.errors import ConfigError, ModelError
+from deploypipe.export.onnx_export.parity import compare_networks
+from deploypipe.task import classification
 
 HAS_CUDA = torch.cuda.is_available()
 
@@ -56,6 +68,39 @@ def test_networks_and_batches_are_moved_whole() -> None:
         with pytest.raises(RuntimeError, match="expected all tensors on one device"):
             there(batch["x"])
     assert all(type(tensor) is not GpuTensor for tensor in model.parameters())  # the network itself stays
+
+
+class Anchored(nn.Module):
+    """Adds a tensor that its code makes on the CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.ones(3)
+
+
+def test_a_network_that_fails_on_the_gpu_computes_on_the_cpu_unless_the_gpu_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pretend_gpu() as gpu:
+        there = ComputeDevice(device=gpu, accelerator="cuda", text="a GPU")
+        here = ComputeDevice(device=CPU, accelerator="cpu", text="cpu")
+        monkeypatch.setattr(compute_device, "find_device", lambda wanted: here if wanted == "cpu" else there)
+        assert device_for(PadResNet(), torch.randn(2, 3, 8, 8), "auto") == (there, "")
+        moved = nn.Sequential(nn.Linear(3, 3), Anchored())
+        found, problem = device_for(moved, torch.zeros(2, 3), "auto")
+        assert found == here and "does not run" in problem and "on the CPU" in problem
+        with pytest.raises(ModelError, match="or set device='cpu'"):
+            device_for(moved, torch.zeros(2, 3), "cuda")
+
+
+def test_judging_moves_networks_and_batches_and_gives_the_metric_its_outputs_on_the_cpu() -> None:
+    torch.manual_seed(0)
+    model, other = PadResNet().eval(), PadResNet().eval()
+    batches = [(torch.randn(4, 3, 8, 8), torch.randint(10, (4,))) for _ in range(2)]
+    with pretend_gpu() as gpu:
+        judged = evaluate_module(model, batches, classification(), device=gpu)
+        parity = compare_networks(model, other, batches, device=gpu)
+    assert judged.tolist() == evaluate_module(model, batches, classification()).tolist()
+    assert parity == compare_networks(model, other, batches)
 
 
 def test_exact_float32_gives_back_the_precision_that_was_set() -> None:

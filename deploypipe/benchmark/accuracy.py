@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from deploypipe.compute_device import CPU, exact_float32, network_on, to_device
 from deploypipe.errors import DataError
 from deploypipe.runtimes import Runtime
 from deploypipe.runtimes.named_arrays import feed, name_outputs, repack
@@ -16,14 +17,24 @@ from deploypipe.scheduling.exclusive_measurement import yield_to_measurements
 from deploypipe.task import Batch, Task, evaluating, forward, num_samples
 
 
-def evaluate_module(model: nn.Module, batches: Iterable[Batch], task: Task) -> NDArray[np.float64]:
-    """(samples,) metric of a network in eval mode, on its batches' device. The network's mode is restored.
+def evaluate_module(
+    model: nn.Module, batches: Iterable[Batch], task: Task, *, device: torch.device | None = None
+) -> NDArray[np.float64]:
+    """(samples,) metric of a network in eval mode. The network's mode is restored.
+
+    device: where a copy of the network and each batch are moved to; the metric gets the outputs on the CPU, as a file
+    gives them. None: the batches are on the network's device already.
 
     Raises DataError for an empty split, for outputs that are not finite, and for a metric that does not return one
     finite value per sample.
     """
-    with evaluating(model), torch.no_grad():
-        return _evaluate(lambda inputs: forward(model, inputs), batches, task, type(model).__name__)
+    there, back = network_on(model, device), CPU if device else None
+
+    def call(inputs: Any) -> Any:
+        return to_device(forward(there, to_device(inputs, device)), back)
+
+    with evaluating(there), torch.no_grad(), exact_float32(device):
+        return _evaluate(call, batches, task, type(model).__name__)
 
 
 def evaluate_file(

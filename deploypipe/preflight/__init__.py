@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from deploypipe.checked_splits import CheckedSplit, wrap_splits
+from deploypipe.compute_device import find_device
 from deploypipe.distillation_loss import with_outputs_class
 from deploypipe.errors import ConfigError, DeploypipeError, ModelError, RuntimeUnavailableError
 from deploypipe.export.onnx_export.export_onnx import require_fp32
@@ -89,6 +90,7 @@ def _examine(
 ) -> dict[str, Survey]:
     with findings.trying("target", target.name or target.runtime):
         _check_target(target)
+    _check_device(findings, recipe)
     with findings.trying("weights", f"{sum(p.numel() for p in model.parameters()):,} parameters"):
         _check_weights(model)
     if any(isinstance(error, ModelError) for error in findings.errors):
@@ -140,6 +142,15 @@ def _check_weights(model: nn.Module) -> None:
     for name, value in model.state_dict().items():
         if isinstance(value, Tensor) and value.is_floating_point() and not torch.isfinite(value).all():
             raise ModelError(f"weight {name!r} holds NaN or infinity; load or train the network again")
+
+
+def _check_device(findings: Findings, recipe: Recipe) -> None:
+    try:
+        found = find_device(recipe.device)
+    except ConfigError as error:
+        findings.add(error)
+        return
+    findings.tried.append(Tried(what="computed on", detail=found.text, seconds=0.0))
 
 
 def _check_target(target: Target) -> None:

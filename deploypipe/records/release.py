@@ -15,6 +15,7 @@ class Origin:
     data: str = ""  # see `split_fingerprints.fingerprint`
     source: str = ""  # of the pipeline's file
     packages: dict[str, str] = field(default_factory=dict)  # name -> version
+    computed_on: str = ""  # the device that the recipe's `device` stood for
 
 
 class Status(StrEnum):

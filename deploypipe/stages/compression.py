@@ -115,6 +115,7 @@ def tune(
             seed=ctx.recipe.seed,
             notify=notify,
             ranks=ctx.ranks,
+            accelerator=ctx.compute.accelerator,
         )
 
 
@@ -142,15 +143,16 @@ def export(ctx: RunContext, plan: PruningPlan, tuned: StageResult[TrainLog]) -> 
             ctx.parity_batches,
             work / _COMPRESSED,
             ctx.recipe.export,
-            origin={"plan": digest(plan), "recipe": digest(ctx.recipe), "dense_model": ctx.origin["model"]},
+            origin={"plan": digest(plan), "recipe": digest(ctx.result_settings()), "dense_model": ctx.origin["model"]},
             class_names=ctx.task.class_names,
             other_inputs=ctx.other_inputs,
         )
-        return replace(file, from_dense=compare_networks(ctx.model, network, ctx.parity_batches))
+        apart = compare_networks(ctx.model, network, ctx.parity_batches, device=ctx.compute.device)
+        return replace(file, from_dense=apart)
 
     inputs = {
         "finetune": tuned.key,
-        "recipe": ctx.recipe,  # its hash goes into the file
+        "recipe": ctx.result_settings(),  # its hash goes into the file
         "class_names": ctx.task.class_names,
     }
     return ctx.run.remember("export", inputs, compute, ModelFile)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from deploypipe.benchmark.environment import describe_environment
+from deploypipe.compute_device import CPU, ComputeDevice, device_for
 from deploypipe.distillation_loss import with_distillation_loss, with_outputs_class
 from deploypipe.export.onnx_export.input_sizes import Extremes, UsualInputs, other_sizes, usual_inputs
 from deploypipe.export.tensorrt_engine.build_engine import is_built
@@ -47,6 +48,7 @@ class RunContext:
     storage: Storage | None  # where other processes may do trials of the search
     ranks: Ranks
     ability: Ability  # what this machine can do for the target
+    compute: ComputeDevice  # where networks are observed, repaired, judged and trained
     builds: bool  # the target runs engines, and this machine can build them
     calib: list[Batch]  # the samples of observation and repair
     parity_batches: list[Batch]  # the samples that exported files are compared on
@@ -68,7 +70,16 @@ class RunContext:
             data=self.origin["data"],
             source=digest(self.origin["source"]),
             packages=packages,
+            computed_on=self.compute.text,
         )
+
+    def result_settings(self) -> Recipe:
+        """The recipe without where it is computed: no key holds the device.
+
+        A GPU's results differ from the CPU's by rounding, as those of two processors do, and no key holds these.
+        So a run goes on when it is moved, and only measurements are taken again.
+        """
+        return replace(self.recipe, device="auto")
 
     def identity(self) -> dict[str, str]:
         """The facts that must be equal in all workers of a search, by name."""
@@ -80,6 +91,7 @@ class RunContext:
             "source": digest(self.origin["source"]),
             "device": digest(self.device),
             "seed": str(self.recipe.seed),
+            "computed on": self.compute.device.type,  # trials that differ by rounding would not be comparable
         }
 
 
@@ -115,7 +127,12 @@ def prepare_run(
             "seed": recipe.seed,
             **({"fast_dev_run": True} if recipe.fast_dev_run else {}),  # no real run finds its results
         }
-    finetune = with_optimizer(with_precision(recipe.finetune), dense, task)
+    compute, problem = device_for(dense, inputs, recipe.device)
+    if problem:
+        run.notify(Warned(stage="check", text=problem))
+    if compute.device != CPU:
+        run.notify(Note(stage="check", text=f"networks are computed on {compute.text}"))
+    finetune = with_optimizer(with_precision(recipe.finetune, compute.accelerator), dense, task)
     if finetune.num_epochs and (chosen := choice_text(recipe.finetune, dense, task)):
         run.notify(Note(stage="check", text=chosen))
     return RunContext(
@@ -128,6 +145,7 @@ def prepare_run(
         storage=storage,
         ranks=ranks,
         ability=ability,
+        compute=compute,
         builds=is_built(target) and ability.verdict != "export only",
         calib=calib,
         parity_batches=take_calib(calib, _NUM_PARITY_SAMPLES),

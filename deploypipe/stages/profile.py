@@ -108,7 +108,7 @@ def dense_accuracy(ctx: RunContext, dense: Measurement) -> float:
     """The accuracy on val: of the exported file if it runs here, else of the network itself, as a search needs it."""
     if dense.accuracy is not None:
         return dense.accuracy.value
-    return float(evaluate_module(ctx.model, ctx.splits.val, ctx.task).mean())
+    return float(evaluate_module(ctx.model, ctx.splits.val, ctx.task, device=ctx.compute.device).mean())
 
 
 def observe(ctx: RunContext, structures: Structures) -> StageResult[Observation]:

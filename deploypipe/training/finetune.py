@@ -46,6 +46,7 @@ def finetune(
     seed: int = 0,
     notify: Notify = silent,
     ranks: Ranks = ALONE,
+    accelerator: str = "auto",
 ) -> tuple[nn.Module, TrainLog]:
     """Train a copy of `pruned` on `splits.train`; return the last epoch that is no worse on `splits.val` than the best.
 
@@ -65,6 +66,9 @@ def finetune(
     outputs, for trainings with the same seed and precision. Only a single rank on a CPU reads and writes it (on a GPU,
     comparing batches takes longer than the teacher's forward pass).
 
+    accelerator: "cpu", "cuda" or "mps"; "auto" is the best that is there. The trained network is returned on the
+    device of `pruned`.
+
     On several `ranks`, all call this with the same arguments, read every batch, and each passes its part of it.
     Batches, steps, rates and gradients are those of one rank, for any number of ranks, which may change at a resume.
     Two things differ: dropout, and batch norms, which see the samples that are passed at once (on CUDA those of all
@@ -73,13 +77,13 @@ def finetune(
     """
     pruned, dense = unwrapped(pruned), unwrapped(dense)
     splits, task = wrap_splits(splits), wrap_task(task)
-    settings = ranks.tell(with_optimizer(with_precision(settings), dense, task))
+    settings = ranks.tell(with_optimizer(with_precision(settings, accelerator), dense, task))
     steps = _count_batches(ranks, splits)
     if settings.num_epochs == 0:
         log = TrainLog(epochs=(), chosen_epoch=0, reason="no epochs asked for", precision=settings.precision)
         return copied(pruned), log
     checkpoint, outputs = (Path(folder) if folder else None for folder in (checkpoint, teacher_outputs))
-    lesson = _prepare(pruned, dense, splits, task, settings, steps, ranks, outputs)
+    lesson = _prepare(pruned, dense, splits, task, settings, steps, ranks, outputs, accelerator)
     state = TrainingState(best=weights_of(lesson.student), average=weights_of(lesson.student))
     if note := mixing_note(first_of(splits.val, "val")[0], task, settings):
         state.notes.append(note)
@@ -123,14 +127,15 @@ def _prepare(
     steps: int,
     ranks: Ranks,
     teacher_outputs: Path | None,
+    accelerator: str,
 ) -> Lesson:
     """The student, its teacher and its optimizer, on the device of this rank."""
-    fabric = ranks.fabric(_PRECISIONS[settings.precision])
+    fabric = ranks.fabric(_PRECISIONS[settings.precision], accelerator)
     student, teaching = copied(pruned), copied(dense).eval()
     example = first_of(splits.val, "val")[0]
     least = least_samples(student, example)
     orders = [find_order_(network, example) for network in (student, teaching)]
-    student = ranks.with_shared_norms(student)
+    student = ranks.with_shared_norms(student, fabric.device)
     teacher = Teacher(
         fabric.to_device(teaching),
         folder=teacher_outputs if ranks.count == 1 and fabric.device.type == "cpu" else None,

@@ -29,6 +29,7 @@ class _Job:
     weights: dict[str, Tensor]  # of the repaired network
     settings: Finetune
     seed: int
+    accelerator: str
 
 
 def agree(ranks: Ranks, model: nn.Module, splits: Splits, source: str) -> None:
@@ -61,13 +62,14 @@ def finetune_together(
     seed: int = 0,
     notify: Notify = silent,
     ranks: Ranks = ALONE,
+    accelerator: str = "auto",
 ) -> tuple[nn.Module, TrainLog]:
     """Run `finetune` on all ranks. Called on rank 0 while the others run `serve`. `plan` turned `dense` into `pruned`.
 
     RanksError on all ranks if the plan gives another network on one of them, or if one has ended.
     """
     if ranks.count > 1:
-        ranks.tell(_Job(plan=plan, weights=own_weights(pruned), settings=settings, seed=seed))
+        ranks.tell(_Job(plan=plan, weights=own_weights(pruned), settings=settings, seed=seed, accelerator=accelerator))
         _replay(ranks, dense, plan)
     with ranks.watched():
         return finetune(
@@ -81,6 +83,7 @@ def finetune_together(
             seed=seed,
             notify=notify,
             ranks=ranks,
+            accelerator=accelerator,
         )
 
 
@@ -95,7 +98,16 @@ def serve(ranks: Ranks, model: nn.Module, splits: Splits, task: Task) -> None:
         pruned = _replay(ranks, dense, job.plan)
         pruned.load_state_dict(job.weights)
         with ranks.watched():
-            finetune(pruned, dense, splits, task, job.settings, seed=job.seed, ranks=ranks)
+            finetune(
+                pruned,
+                dense,
+                splits,
+                task,
+                job.settings,
+                seed=job.seed,
+                ranks=ranks,
+                accelerator=job.accelerator,
+            )
 
 
 def dismiss(ranks: Ranks) -> None:

@@ -113,17 +113,20 @@ class Ranks:
         edges = (start + part * (end - start) // num_parts for part in range(num_parts + 1))
         return [Part(start=a, end=b, weight=(b - a) * sharing / num_samples) for a, b in pairwise(edges)]
 
-    def fabric(self, precision: Any) -> Fabric:
-        """Fabric on this rank's device, without its notice of the precision that the recipe asked for."""
+    def fabric(self, precision: Any, accelerator: str = "auto") -> Fabric:
+        """Fabric on this rank's device, without its notice of the precision that the recipe asked for.
+
+        accelerator: "cpu", "cuda" or "mps"; "auto" is the best that is there.
+        """
         logger = logging.getLogger("lightning_fabric.utilities.rank_zero")
         level = logger.level
         logger.setLevel(logging.WARNING)
         try:
             if self.count == 1:
-                return Fabric(accelerator="auto", devices=1, precision=precision)
+                return Fabric(accelerator=accelerator, devices=1, precision=precision)
             local = int(os.environ["LOCAL_WORLD_SIZE"])
             fabric = Fabric(
-                accelerator="cuda" if torch.cuda.is_available() else "cpu",
+                accelerator="cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu",
                 devices=local,
                 num_nodes=self.count // local,
                 strategy=DDPStrategy(find_unused_parameters=True, **_OWN_BUFFERS),
@@ -134,12 +137,12 @@ class Ranks:
         finally:
             logger.setLevel(level)
 
-    def with_shared_norms(self, model: nn.Module) -> nn.Module:
+    def with_shared_norms(self, model: nn.Module, device: torch.device) -> nn.Module:
         """The model with batch norms that see the whole batch; on CPUs, for which torch has none, each sees its part.
 
         Works in place. Subclasses of torch's batch norms are kept, because their own behaviour would be lost.
         """
-        if self.count > 1 and torch.cuda.is_available():
+        if self.count > 1 and device.type == "cuda":
             share_norms_(model)
         return model
 

@@ -13,9 +13,9 @@ Precision: TypeAlias = Literal["bf16", "fp32"]
 _X86, _ARM = ("avx512_bf16", "amx_bf16"), ("bf16",)
 
 
-def native_precision() -> tuple[Precision, str]:
-    """The precision that "auto" means on this machine, and the reason."""
-    if torch.cuda.is_available():
+def native_precision(accelerator: str = "auto") -> tuple[Precision, str]:
+    """The precision that "auto" means on this machine, and the reason. accelerator: as in `ComputeDevice`."""
+    if accelerator in ("auto", "cuda") and torch.cuda.is_available():
         name = torch.cuda.get_device_name()
         has_it = torch.cuda.is_bf16_supported(including_emulation=False)
         return ("bf16", f"{name} has bf16") if has_it else ("fp32", f"{name} has no bf16")
@@ -30,6 +30,6 @@ def native_precision() -> tuple[Precision, str]:
     return "bf16", f"the processor has {', '.join(present)}"
 
 
-def with_precision(settings: Finetune) -> Finetune:
+def with_precision(settings: Finetune, accelerator: str = "auto") -> Finetune:
     """The settings with "auto" replaced by this machine's precision."""
-    return replace(settings, precision=native_precision()[0]) if settings.precision == "auto" else settings
+    return replace(settings, precision=native_precision(accelerator)[0]) if settings.precision == "auto" else settings

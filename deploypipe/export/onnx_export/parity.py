@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from deploypipe.compute_device import exact_float32, network_on, to_device
 from deploypipe.errors import DataError, ParityError
 from deploypipe.networks.model_wrappers import unwrapped
 from deploypipe.numerics.output_differences import difference
@@ -35,14 +36,17 @@ def measure_parity(session: Session, inputs: Sequence[Any], expected: Sequence[S
     return difference(expected, seen)
 
 
-def compare_networks(reference: nn.Module, network: nn.Module, batches: Sequence[Batch]) -> Parity:
+def compare_networks(
+    reference: nn.Module, network: nn.Module, batches: Sequence[Batch], *, device: torch.device | None = None
+) -> Parity:
     """Compare `network` (for example a pruned one) with `reference` in eager torch. Both are left unchanged.
 
-    Raises as `measure_parity` does.
+    device: where both compute; None: where they and the batches are. Raises as `measure_parity` does.
     """
-    reference, network = unwrapped(reference), unwrapped(network)
-    names, expected = _outputs(reference, batches)
-    _, seen = _outputs(network, batches)
+    reference, network = network_on(unwrapped(reference), device), network_on(unwrapped(network), device)
+    with exact_float32(device):
+        names, expected = _outputs(reference, batches, device)
+        _, seen = _outputs(network, batches, device)
     for wanted, got in zip(expected, seen, strict=True):
         _require_alike(names, wanted, got)
     return difference(expected, seen)
@@ -67,9 +71,11 @@ def require_parity(parity: Parity, settings: Export, path: Path, precision: str 
     )
 
 
-def _outputs(network: nn.Module, batches: Sequence[Batch]) -> tuple[list[str], list[list[Array]]]:
+def _outputs(
+    network: nn.Module, batches: Sequence[Batch], device: torch.device | None
+) -> tuple[list[str], list[list[Array]]]:
     with evaluating(network), torch.no_grad():
-        named = [name_outputs(forward(network, inputs)) for inputs, _ in batches]
+        named = [name_outputs(forward(network, to_device(inputs, device))) for inputs, _ in batches]
     return list(named[0]), [[tensor.cpu().numpy() for tensor in outputs.values()] for outputs in named]
 
 
