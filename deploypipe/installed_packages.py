@@ -4,6 +4,7 @@ Standard library only, so that it works on a device with only numpy and onnxrunt
 """
 
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from typing import Any
@@ -37,7 +38,7 @@ def find_package(module: str) -> Package:
             name = ONNXRUNTIME
         return Package(name, str(loaded.__version__))
     try:
-        return Package(module, version(module))
+        return Package(module, _version(module))
     except PackageNotFoundError:
         return Package(module, str(getattr(import_module(module), "__version__", _UNKNOWN)))
 
@@ -74,6 +75,12 @@ def find_missing() -> str:
 def distributions_of(module: str) -> tuple[str, ...]:
     """All distributions that bring a module of this name. Reads every distribution's list of files: half a second."""
     return tuple(sorted(set(packages_distributions().get(module, ()))))
+
+
+@cache
+def _version(distribution: str) -> str:
+    """A search asks for each candidate; reading the files of a distribution takes milliseconds."""
+    return version(distribution)
 
 
 def _broken(error: Exception) -> str:

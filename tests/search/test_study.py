@@ -20,7 +20,7 @@ from sqlalchemy.exc import IntegrityError, PendingRollbackError
 
 from deploypipe.errors import BudgetError, ConfigError, RunFolderError
 from deploypipe.recipe import ObjectiveName, Search
-from deploypipe.records import Candidate, Event, Note, Progress, PruningPlan, Trial
+from deploypipe.records import Candidate, Event, Note, Progress, PruningPlan, SearchResult, Trial
 from deploypipe.search.allocation.limits import violations
 from deploypipe.search.distributed.study_storage import Storage
 from deploypipe.search.distributed.trial_queue import TrialQueue, covered_seconds
@@ -31,8 +31,17 @@ from deploypipe.search.study import search
 from deploypipe.target import Limit
 
 
-def test_killed_study_ends_with_the_trials_of_an_undisturbed_one(tmp_path: Path) -> None:
-    whole = run(Evaluator(), tmp_path / "whole.db")
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SearchResult]:
+    """A finished study with `SETTINGS`: its file, which is to be copied before it is changed, and what was found."""
+    path = tmp_path_factory.mktemp("studies") / "whole.db"
+    return path, run(Evaluator(), path)
+
+
+def test_killed_study_ends_with_the_trials_of_an_undisturbed_one(
+    undisturbed: tuple[Path, SearchResult], tmp_path: Path
+) -> None:
+    path, whole = undisturbed
     for kill in (0, 3, 4):  # at the first trial, at the fourth, at the eighth: the last one is the sampler's
         with pytest.raises(KeyboardInterrupt):
             run(Evaluator(kill_at=kill), tmp_path / "killed.db")
@@ -43,12 +52,14 @@ def test_killed_study_ends_with_the_trials_of_an_undisturbed_one(tmp_path: Path)
     assert best.feasible
     assert best.candidate.accuracy == max(t.candidate.accuracy for t in whole.trials if t.feasible)
     idle = Evaluator()
-    assert run(idle, tmp_path / "whole.db") == whole
+    assert run(idle, path) == whole
     assert idle.seen == []
 
 
-def test_changing_the_number_of_trials_keeps_finished_ones(tmp_path: Path) -> None:
-    whole = run(Evaluator(), tmp_path / "whole.db")
+def test_changing_the_number_of_trials_keeps_finished_ones(
+    undisturbed: tuple[Path, SearchResult], tmp_path: Path
+) -> None:
+    whole = undisturbed[1]
     with suppress(BudgetError):  # none of so few
         run(Evaluator(), tmp_path / "study.db", settings=replace(SETTINGS, num_trials=7))
     rest = Evaluator()
@@ -97,10 +108,10 @@ def test_every_sampler_continues_as_if_never_interrupted(
     settings = Search(num_trials=num_trials, sampler=sampler, objectives=objectives)
     dense = replace(DENSE, peak_memory_mib=2.0)
     whole = run(Evaluator(memory_mib=2.0), tmp_path / "whole.db", settings=settings, dense=dense)
-    for _ in range(num_trials):  # killed in every trial there is, once
+    for _ in range(num_trials):  # killed in every second trial there is, once
         with suppress(KeyboardInterrupt):
             piecewise = run(
-                Evaluator(kill_at=1, memory_mib=2.0), tmp_path / "killed.db", settings=settings, dense=dense
+                Evaluator(kill_at=2, memory_mib=2.0), tmp_path / "killed.db", settings=settings, dense=dense
             )
             break
     assert piecewise == whole
@@ -117,8 +128,8 @@ def test_samplers_differ_from_random_search(tmp_path: Path) -> None:
 
 def test_early_stopping_saves_samples_and_keeps_the_winner(tmp_path: Path) -> None:
     saved = []
-    for seed in range(3):
-        settings = Search(num_trials=15, sampler="random")  # proposes the same, whatever it is told
+    for seed in range(2):
+        settings = Search(num_trials=10, sampler="random")  # proposes the same, whatever it is told
         hasty, patient = Evaluator(steepness=0.02), Evaluator(steepness=0.02, is_patient=True)
         stopped = run(hasty, tmp_path / f"hasty{seed}.db", seed=seed, settings=settings)
         whole = run(patient, tmp_path / f"patient{seed}.db", seed=seed, settings=settings)
@@ -135,7 +146,7 @@ def test_early_stopping_saves_samples_and_keeps_the_winner(tmp_path: Path) -> No
 
 def test_with_two_objectives_only_dominated_trials_are_stopped(tmp_path: Path) -> None:
     """What is less accurate and cheaper stays: the front of the patient study is that of the hasty one."""
-    settings = Search(num_trials=25, sampler="random", objectives=("accuracy", "latency"))
+    settings = Search(num_trials=14, sampler="random", objectives=("accuracy", "latency"))
     hasty = run(Evaluator(steepness=0.02), tmp_path / "hasty.db", settings=settings)
     patient = run(Evaluator(steepness=0.02, is_patient=True), tmp_path / "patient.db", settings=settings)
     evaluated = [replace(t, is_stopped=False) for t in patient.trials]
@@ -145,7 +156,7 @@ def test_with_two_objectives_only_dominated_trials_are_stopped(tmp_path: Path) -
 
 
 def test_seed_decides_what_is_tried(tmp_path: Path) -> None:
-    seeds = (1, 2, -1, 2**40)
+    seeds = (1, -1, 2**40)
     results = [run(Evaluator(), tmp_path / f"{seed}.db", seed=seed) for seed in seeds]
     assert len({str([t.knobs for t in result.trials]) for result in results}) == len(seeds)
 
@@ -273,14 +284,14 @@ def test_importances_name_the_knob_that_decides() -> None:
 # --- what can go wrong with the file ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["model", "data", "device"])
-def test_a_study_of_another_origin_is_refused_naming_the_difference(name: str, tmp_path: Path) -> None:
-    run(Evaluator(), tmp_path / "study.db")
-    other, evaluate = {**ORIGIN, name: "another", "device": "another"}, Evaluator()
-    with pytest.raises(RunFolderError, match=f"made with another '{name}' .*; delete the file to start"):
-        run(evaluate, tmp_path / "study.db", origin=other)
+def test_a_study_of_another_origin_is_refused_naming_the_difference(undisturbed: tuple[Path, SearchResult]) -> None:
+    path, evaluate = undisturbed[0], Evaluator()
+    for name in ("model", "data", "device"):
+        other = {**ORIGIN, name: "another", "device": "another"}
+        with pytest.raises(RunFolderError, match=f"made with another '{name}' .*; delete the file to start"):
+            run(evaluate, path, origin=other)
     with pytest.raises(RunFolderError, match="another 'search'"):
-        run(evaluate, tmp_path / "study.db", settings=Search(num_trials=8, sampler="random"))
+        run(evaluate, path, settings=Search(num_trials=8, sampler="random"))
     assert evaluate.seen == []
 
 
@@ -305,10 +316,10 @@ def pragma(statement: str) -> Iterator[None]:
         ("query_only = 1", "readonly.*make it writable"),
     ],
 )
-def test_a_full_disk_ends_the_search_and_the_next_one_continues(statement: str, seen: str, tmp_path: Path) -> None:
-    settings = Search(num_trials=9)
-    whole = run(Evaluator(), tmp_path / "whole.db", settings=settings)
-    storage = tmp_path / "study.db"
+def test_a_full_disk_ends_the_search_and_the_next_one_continues(
+    statement: str, seen: str, undisturbed: tuple[Path, SearchResult], tmp_path: Path
+) -> None:
+    whole, storage = undisturbed[1], tmp_path / "study.db"
     stop = {}
 
     def fill(call: int) -> None:
@@ -318,15 +329,15 @@ def test_a_full_disk_ends_the_search_and_the_next_one_continues(statement: str, 
 
     with pytest.raises(RunFolderError, match=rf"study\.db: .*{seen}"):
         try:
-            run(Evaluator(before=fill), storage, settings=settings)
+            run(Evaluator(before=fill), storage)
         finally:
             stop["it"].__exit__(None, None, None)
     rest = Evaluator()
-    assert run(rest, storage, settings=settings) == whole
+    assert run(rest, storage) == whole
     assert 0 < len(rest.seen) <= len({t.plan.edits for t in whole.trials}) - 3  # a page that was begun takes more
 
 
-def test_a_file_that_cannot_grow_is_named(tmp_path: Path) -> None:
+def test_a_file_that_cannot_grow_is_named(undisturbed: tuple[Path, SearchResult], tmp_path: Path) -> None:
     storage, (soft, hard) = tmp_path / "study.db", resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limit(call: int) -> None:
@@ -338,7 +349,7 @@ def test_a_file_that_cannot_grow_is_named(tmp_path: Path) -> None:
             run(Evaluator(before=limit), storage)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert run(Evaluator(), storage) == run(Evaluator(), tmp_path / "whole.db")
+    assert run(Evaluator(), storage) == undisturbed[1]
 
 
 def test_a_study_that_cannot_be_created_or_is_not_a_database(tmp_path: Path) -> None:
@@ -369,8 +380,8 @@ def test_a_connection_lost_inside_a_transaction_is_retried() -> None:
         storage.retry_while_away(call)
 
 
-def test_the_clock_may_jump(tmp_path: Path) -> None:
-    whole = run(Evaluator(), tmp_path / "whole.db")
+def test_the_clock_may_jump(undisturbed: tuple[Path, SearchResult], tmp_path: Path) -> None:
+    whole = undisturbed[1]
     with pytest.raises(KeyboardInterrupt):
         run(Evaluator(kill_at=4), tmp_path / "killed.db")
     with sqlite3.connect(tmp_path / "killed.db") as file:

@@ -82,9 +82,10 @@ class TrialQueue:
         next_knobs: called with the number and the finished trials that it may depend on, which are all that are
         `num_parallel` numbers or more before it. StorageError if attempt after attempt at a trial ended its worker.
         """
-        self._retry(self._end_stale)
-        if self._retry(partial(self._next_number, num_trials, num_parallel)) is None:
-            return None  # no work, so no lease is needed
+        if self.storage.is_shared:
+            self._retry(self._end_stale)
+            if self._retry(partial(self._next_number, num_trials, num_parallel)) is None:
+                return None  # no work, so no lease is needed
         with self._alone():
             return self._retry(partial(self._claim, num_trials, num_parallel, next_knobs))
 
@@ -113,7 +114,8 @@ class TrialQueue:
 
     def plans_below(self, number: int) -> dict[int, tuple[str | None, bool]]:
         """By number, the trials below `number` that a worker does or did: (plan, or None if unknown; whether done)."""
-        self._retry(self._end_stale)
+        if self.storage.is_shared:
+            self._retry(self._end_stale)
         found: dict[int, tuple[str | None, bool]] = {}
         for attempt in self._retry(partial(self._attempts, TrialState.RUNNING, TrialState.COMPLETE)):
             own, is_done = attempt.user_attrs.get(_NUMBER, number), attempt.state is TrialState.COMPLETE
@@ -165,18 +167,23 @@ class TrialQueue:
         self._require_that_workers_survive(number)
         seen = [noted(attempt) for n, attempt in self._completed().items() if n <= number - num_parallel]
         params, notes = next_knobs(number, seen)
-        attrs = {_NUMBER: number, _WORKER: this_process(), **notes}
-        self.study.enqueue_trial(params, user_attrs=attrs)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that `optimize` alone sends heartbeats: `at_work` does here
-            attempt = self.study.ask({name: self.space[name] for name in params})
-        self.database.record_heartbeat(self._id(attempt.number))
-        attempt.set_user_attr(_CLAIMED, True)
+        attempt = self._begin(params, {_NUMBER: number, _WORKER: this_process(), **notes})
         return Claim(number=number, knobs={name: float(value) for name, value in params.items()}, attempt=attempt)
+
+    def _begin(self, params: dict[str, Any], attrs: dict[str, Any]) -> optuna.Trial:
+        """Store the attempt with all of its knobs at once: `Study.ask` writes them one by one."""
+        space = {name: self.space[name] for name in params}
+        attempt = optuna.create_trial(state=TrialState.RUNNING, params=params, distributions=space, user_attrs=attrs)
+        study_id = self.database.get_study_id_from_name(self.storage.study)
+        trial_id = self.database.create_new_trial(study_id, template_trial=attempt)
+        self.database.record_heartbeat(trial_id)
+        self.database.set_trial_user_attr(trial_id, _CLAIMED, True)
+        return optuna.Trial(self.study, trial_id)
 
     def _next_number(self, num_trials: int, num_parallel: int) -> int | None:
         """The lowest number that no worker does or did, if all trials that it depends on are done."""
-        taken = {a.user_attrs[_NUMBER]: a.state for a in self._attempts(TrialState.RUNNING) if _NUMBER in a.user_attrs}
+        running = self._attempts(TrialState.RUNNING)
+        taken = {a.user_attrs[_NUMBER]: a.state for a in running if a.user_attrs.get(_CLAIMED)}
         taken |= dict.fromkeys(self._completed(), TrialState.COMPLETE)
         number = next((n for n in range(num_trials) if n not in taken), None)
         if number is None or any(taken[n] is not TrialState.COMPLETE for n in range(number - num_parallel + 1)):
@@ -214,8 +221,6 @@ class TrialQueue:
 
     def _end_orphans(self) -> None:
         """Close what a process left behind that ended while it claimed a trial. Only one process claims at a time."""
-        while self._attempts(TrialState.WAITING):
-            self._end(self.study.ask().number, is_given_back=True)
         for attempt in self._attempts(TrialState.RUNNING):
             if not attempt.user_attrs.get(_CLAIMED):
                 self._end(attempt.number, is_given_back=True)
