@@ -1,20 +1,20 @@
 """Evaluate the task's metric on each sample, for a network or an exported file: same batches, same code."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from deploypipe.compute_device import CPU, exact_float32, network_on, to_device
+from deploypipe.benchmark.forward_passes import Passes, network_passes, session_passes
 from deploypipe.errors import DataError
 from deploypipe.runtimes import Runtime
-from deploypipe.runtimes.named_arrays import feed, name_outputs, repack
+from deploypipe.runtimes.named_arrays import name_outputs
+from deploypipe.runtimes.onnxruntime import PROVIDERS, OnnxRuntime
 from deploypipe.scheduling.exclusive_measurement import yield_to_measurements
-from deploypipe.task import Batch, Task, evaluating, forward, num_samples
+from deploypipe.task import Batch, Task, num_samples
 
 
 def evaluate_module(
@@ -25,47 +25,71 @@ def evaluate_module(
     device: where a copy of the network and each batch are moved to; the metric gets the outputs on the CPU, as a file
     gives them. None: the batches are on the network's device already.
 
+    The network runs in pieces of a batch (`forward_passes`); the metric is called on each batch as it came.
+
     Raises DataError for an empty split, for outputs that are not finite, and for a metric that does not return one
     finite value per sample.
     """
-    there, back = network_on(model, device), CPU if device else None
-
-    def call(inputs: Any) -> Any:
-        return to_device(forward(there, to_device(inputs, device)), back)
-
-    with evaluating(there), torch.no_grad(), exact_float32(device):
-        return _evaluate(call, batches, task, type(model).__name__)
+    with network_passes(model, device) as passes:
+        return evaluate(passes, batches, task, type(model).__name__)
 
 
 def evaluate_file(
     path: Path, batches: Iterable[Batch], task: Task, runtime: Runtime, num_threads: int
 ) -> NDArray[np.float64]:
-    """(samples,) metric of an exported file; raises as `evaluate_module` does, and what `runtime.open` raises."""
+    """(samples,) metric of an exported file; raises as `evaluate_module` does, and what `runtime.open` raises.
+
+    num_threads: of a session that gets whole batches. ONNX Runtime on the CPU gets pieces instead, one for each of
+    torch's threads at a time.
+    """
+    if isinstance(runtime, OnnxRuntime) and runtime.provider == PROVIDERS["cpu"]:
+        with runtime.open(path, num_threads=1) as session:
+            passes = session_passes(session, num_parallel=torch.get_num_threads())
+            return evaluate(passes, batches, task, path.name)
     with runtime.open(path, num_threads=num_threads) as session:
-
-        def call(inputs: Any) -> Any:
-            return repack(session.output_names, session.run(feed(inputs, session.input_names)))
-
-        return _evaluate(call, batches, task, path.name)
+        return evaluate(session_passes(session, is_split=False), batches, task, path.name)
 
 
-def _evaluate(call: Callable[[Any], Any], batches: Iterable[Batch], task: Task, who: str) -> NDArray[np.float64]:
+def evaluate(passes: Passes, batches: Iterable[Batch], task: Task, who: str) -> NDArray[np.float64]:
+    """(samples,) metric of what `passes` runs; raises as `evaluate_module` does. who: its name in errors."""
     values = []
-    for number, (inputs, target) in enumerate(batches):
+    number = 0
+    for window in _windows(batches, passes.num_at_once):
         yield_to_measurements()
-        outputs = call(inputs)
-        for name, tensor in name_outputs(outputs).items():
-            if not torch.isfinite(tensor).all():
-                raise DataError(f"{who}: output {name!r} holds NaN or infinity on batch {number}; check the inputs")
-        metric = task.metric(outputs, target).detach().cpu().to(torch.float64)
-        if metric.shape != (num_samples(inputs),):
-            raise DataError(
-                f"the metric {task.name!r} gives shape {list(metric.shape)} for {num_samples(inputs)} samples; "
-                "return one value per sample"
-            )
-        if not torch.isfinite(metric).all():
-            raise DataError(f"{who}: the metric {task.name!r} is NaN or infinite on batch {number}; check the targets")
-        values.append(metric.numpy())
+        for (inputs, target), outputs in zip(window, passes.run([inputs for inputs, _ in window]), strict=True):
+            values.append(_metric(inputs, target, outputs, task, who, number))
+            number += 1
     if not values or sum(map(len, values)) == 0:
         raise DataError(f"{who}: the split has no samples; load_data() must return batches that can be read repeatedly")
     return np.concatenate(values)
+
+
+def _windows(batches: Iterable[Batch], least: int) -> Iterator[list[Batch]]:
+    """Consecutive batches, with at least `least` samples together; the last ones may be fewer."""
+    window: list[Batch] = []
+    count = 0
+    for batch in batches:
+        window.append(batch)
+        count += num_samples(batch[0])
+        if count >= least:
+            yield window
+            window, count = [], 0
+    if window:
+        yield window
+
+
+def _metric(inputs: object, target: object, outputs: object, task: Task, who: str, number: int) -> NDArray[np.float64]:
+    """The metric of one batch's samples. number: of the batch, for errors."""
+    for name, tensor in name_outputs(outputs).items():
+        if not torch.isfinite(tensor).all():
+            raise DataError(f"{who}: output {name!r} holds NaN or infinity on batch {number}; check the inputs")
+    metric = task.metric(outputs, target).detach().cpu().to(torch.float64)
+    if metric.shape != (num_samples(inputs),):
+        raise DataError(
+            f"the metric {task.name!r} gives shape {list(metric.shape)} for {num_samples(inputs)} samples; "
+            "return one value per sample"
+        )
+    if not torch.isfinite(metric).all():
+        raise DataError(f"{who}: the metric {task.name!r} is NaN or infinite on batch {number}; check the targets")
+    values: NDArray[np.float64] = metric.numpy()
+    return values

@@ -2,8 +2,10 @@
 
 import time
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from deploypipe.benchmark.accuracy import evaluate_module
+from deploypipe.benchmark.accuracy import evaluate
 from deploypipe.pruning.repair.least_squares_repair import repair
 from deploypipe.pruning.surgery.apply_plan import apply_plan
 from deploypipe.records import PruningPlan
@@ -29,11 +31,16 @@ def predict_seconds(evaluator: Evaluator, plan: PruningPlan, num_trials: int) ->
     repair(dense, pruned, plan, few, quick, real_tokens=evaluator.task.real_tokens, seed=evaluator.recipe.seed)
     repaired = time.perf_counter()
     batch = evaluator.parts[0][0]
-    evaluate_module(pruned, [batch], evaluator.task)
-    evaluated = time.perf_counter()
+    with (
+        TemporaryDirectory(dir=evaluator.work) as folder,
+        evaluator.sliced_passes(pruned, plan, Path(folder)) as passes,
+    ):
+        opened = time.perf_counter()
+        evaluate(passes, [batch], evaluator.task, "a candidate")
+        evaluated = time.perf_counter()
     num_val = sum(num_samples(inputs) for part in evaluator.parts for inputs, _ in part)
     timing = NUM_TIMED * NUM_LATENCY_SAMPLES * 2 * (evaluator.dense_p50_ms or 0.0) / 1000
-    own = (repaired - start) / min(share, 1.0) + (evaluated - repaired) * num_val / num_samples(batch[0])
+    own = (repaired - start) / min(share, 1.0) + (evaluated - opened) * num_val / num_samples(batch[0])
     return num_trials * (own + timing)
 
 

@@ -4,7 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from deploypipe.benchmark import measure, unmeasured
-from deploypipe.benchmark.accuracy import evaluate_module
+from deploypipe.benchmark.accuracy import evaluate_file, evaluate_module
+from deploypipe.compute_device import CPU
 from deploypipe.export.onnx_export.export_onnx import export_onnx
 from deploypipe.export.onnx_export.input_sizes import ends_of, shapes_of
 from deploypipe.export.tensorrt_engine.build_engine import as_model_file, build_engine
@@ -27,6 +28,7 @@ from deploypipe.records import (
 )
 from deploypipe.runs.store import StageResult
 from deploypipe.runtimes.engine_file import load_record
+from deploypipe.runtimes.onnxruntime import OnnxRuntime
 from deploypipe.scoring import needs_derivatives, score_halves
 from deploypipe.scoring.blocks import rank_blocks
 from deploypipe.scoring.score_summary import summarise
@@ -104,11 +106,17 @@ def dense_opened(ctx: RunContext, dense: StageResult[Measurement]) -> ModelFile:
     return as_model_file(file, load_record(dense.files / DENSE_ENGINE)) if ctx.builds else file
 
 
-def dense_accuracy(ctx: RunContext, dense: Measurement) -> float:
-    """The accuracy on val: of the exported file if it runs here, else of the network itself, as a search needs it."""
-    if dense.accuracy is not None:
-        return dense.accuracy.value
-    return float(evaluate_module(ctx.model, ctx.splits.val, ctx.task, device=ctx.compute.device).mean())
+def dense_accuracy(ctx: RunContext, dense: StageResult[Measurement]) -> float:
+    """The accuracy on val, as a search needs it: of what the target ran, else as candidates are evaluated.
+
+    Candidates are evaluated on the run's GPU, or by their fp32 file on the CPU.
+    """
+    if dense.record.accuracy is not None:
+        return dense.record.accuracy.value
+    if ctx.compute.device != CPU:
+        return float(evaluate_module(ctx.model, ctx.splits.val, ctx.task, device=ctx.compute.device).mean())
+    file = dense.files / DENSE
+    return float(evaluate_file(file, ctx.splits.val, ctx.task, OnnxRuntime(), ctx.target.num_threads).mean())
 
 
 def observe(ctx: RunContext, structures: Structures) -> StageResult[Observation]:

@@ -100,7 +100,7 @@ def goal(
         export=ctx.recipe.export,
         latency_store=SharedLatencyStore(ctx.storage, digest(ctx.device)) if ctx.storage else LocalLatencyStore(),
     )
-    reference = candidate_of(dense.record, opened, profile.dense_accuracy(ctx, dense.record))
+    reference = candidate_of(dense.record, opened, profile.dense_accuracy(ctx, dense))
     return SearchGoal(structures=structures, dense=dense, reference=reference, limits=limits, candidates=candidates)
 
 
@@ -322,6 +322,8 @@ def _evaluator(ctx: RunContext, goal: SearchGoal, work: Path) -> Evaluator:
         needs_peak_memory=memory_limit_mib(tight, goal.reference, objectives) is not None,
         work=work,
         accuracies=known_accuracies(ctx),
+        device=ctx.compute.device,
+        notify=ctx.run.notify,
     )
 
 

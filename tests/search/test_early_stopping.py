@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 from torch import Tensor, nn
 
+from deploypipe.benchmark.forward_passes import ForwardPasses
 from deploypipe.data import TensorBatches
 from deploypipe.numerics.intervals import interval_of_drop_pp
 from deploypipe.numerics.paired_comparison import chance_if_not_worse
@@ -65,17 +66,21 @@ def test_parts_are_evaluated_until_it_is_settled() -> None:
     batches = TensorBatches(torch.arange(2000.0)[:, None], torch.arange(2000.0), 128)
     parts = draw_parts(batches, seed=3)
     asked: list[int] = []
-    whole = evaluate_growing(lambda: Flawed(1500), np.empty(0), parts, TASK, lambda seen: bool(asked.append(len(seen))))
+    whole = evaluate_growing(
+        lambda: ForwardPasses(call=Flawed(1500)), np.empty(0), parts, TASK, lambda seen: bool(asked.append(len(seen)))
+    )
     assert asked == [500, 1000] and len(whole) == 2000  # nobody asks after the last
     assert whole.mean() == 0.75
-    early = evaluate_growing(lambda: Flawed(1500), np.empty(0), parts, TASK, lambda seen: len(seen) == 1000)
+    early = evaluate_growing(
+        lambda: ForwardPasses(call=Flawed(1500)), np.empty(0), parts, TASK, lambda seen: len(seen) == 1000
+    )
     np.testing.assert_array_equal(early, whole[:1000])
     for known in (whole[:1000], whole[:700], whole):  # a part is either known or not
         made: list[None] = []
 
-        def make(made: list[None] = made) -> nn.Module:
+        def make(made: list[None] = made) -> ForwardPasses:
             made.append(None)
-            return Flawed(1500)
+            return ForwardPasses(call=Flawed(1500))
 
         again = evaluate_growing(make, known, parts, TASK, lambda seen: False)
         np.testing.assert_array_equal(again, whole)

@@ -45,18 +45,33 @@ def slice_file(
     network is exported with all of `batches`, and the record holds the reason. Raises what `export_onnx` raises.
     """
     try:
-        with evaluating(pruned), scratch_folder(path) as scratch:
-            part = scratch / path.name
-            proto, session = fold(_without_norms(cut_graph(template, dense, pruned, plan)), path)
-            _compare(pruned, batches, session, settings)
-            forget_shapes(proto)
-            describe(proto, precision="fp32", origin=origin or {})
-            part.write_bytes(proto.SerializeToString(deterministic=True))
-            part.replace(path)
+        slice_or_raise(template, dense, pruned, plan, batches, path, settings, origin=origin)
         return CandidateFile(path=path.name, size_bytes=path.stat().st_size)
     except (UnfitError, DeploypipeError) as error:
         file = export_onnx(pruned, batches, path, settings, origin=origin)
         return CandidateFile(path=path.name, size_bytes=file.size_bytes, reason=str(error))
+
+
+def slice_or_raise(
+    template: Template,
+    dense: nn.Module,
+    pruned: nn.Module,
+    plan: PruningPlan,
+    batches: Sequence[Batch],
+    path: Path,
+    settings: Export,
+    *,
+    origin: Mapping[str, str] | None = None,
+) -> None:
+    """Write the file as `slice_file` does, but never export: UnfitError or a DeploypipeError says why it cannot be."""
+    with evaluating(pruned), scratch_folder(path) as scratch:
+        part = scratch / path.name
+        proto, session = fold(_without_norms(cut_graph(template, dense, pruned, plan)), path)
+        _compare(pruned, batches, session, settings)
+        forget_shapes(proto)
+        describe(proto, precision="fp32", origin=origin or {})
+        part.write_bytes(proto.SerializeToString(deterministic=True))
+        part.replace(path)
 
 
 def cut_graph(template: Template, dense: nn.Module, pruned: nn.Module, plan: PruningPlan) -> onnx.ModelProto:

@@ -16,8 +16,9 @@ from deploypipe.benchmark import first_batch
 from deploypipe.benchmark.environment import describe_environment
 from deploypipe.benchmark.latency import find_doubts, time_interleaved
 from deploypipe.benchmark.memory import measure_peak_memory
+from deploypipe.errors import DeploypipeError
 from deploypipe.export.graph_slicing.resize_graph import UnfitError
-from deploypipe.export.graph_slicing.sliced_files import slice_file
+from deploypipe.export.graph_slicing.sliced_files import slice_file, slice_or_raise
 from deploypipe.export.graph_slicing.template import Template, open_template
 from deploypipe.export.onnx_export.export_onnx import export_onnx
 from deploypipe.export.quantization.fp16 import to_fp16
@@ -61,7 +62,7 @@ class CandidateFiles:
 
     def write(self, pruned: nn.Module, plan: PruningPlan, path: Path) -> Path:
         """Write the file of `pruned`, which `plan` made of the dense network, whatever its weights are now."""
-        plain = path.with_suffix(".fp32.onnx")
+        plain = _in_fp32(path)
         batches = take_calib(self.calib, _NUM_CHECKED)
         if self._template:
             file = slice_file(self._template, self.dense, pruned, plan, batches, plain, self.export)
@@ -71,6 +72,21 @@ class CandidateFiles:
             export_onnx(pruned, batches, plain, self.export)
         self._convert(plain, path)
         return path
+
+    def fp32_of(self, path: Path) -> Path:
+        """The file in fp32 that `write` left, of the same weights as `path`."""
+        return path if self.precision.precision == "fp32" else _in_fp32(path)
+
+    def slice_fp32(self, pruned: nn.Module, plan: PruningPlan, path: Path) -> str:
+        """Write the file of `pruned` in fp32, from the template. Return "", or why that is not possible."""
+        if self._template is None:
+            return "the dense network has no template to cut files from"
+        batches = take_calib(self.calib, _NUM_CHECKED)
+        try:
+            slice_or_raise(self._template, self.dense, pruned, plan, batches, path, self.export)
+        except (UnfitError, DeploypipeError) as error:
+            return str(error)
+        return ""
 
     def size_mib(self, path: Path) -> float:
         """Size of what the runtime opens."""
@@ -180,6 +196,10 @@ class CandidateFiles:
     def _feed(self, file: Path) -> dict[str, Array]:
         with find_runtime(self.target).open(file, num_threads=1) as session:
             return first_batch(self.timed_on or self.calib, session.input_names, self.target.batch_size)
+
+
+def _in_fp32(path: Path) -> Path:
+    return path.with_suffix(".fp32.onnx")
 
 
 def shape_signature(path: Path) -> str:

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
-from deploypipe.benchmark.accuracy import evaluate_module
+from deploypipe.benchmark.accuracy import evaluate
+from deploypipe.benchmark.forward_passes import Passes
 from deploypipe.memory_order import Arrange, as_given
 from deploypipe.numerics.paired_comparison import chance_if_not_worse
 from deploypipe.search.sample_results import Results
@@ -52,7 +52,7 @@ def _pick(batch: Batch, rows: NDArray[np.intp], arrange: Arrange) -> Batch:
 
 
 def evaluate_growing(
-    make_network: Callable[[], nn.Module],
+    open_network: Callable[[], Passes],
     known: Results,
     parts: Sequence[Sequence[Batch]],
     task: Task,
@@ -60,16 +60,17 @@ def evaluate_growing(
 ) -> Results:
     """Return the metric of each sample, part by part, until `is_settled` or no part is left.
 
-    known: results of the first samples from the cache, possibly none. The network is made only if they do not suffice.
+    known: results of the first samples from the cache, possibly none. Only if they do not suffice, the network is
+    opened.
     """
-    seen, network = np.empty(0), None
+    seen, passes = np.empty(0), None
     for number, part in enumerate(parts, start=1):
         end = len(seen) + sum(num_samples(inputs) for inputs, _ in part)
         if len(known) >= end:
             seen = known[:end]
         else:
-            network = network or make_network()
-            seen = np.concatenate([seen, evaluate_module(network, part, task)])
+            passes = passes or open_network()
+            seen = np.concatenate([seen, evaluate(passes, part, task, "a candidate")])
         if number < len(parts) and is_settled(seen):
             break
     return seen
