@@ -156,7 +156,7 @@ def test_the_dense_network_is_restored_even_after_an_error(name: str) -> None:
     values = {key: value.clone() for key, value in model.state_dict().items()}
 
     def listen(event: Any) -> None:
-        if event.done == 2:
+        if event.done == 1:
             raise KeyboardInterrupt
 
     batches = [(inputs, torch.zeros(40))]
@@ -221,3 +221,52 @@ def test_width_levels_are_multiples_below_the_dense_width() -> None:
     assert len(width_levels(512, 1, 8)) == 1
     assert width_levels(16, 6, 4, least=5) == [8, 12]
     assert width_levels(16, 6, 1, least=16) == []
+
+
+class Remembering(nn.Module):
+    """The second layer leaves a number in an attribute, which another one reads."""
+
+    class Second(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            self.level = x.mean(1, keepdim=True)
+            return super().forward(x)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(6, 8), self.Second(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.second.level = x.new_zeros(len(x), 1)
+        x = self.second(self.first(x).relu()).relu()
+        return self.last(x) + 5 * self.second.level * x[:, :4]
+
+
+def test_a_network_whose_layers_read_more_than_their_arguments_runs_as_a_whole() -> None:
+    torch.manual_seed(0)
+    model, inputs = Remembering(), torch.randn(40, 6)
+    structures = list_structures(model, inputs)
+    scores = score(model, structures, NOTHING, Random())
+    curves = measure_curves(model, structures, scores, NOTHING, [(inputs, torch.zeros(40))], SETTINGS)
+    second = [(kept, loss) for curve, kept, loss in points(curves) if curve.name == "second"]
+    assert len(second) == 3
+    for kept, loss in second:
+        pruned = apply_plan(model, make_plan(structures, scores, {"second": kept}, []))
+        assert loss == pytest.approx(max(kl(model, pruned, inputs), 0.0), rel=1e-3, abs=1e-6)
+
+
+def test_threads_change_nothing() -> None:
+    model, inputs, structures, scores = prepared("pad_resnet", 400)
+    moments = observe_activations(model, structures, [(inputs, torch.zeros(400))], Observe())
+    before = torch.get_num_threads()
+    found = []
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        batches = [(inputs, torch.zeros(400))]
+        events: list[Any] = []
+        found.append(
+            measure_curves(model, structures, scores, moments, batches, Search(num_levels=2), notify=events.append)
+        )
+        assert torch.get_num_threads() == count
+        assert len(events) > 1 and events[-1].done == events[-1].total
+    torch.set_num_threads(before)
+    assert found[0] == found[1]

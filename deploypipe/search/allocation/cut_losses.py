@@ -1,0 +1,213 @@
+"""Measure the loss of many single cuts: samples in pieces that fit the processor's cache, on all allowed cores.
+
+Each piece passes through the dense network once. What its modules return is kept for as long as the cuts are measured
+on that piece, so memory does not grow with the number of samples.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from math import ceil
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deploypipe.errors import DataError
+from deploypipe.memory_order import find_order_
+from deploypipe.networks.batch_trees import map_tensors
+from deploypipe.observe.pass_statistics import Moments
+from deploypipe.pruning.modules.module_calls import evaluating, one_thread_if_small
+from deploypipe.records import Names
+from deploypipe.runtimes.named_arrays import name_outputs
+from deploypipe.search.allocation.dense_prefix import CallOrder, kept_outputs, ordered_calls, returning
+from deploypipe.search.allocation.single_cuts import (
+    BlockPoint,
+    Point,
+    SingleCut,
+    applied,
+    changed_modules,
+    make_cut,
+    readers_of,
+    replica,
+)
+from deploypipe.task import DistillationLoss, forward, num_samples, take
+
+_ACTIVATION_BYTES = 2**20  # of a piece's largest activation: it stays in the second-level cache
+_LARGE_BYTES = 2**24  # for samples that do not fit there, a few at once: still in the cache, and quickly allocated
+_FEW_SAMPLES = 4
+_KEPT_BYTES = 2**28  # of the outputs that are kept for one piece
+_WEIGHT_BYTES = 2**28  # of the repaired weights that are held at once
+_MAX_SAMPLES = 128  # of a piece: small networks have enough pieces for all cores
+_GPU_FACTOR = 16  # GPUs need larger pieces
+_TOLERANCE = 1e-3  # relative: a pass that begins in the middle gives what the whole pass gives
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Piece:
+    """Samples of one shape that are passed at once."""
+
+    inputs: Any
+    count: int
+
+
+class CutLosses:
+    """Measures single cuts of one network, all on the same samples.
+
+    batches: inputs, one batch for each shape of samples. distillation_loss: as `Task.distillation_loss`. The network
+    is not changed: each worker has a copy that shares the weights.
+    """
+
+    def __init__(
+        self,
+        dense: nn.Module,
+        batches: Sequence[Any],
+        moments: Moments,
+        distillation_loss: DistillationLoss,
+        temperature: float,
+        device: torch.device,
+    ) -> None:
+        self.moments, self.distillation_loss, self.temperature = moments, distillation_loss, temperature
+        self.batches, self.device = batches, device
+        first = replica(dense).to(device)
+        self.arrange = find_order_(first, self._moved(take(batches[0], 2)))
+        num_workers = torch.get_num_threads() if device.type == "cpu" else 1
+        self.models = [first, *(replica(first) for _ in range(num_workers - 1))]
+        self.modules = [dict(model.named_modules()) for model in self.models]
+
+    def measure(self, points: Sequence[Point], notify: Callable[[int, int], None]) -> list[float]:
+        """The mean loss of each point over all samples. notify(done, total) is called after each piece."""
+        with evaluating(self.models[0]), one_thread_if_small(0), _pool(len(self.models)) as pool, torch.no_grad():
+            orders = [self._order(batch) for batch in self.batches]
+            finished = [orders[0].finished_before(changed_modules(point, self.modules[0])) for point in points]
+            pieces = list(self._pieces(orders, set().union(*finished)))
+            finished = self._checked(finished, pieces[0])
+            free: SimpleQueue[int] = SimpleQueue()
+            for number in range(len(self.models)):
+                free.put(number)
+            parts = self._held_at_once(points)
+            losses: list[float] = []
+            for number, (start, end) in enumerate(parts):
+                cuts = list(pool.map(self._cut, points[start:end]))
+                totals = [0.0] * len(cuts)
+                passes = pool.map(lambda piece, c=cuts, f=finished[start:end]: self._losses(piece, c, f, free), pieces)
+                for done, found in enumerate(passes, start=1):
+                    totals = [total + loss for total, loss in zip(totals, found, strict=True)]
+                    notify(number * len(pieces) + done, len(parts) * len(pieces))
+                losses += totals
+        num = sum(piece.count for piece in pieces)
+        return [max(total / num, 0.0) for total in losses]
+
+    def _losses(
+        self, piece: _Piece, cuts: Sequence[SingleCut], finished: Sequence[Names], free: "SimpleQueue[int]"
+    ) -> list[float]:
+        """The sum of each cut's losses over a piece's samples, on the next free copy of the network."""
+        number = free.get()
+        model, modules = self.models[number], self.modules[number]
+        try:
+            with torch.no_grad():
+                inputs = self._ready(piece.inputs)
+                with kept_outputs(modules, set().union(*finished)) as outputs:
+                    dense = _finite(forward(model, inputs))
+                found = []
+                for cut, names in zip(cuts, finished, strict=True):
+                    used = cut.networks[number] if cut.networks else model
+                    own = dict(used.named_modules()) if cut.networks else modules
+                    with applied(own, cut), returning(own, names, outputs):
+                        seen = _finite(forward(used, inputs))
+                    found.append(piece.count * float(self.distillation_loss(seen, dense, self.temperature)))
+                return found
+        finally:
+            free.put(number)
+
+    def _cut(self, point: Point) -> SingleCut:
+        return make_cut(self.models[0], point, self.moments, len(self.models))
+
+    def _order(self, batch: Any) -> CallOrder:
+        """The calls of two samples of a batch."""
+        with ordered_calls(self.models[0]) as order:
+            forward(self.models[0], self._ready(take(batch, 2)))
+        return order
+
+    def _pieces(self, orders: Sequence[CallOrder], kept: Collection[str]) -> Iterator[_Piece]:
+        """All samples in pieces. Their size follows from the sizes of the network's activations alone."""
+        factor = 1 if self.device.type == "cpu" else _GPU_FACTOR
+        for batch, order in zip(self.batches, orders, strict=True):
+            total = num_samples(batch)
+            recorded = min(total, 2)
+            largest = max(order.largest_bytes / recorded, 1)
+            limits = [
+                max(factor * _ACTIVATION_BYTES / largest, min(_FEW_SAMPLES, factor * _LARGE_BYTES / largest)),
+                factor * _KEPT_BYTES * recorded / max(order.num_bytes(kept), 1),
+                factor * _MAX_SAMPLES,
+            ]
+            num_pieces = ceil(total / max(int(min(limits)), 1))
+            ends = [total * i // num_pieces for i in range(num_pieces + 1)]
+            yield from (_Piece(inputs=take(batch, end, start), count=end - start) for start, end in pairwise(ends))
+
+    def _held_at_once(self, points: Sequence[Point]) -> list[tuple[int, int]]:
+        """Ranges of points whose repaired weights together stay small."""
+        ranges, start, held = [], 0, 0
+        for number, point in enumerate(points):
+            size = self._num_bytes(point)
+            if held + size > _WEIGHT_BYTES and number > start:
+                ranges.append((start, number))
+                start, held = number, 0
+            held += size
+        return [*ranges, (start, len(points))]
+
+    def _num_bytes(self, point: Point) -> int:
+        if isinstance(point, BlockPoint):
+            return 0
+        readers: list[Any] = [self.modules[0][name] for name in readers_of(point.group, self.modules[0])]
+        return sum(layer.weight.numel() * layer.weight.element_size() for layer in readers)
+
+    def _checked(self, finished: Sequence[Names], piece: _Piece) -> list[Names]:
+        """The modules that need not run again, or none for a point where the network's outputs would change so.
+
+        They would if a module reads more than its arguments, such as what another left in an attribute.
+        """
+        model, modules = self.models[0], self.modules[0]
+        inputs = self._ready(piece.inputs)
+        with kept_outputs(modules, set().union(*finished)) as outputs:
+            dense = _finite(forward(model, inputs))
+        is_right: dict[Names, bool] = {(): True}
+        for names in finished:
+            if names not in is_right:
+                with returning(modules, names, outputs):
+                    is_right[names] = _is_close(forward(model, inputs), dense)
+        return [names if is_right[names] else () for names in finished]
+
+    def _ready(self, inputs: Any) -> Any:
+        return self.arrange(self._moved(inputs))
+
+    def _moved(self, inputs: Any) -> Any:
+        return map_tensors(lambda tensor: tensor.to(self.device), inputs)
+
+
+@contextmanager
+def _pool(num_workers: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads that compute with one core each. After an error, what has not begun is left out."""
+    pool = ThreadPoolExecutor(num_workers, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _finite(outputs: Any) -> Any:
+    """The outputs; a single tensor in double precision."""
+    if not all(torch.isfinite(tensor).all() for tensor in name_outputs(outputs).values()):
+        raise DataError("the network's outputs are not finite on the calibration samples; check data and model")
+    return outputs.double() if isinstance(outputs, Tensor) else outputs
+
+
+def _is_close(seen: Any, expected: Any) -> bool:
+    pairs = zip(name_outputs(seen).values(), name_outputs(expected).values(), strict=True)
+    return all(
+        torch.allclose(a.double(), b.double(), rtol=_TOLERANCE, atol=_TOLERANCE * float(b.abs().max()))
+        for a, b in pairs
+    )
