@@ -188,6 +188,7 @@ def loss_curves(
             settings,
             channel_multiple=ctx.target.channel_multiple,
             distillation_loss=ctx.task.distillation_loss,
+            device=ctx.compute.device,
             notify=ctx.run.notify,
         )
         if not settings.prune_blocks or not structures.blocks:

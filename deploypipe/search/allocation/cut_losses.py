@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deploypipe.compute_device import exact_float32, to_device
 from deploypipe.errors import DataError
 from deploypipe.memory_order import find_order_
-from deploypipe.networks.batch_trees import map_tensors
 from deploypipe.observe.pass_statistics import Moments
 from deploypipe.pruning.modules.module_calls import evaluating, one_thread_if_small
 from deploypipe.records import Names
@@ -73,14 +73,20 @@ class CutLosses:
         self.moments, self.distillation_loss, self.temperature = moments, distillation_loss, temperature
         self.batches, self.device = batches, device
         first = replica(dense).to(device)
-        self.arrange = find_order_(first, self._moved(take(batches[0], 2)))
+        self.arrange = find_order_(first, to_device(take(batches[0], 2), device))
         num_workers = torch.get_num_threads() if device.type == "cpu" else 1
         self.models = [first, *(replica(first) for _ in range(num_workers - 1))]
         self.modules = [dict(model.named_modules()) for model in self.models]
 
     def measure(self, points: Sequence[Point], notify: Callable[[int, int], None]) -> list[float]:
         """The mean loss of each point over all samples. notify(done, total) is called after each piece."""
-        with evaluating(self.models[0]), one_thread_if_small(0), _pool(len(self.models)) as pool, torch.no_grad():
+        with (
+            evaluating(self.models[0]),
+            exact_float32(self.device),
+            one_thread_if_small(0),
+            _pool(len(self.models)) as pool,
+            torch.no_grad(),
+        ):
             orders = [self._order(batch) for batch in self.batches]
             finished = [orders[0].finished_before(changed_modules(point, self.modules[0])) for point in points]
             pieces = list(self._pieces(orders, set().union(*finished)))
@@ -182,10 +188,7 @@ class CutLosses:
         return [names if is_right[names] else () for names in finished]
 
     def _ready(self, inputs: Any) -> Any:
-        return self.arrange(self._moved(inputs))
-
-    def _moved(self, inputs: Any) -> Any:
-        return map_tensors(lambda tensor: tensor.to(self.device), inputs)
+        return self.arrange(to_device(inputs, self.device))
 
 
 @contextmanager

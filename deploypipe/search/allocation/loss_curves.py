@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from deploypipe.compute_device import CPU
 from deploypipe.distillation_loss import kl_divergence_loss
 from deploypipe.observe.pass_statistics import Moments
 from deploypipe.recipe import Search
@@ -33,7 +34,7 @@ def measure_curves(
     *,
     channel_multiple: int = 1,
     distillation_loss: DistillationLoss | None = None,
-    device: torch.device | None = None,
+    device: torch.device = CPU,
     notify: Notify = silent,
 ) -> Curves:
     """Measure how far the outputs move with each group at several widths, and without each block.
@@ -42,21 +43,18 @@ def measure_curves(
 
     The cut is simulated on copies of the dense network: removed inputs of the consumers are set to zero, which is what
     surgery does, and the consumers' weights are repaired in closed form from `moments`. Cost: one forward pass for each
-    point, from the first layer that differs. device: where it runs; None: on the processor, on as many cores as
-    `torch.get_num_threads()`.
+    point, from the first layer that differs. On a CPU, `torch.get_num_threads()` pieces of the samples run at once.
     """
     taken = take_calib(batches, settings.num_curve_samples)
     alike = stack_alike([batch for batch, _ in taken])
-    losses_of = CutLosses(
-        dense, alike, moments, distillation_loss or kl_divergence_loss(), TEMPERATURE, device or torch.device("cpu")
-    )
+    measured = CutLosses(dense, alike, moments, distillation_loss or kl_divergence_loss(), TEMPERATURE, device)
     offered = unmeasured_curves(structures, settings, channel_multiple).curves
     points = [(curve, width, point) for curve in offered for width, point in _points(curve, structures, scores)]
 
     def report(done: int, total: int) -> None:
         notify(Progress(stage="curves", done=done, total=total, message=f"{len(points)} cuts"))
 
-    losses = losses_of.measure([point for *_, point in points], report)
+    losses = measured.measure([point for *_, point in points], report)
     found = {(curve.name, curve.kind, width): loss for (curve, width, _), loss in zip(points, losses, strict=True)}
     curves = [
         replace(curve, losses=tuple(found.get((curve.name, curve.kind, width), 0.0) for width in curve.kept))
