@@ -27,9 +27,7 @@ class ComputeDevice:
     """What a recipe's `device` stands for on this machine."""
 
     device: torch.device  # observes, scores, repairs, and judges networks; it has float64
-    accelerator: (
-        str  # fine-tunes, in the words of Lightning Fabric: "cpu", "cuda", "mps", or "auto" for the first found
-    )
+    accelerator: str  # fine-tunes, as Lightning Fabric calls it: "cpu", "cuda", "mps", or "auto", the first found
     text: str  # the device and the reason for it, for people
 
 

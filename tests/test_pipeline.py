@@ -250,7 +250,7 @@ def test_another_trial_ships_without_a_search(dense: nn.Module, first: tuple[Pat
 def test_a_trial_that_does_not_exist_is_named(dense: nn.Module, first: tuple[Path, RunResult, bool]) -> None:
     folder, result, _ = first
     assert result.search
-    with pytest.raises(ConfigError, match=f"has trials 0 to {len(result.search.trials) - 1}; choose one of those"):
+    with pytest.raises(ConfigError, match=f"has trials 0 to {len(result.search.trials) - 1}; choose one of them"):
         ship(dense, folder, 99)
     with pytest.raises(RunFolderError, match="holds no finished run"):
         ship(dense, folder / "absent", 0)

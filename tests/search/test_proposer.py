@@ -129,7 +129,7 @@ def test_the_lowest_reachable_latency_was_measured(name: str, count: int, noise:
     propose = replace(proposer(name, {"latency_p50": 0.9}), timed=timed)
     reach = find_feasibility(propose, propose.shares)
     assert reach.least["latency_p50"] == min(t.ratio for t in timed)
-    assert f"(least {reach.least['latency_p50']:.2g}x)" in feasibility_text(reach, propose.shares)
+    assert f"(lowest {reach.least['latency_p50']:.2g}x)" in feasibility_text(reach, propose.shares)
     assert propose.figures(propose.cheapest("latency_p50"), propose.latency_model(())) >= [reach.least["latency_p50"]]
     sizes = [true_time(propose.layers, t.cut) for t in timed]
     assert sizes[0] == min(sizes)
