@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -126,14 +127,23 @@ def render_report(result: RunResult) -> str:
 
 def _render(template: str, figures: Callable[[], dict[str, str]], **values: Any) -> str:
     try:
-        import jinja2
         import plotly.offline
 
+        page = _environment().get_template(template)
         drawn = figures()
     except ImportError as error:
         raise DeploypipeError(
             f"the report needs {error.name}, which is not installed; pip install 'deploypipe[report]'"
         ) from None
+    filled: str = page.render(figures=drawn, plotly_js=plotly.offline.get_plotlyjs(), contents=Contents(), **values)
+    return filled
+
+
+@cache
+def _environment() -> Any:
+    """The page's templates: they take longer to compile than to fill in."""
+    import jinja2
+
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("deploypipe", "report"),
         autoescape=True,
@@ -145,8 +155,7 @@ def _render(template: str, figures: Callable[[], dict[str, str]], **values: Any)
     environment.filters.update(
         count=count, seconds=seconds, report_of=_report_of, mebibytes=mebibytes, unbroken=_unbroken
     )
-    page = environment.get_template(template)
-    return page.render(figures=drawn, plotly_js=plotly.offline.get_plotlyjs(), contents=Contents(), **values)
+    return environment
 
 
 def _worst_outcome(results: Mapping[str, RunResult | str]) -> Outcome:
