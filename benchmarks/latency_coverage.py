@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.signal import lfilter
 
-from deploypipe.benchmark.latency import BLOCK, mirrored_orders, schedule
+from deploypipe.benchmark.latency import mirrored_orders, schedule
+from deploypipe.benchmark.timed_runs import BLOCK
 from deploypipe.numerics.intervals import interval_of_median_ratio, interval_of_quantile
 from deploypipe.records import Interval
 

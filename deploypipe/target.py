@@ -82,7 +82,7 @@ class Budget:
     """
 
     latency_p50: str | None = None  # median latency of the file
-    peak_memory: str | None = None  # of a process that runs the file
+    peak_memory: str | None = None  # of a process that runs the file; of the GPU, if the file runs there
     file_size: str | None = None  # of the file
     params: str | None = None  # number of parameters
     macs: str | None = None  # multiply-accumulates of one sample

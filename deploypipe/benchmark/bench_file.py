@@ -31,6 +31,7 @@ from deploypipe.benchmark.sweeps import (
     sweep_threads,
     thread_counts,
 )
+from deploypipe.benchmark.timed_runs import time_parts
 from deploypipe.errors import ConfigError, DataError
 from deploypipe.files.hashing import file_sha256
 from deploypipe.numerics.intervals import interval_of_median_ratio, interval_of_quantile
@@ -45,6 +46,7 @@ PARTS = ("latency", "memory", "cold start", "layers", "batches", "threads", "ene
 MIN_SAMPLES = 80  # four openings of a file
 MAX_BENCH_SAMPLES = 10_000_000
 _NUM_COLD_STARTS = 5
+_NUM_PARTED = 200  # runs on a GPU whose parts are timed
 _LIMITS = ProcessLimits()
 _ONNX = "onnxruntime"
 
@@ -227,6 +229,10 @@ def _time(job: _Job, batch_size: int, num_samples: int | None, found: list[Found
             block=timings.block,
             samples_ms=tuple(samples.tolist()),
         )
+    if job.target.needs_gpu:
+        for path, figures in zip(job.paths, found, strict=True):
+            with job.runtime.open(path, num_threads=job.target.num_threads) as session:
+                figures["gpu"] = time_parts(session, job.inputs, _NUM_PARTED)
     return timings
 
 

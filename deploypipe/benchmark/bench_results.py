@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from deploypipe.records import Conditions, Environment, Interval
+from deploypipe.runtimes.bound_runs import RunParts
 
 Comparison: TypeAlias = Literal["faster", "slower", "no difference", "unknown"]
 
@@ -82,7 +83,8 @@ class FileFigures:
     sha256: str
     size_bytes: int  # with weights in a second file
     latency: LatencyFigures | None = None
-    peak_memory_mib: float | None = None
+    gpu: RunParts | None = None  # medians of the parts of a run; None for a processor
+    peak_memory_mib: float | None = None  # of a process; of the GPU's memory if it runs there
     cold_start: ColdStart | None = None
     layers: tuple[LayerTime, ...] = ()  # the slowest first
     batches: tuple[SweepPoint, ...] = ()

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from deploypipe.benchmark.gpu_state import read_gpu
 from deploypipe.records import Conditions, MachineState, Names
 
 _GPU_QUERY = "clocks.sm,temperature.gpu,clocks_throttle_reasons.active"
@@ -37,7 +38,7 @@ def read_state(root: Path = Path("/")) -> MachineState:
     clocks = _numbers(root, "sys/devices/system/cpu/cpu[0-9]*/cpufreq/scaling_cur_freq")
     zones = _numbers(root, "sys/class/thermal/thermal_zone*/temp")
     throttles = _numbers(root, "sys/devices/system/cpu/cpu[0-9]*/thermal_throttle/*_throttle_count")
-    gpu_clock, gpu_temperature, slowdowns = parse_nvidia_smi(_ask_nvidia_smi())
+    gpu_clock, gpu_temperature, slowdowns = _read_gpu()
     return MachineState(
         load=os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0,
         clock_mhz=max(clocks) / 1e3 if clocks else None,
@@ -112,7 +113,19 @@ def parse_nvidia_smi(line: str) -> tuple[float | None, float | None, Names]:
         bits = int(cells[2], 16)
     except ValueError:  # [N/A]
         bits = 0
-    return _number(cells[0]), _number(cells[1]), tuple(why for bit, why in _GPU_SLOWDOWNS.items() if bits & bit)
+    return _number(cells[0]), _number(cells[1]), name_slowdowns(bits)
+
+
+def name_slowdowns(bits: int) -> Names:
+    return tuple(why for bit, why in _GPU_SLOWDOWNS.items() if bits & bit)
+
+
+def _read_gpu() -> tuple[float | None, float | None, Names]:
+    """MHz, degrees and slowdowns by NVML, or by nvidia-smi where the library cannot be loaded."""
+    state = read_gpu()
+    if state is None:
+        return parse_nvidia_smi(_ask_nvidia_smi())
+    return state.clock_mhz, state.temperature_c, name_slowdowns(state.slowdown_bits or 0)
 
 
 def _find_throttling(before: MachineState, after: MachineState) -> list[str]:

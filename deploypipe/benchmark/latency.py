@@ -6,7 +6,6 @@ which file was opened first, change a latency by up to a percent, which would ot
 the files. The runs between two openings are one independent sample of that difference.
 """
 
-import gc
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,23 +18,27 @@ from numpy.typing import NDArray
 
 from deploypipe.benchmark.conditions import MIN_SECONDS, judge_conditions, read_state
 from deploypipe.benchmark.environment import count_cpus
+from deploypipe.benchmark.timed_runs import (
+    BLOCK,
+    GPU_WARM_UP_SECONDS,
+    no_garbage_collection,
+    run_for,
+    time_runs,
+    warm_up,
+)
 from deploypipe.numerics.intervals import interval_of_quantile
 from deploypipe.records import Conditions, Interval, Latency, MachineState, Notify, Progress, silent
 from deploypipe.runtimes import Array, Runtime, Session
 from deploypipe.scheduling.exclusive_measurement import exclusive_measurement, sleep_without_blocking
 from deploypipe.target import Target
 
-BLOCK = 10  # timed runs in a row
 ROUND = 2 * BLOCK  # A B B A
 PERCENTILE_FLOORS = {0.9: 64, 0.99: 662}  # samples; MLPerf LoadGen's early-stopping counts
 _MANY_OPENINGS, _FEW_OPENINGS = 40, 8  # few if a file takes long to open: a signed-rank interval needs seven
 _CHEAP_SECONDS = 3.0  # that opening files may take in total, even if timing them takes less
 _ORDERS = 4  # of two files: which is opened first, which is timed first
 _LEAD = 2  # untimed runs before a block, which bring the file's weights back into the caches
-_WARM_UP_ROUNDS = 30  # at most, each of `BLOCK` runs
-_WARM_UP_SECONDS = 3.0  # at most, once three rounds are done
 _REOPENED_SECONDS = 0.1  # at most, once two runs are done
-_WARM_UP_TOLERANCE = 0.02  # medians of two rounds in a row
 _SECONDS = 2.0  # of timed runs of each file, if no number of runs is given
 _MAX_SAMPLES = 4000
 _ATTEMPTS = 3  # to find the machine steady
@@ -83,7 +86,7 @@ def time_interleaved(
     cost little and narrow the interval. Raises what `runtime.open` and `Session.run` raise.
     """
     samples: list[list[float]] = [[] for _ in paths]
-    with exclusive_measurement(), _no_garbage_collection():
+    with exclusive_measurement(), no_garbage_collection():
         before = read_state()
         spent = [_try(path, inputs, runtime, target) for path in paths]
         to_open, to_run = (sum(seconds) for seconds in zip(*spent, strict=True))
@@ -94,14 +97,16 @@ def time_interleaved(
             openings, runs = schedule(least, most=_FEW_OPENINGS)
         for number, (opening, timing) in enumerate(mirrored_orders(len(paths), openings, np.random.default_rng())):
             with ExitStack() as stack:
-                sessions = {
-                    i: stack.enter_context(runtime.open(paths[i], num_threads=target.num_threads)) for i in opening
+                bound = {
+                    i: stack.enter_context(runtime.open(paths[i], num_threads=target.num_threads)).bind(inputs)
+                    for i in opening
                 }
                 for i in opening:
-                    _time_runs(sessions[i], inputs, BLOCK, seconds=_REOPENED_SECONDS)
+                    run_for(bound[i], _least_seconds(target))
+                    time_runs(bound[i], BLOCK, seconds=_REOPENED_SECONDS)
                 for i in timing * (runs // ROUND):
-                    _time_runs(sessions[i], inputs, _LEAD)
-                    samples[i] += _time_runs(sessions[i], inputs, BLOCK)
+                    time_runs(bound[i], _LEAD)
+                    samples[i] += time_runs(bound[i], BLOCK)
             notify(Progress(stage="latency", done=number + 1, total=openings))
         after = read_state()
     return Timings(samples=tuple(np.array(s) for s in samples), block=runs, before=before, after=after)
@@ -197,8 +202,9 @@ def _try(path: Path, inputs: Mapping[str, Array], runtime: Runtime, target: Targ
     """Seconds for opening a file, and for one run of it. Afterwards the machine is warm, and the file in memory."""
     begun = time.perf_counter()
     with runtime.open(path, num_threads=target.num_threads) as session:
+        bound = session.bind(inputs)
         opened = time.perf_counter()
-        return opened - begun, _warm_up(session, inputs) / 1e3
+        return opened - begun, warm_up(bound, least=_least_seconds(target)) / 1e3
 
 
 def mirrored_orders(
@@ -223,18 +229,20 @@ def time_file(
     path: Path, inputs: Mapping[str, Array], runtime: Runtime, target: Target, *, num_samples: int
 ) -> NDArray[np.float64]:
     """Milliseconds (num_samples,) of one file, for callers that need many figures of moderate precision."""
-    with runtime.open(path, num_threads=target.num_threads) as session, _no_garbage_collection():
-        _warm_up(session, inputs)
-        return np.array(_time_runs(session, inputs, num_samples))
+    with runtime.open(path, num_threads=target.num_threads) as session, no_garbage_collection():
+        bound = session.bind(inputs)
+        warm_up(bound, least=_least_seconds(target))
+        return np.array(time_runs(bound, num_samples))
 
 
 def time_loaded(
     session: Session, inputs: Mapping[str, Array], *, seconds: float, least: int, most: int
 ) -> NDArray[np.float64]:
     """Milliseconds (n,) of an open file, least <= n <= most, about `seconds` in total: one point of a sweep."""
-    with _no_garbage_collection():
-        per_run = _warm_up(session, inputs, seconds=seconds) / 1e3
-        return np.array(_time_runs(session, inputs, min(most, max(least, int(seconds / per_run)))))
+    with no_garbage_collection():
+        bound = session.bind(inputs)
+        per_run = warm_up(bound, seconds=seconds) / 1e3
+        return np.array(time_runs(bound, min(most, max(least, int(seconds / per_run)))))
 
 
 def summarise(samples: NDArray[np.float64], target: Target, *, block: int) -> Latency:
@@ -271,38 +279,5 @@ def find_unsteadiness(samples: NDArray[np.float64]) -> str:
     return ""
 
 
-def _warm_up(session: Session, inputs: Mapping[str, Array], *, seconds: float = _WARM_UP_SECONDS) -> float:
-    """Run until two rounds in a row take the same time, or the time limit is reached. Return ms of a run."""
-    started = time.perf_counter()
-    before = float("inf")
-    for round_ in range(_WARM_UP_ROUNDS):
-        median = float(np.median(_time_runs(session, inputs, BLOCK, seconds=seconds)))
-        is_late = round_ >= 2 and time.perf_counter() - started > seconds
-        if is_late or abs(median - before) <= _WARM_UP_TOLERANCE * median:
-            break
-        before = median
-    return median
-
-
-def _time_runs(
-    session: Session, inputs: Mapping[str, Array], count: int, *, seconds: float = float("inf")
-) -> list[float]:
-    """Milliseconds of `count` runs, or of as many as begin within `seconds`; at least two."""
-    samples: list[float] = []
-    begun = time.perf_counter()
-    while len(samples) < count and (len(samples) < 2 or time.perf_counter() - begun < seconds):
-        started = time.perf_counter_ns()
-        session.run(inputs)
-        samples.append((time.perf_counter_ns() - started) / 1e6)
-    return samples
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
+def _least_seconds(target: Target) -> float:
+    return GPU_WARM_UP_SECONDS if target.needs_gpu else 0.0

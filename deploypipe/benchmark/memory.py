@@ -4,6 +4,8 @@ The child imports numpy and the runtime, reads the inputs, records its resident 
 The figure is its peak from there on, minus what it held before: weights, the runtime's own structures for this graph,
 and activations. It includes a few MiB that any file costs. The median of `_NUM_CHILDREN` children is reported, since
 the placement of the allocator's arenas varies by a few hundred KiB.
+
+If the file runs on a GPU, the figure is of the GPU's memory (`runtimes.gpu_memory`), and the host's is not measured.
 """
 
 import sys
@@ -30,9 +32,10 @@ def measure_peak_memory(
 ) -> tuple[float | None, str]:
     """(MiB, "") that `path` adds at its peak under the target's settings; (None, reason) if that cannot be measured.
 
-    Needs Linux, whose kernel keeps a peak that can be reset. Raises ModelError if the file does not run in a child.
+    On a processor this needs Linux, whose kernel keeps a peak that can be reset. Raises ModelError if the file does not
+    run in a child.
     """
-    if not sys.platform.startswith("linux"):
+    if not sys.platform.startswith("linux") and not target.needs_gpu:
         return None, f"peak memory is read from /proc, which {sys.platform} does not have"
     with exclusive_measurement():
         outputs = run_child(

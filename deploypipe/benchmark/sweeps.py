@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from deploypipe.benchmark.bench_results import SweepPoint
-from deploypipe.benchmark.latency import BLOCK, time_loaded
+from deploypipe.benchmark.latency import time_loaded
+from deploypipe.benchmark.timed_runs import BLOCK
 from deploypipe.numerics.intervals import interval_of_quantile
 from deploypipe.runtimes import Array, Runtime
 from deploypipe.target import Target

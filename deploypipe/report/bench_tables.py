@@ -11,6 +11,14 @@ from deploypipe.text.amounts import amount, bounded, mebibytes
 Rows = list[tuple[str, ...]]
 _NUM_LAYERS = 10
 _LATENCY = "latency"
+# Medians, in the words of trtexec.
+_GPU_PARTS = (
+    ("enqueue (host)", "enqueue_ms"),
+    ("H2D", "h2d_ms"),
+    ("GPU compute", "compute_ms"),
+    ("D2H", "d2h_ms"),
+    ("end to end (host)", "end_to_end_ms"),
+)
 
 
 def figure_rows(result: BenchResult) -> tuple[tuple[str, ...], Rows]:
@@ -20,6 +28,8 @@ def figure_rows(result: BenchResult) -> tuple[tuple[str, ...], Rows]:
     _add(rows, files, "file size", lambda f: (mebibytes(f.size_bytes), float(f.size_bytes)))
     if result.file.latency:
         _add_latency(rows, files, result)
+        for name, part in _GPU_PARTS:
+            _add(rows, files, f"  {name}", lambda f, part=part: _gpu_part(f, part))  # type: ignore[misc]
     _add(rows, files, "peak memory", _memory)
     _add(rows, files, "cold start", _cold_start)
     _add(rows, files, "  import of the runtime", lambda f: _milliseconds(f, "import_ms"))
@@ -133,6 +143,13 @@ def _milliseconds(file: FileFigures, field: str) -> tuple[str, float] | None:
     if file.cold_start is None:
         return None
     value: float = getattr(file.cold_start, field)
+    return amount(value, "ms"), value
+
+
+def _gpu_part(file: FileFigures, part: str) -> tuple[str, float] | None:
+    if file.gpu is None:
+        return None
+    value: float = getattr(file.gpu, part)
     return amount(value, "ms"), value
 
 

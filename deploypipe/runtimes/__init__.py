@@ -14,6 +14,7 @@ import numpy as np
 from deploypipe.errors import RuntimeUnavailableError
 from deploypipe.provider_options import require_harmless_options
 from deploypipe.runtimes.ability_for_target import can
+from deploypipe.runtimes.bound_runs import BoundRun
 from deploypipe.runtimes.onnxruntime import PROVIDERS, OnnxRuntime
 from deploypipe.runtimes.tensorrt import TensorRtRuntime
 from deploypipe.runtimes.torch_program import EagerRuntime
@@ -36,6 +37,10 @@ class Session(Protocol):
 
         DataError if the inputs' names, types or shapes do not fit the file.
         """
+        ...
+
+    def bind(self, inputs: Mapping[str, Array]) -> BoundRun:
+        """Prepare many runs of one batch. On a GPU, all memory is allocated and pinned here, once."""
         ...
 
 

@@ -13,8 +13,9 @@ from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
 from deploypipe.errors import DataError, ModelError, RuntimeUnavailableError
 from deploypipe.installed_packages import ONNXRUNTIME, find_package
+from deploypipe.runtimes.bound_runs import BoundRun, BufferedRun, Buffers, PlainRun, new_stream
 
-_CPU = "CPUExecutionProvider"
+_CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,8 +29,8 @@ class Provider:
 
 PROVIDERS: dict[str, Provider] = {
     "cpu": Provider(names=(_CPU,), package="onnxruntime"),
-    "cuda": Provider(names=("CUDAExecutionProvider",), package="onnxruntime-gpu"),
-    "tensorrt": Provider(names=("TensorrtExecutionProvider", "CUDAExecutionProvider"), package="onnxruntime-gpu"),
+    "cuda": Provider(names=(_CUDA,), package="onnxruntime-gpu"),
+    "tensorrt": Provider(names=("TensorrtExecutionProvider", _CUDA), package="onnxruntime-gpu"),
     "openvino": Provider(
         names=("OpenVINOExecutionProvider",), package="onnxruntime-openvino", threads_option="num_of_threads"
     ),
@@ -51,6 +52,10 @@ _CANNOT_LOAD = (
 _CANNOT_RUN = (errors.Fail, errors.InvalidArgument, errors.RuntimeException, errors.EPFail)
 _ERRORS_ONLY, _FATAL_ONLY = 3, 4
 _NUM_NAMED = 5  # nodes in an error
+# Entries of a run (onnxruntime_run_options_config_keys.h). A captured CUDA graph reads and writes the addresses that it
+# was captured with, so that runs on other arrays must not replay it.
+_NO_GRAPH = ("gpu_graph_id", "-1")
+_NO_WAIT = ("disable_synchronize_execution_providers", "1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,26 +66,64 @@ class OnnxSession:
     session: Any  # onnxruntime.InferenceSession
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
+    run_options: Any | None = None  # of `run`
+    stream: Any | None = None  # torch.cuda.Stream of a CUDA provider; None: it has one of its own, or there is no GPU
 
     @classmethod
-    def around(cls, session: Any, path: Path) -> "OnnxSession":
-        """Wrap an onnxruntime session. path: of the loaded file, for errors."""
+    def around(cls, session: Any, path: Path, **settings: Any) -> "OnnxSession":
+        """Wrap an onnxruntime session. path: of the loaded file, for errors. settings: other fields."""
         return cls(
             path=path,
             session=session,
             input_names=tuple(i.name for i in session.get_inputs()),
             output_names=tuple(o.name for o in session.get_outputs()),
+            **settings,
         )
 
     def run(self, inputs: Mapping[str, np.ndarray[Any, np.dtype[Any]]]) -> list[np.ndarray[Any, np.dtype[Any]]]:
         try:
-            return list(self.session.run(None, dict(inputs)))
+            return list(self.session.run(None, dict(inputs), self.run_options))
         except (*_CANNOT_RUN, ValueError) as error:  # ValueError: an input is absent
             seen = ", ".join(f"{name} {value.dtype}{list(value.shape)}" for name, value in inputs.items())
             expected = ", ".join(f"{i.name} {i.type}{i.shape}" for i in self.session.get_inputs())
             raise DataError(
                 f"{self.path}: cannot run on {seen or 'no inputs'} ({_first_line(error)}); it takes {expected}"
             ) from error
+
+    def bind(self, inputs: Mapping[str, np.ndarray[Any, np.dtype[Any]]]) -> BoundRun:
+        """See `deploypipe.runtimes.Session`. On CUDA by I/O binding, else `run` itself."""
+        if self.stream is None:
+            return PlainRun(self.run, inputs)
+        return bind_buffers(self, inputs, device=f"cuda:{self.stream.device.index}", stream=self.stream)
+
+
+def bind_buffers(
+    session: OnnxSession, inputs: Mapping[str, np.ndarray[Any, np.dtype[Any]]], *, device: str, stream: Any | None
+) -> BufferedRun:
+    """Bind the batch and its outputs to buffers on a device: "cpu", or "cuda:0" with a stream of it.
+
+    The session runs once, to learn the outputs' shapes. They must not depend on values that change.
+    """
+    outputs = dict(zip(session.output_names, session.run(inputs), strict=True))
+    kinds = {name: (array.shape, array.dtype) for name, array in outputs.items()}
+    buffers = Buffers.allocate(inputs, kinds, device, stream)
+    buffers.copy_inputs()
+    buffers.wait()
+    binding, (kind, _, index) = session.session.io_binding(), device.partition(":")
+    for bound, tensors, arrays in (
+        (binding.bind_input, buffers.inputs, inputs),
+        (binding.bind_output, buffers.outputs, outputs),
+    ):
+        for name, tensor in tensors.items():
+            bound(name, kind, int(index or 0), arrays[name].dtype.type, list(tensor.shape), tensor.data_ptr())
+    options = _run_options(_NO_WAIT)
+    return BufferedRun(buffers=buffers, enqueue=lambda: session.session.run_with_iobinding(binding, options))
+
+
+def _run_options(entry: tuple[str, str]) -> Any:
+    options = onnxruntime.RunOptions()
+    options.add_run_config_entry(*entry)
+    return options
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,11 +155,12 @@ class OnnxRuntime:
         if not is_cpu:
             options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
             options.log_severity_level = _FATAL_ONLY  # a provider's failures are reported below
+        stream = new_stream(int(self.options.get("device_id", 0))) if _CUDA in self.provider.names else None
         try:
             session = onnxruntime.InferenceSession(
                 os.fspath(path),
                 options,
-                providers=self._providers(num_threads),
+                providers=self._providers(num_threads, stream),
                 # With it, the CPU would replace a provider that fails, here or at the first run, with a printed line.
                 enable_fallback=False,
             )
@@ -131,12 +175,15 @@ class OnnxRuntime:
             ) from error
         if not is_cpu:
             self._require_placement(path, session)
-        yield OnnxSession.around(session, path)
+        yield OnnxSession.around(session, path, run_options=None if is_cpu else _run_options(_NO_GRAPH), stream=stream)
 
-    def _providers(self, num_threads: int) -> list[tuple[str, dict[str, str]]]:
+    def _providers(self, num_threads: int, stream: Any | None) -> list[tuple[str, dict[str, str]]]:
         first, *others = self.provider.names
-        threads = {self.provider.threads_option: str(num_threads)} if self.provider.threads_option else {}
-        return [(first, {**threads, **self.options}), *((name, {}) for name in others)]
+        own = {self.provider.threads_option: str(num_threads)} if self.provider.threads_option else {}
+        common = {} if stream is None else {"user_compute_stream": str(stream.cuda_stream)}
+        if stream is not None and "device_id" in self.options:
+            common["device_id"] = self.options["device_id"]
+        return [(first, {**own, **common, **self.options}), *((name, common) for name in others)]
 
     def _require_placement(self, path: Path, session: Any) -> None:
         """RuntimeUnavailableError if the provider did not start, or nodes run on the CPU without permission."""

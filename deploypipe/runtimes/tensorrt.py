@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from deploypipe.errors import DataError, ModelError, RuntimeUnavailableError
+from deploypipe.runtimes.bound_runs import BufferedRun, Buffers
 from deploypipe.runtimes.engine_file import read_engine
 from deploypipe.runtimes.tensorrt_libraries import load_library
 
@@ -26,44 +27,38 @@ class TensorRtSession:
     output_names: tuple[str, ...]
 
     def run(self, inputs: Mapping[str, np.ndarray[Any, np.dtype[Any]]]) -> list[np.ndarray[Any, np.dtype[Any]]]:
-        import torch
+        bound = self.bind(inputs)
+        bound.run()
+        return bound.outputs()
 
+    def bind(self, inputs: Mapping[str, np.ndarray[Any, np.dtype[Any]]]) -> BufferedRun:
+        """See `deploypipe.runtimes.Session`. The engine runs in the buffers of the last call."""
         if inputs.keys() != set(self.input_names):
             raise DataError(self._misfit(inputs, "names differ"))
-        with torch.cuda.stream(self.stream):
-            held = {name: self._bind(name, inputs[name], inputs) for name in self.input_names}
-            unknown = self.context.infer_shapes()
-            if unknown:
-                raise DataError(self._misfit(inputs, f"the shapes of {', '.join(unknown)} are unknown"))
-            outputs = {name: self._allocate(name) for name in self.output_names}
-            if not self.context.execute_async_v3(self.stream.cuda_stream):
-                raise ModelError(f"{self.path}: the engine failed while it ran; rebuild it from the ONNX file")
-            arrays = [tensor.cpu().numpy() for tensor in outputs.values()]
-        self.stream.synchronize()
-        del held  # must outlive the run
-        return arrays
+        for name in self.input_names:
+            if inputs[name].dtype != self.trt.nptype(self.engine.get_tensor_dtype(name)):
+                raise DataError(self._misfit(inputs, f"{name} has another type"))
+            if not self.context.set_input_shape(name, inputs[name].shape):
+                raise DataError(self._misfit(inputs, f"{name} is outside the optimisation profile"))
+        unknown = self.context.infer_shapes()
+        if unknown:
+            raise DataError(self._misfit(inputs, f"the shapes of {', '.join(unknown)} are unknown"))
+        outputs = {name: self._kind(name) for name in self.output_names}
+        buffers = Buffers.allocate({name: inputs[name] for name in self.input_names}, outputs, "cuda", self.stream)
+        for name, tensor in {**buffers.inputs, **buffers.outputs}.items():
+            self.context.set_tensor_address(name, tensor.data_ptr())
+        return BufferedRun(buffers=buffers, enqueue=self._enqueue)
 
-    def _bind(self, name: str, array: np.ndarray[Any, np.dtype[Any]], inputs: Mapping[str, Any]) -> Any:
-        import torch
+    def _enqueue(self) -> None:
+        if not self.context.execute_async_v3(self.stream.cuda_stream):
+            raise ModelError(f"{self.path}: the engine failed while it ran; rebuild it from the ONNX file")
 
-        if array.dtype != self.trt.nptype(self.engine.get_tensor_dtype(name)):
-            raise DataError(self._misfit(inputs, f"{name} has another type"))
-        if not self.context.set_input_shape(name, array.shape):
-            raise DataError(self._misfit(inputs, f"{name} is outside the optimisation profile"))
-        tensor = torch.from_numpy(np.ascontiguousarray(array)).cuda()
-        self.context.set_tensor_address(name, tensor.data_ptr())
-        return tensor
-
-    def _allocate(self, name: str) -> Any:
-        import torch
-
+    def _kind(self, name: str) -> tuple[tuple[int, ...], Any]:
+        """Shape and numpy type of an output."""
         shape = tuple(self.context.get_tensor_shape(name))
         if min(shape, default=0) < 0:
             raise ModelError(f"{self.path}: the shape of output {name!r} depends on values; remove such operators")
-        example = torch.from_numpy(np.empty(0, self.trt.nptype(self.engine.get_tensor_dtype(name))))
-        tensor = torch.empty(shape, dtype=example.dtype, device="cuda")
-        self.context.set_tensor_address(name, tensor.data_ptr())
-        return tensor
+        return shape, np.dtype(self.trt.nptype(self.engine.get_tensor_dtype(name)))
 
     def _misfit(self, inputs: Mapping[str, Any], reason: str) -> str:
         seen = ", ".join(f"{name} {value.dtype}{list(value.shape)}" for name, value in inputs.items())

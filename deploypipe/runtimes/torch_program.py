@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from deploypipe.errors import DataError, RuntimeUnavailableError
+from deploypipe.runtimes.bound_runs import BoundRun, PlainRun
 from deploypipe.runtimes.load_torch_program import load_program
 
 _REMEDY = "measure the ONNX file instead, or, if you trust whoever made it, allow it with `bench --trust-program`"
@@ -47,6 +48,10 @@ class EagerSession:
         leaves, _ = pytree.tree_flatten(outputs)
         # Copied, since an output may be an input, or a part of one.
         return [np.array(leaf.detach().cpu().numpy()) for leaf in leaves]
+
+    def bind(self, inputs: Mapping[str, np.ndarray[Any, np.dtype[Any]]]) -> BoundRun:
+        """See `deploypipe.runtimes.Session`. A run includes PyTorch's own copies, on a GPU too."""
+        return PlainRun(self.run, inputs)
 
     def _fit(self, values: Mapping[str, Any]) -> bool:
         return values.keys() == self.expected.keys() and all(

@@ -1,5 +1,6 @@
 """The output of Linux, nvidia-smi and tegrastats is parsed and judged; from text, since no test machine has all."""
 
+import ctypes
 import os
 import sys
 from contextlib import contextmanager
@@ -12,8 +13,16 @@ import pytest
 from finished_runs import finished_run
 
 from deploypipe.benchmark import conditions, energy
-from deploypipe.benchmark.conditions import judge_conditions, parse_nvidia_smi, parse_stat, parse_throttled, read_state
+from deploypipe.benchmark.conditions import (
+    judge_conditions,
+    name_slowdowns,
+    parse_nvidia_smi,
+    parse_stat,
+    parse_throttled,
+    read_state,
+)
 from deploypipe.benchmark.energy import Meter, find_meter, grown, measure_energy, parse_tegrastats, parse_watts
+from deploypipe.benchmark.gpu_state import GpuState, read_nvml
 from deploypipe.records import Conditions, MachineState
 from deploypipe.report.html import render_report
 from deploypipe.target import Target
@@ -79,6 +88,26 @@ def test_gpu_state() -> None:
     assert parse_nvidia_smi("210, 30, 0x0000000000000001") == (210.0, 30.0, ())  # idle
     assert parse_nvidia_smi("[N/A], 45, [N/A]") == (None, 45.0, ())
     assert parse_nvidia_smi("") == (None, None, ())
+
+
+def test_gpu_state_of_nvml() -> None:
+    """The library's functions fill what they are given a pointer to, and return 0."""
+
+    class Nvml:
+        def nvmlDeviceGetClockInfo(self, device: Any, kind: int, value: Any) -> int:
+            value._obj.value = {1: 1005}[kind]
+            return 0
+
+        def nvmlDeviceGetTemperature(self, device: Any, sensor: int, value: Any) -> int:
+            return 3  # not supported, as on a Jetson
+
+        def nvmlDeviceGetCurrentClocksThrottleReasons(self, device: Any, value: Any) -> int:  # of an older driver
+            value._obj.value = 0x44
+            return 0
+
+    state = read_nvml(Nvml(), ctypes.c_void_p())
+    assert state == GpuState(clock_mhz=1005.0, temperature_c=None, slowdown_bits=0x44)
+    assert name_slowdowns(0x44) == ("software power cap", "hardware thermal slowdown")
 
 
 def test_a_whole_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

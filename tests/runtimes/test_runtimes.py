@@ -1,5 +1,6 @@
 """Every runtime keeps the same contract, and raises if it is not available or would run elsewhere than requested."""
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 
 from deploypipe.errors import DataError, ModelError, RuntimeUnavailableError
 from deploypipe.runtimes import RUNTIMES, Runtime, find_runtime, make_runtime
+from deploypipe.runtimes.gpu_memory import peak_increase
 from deploypipe.runtimes.named_arrays import feed, name_outputs, repack
-from deploypipe.runtimes.onnxruntime import PROVIDERS, OnnxRuntime, Provider, missing_provider
+from deploypipe.runtimes.onnxruntime import PROVIDERS, OnnxRuntime, Provider, bind_buffers, missing_provider
 from deploypipe.runtimes.torch_program import EagerRuntime
 from deploypipe.target import Target
 
@@ -296,3 +298,34 @@ def test_feed_by_name_and_by_position() -> None:
     assert feed((ids, mask), ["a", "b"])["b"].dtype == np.float32
     with pytest.raises(DataError, match="lacks mask"):
         feed({"ids": ids}, ["ids", "mask"])
+
+
+def test_runs_in_buffers_give_what_plain_runs_give(tmp_path: Path) -> None:
+    """I/O binding as on a GPU, here with the processor as the device."""
+    draw = np.random.default_rng(0)
+    batch = {"x": draw.random((5, 3), np.float32), "b": draw.random(3, np.float32)}
+    with OnnxRuntime().open(write_onnx(tmp_path), num_threads=1) as session:
+        expected, plain = session.run(batch), session.bind(batch)
+        bound = bind_buffers(session, batch, device="cpu", stream=None)
+        for run in (plain, bound):
+            run.run()
+            assert run.time_parts() is None
+            for got, want in zip(run.outputs(), expected, strict=True):
+                np.testing.assert_array_equal(got, want)
+        owned = bound.outputs()
+        bound.buffers.host_inputs["x"].zero_()  # what the next request would bring
+        bound.run()
+        np.testing.assert_allclose(bound.outputs()[0], np.tile(batch["b"], (5, 1)))
+        np.testing.assert_array_equal(owned[0], expected[0])
+
+
+def test_the_peak_of_a_gpus_memory_is_an_increase() -> None:
+    used = [100]
+
+    def work() -> None:
+        for amount in (150, 400, 120):
+            used[0] = amount
+            threading.Event().wait(0.02)
+
+    assert peak_increase(lambda: used[0], work) == 300
+    assert peak_increase(lambda: used[0], lambda: None) == 0

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from deploypipe.runtimes import make_runtime
+from deploypipe.runtimes.gpu_memory import open_gpu, peak_increase
 from deploypipe.target import Target
 from deploypipe.untrusted_files.limited_process import end_with_parent
 
@@ -19,19 +20,27 @@ _NUM_RUNS = 3  # the arena may still grow in the second
 
 
 def main(settings: str, model: str, inputs: str) -> int:
-    """KiB of resident memory that loading and running `model` adds at its peak."""
+    """KiB that loading and running `model` adds at its peak: of resident memory, or of the GPU's where it runs there.
+
+    The processor's figure is read before the file is closed.
+    """
     given = json.loads(settings)
     target = Target(**given["target"])
     with np.load(inputs) as archive:
         batch = {name: archive[name] for name in archive.files}
+    runtime = make_runtime(target, trust_program=given["trust_program"])
+
+    def work() -> int:
+        with runtime.open(Path(model), num_threads=target.num_threads) as session:
+            for _ in range(_NUM_RUNS):
+                session.run(batch)
+            return 0 if target.needs_gpu else _status("VmHWM")
+
+    if target.needs_gpu:
+        return peak_increase(open_gpu(int(target.provider_options.get("device_id", 0))), work) // 1024
     _reset_peak()
     before = _status("VmRSS")
-    with make_runtime(target, trust_program=given["trust_program"]).open(
-        Path(model), num_threads=target.num_threads
-    ) as session:
-        for _ in range(_NUM_RUNS):
-            session.run(batch)
-        return max(0, _status("VmHWM") - before)
+    return max(0, work() - before)
 
 
 def _reset_peak() -> None:
