@@ -326,14 +326,33 @@ def take_calib(batches: Iterable[Batch], count: int) -> list[Batch]:
 
 def stack_alike(inputs: Sequence[Any]) -> list[Any]:
     """Stack inputs whose samples have equal shapes: one batch for each shape."""
+    return [stack_batches(group) for group in group_alike(inputs)]
+
+
+def group_alike(inputs: Sequence[Any], max_samples: int | None = None) -> list[list[Any]]:
+    """Group inputs whose samples have equal shapes, so that `stack_batches` can stack each group.
+
+    max_samples: of a group; larger batches are cut.
+    """
     groups: list[list[Any]] = []
+    if max_samples is not None:
+        inputs = [
+            take(each, start + max_samples, start)
+            for each in inputs
+            for start in range(0, num_samples(each), max_samples)
+        ]
     for each in inputs:
-        group = next((group for group in groups if _can_be_one(group[0], each)), None)
+        fitting = (group for group in groups if _can_be_one(group[0], each) and _has_room(group, each, max_samples))
+        group = next(fitting, None)
         if group is None:
             groups.append([each])
         else:
             group.append(each)
-    return [stack_batches(group) for group in groups]
+    return groups
+
+
+def _has_room(group: Sequence[Any], each: Any, max_samples: int | None) -> bool:
+    return max_samples is None or sum(map(num_samples, (*group, each))) <= max_samples
 
 
 def _can_be_one(one: Any, other: Any) -> bool:

@@ -175,8 +175,8 @@ class Choosy(nn.Module):
 @pytest.mark.parametrize(("length", "error"), [(3, ModelError), (7, RuntimeError)])
 def test_a_pass_that_cannot_go_in_step_ends_all_of_them(length: int, error: type[Exception]) -> None:
     num_threads = threading.active_count()
-    model, first = Choosy(), torch.randn(2, 6, 4)
+    model, first, second = Choosy(), torch.randn(2, 6, 4), torch.randn(2, length, 4)
     paths = find_paths(model, first)
     with pytest.raises(error, match=r"run through other layers|no sentences of seven"):
-        run_in_lockstep(model, paths, lambda ends: [end.value for end in ends], [first, torch.randn(2, length, 4)])
+        run_in_lockstep(model, paths, lambda ends: [end.value for end in ends], [lambda: first, lambda: second])
     assert threading.active_count() == num_threads

@@ -28,6 +28,7 @@ from deploypipe.records.measurement import (
     MachineState,
     Measurement,
 )
+from deploypipe.records.memory import RepairFit, RepairSegment
 from deploypipe.records.model_files import (
     Calibration,
     CandidateFile,
@@ -140,8 +141,10 @@ __all__ = [
     "PruneReport",
     "PruneRow",
     "PruningPlan",
+    "RepairFit",
     "RepairReport",
     "RepairRow",
+    "RepairSegment",
     "ResolvedConstraints",
     "RunEnded",
     "ScoreSummary",

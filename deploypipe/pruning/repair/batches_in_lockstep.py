@@ -5,6 +5,7 @@ A solve at a layer's output then gets all samples at once, as if they were one b
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any
 
@@ -19,20 +20,26 @@ from deploypipe.task import forward
 Solve = Callable[[Sequence[PathEnd]], list[Tensor]]  # gets one end per batch; returns the values to continue with
 
 
-def run_in_lockstep(model: nn.Module, paths: Mapping[str, SignalPath], solve: Solve, batches: Sequence[Any]) -> None:
+Make = Callable[[], Any]  # makes the inputs of one batch, when its pass begins
+
+
+def run_in_lockstep(
+    model: nn.Module, paths: Mapping[str, SignalPath], solve: Solve, batches: Sequence[Make], *, is_part: bool = False
+) -> None:
     """Run all batches without gradients; call `solve` at the end of each path with the ends of all batches.
 
+    Of a batch that waits, only its live activations are held. is_part: the passes end after the last path's end.
     Raises ModelError if the layers run in another order for one batch than for another.
     """
+    num_ends = len(paths) if is_part else len(paths) + 1
     if len(batches) == 1:
-        with torch.no_grad(), hook_path_ends(model, paths, lambda end: solve([end])[0]):
-            forward(model, batches[0])
+        _run_alone(model, paths, solve, batches[0], num_ends)
         return
-    walkers = [_Walker(_sharing_weights(model), paths, inputs) for inputs in batches]
+    walkers = [_Walker(_sharing_weights(model), paths, make) for make in batches]
     try:
-        values: Sequence[Tensor | None] = [None] * len(walkers)
-        while True:
-            ends = [walker.advance(value) for walker, value in zip(walkers, values, strict=True)]
+        values: list[Tensor | None] = [None] * len(walkers)
+        for _ in range(num_ends):
+            ends = [walker.advance(values.pop(0)) for walker in walkers]  # a value is let go before the next is made
             reached = [end for end in ends if end is not None]
             if not reached:
                 return
@@ -43,10 +50,26 @@ def run_in_lockstep(model: nn.Module, paths: Mapping[str, SignalPath], solve: So
                     "pad the calibration batches to one size"
                 )
             with torch.no_grad():
-                values = solve(reached)
+                values = list(solve(reached))
+            del ends, reached
     finally:
         for walker in walkers:
             walker.stop()
+
+
+def _run_alone(model: nn.Module, paths: Mapping[str, SignalPath], solve: Solve, make: Make, num_ends: int) -> None:
+    seen = 0
+
+    def finish(end: PathEnd) -> Tensor:
+        nonlocal seen
+        value = solve([end])[0]
+        seen += 1
+        if seen == num_ends:
+            raise Stopped
+        return value
+
+    with suppress(Stopped), torch.no_grad(), hook_path_ends(model, paths, finish):
+        forward(model, make())
 
 
 def _sharing_weights(model: nn.Module) -> nn.Module:
@@ -55,15 +78,15 @@ def _sharing_weights(model: nn.Module) -> nn.Module:
     return copied(model, shared)
 
 
-class _Stopped(Exception):
-    """Ends a pass early."""
+class Stopped(Exception):
+    """Ends a forward pass early."""
 
 
 class _Walker:
     """One forward pass in its own thread, which runs only while `advance` waits for it."""
 
-    def __init__(self, model: nn.Module, paths: Mapping[str, SignalPath], inputs: Any) -> None:
-        self._model, self._paths, self._inputs = model, paths, inputs
+    def __init__(self, model: nn.Module, paths: Mapping[str, SignalPath], make: Make) -> None:
+        self._model, self._paths, self._make = model, paths, make
         self._given: SimpleQueue[Tensor | None] = SimpleQueue()
         self._reached: SimpleQueue[PathEnd | BaseException | None] = SimpleQueue()
         self._is_over = False
@@ -93,7 +116,7 @@ class _Walker:
     def _walk(self) -> None:
         try:
             with torch.no_grad(), hook_path_ends(self._model, self._paths, self._wait_at):
-                forward(self._model, self._inputs)
+                forward(self._model, self._make())
             self._reached.put(None)
         except BaseException as error:  # passed to the waiting thread, which raises it
             self._reached.put(error)
@@ -102,5 +125,5 @@ class _Walker:
         self._reached.put(end)
         value = self._given.get()
         if value is None:
-            raise _Stopped
+            raise Stopped
         return value

@@ -10,51 +10,31 @@ of those blocks (`removed_block_targets`).
 """
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from deploypipe.errors import DataError
+from deploypipe.compute_device import exact_float32, to_device
 from deploypipe.memory_order import find_order
 from deploypipe.networks.model_wrappers import unwrapped
-from deploypipe.numerics.least_squares import CrossMoments
-from deploypipe.observe.layer_regressions import (
-    LinearLike,
-    from_blocks,
-    num_groups,
-    sample_inputs,
-    sample_outputs,
-    sample_positions,
-    weight_blocks,
-    writes,
-)
-from deploypipe.pruning.repair.affine_paths import (
-    PathEnd,
-    SignalPath,
-    common_paths,
-    find_paths,
-    hook_path_ends,
-    layers_without_path,
-)
-from deploypipe.pruning.repair.batches_in_lockstep import run_in_lockstep
+from deploypipe.pruning.repair.affine_paths import SignalPath, common_paths, find_paths, layers_without_path
 from deploypipe.pruning.repair.removed_block_targets import layers_before_removed_blocks
+from deploypipe.pruning.repair.repair_passes import RepairWork, cut_in_pieces, real_tokens_of
 from deploypipe.recipe import Repair
-from deploypipe.records import Notify, Progress, PruningPlan, RepairReport, RepairRow, silent
-from deploypipe.task import (
-    Batch,
-    RealTokens,
-    find_real_tokens,
-    forward,
-    num_samples,
-    stack_alike,
-    take_calib,
+from deploypipe.records import (
+    Notify,
+    Progress,
+    PruningPlan,
+    RepairFit,
+    RepairReport,
+    RepairRow,
+    RepairSegment,
+    silent,
 )
-
-_NEGLIGIBLE = 1e-7  # relative squared error that float32 rounding alone can cause
-_MAX_COLUMNS = 1024  # of groups of a convolution that are sampled together; their patches are held in memory
+from deploypipe.task import Batch, RealTokens, num_samples, stack_alike, take_calib
 
 
 def repair(
@@ -68,6 +48,8 @@ def repair(
     real_tokens: RealTokens | None = None,
     seed: int = 0,
     notify: Notify = silent,
+    fit: RepairFit | None = None,
+    device: torch.device | None = None,
 ) -> tuple[nn.Module, RepairReport]:
     """Repair a copy of `pruned`: solve its weights layer by layer to reproduce the dense network's outputs.
 
@@ -79,50 +61,53 @@ def repair(
     arriving: what the pruned network reads instead of `batches`, sample by sample, if both networks follow layers that
     were pruned before. real_tokens: as `Task.real_tokens`; padding does not count. The report first lists the layers
     that cannot be solved.
+    fit: from `fit_repair`, if all samples at once are too much for the memory; each segment costs two passes up to its
+    last layer. device: where it computes; None: where the networks and batches are. The result is where `pruned` is.
     """
     dense, pruned = unwrapped(dense), unwrapped(pruned)
     taken = take_calib(batches, settings.num_samples)
-    groups = stack_alike([batch for batch, _ in taken])
-    num_taken = sum(map(num_samples, groups))
+    came = None if arriving is None else take_calib(arriving, settings.num_samples)
+    num_taken = sum(num_samples(inputs) for inputs, _ in taken)
     repaired = copy.deepcopy(pruned).eval()
     if not plan.blocks and not plan.edits:
         return _as_before(repaired, pruned), RepairReport(rows=(), num_samples=num_taken)
+    home = next((parameter.device for parameter in pruned.parameters()), None)
     teacher = copy.deepcopy(dense).eval()
-    few = stack_alike([batch for batch, _ in take_calib(taken, 2)])[0]
-    own = find_paths(teacher, few)
-    found = common_paths(find_paths(repaired, few), own)
-    paths = {name: path for name, path in found.items() if not path.why_not}
-    reasons = {name: path.why_not for name, path in found.items() if path.why_not} | layers_without_path(repaired)
-    rows = [RepairRow(module=name, reason=reason) for name, reason in reasons.items()]
-    real = [find_real_tokens(group, real_tokens) for group in groups]
-    sampler = _Sampler(settings.positions_per_sample, seed, teacher, real)
-    solvable = {name: path for name, path in own.items() if not path.why_not} | paths
-    next_layers = layers_before_removed_blocks(teacher, solvable, plan.blocks, few) if plan.blocks else {}
-    layers_at = {name: name for name in paths if name not in next_layers}
-    layers_at |= {last: layer for layer, last in next_layers.items() if layer in paths}
-    arrange = find_order(teacher, few)
-    ends_of = {name: solvable[name] for name in layers_at}
-    targets = _dense_targets(teacher, ends_of, layers_at, sampler, plan, list(map(arrange, groups)))
-    modules = dict(repaired.named_modules())
+    if device is not None:
+        repaired, teacher = repaired.to(device), teacher.to(device)
+    few = to_device(stack_alike([batch for batch, _ in take_calib(taken, 2)])[0], device)
+    with exact_float32(device):
+        work = _prepare(teacher, repaired, plan, few, settings, seed, device)
+        reasons = len(work.rows)
 
-    def solve(ends: Sequence[PathEnd]) -> list[Tensor]:
-        path = ends[0].path
-        layer, norm = modules[path.layer], modules[path.norm] if path.norm else None
-        places = [sampler.positions(path.layer, layer, end.value, number) for number, end in enumerate(ends)]
-        wanted = targets.pop(path.layer)
-        for number, end in enumerate(ends):
-            if end.other is not None:
-                others = sample_outputs(layer, end.other.expand_as(end.value), places[number])
-                wanted[number] = wanted[number] - others
-        row, outputs = _solve_layer_(ends, layer, norm, places, torch.cat(wanted), settings.ridge)
-        rows.append(row)
-        notify(Progress(stage="repair", done=len(rows) - len(reasons), total=len(paths), message=path.layer))
-        return outputs
+        def report(layer: str) -> None:
+            done = len(work.rows) - reasons
+            notify(Progress(stage="repair", done=done, total=len(work.paths), message=layer))
 
-    if arriving is not None:
-        groups = stack_alike([batch for batch, _ in take_calib(arriving, settings.num_samples)])
-    run_in_lockstep(repaired, paths, solve, list(map(arrange, groups)))
-    return _as_before(repaired, pruned), RepairReport(rows=tuple(rows), num_samples=num_taken)
+        for segment in _segments(fit, settings, work.paths):
+            size = fit.batch_size if fit and fit.segments else None
+            pieces = cut_in_pieces(taken, segment, size)
+            arrived = pieces if came is None else cut_in_pieces(came, segment, size)
+            real = [real_tokens_of(piece, real_tokens) for piece in pieces]
+            work.run_(segment, pieces, arrived, real, report)
+    if home is not None:
+        repaired = repaired.to(home)
+    return _as_before(repaired, pruned), RepairReport(rows=tuple(work.rows), num_samples=num_taken)
+
+
+def _segments(fit: RepairFit | None, settings: Repair, paths: Mapping[str, SignalPath]) -> Sequence[RepairSegment]:
+    """The layers of each pass. A layer that the fit does not know is solved in its last pass."""
+    if fit is None or not fit.segments:
+        return (
+            RepairSegment(
+                layers=tuple(paths),
+                num_samples=settings.num_samples,
+                positions_per_sample=settings.positions_per_sample,
+            ),
+        )
+    known = {layer for segment in fit.segments for layer in segment.layers}
+    *first, last = fit.segments
+    return (*first, replace(last, layers=(*last.layers, *(layer for layer in paths if layer not in known))))
 
 
 def _as_before(repaired: nn.Module, pruned: nn.Module) -> nn.Module:
@@ -132,177 +117,31 @@ def _as_before(repaired: nn.Module, pruned: nn.Module) -> nn.Module:
     return repaired
 
 
-class _Sampler:
-    """Draw the same output positions of a layer in the dense and in the pruned network."""
-
-    def __init__(self, count: int, seed: int, model: nn.Module, real: Sequence[Tensor | None]) -> None:
-        self.count, self.seed, self.real = count, seed, real
-        self.order = {name: number for number, (name, _) in enumerate(model.named_modules())}
-
-    def positions(self, name: str, layer: LinearLike, output: Tensor, group: int) -> Tensor:
-        """The positions for the samples of one group of batches."""
-        seed = self.seed * 100_003 + self.order[name] + group * 10_000_019
-        return sample_positions(layer, output, self.count, torch.Generator().manual_seed(seed), self.real[group])
-
-
-def _dense_targets(
+def _prepare(
     teacher: nn.Module,
-    paths: dict[str, SignalPath],
-    layers_at: dict[str, str],
-    sampler: _Sampler,
+    repaired: nn.Module,
     plan: PruningPlan,
-    groups: Sequence[Any],
-) -> dict[str, list[Tensor]]:
-    """The dense network's values at the ends of paths: layer to repair -> (rows, kept outputs) per group of batches.
-
-    layers_at: layer whose path ends there -> layer to repair; they differ if the blocks between them are removed.
-    """
-    modules = dict(teacher.named_modules())
-    targets: dict[str, list[Tensor]] = {}
-    removed: dict[str, set[int]] = {}
-    for edit in plan.edits:
-        if edit.module in modules and writes(modules[edit.module], edit.side):
-            removed.setdefault(edit.module, set()).update(edit.removed)
-
-    def record(end: PathEnd) -> Tensor:
-        name = layers_at[end.path.layer]
-        layer = modules[name]
-        seen = targets.setdefault(name, [])
-        total = end.value if end.other is None else end.value + end.other
-        rows = sample_outputs(layer, total, sampler.positions(name, layer, end.value, len(seen)))
-        kept = [i for i in range(rows.shape[1]) if i not in removed.get(name, set())]
-        seen.append(rows[:, kept])
-        return end.value
-
-    with torch.no_grad(), hook_path_ends(teacher, paths, record):
-        for inputs in groups:
-            forward(teacher, inputs)
-    return targets
-
-
-def _solve_layer_(
-    ends: Sequence[PathEnd], layer: LinearLike, norm: Any, places: Sequence[Tensor], target: Tensor, ridge: float
-) -> tuple[RepairRow, list[Tensor]]:
-    """Regress `target` (rows, outputs) on what the layer reads, write the solution, and keep it if it is better.
-
-    ends: one per group of batches, with the positions of its rows in `places`. The regression has an intercept if a
-    bias or a batch norm can store it. Errors are relative to the target's variance, and measured at the ends of the
-    paths with the old and with the new weights.
-    """
-    name = ends[0].path.layer
-    centred = target - target.mean(0, dtype=torch.float64).to(target.dtype)
-    variance = float(centred.square().mean(0, dtype=torch.float64).sum().clamp_min(1e-30))
-
-    def error(values: Sequence[Tensor]) -> float:
-        sampled = [sample_outputs(layer, value, at) for value, at in zip(values, places, strict=True)]
-        difference = target - torch.cat(sampled)
-        return float(difference.square().sum(dtype=torch.float64)) / len(target) / variance
-
-    old_values = [end.value for end in ends]
-    before = error(old_values)
-    if before < _NEGLIGIBLE:
-        return RepairRow(module=name, error_before=before, error_after=before, reason="nothing to repair"), old_values
-    solution = _regress(ends, layer, norm, places, target, ridge)
-    written = [t for m in (layer, norm) if m is not None for t in (*m.parameters(False), *m.buffers(False))]
-    old = [tensor.detach().clone() for tensor in written]
-    if norm is not None:
-        _write_before_norm_(layer, norm, solution)
-    else:
-        layer.weight.copy_(_as_weight(layer, solution.weights))
-        if layer.bias is not None:
-            layer.bias.copy_(solution.intercept)
-    outputs: list[Tensor] = [layer.forward(*end.args) for end in ends]
-    if norm is not None:
-        outputs = [norm.forward(output) for output in outputs]
-    after = error(outputs)
-    if after < before:
-        return RepairRow(module=name, error_before=before, error_after=after), outputs
-    for tensor, value in zip(written, old, strict=True):
-        tensor.copy_(value)
-    return RepairRow(module=name, error_before=before, error_after=before, reason="no solution lowers it"), old_values
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Solution:
-    """weights (outputs, inputs / groups * taps), intercept (outputs,), and the moments of the weights' products."""
-
-    weights: Tensor
-    intercept: Tensor
-    product_mean: Tensor
-    product_variance: Tensor
-
-
-def _regress(
-    ends: Sequence[PathEnd], layer: LinearLike, norm: Any, places: Sequence[Tensor], target: Tensor, ridge: float
-) -> _Solution:
-    """One regression per group of a convolution, shrunk towards the current weights."""
-    blocks, groups = weight_blocks(layer).double(), num_groups(layer)  # (groups, outputs, inputs * taps)
-    scale = _output_scale(norm)
-    prior = blocks.mT if scale is None else blocks.mT * scale.view(groups, 1, -1)
-    targets = target.view(len(target), groups, -1).movedim(1, 0)  # (groups, rows, outputs)
-    has_intercept = norm is not None or layer.bias is not None
-    step = max(1, _MAX_COLUMNS // blocks.shape[2])
-    fits = []
-    for start in range(0, groups, step):
-        part = slice(start, start + step)
-        read = [_inputs_of(layer, end.args[0], part) for end in ends]
-        patches = torch.cat(
-            [sample_inputs(layer, x, end.value, at) for x, end, at in zip(read, ends, places, strict=True)]
-        )
-        regressors = patches.view(len(patches), -1, blocks.shape[2]).movedim(1, 0)  # (groups, rows, inputs * taps)
-        moments = CrossMoments.of(regressors, targets[part])
-        if not moments.is_finite:
-            raise DataError(
-                f"{ends[0].path.layer}: activations are not finite on the calibration samples; "
-                "check the data and the model"
-            )
-        fits.append(moments.fit(prior[part], ridge, has_intercept=has_intercept))
-    return _Solution(
-        weights=torch.cat([fit.coefficients.mT.flatten(0, 1) for fit in fits]),
-        intercept=torch.cat([fit.intercept.flatten() for fit in fits]),
-        product_mean=torch.cat([fit.product_mean.flatten() for fit in fits]),
-        product_variance=torch.cat([fit.product_variance.flatten() for fit in fits]),
+    few: Any,
+    settings: Repair,
+    seed: int,
+    device: torch.device | None,
+) -> RepairWork:
+    """Find the layers to solve, and where the dense network gives what they should. few: a few samples."""
+    own = find_paths(teacher, few)
+    found = common_paths(find_paths(repaired, few), own)
+    paths = {name: path for name, path in found.items() if not path.why_not}
+    reasons = {name: path.why_not for name, path in found.items() if path.why_not} | layers_without_path(repaired)
+    solvable = {name: path for name, path in own.items() if not path.why_not} | paths
+    next_layers = layers_before_removed_blocks(teacher, solvable, plan.blocks, few) if plan.blocks else {}
+    return RepairWork(
+        teacher=teacher,
+        repaired=repaired,
+        paths=paths,
+        dense_ends={layer: solvable[next_layers.get(layer, layer)] for layer in paths},
+        plan=plan,
+        ridge=settings.ridge,
+        seed=seed,
+        arrange=find_order(teacher, few),
+        device=device,
+        rows=[RepairRow(module=name, reason=reason) for name, reason in reasons.items()],
     )
-
-
-def _inputs_of(layer: LinearLike, inputs: Tensor, part: slice) -> Tensor:
-    """The input channels that the groups `part` of a convolution read."""
-    groups = num_groups(layer)
-    if groups == 1:
-        return inputs
-    width = inputs.shape[1] // groups
-    return inputs[:, part.start * width : part.stop * width]
-
-
-def _output_scale(norm: Any) -> Tensor | None:
-    if norm is None:
-        return None
-    gain = norm.weight if norm.weight is not None else torch.ones_like(norm.running_var)
-    scale: Tensor = gain.double() / (norm.running_var.double() + norm.eps).sqrt()
-    return scale.detach()
-
-
-def _as_weight(layer: LinearLike, rows: Tensor) -> Tensor:
-    """Rows (outputs, inputs / groups * taps) as a tensor shaped like the layer's weight."""
-    return from_blocks(layer, rows.view(num_groups(layer), -1, rows.shape[1]))
-
-
-def _write_before_norm_(layer: LinearLike, norm: Any, solution: _Solution) -> None:
-    """Write the solution, its scale and its intercept in the batch norm.
-
-    The norm gets the true statistics of `layer(x)`, so that the network computes the same with batch statistics
-    (training) as with running ones. The weights of each output keep their old length: before a batch norm this length
-    changes only the size of a training step (van Laarhoven, arXiv:1706.05350). The solution's own lengths contain the
-    gain of the norm. On ResNet-56 they are 0.007 to 18 times the old ones, and a fine-tune with them lost the repair.
-    """
-    solved = solution.weights
-    length, solved_length = weight_blocks(layer).double().flatten(0, 1).norm(dim=1), solved.norm(dim=1)
-    scale = torch.where((length > 0) & (solved_length > 0), length / solved_length, 1.0)
-    layer.weight.copy_(_as_weight(layer, solved * scale[:, None]))
-    if layer.bias is not None:
-        layer.bias.zero_()
-    variance = solution.product_variance * scale.square()
-    norm.running_mean.copy_(solution.product_mean * scale)
-    norm.running_var.copy_(variance)
-    norm.weight.copy_((variance + norm.eps).sqrt() / scale)
-    norm.bias.copy_(solution.product_mean + solution.intercept)

@@ -1,0 +1,82 @@
+"""How much memory a run may hold, and how much a network's activations take: the sizes that batches are chosen by."""
+
+import os
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from deploypipe.networks.batch_trees import tensors
+from deploypipe.untrusted_files.limited_process import free_memory
+
+GIB = 2**30
+AUTO_BYTES = 5 * GIB  # "auto" takes no more, so that machines with 10 GiB and more choose alike
+_LEAST_BYTES = 2**28
+
+
+def allowed_bytes(gib: float | None, device: torch.device) -> int:
+    """The bytes that a run's stages may hold on the device, besides what the process holds already.
+
+    gib: a recipe's limit. None: half of what is free here and now, or in the container, and at most `AUTO_BYTES`.
+    """
+    if gib is not None:
+        return int(gib * GIB)
+    return max(_LEAST_BYTES, min(_free_bytes(device) // 2, AUTO_BYTES))
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        return free_memory()
+    except OSError:  # macOS reports all memory, not what is free of it
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def gibibytes(num_bytes: float) -> str:
+    """A size for people: "4.8 GiB"."""
+    return f"{num_bytes / GIB:.1f} GiB"
+
+
+def tree_bytes(*trees: Any) -> int:
+    """The bytes of all tensors in batches."""
+    return sum(tensor.nbytes for tree in trees for tensor in tensors(tree))
+
+
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Count the bytes of all tensors made within the block, by this thread, that are still alive.
+
+    Each storage counts once, whatever views it has, from the end of the operation that made it until the last
+    reference to it is gone: a hook's, a variable's in forward(), or one for a backward pass. Memory that an operation
+    needs only while it runs is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = 0
+        self.peak = 0  # may be set back to `now`
+        self._alive: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {value.untyped_storage()._cdata for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, Tensor):
+                storage = value.untyped_storage()
+                if storage._cdata not in given and storage._cdata not in self._alive:  # no view, no weight
+                    self._count(storage)
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+
+        def end(_: Any) -> None:
+            del self._alive[key]
+            self.now -= size
+
+        self._alive[key] = weakref.ref(storage, end)
+        self.now += size
+        self.peak = max(self.peak, self.now)

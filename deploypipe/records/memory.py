@@ -1,0 +1,24 @@
+"""How the stages of a run fit into memory."""
+
+from dataclasses import dataclass
+
+from deploypipe.records.structures import Names
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RepairSegment:
+    """Layers that are repaired in one pass, with as many samples as memory holds there."""
+
+    layers: Names
+    num_samples: int
+    positions_per_sample: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RepairFit:
+    """How a repair fits into memory. Without segments all samples run as one batch."""
+
+    segments: tuple[RepairSegment, ...] = ()
+    batch_size: int = 0  # samples that advance at once, from one layer to the next; 0: all
+    num_bytes: int = 0  # predicted, at its peak
+    whole_bytes: int = 0  # what all samples in one batch would take
