@@ -97,6 +97,8 @@ def test_the_full_run_has_a_folder_of_its_own_and_trials_of_a_fast_one_name_it(d
     assert full_run_command(fast) == "deploypipe run t here --out=r/late-full --shared=s"
     several = "deploypipe run t a --out=runs/t-fast-dev-run/a --shared=runs/t-fast-dev-run/shared --fast-dev-run"
     assert full_run_command(several) == "deploypipe run t a --out=runs/t/a --shared=runs/t/shared"
+    assert full_run_command("deploypipe run t a") == "deploypipe run t a --set=fast_dev_run=false"  # recipe() asked
+    assert full_run_command("") == ""
 
 
 def test_no_waiver_and_no_later_decision_ships_it(done: RunResult, tmp_path: Path) -> None:

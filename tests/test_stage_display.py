@@ -142,6 +142,20 @@ def test_a_log_of_ten_hours_has_few_lines(clock: Clock, capsys: pytest.CaptureFi
     assert 20 < len(lines) < 60 and lines[0] == "search          11 of 36000, about 599 min 49 s left"
 
 
+def test_all_finalists_share_one_line_of_a_log(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each of them is stored as a stage of its own."""
+    see = PlainStages()
+    for seconds in (2.0, 3.0):
+        with reported(see, "finalist"):
+            clock.now += seconds
+    see(Cached(stage="finalist"))
+    see(Cached(stage="prune"))
+    see(Cached(stage="finalist"))
+    see(Started(stage="golden"))
+    said = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert said == ["finalists done in 5.0 s", "prune cached", "finalists cached"]
+
+
 @pytest.mark.parametrize(("name", "value"), [("TERM", "dumb"), ("CI", "true"), ("", "")])
 def test_lines_are_drawn_again_in_a_real_terminal_only(
     name: str, value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

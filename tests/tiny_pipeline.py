@@ -85,7 +85,7 @@ def task() -> Task:
 def recipe() -> Recipe:
     return Recipe(
         observe=Observe(num_samples=128),
-        search=Search(num_trials=3, num_curve_samples=64, num_levels=3, num_repair_samples=64),
+        search=Search(num_trials=3, num_curve_samples=64, num_levels=3, num_repair_samples=64, num_timed=8),
         repair=Repair(num_samples=128),
         finetune=Finetune(num_epochs=2, precision="fp32"),
     )

@@ -40,6 +40,7 @@ _ORDERS = 4  # of two files: which is opened first, which is timed first
 _LEAD = 2  # untimed runs before a block, which bring the file's weights back into the caches
 _REOPENED_SECONDS = 0.1  # at most, once two runs are done
 _SECONDS = 2.0  # of timed runs of each file, if no number of runs is given
+_BRIEF_SAMPLES = 80  # in brief timing, whatever number is asked for: one round in each of `_ORDERS` openings
 _MAX_SAMPLES = 4000
 _ATTEMPTS = 3  # to find the machine steady
 _PAUSE_SECONDS = 5.0  # before the next one
@@ -53,7 +54,7 @@ _IS_BRIEF: ContextVar[bool] = ContextVar("is_brief", default=False)
 
 @contextmanager
 def brief_timing() -> Iterator[None]:
-    """Inside, files are timed for a moment only, and a busy machine is not waited for: figures for no decision."""
+    """Inside, files are run a few dozen times only, and a busy machine is not waited for: figures for no decision."""
     token = _IS_BRIEF.set(True)
     try:
         yield
@@ -90,8 +91,9 @@ def time_interleaved(
         before = read_state()
         spent = [_try(path, inputs, runtime, target) for path in paths]
         to_open, to_run = (sum(seconds) for seconds in zip(*spent, strict=True))
-        seconds = 0.0 if _IS_BRIEF.get() else _SECONDS
-        least = num_samples or max(target.num_latency_samples, min(_MAX_SAMPLES, int(seconds * len(paths) / to_run)))
+        quick = min(_MAX_SAMPLES, int(_SECONDS * len(paths) / to_run))
+        asked = num_samples or max(target.num_latency_samples, quick)
+        least = min(asked, _BRIEF_SAMPLES) if _IS_BRIEF.get() else asked
         openings, runs = schedule(least)
         if openings * to_open > max(_CHEAP_SECONDS, least * to_run):
             openings, runs = schedule(least, most=_FEW_OPENINGS)

@@ -11,7 +11,7 @@ from rich.console import Console
 from deploypipe.cli.exit_codes import say
 from deploypipe.cli.interrupts import kept_interrupts
 from deploypipe.cli.live_stages import LiveStages
-from deploypipe.records import Cached, Event, Finished, Note, Notify, Progress, Started, Warned
+from deploypipe.records import Cached, Event, Finished, Note, Notify, Planned, Progress, Started, Warned
 from deploypipe.records.stages import PREPARATION, STAGES, doing_of, title_of, work_of
 from deploypipe.report.run_tables import seconds
 
@@ -19,6 +19,7 @@ TITLE_WIDTH = max(len(stage.title) for stage in STAGES)
 _QUIET_SECONDS = 10.0  # at least, between two lines about the same stage
 _QUIET_SHARE = 0.25  # of the stage's time so far: a stage of ten hours has about forty lines
 _UNSTORED = {stage.name for stage in PREPARATION}
+_IN_PARTS = "finalist"  # each is stored as a stage of its own, and all of them share a line
 
 
 @contextmanager
@@ -62,9 +63,12 @@ class PlainStages:
 
     def __init__(self) -> None:
         self.stage, self.begun, self.shown = "", 0.0, 0.0
+        self.parts: list[float] = []  # seconds that each part took
 
     def __call__(self, event: Event) -> None:
         now = time.monotonic()
+        if self._is_end_of_part(event, now):
+            return
         match event:
             case Started():
                 self.stage, self.begun, self.shown = event.stage, now, now
@@ -72,9 +76,8 @@ class PlainStages:
                     say(doing_of(event.stage), flush=True)
             case Cached():
                 _say_of(event.stage, "cached")
-            case Finished():
-                if event.stage not in _UNSTORED:
-                    _say_of(event.stage, f"done in {seconds(now - self.begun)}")
+            case Finished() if event.stage not in _UNSTORED:
+                _say_of(event.stage, f"done in {seconds(now - self.begun)}")
             case Note():
                 _say_of(event.stage, event.text)
             case Warned():
@@ -84,6 +87,18 @@ class PlainStages:
                 if event.total and event.done and now - self.shown > quiet:
                     self.shown = now
                     _say_of(self.stage, self._progress_text(event, now - self.begun))
+
+    def _is_end_of_part(self, event: Event, now: float) -> bool:
+        """Whether a part of a stage ends, whose time is added up. The stage's line comes before the next stage's."""
+        if isinstance(event, Planned):
+            return False
+        if event.stage == _IN_PARTS and isinstance(event, Cached | Finished):
+            self.parts.append(now - self.begun if isinstance(event, Finished) else 0.0)
+            return True
+        if self.parts and event.stage != _IN_PARTS:
+            _say_of(_IN_PARTS, f"done in {seconds(sum(self.parts))}" if any(self.parts) else "cached")
+            self.parts.clear()
+        return False
 
     def _progress_text(self, event: Progress, passed_s: float) -> str:
         text = f"{event.done} of {event.total}"

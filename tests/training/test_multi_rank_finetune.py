@@ -296,7 +296,7 @@ def test_a_run_on_two_ranks_ends_as_one_and_is_resumed_by_one(tmp_path: Path) ->
     assert "Warning" not in done.stderr
     result = load_result(tmp_path / "out")
     assert result.search and result.training and [epoch.epoch for epoch in result.training.epochs] == [0, 1, 2]
-    assert stages.count("finalists") == len(result.search.finalists)
+    assert stages.count("finalists") == 1 < len(result.search.finalists)
     num_losses = (len(result.search.finalists) + 2) * 4 * 2  # epochs, batches of 64, two labels for each sample
     assert (tmp_path / "seen-1").read_text().splitlines() == ["32"] * num_losses
     alone = subprocess.run(
