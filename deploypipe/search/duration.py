@@ -38,7 +38,7 @@ def predict_seconds(evaluator: Evaluator, plan: PruningPlan, num_trials: int) ->
         opened = time.perf_counter()
         evaluate(passes, [batch], evaluator.task, "a candidate")
         evaluated = time.perf_counter()
-    num_val = sum(num_samples(inputs) for part in evaluator.parts for inputs, _ in part)
+    num_val = sum(part.num_samples for part in evaluator.parts)
     timing = NUM_TIMED * NUM_LATENCY_SAMPLES * 2 * (evaluator.dense_p50_ms or 0.0) / 1000
     own = (repaired - start) / min(share, 1.0) + (evaluated - opened) * num_val / num_samples(batch[0])
     return num_trials * (own + timing)

@@ -8,7 +8,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from deploypipe.budgets import LATENCY_P50, PEAK_MEMORY
+from deploypipe.compute_device import CPU
 from deploypipe.files.hashing import digest
+from deploypipe.memory_budget import allowed_bytes
 from deploypipe.memory_order import find_order
 from deploypipe.pruning.surgery.apply_plan import apply_plan
 from deploypipe.pruning.surgery.plan import make_plan
@@ -66,6 +68,8 @@ from deploypipe.stages import compression, profile
 from deploypipe.stages.context import RunContext
 from deploypipe.stages.expected_stages import is_timed
 from deploypipe.target import Limit
+
+_VAL_SHARE = 0.25  # of the memory that a run may hold; the rest of val is in a file
 
 
 def is_needed(
@@ -316,7 +320,13 @@ def _evaluator(ctx: RunContext, goal: SearchGoal, work: Path) -> Evaluator:
         candidates=goal.candidates,
         dense_p50_ms=goal.reference.latency_p50_ms,
         calib=ctx.calib,
-        parts=draw_parts(ctx.splits.val, ctx.recipe.seed, find_order(ctx.model, ctx.inputs)),
+        parts=draw_parts(
+            ctx.splits.val,
+            ctx.recipe.seed,
+            find_order(ctx.model, ctx.inputs),
+            most_bytes=allowed_bytes(None, CPU) * _VAL_SHARE,
+            folder=ctx.run.path,
+        ),
         task=ctx.task,
         recipe=ctx.recipe,
         needs_peak_memory=memory_limit_mib(tight, goal.reference, objectives) is not None,

@@ -1,5 +1,8 @@
 """The seed alone decides which samples come first, and trials that are no worse are almost never stopped."""
 
+import math
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -18,6 +21,7 @@ from deploypipe.search.evaluation.early_stopping import (
     interim_sample_counts,
     is_certainly_worse,
 )
+from deploypipe.search.evaluation.held_val import hold
 from deploypipe.search.sample_results import Results, decode_results, encode_results
 from deploypipe.task import Batch, Task, num_samples
 
@@ -49,6 +53,24 @@ def test_every_sample_is_in_one_part_and_the_seed_decides_which() -> None:
     assert len({str(torch.cat([t for _, t in p[0]]).tolist()) for p in (first, other, negative)}) == 3
     for inputs, target in first[0]:
         assert torch.equal(inputs["ids"][:, 0], target) and len(inputs["mask"]) == len(target) == num_samples(inputs)
+
+
+@pytest.mark.parametrize("most_bytes", [0, 9_000])
+def test_samples_beyond_the_memory_are_the_same_from_a_file(most_bytes: int, tmp_path: Path) -> None:
+    val = [
+        ({**inputs, "flag": torch.tensor(True), "half": target.bfloat16()}, target) for inputs, target in ragged(300)
+    ]
+    in_memory = draw_parts(iter(val), seed=0)
+    in_file = draw_parts(iter(val), seed=0, most_bytes=most_bytes, folder=tmp_path)
+    for one, other in zip(in_memory, in_file, strict=True):
+        assert one.num_samples == other.num_samples == sum(num_samples(inputs) for inputs, _ in other)
+        for (inputs, target), (same, same_target) in zip(one, other, strict=True):
+            assert inputs.keys() == same.keys() and torch.equal(target, same_target)
+            assert all(torch.equal(inputs[key], same[key]) for key in inputs)
+    assert len(hold(val, math.inf, tmp_path / "absent")) == len(val)
+    with pytest.raises(FileNotFoundError):  # where the file would be
+        hold(val, most_bytes, tmp_path / "absent")
+    assert not list(tmp_path.iterdir())  # it has no name, and ends with the process
 
 
 class Flawed(nn.Module):

@@ -1,18 +1,19 @@
 """Evaluate accuracy on a growing part of val, and stop a candidate that is certainly worse than another."""
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
 from deploypipe.benchmark.accuracy import evaluate
 from deploypipe.benchmark.forward_passes import Passes
 from deploypipe.memory_order import Arrange, as_given
 from deploypipe.numerics.paired_comparison import chance_if_not_worse
+from deploypipe.search.evaluation.held_val import Part, hold
 from deploypipe.search.sample_results import Results
-from deploypipe.task import Batch, Task, map_samples, num_samples
+from deploypipe.task import Batch, Task, num_samples
 
 _SHARES = (8, 4, 2)  # interim tests see 1/8, 1/4 and 1/2 of val; the last evaluation sees all of it
 _MIN_SAMPLES = 500  # of the first interim test
@@ -24,12 +25,20 @@ def interim_sample_counts(num_samples: int) -> tuple[int, ...]:
     return tuple(sorted({min(num_samples, max(_MIN_SAMPLES, num_samples // share)) for share in (*_SHARES, 1)}))
 
 
-def draw_parts(val: Iterable[Batch], seed: int, arrange: Arrange = as_given) -> tuple[tuple[Batch, ...], ...]:
+def draw_parts(
+    val: Iterable[Batch],
+    seed: int,
+    arrange: Arrange = as_given,
+    *,
+    most_bytes: float = math.inf,
+    folder: Path | None = None,
+) -> tuple[Part, ...]:
     """Split val into the parts that the interim tests add one after the other; the seed alone decides the order.
 
-    A sample stays with those of its own batch, since batches may have different lengths. Holds all of val in memory.
+    A sample stays with those of its own batch, since batches may have different lengths. Val is read once. What of it
+    exceeds `most_bytes` is held in a file in `folder` (`held_val.hold`).
     """
-    batches = [(arrange(inputs), target) for inputs, target in val]
+    batches = hold(val, most_bytes, folder)
     sizes = [num_samples(inputs) for inputs, _ in batches]
     mixed = hashlib.sha256(f"val {seed}".encode()).digest()
     places = np.random.default_rng(int.from_bytes(mixed[:8], "big")).permutation(sum(sizes))
@@ -37,24 +46,15 @@ def draw_parts(val: Iterable[Batch], seed: int, arrange: Arrange = as_given) -> 
     parts, start = [], 0
     for end in interim_sample_counts(sum(sizes)):
         chosen = [np.flatnonzero((start <= place) & (place < end)) for place in by_batch]
-        parts.append(
-            tuple(_pick(batch, rows, arrange) for batch, rows in zip(batches, chosen, strict=True) if len(rows))
-        )
+        parts.append(Part(batches, chosen, arrange))
         start = end
     return tuple(parts)
-
-
-def _pick(batch: Batch, rows: NDArray[np.intp], arrange: Arrange) -> Batch:
-    index = torch.from_numpy(rows)
-    size = num_samples(batch[0])
-    inputs, target = (map_samples(lambda tensor: tensor[index.to(tensor.device)], part, size) for part in batch)
-    return arrange(inputs), target
 
 
 def evaluate_growing(
     open_network: Callable[[], Passes],
     known: Results,
-    parts: Sequence[Sequence[Batch]],
+    parts: Sequence[Part],
     task: Task,
     is_settled: Callable[[Results], bool],
 ) -> Results:
@@ -65,7 +65,7 @@ def evaluate_growing(
     """
     seen, passes = np.empty(0), None
     for number, part in enumerate(parts, start=1):
-        end = len(seen) + sum(num_samples(inputs) for inputs, _ in part)
+        end = len(seen) + part.num_samples
         if len(known) >= end:
             seen = known[:end]
         else:

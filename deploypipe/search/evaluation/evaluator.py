@@ -20,6 +20,7 @@ from deploypipe.search.evaluation.accuracy_cache import AccuracyCache
 from deploypipe.search.evaluation.candidate_files import NUM_LATENCY_SAMPLES, CandidateFiles
 from deploypipe.search.evaluation.candidate_passes import candidate_passes
 from deploypipe.search.evaluation.early_stopping import evaluate_growing
+from deploypipe.search.evaluation.held_val import Part
 from deploypipe.search.evaluation.run_trial import IsSettled
 from deploypipe.search.sample_results import Results
 from deploypipe.task import Batch, Task, take
@@ -32,7 +33,7 @@ class Evaluator:
     candidates: CandidateFiles
     dense_p50_ms: float | None  # None: the target cannot be measured here, so no candidate is
     calib: list[Batch]
-    parts: Sequence[Sequence[Batch]]  # of val, from `draw_parts`
+    parts: Sequence[Part]  # of val, from `draw_parts`
     task: Task
     recipe: Recipe
     needs_peak_memory: bool  # a budget or an objective asks for it
