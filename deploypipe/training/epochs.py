@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from deploypipe.benchmark.forward_passes import network_passes
 from deploypipe.errors import DataError
 from deploypipe.networks.model_copies import copied
 from deploypipe.numerics.intervals import seems_worse
@@ -112,14 +113,15 @@ def mean_loss(ranks: Ranks, losses: list[Tensor]) -> float:
 
 
 def validate(lesson: Lesson, splits: Splits) -> NDArray[np.float64]:
-    """The metric of each val sample, (samples,). Whole batches are distributed over the ranks."""
+    """The metric of each val sample, (samples,). Whole batches are distributed over the ranks; on a CPU each rank runs
+    them in pieces (`benchmark.forward_passes`)."""
     ranks, to_device = lesson.ranks, lesson.fabric.to_device
     lesson.model.eval()
     # Compiling again for validation would take longer than it saves.
     eager = torch.compiler.set_stance("force_eager") if lesson.settings.compile else nullcontext()
-    with torch.no_grad(), eager:
+    with network_passes(lesson.model) as passes, eager:
         own = {
-            number: lesson.task.metric(forward(lesson.model, lesson.arrange(to_device(inputs))), to_device(y)).cpu()
+            number: lesson.task.metric(passes.run([lesson.arrange(to_device(inputs))])[0], to_device(y)).cpu()
             for number, (inputs, y) in enumerate(splits.val)
             if number % ranks.count == ranks.rank
         }

@@ -42,7 +42,7 @@ def batches(*sizes: int) -> list[dict[str, Any]]:
 def test_pieces_give_what_whole_batches_give(num_parallel: int) -> None:
     sizes, call = seen_sizes(pair)
     given = batches(5, 21, 8)
-    outputs = ForwardPasses(call=call, num_parallel=num_parallel).run(given)
+    outputs = ForwardPasses(call=call, num_parallel=num_parallel, samples_in_piece=8).run(given)
     for inputs, seen in zip(given, outputs, strict=True):
         assert isinstance(seen, Pair)
         torch.testing.assert_close(seen.scores, pair(inputs).scores)
@@ -65,15 +65,15 @@ DEPENDENT: tuple[Callable[[dict[str, Any]], Any], ...] = (
 
 @pytest.mark.parametrize("call", DEPENDENT)
 def test_batches_that_cannot_be_split_stay_whole(call: Callable[[Any], Any]) -> None:
-    passes, (inputs,) = ForwardPasses(call=call), batches(21)
+    passes, (inputs,) = ForwardPasses(call=call, samples_in_piece=8), batches(21)
     for _ in range(2):
         torch.testing.assert_close(passes.run([inputs])[0], call(inputs))
     assert passes._can_split is False
 
 
-def test_a_piece_has_eight_samples_or_half_a_mebibyte() -> None:
-    assert piece_size(torch.zeros(64, 3, 32, 32)) == 8
+def test_a_piece_has_sixteen_samples_or_half_a_mebibyte() -> None:
+    assert piece_size(torch.zeros(64, 3, 32, 32)) == 16
     assert piece_size(torch.zeros(64, 3, 96, 96)) == 4
     assert piece_size(torch.zeros(64, 3, 224, 224)) == 1
-    assert piece_size({"ids": torch.zeros(64, 128, dtype=torch.long), "mask": torch.ones(64, 128)}) == 8
+    assert piece_size({"ids": torch.zeros(64, 128, dtype=torch.long), "mask": torch.ones(64, 128)}, 32) == 32
     assert piece_size(torch.zeros(0, 6)) >= 1

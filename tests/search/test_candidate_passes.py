@@ -88,7 +88,7 @@ def by_file(network: nn.Module, file: Path, val: list[Batch], reasons: list[str]
 
 @pytest.mark.parametrize(
     ("name", "network", "val"),
-    [("images", Convolutions(), images(40, 5, 1)), ("texts", Reader(), texts((20, 9), (3, 12), (17, 7), (1, 7)))],
+    [("images", Convolutions(), images(80, 5, 1)), ("texts", Reader(), texts((40, 9), (3, 12), (50, 7), (1, 7)))],
 )
 def test_file_and_network_agree_with_any_number_of_threads(
     name: str, network: nn.Module, val: list[Batch], folder: Path
