@@ -5,21 +5,38 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_CHUNK = 2**15  # features centred at once: the copy stays in the cache
+_CHUNK = 2**15  # features multiplied at once: a centred copy of them stays in the cache
+_MIN_SPREAD = 0.1  # share of the squared features that is variance; with less, float32 products lose digits to the mean
 
 
-def centred_gram(features: Tensor) -> Tensor:
-    """K~ (n, n) of features (n, d), such that <K~, L~> / (n (n - 3)) is the unbiased HSIC_1 of K and L. n >= 4."""
-    n = len(features)
-    gram = torch.zeros(n, n, dtype=torch.float64)
+def gram_of(features: Tensor) -> Tensor:
+    """Inner products (n, n) float64 of features (n, d), multiplied in float32.
+
+    They are centred first if the features are mostly mean. A shift of the features does not change HSIC, but the
+    digits that a large mean would cost do.
+    """
+    gram = _products(features, is_centred=False)
+    trace = gram.trace()
+    is_mostly_mean = trace - gram.sum() / len(gram) < _MIN_SPREAD * trace
+    return _products(features, is_centred=True) if is_mostly_mean else gram
+
+
+def _products(features: Tensor, *, is_centred: bool) -> Tensor:
+    gram = torch.zeros(len(features), len(features), dtype=torch.float64, device=features.device)
     for part in torch.split(features, _CHUNK, dim=1):
-        centred = part - part.mean(0)  # changes only the digits that a large mean would cost
-        gram += centred @ centred.T
-    gram.fill_diagonal_(0)
-    means = gram.sum(0) / (n - 2)
-    means = means - means.sum() / (2 * (n - 1))
-    gram = gram - means.unsqueeze(0) - means.unsqueeze(1)
-    return gram.fill_diagonal_(0)
+        values = part - part.mean(0) if is_centred else part
+        gram += values @ values.T
+    return gram
+
+
+def _centred(grams: Tensor) -> Tensor:
+    """K~ of grams K (*, n, n), such that <K~, L~> / (n (n - 3)) is the unbiased HSIC_1 of K and L. n >= 4."""
+    n = grams.shape[-1]
+    is_own = torch.eye(n, dtype=torch.bool, device=grams.device)
+    grams = grams.masked_fill(is_own, 0)
+    means = grams.sum(-1) / (n - 2)
+    means -= means.sum(-1, keepdim=True) / (2 * (n - 1))
+    return (grams - means.unsqueeze(-1) - means.unsqueeze(-2)).masked_fill_(is_own, 0)
 
 
 class HsicAccumulator:
@@ -32,12 +49,12 @@ class HsicAccumulator:
         self.total = torch.zeros(count, count, dtype=torch.float64)
 
     def add_(self, grams: Sequence[Tensor]) -> None:
-        """Add one batch: one `centred_gram` (n samples, n) per representation. Ignored if n < 4."""
+        """Add one batch: one `gram_of` (n samples, n) per representation. Ignored if n < 4."""
         n = len(grams[0])
         if n < 4:
             return
-        rows = torch.stack([gram.flatten() for gram in grams])
-        self.total += rows @ rows.T / (n * (n - 3))
+        rows = _centred(torch.stack(list(grams))).flatten(1)
+        self.total = self.total.to(rows.device) + rows @ rows.T / (n * (n - 3))
 
 
 def cka(hsic: Tensor) -> Tensor:

@@ -62,17 +62,47 @@ def sum_of_products(x: Tensor, y: Tensor) -> Tensor:
     return total
 
 
-def add_gram_(lower: Tensor, x: Tensor) -> None:
-    """Add x'x to `lower` (p, p) in float64, as `sum_of_products` does, except most of the part above the diagonal."""
-    for part in torch.split(x, _CHUNK):
-        for start in range(0, x.shape[1], _BLOCK):
-            columns = slice(start, start + _BLOCK)
-            lower[start:, columns] += part[:, start:].T @ part[:, columns]
+class GramSum:
+    """The sum of x'x (*, p, p) over rows x (*, n, p) that come in parts.
+
+    Products are added in the precision of x for up to `_CHUNK` rows, as in `sum_of_products`, and then in float64. Most
+    of the part above the diagonal is left out until the end.
+    """
+
+    def __init__(self) -> None:
+        self._recent: Tensor | None = None  # of the last `_num_recent` rows
+        self._num_recent = 0
+        self._earlier: Tensor | None = None  # float64
+
+    def add_(self, x: Tensor) -> None:
+        for part in torch.split(x, _CHUNK, dim=-2):
+            count, width = part.shape[-2:]
+            if self._recent is None:
+                self._recent = part.new_zeros(*part.shape[:-2], width, width)
+            elif self._num_recent + count > _CHUNK:
+                self._earlier = self._recent.double() if self._earlier is None else self._earlier.add_(self._recent)
+                self._recent.zero_()
+                self._num_recent = 0
+            self._num_recent += count
+            for start in range(0, width, _BLOCK):
+                columns = slice(start, start + _BLOCK)
+                _add_product_(self._recent[..., start:, columns], part[..., start:].mT, part[..., columns])
+
+    def total(self) -> Tensor:
+        """The sum, in float64. The parts are given up: nothing can be added later."""
+        assert self._recent is not None
+        total = self._recent.double() if self._earlier is None else self._earlier.add_(self._recent)
+        self._recent = self._earlier = None
+        for start in range(0, total.shape[-1], _BLOCK):
+            own, later = slice(start, start + _BLOCK), slice(start + _BLOCK, None)
+            block = total[..., own, own]
+            total[..., own, own] = block.tril() + block.tril(-1).mT
+            total[..., own, later] = total[..., later, own].mT
+        return total
 
 
-def mirrored(lower: Tensor) -> Tensor:
-    """The symmetric matrix with this lower triangle."""
-    return lower.tril() + lower.tril(-1).T
+def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    total.addmm_(left, right) if total.dim() == 2 else total.baddbmm_(left, right)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -69,6 +69,7 @@ def observe_activations(
             if loss is not None and gradients is not None:
                 (loss(outputs, target) * num_samples(batch)).backward()  # type: ignore[no-untyped-call]
                 gradients.end_batch_()
+            inputs.end_batch_()
             units.end_batch_(target)
             blocks.end_batch_(num_samples(batch))
             notify(Progress(stage="observe", done=number, total=len(taken)))

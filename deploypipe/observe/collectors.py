@@ -1,23 +1,27 @@
 """Collect statistics during one pass: each collector hooks modules and adds up its sums after every batch."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from deploypipe.errors import DataError
-from deploypipe.numerics.cka import HsicAccumulator, centred_gram
-from deploypipe.numerics.least_squares import add_gram_, mirrored, sum_of_products
+from deploypipe.numerics.cka import HsicAccumulator, gram_of
+from deploypipe.numerics.least_squares import GramSum, sum_of_products
 from deploypipe.observe.layer_regressions import (
     LinearLike,
+    PatchPlaces,
+    geometry,
     has_channels_last,
+    num_groups,
     num_inputs,
     num_taps,
+    patch_places,
+    read_patches,
     reads,
     real_positions,
-    sample_inputs,
     sample_positions,
     weight_matrix,
     within_groups,
@@ -29,7 +33,8 @@ Hook = tuple[str, Callable[..., None]]  # the module's name, and a hook that run
 MAX_COLUMNS = 6144  # a layer that reads more (channels x taps) would need a moment matrix above 300 MiB
 MAX_ROWS = 1024  # single samples kept of small statistics, so that memory does not grow with the data
 BY_KEYWORD = "is called with its input as a keyword argument, which hooks do not see"
-_CKA_SAMPLES = 64  # of each batch; the estimate does not depend on it in expectation
+_ROWS_AT_ONCE = 512  # multiplied together: to add to a wide matrix costs as much as the products of some 50 rows
+_CKA_SAMPLES = 48  # of each batch; the estimate does not depend on it in expectation
 
 
 @dataclass(slots=True)
@@ -42,7 +47,8 @@ class Tokens:
 class InputCollector:
     """Input moments of every consumer of a prunable group, at sampled positions.
 
-    For a grouped convolution only moments within one group: no output reads two groups.
+    Layers whose outputs have one size are read at the same positions. For a grouped convolution only moments within one
+    group: no output reads two groups.
     """
 
     def __init__(
@@ -62,9 +68,16 @@ class InputCollector:
             for n, width in widths.items()
             if width > MAX_COLUMNS
         }
-        self.sums = {name: _Sum() for name in self.layers if name not in self.skipped}
+        self.sums = {
+            name: _Sum(name, widths[name], num_groups(self.layers[name]))
+            for name in self.layers
+            if name not in self.skipped
+        }
         self.crosses = {name: _Cross() for name in self.sums} if shuffled else {}
-        self.count, self.generator, self.tokens = count, torch.Generator().manual_seed(seed), tokens
+        self.count, self.seed, self.tokens = count, seed, tokens
+        self.generators: dict[torch.Size, torch.Generator] = {}  # by output size: draws do not depend on other layers
+        self.positions: dict[torch.Size, Tensor] = {}  # of the current batch
+        self.places: dict[tuple[Any, ...], PatchPlaces] = {}  # of the current batch
 
     def hooks(self) -> list[Hook]:
         return [(name, self._reader(name)) for name in self.sums]
@@ -74,18 +87,31 @@ class InputCollector:
             if not args:
                 self.skipped[name] = BY_KEYWORD
                 return
-            positions = sample_positions(module, output, self.count, self.generator, self.tokens.real)
-            rows = sample_inputs(module, args[0].detach(), output, positions)
-            self.sums[name].add_(rows, name)
+            places = self._places(module, args[0], output)
+            rows = self.sums[name].room_(places.index.shape[:2].numel(), args[0])
+            read_patches(module, args[0], places, out=rows)
             if name in self.crosses and len(output) > 1:
-                others = (rows @ weight_matrix(module).detach().T).roll(positions.shape[1], 0)  # the next sample's
+                others = (rows @ weight_matrix(module).detach().T).roll(places.index.shape[1], 0)  # the next sample's
                 self.crosses[name].add_(rows, others)
 
         return read
 
+    def _places(self, module: LinearLike, inputs: Tensor, output: Tensor) -> PatchPlaces:
+        key = geometry(module, inputs, output)
+        if key not in self.places:
+            size = output.shape[:-1] if has_channels_last(module) else output.shape[:1] + output.shape[2:]
+            if size not in self.positions:
+                own = self.generators.setdefault(size[1:], torch.Generator().manual_seed(self.seed))
+                self.positions[size] = sample_positions(module, output, self.count, own, self.tokens.real)
+            self.places[key] = patch_places(module, inputs, output, self.positions[size])
+        return self.places[key]
+
+    def end_batch_(self) -> None:
+        self.positions.clear()
+        self.places.clear()
+
     def moments(self) -> dict[str, InputMoments]:
-        found = {name: (self.layers[name], total.moments()) for name, total in self.sums.items() if total.count}
-        return {n: replace(m, covariance=within_groups(layer, m.covariance)) for n, (layer, m) in found.items()}
+        return {name: total.moments() for name, total in self.sums.items() if total.count}
 
     def shuffled(self) -> dict[str, Tensor]:
         found = {name: cross.covariance() for name, cross in self.crosses.items() if cross.count}
@@ -134,6 +160,7 @@ class BlockCollector:
         self.grams: dict[str, Tensor] = {}  # of the current batch
         self.inputs: dict[str, list[Tensor]] = {name: [] for name in self.names}
         self.outputs: dict[str, list[Tensor]] = {name: [] for name in self.names}
+        self.places: dict[tuple[int, int, bool], Tensor] = {}  # of the current batch
         self.seen = 0
 
     def hooks(self) -> list[Hook]:
@@ -144,7 +171,7 @@ class BlockCollector:
             output = output if isinstance(output, Tensor) else output[0]  # some blocks return a tuple
             value, real = output.detach()[:_CKA_SAMPLES], self._real(output)
             value = value if real is None else value.masked_fill(~real[: len(value)].unsqueeze(2), 0)
-            self.grams[name] = centred_gram(value.flatten(1))
+            self.grams[name] = gram_of(value.flatten(1))
             # A block that works in place may have overwritten its input, so rows of the input are taken earlier.
             self.outputs[name].append(self._rows(output.detach()))
 
@@ -162,12 +189,17 @@ class BlockCollector:
         value = value[: max(0, MAX_ROWS - self.seen)]
         is_map = value.dim() > 3  # (n, channels, ...); else (n, ..., channels)
         rows = value.flatten(2) if is_map else value.reshape(len(value), -1, value.shape[-1]).transpose(1, 2)
-        generator = torch.Generator().manual_seed(self.seen)
-        if real is None:
-            places = torch.randint(rows.shape[2], (len(rows),), generator=generator)
-        else:
-            places = real_positions(real[: len(rows)], 1, generator)[:, 0]
-        return rows[torch.arange(len(rows)), :, places].float()
+        return rows[torch.arange(len(rows)), :, self._places(len(rows), rows.shape[2], real)].float()
+
+    def _places(self, num_samples: int, total: int, real: Tensor | None) -> Tensor:
+        key = num_samples, total, real is not None
+        if key not in self.places:
+            generator = torch.Generator().manual_seed(self.seen)
+            if real is None:
+                self.places[key] = torch.randint(total, (num_samples,), generator=generator)
+            else:
+                self.places[key] = real_positions(real[:num_samples], 1, generator)[:, 0]
+        return self.places[key]
 
     def _real(self, value: Tensor) -> Tensor | None:
         """The mask of positions of (n, tokens, channels) that count; None if all do."""
@@ -177,6 +209,7 @@ class BlockCollector:
     def end_batch_(self, count: int) -> None:
         if self.names:
             self.hsic.add_([self.grams[name] for name in self.names])
+        self.places.clear()
         self.seen += count
 
     def block_inputs(self) -> dict[str, Tensor]:
@@ -277,33 +310,61 @@ def pooled(module: LinearLike, inputs: Tensor, real: Tensor | None = None) -> Te
 
 @dataclass(slots=True)
 class _Sum:
-    """Running sums around a shift (the first batch's mean), so that a large mean costs no digits."""
+    """Running sums around a shift (the first rows' mean), so that a large mean costs no digits.
 
+    Products between columns of different groups are left out.
+    """
+
+    name: str  # of the layer
+    width: int  # p
+    groups: int
     count: int = 0
-    shift: Tensor | None = None
-    first: Tensor = field(default_factory=lambda: torch.zeros(()))
-    second: Tensor = field(default_factory=lambda: torch.zeros(()))  # its lower triangle
+    num_waiting: int = 0  # rows that are not in the sums yet
+    waiting: Tensor = field(default_factory=lambda: torch.zeros(0, 0))  # (at least so many, p)
+    shift: Tensor | None = None  # (p,)
+    first: Tensor = field(default_factory=lambda: torch.zeros(()))  # (p,) float64
+    second: GramSum = field(default_factory=GramSum)  # (p, p), or (groups, p / groups, p / groups)
 
-    def add_(self, rows: Tensor, name: str) -> None:
+    def room_(self, count: int, like: Tensor) -> Tensor:
+        """The next rows (count, p), which the caller must write before the next call."""
+        if self.num_waiting + count > len(self.waiting):
+            self._sum_()
+            if count > len(self.waiting):
+                size = max(count, _ROWS_AT_ONCE)
+                self.waiting = torch.empty(size, self.width, dtype=like.dtype, device=like.device)
+        self.num_waiting += count
+        self.count += count
+        return self.waiting[self.num_waiting - count : self.num_waiting]
+
+    def _sum_(self) -> None:
+        if not self.num_waiting:
+            return
+        rows = self.waiting[: self.num_waiting]
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        self.num_waiting = 0
         if self.shift is None:
             self.shift = rows.mean(0)
-            self.first = torch.zeros(rows.shape[1], dtype=torch.float64)
-            self.second = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
-        centred = rows - self.shift
-        self.first += centred.sum(0, dtype=torch.float64)
-        add_gram_(self.second, centred)
-        self.count += len(rows)
+            self.first = torch.zeros(self.width, dtype=torch.float64, device=rows.device)
+        rows -= self.shift
+        self.first += rows.sum(0)
         if not torch.isfinite(self.first).all():
-            raise DataError(f"{name}: NaN or infinity in its input on the calibration samples; check data and weights")
+            seen = f"{self.name}: NaN or infinity in its input on the calibration samples"
+            raise DataError(f"{seen}; check data and weights")
+        self.second.add_(rows if self.groups == 1 else rows.view(len(rows), self.groups, -1).movedim(1, 0))
 
     def moments(self) -> InputMoments:
+        """The moments of all rows. Ends the sums: nothing can be added later."""
+        self._sum_()
+        self.waiting = self.waiting.new_empty(0, 0)
         assert self.shift is not None
-        mean = self.first / self.count
-        return InputMoments(
-            mean=mean + self.shift,
-            covariance=mirrored(self.second) / self.count - torch.outer(mean, mean),
-            num_rows=self.count,
-        )
+        mean, products = self.first / self.count, self.second.total().div_(self.count)
+        if self.groups == 1:
+            covariance = products.addr_(mean, mean, alpha=-1)
+        else:
+            by_group = mean.view(self.groups, -1)
+            products.baddbmm_(by_group.unsqueeze(2), by_group.unsqueeze(1), alpha=-1)
+            covariance = torch.block_diag(*products)  # type: ignore[no-untyped-call]
+        return InputMoments(mean=mean + self.shift, covariance=covariance, num_rows=self.count)
 
 
 @dataclass(slots=True)

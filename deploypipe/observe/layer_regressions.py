@@ -154,19 +154,30 @@ def real_positions(real: Tensor, count: int, generator: torch.Generator) -> Tens
     return in_front.gather(1, (drawn * numbers).long())
 
 
-def sample_inputs(module: LinearLike, inputs: Tensor, output: Tensor, positions: Tensor) -> Tensor:
-    """The input patches read at `positions`: (n * positions, channels * taps), with the taps of a channel adjacent.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PatchPlaces:
+    """Which inputs the patches at some output positions read: the same for all layers of one geometry."""
 
-    Values beyond the border are zero, or what the padding mode says. Taps of a transposed convolution without an input
-    at a position are zero too. The input is not padded, because copying a whole activation costs more than reading a
-    few patches.
-    """
+    index: Tensor  # (n, positions, taps) int64, into the flattened dimensions of the input
+    inside: Tensor | None  # (n, positions, 1, taps), 0 where a tap reads nothing and 1 elsewhere; None: all read
+
+
+def geometry(module: LinearLike, inputs: Tensor, output: Tensor) -> tuple[Any, ...]:
+    """A key that is equal for layers whose `patch_places` are equal at equal positions."""
     reach = _kind(module).reach
     if reach is None:
-        rows = inputs.reshape(len(inputs), -1, inputs.shape[-1])
-        return rows[torch.arange(len(inputs)).unsqueeze(1), positions].flatten(0, 1)
+        return reach, output.shape[:-1], inputs.device
+    own = (module.kernel_size, module.stride, module.padding, module.dilation, module.padding_mode)
+    return reach, own, inputs.shape[2:], output.shape[:1] + output.shape[2:], inputs.dtype, inputs.device
+
+
+def patch_places(module: LinearLike, inputs: Tensor, output: Tensor, positions: Tensor) -> PatchPlaces:
+    """What the module reads at `positions` (n, positions). For layers with channels last, the positions themselves."""
+    reach = _kind(module).reach
+    if reach is None:
+        return PatchPlaces(index=positions.unsqueeze(2), inside=None)
     taps = torch.tensor(list(product(*(range(size) for size in module.kernel_size))))  # (taps, dimensions)
-    index = torch.zeros((), dtype=torch.int64)  # into the flattened dimensions, (n, positions, taps)
+    index = torch.zeros((), dtype=torch.int64)
     outside = torch.zeros((), dtype=torch.bool)
     step = 1
     for dimension in reversed(range(taps.shape[1])):  # the last one runs fastest
@@ -176,9 +187,39 @@ def sample_inputs(module: LinearLike, inputs: Tensor, output: Tensor, positions:
         outside = outside | is_beyond
         index = index + reached * step
         positions, step = positions // num_places, step * size
-    read = index.flatten(1).unsqueeze(1).expand(-1, inputs.shape[1], -1)
-    patches = inputs.flatten(2).gather(2, read).view(*inputs.shape[:2], *index.shape[1:])
-    return patches.masked_fill_(outside.unsqueeze(1), 0).transpose(1, 2).flatten(2).flatten(0, 1)
+    inside = (~outside).unsqueeze(2).to(inputs) if outside.any() else None
+    return PatchPlaces(index=index.to(inputs.device), inside=inside)
+
+
+def read_patches(module: LinearLike, inputs: Tensor, places: PatchPlaces, out: Tensor | None = None) -> Tensor:
+    """The input patches (n * positions, channels * taps), with the taps of a channel adjacent. No derivatives.
+
+    Values beyond the border are zero, or what the padding mode says. Taps of a transposed convolution without an input
+    at a position are zero too. The input is not padded, because copying a whole activation costs more than reading a
+    few patches. out: contiguous, where to write them.
+    """
+    inputs, index = inputs.detach(), places.index
+    num_samples, num_positions, num_channels = *index.shape[:2], inputs.shape[-1 if has_channels_last(module) else 1]
+    if has_channels_last(module):
+        rows = inputs.reshape(num_samples, -1, num_channels)
+        patches = rows[torch.arange(num_samples).unsqueeze(1), index[:, :, 0]].unsqueeze(3)
+    else:
+        read = index.flatten(1).unsqueeze(1).expand(-1, num_channels, -1)
+        found = inputs.flatten(2).gather(2, read)
+        patches = found.view(num_samples, num_channels, num_positions, -1).transpose(1, 2)
+    if out is None:
+        out = torch.empty(num_samples * num_positions, patches[0, 0].numel(), dtype=inputs.dtype, device=inputs.device)
+    written = out.view(patches.shape)
+    if places.inside is None:
+        written.copy_(patches)
+    else:
+        torch.mul(patches, places.inside, out=written)
+    return out
+
+
+def sample_inputs(module: LinearLike, inputs: Tensor, output: Tensor, positions: Tensor) -> Tensor:
+    """The input patches read at `positions`: (n * positions, channels * taps), see `read_patches`."""
+    return read_patches(module, inputs, patch_places(module, inputs, output, positions))
 
 
 def sample_outputs(module: LinearLike, output: Tensor, positions: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deploypipe.numerics.cka import HsicAccumulator, centred_gram, cka
+from deploypipe.numerics.cka import HsicAccumulator, cka, gram_of
 
 
 def hsic_by_hand(x: Tensor, y: Tensor) -> float:
@@ -25,7 +25,7 @@ def normal(*shape: int, seed: int) -> Tensor:
 
 def cka_of(*representations: Tensor) -> Tensor:
     accumulator = HsicAccumulator(len(representations))
-    accumulator.add_([centred_gram(rows) for rows in representations])
+    accumulator.add_([gram_of(rows) for rows in representations])
     return cka(accumulator.total)
 
 
@@ -35,7 +35,7 @@ def test_cka_equals_hand_computed_hsic_summed_over_batches() -> None:
     accumulator = HsicAccumulator(2)
     terms = torch.zeros(3, dtype=torch.float64)
     for rows in (slice(0, 12), slice(12, 27), slice(27, 30)):  # three samples say nothing
-        accumulator.add_([centred_gram(x[rows]), centred_gram(y[rows])])
+        accumulator.add_([gram_of(x[rows]), gram_of(y[rows])])
         if rows.stop < 30:
             pairs = ((x, y), (x, x), (y, y))
             terms += torch.tensor([hsic_by_hand(a[rows], b[rows]) for a, b in pairs], dtype=torch.float64)

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from deploypipe.numerics.least_squares import (
     CrossMoments,
-    add_gram_,
-    mirrored,
+    GramSum,
     regular_cholesky,
     solve_towards,
     sum_of_products,
@@ -89,10 +88,21 @@ def test_indefinite_moments_are_solved_and_nan_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("width", [1, 191, 192, 500])
-def test_gram_of_blocks_is_the_gram(width: int) -> None:
-    x = torch.randn(70, width, generator=torch.Generator().manual_seed(0))
-    lower = torch.zeros(width, width, dtype=torch.float64)
-    for part in (x[:30], x[30:]):
-        add_gram_(lower, part)
+def test_gram_of_parts_is_the_gram(width: int) -> None:
+    x = torch.randn(5000, width, generator=torch.Generator().manual_seed(0))  # more than are added in float32
+    one, many = GramSum(), GramSum()
+    one.add_(x)
+    for part in torch.split(x, 700):
+        many.add_(part)
     expected = x.double().T @ x.double()
-    torch.testing.assert_close(mirrored(lower), expected, rtol=0, atol=1e-4)
+    for total in (one.total(), many.total()):
+        assert total.dtype == torch.float64
+        torch.testing.assert_close(total, total.T, rtol=0, atol=0)
+        assert float((total - expected).norm() / expected.norm()) < 1e-6
+
+
+def test_grams_of_stacked_rows_are_independent() -> None:
+    x = torch.randn(3, 40, 130, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    stacked = GramSum()
+    stacked.add_(x)
+    torch.testing.assert_close(stacked.total(), x.mT @ x)
