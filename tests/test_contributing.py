@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import networks
+import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "CONTRIBUTING.md"
@@ -64,6 +65,7 @@ def run(command: str, root: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow  # four programs
 def test_a_scorer_by_the_page(tmp_path: Path) -> None:
     copied(tmp_path)
     steps = blocks("Add a scorer")

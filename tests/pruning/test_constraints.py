@@ -170,7 +170,7 @@ def places(group: ChannelGroup) -> set[tuple[str, str]]:
 def test_every_scorer_scores_tied_groups(network: str, tie: tuple[str, ...]) -> None:
     model, _ = networks.build(network)
     make = networks.NETWORKS[network][1]
-    batches = [(make(), torch.arange(4) % 2) for _ in range(20)]
+    batches = [(make(), torch.arange(4) % 2) for _ in range(8)]
     structures = list_structures(model, batches[0][0], constraints=Constraints(tied=(tie,)))
     moments = observe_activations(model, structures, batches, Observe(), loss=nn.functional.cross_entropy)
     for scorer in SCORERS:

@@ -42,18 +42,18 @@ def built(name: str) -> tuple[Any, Any, Structures]:
 
 
 FFN = (".intermediate.dense", ".fc1", ".gate_proj", ".c_fc", ".wi")
+LLAMA = {"intermediate_size": 72, "num_attention_heads": 3, "num_key_value_heads": 1}
 
 
 @pytest.mark.parametrize(
     ("name", "endings", "share", "expected"),
     [
         ("BertForMaskedLM", FFN, 0.5, {"intermediate_size": 72}),
-        ("ViTForImageClassification", FFN, 0.5, {"intermediate_size": 72}),
-        ("LlamaForCausalLM", FFN, 0.5, {"intermediate_size": 72}),
+        pytest.param("ViTForImageClassification", FFN, 0.5, {"intermediate_size": 72}, marks=pytest.mark.slow),
         ("GPT2LMHeadModel", FFN, 0.5, {"n_inner": 72}),
-        ("T5ForConditionalGeneration", FFN, 0.5, {"d_ff": 72}),
-        ("LlamaForCausalLM", (":heads",), 0.5, {"num_attention_heads": 3, "num_key_value_heads": 1}),
-        ("LlamaForCausalLM", ("embed_tokens",), 0.5, {"hidden_size": 48}),
+        pytest.param("T5ForConditionalGeneration", FFN, 0.5, {"d_ff": 72}, marks=pytest.mark.slow),
+        ("LlamaForCausalLM", (*FFN, ":heads"), 0.5, LLAMA),
+        pytest.param("LlamaForCausalLM", ("embed_tokens",), 0.5, {"hidden_size": 48}, marks=pytest.mark.slow),
         ("ConvNextForImageClassification", (), 0.5, {"hidden_sizes": [8, 12, 20, 32]}),
     ],
 )

@@ -73,11 +73,14 @@ def test_a_block_whose_other_outputs_are_read_is_frozen_with_a_reason() -> None:
     assert reason.startswith("the network fails without this block: TypeError")
 
 
+SWIN = "swin.encoder.layers.0.blocks.1"
+
+
 @pytest.mark.parametrize(
     ("name", "block", "returns"),
     [
         ("T5ForConditionalGeneration", "decoder.block.1.layer.0", ("position_bias", "")),
-        ("SwinForImageClassification", "swin.encoder.layers.0.blocks.1", ("",)),
+        pytest.param("SwinForImageClassification", SWIN, ("",), marks=pytest.mark.slow),
         ("DebertaForSequenceClassification", "deberta.encoder.layer.1", ("",)),
     ],
 )
@@ -91,8 +94,19 @@ def test_transformers_layers_that_return_tuples_can_be_removed(name: str, block:
         forward(apply_plan(model, removed(structures, block)), inputs)
 
 
-@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "LlamaForCausalLM", "T5ForConditionalGeneration"])
-@pytest.mark.parametrize("place", [slice(1), slice(1, 2), slice(2)], ids=["first", "second", "first two"])
+FIRST, SECOND, BOTH = slice(1), slice(1, 2), slice(2)
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("GPT2LMHeadModel", SECOND),
+        ("GPT2LMHeadModel", BOTH),
+        ("LlamaForCausalLM", FIRST),
+        ("LlamaForCausalLM", BOTH),
+        ("T5ForConditionalGeneration", FIRST),
+    ],
+)
 def test_a_decoder_with_removed_layers_generates_the_same_with_and_without_cache(name: str, place: slice) -> None:
     """Position and mask of the next token come from the first layer's cache, so another layer takes its place."""
     pytest.importorskip("transformers")

@@ -146,7 +146,7 @@ def test_a_higher_confidence_prunes_harder_and_any_prunes_what_is_free() -> None
     assert widths[-1] == 1
 
 
-@pytest.mark.parametrize("name", sorted(networks.NETWORKS))
+@pytest.mark.parametrize("name", ["bottleneck", "dense", "encoder", "mlp", "resnext"])
 def test_widths_emerge_at_random_initialisation(name: str) -> None:
     model, _ = networks.build(name)
     seen = watched(model, torch.cat([networks.NETWORKS[name][1]() for _ in range(8)]))

@@ -109,19 +109,6 @@ def observed(name: str, batches: int = 10) -> tuple[nn.Module, Structures, Momen
 
 
 @EVERY_SCORER
-@pytest.mark.parametrize("name", sorted(networks.NETWORKS))
-def test_contract_on_every_network(name: str, kind: str) -> None:
-    scorer, config = BY_LABEL[kind]
-    model, structures, moments = observed(name)
-    table = scorer(model, structures, moments, config, 0)
-    assert {g.name: g.num_units for g in structures.groups} == {n: len(row) for n, row in table.channels.items()}
-    assert all(math.isfinite(value) for row in table.channels.values() for value in row)
-    assert table == scorer(model, structures, moments, config, 0)
-    widths = {g.name: g.num_units for g in structures.groups}
-    assert all(1 <= width <= widths[name] for name, width in table.suggested.items())
-
-
-@EVERY_SCORER
 def test_groups_without_observations_are_scored_by_magnitude_with_a_reason(kind: str) -> None:
     scorer, config = BY_LABEL[kind]
     model, structures, moments = observed("upsampled")

@@ -129,7 +129,7 @@ def macs_bound(structures: Structures, curves: Curves, share: float) -> Bound:
 
 
 @given(problem=problems(), share=st.floats(0, 1.2), exponent=st.sampled_from([0.5, 1.0]))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_equals_enumeration(problem: tuple[Structures, Curves], share: float, exponent: float) -> None:
     structures, curves = problem
     everything = [(cost_by_hand(a, structures, curves, exponent), a) for a in every_allocation(structures)]
@@ -171,7 +171,7 @@ def joint_costs(draw: st.DrawFn, structures: Structures) -> Costs:
 
 
 @given(data=st.data(), share=st.floats(-0.1, 0.6))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_joint_costs_of_two_choices_equal_enumeration(data: st.DataObject, share: float) -> None:
     structures, curves = data.draw(problems([None, 0, 0, 1]))
     costs = [data.draw(joint_costs(structures)) for _ in range(2)]
