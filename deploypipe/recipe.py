@@ -149,6 +149,8 @@ class Search:
     objectives: tuple[ObjectiveName, ...] = ("accuracy",)
     num_curve_samples: int = 512  # samples on which the loss curves are measured
     num_levels: int = 8  # widths tried per channel group
+    # "predicted": two widths per group are measured, the others follow from them and from the repair's error.
+    curves: Literal["predicted", "measured"] = "predicted"
     num_timed: int = 40  # networks timed before the search, to predict the latency of all others
     num_repair_samples: int = 512  # to evaluate a trial; the winner is repaired with all of `repair.num_samples`
     num_finalists: int = 3  # best trials, fine-tuned briefly before one of them wins; 1: the best trial wins untrained
@@ -171,6 +173,7 @@ class Search:
             num_attempts=whole(1, 100),
         )
         require_one_of("sampler", self.sampler, ("tpe", "gp", "nsga2", "random"))
+        require_one_of("curves", self.curves, ("predicted", "measured"))
         if self.objectives not in _OBJECTIVES:
             known = " or ".join(map(repr, _OBJECTIVES))
             raise ValueError(f"objectives = {shown(self.objectives)} does not exist; write {known}")

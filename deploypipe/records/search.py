@@ -9,12 +9,13 @@ from deploypipe.records.structures import Names
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossCurve:
-    """The measured loss of cutting one structure alone: `losses[i]` if `kept[i]` units stay, after repair."""
+    """The loss of cutting one structure alone: `losses[i]` if `kept[i]` units stay, after repair."""
 
     name: str
     kind: Literal["channels", "block"]
     kept: tuple[int, ...]
     losses: tuple[float, ...]
+    predicted: tuple[int, ...] = ()  # those of `kept` whose loss is predicted from the measured ones
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -198,7 +198,7 @@ def loss_curves(
 
     inputs = {
         "score": scores.key,
-        "search": [settings.num_curve_samples, settings.num_levels, settings.prune_blocks],
+        "search": [settings.num_curve_samples, settings.num_levels, settings.curves, settings.prune_blocks],
         "block_importance": Mpruner(),
         "multiple": ctx.target.channel_multiple,
         "constraints": structures.constraints,

@@ -78,8 +78,11 @@ class CutLosses:
         self.models = [first, *(replica(first) for _ in range(num_workers - 1))]
         self.modules = [dict(model.named_modules()) for model in self.models]
 
-    def measure(self, points: Sequence[Point], notify: Callable[[int, int], None]) -> list[float]:
-        """The mean loss of each point over all samples. notify(done, total) is called after each piece."""
+    def measure(self, points: Sequence[Point], notify: Callable[[int, int], None]) -> tuple[list[float], int]:
+        """The mean loss of each point over all samples, and how many pieces were passed.
+
+        notify(done, total) is called after each piece.
+        """
         with (
             evaluating(self.models[0]),
             exact_float32(self.device),
@@ -105,7 +108,7 @@ class CutLosses:
                     notify(number * len(pieces) + done, len(parts) * len(pieces))
                 losses += totals
         num = sum(piece.count for piece in pieces)
-        return [max(total / num, 0.0) for total in losses]
+        return [max(total / num, 0.0) for total in losses], len(parts) * len(pieces)
 
     def _losses(
         self, piece: _Piece, cuts: Sequence[SingleCut], finished: Sequence[Names], free: "SimpleQueue[int]"

@@ -4,8 +4,8 @@ Allocation by summed scores is worse than uniform widths; allocation by the meas
 better. Scores decide which units of a group are removed, these curves decide how many.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -16,12 +16,14 @@ from deploypipe.observe.pass_statistics import Moments
 from deploypipe.recipe import Search
 from deploypipe.records import Curves, LossCurve, Notify, Progress, ScoreTable, Structures, silent
 from deploypipe.search.allocation.cut_losses import CutLosses
+from deploypipe.search.allocation.predicted_losses import first_positions, predict_losses, repair_errors
 from deploypipe.search.allocation.single_cuts import BlockPoint, GroupPoint, Point
 from deploypipe.task import Batch, DistillationLoss, num_samples, stack_alike, take_calib
 
 # On images that a network has memorised its outputs are saturated: the KL at temperature 1 depends on a few of them.
 # At a higher temperature every image contributes: better widths from the same number of images (pipelines/LOG.md).
 TEMPERATURE = 4.0
+_FEW_WIDTHS = 3  # nothing is gained by a prediction from two
 
 
 def measure_curves(
@@ -47,29 +49,78 @@ def measure_curves(
     """
     taken = take_calib(batches, settings.num_curve_samples)
     alike = stack_alike([batch for batch, _ in taken])
-    measured = CutLosses(dense, alike, moments, distillation_loss or kl_divergence_loss(), TEMPERATURE, device)
+    cut_losses = CutLosses(dense, alike, moments, distillation_loss or kl_divergence_loss(), TEMPERATURE, device)
     offered = unmeasured_curves(structures, settings, channel_multiple).curves
-    points = [(curve, width, point) for curve in offered for width, point in _points(curve, structures, scores)]
+    surveys = [_survey(curve, structures, scores) for curve in offered]
+    if settings.curves == "predicted":
+        modules = dict(dense.named_modules())
+        for survey in surveys:
+            survey.errors = _errors(survey, modules, moments)
+    num_reported = 0
+    for choose in (_Survey.first, _Survey.remaining):
+        todo = [(survey, position) for survey in surveys for position in choose(survey)]
+        if not todo:
+            continue
 
-    def report(done: int, total: int) -> None:
-        notify(Progress(stage="curves", done=done, total=total, message=f"{len(points)} cuts"))
+        def report(done: int, total: int, before: int = num_reported, message: str = f"{len(todo)} cuts") -> None:
+            notify(Progress(stage="curves", done=before + done, total=before + total, message=message))
 
-    losses = measured.measure([point for *_, point in points], report)
-    found = {(curve.name, curve.kind, width): loss for (curve, width, _), loss in zip(points, losses, strict=True)}
-    curves = [
-        replace(curve, losses=tuple(found.get((curve.name, curve.kind, width), 0.0) for width in curve.kept))
-        for curve in offered
-    ]
-    return Curves(curves=tuple(curves), num_samples=sum(map(num_samples, alike)))
+        losses, num_passes = cut_losses.measure([survey.points[position] for survey, position in todo], report)
+        num_reported += num_passes
+        for (survey, position), loss in zip(todo, losses, strict=True):
+            survey.measured[position] = loss
+    return Curves(curves=tuple(survey.finished() for survey in surveys), num_samples=sum(map(num_samples, alike)))
 
 
-def _points(curve: LossCurve, structures: Structures, scores: ScoreTable) -> list[tuple[int, Point]]:
-    """The cuts of a curve, by width; the dense width needs none."""
+@dataclass(slots=True)
+class _Survey:
+    """A loss curve in the making. Positions count the widths below the dense one, ascending."""
+
+    curve: LossCurve
+    points: list[Point]
+    errors: list[float] | None = None  # after the repair, at each position; None: all losses are measured
+    measured: dict[int, float] = field(default_factory=dict)
+
+    def first(self) -> list[int]:
+        """The positions to measure in any case."""
+        return list(range(len(self.points))) if self.errors is None else list(first_positions(self.errors))
+
+    def remaining(self) -> list[int]:
+        """The positions to measure because they cannot be predicted."""
+        if self.errors is not None and predict_losses(self.errors, self.measured) is not None:
+            return []
+        return [position for position in range(len(self.points)) if position not in self.measured]
+
+    def finished(self) -> LossCurve:
+        losses = [self.measured.get(position, 0.0) for position in range(len(self.curve.kept))]
+        if len(self.measured) == len(self.points):
+            return replace(self.curve, losses=tuple(losses))
+        assert self.errors is not None
+        predicted = predict_losses(self.errors, self.measured)
+        assert predicted is not None
+        losses[: len(predicted)] = predicted
+        unmeasured = (
+            kept for position, kept in enumerate(self.curve.kept[: len(predicted)]) if position not in self.measured
+        )
+        return replace(self.curve, losses=tuple(losses), predicted=tuple(unmeasured))
+
+
+def _survey(curve: LossCurve, structures: Structures, scores: ScoreTable) -> _Survey:
     if curve.kind == "block":
-        return [(0, BlockPoint(block=next(block for block in structures.blocks if block.name == curve.name)))]
+        block = next(block for block in structures.blocks if block.name == curve.name)
+        return _Survey(curve=curve, points=[BlockPoint(block=block)])
     group = next(group for group in structures.groups if group.name == curve.name)
     ranked = sorted(range(group.num_units), key=lambda i: (-scores.channels[group.name][i], i))
-    return [(w, GroupPoint(group=group, kept=tuple(ranked[:w]))) for w in curve.kept if w < group.num_units]
+    widths = [width for width in curve.kept if width < group.num_units]
+    return _Survey(curve=curve, points=[GroupPoint(group=group, kept=tuple(ranked[:width])) for width in widths])
+
+
+def _errors(survey: _Survey, modules: Mapping[str, nn.Module], moments: Moments) -> list[float] | None:
+    """What predictions start from; None where all is measured: blocks, few widths, readers without repair."""
+    points = [point for point in survey.points if isinstance(point, GroupPoint)]
+    if len(points) <= _FEW_WIDTHS:
+        return None
+    return repair_errors(modules, points[0].group, [point.kept for point in points], moments)
 
 
 def unmeasured_curves(structures: Structures, settings: Search, channel_multiple: int) -> Curves:
