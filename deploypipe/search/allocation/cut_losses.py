@@ -8,11 +8,13 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from math import ceil
 from queue import SimpleQueue
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -41,6 +43,7 @@ _LARGE_BYTES = 2**24  # for samples that do not fit there, a few at once: still 
 _FEW_SAMPLES = 4
 _KEPT_BYTES = 2**28  # of the outputs that are kept for one piece
 _WEIGHT_BYTES = 2**28  # of the repaired weights that are held at once
+_FEWEST_PIECES = 4  # to judge by whether they are enough
 _MAX_SAMPLES = 128  # of a piece: small networks have enough pieces for all cores
 _GPU_FACTOR = 16  # GPUs need larger pieces
 _TOLERANCE = 1e-3  # relative: a pass that begins in the middle gives what the whole pass gives
@@ -77,11 +80,23 @@ class CutLosses:
         num_workers = torch.get_num_threads() if device.type == "cpu" else 1
         self.models = [first, *(replica(first) for _ in range(num_workers - 1))]
         self.modules = [dict(model.named_modules()) for model in self.models]
+        self.free: SimpleQueue[int] = SimpleQueue()
+        for number in range(num_workers):
+            self.free.put(number)
+        self.pieces: list[_Piece] = []
 
-    def measure(self, points: Sequence[Point], notify: Callable[[int, int], None]) -> tuple[list[float], int]:
-        """The mean loss of each point over all samples, and how many pieces were passed.
+    @property
+    def num_samples(self) -> int:
+        """The samples that are measured on: fewer than were given if they are enough."""
+        return sum(piece.count for piece in self.pieces)
 
-        notify(done, total) is called after each piece.
+    def measure(
+        self, points: Sequence[Point], notify: Callable[[int, int], None], precision: float = 0.0
+    ) -> list[float]:
+        """The mean loss of each point. notify(done, total) is called after each piece.
+
+        precision: if half of the losses have this relative standard error after a quarter or half of the samples, the
+        others are left out, in later calls too.
         """
         with (
             evaluating(self.models[0]),
@@ -92,29 +107,30 @@ class CutLosses:
         ):
             orders = [self._order(batch) for batch in self.batches]
             finished = [orders[0].finished_before(changed_modules(point, self.modules[0])) for point in points]
-            pieces = list(self._pieces(orders, set().union(*finished)))
-            finished = self._checked(finished, pieces[0])
-            free: SimpleQueue[int] = SimpleQueue()
-            for number in range(len(self.models)):
-                free.put(number)
+            self.pieces = self.pieces or self._cut_in_pieces(orders, set().union(*finished))
+            finished = self._checked(finished, self.pieces[0])
             parts = self._held_at_once(points)
             losses: list[float] = []
             for number, (start, end) in enumerate(parts):
-                cuts = list(pool.map(self._cut, points[start:end]))
-                totals = [0.0] * len(cuts)
-                passes = pool.map(lambda piece, c=cuts, f=finished[start:end]: self._losses(piece, c, f, free), pieces)
-                for done, found in enumerate(passes, start=1):
-                    totals = [total + loss for total, loss in zip(totals, found, strict=True)]
-                    notify(number * len(pieces) + done, len(parts) * len(pieces))
-                losses += totals
-        num = sum(piece.count for piece in pieces)
-        return [max(total / num, 0.0) for total in losses], len(parts) * len(pieces)
+                run = partial(
+                    self._losses, cuts=list(pool.map(self._cut, points[start:end])), finished=finished[start:end]
+                )
+                rows: list[list[float]] = []
+                for stop in _stops(len(self.pieces), precision if number == 0 else 0.0):
+                    for row in pool.map(run, self.pieces[len(rows) : stop]):
+                        rows.append(row)
+                        notify(number * len(self.pieces) + len(rows), len(parts) * len(self.pieces))
+                    if _relative_error(rows) <= precision:
+                        break
+                self.pieces = self.pieces[: len(rows)]
+                notify((number + 1) * len(self.pieces), len(parts) * len(self.pieces))
+                weights = np.array([piece.count for piece in self.pieces], dtype=np.float64)
+                losses += np.maximum(np.average(rows, axis=0, weights=weights), 0.0).tolist()
+        return losses
 
-    def _losses(
-        self, piece: _Piece, cuts: Sequence[SingleCut], finished: Sequence[Names], free: "SimpleQueue[int]"
-    ) -> list[float]:
-        """The sum of each cut's losses over a piece's samples, on the next free copy of the network."""
-        number = free.get()
+    def _losses(self, piece: _Piece, cuts: Sequence[SingleCut], finished: Sequence[Names]) -> list[float]:
+        """The mean loss of each cut over a piece's samples, on the next free copy of the network."""
+        number = self.free.get()
         model, modules = self.models[number], self.modules[number]
         try:
             with torch.no_grad():
@@ -127,10 +143,10 @@ class CutLosses:
                     own = dict(used.named_modules()) if cut.networks else modules
                     with applied(own, cut), returning(own, names, outputs):
                         seen = _finite(forward(used, inputs))
-                    found.append(piece.count * float(self.distillation_loss(seen, dense, self.temperature)))
+                    found.append(float(self.distillation_loss(seen, dense, self.temperature)))
                 return found
         finally:
-            free.put(number)
+            self.free.put(number)
 
     def _cut(self, point: Point) -> SingleCut:
         return make_cut(self.models[0], point, self.moments, len(self.models))
@@ -141,9 +157,10 @@ class CutLosses:
             forward(self.models[0], self._ready(take(batch, 2)))
         return order
 
-    def _pieces(self, orders: Sequence[CallOrder], kept: Collection[str]) -> Iterator[_Piece]:
-        """All samples in pieces. Their size follows from the sizes of the network's activations alone."""
+    def _cut_in_pieces(self, orders: Sequence[CallOrder], kept: Collection[str]) -> list[_Piece]:
+        """All samples in pieces, those of several shapes mixed. Only the sizes of activations decide on their size."""
         factor = 1 if self.device.type == "cpu" else _GPU_FACTOR
+        placed: list[tuple[float, _Piece]] = []
         for batch, order in zip(self.batches, orders, strict=True):
             total = num_samples(batch)
             recorded = min(total, 2)
@@ -154,8 +171,9 @@ class CutLosses:
                 factor * _MAX_SAMPLES,
             ]
             num_pieces = ceil(total / max(int(min(limits)), 1))
-            ends = [total * i // num_pieces for i in range(num_pieces + 1)]
-            yield from (_Piece(inputs=take(batch, end, start), count=end - start) for start, end in pairwise(ends))
+            for start, end in pairwise(total * i // num_pieces for i in range(num_pieces + 1)):
+                placed.append((end / total, _Piece(inputs=take(batch, end, start), count=end - start)))
+        return [piece for _, piece in sorted(placed, key=lambda pair: pair[0])]
 
     def _held_at_once(self, points: Sequence[Point]) -> list[tuple[int, int]]:
         """Ranges of points whose repaired weights together stay small."""
@@ -192,6 +210,23 @@ class CutLosses:
 
     def _ready(self, inputs: Any) -> Any:
         return self.arrange(to_device(inputs, self.device))
+
+
+def _stops(num_pieces: int, precision: float) -> list[int]:
+    """After how many pieces to see whether they are enough."""
+    if not precision:
+        return [num_pieces]
+    return [stop for stop in (num_pieces // 4, num_pieces // 2) if stop >= _FEWEST_PIECES] + [num_pieces]
+
+
+def _relative_error(rows: Sequence[Sequence[float]]) -> float:
+    """The median relative standard error of the mean losses, from those of each piece."""
+    values = np.array(rows)
+    means = values.mean(axis=0)
+    if len(values) < _FEWEST_PIECES or not np.any(means > 0):
+        return np.inf
+    errors = values.std(axis=0, ddof=1) / np.sqrt(len(values))
+    return float(np.median(errors[means > 0] / means[means > 0]))
 
 
 @contextmanager

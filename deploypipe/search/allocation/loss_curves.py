@@ -4,7 +4,7 @@ Allocation by summed scores is worse than uniform widths; allocation by the meas
 better. Scores decide which units of a group are removed, these curves decide how many.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -18,12 +18,13 @@ from deploypipe.records import Curves, LossCurve, Notify, Progress, ScoreTable, 
 from deploypipe.search.allocation.cut_losses import CutLosses
 from deploypipe.search.allocation.predicted_losses import first_positions, predict_losses, repair_errors
 from deploypipe.search.allocation.single_cuts import BlockPoint, GroupPoint, Point
-from deploypipe.task import Batch, DistillationLoss, num_samples, stack_alike, take_calib
+from deploypipe.task import Batch, DistillationLoss, stack_alike, take_calib
 
 # On images that a network has memorised its outputs are saturated: the KL at temperature 1 depends on a few of them.
 # At a higher temperature every image contributes: better widths from the same number of images (pipelines/LOG.md).
 TEMPERATURE = 4.0
 _FEW_WIDTHS = 3  # nothing is gained by a prediction from two
+_PRECISION = 0.15  # relative, of measured losses: about that of predicted ones (benchmarks/curves.py)
 
 
 def measure_curves(
@@ -45,7 +46,9 @@ def measure_curves(
 
     The cut is simulated on copies of the dense network: removed inputs of the consumers are set to zero, which is what
     surgery does, and the consumers' weights are repaired in closed form from `moments`. Cost: one forward pass for each
-    point, from the first layer that differs. On a CPU, `torch.get_num_threads()` pieces of the samples run at once.
+    measured point, from the first layer that differs. On a CPU, `torch.get_num_threads()` pieces of the samples run at
+    once. settings.curves: "predicted" measures two widths of each group whose readers are repaired (`predict_losses`),
+    on fewer samples if a quarter or half of them are enough; "measured" measures every point on all samples.
     """
     taken = take_calib(batches, settings.num_curve_samples)
     alike = stack_alike([batch for batch, _ in taken])
@@ -56,20 +59,35 @@ def measure_curves(
         modules = dict(dense.named_modules())
         for survey in surveys:
             survey.errors = _errors(survey, modules, moments)
-    num_reported = 0
+    precision = _PRECISION if settings.curves == "predicted" else 0.0
+    events = _Events(notify)
     for choose in (_Survey.first, _Survey.remaining):
         todo = [(survey, position) for survey in surveys for position in choose(survey)]
-        if not todo:
-            continue
+        if todo:
+            points = [survey.points[position] for survey, position in todo]
+            losses = cut_losses.measure(points, events.begin(len(points)), precision)
+            precision = 0.0  # the samples are chosen
+            for (survey, position), loss in zip(todo, losses, strict=True):
+                survey.measured[position] = loss
+    return Curves(curves=tuple(survey.finished() for survey in surveys), num_samples=cut_losses.num_samples)
 
-        def report(done: int, total: int, before: int = num_reported, message: str = f"{len(todo)} cuts") -> None:
-            notify(Progress(stage="curves", done=before + done, total=before + total, message=message))
 
-        losses, num_passes = cut_losses.measure([survey.points[position] for survey, position in todo], report)
-        num_reported += num_passes
-        for (survey, position), loss in zip(todo, losses, strict=True):
-            survey.measured[position] = loss
-    return Curves(curves=tuple(survey.finished() for survey in surveys), num_samples=sum(map(num_samples, alike)))
+@dataclass(slots=True)
+class _Events:
+    """Reports the passes of several measurements as those of one."""
+
+    notify: Notify
+    num_before: int = 0
+
+    def begin(self, num_cuts: int) -> Callable[[int, int], None]:
+        before = self.num_before
+
+        def report(done: int, total: int) -> None:
+            self.num_before = before + done
+            event = Progress(stage="curves", done=before + done, total=before + total, message=f"{num_cuts} cuts")
+            self.notify(event)
+
+        return report
 
 
 @dataclass(slots=True)
