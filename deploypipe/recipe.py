@@ -149,8 +149,8 @@ class Search:
     objectives: tuple[ObjectiveName, ...] = ("accuracy",)
     num_curve_samples: int = 512  # samples on which the loss curves are measured
     num_levels: int = 8  # widths tried per channel group
-    # "predicted": two widths per group are measured, the others follow from them and from the repair's error.
-    curves: Literal["predicted", "measured"] = "predicted"
+    # "predicted": two widths of a group are measured; the others follow from them and from the error after the repair.
+    curves: Literal["predicted", "measured"] = "measured"
     num_timed: int = 40  # networks timed before the search, to predict the latency of all others
     num_repair_samples: int = 512  # to evaluate a trial; the winner is repaired with all of `repair.num_samples`
     num_finalists: int = 3  # best trials, fine-tuned briefly before one of them wins; 1: the best trial wins untrained

@@ -143,7 +143,7 @@ def test_curves_weigh_every_sample_alike(build: Any, load: Any, dim: int) -> Non
             scores,
             moments,
             part,
-            Search(curves="measured"),
+            Search(),
             distillation_loss=lambda a, b, t: (a - b).square().mean(),
         )
         return torch.tensor([loss for curve in measured.curves for loss in curve.losses])

@@ -59,6 +59,7 @@ from deploypipe.records.scores import BlockRanking, GroupSummary, Observation, S
 from deploypipe.records.search import (
     MIN_TRIALS_FOR_IMPORTANCES,
     Candidate,
+    CurvePoints,
     Curves,
     Cut,
     Feasibility,
@@ -97,6 +98,7 @@ __all__ = [
     "Check",
     "Conditions",
     "Converted",
+    "CurvePoints",
     "Curves",
     "Cut",
     "DepthLog",

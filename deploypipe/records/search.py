@@ -19,12 +19,28 @@ class LossCurve:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CurvePoints:
+    """How many losses of the loss curves are measured, on how many samples, and how many are predicted from them."""
+
+    num_measured: int
+    num_predicted: int
+    num_samples: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Curves:
     """The loss curves of all groups and blocks."""
 
     curves: tuple[LossCurve, ...]
     num_samples: int
     block_importance: dict[str, float] = field(default_factory=dict)  # by another measure than the loss; higher = keep
+
+    @property
+    def points(self) -> CurvePoints:
+        """The numbers of losses; the dense width, whose loss is zero, is left out."""
+        total = sum(len(curve.kept) - (curve.kind == "channels") for curve in self.curves)
+        predicted = sum(len(curve.predicted) for curve in self.curves)
+        return CurvePoints(num_measured=total - predicted, num_predicted=predicted, num_samples=self.num_samples)
 
     def __repr__(self) -> str:
         kinds = [curve.kind for curve in self.curves]
@@ -130,6 +146,7 @@ class SearchResult:
     tuned: dict[str, float] = field(default_factory=dict)  # number of a finalist -> accuracy on val after a training
     feasibility: Feasibility | None = None
     latency_fit: LatencyFit | None = None  # None if nothing was timed
+    curve_points: CurvePoints | None = None  # of the loss curves that it chose by
 
     def __repr__(self) -> str:
         within = sum(trial.feasible for trial in self.trials)

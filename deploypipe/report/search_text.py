@@ -85,6 +85,7 @@ def limit_sentences(result: RunResult, search: SearchResult, stages: tuple[Stage
         _trials_sentence(search),
         *_time_sentence(result, search),
         *_workers_sentence(search),
+        *_curves_sentence(search),
         *_narrowed_sentence(search),
         *_finalists_sentence(search),
         *_chosen_sentence(search),
@@ -95,6 +96,16 @@ def limit_sentences(result: RunResult, search: SearchResult, stages: tuple[Stage
         *_blocks_sentence(result, search),
         *_stages_sentence(stages),
     ]
+
+
+def _curves_sentence(search: SearchResult) -> list[str]:
+    points = search.curve_points
+    if points is None:
+        return []
+    measured = f"{points.num_measured:,} losses were measured on {points.num_samples:,} samples"
+    if not points.num_predicted:
+        return [f"Loss curves: {measured}."]
+    return [f"Loss curves: {measured}, and {points.num_predicted:,} others predicted from them."]
 
 
 def stage_rows(stages: tuple[Stage, ...]) -> list[tuple[str, ...]]:

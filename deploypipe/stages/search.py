@@ -196,7 +196,12 @@ def search(ctx: RunContext, inputs: SearchInputs) -> StageResult[SearchResult]:
         if ctx.storage:
             _invite_workers(ctx, ctx.storage)
         found = _run_trials(ctx, inputs, proposer, evaluator, ctx.storage or _own_storage(ctx, depends_on))
-        return replace(found, feasibility=inputs.feasibility, latency_fit=proposer.latency_fit(found.trials))
+        return replace(
+            found,
+            feasibility=inputs.feasibility,
+            latency_fit=proposer.latency_fit(found.trials),
+            curve_points=inputs.curves.record.points,
+        )
 
     return ctx.run.remember("search", depends_on, compute, SearchResult)
 

@@ -85,6 +85,13 @@ def test_a_budget_binds_from_97_percent_of_what_the_search_allowed(latency: floa
     assert "its plan aimed at 95.0 %" in told and f"this budget {verdict}" in told
 
 
+def test_the_report_says_which_losses_were_measured() -> None:
+    points = r.CurvePoints(num_measured=1200, num_predicted=30, num_samples=512)
+    told = "1,200 losses were measured on 512 samples, and 30 others predicted from them."
+    assert told in sentences(searched(curve_points=points))
+    assert "measured on 512 samples." in sentences(searched(curve_points=replace(points, num_predicted=0)))
+
+
 def test_sentences_count_what_the_records_hold() -> None:
     result = finished_run()
     told = sentences(result)
