@@ -13,7 +13,7 @@ from deploypipe.cli import look_commands, runs_command
 from deploypipe.cli import measure_commands
 
 # isort: split
-from deploypipe.cli import release_commands
+from deploypipe.cli import engine_command, release_commands
 
 # isort: split
 from deploypipe.cli import blockwise_command, worker_command
@@ -25,6 +25,7 @@ from deploypipe.cli.app import app
 __all__ = [
     "app",
     "blockwise_command",
+    "engine_command",
     "init_command",
     "look_commands",
     "main",

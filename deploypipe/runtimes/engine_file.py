@@ -13,7 +13,7 @@ from deploypipe.records import EngineFile, EngineKey
 from deploypipe.runtimes.this_machine import Machine, this_machine
 
 SUFFIX = ".engine"
-_REBUILD = "rebuild the engine from the ONNX file on this machine"
+_REBUILD = "rebuild the engine from the ONNX file on this machine (deploypipe engine BUNDLE)"
 
 
 def record_path(engine: Path) -> Path:
