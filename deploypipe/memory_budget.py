@@ -37,8 +37,8 @@ def _free_bytes(device: torch.device) -> int:
 
 
 def gibibytes(num_bytes: float) -> str:
-    """A size for people: "4.8 GiB"."""
-    return f"{num_bytes / GIB:.1f} GiB"
+    """A size for people: "4.8 GiB", "12 MiB"."""
+    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB / 10 else f"{num_bytes / 2**20:.0f} MiB"
 
 
 def tree_bytes(*trees: Any) -> int:

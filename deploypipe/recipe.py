@@ -16,6 +16,7 @@ from deploypipe.text.field_bounds import (
     shown,
     whole,
 )
+from deploypipe.text.memory_sizes import parse_gib
 
 _MAX_AXIS = 63
 _SAMPLES = whole(1, MAX_SAMPLES)
@@ -367,6 +368,9 @@ class Recipe:
     # What observes, repairs, judges and trains networks. auto: a CUDA GPU if there is one, else the CPU. mps, an Apple
     # GPU, only trains: it has no float64. Timing runs where the target says.
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    # What observing and repair may hold, in GiB: 6 or "6 GiB". auto: half of what is free, at most 5 GiB. What does not
+    # fit is repaired on fewer samples, at more positions each.
+    memory: float | str = "auto"
     observe: Observe = field(default_factory=Observe)
     score: Scorer = field(default_factory=Mipp)
     search: Search = field(default_factory=Search)
@@ -380,4 +384,5 @@ class Recipe:
     def __post_init__(self) -> None:
         require(self, seed=whole(0, 2**32 - 1))
         require_one_of("device", self.device, ("auto", "cpu", "cuda", "mps"))
+        parse_gib("memory", self.memory)
         require_texts("keep", self.keep)

@@ -231,6 +231,15 @@ def take_batch(batch: Batch, end: int, start: int = 0) -> Batch:
     return take(inputs, end, start), map_samples(lambda tensor: tensor[start:end], target, size)
 
 
+def cut_batches(batches: Sequence[Batch], max_samples: int) -> list[Batch]:
+    """The batches, with those of more than `max_samples` samples cut in pieces."""
+    return [
+        take_batch(batch, start + max_samples, start)
+        for batch in batches
+        for start in range(0, num_samples(batch[0]), max_samples)
+    ]
+
+
 def find_real_tokens(inputs: Any, real_tokens: RealTokens | None) -> Tensor | None:
     """(n, tokens) bool, False for padding, from `Task.real_tokens` or an "attention_mask"; None without either."""
     if real_tokens is not None:

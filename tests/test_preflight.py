@@ -274,9 +274,11 @@ def test_a_rerun_in_the_same_folder_says_which_split_changed(tmp_path: Path) -> 
         with open_run(tmp_path / "run", told.append, None) as run:
             prepare_run(network(), data, classification(), tiny.recipe(), tiny.target(), run)
     note = "the data of val changed since the last run in this folder: what depends on it is computed again"
-    assert [event for event in told if isinstance(event, Note) and "fine-tuning uses" not in event.text] == [
-        Note(stage="check", text=note)
-    ]
+    assert [
+        event
+        for event in told
+        if isinstance(event, Note) and event.stage == "check" and "fine-tuning uses" not in event.text
+    ] == [Note(stage="check", text=note)]
 
 
 def test_the_command_lists_all_complaints_and_ends_with_2(tmp_path: Path) -> None:

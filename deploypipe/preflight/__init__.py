@@ -1,5 +1,7 @@
 """Check model, data, task, recipe and target before a run: report all problems at once, write nothing."""
 
+import time
+
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +12,7 @@ from deploypipe.errors import ConfigError, DeploypipeError, ModelError, RuntimeU
 from deploypipe.export.onnx_export.export_onnx import require_fp32
 from deploypipe.networks.model_wrappers import unwrapped
 from deploypipe.preflight.findings import CheckReport, Findings, Tried
+from deploypipe.preflight.memory_plan import excess_text, memory_text, plan_memory
 from deploypipe.preflight.split_checks import (
     Survey,
     differs_from_calib,
@@ -63,6 +66,7 @@ def check(model: nn.Module, splits: Splits, task: Task, recipe: Recipe, target: 
         calib, val = surveys["calib"].first, surveys["val"].first
         outputs = run_network(model, take_batch(val, 2)[0], val[0], "val")
         batch, shapes = take_batch(calib, 8), [s for name in ("calib", "val") for s in surveys[name].shapes.inputs()]
+        _try_memory(findings, model, surveys["calib"], task, recipe)
         try_export(
             findings,
             model,
@@ -134,6 +138,17 @@ def _survey(findings: Findings, split: CheckedSplit, name: str, seconds: float) 
         last = findings.tried.pop()
         findings.tried.append(Tried(what=last.what, detail=str(found), seconds=last.seconds))
     return found
+
+
+def _try_memory(findings: Findings, model: nn.Module, calib: Survey, task: Task, recipe: Recipe) -> None:
+    """Say what observing and repair will take, if calib is as large as it seems."""
+    begun = time.perf_counter()
+    count = calib.num_samples or max(recipe.observe.num_samples, recipe.repair.num_samples)
+    plan = plan_memory(model, [calib.first], task, recipe, find_device(recipe.device).device, count=count)
+    seconds = time.perf_counter() - begun
+    findings.tried.append(Tried(what="memory", detail=memory_text(plan), seconds=seconds))
+    if problem := excess_text(plan):
+        findings.notes.append(problem)
 
 
 def _check_weights(model: nn.Module) -> None:

@@ -53,6 +53,13 @@ class Survey:
         """The number of batches of the whole split; None if it is not known."""
         return len(self.sizes) if self.is_whole and self.length is None else self.length
 
+    @property
+    def num_samples(self) -> int | None:
+        """The number of samples of the whole split, about; None if it is not known."""
+        if self.is_whole:
+            return sum(self.sizes)
+        return None if self.length is None else self.length * self.sizes[0]
+
     def __str__(self) -> str:
         count = f"{sum(self.sizes)}{'' if self.is_whole else '+'} samples in {len(self.sizes)} batches"
         return f"{count} of {min(self.sizes)} to {max(self.sizes)}" if len(set(self.sizes)) > 1 else count

@@ -28,7 +28,7 @@ from deploypipe.records.measurement import (
     MachineState,
     Measurement,
 )
-from deploypipe.records.memory import RepairFit, RepairSegment
+from deploypipe.records.memory import MemoryPlan, ObserveFit, RepairFit, RepairSegment
 from deploypipe.records.model_files import (
     Calibration,
     CandidateFile,
@@ -128,11 +128,13 @@ __all__ = [
     "MachineState",
     "Measurement",
     "Member",
+    "MemoryPlan",
     "ModelFile",
     "Names",
     "Note",
     "Notify",
     "Observation",
+    "ObserveFit",
     "Origin",
     "Parity",
     "Planned",

@@ -22,3 +22,22 @@ class RepairFit:
     batch_size: int = 0  # samples that advance at once, from one layer to the next; 0: all
     num_bytes: int = 0  # predicted, at its peak
     whole_bytes: int = 0  # what all samples in one batch would take
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ObserveFit:
+    """How many samples are observed at once."""
+
+    max_samples: int = 0  # 0: batches pass as they came
+    num_bytes: int = 0  # predicted, at its peak
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryPlan:
+    """How the stages of a run fit into its recipe's memory. Decided once: a run that is resumed keeps it."""
+
+    allowed_bytes: int
+    data_bytes: int  # of the calibration samples
+    observe: ObserveFit
+    repair: RepairFit
+    trial_repair: RepairFit  # of the trials of a search, which read fewer samples

@@ -20,6 +20,7 @@ PREPARATION = (
     Stage(name="fingerprints", title="fingerprints", doing="hashing network and data"),
 )
 STAGES = (
+    Stage(name="memory", title="memory", doing="measuring the activations of two samples"),
     Stage(name="structures", title="structures"),
     Stage(name="dense_export", title="dense export"),
     Stage(name="baseline", title="baseline"),

@@ -28,7 +28,8 @@ def predict_seconds(evaluator: Evaluator, plan: PruningPlan, num_trials: int) ->
     share = sum(num_samples(batch) for batch, _ in few) / settings.num_repair_samples
     start = time.perf_counter()
     pruned, quick = apply_plan(dense, plan), replace(evaluator.recipe.repair, num_samples=settings.num_repair_samples)
-    repair(dense, pruned, plan, few, quick, real_tokens=evaluator.task.real_tokens, seed=evaluator.recipe.seed)
+    tokens, seed = evaluator.task.real_tokens, evaluator.recipe.seed
+    repair(dense, pruned, plan, few, quick, real_tokens=tokens, seed=seed, fit=evaluator.fit, device=evaluator.device)
     repaired = time.perf_counter()
     batch = evaluator.parts[0][0]
     with (

@@ -45,7 +45,13 @@ def prune(ctx: RunContext, plan: PruningPlan) -> StageResult[PruneOutcome]:
 
 def repair_inputs(ctx: RunContext) -> dict[str, object]:
     """The settings that a repaired network depends on, besides the run's origin and the plan."""
-    return {"repair": ctx.recipe.repair, "num_calib_samples": sum(num_samples(inputs) for inputs, _ in ctx.calib)}
+    settings: dict[str, object] = {
+        "repair": ctx.recipe.repair,
+        "num_calib_samples": sum(num_samples(inputs) for inputs, _ in ctx.calib),
+    }
+    fits = (ctx.memory.repair, ctx.memory.trial_repair)
+    changed = [(fit.segments, fit.batch_size) for fit in fits if fit.segments]
+    return {**settings, "segments": changed} if changed else settings
 
 
 def repair_network(
@@ -61,6 +67,8 @@ def repair_network(
         real_tokens=ctx.task.real_tokens,
         seed=ctx.recipe.seed,
         notify=notify,
+        fit=ctx.memory.repair,
+        device=ctx.compute.device,
     )
 
 

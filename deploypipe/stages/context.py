@@ -18,11 +18,13 @@ from deploypipe.files.hashing import digest
 from deploypipe.installed_packages import find_package, package_versions
 from deploypipe.networks.fingerprints import model_fingerprint
 from deploypipe.networks.model_copies import copied
+from deploypipe.preflight.memory_plan import excess_text, memory_text, plan_memory
 from deploypipe.recipe import Recipe
-from deploypipe.records import Note, Origin, Warned, reported
+from deploypipe.records import MemoryPlan, Note, Origin, Warned, reported
 from deploypipe.runs.store import DATA_HASHES, RunFolder
 from deploypipe.runtimes.ability_for_target import Ability, can
 from deploypipe.runtimes.this_machine import this_machine
+from deploypipe.scoring import needs_derivatives
 from deploypipe.search.distributed.study_storage import Storage
 from deploypipe.split_fingerprints import fingerprints
 from deploypipe.target import Target
@@ -51,6 +53,7 @@ class RunContext:
     compute: ComputeDevice  # where networks are observed, repaired, judged and trained
     builds: bool  # the target runs engines, and this machine can build them
     calib: list[Batch]  # the samples of observation and repair
+    memory: MemoryPlan  # how observing and repair fit into the recipe's memory
     parity_batches: list[Batch]  # the samples that exported files are compared on
     inputs: Any  # two samples
     other_inputs: tuple[Any, ...]  # the network and its file must work at these sizes too, whatever is removed
@@ -74,12 +77,13 @@ class RunContext:
         )
 
     def result_settings(self) -> Recipe:
-        """The recipe without where it is computed: no key holds the device.
+        """The recipe without where it is computed and in how much memory: no key holds the device, and the keys of
+        repaired networks hold only what the memory changed.
 
         A GPU's results differ from the CPU's by rounding, as those of two processors do, and no key holds these.
         So a run goes on when it is moved, and only measurements are taken again.
         """
-        return replace(self.recipe, device="auto")
+        return replace(self.recipe, device="auto", memory="auto")
 
     def identity(self) -> dict[str, str]:
         """The facts that must be equal in all workers of a search, by name."""
@@ -132,6 +136,7 @@ def prepare_run(
         run.notify(Warned(stage="check", text=problem))
     if compute.device != CPU:
         run.notify(Note(stage="check", text=f"networks are computed on {compute.text}"))
+    memory = _plan_memory(run, dense, calib, task, recipe, compute, origin)
     finetune = with_optimizer(with_precision(recipe.finetune, compute.accelerator), dense, task)
     if finetune.num_epochs and (chosen := choice_text(recipe.finetune, dense, task)):
         run.notify(Note(stage="check", text=chosen))
@@ -148,6 +153,7 @@ def prepare_run(
         compute=compute,
         builds=is_built(target) and ability.verdict != "export only",
         calib=calib,
+        memory=memory,
         parity_batches=take_calib(calib, _NUM_PARITY_SAMPLES),
         inputs=inputs,
         other_inputs=other_sizes(dense, inputs, extremes.inputs(), recipe.export, target.dynamic_dims),
@@ -155,6 +161,38 @@ def prepare_run(
         device=_describe_device(target, ability),
         origin=origin,
     )
+
+
+def _plan_memory(
+    run: RunFolder,
+    dense: nn.Module,
+    calib: list[Batch],
+    task: Task,
+    recipe: Recipe,
+    compute: ComputeDevice,
+    origin: dict[str, Any],
+) -> MemoryPlan:
+    """Remembered: a run that is resumed while less is free must not make another network."""
+    inputs = {
+        **origin,
+        "observe": recipe.observe,
+        "repair": recipe.repair,
+        "trials": recipe.search.num_repair_samples,
+        "derivatives": needs_derivatives(recipe.score),
+        "memory": recipe.memory,
+        "computed on": compute.device.type,
+    }
+    plan = run.remember(
+        "memory",
+        inputs,
+        lambda _: plan_memory(dense, calib, task, recipe, compute.device),
+        MemoryPlan,
+        is_shared=True,
+    ).record
+    run.notify(Note(stage="memory", text=memory_text(plan)))
+    if problem := excess_text(plan):
+        run.notify(Warned(stage="memory", text=problem))
+    return plan
 
 
 def _describe_device(target: Target, ability: Ability) -> dict[str, Any]:

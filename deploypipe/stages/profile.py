@@ -34,6 +34,7 @@ from deploypipe.scoring.blocks import rank_blocks
 from deploypipe.scoring.score_summary import summarise
 from deploypipe.search.allocation.loss_curves import measure_curves
 from deploypipe.stages.context import RunContext
+from deploypipe.task import cut_batches
 
 DENSE, DENSE_ENGINE = "dense.onnx", "dense.engine"
 TEMPLATE = "template.onnx"
@@ -124,11 +125,11 @@ def observe(ctx: RunContext, structures: Structures) -> StageResult[Observation]
     loss = ctx.task.loss if needs_derivatives(ctx.recipe.score) else None
 
     def compute(work: Path) -> Observation:
-        settings, seed = ctx.recipe.observe, ctx.recipe.seed
+        settings, seed, at_once = ctx.recipe.observe, ctx.recipe.seed, ctx.memory.observe.max_samples
         halves = observe_halves(
             ctx.model,
             structures,
-            ctx.calib,
+            cut_batches(ctx.calib, at_once) if at_once else ctx.calib,
             settings,
             loss=loss,
             real_tokens=ctx.task.real_tokens,
@@ -144,6 +145,7 @@ def observe(ctx: RunContext, structures: Structures) -> StageResult[Observation]
         "structures": replace(structures, constraints=ResolvedConstraints()),  # they bound what is chosen later
         "observe": ctx.recipe.observe,
         "derivatives": loss is not None,
+        **({"max_samples": ctx.memory.observe.max_samples} if ctx.memory.observe.max_samples else {}),
     }
     return ctx.run.remember("observe", inputs, compute, Observation, is_shared=True)
 

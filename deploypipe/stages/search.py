@@ -283,7 +283,7 @@ def _depends_on(ctx: RunContext, inputs: SearchInputs) -> dict[str, object]:
         "precision": inputs.goal.candidates.precision.file,
         "budget": ctx.target.budget,
         "search": ctx.recipe.search,
-        "repair": ctx.recipe.repair,
+        **compression.repair_inputs(ctx),
         "device": ctx.device,
     }
 
@@ -337,6 +337,7 @@ def _evaluator(ctx: RunContext, goal: SearchGoal, work: Path) -> Evaluator:
         needs_peak_memory=memory_limit_mib(tight, goal.reference, objectives) is not None,
         work=work,
         accuracies=known_accuracies(ctx),
+        fit=ctx.memory.trial_repair,
         device=ctx.compute.device,
         notify=ctx.run.notify,
     )

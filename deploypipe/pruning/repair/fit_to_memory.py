@@ -62,17 +62,19 @@ class _Layer:
         return patches + 4 * rows * self.num_outputs * 2 + matrices
 
 
-def fit_repair(dense: nn.Module, batches: Sequence[Batch], settings: Repair, allowed: int) -> RepairFit:
+def fit_repair(
+    dense: nn.Module, batches: Sequence[Batch], settings: Repair, allowed: int, *, count: int | None = None
+) -> RepairFit:
     """Plan the repair of any network that is cut out of `dense`, within `allowed` bytes.
 
+    count: how many samples there are, if `batches` are not all of them.
     The dense network is measured, which holds at least as much as a pruned one: one forward pass over two samples. If
     all samples fit at once, the fit has no segments. Its `num_bytes` exceeds `allowed` if `_LEAST_SAMPLES` do not fit.
     """
     dense = unwrapped(dense)
     layers = _measure(dense, batches)
-    total = min(
-        settings.num_samples, sum(num_samples(inputs) for inputs, _ in take_calib(batches, settings.num_samples))
-    )
+    given = sum(num_samples(inputs) for inputs, _ in batches)
+    total = min(settings.num_samples, given if count is None else count)
     weights = 2 * tree_bytes([*dense.parameters(), *dense.buffers()])
     whole = _whole_bytes(layers, settings, total) + weights
     if whole <= allowed or not layers:
@@ -85,12 +87,12 @@ def fit_repair(dense: nn.Module, batches: Sequence[Batch], settings: Repair, all
     counts = [min(counts[place:]) for place in range(len(counts))]  # never fewer again: each segment costs a pass
     segments: list[RepairSegment] = []
     num_bytes = 0.0
-    for count, run in groupby(zip(counts, layers, strict=True), key=lambda pair: pair[0]):
-        positions = _positions(settings, total, count)
-        for part in _parts([layer for _, layer in run], count, positions, room):
+    for samples, run in groupby(zip(counts, layers, strict=True), key=lambda pair: pair[0]):
+        positions = _positions(settings, total, samples)
+        for part in _parts([layer for _, layer in run], samples, positions, room):
             names = tuple(layer.name for layer in part)
-            segments.append(RepairSegment(layers=names, num_samples=count, positions_per_sample=positions))
-            num_bytes = max(num_bytes, fixed + _segment_bytes(part, count, positions))
+            segments.append(RepairSegment(layers=names, num_samples=samples, positions_per_sample=positions))
+            num_bytes = max(num_bytes, fixed + _segment_bytes(part, samples, positions))
     return RepairFit(segments=tuple(segments), batch_size=batch_size, num_bytes=int(num_bytes), whole_bytes=int(whole))
 
 

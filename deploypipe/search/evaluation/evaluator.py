@@ -15,7 +15,7 @@ from deploypipe.pruning.modules.count_macs import count_macs
 from deploypipe.pruning.repair.least_squares_repair import repair
 from deploypipe.pruning.surgery.apply_plan import apply_plan
 from deploypipe.recipe import Recipe
-from deploypipe.records import Candidate, Note, Notify, PruningPlan, silent
+from deploypipe.records import Candidate, Note, Notify, PruningPlan, RepairFit, silent
 from deploypipe.search.evaluation.accuracy_cache import AccuracyCache
 from deploypipe.search.evaluation.candidate_files import NUM_LATENCY_SAMPLES, CandidateFiles
 from deploypipe.search.evaluation.candidate_passes import candidate_passes
@@ -39,7 +39,8 @@ class Evaluator:
     needs_peak_memory: bool  # a budget or an objective asks for it
     work: Path
     accuracies: AccuracyCache  # read first; new results are added
-    device: torch.device = CPU  # runs the networks whose accuracy is taken
+    fit: RepairFit | None = None  # of the repair into memory
+    device: torch.device = CPU  # repairs networks, and runs those whose accuracy is taken
     notify: Notify = silent
     _fallbacks: list[str] = field(init=False, default_factory=list)  # why files did not run
 
@@ -98,6 +99,8 @@ class Evaluator:
             quick,
             real_tokens=self.task.real_tokens,
             seed=self.recipe.seed,
+            fit=self.fit,
+            device=self.device,
         )[0]
 
     def _costs(self, pruned: nn.Module, file: Path) -> Candidate:
