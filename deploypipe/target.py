@@ -168,6 +168,7 @@ class Target:
     dynamic_dims: dict[str, Range] = field(default_factory=dict)  # the same for other dynamic axes, by name
     workspace: str = ""  # scratch memory of a TensorRT builder, "1 GiB"; empty: no limit
     num_threads: int = 1  # of the runtime
+    cuda_graph: bool = False  # timed runs replay a CUDA graph, as a server of fixed shapes does; NVIDIA GPUs only
     channel_multiple: int = 1  # layer widths are multiples of this
     num_latency_samples: int = 400  # timed runs per file, at least
     budget: Budget = field(default_factory=Budget)
@@ -226,6 +227,8 @@ class Target:
             if not self.runtime.startswith("tensorrt"):
                 raise ValueError(f"provider = {self.provider!r} is not one of {self.runtime}; write one of {fitting}")
             raise ValueError(f"provider = {self.provider!r} belongs to onnxruntime; leave it out for {self.runtime}")
+        if self.cuda_graph and (not self.needs_gpu or self.runtime == "eager"):
+            raise ValueError("cuda_graph = true needs an NVIDIA GPU and onnxruntime or TensorRT; leave it out")
         if self.provider_options and (self.runtime != "onnxruntime" or self.provider == "cpu"):
             raise ValueError(
                 "provider_options need an onnxruntime provider other than cpu; name that provider, or leave them out"

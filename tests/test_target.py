@@ -39,6 +39,8 @@ WANTED = {
         ({"provider": "rocm"}, "provider: 'rocm' does not fit"),
         ({"provider_options": {"a": "b"}}, "provider_options need an onnxruntime provider other than cpu"),
         ({"provider": "openvino", "provider_options": {"threads": 4}}, "provider_options.threads: 4 does not fit"),
+        ({"cuda_graph": True}, "cuda_graph = true needs an NVIDIA GPU and onnxruntime or TensorRT; leave it out"),
+        ({"runtime": "eager", "provider": "cuda", "cuda_graph": True}, "cuda_graph = true needs an NVIDIA GPU"),
         ({"provider": "coreml", "precisions": ["int8"]}, "onnxruntime with coreml has no 'int8'; write fp32, fp16"),
         ({"runtime": "eager", "precisions": ["fp32", "int8"]}, "eager has no 'int8'"),
         ({"precisions": []}, "precisions is empty; write one or more of fp32, fp16, int8"),

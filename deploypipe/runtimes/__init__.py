@@ -57,14 +57,19 @@ def _onnxruntime(target: Target, _: bool) -> Runtime:
         provider=PROVIDERS[target.provider],
         options=target.provider_options,
         allow_cpu_fallback=target.allow_cpu_fallback,
+        cuda_graph=target.cuda_graph,
     )
+
+
+def _tensorrt(target: Target, _: bool) -> Runtime:
+    return TensorRtRuntime(library=target.runtime, cuda_graph=target.cuda_graph)
 
 
 # By the runtime's name in a target: the function that makes it. The second argument is `make_runtime`'s trust_program.
 RUNTIMES: dict[str, Callable[[Target, bool], Runtime]] = {
     "onnxruntime": _onnxruntime,
-    "tensorrt": lambda target, _: TensorRtRuntime(library=target.runtime),
-    "tensorrt-rtx": lambda target, _: TensorRtRuntime(library=target.runtime),
+    "tensorrt": _tensorrt,
+    "tensorrt-rtx": _tensorrt,
     "eager": lambda target, trust_program: EagerRuntime(device=target.provider, is_trusted=trust_program),
 }
 

@@ -25,12 +25,15 @@ class Provider:
     names: tuple[str, ...]  # in ONNX Runtime; nodes that one does not support go to the next one
     package: str  # that ships it
     threads_option: str = ""  # the provider's own option for the number of threads, if it has its own pool
+    graph_option: str = ""  # its option for CUDA graphs
 
 
 PROVIDERS: dict[str, Provider] = {
     "cpu": Provider(names=(_CPU,), package="onnxruntime"),
-    "cuda": Provider(names=(_CUDA,), package="onnxruntime-gpu"),
-    "tensorrt": Provider(names=("TensorrtExecutionProvider", _CUDA), package="onnxruntime-gpu"),
+    "cuda": Provider(names=(_CUDA,), package="onnxruntime-gpu", graph_option="enable_cuda_graph"),
+    "tensorrt": Provider(
+        names=("TensorrtExecutionProvider", _CUDA), package="onnxruntime-gpu", graph_option="trt_cuda_graph_enable"
+    ),
     "openvino": Provider(
         names=("OpenVINOExecutionProvider",), package="onnxruntime-openvino", threads_option="num_of_threads"
     ),
@@ -141,6 +144,7 @@ class OnnxRuntime:
     provider: Provider = PROVIDERS["cpu"]
     options: Mapping[str, str] = field(default_factory=dict)
     allow_cpu_fallback: bool = False
+    cuda_graph: bool = False  # bound runs replay a CUDA graph
     is_plain: bool = False
 
     @contextmanager
@@ -180,6 +184,8 @@ class OnnxRuntime:
     def _providers(self, num_threads: int, stream: Any | None) -> list[tuple[str, dict[str, str]]]:
         first, *others = self.provider.names
         own = {self.provider.threads_option: str(num_threads)} if self.provider.threads_option else {}
+        if self.cuda_graph and self.provider.graph_option:
+            own[self.provider.graph_option] = "1"
         common = {} if stream is None else {"user_compute_stream": str(stream.cuda_stream)}
         if stream is not None and "device_id" in self.options:
             common["device_id"] = self.options["device_id"]

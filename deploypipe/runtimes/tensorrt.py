@@ -1,6 +1,6 @@
 """Run TensorRT and TensorRT-RTX engines on an NVIDIA GPU; torch holds the GPU's memory."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,14 +25,19 @@ class TensorRtSession:
     stream: Any  # torch.cuda.Stream
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
+    cuda_graph: bool  # bound runs replay a CUDA graph
 
     def run(self, inputs: Mapping[str, np.ndarray[Any, np.dtype[Any]]]) -> list[np.ndarray[Any, np.dtype[Any]]]:
-        bound = self.bind(inputs)
+        bound = BufferedRun(buffers=self._bind(inputs), enqueue=self._enqueue)
         bound.run()
         return bound.outputs()
 
     def bind(self, inputs: Mapping[str, np.ndarray[Any, np.dtype[Any]]]) -> BufferedRun:
-        """See `deploypipe.runtimes.Session`. The engine runs in the buffers of the last call."""
+        """See `deploypipe.runtimes.Session`. The engine runs in the buffers of the last call of `bind` or `run`."""
+        buffers = self._bind(inputs)
+        return BufferedRun(buffers=buffers, enqueue=self._capture() if self.cuda_graph else self._enqueue)
+
+    def _bind(self, inputs: Mapping[str, np.ndarray[Any, np.dtype[Any]]]) -> Buffers:
         if inputs.keys() != set(self.input_names):
             raise DataError(self._misfit(inputs, "names differ"))
         for name in self.input_names:
@@ -47,7 +52,19 @@ class TensorRtSession:
         buffers = Buffers.allocate({name: inputs[name] for name in self.input_names}, outputs, "cuda", self.stream)
         for name, tensor in {**buffers.inputs, **buffers.outputs}.items():
             self.context.set_tensor_address(name, tensor.data_ptr())
-        return BufferedRun(buffers=buffers, enqueue=self._enqueue)
+        return buffers
+
+    def _capture(self) -> Callable[[], object]:
+        """Capture one run as a CUDA graph. One before it, since TensorRT updates itself at the first run of a shape."""
+        import torch
+
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self.stream):
+            self._enqueue()
+        self.stream.synchronize()
+        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+            self._enqueue()
+        return graph.replay
 
     def _enqueue(self) -> None:
         if not self.context.execute_async_v3(self.stream.cuda_stream):
@@ -78,6 +95,7 @@ class TensorRtRuntime:
     """Runs engine files that `export.tensorrt_engine.build_engine` wrote, and no others."""
 
     library: str  # tensorrt, tensorrt-rtx
+    cuda_graph: bool = False  # bound runs replay a CUDA graph
 
     @contextmanager
     def open(self, path: Path, *, num_threads: int) -> Iterator[TensorRtSession]:
@@ -100,6 +118,7 @@ class TensorRtRuntime:
             stream=torch.cuda.Stream(),
             input_names=tuple(name for name in names if is_input[name]),
             output_names=tuple(name for name in names if not is_input[name]),
+            cuda_graph=self.cuda_graph,
         )
 
 

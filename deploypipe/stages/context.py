@@ -205,6 +205,7 @@ def _describe_device(target: Target, ability: Ability) -> dict[str, Any]:
         "runtime": [target.runtime, target.provider, target.provider_options, target.allow_cpu_fallback],
         "engine": [target.batches, target.dynamic_dims, target.workspace, target.compute_capabilities],
         "batch": target.batch_size,
+        "cuda_graph": target.cuda_graph,
         "threads": target.num_threads,
         "samples": target.num_latency_samples,
     }

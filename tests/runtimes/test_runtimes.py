@@ -268,6 +268,25 @@ def test_the_runtime_is_made_as_the_target_says() -> None:
         make_runtime(Target(runtime=name))  # type: ignore[arg-type]
 
 
+class Stream:
+    """A torch.cuda.Stream that is somewhere in the driver's memory."""
+
+    cuda_stream = 4711
+
+
+def test_all_providers_on_a_gpu_compute_on_one_stream_and_the_first_one_has_the_options() -> None:
+    target = Target(
+        runtime="onnxruntime", provider="tensorrt", cuda_graph=True, provider_options={"trt_fp16_enable": "1"}
+    )
+    runtime = make_runtime(target)
+    assert isinstance(runtime, OnnxRuntime)
+    common = {"user_compute_stream": "4711"}
+    assert runtime._providers(1, Stream()) == [
+        ("TensorrtExecutionProvider", {**common, "trt_cuda_graph_enable": "1", "trt_fp16_enable": "1"}),
+        ("CUDAExecutionProvider", common),
+    ]
+
+
 def test_no_runtime_for_another_device() -> None:
     with pytest.raises(RuntimeUnavailableError, match=r"target 'pi': this machine .* not Raspberry Pi"):
         find_runtime(Target(runtime="onnxruntime", name="pi", board="Raspberry Pi"))

@@ -191,6 +191,7 @@ class CandidateFiles:
         device = describe_environment(self.target.num_threads).device_fingerprint
         target = self.target
         made_with = [target.runtime, target.provider, target.provider_options, target.batch_size, target.batches]
+        made_with += [target.cuda_graph] if target.cuda_graph else []  # keys of other targets stay
         return digest([device, made_with, shape_signature(self.dense_onnx), shape_signature(path)])
 
     def _feed(self, file: Path) -> dict[str, Array]:
