@@ -15,6 +15,7 @@ from deploypipe.scoring.top_down_ranking import (
     Ranking,
     Reader,
     cumulative,
+    of_one_shape,
     rankings_of,
     remove_greedily,
     score_top_down,
@@ -44,17 +45,17 @@ def score_output_error(
             smallest = (_MIN_VARIANCE * variance.mean(-1, keepdim=True)).clamp_min(1e-12)
             return 1 / torch.maximum(variance, smallest)
         found = [moments.output_fisher.get(module) for module in reader.modules]
-        return torch.stack(
-            [
-                torch.zeros_like(variance[0]) if fisher is None else fisher[outputs].double()
-                for fisher, outputs in zip(found, reader.outputs, strict=True)
-            ]
-        )
+        weights = [
+            variance.new_zeros(variance.shape[-1]) if fisher is None else fisher[outputs].double()
+            for fisher, outputs in zip(found, reader.outputs, strict=True)
+        ]
+        return torch.stack(weights).view(variance.shape)
 
-    def rank(readers: list[Reader]) -> list[Ranking]:
-        variances = [((reader.covariance @ reader.weights) * reader.weights).sum(1) for reader in readers]  # (b, m)
+    def rank(observed: list[Reader]) -> list[Ranking]:
+        readers = of_one_shape(observed)
+        variances = [((reader.covariance @ reader.weights) * reader.weights).sum(-2) for reader in readers]  # (r, b, m)
         weights = [weigh(reader, variance) for reader, variance in zip(readers, variances, strict=True)]
-        products = [(w * v).sum(1, keepdim=True) for w, v in zip(weights, variances, strict=True)]
+        products = [(w * v).sum(-1, keepdim=True).sum(0) for w, v in zip(weights, variances, strict=True)]
         total = torch.stack(products).sum(0)  # (b, 1)
         problems = [
             SequentialErrorRemoval(

@@ -6,7 +6,7 @@ blocks, are ranked together, because a step of a small group costs mostly functi
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -25,11 +25,11 @@ _MAX_VALUES = 2**22  # of covariances ranked together; larger stacks gain nothin
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reader:
-    """An observed consumer of a group, with the m outputs that count as kept; stacked for b groups."""
+    """An observed consumer of a group, with the m outputs that count as kept; stacked for b groups (*)."""
 
     modules: list[str]  # b
-    covariance: Tensor  # (b, p, p) float64, of all its inputs
-    weights: Tensor  # (b, p, m) float64
+    covariance: Tensor  # (*, p, p) float64, of all its inputs
+    weights: Tensor  # (*, p, m) float64
     outputs: list[list[int]]  # the m outputs of each, in the module's own numbering
     regressors: list[list[int]]  # by unit of the group: which of the p
 
@@ -116,6 +116,27 @@ def _of_one_shape(observed: dict[str, list[Reader]]) -> Iterator[list[str]]:
         yield from (names[start : start + size] for start in range(0, len(names), size))
 
 
+def of_one_shape(readers: Sequence[Reader]) -> list[Reader]:
+    """The readers of the same b groups with r of one shape as one each: (*) becomes (r, b), `modules` has r * b."""
+    by_shape: dict[str, list[Reader]] = {}
+    for reader in readers:
+        by_shape.setdefault(str((reader.weights.shape, reader.regressors)), []).append(reader)
+    found = []
+    for alike in by_shape.values():
+        size = max(1, _MAX_VALUES // alike[0].covariance.numel())
+        for start in range(0, len(alike), size):
+            some = alike[start : start + size]
+            part, shape = _stacked(some), (len(some), *some[0].covariance.shape[:-2])
+            found.append(
+                replace(
+                    part,
+                    covariance=part.covariance.view(*shape, *part.covariance.shape[-2:]),
+                    weights=part.weights.view(*shape, *part.weights.shape[-2:]),
+                )
+            )
+    return found
+
+
 def _stacked(readers: Sequence[Reader]) -> Reader:
     if len(readers) == 1:
         return readers[0]
@@ -162,13 +183,21 @@ def _readers(
 
 
 def remove_greedily(problems: Sequence[Removal], num_units: int) -> tuple[Tensor, Tensor]:
-    """Repeatedly remove the unit with the smallest loss, summed over all problems: (order, losses on removal)."""
+    """Repeatedly remove the unit with the smallest loss, summed over all problems: (order, losses on removal).
+
+    The losses of a problem are (*, units), or (r, b, units) for r readers of each of b groups.
+    """
 
     def remove_(unit: Tensor) -> None:
         for problem in problems:
             problem.remove_(unit)
 
-    return take_greedily(lambda: [problem.losses() for problem in problems], remove_, num_units)
+    return take_greedily(lambda: [over_readers(problem.losses()) for problem in problems], remove_, num_units)
+
+
+def over_readers(amounts: Tensor) -> Tensor:
+    """Amounts (r, b, units) summed over the r readers; others as they are."""
+    return amounts.sum(0) if amounts.dim() == 3 else amounts
 
 
 def take_greedily(

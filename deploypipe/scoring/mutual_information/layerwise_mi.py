@@ -11,6 +11,8 @@ from deploypipe.scoring.top_down_ranking import (
     Ranking,
     Reader,
     cumulative,
+    of_one_shape,
+    over_readers,
     rankings_of,
     score_top_down,
     take_greedily,
@@ -29,7 +31,10 @@ def score_layerwise_mi(
     """
 
     def rank(readers: list[Reader]) -> list[Ranking]:
-        problems = [SequentialSelection(r.covariance, r.weights, r.regressors, noise=config.noise) for r in readers]
+        problems = [
+            SequentialSelection(r.covariance, r.weights, r.regressors, noise=config.noise)
+            for r in of_one_shape(readers)
+        ]
 
         def choose_(unit: Tensor) -> None:
             for problem in problems:
@@ -46,4 +51,4 @@ def score_layerwise_mi(
 
 
 def _gains(problems: list[SequentialSelection]) -> list[Tensor]:
-    return [problem.gains() for problem in problems]
+    return [over_readers(problem.gains()) for problem in problems]

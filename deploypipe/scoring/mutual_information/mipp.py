@@ -18,6 +18,7 @@ from deploypipe.scoring.top_down_ranking import (
     Ranking,
     Reader,
     cumulative,
+    of_one_shape,
     rankings_of,
     remove_greedily,
     score_top_down,
@@ -33,7 +34,9 @@ def score_mipp(model: nn.Module, structures: Structures, moments: Moments, confi
     """
 
     def rank(readers: list[Reader]) -> list[Ranking]:
-        problems = [SequentialRemoval(r.covariance, r.weights, r.regressors, noise=config.noise) for r in readers]
+        problems = [
+            SequentialRemoval(r.covariance, r.weights, r.regressors, noise=config.noise) for r in of_one_shape(readers)
+        ]
         order, losses = remove_greedily(problems, len(readers[0].regressors))
         rankings = rankings_of(cumulative(order, losses))
         if config.confidence is None:
