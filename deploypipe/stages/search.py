@@ -8,9 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from deploypipe.budgets import LATENCY_P50, PEAK_MEMORY
-from deploypipe.compute_device import CPU
 from deploypipe.files.hashing import digest
-from deploypipe.memory_budget import allowed_bytes
 from deploypipe.memory_order import find_order
 from deploypipe.pruning.surgery.apply_plan import apply_plan
 from deploypipe.pruning.surgery.plan import make_plan
@@ -329,7 +327,7 @@ def _evaluator(ctx: RunContext, goal: SearchGoal, work: Path) -> Evaluator:
             ctx.splits.val,
             ctx.recipe.seed,
             find_order(ctx.model, ctx.inputs),
-            most_bytes=allowed_bytes(None, CPU) * _VAL_SHARE,
+            most_bytes=ctx.memory.allowed_bytes * _VAL_SHARE,
             folder=ctx.run.path,
         ),
         task=ctx.task,
