@@ -93,6 +93,13 @@ def tensorrt() -> Runtime:
             lambda: EagerRuntime(device="cuda", is_trusted=True), write_program, id="eager on cuda", marks=CUDA
         ),
         pytest.param(tensorrt, write_engine, id="tensorrt", marks=CUDA),
+        pytest.param(lambda: onnxruntime_with("cuda", cuda_graph=True), write_onnx, id="cuda graph", marks=CUDA),
+        pytest.param(
+            lambda: make_runtime(Target(runtime="tensorrt", cuda_graph=True)),
+            write_engine,
+            id="tensorrt graph",
+            marks=CUDA,
+        ),
     ],
 )
 class TestContract:
@@ -111,6 +118,20 @@ class TestContract:
         np.testing.assert_array_equal(y, y_before)  # a later run leaves earlier outputs alone
         assert float(total) == pytest.approx(float((2 * x + 1).sum()))
         assert one_row.shape == (1, 3)
+
+    def test_a_bound_batch_gives_what_a_run_gives_and_leaves_other_runs_alone(
+        self, make: Callable[[], Runtime], write: Callable[[Path], Path], tmp_path: Path
+    ) -> None:
+        batch = {"x": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(3, dtype=np.float32)}
+        with make().open(write(tmp_path), num_threads=1) as session:
+            bound = session.bind(batch)
+            for _ in range(3):  # a CUDA graph is captured in the first and replayed later
+                bound.run()
+            np.testing.assert_allclose(bound.outputs()[0], 2 * batch["x"] + 1)
+            if parts := bound.time_parts():  # on a GPU
+                assert 0 < parts.enqueue_ms < parts.end_to_end_ms and parts.compute_ms > 0
+            other = {"x": np.full((2, 3), 7, dtype=np.float32), "b": batch["b"]}
+            np.testing.assert_allclose(session.run(other)[0], np.full((2, 3), 15))
 
     def test_inputs_that_do_not_fit(
         self, make: Callable[[], Runtime], write: Callable[[Path], Path], tmp_path: Path
