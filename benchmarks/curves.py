@@ -30,6 +30,7 @@ from torch.nn import functional as F
 
 from deploypipe.benchmark.accuracy import evaluate_module
 from deploypipe.distillation_loss import with_distillation_loss
+from deploypipe.memory_order import find_order_
 from deploypipe.numerics.intervals import interval_of_drop_pp
 from deploypipe.observe.calibration_pass import observe_activations
 from deploypipe.observe.pass_statistics import Moments
@@ -97,7 +98,12 @@ class Subject:
         plan = self.plan(chosen)
         calib = take_calib(self.calib, _NUM_REPAIR)
         repaired, _ = repair(self.dense, apply_plan(self.dense, plan), plan, calib, self.recipe.repair)
-        return evaluate_module(repaired, self.val, self.task)
+        return self.judge(repaired)
+
+    def judge(self, network: nn.Module) -> NDArray[np.float64]:
+        """The metric of a network for each sample of val."""
+        arrange = find_order_(network, self.val[0][0])
+        return evaluate_module(network, ((arrange(inputs), target) for inputs, target in self.val), self.task)
 
 
 def main() -> None:
@@ -115,6 +121,7 @@ def main() -> None:
         print(f"{measured.num_samples} images, {torch.get_num_threads()} threads\n")
         print(agreement(measured, predicted, slow, fast), flush=True)
         if subject.val:
+            print(f"\nDense: {100 * subject.judge(subject.dense).mean():.2f} % on val")
             print("\n| MACs | measured | predicted | difference, points | widths and blocks that differ |")
             print("|---|---|---|---|---|")
         for share in options.shares if subject.val else ():
@@ -245,8 +252,7 @@ def inverted_residuals(seconds: float) -> Parts:
             if past >= 1:
                 break
     network = network.to(memory_format=torch.contiguous_format).eval()
-    accuracy = evaluate_module(network, splits.val, classification()).mean()
-    print(f"\ninverted_residuals: {step} steps of 128 images, {100 * accuracy:.1f} % on val")
+    print(f"\ninverted_residuals: {step} steps of 128 images")
     return network, splits, classification(), Recipe()
 
 
