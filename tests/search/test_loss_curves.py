@@ -18,6 +18,7 @@ from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.recipe import Constraints, Observe, Random, Search
 from deploypipe.records import Curves, LossCurve, ScoreTable, Structures
 from deploypipe.scoring import score
+from deploypipe.search.allocation import cut_losses
 from deploypipe.search.allocation.loss_curves import TEMPERATURE, measure_curves, width_levels
 
 SETTINGS = Search(num_curve_samples=40, num_levels=2)
@@ -254,19 +255,20 @@ def test_a_network_whose_layers_read_more_than_their_arguments_runs_as_a_whole()
         assert loss == pytest.approx(max(kl(model, pruned, inputs), 0.0), rel=1e-3, abs=1e-6)
 
 
-def test_threads_change_nothing() -> None:
-    model, inputs, structures, scores = prepared("pad_resnet", 400)
-    moments = observe_activations(model, structures, [(inputs, torch.zeros(400))], Observe())
+@pytest.mark.parametrize("name", ["pad_resnet", "normalised"])
+def test_threads_and_what_is_held_at_once_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs, structures, scores = prepared(name, 200)
+    batches = [(inputs, torch.zeros(200))]
+    moments = observe_activations(model, structures, batches, Observe())
     before = torch.get_num_threads()
     found = []
-    for count in (1, 3):
-        torch.set_num_threads(count)
-        batches = [(inputs, torch.zeros(400))]
+    for num_threads, held in ((1, 2**28), (3, 2**28), (2, 1)):
+        torch.set_num_threads(num_threads)
+        monkeypatch.setattr(cut_losses, "_WEIGHT_BYTES", held)
         events: list[Any] = []
-        found.append(
-            measure_curves(model, structures, scores, moments, batches, Search(num_levels=2), notify=events.append)
-        )
-        assert torch.get_num_threads() == count
+        settings = Search(num_levels=2)
+        found.append(measure_curves(model, structures, scores, moments, batches, settings, notify=events.append))
+        assert torch.get_num_threads() == num_threads
         assert len(events) > 1 and events[-1].done == events[-1].total
     torch.set_num_threads(before)
-    assert found[0] == found[1]
+    assert found[0] == found[1] == found[2]

@@ -11,6 +11,7 @@ from deploypipe.pruning.tracing.structures import list_structures
 from deploypipe.recipe import Magnitude, Observe, Search
 from deploypipe.records import Structures
 from deploypipe.scoring import score
+from deploypipe.search.allocation import cut_losses
 from deploypipe.search.allocation.loss_curves import measure_curves
 from deploypipe.search.allocation.predicted_losses import first_positions, predict_losses, repair_errors
 
@@ -75,3 +76,18 @@ def test_predicted_curves_are_near_the_measured_ones() -> None:
             else:
                 assert guess == loss
     assert num_predicted > sum(len(curve.kept) for curve in predicted.curves if curve.kind == "channels") / 3
+
+
+@pytest.mark.parametrize(("noise", "expected"), [(0.0, 16), (100.0, 64)])
+def test_samples_that_say_the_same_are_left_out(noise: float, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cut_losses, "_MAX_SAMPLES", 4)
+    torch.manual_seed(0)
+    model = Joined()
+    inputs = torch.randn(4, 6).repeat(16, 1) + noise * torch.randn(64, 6) ** 3
+    batches = [(inputs, torch.zeros(64))]
+    structures = list_structures(model, inputs)
+    moments = observe_activations(model, structures, batches, Observe())
+    scores = score(model, structures, moments, Magnitude())
+    found = measure_curves(model, structures, scores, moments, batches, Search(curves="predicted"))
+    assert found.num_samples == expected
+    assert measure_curves(model, structures, scores, moments, batches, Search(curves="measured")).num_samples == 64

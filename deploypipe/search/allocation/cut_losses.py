@@ -42,7 +42,7 @@ _ACTIVATION_BYTES = 2**20  # of a piece's largest activation: it stays in the se
 _LARGE_BYTES = 2**24  # for samples that do not fit there, a few at once: still in the cache, and quickly allocated
 _FEW_SAMPLES = 4
 _KEPT_BYTES = 2**28  # of the outputs that are kept for one piece
-_WEIGHT_BYTES = 2**28  # of the repaired weights that are held at once
+_WEIGHT_BYTES = 2**28  # of the weights of cuts that are held at once
 _FEWEST_PIECES = 4  # to judge by whether they are enough
 _MAX_SAMPLES = 128  # of a piece: small networks have enough pieces for all cores
 _GPU_FACTOR = 16  # GPUs need larger pieces
@@ -187,10 +187,14 @@ class CutLosses:
         return [*ranges, (start, len(points))]
 
     def _num_bytes(self, point: Point) -> int:
+        """Of the weights that a cut holds: those of the readers, or of all members in each worker's own network."""
         if isinstance(point, BlockPoint):
             return 0
-        readers: list[Any] = [self.modules[0][name] for name in readers_of(point.group, self.modules[0])]
-        return sum(layer.weight.numel() * layer.weight.element_size() for layer in readers)
+        names = changed_modules(point, self.modules[0])
+        copies = 1 if readers_of(point.group, self.modules[0]) else len(self.models)
+        held = [parameter for name in set(names) for parameter in self.modules[0][name].parameters(recurse=False)]
+        size: int = sum(parameter.nbytes for parameter in held)
+        return copies * size
 
     def _checked(self, finished: Sequence[Names], piece: _Piece) -> list[Names]:
         """The modules that need not run again, or none for a point where the network's outputs would change so.
