@@ -1,7 +1,7 @@
 """Are predicted loss curves as good as measured ones, and how much faster are they?
 
     python benchmarks/curves.py resnet20_cifar10 vit_cifar10 resnet56_cifar10 inverted_residuals [--images 512]
-        [--shares 0.6 0.4] [--seconds 170]
+        [--val 5000] [--shares 0.6 0.4] [--seconds 170]
     python benchmarks/curves.py efficientnet_lite0 --images 16
 
 Needs the environment variables of the pipelines (CIFAR10_DIR, RESNET20_WEIGHTS, ...). `inverted_residuals` is a small
@@ -12,8 +12,8 @@ For each network, from one process: processor seconds and seconds on the clock o
 `search.curves = "measured"` and "predicted", Spearman's rank correlation of the two over all widths and the lowest in a
 group, and how far a predicted loss is off (the root mean square of the log of the ratio, for losses above 1e-3). Then
 both choose widths and blocks for a share of the multiply-accumulates (--shares), by the solver alone. The networks are
-repaired and judged on val, without training. Reported: accuracy, and the difference with a paired 95 % interval. Prints
-Markdown.
+repaired and judged on the first --val images of val, without training. Reported: accuracy, and the difference with a
+paired 95 % interval. Prints Markdown.
 """
 
 import argparse
@@ -110,11 +110,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("networks", nargs="+")
     parser.add_argument("--images", type=int, default=512)
+    parser.add_argument("--val", type=int, default=5000)
     parser.add_argument("--shares", type=float, nargs="*", default=(0.6, 0.4))
     parser.add_argument("--seconds", type=float, default=170)
     options = parser.parse_args()
     for name in options.networks:
-        subject = prepared(name, options.images, options.seconds)
+        subject = prepared(name, options.images, options.val, options.seconds)
         measured, *slow = subject.curves("measured")
         predicted, *fast = subject.curves("predicted")
         print(f"\n{name}: {len(subject.structures.groups)} groups, {len(subject.structures.blocks)} blocks, ", end="")
@@ -163,7 +164,7 @@ def judged(subject: Subject, measured: Curves, predicted: Curves, share: float) 
     return "| " + " | ".join(cells) + " |"
 
 
-def prepared(name: str, num_images: int, seconds: float) -> Subject:
+def prepared(name: str, num_images: int, num_val: int, seconds: float) -> Subject:
     dense, splits, task, recipe = OWN[name](seconds) if name in OWN else of_pipeline(name)
     dense = dense.eval()
     recipe = replace(recipe, search=replace(recipe.search, num_curve_samples=num_images))
@@ -172,9 +173,10 @@ def prepared(name: str, num_images: int, seconds: float) -> Subject:
     with torch.no_grad():
         task = with_distillation_loss(task, forward(dense, first), target)
     structures = list_structures(dense, take(first, 2), recipe.keep, recipe.constraints)
+    val = take_calib(splits.val, num_val) if list(splits.val) else []
     moments = observe_activations(dense, structures, calib, recipe.observe)
     scores = score(dense, structures, moments, Magnitude())
-    return Subject(name, dense, calib, list(splits.val), task, recipe, structures, moments, scores)
+    return Subject(name, dense, calib, val, task, recipe, structures, moments, scores)
 
 
 Parts = tuple[nn.Module, Splits, Task, Recipe]
