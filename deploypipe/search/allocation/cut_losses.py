@@ -42,6 +42,7 @@ _ACTIVATION_BYTES = 2**20  # of a piece's largest activation: it stays in the se
 _LARGE_BYTES = 2**24  # for samples that do not fit there, a few at once: still in the cache, and quickly allocated
 _FEW_SAMPLES = 4
 _KEPT_BYTES = 2**28  # of the outputs that are kept for one piece
+_ALL_KEPT_BYTES = 2**30  # of those for all pieces that are passed at once
 _WEIGHT_BYTES = 2**28  # of the weights of cuts that are held at once
 _FEWEST_PIECES = 4  # to judge by whether they are enough
 _MAX_SAMPLES = 128  # of a piece: small networks have enough pieces for all cores
@@ -55,6 +56,7 @@ class _Piece:
 
     inputs: Any
     count: int
+    num_bytes: int  # of the dense network's outputs that are kept
 
 
 class CutLosses:
@@ -80,9 +82,7 @@ class CutLosses:
         num_workers = torch.get_num_threads() if device.type == "cpu" else 1
         self.models = [first, *(replica(first) for _ in range(num_workers - 1))]
         self.modules = [dict(model.named_modules()) for model in self.models]
-        self.free: SimpleQueue[int] = SimpleQueue()
-        for number in range(num_workers):
-            self.free.put(number)
+        self.free: SimpleQueue[int] = SimpleQueue()  # numbers of the copies that no worker uses
         self.pieces: list[_Piece] = []
 
     @property
@@ -107,7 +107,11 @@ class CutLosses:
         ):
             orders = [self._order(batch) for batch in self.batches]
             finished = [orders[0].finished_before(changed_modules(point, self.modules[0])) for point in points]
-            self.pieces = self.pieces or self._cut_in_pieces(orders, set().union(*finished))
+            if not self.pieces:
+                self.pieces = self._cut_in_pieces(orders, set().union(*finished))
+                at_once = _ALL_KEPT_BYTES // max(max(piece.num_bytes for piece in self.pieces), 1)
+                for number in range(max(min(len(self.models), at_once), 1)):
+                    self.free.put(number)
             finished = self._checked(finished, self.pieces[0])
             parts = self._held_at_once(points)
             losses: list[float] = []
@@ -164,15 +168,17 @@ class CutLosses:
         for batch, order in zip(self.batches, orders, strict=True):
             total = num_samples(batch)
             recorded = min(total, 2)
-            largest = max(order.largest_bytes / recorded, 1)
+            largest, each = max(order.largest_bytes / recorded, 1), max(order.num_bytes(kept) / recorded, 1)
             limits = [
                 max(factor * _ACTIVATION_BYTES / largest, min(_FEW_SAMPLES, factor * _LARGE_BYTES / largest)),
-                factor * _KEPT_BYTES * recorded / max(order.num_bytes(kept), 1),
+                factor * _KEPT_BYTES / each,
                 factor * _MAX_SAMPLES,
             ]
             num_pieces = ceil(total / max(int(min(limits)), 1))
             for start, end in pairwise(total * i // num_pieces for i in range(num_pieces + 1)):
-                placed.append((end / total, _Piece(inputs=take(batch, end, start), count=end - start)))
+                count = end - start
+                piece = _Piece(inputs=take(batch, end, start), count=count, num_bytes=int(each * count))
+                placed.append((end / total, piece))
         return [piece for _, piece in sorted(placed, key=lambda pair: pair[0])]
 
     def _held_at_once(self, points: Sequence[Point]) -> list[tuple[int, int]]:
