@@ -14,8 +14,9 @@ from deploypipe.files.hashing import file_sha256
 from deploypipe.target import Budget
 
 
+@cache
 def hurry() -> None:
-    """For this process, and those that it forks."""
+    """For this process, and those that it forks. Others do when they import `tiny_pipeline`."""
     latency._SECONDS, latency._PAUSE_SECONDS, latency._MAX_CHECKS = 0.0, 0.0, 0
     memory._NUM_CHILDREN, memory.run_child = 1, _once_for_a_file(memory.run_child)
     # Tests kill processes, not machines: what was written stays, whether or not it has reached the disk.

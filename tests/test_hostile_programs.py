@@ -101,8 +101,11 @@ def planted(request: pytest.FixtureRequest, saved: Path, tmp_path: Path) -> tupl
     return plant(saved, tmp_path / "pruned", trace, request.param), trace
 
 
-def test_only_who_says_so_loads_a_program(planted: tuple[Path, Path], tmp_path: Path) -> None:
+def test_only_who_says_so_loads_a_program(
+    planted: tuple[Path, Path], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     program, trace = planted
+    is_first = request.node.callspec.params["planted"] is PLANTS[0]
     refusal = r"model\.pt2: a \.pt2 program can run any code.*"
     with pytest.raises(ModelError, match=refusal + r"load_pruned\(folder, build_model\)"):
         load_saved(program.parent)
@@ -112,7 +115,7 @@ def test_only_who_says_so_loads_a_program(planted: tuple[Path, Path], tmp_path: 
     target.write_text('runtime = "eager"\n', encoding="utf-8")
     np.savez(tmp_path / "x.npz", input=np.zeros((1, 4), dtype=np.float32))
     bench = ["bench", str(program), str(target), "--inputs", str(tmp_path / "x.npz")]
-    for parts in ("latency", "memory"):  # in this process, and in one of its own
+    for parts in ("latency", "memory")[: 1 + is_first]:  # in this process, and in one of its own
         refused = RUNNER.invoke(app, [*bench, "--parts", parts])
         assert refused.exit_code == 2
         assert "--trust-program" in refused.output.replace("\n", " ")

@@ -11,7 +11,7 @@ from warm_python import Child, start
 
 from deploypipe.runs.result import RunResult, load_result
 
-QUICK = ("search.num_trials=3", "search.num_finalists=1", "finetune.num_epochs=1", "search.num_levels=3")
+QUICK = ("search.num_trials=2", "search.num_finalists=1", "finetune.num_epochs=1", "search.num_levels=3")
 PIPELINE = "from tiny_pipeline import *\nprint(torch.get_num_threads(), 'thread')\n"
 NAMES = ("half", "most", "never")
 

@@ -4,6 +4,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from impatience import hurry
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -11,6 +12,8 @@ from deploypipe.data import TensorBatches
 from deploypipe.recipe import Finetune, Observe, Recipe, Repair, Search
 from deploypipe.target import Budget, Target
 from deploypipe.task import Splits, Task, classification
+
+hurry()
 
 
 class Block(nn.Module):
