@@ -12,6 +12,7 @@ from functools import partial
 from itertools import pairwise
 from math import ceil
 from queue import SimpleQueue
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -83,6 +84,7 @@ class CutLosses:
         self.models = [first, *(replica(first) for _ in range(num_workers - 1))]
         self.modules = [dict(model.named_modules()) for model in self.models]
         self.free: SimpleQueue[int] = SimpleQueue()  # numbers of the copies that no worker uses
+        self.is_over = Event()
         self.pieces: list[_Piece] = []
 
     @property
@@ -102,7 +104,7 @@ class CutLosses:
             evaluating(self.models[0]),
             exact_float32(self.device),
             one_thread_if_small(0),
-            _pool(len(self.models)) as pool,
+            _pool(len(self.models), self.is_over) as pool,
             torch.no_grad(),
         ):
             orders = [self._order(batch) for batch in self.batches]
@@ -143,6 +145,8 @@ class CutLosses:
                     dense = _finite(forward(model, inputs))
                 found = []
                 for cut, names in zip(cuts, finished, strict=True):
+                    if self.is_over.is_set():
+                        break
                     used = cut.networks[number] if cut.networks else model
                     own = dict(used.named_modules()) if cut.networks else modules
                     with applied(own, cut), returning(own, names, outputs):
@@ -240,12 +244,14 @@ def _relative_error(rows: Sequence[Sequence[float]]) -> float:
 
 
 @contextmanager
-def _pool(num_workers: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads that compute with one core each. After an error, what has not begun is left out."""
+def _pool(num_workers: int, is_over: Event) -> Iterator[ThreadPoolExecutor]:
+    """Threads that compute with one core each. is_over is set at the end, also after an error: they stop then."""
+    is_over.clear()
     pool = ThreadPoolExecutor(num_workers, initializer=torch.set_num_threads, initargs=(1,))
     try:
         yield pool
     finally:
+        is_over.set()
         pool.shutdown(cancel_futures=True)
 
 
