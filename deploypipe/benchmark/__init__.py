@@ -10,6 +10,7 @@ import numpy as np
 from deploypipe.benchmark.accuracy import evaluate_file
 from deploypipe.benchmark.bench_file import bench_file as bench_file
 from deploypipe.benchmark.bench_results import BenchResult as BenchResult
+from deploypipe.benchmark.described_split import DescribedSplit
 from deploypipe.benchmark.environment import describe_environment
 from deploypipe.benchmark.latency import Timings, conditions_of, find_doubts, summarise, time_steadily
 from deploypipe.benchmark.memory import measure_peak_memory
@@ -18,9 +19,8 @@ from deploypipe.numerics.intervals import interval_of_drop_pp, interval_of_mean,
 from deploypipe.records import AccuracyHere, BenchmarkReport, Measurement, ModelFile, Notify, Progress, silent
 from deploypipe.runtimes import Array, Runtime, find_runtime, make_runtime
 from deploypipe.runtimes.named_arrays import feed
-from deploypipe.split_fingerprints import fingerprint_of
 from deploypipe.target import Target
-from deploypipe.task import Batch, Task, find_slices, num_samples
+from deploypipe.task import Batch, Task, num_samples
 
 Counts: TypeAlias = tuple[int, int]  # parameters, multiply-accumulates of one sample
 
@@ -60,10 +60,11 @@ def compare_files(
             is_steady=False,
             notes=(f"nothing was measured: {error}",),
         )
+    described = DescribedSplit(test_batches, task.slices)
     measured, timings, notes = _measure_all(
         files,
         folder=Path(folder),
-        batches=test_batches,
+        batches=described,
         timed_on=test_batches if timed_on is None else timed_on,
         task=task,
         target=target,
@@ -84,8 +85,8 @@ def compare_files(
         is_steady=not doubts,
         notes=(*doubts, *notes),
         conditions=conditions_of(timings, names, target.num_threads),
-        slices=find_slices(test_batches, task.slices),
-        test_data=fingerprint_of(test_batches),
+        slices=described.slices,
+        test_data=described.digest,
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 

@@ -2,6 +2,7 @@
 
 import fcntl
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import nn
 from deploypipe.benchmark import compare_files, first_batch, latency, measure, memory
 from deploypipe.benchmark.accuracy import evaluate_file, evaluate_module
 from deploypipe.benchmark.child_processes.run_child import run_child
+from deploypipe.benchmark.described_split import DescribedSplit
 from deploypipe.benchmark.environment import describe_environment
 from deploypipe.benchmark.latency import (
     BLOCK,
@@ -34,8 +36,9 @@ from deploypipe.recipe import Export
 from deploypipe.records import BenchmarkReport, Event, MachineState, ModelFile, Progress
 from deploypipe.runtimes.onnxruntime import OnnxRuntime
 from deploypipe.scheduling.exclusive_measurement import shared_machine, try_lock
+from deploypipe.split_fingerprints import fingerprint_of
 from deploypipe.target import Target
-from deploypipe.task import Batch, classification
+from deploypipe.task import Batch, classification, find_slices
 
 TARGET = Target(runtime="onnxruntime", batch_size=2, num_latency_samples=205)
 
@@ -125,6 +128,25 @@ def test_runtime_that_is_absent_measures_nothing(folder: Path, large: ModelFile,
     assert (report.latency_ratio, report.accuracy_drop_pp, report.dense.accuracy) == (None, None, None)
     assert (report.compressed.latency, report.compressed.peak_memory_mib) == (None, None)
     assert "tensorrt" in report.notes[0]
+
+
+def test_a_split_is_described_while_it_is_read() -> None:
+    passes = []
+
+    class Split:
+        def __iter__(self) -> Iterator[Batch]:
+            passes.append(None)
+            yield from batches()
+
+    split = DescribedSplit(Split(), classification().slices)
+    next(iter(split))
+    assert not split.digest and not split.slices  # a part of it says nothing
+    first, again = list(split), list(split)
+    assert (split.digest, split.slices) == (fingerprint_of(batches()), find_slices(batches(), classification().slices))
+    assert len(split.slices) > 1 and len(passes) == 3
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(first, again, strict=True))
+    without = DescribedSplit(batches(), None)
+    assert list(without) and without.slices == {} and without.digest == split.digest
 
 
 def test_a_measurement_runs_alone(
