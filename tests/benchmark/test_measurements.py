@@ -183,6 +183,16 @@ def test_memory_that_cannot_be_measured(folder: Path, small: ModelFile, monkeypa
     )
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_memory_and_the_state_of_a_gpu(folder: Path, large: ModelFile) -> None:
+    target, inputs = replace(TARGET, provider="cuda"), {"input": np.zeros((1, 16), dtype=np.float32)}
+    peak, reason = measure_peak_memory(folder / large.path, inputs, target)
+    assert not reason and peak is not None and peak > 2048 * 4096 * 4 / 2**20  # of the largest layer's weights
+    state = read_state()
+    assert state.gpu_clock_mhz and state.gpu_temperature_c
+
+
 def test_evaluation_restores_the_mode_and_refuses_bad_data(folder: Path, small: ModelFile) -> None:
     model = mlp(64).train()
     model[1].eval()
