@@ -198,7 +198,8 @@ def on_one_network(ctx: Any, stage: str, structures: Any, scores: Any, folder: P
     if stage == "repair":
         pruned = apply_plan(ctx.model, plan)
         settings = replace(ctx.recipe.repair, num_samples=ctx.recipe.search.num_repair_samples)
-        return lambda: repair(ctx.model, pruned, plan, ctx.calib, settings, seed=ctx.recipe.seed)
+        fit = {"fit": ctx.memory.trial_repair} if hasattr(ctx, "memory") else {}  # of an older checkout
+        return lambda: repair(ctx.model, pruned, plan, ctx.calib, settings, seed=ctx.recipe.seed, **fit)
     dense = measured(ctx, profile.dense_export(ctx))
     row = PrecisionRow(precision="fp32", file=dense.record.file)
     goal = search.goal(ctx, structures, dense, ctx.target.budget.limits(), row)

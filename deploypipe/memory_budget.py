@@ -13,7 +13,7 @@ from deploypipe.networks.batch_trees import tensors
 from deploypipe.untrusted_files.limited_process import free_memory
 
 GIB = 2**30
-AUTO_BYTES = 5 * GIB  # "auto" takes no more, so that machines with 10 GiB and more choose alike
+AUTO_BYTES = 9 * GIB // 2  # "auto" takes no more, so that machines with 9 GiB free and more choose alike
 _LEAST_BYTES = 2**28
 
 

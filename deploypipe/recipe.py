@@ -368,8 +368,8 @@ class Recipe:
     # What observes, repairs, judges and trains networks. auto: a CUDA GPU if there is one, else the CPU. mps, an Apple
     # GPU, only trains: it has no float64. Timing runs where the target says.
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    # What observing and repair may hold, in GiB: 6 or "6 GiB". auto: half of what is free, at most 5 GiB. What does not
-    # fit is repaired on fewer samples, at more positions each.
+    # What observing and repair may hold, in GiB: 6 or "6 GiB". auto: half of what is free, at most 4.5 GiB. Layers that
+    # do not fit are repaired on fewer samples, at more positions each.
     memory: float | str = "auto"
     observe: Observe = field(default_factory=Observe)
     score: Scorer = field(default_factory=Mipp)

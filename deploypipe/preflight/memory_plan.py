@@ -41,8 +41,8 @@ def plan_memory(
         allowed_bytes=allowed,
         data_bytes=data,
         observe=fit_observe(dense, calib, room, loss=loss),
-        repair=fit_repair(dense, calib, recipe.repair, room, count=count),
-        trial_repair=fit_repair(dense, calib, trials, room, count=count),
+        repair=fit_repair(dense, calib, recipe.repair, room, count=count, device=device),
+        trial_repair=fit_repair(dense, calib, trials, room, count=count, device=device),
     )
 
 

@@ -27,18 +27,18 @@ class Encoder(nn.Module):
         return self.fc(self.layers(x).mean(1))
 
 
-def halved(model: nn.Module, inputs: Tensor) -> tuple[nn.Module, PruningPlan]:
-    """The network without half of the units of every group."""
+def cut(model: nn.Module, inputs: Tensor, share: float = 0.5) -> tuple[nn.Module, PruningPlan]:
+    """The network with a share of the units of every group."""
     structures = list_structures(model, inputs[:2])
-    widths = {group.name: max(1, group.num_units // 2) for group in structures.groups}
+    widths = {group.name: max(1, int(group.num_units * share)) for group in structures.groups}
     plan = make_plan(structures, score_magnitudes(model, structures), widths, (), 1)
     return apply_plan(model, plan), plan
 
 
-def case(kind: str, count: int = 48) -> tuple[nn.Module, list[Batch]]:
+def case(kind: str, count: int = 48, size: int = 16) -> tuple[nn.Module, list[Batch]]:
     torch.manual_seed(0)
     model, inputs = (
-        (PadResNet(), torch.randn(count, 3, 16, 16)) if kind == "cnn" else (Encoder(), torch.randn(count, 9, 16))
+        (PadResNet(), torch.randn(count, 3, size, size)) if kind == "cnn" else (Encoder(), torch.randn(count, size, 16))
     )
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -48,7 +48,7 @@ def case(kind: str, count: int = 48) -> tuple[nn.Module, list[Batch]]:
 
 def repaired(kind: str, settings: Repair, **more: object) -> tuple[nn.Module, RepairReport]:
     model, batches = case(kind)
-    pruned, plan = halved(model, batches[0][0])
+    pruned, plan = cut(model, batches[0][0])
     return repair(model, pruned, plan, batches, settings, **more)  # type: ignore[arg-type]
 
 
@@ -75,13 +75,13 @@ def test_segments_and_small_batches_give_what_one_batch_gives(kind: str, batch_s
 @pytest.mark.parametrize("kind", ["cnn", "transformer"])
 def test_the_memory_of_one_batch_is_predicted_from_two_samples(kind: str) -> None:
     settings = Repair(num_samples=48, positions_per_sample=4)
-    model, batches = case(kind)
-    pruned, plan = halved(model, batches[0][0])
+    model, batches = case(kind, size=48)
+    pruned, plan = cut(model, batches[0][0], 0.9)
     predicted = fit_repair(model, batches, settings, 10 * GIB)
     with LiveBytes() as live:
         repair(model, pruned, plan, batches, settings)
     assert not predicted.segments and predicted.num_bytes == predicted.whole_bytes
-    assert live.peak <= predicted.num_bytes <= 2.5 * live.peak
+    assert live.peak <= predicted.num_bytes <= 1.7 * live.peak
 
 
 def test_with_less_memory_early_layers_get_fewer_samples_at_more_positions() -> None:
@@ -89,8 +89,8 @@ def test_with_less_memory_early_layers_get_fewer_samples_at_more_positions() -> 
     model, batches = case("cnn", 256)
     whole = fit_repair(model, batches, settings, GIB)
     assert not whole.segments and repair_text(whole) == ""
-    fits = [fit_repair(model, batches, settings, int(whole.whole_bytes * share)) for share in (0.6, 0.4, 0.3)]
-    for share, fit in zip((0.6, 0.4, 0.3), fits, strict=True):
+    fits = [fit_repair(model, batches, settings, int(whole.whole_bytes * share)) for share in (0.8, 0.6, 0.5)]
+    for share, fit in zip((0.8, 0.6, 0.5), fits, strict=True):
         assert fit.num_bytes <= whole.whole_bytes * share
         counts = [segment.num_samples for segment in fit.segments]
         assert counts == sorted(counts) and all(s.num_samples * s.positions_per_sample >= 1024 for s in fit.segments)
@@ -112,9 +112,11 @@ def test_live_bytes_counts_storages_once_until_the_last_reference_is_gone() -> N
     assert tree_bytes({"a": weight, "b": 3}) == 40_000
 
 
-def test_auto_takes_half_of_what_is_free_and_never_more_than_five_gib(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_half_of_what_is_free_and_never_more_than_four_and_a_half_gib(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     cpu = torch.device("cpu")
-    for free, expected in ((64 * GIB, 5 * GIB), (6 * GIB, 3 * GIB)):
+    for free, expected in ((64 * GIB, 9 * GIB // 2), (6 * GIB, 3 * GIB)):
         monkeypatch.setattr("deploypipe.memory_budget.free_memory", lambda free=free: free)
         assert allowed_bytes(None, cpu) == expected
     assert allowed_bytes(1.5, cpu) == 3 * GIB // 2

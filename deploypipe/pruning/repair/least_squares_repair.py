@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from deploypipe.compute_device import CPU, exact_float32, to_device
+from deploypipe.compute_device import exact_float32, to_device
 from deploypipe.memory_order import find_order
 from deploypipe.networks.model_wrappers import unwrapped
 from deploypipe.pruning.repair.affine_paths import SignalPath, common_paths, find_paths, layers_without_path
+from deploypipe.pruning.repair.fit_to_memory import samples_together
 from deploypipe.pruning.repair.removed_block_targets import layers_before_removed_blocks
 from deploypipe.pruning.repair.repair_passes import RepairWork, cut_in_pieces, real_tokens_of
 from deploypipe.recipe import Repair
@@ -35,9 +36,6 @@ from deploypipe.records import (
     silent,
 )
 from deploypipe.task import Batch, RealTokens, num_samples, stack_alike, take_calib
-
-_LEAST_TOGETHER = 64  # samples
-_MAX_BATCHES = 8  # each of them waits in a thread
 
 
 def repair(
@@ -88,7 +86,7 @@ def repair(
             notify(Progress(stage="repair", done=done, total=len(work.paths), message=layer))
 
         for segment in _segments(fit, settings, work.paths):
-            size = fit.batch_size if fit and fit.segments else _batch_size(num_taken, device or home)
+            size = fit.batch_size if fit and fit.segments else samples_together(num_taken, device or home)
             pieces = cut_in_pieces(taken, segment, size)
             arrived = pieces if came is None else cut_in_pieces(came, segment, size)
             real = [real_tokens_of(piece, real_tokens) for piece in pieces]
@@ -96,12 +94,6 @@ def repair(
     if home is not None:
         repaired = repaired.to(home)
     return _as_before(repaired, pruned), RepairReport(rows=tuple(work.rows), num_samples=num_taken)
-
-
-def _batch_size(count: int, device: torch.device | None) -> int | None:
-    """How many samples advance together; None: all. On a CPU, activations of many samples fit no cache and are new
-    pages of memory each time: a repair with 512 images took 10 to 25 % longer with all at once than with 64."""
-    return None if device is not None and device != CPU else max(_LEAST_TOGETHER, -(-count // _MAX_BATCHES))
 
 
 def _segments(fit: RepairFit | None, settings: Repair, paths: Mapping[str, SignalPath]) -> Sequence[RepairSegment]:
