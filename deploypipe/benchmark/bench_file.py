@@ -40,7 +40,7 @@ from deploypipe.runtimes import Array, Runtime, find_runtime
 from deploypipe.target import Target
 from deploypipe.text.field_bounds import shown
 from deploypipe.untrusted_files.limited_process import ProcessLimits
-from deploypipe.untrusted_files.onnx_file_check import check_onnx_file
+from deploypipe.untrusted_files.onnx_file_check import size_with_data
 
 PARTS = ("latency", "memory", "cold start", "layers", "batches", "threads", "energy")
 MIN_SAMPLES = 80  # four openings of a file
@@ -334,11 +334,10 @@ def _watched(points: Iterator[Any], stage: str, total: int, notify: Notify) -> t
 
 
 def _describe(path: Path, figures: Found) -> FileFigures:
-    data_files = check_onnx_file(path).data if path.suffix == ".onnx" else ()
     return FileFigures(
         path=str(path),
         sha256=file_sha256(path),
-        size_bytes=path.stat().st_size + sum((path.parent / name).stat().st_size for name in data_files),
+        size_bytes=size_with_data(path),
         **figures,
     )
 

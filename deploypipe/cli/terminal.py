@@ -64,7 +64,8 @@ def show_result(result: RunResult, folder: Path) -> None:
     show_decision(result.decision)
     if result.search and result.search.winner is not None:
         say(f"trial   {result.search.best}, as asked for; the search chose trial {result.search.winner}")
-    say(f"ONNX    {folder / 'model.onnx'}")
+    weights = [entry.name for entry in result.benchmark.compressed.file.data]
+    say(f"ONNX    {folder / 'model.onnx'}{f', with its weights in {weights[0]} next to it' if weights else ''}")
     if result.engine:
         say(f"engine  {folder / 'model.engine'} ({', '.join(result.engine.key.compute_capabilities)})")
     if (folder / "report.html").is_file():

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from deploypipe.files.hashing import digest
 from deploypipe.records.interval import Interval
 from deploypipe.records.structures import Names
 
@@ -40,6 +41,11 @@ class ModelFile:
     parity: Parity | None = None  # against eager, on real batches
     from_dense: Parity | None = None  # the network itself against the dense one, both in eager torch
     tested_sizes: dict[str, tuple[int, int]] = field(default_factory=dict)  # dynamic axis -> least, largest in `parity`
+
+    @property
+    def identity(self) -> str:
+        """One hash of the file and of those in `data`: a graph whose weights lie elsewhere may be that of others."""
+        return digest([self.sha256, *(entry.sha256 for entry in self.data)]) if self.data else self.sha256
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -65,7 +65,7 @@ def decide(
     if fast_dev_run:
         reason = "fast development run: it tried the stages, and shows nothing"
         decided = (*decided, _unknown(FAST_DEV_RUN, "", None, reason))
-    is_dense = report.dense.file.sha256 == report.compressed.file.sha256
+    is_dense = report.dense.file.identity == report.compressed.file.identity
     unchanged = "the dense model is within the budget as it is, nothing was removed; " if is_dense else ""
     return GateDecision(
         verdict=Verdict.SHIP if all(check.is_settled for check in decided) else Verdict.HOLD,

@@ -61,7 +61,7 @@ def headline(result: RunResult) -> str:
     Of an interval the cautious end is stated. A figure that is unknown is called unknown.
     """
     report = result.benchmark
-    if report.dense.file.sha256 == report.compressed.file.sha256:
+    if report.dense.file.identity == report.compressed.file.identity:
         return "Nothing was removed: what ships is the dense network"
     size = BUDGETS["file_size"]
     parts = (

@@ -93,7 +93,7 @@ def _precision(ctx: RunContext, stage: str, file: ModelFile, folder: Path) -> St
         )
 
     inputs = {
-        "file": file.sha256,
+        "file": file.identity,
         "precisions": ctx.target.precisions,
         "kernels": kernels_of(ctx.target),
         "export": ctx.recipe.export,
@@ -120,7 +120,7 @@ def engine(ctx: RunContext, dense: StageResult[Measurement], shipped: Shipped) -
         return None
     if shipped.path == dense.files / profile.DENSE:
         return StageResult(record=load_record(dense.files / profile.DENSE_ENGINE), key=dense.key, files=dense.files)
-    inputs = {"onnx": shipped.file.sha256, "device": ctx.device, "packages": ctx.origin["packages"]}
+    inputs = {"onnx": shipped.file.identity, "device": ctx.device, "packages": ctx.origin["packages"]}
     return ctx.run.remember("engine", inputs, lambda work: build_engine(shipped.path, ctx.target, work), EngineFile)
 
 
@@ -170,7 +170,7 @@ def benchmark(
                 notes.append(f"the accuracy could not be measured on this machine: {error}")
         return replace(report, notes=(*report.notes, *notes))
 
-    inputs = {"dense": dense_file.sha256, "compressed": compressed.sha256, "device": ctx.device, **ctx.origin}
+    inputs = {"dense": dense_file.identity, "compressed": compressed.identity, "device": ctx.device, **ctx.origin}
     budget = ctx.target.budget
     return ctx.run.remember(
         "benchmark", inputs, compute, BenchmarkReport, is_final=lambda report: _is_final(report, budget)
@@ -207,7 +207,7 @@ def golden(ctx: RunContext, shipped: Shipped) -> StageResult[Golden]:
             place_file(shipped.path.with_name(entry.name), work / entry.name)
         return write_golden(work, {MODEL: shipped.file}, ctx.parity_batches)
 
-    inputs = {"file": shipped.file.sha256, "data": ctx.origin["data"], "packages": ctx.origin["packages"]}
+    inputs = {"file": shipped.file.identity, "data": ctx.origin["data"], "packages": ctx.origin["packages"]}
     return ctx.run.remember("golden", inputs, compute, Golden)
 
 

@@ -97,7 +97,7 @@ def baseline(ctx: RunContext, exported: StageResult[ModelFile]) -> StageResult[M
         )
         return replace(measured, file=file)
 
-    inputs = {**ctx.origin, "device": ctx.device, "file": file.sha256}
+    inputs = {**ctx.origin, "device": ctx.device, "file": file.identity}
     return ctx.run.remember("baseline", inputs, compute, Measurement)
 
 

@@ -67,6 +67,12 @@ def check_onnx_file(path: Path) -> CheckedFile:
     return CheckedFile(opset=opset, num_nodes=state.num_nodes, data=tuple(sorted(state.data)))
 
 
+def size_with_data(path: Path) -> int:
+    """Bytes of a model file and of the files with its weights; of a file that is not ONNX, its own."""
+    names = check_onnx_file(path).data if path.suffix == ".onnx" else ()
+    return path.stat().st_size + sum((path.parent / name).stat().st_size for name in names)
+
+
 def _check_model(content: memoryview, state: _State) -> int:
     graph: Value | None = None
     opsets: dict[bytes, int] = {}

@@ -257,6 +257,16 @@ def test_weights_in_a_second_file(tmp_path: Path) -> None:
         )
 
 
+def test_files_with_one_graph_and_other_weights_are_told_apart(tmp_path: Path) -> None:
+    files = []
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        model, batches = nn.Linear(64, 64, bias=False), [(torch.randn(4, 64), None)]
+        files.append(export_onnx(model, batches, tmp_path / name / "m.onnx", Export(single_file_mib=0)))
+    assert files[0].sha256 == files[1].sha256
+    assert files[0].identity != files[1].identity
+
+
 def test_metadata_of_the_file(tmp_path: Path) -> None:
     model, batches = Net(), [(torch.randn(2, 3, 8, 8), None)]
     for name in ("a.onnx", "b.onnx"):

@@ -25,7 +25,7 @@ class Template:
 
 def open_template(path: Path, network: nn.Module, feed: Mapping[str, Array]) -> Template:
     """Read the template at `path`, which was made of `network`. feed: a batch, by the names of the graph's inputs."""
-    proto = onnx.load(path)
+    proto = onnx.load(path, load_external_data=False)  # the weights are named there, and not held
     blocks = json.loads(next(entry.value for entry in proto.metadata_props if entry.key == BLOCKS))
     facts = propagate(proto, feed)
     own = tensors_of(network)

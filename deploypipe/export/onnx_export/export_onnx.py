@@ -27,7 +27,7 @@ from deploypipe.export.onnx_export.dynamic_axes import (
     input_names,
     require_constants,
 )
-from deploypipe.export.onnx_export.export_template import write_template
+from deploypipe.export.onnx_export.export_template import without_weights, write_template
 from deploypipe.export.onnx_export.forget_batch_sizes import forget_sizes_
 from deploypipe.export.onnx_export.input_sizes import extremes_of, other_sizes, tested_sizes
 from deploypipe.export.onnx_export.mismatch_bisection import Point, find_mismatch, module_outputs
@@ -85,8 +85,7 @@ def export_onnx(
     (for example the plan's hash) and the class names are in its metadata as `deploypipe.KEY`. The network is left as it
     was, on its own device.
 
-    template: where to write the graph that `graph_slicing` makes files of pruned networks from. It is not written if
-    the weights do not fit into one file.
+    template: where to write the graph that `graph_slicing` makes files of pruned networks from. It holds no weights.
 
     Raises DataError without batches; ModelError if the network cannot be exported; ConfigError if the recipe asks for
     axes or an opset that are not possible; ParityError, which names the first module that differs, if the file computes
@@ -107,11 +106,11 @@ def export_onnx(
     forget_sizes_(network, [*(repeat_samples(network, take(inputs[0], 1), count) for count in (2, 3)), *others])
     with scratch_folder(path) as scratch:
         part = scratch / path.name
-        is_single = _num_bytes(network) <= settings.single_file_mib * 2**20
+        is_single = fits_one_file(network, settings)
         program = _export(network, inputs[0], names, output_names, axes, settings)
-        if template is not None and is_single:
+        if template is not None:
             with _quiet():
-                write_template(program.model_proto, program, output_names, Path(template))
+                write_template(without_weights(program), program, output_names, Path(template))
         with _quiet():
             program.optimize()
         points = module_outputs(program.exported_program, network, output_names)
@@ -191,8 +190,10 @@ def require_fp32(model: nn.Module) -> None:
         raise ModelError(f"the network holds {', '.join(sorted(odd))}; this version exports fp32: call model.float()")
 
 
-def _num_bytes(network: nn.Module) -> int:
-    return sum(v.numel() * v.element_size() for v in [*network.parameters(), *network.buffers()])
+def fits_one_file(network: nn.Module, settings: Export) -> bool:
+    """Whether the weights are written into the graph's own file; else into a second file next to it."""
+    num_bytes = sum(v.numel() * v.element_size() for v in [*network.parameters(), *network.buffers()])
+    return num_bytes <= settings.single_file_mib * 2**20
 
 
 def run_eager(network: nn.Module, inputs: Sequence[Any]) -> tuple[list[str], list[list[Array]]]:
@@ -256,7 +257,7 @@ def _export(
             f"{_hint(network, inputs, error)}"
         ) from error
     assert program is not None  # it was asked for
-    _require_free(program.model_proto, network, names, example, axes)
+    _require_free(without_weights(program), network, names, example, axes)
     written = program.model.opset_imports[""]
     if written != settings.opset:  # the exporter falls back silently
         raise ConfigError(

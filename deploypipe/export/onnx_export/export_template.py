@@ -21,10 +21,11 @@ from deploypipe.export.onnx_graphs.file_metadata import PREFIX, name_nodes, stri
 
 BLOCKS = f"{PREFIX}blocks"  # in a template's metadata: what each block reads and gives
 _PASSING = ("Identity", "Cast")
+_SMALL = 1024  # bytes of a weight that is written into the template: it may be a shape
 
 
 def write_template(raw: onnx.ModelProto, program: Any, output_names: Sequence[str], path: Path) -> None:
-    """Write the template. raw: the graph as `torch.onnx.export(optimize=False)` returns it; program: its program."""
+    """Write the template. program: as `torch.onnx.export(optimize=False)` returns it; raw: its `without_weights`."""
     proto = _tidied(raw, program)
     name_nodes(proto)
     strip(proto)
@@ -33,6 +34,24 @@ def write_template(raw: onnx.ModelProto, program: Any, output_names: Sequence[st
     blocks = _find_blocks(program.exported_program, output_names, _aliases(raw), known)
     onnx.helper.set_model_props(proto, {BLOCKS: json.dumps(blocks, sort_keys=True)})
     path.write_bytes(proto.SerializeToString(deterministic=True))
+
+
+def without_weights(program: Any) -> onnx.ModelProto:
+    """The program's graph with the types and shapes of the network's weights, and without their values."""
+    weights = program.exported_program.state_dict
+    values = [value for name, value in program.model.graph.initializers.items() if name in weights]
+    held = [(value, value.const_value) for value in values if value.const_value is not None]
+    try:
+        for value, weight in held:
+            if weight.nbytes > _SMALL:
+                value.const_value = ir.ExternalTensor(
+                    "weights", 0, weight.nbytes, weight.dtype, shape=weight.shape, name=weight.name
+                )
+        proto: onnx.ModelProto = ir.to_proto(program.model)
+    finally:
+        for value, weight in held:
+            value.const_value = weight
+    return proto
 
 
 def _tidied(raw: onnx.ModelProto, program: Any) -> onnx.ModelProto:

@@ -20,7 +20,7 @@ from deploypipe.runtimes import Array
 from deploypipe.runtimes.named_arrays import feed
 from deploypipe.runtimes.onnxruntime import OnnxRuntime
 from deploypipe.task import Batch, batch_size_of
-from deploypipe.untrusted_files.onnx_file_check import check_onnx_file
+from deploypipe.untrusted_files.onnx_file_check import size_with_data
 
 FLOAT, HALF = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
 Feed = dict[str, Array]
@@ -36,7 +36,12 @@ def load_float(path: Path) -> onnx.ModelProto:
     Constants and batch norms are folded, functions inlined, every node has a unique name, and every tensor's type is
     known. ModelError if the file is absent, broken, or already in another precision.
     """
-    check_onnx_file(path)
+    size = size_with_data(path)
+    if size > _MAX_BYTES:
+        raise ModelError(
+            f"{path}: takes {size / 1e9:.2f} GB, and a graph to convert may take {_MAX_BYTES / 1e9} GB; "
+            "ship fp32, or ask for a smaller network with budget.params"
+        )
     try:
         proto = onnx.load(path)
         onnx.checker.check_model(proto)
@@ -47,11 +52,6 @@ def load_float(path: Path) -> onnx.ModelProto:
         raise ModelError(f"{path}: is quantised already; convert the fp32 file it was made from")
     if any(weight.data_type == HALF for weight in proto.graph.initializer):
         raise ModelError(f"{path}: holds half-precision weights already; convert the fp32 file it was made from")
-    if proto.ByteSize() > _MAX_BYTES:
-        raise ModelError(
-            f"{path}: takes {proto.ByteSize() / 1e9:.2f} GB, and a graph to convert may take {_MAX_BYTES / 1e9} GB; "
-            "ask for a smaller network with budget.params"
-        )
     metadata = list(proto.metadata_props)
     _drop_weight_inputs(proto.graph)
     _name_nodes(proto.graph, set())

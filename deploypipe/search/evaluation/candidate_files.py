@@ -35,6 +35,7 @@ from deploypipe.runtimes.named_arrays import feed
 from deploypipe.search.evaluation.latency_store import KnownLatency, LatencyStore, LocalLatencyStore
 from deploypipe.target import Target
 from deploypipe.task import Batch, take_calib
+from deploypipe.untrusted_files.onnx_file_check import size_with_data
 
 NUM_LATENCY_SAMPLES = 200  # of one candidate
 _NUM_CHECKED = 2  # samples that a file is compared with its network on
@@ -90,7 +91,7 @@ class CandidateFiles:
 
     def size_mib(self, path: Path) -> float:
         """Size of what the runtime opens."""
-        return self._opened(path).stat().st_size / 2**20
+        return size_with_data(self._opened(path)) / 2**20
 
     def peak_memory_mib(self, path: Path) -> float | None:
         """Measure the peak memory in processes of its own, which takes seconds; None if this machine cannot."""
@@ -168,7 +169,7 @@ class CandidateFiles:
     def _template(self) -> Template | None:
         if not self.template.is_file():
             return None
-        names = [value.name for value in onnx.load(self.template).graph.input]
+        names = [value.name for value in onnx.load(self.template, load_external_data=False).graph.input]
         try:
             return open_template(self.template, self.dense, feed(take_calib(self.calib, _NUM_CHECKED)[0][0], names))
         except UnfitError as error:
@@ -205,9 +206,9 @@ def _in_fp32(path: Path) -> Path:
 
 def shape_signature(path: Path) -> str:
     """Digest of what decides a file's latency: operators, attributes, edges and weight shapes, not weights' values."""
-    graph = onnx.load(path).graph
+    graph = onnx.load(path, load_external_data=False).graph
     for initializer in graph.initializer:
         if initializer.data_type != onnx.TensorProto.INT64:  # those are shapes and axes
-            for name in ("raw_data", "float_data", "int32_data"):
+            for name in ("raw_data", "float_data", "int32_data", "external_data", "data_location"):
                 initializer.ClearField(name)
     return hashlib.sha256(graph.SerializeToString(deterministic=True)).hexdigest()[:16]
