@@ -1,9 +1,9 @@
 """Model files: ONNX, converted, and engines."""
 
+import hashlib
 from dataclasses import dataclass, field
 from typing import Literal
 
-from deploypipe.files.hashing import digest
 from deploypipe.records.interval import Interval
 from deploypipe.records.structures import Names
 
@@ -45,7 +45,9 @@ class ModelFile:
     @property
     def identity(self) -> str:
         """One hash of the file and of those in `data`: a graph whose weights lie elsewhere may be that of others."""
-        return digest([self.sha256, *(entry.sha256 for entry in self.data)]) if self.data else self.sha256
+        if not self.data:
+            return self.sha256
+        return hashlib.sha256("".join([self.sha256, *(entry.sha256 for entry in self.data)]).encode()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
