@@ -1,12 +1,13 @@
 """How long does it take to evaluate a candidate on val: in eager torch as the batches came, in pieces, and by its file?
 
     OMP_NUM_THREADS=1 python benchmarks/judging_cost.py resnet20_cifar10 resnet56_cifar10 vit_cifar10 efficientnet_lite0
-        [--samples 1000] [--rounds 3]
+        [--samples 1000] [--rounds 3] [--kept 0.6]
 
 Needs the environment variables of the pipelines (CIFAR10_DIR, RESNET56_WEIGHTS, ...). `efficientnet_lite0` is a network
-for images of 224 pixels with random weights, on random images in batches of 64. Each network is cut to 60 % of its
-widths and repaired. The three ways take turns; each time is the median over the rounds, and holds the metric too. "A
-trial" evaluates `--samples` of val in growing parts, as a search does: before with eager torch in the batches of the
+for images of 224 pixels with random weights, on random images in batches of 64. Each network is cut to `--kept` of its
+widths and repaired. The three ways take turns; each time is the median over the rounds, and holds the metric too.
+
+"A trial" evaluates `--samples` of val in growing parts, as a search does: before with eager torch in the batches of the
 parts, now by the file, with the time to open it and to compare it. The second table shows the seconds of a trial's
 steps. Prints Markdown.
 """
@@ -47,7 +48,6 @@ from deploypipe.search.evaluation.early_stopping import draw_parts
 from deploypipe.task import Batch, Splits, Task, classification, forward, take, take_calib
 from deploypipe.user_pipeline import load_pipeline
 
-KEPT = 0.6
 NUM_PARITY = 2  # samples to check a file on, as in a search
 
 
@@ -100,11 +100,12 @@ def main() -> None:
     parser.add_argument("networks", nargs="+")
     parser.add_argument("--samples", type=int, default=1000, help="of val (a tenth of it for efficientnet_lite0)")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--kept", type=float, default=0.6, help="share of each group's units")
     options = parser.parse_args()
     rows, steps = [], []
     for name in options.networks:
         with TemporaryDirectory() as folder:
-            row, own = measure(prepare(name, options.samples, Path(folder)), options.rounds)
+            row, own = measure(prepare(name, options.samples, options.kept, Path(folder)), options.rounds)
         rows.append(row)
         steps.append(own)
     print(f"\n{torch.get_num_threads()} threads\n")
@@ -148,13 +149,13 @@ class Case:
         return stack.enter_context(network_passes(self.repaired))
 
 
-def prepare(name: str, count: int, folder: Path) -> Case:
+def prepare(name: str, count: int, kept: float, folder: Path) -> Case:
     """Cut and repair the network, and slice its file, as a trial does."""
     dense, splits, task, recipe = subject(name, count)
     calib, val = take_calib(splits.calib, recipe.search.num_repair_samples), take_calib(splits.val, count)
     few = take_calib(calib, NUM_PARITY)
     structures = list_structures(dense, take(few[0][0], 2), recipe.keep)
-    allocation = uniform(structures, KEPT, 8)
+    allocation = uniform(structures, kept, 8)
     plan = make_plan(structures, score_magnitudes(dense, structures), allocation.widths, allocation.blocks)
     export_onnx(dense, few, folder / "dense.onnx", recipe.export, template=folder / "template.onnx")
     inputs = [value.name for value in onnx.load(folder / "dense.onnx", load_external_data=False).graph.input]

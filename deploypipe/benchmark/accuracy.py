@@ -54,7 +54,7 @@ def evaluate(passes: Passes, batches: Iterable[Batch], task: Task, who: str) -> 
     """(samples,) metric of what `passes` runs; raises as `evaluate_module` does. who: its name in errors."""
     values = []
     number = 0
-    for window in _windows(batches, passes.num_at_once):
+    for window in _windows(batches, passes):
         yield_to_measurements()
         for (inputs, target), outputs in zip(window, passes.run([inputs for inputs, _ in window]), strict=True):
             values.append(_metric(inputs, target, outputs, task, who, number))
@@ -64,16 +64,16 @@ def evaluate(passes: Passes, batches: Iterable[Batch], task: Task, who: str) -> 
     return np.concatenate(values)
 
 
-def _windows(batches: Iterable[Batch], least: int) -> Iterator[list[Batch]]:
-    """Consecutive batches, with at least `least` samples together; the last ones may be fewer."""
+def _windows(batches: Iterable[Batch], passes: Passes) -> Iterator[list[Batch]]:
+    """Consecutive batches that together keep all threads of `passes` at work; the last ones may be too few."""
     window: list[Batch] = []
-    count = 0
+    load = 0.0
     for batch in batches:
         window.append(batch)
-        count += num_samples(batch[0])
-        if count >= least:
+        load += passes.load_of(batch[0])
+        if load >= 1:
             yield window
-            window, count = [], 0
+            window, load = [], 0.0
     if window:
         yield window
 

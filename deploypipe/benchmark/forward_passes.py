@@ -34,9 +34,8 @@ _TOLERANCE = 1e-2  # of an output's largest magnitude, between pieces of two siz
 class Passes(Protocol):
     """A network or a file, ready to run."""
 
-    @property
-    def num_at_once(self) -> int:
-        """How many samples `run` needs at least to use all of its threads."""
+    def load_of(self, inputs: Any) -> float:
+        """What a batch of inputs adds to the work of all threads: batches of 1.0 together are enough for one `run`."""
 
     def run(self, batches: Sequence[Any]) -> list[Any]:
         """The outputs for each batch of inputs."""
@@ -56,9 +55,10 @@ class ForwardPasses:
     samples_in_piece: int | None = _MAX_SAMPLES  # for each thread, at most (`piece_size`); None: batches stay whole
     _can_split: bool | None = None
 
-    @property
-    def num_at_once(self) -> int:
-        return 2 * self.num_parallel * (self.samples_in_piece or 1) if self.num_parallel > 1 else 1
+    def load_of(self, inputs: Any) -> float:
+        step = self._step(inputs)
+        num_pieces = 1 if step is None else -(-num_samples(inputs) // step)
+        return num_pieces / (2 * self.num_parallel) if self.num_parallel > 1 else 1.0
 
     def run(self, batches: Sequence[Any]) -> list[Any]:
         parts = [self._split(inputs) for inputs in batches]
@@ -75,14 +75,18 @@ class ForwardPasses:
             return list(pool.map(self.call, pieces))
 
     def _split(self, inputs: Any) -> list[Any]:
-        if self.samples_in_piece is None or self._can_split is False:
-            return [inputs]
-        size, step = num_samples(inputs), self.num_threads * piece_size(inputs, self.samples_in_piece)
-        if size <= step:
+        size, step = num_samples(inputs), self._step(inputs)
+        if step is None or size <= step:
             return [inputs]
         if self._can_split is None:
             self._can_split = _is_per_sample(self.call, inputs)
         return [take(inputs, start + step, start) for start in range(0, size, step)] if self._can_split else [inputs]
+
+    def _step(self, inputs: Any) -> int | None:
+        """The number of samples in a piece; None if batches stay whole."""
+        if self.samples_in_piece is None or self._can_split is False:
+            return None
+        return self.num_threads * piece_size(inputs, self.samples_in_piece)
 
     def _joined(self, inputs: Any, pieces: Sequence[Any], outputs: Sequence[Any]) -> Any:
         if len(pieces) == 1:

@@ -77,3 +77,10 @@ def test_a_piece_has_sixteen_samples_or_half_a_mebibyte() -> None:
     assert piece_size(torch.zeros(64, 3, 224, 224)) == 1
     assert piece_size({"ids": torch.zeros(64, 128, dtype=torch.long), "mask": torch.ones(64, 128)}, 32) == 32
     assert piece_size(torch.zeros(0, 6)) >= 1
+
+
+def test_a_run_gets_two_pieces_for_each_thread_and_no_more_batches_than_that_needs() -> None:
+    small, large = torch.zeros(64, 3, 32, 32), torch.zeros(64, 3, 224, 224)
+    passes = ForwardPasses(call=lambda inputs: inputs, num_parallel=8)
+    assert (passes.load_of(small), passes.load_of(large)) == (4 / 16, 64 / 16)
+    assert ForwardPasses(call=lambda inputs: inputs).load_of(small) == 1  # one thread: batch by batch

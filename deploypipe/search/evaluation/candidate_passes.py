@@ -56,9 +56,8 @@ class _FileFirst:
         self._current = by_file
         self._by_file, self._eager, self._example, self._on_fallback = by_file, eager, example, on_fallback
 
-    @property
-    def num_at_once(self) -> int:
-        return self._by_file.num_at_once
+    def load_of(self, inputs: Any) -> float:
+        return self._current.load_of(inputs)
 
     def run(self, batches: Sequence[Any]) -> list[Any]:
         if self._current is self._by_file:
