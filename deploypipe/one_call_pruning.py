@@ -8,15 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deploypipe.compute_device import CPU
 from deploypipe.data import as_pair, require_repeatable
 from deploypipe.distillation_loss import with_distillation_loss
 from deploypipe.errors import BudgetError, ConfigError, DataError, ModelError
+from deploypipe.memory_budget import allowed_bytes
 from deploypipe.networks.batch_trees import leaves, map_tensors
 from deploypipe.networks.model_copies import copied
 from deploypipe.networks.model_wrappers import unwrapped
 from deploypipe.observe.calibration_pass import observe_activations
 from deploypipe.observe.pass_statistics import Moments
 from deploypipe.pruning.modules.count_macs import count_macs
+from deploypipe.pruning.repair.fit_to_memory import fit_repair
 from deploypipe.pruning.repair.least_squares_repair import repair
 from deploypipe.pruning.surgery.apply_plan import apply_plan
 from deploypipe.pruning.surgery.plan import make_plan
@@ -103,7 +106,8 @@ def prune(
     _require_removal(plan, structures, channel_multiple)
     pruned = apply_plan(plain, plan)
     if batches:
-        pruned, _ = repair(dense, pruned, plan, batches, Repair())
+        fit = fit_repair(dense, batches, Repair(), allowed_bytes(None, CPU))
+        pruned, _ = repair(dense, pruned, plan, batches, Repair(), fit=fit)
     leave_plan_(pruned, plan)
     return pruned.to(device)
 

@@ -22,6 +22,17 @@ from deploypipe.compute_device import (
 )
 from deploypipe.errors import ConfigError, ModelError
 from deploypipe.export.onnx_export.parity import compare_networks
+from deploypipe.networks.batch_trees import tensors
+from deploypipe.observe.calibration_pass import observe_halves
+from deploypipe.observe.pass_statistics import merge
+from deploypipe.pruning.repair.least_squares_repair import repair
+from deploypipe.pruning.surgery.apply_plan import apply_plan
+from deploypipe.pruning.surgery.plan import make_plan
+from deploypipe.pruning.surgery.slim_attention import with_slim_attention
+from deploypipe.pruning.tracing.structures import list_structures
+from deploypipe.recipe import LogitDivergence, Observe, Repair
+from deploypipe.scoring.blocks import logit_divergence, rank_blocks
+from deploypipe.scoring.magnitude import score_magnitudes
 from deploypipe.task import classification
 
 HAS_CUDA = torch.cuda.is_available()
@@ -103,6 +114,35 @@ def test_judging_moves_networks_and_batches_and_gives_the_metric_its_outputs_on_
     assert parity == compare_networks(model, other, batches)
 
 
+def real_ids(ids: Tensor) -> Tensor:
+    return ids != 0
+
+
+@pytest.mark.parametrize("kind", ["images", "tokens"])
+def test_observing_on_a_gpu_leaves_the_same_moments_on_the_cpu(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logit_divergence, "check_fingerprint", lambda *_: None)  # it refuses tensors of unknown classes
+    torch.manual_seed(0)
+    if kind == "images":
+        model, real = PadResNet().eval(), None
+        batches = [(torch.randn(6, 3, 8, 8), torch.randint(10, (6,))) for _ in range(2)]
+    else:
+        layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+        model = nn.Sequential(nn.Embedding(50, 16), nn.TransformerEncoder(layer, 2), nn.Flatten(), nn.Linear(80, 3))
+        real = real_ids
+        batches = [(torch.randint(50, (6, 5)), torch.randint(3, (6,))) for _ in range(2)]
+    model = with_slim_attention(model).eval()
+    structures = list_structures(model, batches[0][0][:2])
+    options: dict[str, Any] = {"loss": nn.functional.cross_entropy, "real_tokens": real, "shuffled": True}
+    expected = observe_halves(model, structures, batches, Observe(num_samples=12), **options)
+    with pretend_gpu() as gpu:
+        seen = observe_halves(model, structures, batches, Observe(num_samples=12), **options, device=gpu)
+        importance = rank_blocks(model, structures, merge(*seen), batches, LogitDivergence(), device=gpu)
+    for moments, other in zip(seen, expected, strict=True):
+        assert all(type(tensor) is Tensor for tensor in tensors(moments))
+        torch.testing.assert_close(tensors(moments), tensors(other), rtol=0, atol=0)
+    assert importance == rank_blocks(model, structures, merge(*expected), batches, LogitDivergence())
+
+
 def test_exact_float32_gives_back_the_precision_that_was_set() -> None:
     convolutions: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     before = convolutions.fp32_precision
@@ -126,3 +166,23 @@ def test_a_gpu_computes_float32_as_the_cpu_does() -> None:
 
     with torch.no_grad():
         torch.testing.assert_close(there(), model(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_CUDA, reason="needs a CUDA device")
+def test_a_gpu_observes_repairs_and_judges_within_the_tolerance_that_docs_state() -> None:
+    """docs/how-to/gpus.md: moments and repaired weights to 1e-3 of their largest value."""
+    torch.manual_seed(0)
+    model, device = PadResNet().eval(), find_device("cuda").device
+    batches = [(torch.randn(64, 3, 16, 16), torch.randint(10, (64,))) for _ in range(2)]
+    structures = list_structures(model, batches[0][0][:2])
+    plan = make_plan(structures, score_magnitudes(model, structures), {g.name: 4 for g in structures.groups}, (), 1)
+    found = []
+    for place in (CPU, device):
+        moments = merge(*observe_halves(model, structures, batches, Observe(num_samples=128), device=place))
+        repaired, _ = repair(model, apply_plan(model, plan), plan, batches, Repair(num_samples=128), device=place)
+        found.append((tensors(moments), list(repaired.state_dict().values())))
+        assert evaluate_module(repaired, batches, classification(), device=place).shape == (128,)
+    for here, there in zip(*(moments + weights for moments, weights in found), strict=True):
+        assert there.device == CPU
+        torch.testing.assert_close(there, here, rtol=0, atol=1e-3 * float(here.abs().max()))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deploypipe.compute_device import CPU, exact_float32, network_on, to_device
 from deploypipe.errors import DataError
 from deploypipe.memory_order import SafeConvolutions
 from deploypipe.networks.model_wrappers import unwrapped
@@ -38,6 +39,7 @@ def observe_activations(
     shuffled: bool = False,
     seed: int = 0,
     notify: Notify = silent,
+    device: torch.device | None = None,
 ) -> Moments:
     """Collect second moments of every consumer's input, and statistics of blocks and units.
 
@@ -45,10 +47,13 @@ def observe_activations(
     batch) a backward pass for the scores that need derivatives. `shuffled` also pairs a layer's input with
     its output for another sample, for the permutation baseline of a score. real_tokens: as `Task.real_tokens`; padding
     is neither drawn nor averaged. Memory does not grow with the number of samples. The model is left unchanged: hooks
-    removed, training flag restored, buffers untouched (eval mode). Raises DataError for an empty split, and for
-    activations that are not finite, with the layer's name.
+    removed, training flag restored, buffers untouched (eval mode).
+
+    device: where a copy of the network computes, and each batch is moved; the moments are returned on the CPU. None:
+    where the network and the batches are.
+    Raises DataError for an empty split, and for activations that are not finite, with the layer's name.
     """
-    model = unwrapped(model)
+    model = network_on(unwrapped(model), device)
     taken = take_calib(batches, settings.num_samples)
     modules = dict(model.named_modules())
     tokens = Tokens()
@@ -60,21 +65,22 @@ def observe_activations(
         hooked(model, hooks),
         hooked(model, blocks.pre_hooks(), before=True),
         evaluating(model),
+        exact_float32(device),
         _derivatives(model, loss is not None),
         SafeConvolutions() if loss is not None else nullcontext(),
     ):
         for number, (batch, target) in enumerate(taken, start=1):
-            tokens.real = find_real_tokens(batch, real_tokens)
-            outputs = forward(model, batch)
+            tokens.real = find_real_tokens(batch, real_tokens)  # on the CPU, where positions are drawn
+            outputs = forward(model, to_device(batch, device))
             if loss is not None and gradients is not None:
-                (loss(outputs, target) * num_samples(batch)).backward()  # type: ignore[no-untyped-call]
+                (loss(outputs, to_device(target, device)) * num_samples(batch)).backward()  # type: ignore[no-untyped-call]
                 gradients.end_batch_()
             inputs.end_batch_()
             units.end_batch_(target)
             blocks.end_batch_(num_samples(batch))
             notify(Progress(stage="observe", done=number, total=len(taken)))
     count = sum(num_samples(batch) for batch, _ in taken)
-    return Moments(
+    moments = Moments(
         num_samples=count,
         skipped=inputs.skipped,
         inputs=inputs.moments(),
@@ -87,6 +93,7 @@ def observe_activations(
         gates=gradients.mean_gates(count) if gradients else {},
         output_fisher=gradients.mean_fisher(count) if gradients else {},
     )
+    return to_device(moments, None if device is None else CPU)
 
 
 def observe_halves(
@@ -100,6 +107,7 @@ def observe_halves(
     shuffled: bool = False,
     seed: int = 0,
     notify: Notify = silent,
+    device: torch.device | None = None,
 ) -> tuple[Moments, Moments]:
     """One pass in two halves: the moments of the odd and of the even batches. `merge` gives those of all batches.
 
@@ -129,6 +137,7 @@ def observe_halves(
                 shuffled=shuffled,
                 seed=2 * seed + number,
                 notify=report,
+                device=device,
             )
         )
     return halves[0], halves[1]

@@ -170,7 +170,7 @@ class BlockCollector:
         def read(_m: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             output = output if isinstance(output, Tensor) else output[0]  # some blocks return a tuple
             value, real = output.detach()[:_CKA_SAMPLES], self._real(output)
-            value = value if real is None else value.masked_fill(~real[: len(value)].unsqueeze(2), 0)
+            value = value if real is None else value.masked_fill(~real[: len(value)].to(value.device).unsqueeze(2), 0)
             self.grams[name] = gram_of(value.flatten(1))
             # A block that works in place may have overwritten its input, so rows of the input are taken earlier.
             self.outputs[name].append(self._rows(output.detach()))
@@ -267,7 +267,7 @@ class GradientCollector:
                     unit = torch.stack([product[:, list(indices)].sum(1) for indices in member.units], dim=1)
                     total = unit if total is None else total + unit
             if total is not None:
-                self.gates[group.name] += total.square().sum(0)
+                self.gates[group.name] += total.square().sum(0).cpu()
                 self.seen.add(group.name)
         self.products.clear()
 
@@ -305,6 +305,7 @@ def pooled(module: LinearLike, inputs: Tensor, real: Tensor | None = None) -> Te
     rows = inputs.reshape(len(inputs), -1, inputs.shape[-1])
     if real is None or inputs.dim() != 3 or real.shape != inputs.shape[:2]:
         return rows.mean(1)
+    real = real.to(rows.device)
     return rows.masked_fill(~real.unsqueeze(2), 0).sum(1) / real.sum(1, keepdim=True).clamp_min(1)
 
 

@@ -267,7 +267,7 @@ def within_groups(module: LinearLike, products: Tensor) -> Tensor:
     if groups == 1:
         return products
     rows, columns = (torch.arange(groups).repeat_interleave(size // groups) for size in products.shape)
-    return products.masked_fill(rows.unsqueeze(1) != columns, 0)
+    return products.masked_fill((rows.unsqueeze(1) != columns).to(products.device), 0)
 
 
 def columns(units: Sequence[int], taps: int) -> list[int]:

@@ -3,6 +3,7 @@
 from torch import nn
 
 from deploypipe.checked_splits import wrap_splits
+from deploypipe.compute_device import device_for
 from deploypipe.export.onnx_export.input_sizes import ends_of, extremes_of
 from deploypipe.networks.model_wrappers import unwrapped
 from deploypipe.observe.calibration_pass import observe_halves
@@ -32,6 +33,7 @@ def summarise_scores(
     model = with_slim_attention(model).cpu().eval()
     others = ends_of(extremes_of(inputs for inputs, _ in calib))
     structures = list_structures(model, take(calib[0][0], 2), recipe.keep, recipe.constraints, other_inputs=others)
+    compute, _ = device_for(model, take(calib[0][0], 2), recipe.device)
     loss = task.loss if needs_derivatives(recipe.score) else None
     settings, seed = recipe.observe, recipe.seed
     with reported(notify, "observe"):
@@ -45,6 +47,7 @@ def summarise_scores(
             shuffled=True,
             seed=seed,
             notify=notify,
+            device=compute.device,
         )
     moments = merge(*halves)
     with reported(notify, "score"):

@@ -135,6 +135,7 @@ def observe(ctx: RunContext, structures: Structures) -> StageResult[Observation]
             real_tokens=ctx.task.real_tokens,
             seed=seed,
             notify=ctx.run.notify,
+            device=ctx.compute.device,
         )
         for name, half in zip(_HALVES, halves, strict=True):
             save_moments(half, work / name)
@@ -195,7 +196,7 @@ def loss_curves(
         )
         if not settings.prune_blocks or not structures.blocks:
             return measured
-        ranking = rank_blocks(ctx.model, structures, moments, ctx.calib, Mpruner())
+        ranking = rank_blocks(ctx.model, structures, moments, ctx.calib, Mpruner(), device=ctx.compute.device)
         return replace(measured, block_importance=ranking.importance)
 
     inputs = {

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from networks import PadResNet
+from pretend_gpu import pretend_gpu
 from torch import Tensor, nn
 
 from deploypipe.memory_budget import GIB, LiveBytes, allowed_bytes, tree_bytes
@@ -96,6 +97,16 @@ def test_with_less_memory_early_layers_get_fewer_samples_at_more_positions() -> 
         assert counts == sorted(counts) and all(s.num_samples * s.positions_per_sample >= 1024 for s in fit.segments)
     assert fits[-1].segments[0].num_samples < 256 and fits[-1].segments[-1].num_samples == 256
     assert repair_text(fits[-1]).startswith(f"{fits[-1].segments[0].num_samples} samples at ")
+
+
+def test_a_gpu_gets_networks_and_batches_and_gives_the_result_back() -> None:
+    settings = Repair(num_samples=48, positions_per_sample=4)
+    expected, report = repaired("cnn", settings)
+    with pretend_gpu() as gpu:
+        there, seen = repaired("cnn", settings, device=gpu)
+    assert seen == report
+    for name, tensor in there.state_dict().items():
+        assert type(tensor) is Tensor and torch.equal(tensor, expected.state_dict()[name]), name
 
 
 def test_live_bytes_counts_storages_once_until_the_last_reference_is_gone() -> None:

@@ -3,8 +3,10 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
+from deploypipe.compute_device import exact_float32, network_on, to_device
 from deploypipe.networks.model_wrappers import unwrapped
 from deploypipe.observe.pass_statistics import Moments
 from deploypipe.recipe import BlockMi, BlockScorer, LogitDivergence, Mpruner
@@ -31,7 +33,13 @@ def rank_blocks(
     scorer: BlockScorer,
     *,
     seed: int = 0,
+    device: torch.device | None = None,
 ) -> BlockRanking:
-    """Give every removable block one finite importance; higher = keep. `batches`: of the calibration split."""
-    model = unwrapped(model)
-    return BLOCK_SCORERS[type(scorer)](model, structures, moments, batches, scorer, seed)
+    """Give every removable block one finite importance; higher = keep. `batches`: of the calibration split.
+
+    device: where networks compute; None: where the network and the batches are.
+    """
+    model = network_on(unwrapped(model), device)
+    there = (to_device(batch, device) for batch in batches)
+    with exact_float32(device):
+        return BLOCK_SCORERS[type(scorer)](model, structures, moments, there, scorer, seed)

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from deploypipe.benchmark.accuracy import evaluate_module
+from deploypipe.compute_device import find_device
 from deploypipe.networks.fingerprints import model_fingerprint
 from deploypipe.networks.model_copies import copied
 from deploypipe.observe.calibration_pass import observe_activations
@@ -41,7 +42,13 @@ def prune_depth(
     calib, a repair, the training, and a pass over val.
     """
     calib = take_calib(splits.calib, max(recipe.observe.num_samples, recipe.repair.num_samples))
-    shared: dict[str, Any] = {"real_tokens": task.real_tokens, "seed": recipe.seed, "notify": notify}
+    device = find_device(recipe.device).device
+    shared: dict[str, Any] = {
+        "real_tokens": task.real_tokens,
+        "seed": recipe.seed,
+        "notify": notify,
+        "device": device,
+    }
 
     def left(model: nn.Module) -> Structures:
         """The remaining blocks. Channel groups are left out, so that the calibration pass skips them."""
@@ -60,7 +67,7 @@ def prune_depth(
         return train(pruned) if train else pruned
 
     def evaluate(model: nn.Module) -> float:
-        return float(evaluate_module(model, splits.val, task).mean())
+        return float(evaluate_module(model, splits.val, task, device=device).mean())
 
     num_removable = len(structures.blocks) - structures.constraints.least_blocks
     return mpruner(
