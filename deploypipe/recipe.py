@@ -184,7 +184,7 @@ class Search:
 class Repair:
     """The repair after surgery: sequential least squares."""
 
-    num_samples: int = 2048  # of the calibration split, at most; held in memory as one batch
+    num_samples: int = 2048  # of the calibration split, at most; layers that exceed `memory` read fewer
     positions_per_sample: int = 16  # spatial positions (or tokens) of each sample
     ridge: float = 1e-3  # added to the normal matrix, as a share of its mean diagonal
 

@@ -10,7 +10,7 @@ from deploypipe.memory_budget import LiveBytes, tree_bytes
 from deploypipe.networks.model_copies import copied
 from deploypipe.networks.model_wrappers import unwrapped
 from deploypipe.observe.collectors import MAX_COLUMNS
-from deploypipe.observe.layer_regressions import is_linear_like, num_groups, weight_blocks
+from deploypipe.observe.layer_regressions import is_linear_like, weight_blocks
 from deploypipe.records import ObserveFit
 from deploypipe.task import Batch, forward, num_samples, take_batch
 
@@ -40,13 +40,16 @@ def fit_observe(
 
 
 def _moment_bytes(model: nn.Module) -> int:
-    """Of both halves, and what the largest layer's takes a second time while it is finished."""
-    sizes = [0]
+    """Of the half that is finished, of the half at work, whose sums are in float32 and float64, and of the largest
+    layer once more while it is finished."""
+    finished, at_work = [0], [0]
     for module in model.modules():
         if is_linear_like(module):
-            width = weight_blocks(module).shape[2] * num_groups(module)
-            sizes.append(8 * width**2 if width <= MAX_COLUMNS else 0)
-    return 2 * (sum(sizes) + max(sizes))
+            groups, _, inner = weight_blocks(module).shape
+            if (width := groups * inner) <= MAX_COLUMNS:
+                finished.append(8 * width**2)
+                at_work.append(max(8 * width**2, 12 * width * inner))
+    return sum(finished) + sum(at_work) + max(finished)
 
 
 def _pass_bytes(model: nn.Module, batch: Batch, loss: Callable[[Any, Any], Tensor] | None) -> float:

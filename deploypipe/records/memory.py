@@ -16,12 +16,12 @@ class RepairSegment:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RepairFit:
-    """How a repair fits into memory. Without segments all samples run as one batch."""
+    """How a repair fits into memory. Without segments each layer reads all samples."""
 
     segments: tuple[RepairSegment, ...] = ()
-    batch_size: int = 0  # samples that advance at once, from one layer to the next; 0: all
+    batch_size: int = 0  # samples that advance at once, from one layer to the next; 0: as `samples_together` says
     num_bytes: int = 0  # predicted, at its peak
-    whole_bytes: int = 0  # what all samples in one batch would take
+    whole_bytes: int = 0  # what it would take without segments
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

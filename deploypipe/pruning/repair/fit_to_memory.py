@@ -96,7 +96,7 @@ def fit_repair(
     batch_size = int(max(1, min(_MAX_BATCH, allowed / _BATCH_SHARE // peak)))
     fixed = weights + batch_size * peak
     room = allowed - fixed
-    counts = [_most_samples(layer, settings, total, (1 - _TARGETS_SHARE) * room) for layer in layers]
+    counts = [_most_samples(layer, settings, total, room) for layer in layers]
     counts = [min(counts[place:]) for place in range(len(counts))]  # never fewer again: each segment costs a pass
     segments: list[RepairSegment] = []
     num_bytes = 0.0
@@ -160,9 +160,16 @@ def _positions(settings: Repair, total: int, count: int) -> int:
 
 
 def _most_samples(layer: _Layer, settings: Repair, total: int, room: float) -> int:
-    """The samples that one layer can hold: all, or half of them as often as it takes."""
-    count = total
-    while count >= 2 * _LEAST_SAMPLES and _segment_bytes([layer], count, _positions(settings, total, count)) > room:
+    """The samples that one layer can hold: all, or half of them as often as it takes.
+
+    Some room is left for the targets of further layers, unless half of the samples have too few positions for all rows.
+    """
+    count, rows = total, total * settings.positions_per_sample
+    while count >= 2 * _LEAST_SAMPLES:
+        keeps_rows = count // 2 * layer.num_positions >= rows
+        allowed = room * (1 - _TARGETS_SHARE) if keeps_rows else room
+        if _segment_bytes([layer], count, _positions(settings, total, count)) <= allowed:
+            break
         count = -(-count // 2)
     return count
 
