@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +18,20 @@ def accuracy_on_test(model: nn.Module, splits: Splits) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("depth", "num_blocks", "accuracy"), [(20, 3, 0.9173), (56, 9, 0.9339)])
-def test_published_accuracy(
-    depth: int, num_blocks: int, accuracy: float, cifar10_dir: Path, resnet_weights: Callable[[int], Path]
-) -> None:
-    model = cifar_resnet.load_network(num_blocks, str(resnet_weights(depth)), "W")
+def test_published_accuracy(cifar10_dir: Path, resnet_weights: Callable[[int], Path]) -> None:
+    model = cifar_resnet.load_network(3, str(resnet_weights(20)), "W")
     splits = cifar_resnet.load_cifar10(str(cifar10_dir))
-    assert accuracy_on_test(model, splits) == pytest.approx(accuracy, abs=2e-4)
+    assert accuracy_on_test(model, splits) == pytest.approx(0.9173, abs=2e-4)
+
+
+@pytest.mark.slow
+def test_resnet56_is_the_published_one(cifar10_dir: Path, resnet_weights: Callable[[int], Path]) -> None:
+    """On all of test it is right in 93.39 %, which takes two minutes; of the first images, in exactly so many."""
+    model = cifar_resnet.load_network(9, str(resnet_weights(56)), "W")
+    test = cifar_resnet.load_cifar10(str(cifar10_dir)).test
+    with torch.inference_mode():
+        hits = sum(int((model(x).argmax(dim=1) == y).sum()) for x, y in islice(test, 16))
+    assert hits == pytest.approx(1903, abs=1)  # of 2,048; another processor rounds otherwise
 
 
 @pytest.mark.slow

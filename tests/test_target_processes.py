@@ -71,6 +71,7 @@ def wait_until_two_say(child: Child, text: str) -> None:
             told.add(line.split()[0])
 
 
+@pytest.mark.slow  # eight processes, each of which loads PyTorch
 def test_interrupted_or_killed_it_leaves_nobody_behind_and_ends_as_one_after_the_other(folder: Path) -> None:
     """Of three targets one cannot be reached, which does not end the others."""
     long = ("--jobs", "2", "--set", "search.num_trials=2000")  # far from over when the signal comes
