@@ -235,7 +235,7 @@ def test_another_trial_ships_without_a_search(dense: nn.Module, first: tuple[Pat
     assert not {"observe", "search", "confirm", "finalist"} & stages.keys()
     assert stages["structures"] and stages["dense_export"] and stages["baseline"] and not stages["finetune"]
     (planned,) = [event.stages for event in told if isinstance(event, Planned)]  # nothing else is shown as to come
-    assert set(planned) == {*stages, "gate"}
+    assert set(planned) == {*stages, "gate"} - {"memory"}  # that was measured before the plan was known
     report = (own / "report.html").read_text(encoding="utf-8")
     assert f"Trial {other} ships because it was asked for" in report and f"the search chose trial {best}." in report
     assert all(stage.was_cached for stage in ship(dense, folder, other).stages)
