@@ -1,7 +1,11 @@
 """How much memory a run may hold, and how much a network's activations take: the sizes that batches are chosen by."""
 
+import ctypes
 import os
+import sys
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +19,7 @@ from deploypipe.untrusted_files.limited_process import free_memory
 GIB = 2**30
 AUTO_BYTES = 9 * GIB // 2  # "auto" takes no more, so that machines with 9 GiB free and more choose alike
 _LEAST_BYTES = 2**28
+_M_ARENA_MAX = -8  # glibc's malloc.h
 
 
 def allowed_bytes(gib: float | None, device: torch.device) -> int:
@@ -44,6 +49,25 @@ def gibibytes(num_bytes: float) -> str:
 def tree_bytes(*trees: Any) -> int:
     """The bytes of all tensors in batches."""
     return sum(tensor.nbytes for tree in trees for tensor in tensors(tree))
+
+
+@contextmanager
+def shared_heap() -> Iterator[None]:
+    """Around work in threads that take turns: they share one heap.
+
+    glibc gives each thread a heap of its own, which keeps what the thread freed: 32 threads that held 0.3 GiB together
+    had taken 1.1 GiB. At the end, what is free is given back to the system. Does nothing without glibc.
+    """
+    libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
+    if libc is None or not hasattr(libc, "mallopt"):
+        yield
+        return
+    libc.mallopt(_M_ARENA_MAX, 1)
+    try:
+        yield
+    finally:
+        libc.mallopt(_M_ARENA_MAX, 0)  # glibc's own choice
+        libc.malloc_trim(0)
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from deploypipe.errors import ModelError
+from deploypipe.memory_budget import shared_heap
 from deploypipe.networks.model_copies import copied
 from deploypipe.pruning.repair.affine_paths import PathEnd, SignalPath, hook_path_ends
 from deploypipe.task import forward
@@ -35,6 +36,13 @@ def run_in_lockstep(
     if len(batches) == 1:
         _run_alone(model, paths, solve, batches[0], num_ends)
         return
+    with shared_heap():
+        _run_together(model, paths, solve, batches, num_ends)
+
+
+def _run_together(
+    model: nn.Module, paths: Mapping[str, SignalPath], solve: Solve, batches: Sequence[Make], num_ends: int
+) -> None:
     walkers = [_Walker(_sharing_weights(model), paths, make) for make in batches]
     try:
         values: list[Tensor | None] = [None] * len(walkers)

@@ -34,7 +34,7 @@ _MAX_BATCH = 64
 _TARGETS_SHARE = 0.3  # of the room is left for the targets of further layers: fewer segments, so fewer passes
 _LEAST_TOGETHER = 64  # samples, where memory is no question
 _MAX_BATCHES = 8  # each of them waits in a thread
-_SLACK = 1.1  # for what operations need while they run
+_SLACK = 1.2  # for what operations need while they run, and what the heap keeps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
