@@ -211,9 +211,9 @@ def test_the_same_call_again_computes_nothing(dense: nn.Module, first: tuple[Pat
     assert all(stage.was_cached for stage in again.stages) and len(again.stages) == len(result.stages) >= 15
     assert to_json(replace(again, stages=result.stages)) == to_json(result)
     (planned,) = [event.stages for event in events if isinstance(event, Planned)]
-    assert {*planned} - {"finalist"} == {stage.stage for stage in again.stages} - {"finalist"} | {"gate"}
+    assert {*planned} - {"finalist"} == {stage.stage for stage in again.stages} - {"finalist", "memory"} | {"gate"}
     of_stages = [event for event in events if not isinstance(event, Planned)]
-    assert {type(event) for event in of_stages if event.stage not in ("check", "fingerprints", "gate")} == {
+    assert {type(event) for event in of_stages if event.stage not in ("check", "fingerprints", "memory", "gate")} == {
         Started,
         Cached,
     }
@@ -273,7 +273,7 @@ def test_runs_for_several_targets_share_what_does_not_depend_on_them(
     assert same.prune == first[1].prune and same.repair == first[1].repair
     assert same.benchmark.compressed.file.sha256 == first[1].benchmark.compressed.file.sha256
     assert {path.name[3:].rsplit("-", 1)[0] for path in (tmp_path / "shared").glob("*.json")} == {
-        *("structures", "dense_export", "observe", "score", "curves", "finalist", "prune", "finetune")
+        *("memory", "structures", "dense_export", "observe", "score", "curves", "finalist", "prune", "finetune")
     }
     assert {path.parent.parent.name for path in tmp_path.rglob("teacher-outputs-*/epoch-1.safetensors")} == {"shared"}
 
