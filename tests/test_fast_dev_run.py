@@ -65,18 +65,14 @@ def test_tensorboard_shows_it(done: RunResult) -> None:
     accuracies = [event.value for event in events.Scalars("trial/accuracy")]
     assert accuracies == pytest.approx([trial.candidate.accuracy for trial in done.search.trials])
     assert events.Scalars("finetune/train_loss")[0].value == pytest.approx(done.training.epochs[1].train_loss)
-    tags = {f"seconds/{stage.stage}" for stage in done.stages if stage.stage != "memory"} | {
-        "final/latency_ratio",
-        "final/compressed.macs",
-    }
+    tags = {f"seconds/{stage.stage}" for stage in done.stages} | {"final/latency_ratio", "final/compressed.macs"}
     assert tags <= set(events.Tags()["scalars"])
 
 
 def is_of_a_run(name: str) -> bool:
     from deploypipe.stages import expected_stages
 
-    is_expected = f'"{name}"' in Path(expected_stages.__file__).read_text(encoding="utf-8")
-    return is_expected or name == "memory"  # which comes before stages are expected
+    return f'"{name}"' in Path(expected_stages.__file__).read_text(encoding="utf-8")
 
 
 def test_it_holds_whatever_was_measured(done: RunResult) -> None:

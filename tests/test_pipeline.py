@@ -211,9 +211,9 @@ def test_the_same_call_again_computes_nothing(dense: nn.Module, first: tuple[Pat
     assert all(stage.was_cached for stage in again.stages) and len(again.stages) == len(result.stages) >= 15
     assert to_json(replace(again, stages=result.stages)) == to_json(result)
     (planned,) = [event.stages for event in events if isinstance(event, Planned)]
-    assert {*planned} - {"finalist"} == {stage.stage for stage in again.stages} - {"finalist", "memory"} | {"gate"}
+    assert {*planned} - {"finalist"} == {stage.stage for stage in again.stages} - {"finalist"} | {"gate"}
     of_stages = [event for event in events if not isinstance(event, Planned)]
-    assert {type(event) for event in of_stages if event.stage not in ("check", "fingerprints", "memory", "gate")} == {
+    assert {type(event) for event in of_stages if event.stage not in ("check", "fingerprints", "gate")} == {
         Started,
         Cached,
     }
@@ -235,7 +235,7 @@ def test_another_trial_ships_without_a_search(dense: nn.Module, first: tuple[Pat
     assert not {"observe", "search", "confirm", "finalist"} & stages.keys()
     assert stages["structures"] and stages["dense_export"] and stages["baseline"] and not stages["finetune"]
     (planned,) = [event.stages for event in told if isinstance(event, Planned)]  # nothing else is shown as to come
-    assert set(planned) == {*stages, "gate"} - {"memory"}  # that was measured before the plan was known
+    assert set(planned) == {*stages, "gate"}
     report = (own / "report.html").read_text(encoding="utf-8")
     assert f"Trial {other} ships because it was asked for" in report and f"the search chose trial {best}." in report
     assert all(stage.was_cached for stage in ship(dense, folder, other).stages)
@@ -296,6 +296,7 @@ def test_a_changed_recipe_computes_only_what_depends_on_it(
     changed = run(dense, first[0], finetune=replace(tiny.recipe().finetune, num_epochs=1))
     cached = {stage.stage for stage in changed.stages if stage.was_cached}
     before_search = {"structures", "dense_export", "baseline", "latency", "feasibility", "observe", "score", "curves"}
+    before_search |= {"memory"}
     assert cached == before_search | {"search", "confirm", "finalist", "prune"}
     assert changed.training and len(changed.training.epochs) == 2
     assert to_json(load_result(first[0])) == to_json(changed)

@@ -152,7 +152,7 @@ def test_a_worker_with_something_else_or_a_changed_stage_is_refused_by_name(unse
     sampled = replace(RECIPE, search=replace(RECIPE.search, sampler="random"))
     assert "made with another 'search'" in refusal(recipe=sampled)
     observed = replace(RECIPE, observe=replace(RECIPE.observe, num_samples=64))
-    assert "has no sound stage observe-" in refusal(recipe=observed)
+    assert "has no sound stage memory-" in refusal(recipe=observed)  # the first that depends on it
     [moments] = (tmp_path / "run").glob("*-observe-*/first.safetensors")
     moments.write_bytes(moments.read_bytes()[:-1])
     assert "has no sound stage observe-" in refusal()  # a stage that was changed is not used

@@ -20,13 +20,13 @@ PREPARATION = (
     Stage(name="fingerprints", title="fingerprints", doing="hashing network and data"),
 )
 STAGES = (
-    Stage(name="memory", title="memory", doing="measuring the activations of two samples"),
     Stage(name="structures", title="structures"),
     Stage(name="dense_export", title="dense export"),
     Stage(name="baseline", title="baseline"),
     Stage(name="dense_precision", title="dense precision"),
     Stage(name="latency", title="latency samples"),
     Stage(name="feasibility", title="feasibility"),
+    Stage(name="memory", title="memory", doing="measuring the activations of two samples"),
     Stage(name="observe", title="observe"),
     Stage(name="score", title="score"),
     Stage(name="curves", title="loss curves"),

@@ -3,6 +3,8 @@
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,7 +39,7 @@ PACKAGES = ("torch", "optuna", "onnx", "onnxruntime", "onnxscript", "numpy", "sc
 _NUM_PARITY_SAMPLES = 64
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)  # no slots, because `memory` is kept
 class RunContext:
     """The inputs and settings that all stages of one run share. `prepare_run` makes it."""
 
@@ -53,13 +55,37 @@ class RunContext:
     compute: ComputeDevice  # where networks are observed, repaired, judged and trained
     builds: bool  # the target runs engines, and this machine can build them
     calib: list[Batch]  # the samples of observation and repair
-    memory: MemoryPlan  # how observing and repair fit into the recipe's memory
     parity_batches: list[Batch]  # the samples that exported files are compared on
     inputs: Any  # two samples
     other_inputs: tuple[Any, ...]  # the network and its file must work at these sizes too, whatever is removed
     usual: UsualInputs | None  # what files are timed on, if they have dynamic axes
     device: dict[str, Any]  # stages that measure depend on it
     origin: dict[str, Any]  # every stage depends on it: network, data, code, packages and seed
+
+    @cached_property
+    def memory(self) -> MemoryPlan:
+        """How observing and repair fit into the recipe's memory. Planned when a stage first asks for it.
+
+        Remembered: a run that is resumed while less is free must not make another network.
+        """
+        inputs = {
+            **self.origin,
+            "observe": self.recipe.observe,
+            "repair": self.recipe.repair,
+            "trials": self.recipe.search.num_repair_samples,
+            "derivatives": needs_derivatives(self.recipe.score),
+            "memory": self.recipe.memory,
+            "computed on": self.compute.device.type,
+        }
+
+        def compute(_: Path) -> MemoryPlan:
+            plan = plan_memory(self.model, self.calib, self.task, self.recipe, self.compute.device)
+            self.run.notify(Note(stage="memory", text=memory_text(plan)))
+            if problem := excess_text(plan):
+                self.run.notify(Warned(stage="memory", text=problem))
+            return plan
+
+        return self.run.remember("memory", inputs, compute, MemoryPlan, is_shared=True).record
 
     def timed_on(self, split: Iterable[Batch]) -> Iterable[Batch]:
         """The inputs that files are timed on: a split's first batch, or one usual size for all measurements."""
@@ -136,7 +162,6 @@ def prepare_run(
         run.notify(Warned(stage="check", text=problem))
     if compute.device != CPU:
         run.notify(Note(stage="check", text=f"networks are computed on {compute.text}"))
-    memory = _plan_memory(run, dense, calib, task, recipe, compute, origin)
     finetune = with_optimizer(with_precision(recipe.finetune, compute.accelerator), dense, task)
     if finetune.num_epochs and (chosen := choice_text(recipe.finetune, dense, task)):
         run.notify(Note(stage="check", text=chosen))
@@ -153,7 +178,6 @@ def prepare_run(
         compute=compute,
         builds=is_built(target) and ability.verdict != "export only",
         calib=calib,
-        memory=memory,
         parity_batches=take_calib(calib, _NUM_PARITY_SAMPLES),
         inputs=inputs,
         other_inputs=other_sizes(dense, inputs, extremes.inputs(), recipe.export, target.dynamic_dims),
@@ -161,38 +185,6 @@ def prepare_run(
         device=_describe_device(target, ability),
         origin=origin,
     )
-
-
-def _plan_memory(
-    run: RunFolder,
-    dense: nn.Module,
-    calib: list[Batch],
-    task: Task,
-    recipe: Recipe,
-    compute: ComputeDevice,
-    origin: dict[str, Any],
-) -> MemoryPlan:
-    """Remembered: a run that is resumed while less is free must not make another network."""
-    inputs = {
-        **origin,
-        "observe": recipe.observe,
-        "repair": recipe.repair,
-        "trials": recipe.search.num_repair_samples,
-        "derivatives": needs_derivatives(recipe.score),
-        "memory": recipe.memory,
-        "computed on": compute.device.type,
-    }
-    plan = run.remember(
-        "memory",
-        inputs,
-        lambda _: plan_memory(dense, calib, task, recipe, compute.device),
-        MemoryPlan,
-        is_shared=True,
-    ).record
-    run.notify(Note(stage="memory", text=memory_text(plan)))
-    if problem := excess_text(plan):
-        run.notify(Warned(stage="memory", text=problem))
-    return plan
 
 
 def _describe_device(target: Target, ability: Ability) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import pytest
 from finished_runs import finished_run, score_summary, untouched_run
 
 from deploypipe.errors import DeploypipeError
+from deploypipe.report import html
 from deploypipe.report.html import render_report, write_report, write_scores
 from deploypipe.report.run_tables import before_after, seconds
 
@@ -123,6 +124,7 @@ def test_missing_library_names_the_extra(missing: str, monkeypatch: pytest.Monke
             raise ImportError(f"No module named {name!r}", name=missing)
         return real(name, *args, **kwargs)  # type: ignore[arg-type]
 
+    html._environment.cache_clear()  # other tests have imported it
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(DeploypipeError, match=rf"{missing}.*deploypipe\[report\]"):
         render_report(finished_run())
