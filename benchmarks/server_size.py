@@ -71,8 +71,8 @@ def show(options: argparse.Namespace) -> None:
         cells = []
         for head in heads:
             if head == "judging":
-                seconds = [found[stage].get("seconds") for stage in ("trial", "repair")]
-                cells.append(f"{seconds[0] - seconds[1]:.1f}" if all(seconds) else "-")
+                have_both = all("seconds" in found[stage] for stage in ("trial", "repair"))
+                cells.append(f"{found['trial']['seconds'] - found['repair']['seconds']:.1f}" if have_both else "-")
             else:
                 cells.append(cell_of(found[head]))
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
